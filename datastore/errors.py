@@ -1,0 +1,128 @@
+"""Every error this package raises, grouped by what the caller should do next.
+
+    DatastoreError
+    |-- ConfigError      (ValueError)         fix the setting named in the message
+    |-- MissingError     (FileNotFoundError)  check the URL or the name
+    |-- ConflictError                         someone else wrote first; reload, retry
+    |-- CorruptError                          bytes disagree with their digest; refetch or repair
+    |-- FormatError                           written by a newer version of this package; upgrade
+    |-- ResumeError                           saved state does not fit this run
+    |-- RejectedError                         too many records were bad; see the rejects
+    |-- DependencyError  (ImportError)        install the named extra
+    |-- WaitError        (TimeoutError)       a peer did not answer in time; it is named
+    `-- StorageError     (OSError)            the backend failed; `transient` says if a retry can help
+
+A message is a fact, the values it rests on, and the way out:
+`fact (name=value, ...). Imperative hint.`
+"""
+
+from typing import ClassVar
+
+from typing_extensions import override
+
+__all__ = [
+    "ConfigError",
+    "ConflictError",
+    "CorruptError",
+    "DatastoreError",
+    "DependencyError",
+    "FormatError",
+    "MissingError",
+    "RejectedError",
+    "ResumeError",
+    "StorageError",
+    "WaitError",
+]
+
+
+class DatastoreError(Exception):
+    """The root of the tree; catch it to catch everything this package raises on purpose."""
+
+    code: ClassVar[str] = "error"
+
+    def __init__(self, fact: str, *, hint: str = "", **values: object) -> None:
+        """Compose the message from `fact`, `values` (shown as `name=value`) and `hint`."""
+        self.fact = fact
+        self.hint = hint
+        self.values = values
+        super().__init__(fact)
+
+    @override
+    def __str__(self) -> str:
+        shown = ", ".join(f"{name}={value!r}" for name, value in self.values.items())
+        text = f"{self.fact} ({shown})." if shown else f"{self.fact}."
+        return f"{text} {self.hint}" if self.hint else text
+
+    @override
+    def __reduce__(self) -> tuple[object, ...]:
+        # Errors cross process borders (ingest workers); the default would drop hint and values.
+        return _rebuild, (type(self), self.fact, self.hint, self.values)
+
+
+def _rebuild(kind: type[DatastoreError], fact: str, hint: str, values: dict[str, object]) -> DatastoreError:
+    return kind(fact, hint=hint, **values)
+
+
+class ConfigError(DatastoreError, ValueError):
+    """A setting, argument or URL is wrong; the message names it."""
+
+    code = "config"
+
+
+class MissingError(DatastoreError, FileNotFoundError):
+    """Nothing is stored under that URL, key, version, tag or step."""
+
+    code = "missing"
+
+
+class ConflictError(DatastoreError):
+    """Another writer got there first; what it wrote is intact."""
+
+    code = "conflict"
+
+
+class CorruptError(DatastoreError):
+    """Stored bytes do not match the digest that was recorded when they were written."""
+
+    code = "corrupt"
+
+
+class FormatError(DatastoreError):
+    """The stored format is newer than this package, or not one of ours."""
+
+    code = "format"
+
+
+class ResumeError(DatastoreError):
+    """Saved state does not fit what it is loaded into; the message names the keys that differ."""
+
+    code = "resume"
+
+
+class RejectedError(DatastoreError):
+    """More input was rejected than the limit allows, so nothing was committed."""
+
+    code = "rejected"
+
+
+class DependencyError(DatastoreError, ImportError):
+    """An optional package is needed for this; the message names the extra to install."""
+
+    code = "dependency"
+
+
+class WaitError(DatastoreError, TimeoutError):
+    """Another process did not do its part in time; the message names it."""
+
+    code = "timeout"
+
+
+class StorageError(DatastoreError, OSError):
+    """The backend failed: full disk, no permission, network. Nothing half-written is visible."""
+
+    code = "storage"
+
+    @property
+    def transient(self) -> bool:
+        """Whether the same call may succeed later (throttling, reset connections)."""
+        return bool(self.values.get("transient", False))

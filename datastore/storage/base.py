@@ -1,0 +1,122 @@
+"""The contract between this package and any byte store.
+
+Eight methods are enough for the whole package. A backend that passes `datastore.testing.StorageContract`
+can hold a dataset and a run; nothing else about it matters.
+
+Promises every backend keeps:
+
+1. `put` and `put_new` are atomic: a reader sees the old bytes, the new bytes, or nothing.
+2. `put_new` never overwrites. Of any number of concurrent calls exactly one succeeds (unless `exclusive` is
+   False: then the backend cannot promise it, and the store on top allows one writer only).
+3. A successful write is durable and visible to the next read from any process.
+4. Every failure is an error of `datastore.errors`: `MissingError`, `ConflictError`, `StorageError`, `ConfigError`.
+
+Promise 2 is what commits rest on. POSIX gives it through `link(2)`, S3 through `If-None-Match: *`.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol, runtime_checkable
+
+from typing_extensions import Buffer
+
+from datastore.errors import ConfigError
+
+__all__ = ["Stat", "Storage", "check_key"]
+
+
+@dataclass(frozen=True, slots=True)
+class Stat:
+    """What a backend knows of one key without reading it."""
+
+    key: str
+    size_bytes: int
+    modified: float
+    """Seconds since the epoch, by the backend's clock; 0.0 if it does not say."""
+
+
+@runtime_checkable
+class Storage(Protocol):
+    """Bytes by key below one root. Thread-safe; rebuilt in other processes by `open_storage(url)`."""
+
+    @property
+    def url(self) -> str:
+        """The root as the user would type it, without credentials."""
+        ...
+
+    @property
+    def exclusive(self) -> bool:
+        """Whether promise 2 holds on this backend."""
+        ...
+
+    def get(self, key: str) -> bytes:
+        """Return all bytes of `key`.
+
+        Raises:
+            MissingError: there is no such key.
+        """
+        ...
+
+    def get_ranges(self, key: str, ranges: Sequence[tuple[int, int]]) -> list[bytes]:
+        """Return the bytes `[start, stop)` of `key` for each range, in the order given.
+
+        Raises:
+            MissingError: there is no such key.
+            StorageError: the object ends before `stop`.
+        """
+        ...
+
+    def read_into(self, key: str, start: int, target: Buffer) -> None:
+        """Fill the writable `target` with the bytes of `key` from `start` on, without a further copy where possible.
+
+        Raises:
+            MissingError: there is no such key.
+            StorageError: the object ends before `target` is full.
+        """
+        ...
+
+    def put(self, key: str, *chunks: Buffer) -> None:
+        """Write the chunks, laid end to end, replacing what was there."""
+        ...
+
+    def put_new(self, key: str, *chunks: Buffer) -> None:
+        """Write the chunks unless `key` exists. At least one byte: an empty exclusive write truncates on some gateways.
+
+        Raises:
+            ConflictError: the key exists; its bytes are untouched.
+        """
+        ...
+
+    def list(self, folder: str = "") -> Iterator[Stat]:
+        """Yield every key at any depth below `folder` ("" is the root) in lexicographic order; unfinished writes never show."""
+        ...
+
+    def delete(self, key: str) -> None:
+        """Remove `key`; a key that is not there is no error."""
+        ...
+
+    def stat(self, key: str) -> Stat:
+        """Return the size and time of `key`.
+
+        Raises:
+            MissingError: there is no such key.
+        """
+        ...
+
+    def local_path(self, key: str) -> Path | None:
+        """Return the file that holds `key` if it can be mapped into memory on this machine, else None."""
+        ...
+
+
+def check_key(key: str) -> str:
+    """Return `key` if it is a plain relative path that cannot leave the root.
+
+    Raises:
+        ConfigError: empty, absolute, with an empty, `.`, `..` or hidden-temporary part, a backslash or a control character.
+    """
+    parts = key.split("/")
+    bad = any(part in {"", ".", ".."} or (part.startswith(".") and part.endswith(".tmp")) for part in parts)
+    if bad or "\\" in key or any(ord(character) < 32 for character in key):
+        raise ConfigError("not a valid key", key=key, hint="Use a relative path of plain names, parted by '/'.")
+    return key

@@ -1,0 +1,69 @@
+"""Numbers with units, as text and back: `64 MiB`, `1.2 M`, `3 min 20 s`."""
+
+import re
+
+from datastore.errors import ConfigError
+
+__all__ = ["format_bytes", "format_count", "format_seconds", "parse_bytes"]
+
+_BINARY = {"B": 1, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40}
+_SIZE = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]+)\s*")
+
+
+def parse_bytes(text: str) -> int:
+    """Return the number of bytes that `text` names.
+
+    Only binary units are accepted: `64MB` is ambiguous in practice (10^6 or 2^20), and a cache that is 5 %
+    smaller than planned is hard to notice.
+
+    Raises:
+        ConfigError: `text` is not a number followed by B, KiB, MiB, GiB or TiB.
+
+    >>> parse_bytes("1.5 GiB")
+    1610612736
+    """
+    found = _SIZE.fullmatch(text)
+    if found is None or found[2] not in _BINARY:
+        raise ConfigError("not a size in bytes", text=text, hint="Write a number and B, KiB, MiB, GiB or TiB.")
+    return round(float(found[1]) * _BINARY[found[2]])
+
+
+def format_bytes(count: float) -> str:
+    """Return `count` bytes in the largest binary unit that keeps it above one.
+
+    >>> format_bytes(1610612736)
+    '1.5 GiB'
+    """
+    for unit, size in reversed(_BINARY.items()):
+        if abs(count) >= size and unit != "B":
+            return f"{count / size:.3g} {unit}" if count / size < 1000 else f"{count / size:.0f} {unit}"
+    return f"{count:.0f} B"
+
+
+def format_count(count: float) -> str:
+    """Return `count` with a decimal suffix (k, M, G, T) and three digits.
+
+    >>> format_count(12_345_678)
+    '12.3 M'
+    """
+    for suffix, size in (("T", 1e12), ("G", 1e9), ("M", 1e6), ("k", 1e3)):
+        if abs(count) >= size:
+            return f"{count / size:.3g} {suffix}" if count / size < 1000 else f"{count / size:.0f} {suffix}"
+    return f"{count:.0f}" if float(count).is_integer() else f"{count:.3g}"
+
+
+def format_seconds(seconds: float) -> str:
+    """Return a duration in its two largest units.
+
+    >>> format_seconds(200)
+    '3 min 20 s'
+    """
+    if seconds < 1:
+        return f"{seconds * 1000:.0f} ms"
+    if seconds < 60:
+        return f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    if minutes < 60:
+        return f"{minutes} min {rest} s"
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes} min"
