@@ -1,0 +1,171 @@
+"""`datastore doctor`: what this machine has, and what a storage URL can do.
+
+Facts first, then one line for each thing that will hurt. It writes to storage only if a URL is given, and
+removes what it wrote.
+"""
+
+import os
+import platform
+import shutil
+import sys
+import time
+import uuid
+from dataclasses import asdict, dataclass
+from importlib import metadata
+from pathlib import Path
+
+import click
+
+from datastore.cli.output import fields, json_option, say, say_json, table
+from datastore.cli.shell import example
+
+__all__ = ["doctor"]
+
+_REQUIRED = ("numpy", "pyarrow", "fsspec", "msgspec", "orjson", "tokenizers", "xxhash", "zstandard")
+
+_EXTRAS = {
+    "torch": ("torch",),
+    "s3": ("s3fs",),
+    "hf": ("transformers", "datasets"),
+    "track": ("tensorboard",),
+    "compress": ("compressed-tensors",),
+}
+"""The optional extras and the packages that each brings."""
+
+_PROBE_BYTES = 32 * 2**20
+
+
+@dataclass(frozen=True, slots=True)
+class StorageProbe:
+    """What one URL can do, measured with one object of 32 MiB."""
+
+    url: str
+    exclusive: bool
+    write_mb_per_s: float
+    read_mb_per_s: float
+
+
+@click.command(epilog=example("datastore doctor", "datastore doctor --url data/"))
+@click.option("--url", help="Also write, read and remove a probe of 32 MiB there, and test put-if-absent.")
+@json_option
+def doctor(url: str | None, as_json: bool) -> None:
+    """Show versions, cores, memory, disk, devices and extras; with --url test a storage, too."""
+    packages = {name: _version(name) for name in _REQUIRED}
+    extras = {extra: {name: _version(name) for name in names} for extra, names in _EXTRAS.items()}
+    machine = _machine()
+    device = _device() if extras["torch"]["torch"] else {}
+    probe = _probe(url) if url else None
+    advice = _advice(machine, extras, probe)
+    if as_json:
+        facts = {"packages": packages, "extras": extras, "machine": machine, "device": device}
+        say_json(facts | {"storage": asdict(probe) if probe else None, "advice": advice})
+        return
+    fields(machine | device)
+    say()
+    table(("package", "version", "extra"), _package_rows(packages, extras))
+    if probe:
+        say()
+        fields(asdict(probe))
+    say()
+    for line in advice or ["Nothing to complain about."]:
+        say(line)
+
+
+def _package_rows(
+    packages: dict[str, str | None], extras: dict[str, dict[str, str | None]]
+) -> list[tuple[str, str, str]]:
+    rows = [(name, version or "missing", "") for name, version in packages.items()]
+    for extra, versions in extras.items():
+        rows.extend((name, version or "not installed", extra) for name, version in versions.items())
+    return rows
+
+
+def _version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _machine() -> dict[str, str | int]:
+    from datastore.units import format_bytes
+
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    limit = _memory_limit_bytes()
+    folder = Path.cwd()
+    return {
+        "datastore": _version("datastore") or "not installed",
+        "python": f"{platform.python_version()} ({sys.executable})",
+        "system": f"{platform.system()} {platform.release()} {platform.machine()}",
+        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1,
+        "memory": format_bytes(min(memory, limit) if limit else memory),
+        "disk free": f"{format_bytes(shutil.disk_usage(folder).free)} at {folder}",
+    }
+
+
+def _memory_limit_bytes() -> int | None:
+    """Return the limit of this process's control group, if it has one."""
+    try:
+        text = Path("/sys/fs/cgroup/memory.max").read_text(encoding="ascii").strip()
+    except OSError:
+        return None
+    return int(text) if text.isdigit() else None
+
+
+def _device() -> dict[str, str]:
+    import torch
+
+    if not torch.cuda.is_available():
+        fast = any(flag in _cpu_flags() for flag in ("amx_bf16", "avx512_bf16"))
+        return {"device": "cpu", "bf16": "native" if fast else "emulated, slower than float32"}
+    names = sorted({torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())})
+    native = "native" if torch.cuda.is_bf16_supported() else "not supported"
+    return {"device": f"{torch.cuda.device_count()} x {', '.join(names)}", "bf16": native}
+
+
+def _cpu_flags() -> frozenset[str]:
+    """Return the processor's features as Linux lists them; empty elsewhere."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return frozenset()
+    return frozenset(next((line.partition(":")[2] for line in lines if line.startswith("flags")), "").split())
+
+
+def _probe(url: str) -> StorageProbe:
+    from datastore.storage.probe import probe_exclusive
+    from datastore.storage.resolve import open_storage
+
+    storage = open_storage(url)
+    key = f"doctor-probe-{uuid.uuid4().hex}"
+    body = os.urandom(_PROBE_BYTES)
+    try:
+        started = time.perf_counter()
+        storage.put(key, body)
+        written = time.perf_counter()
+        storage.get(key)
+        finished = time.perf_counter()
+    finally:
+        storage.delete(key)
+    megabytes = _PROBE_BYTES / 1e6
+    return StorageProbe(
+        url=storage.url,
+        exclusive=probe_exclusive(storage),
+        write_mb_per_s=round(megabytes / (written - started), 1),
+        read_mb_per_s=round(megabytes / (finished - written), 1),
+    )
+
+
+def _advice(
+    machine: dict[str, str | int], extras: dict[str, dict[str, str | None]], probe: StorageProbe | None
+) -> list[str]:
+    lines = [
+        f"The extra '{extra}' is not installed: pip install 'datastore[{extra}]' brings {', '.join(versions)}."
+        for extra, versions in extras.items()
+        if None in versions.values()
+    ]
+    if machine["cores"] == 1:
+        lines.append("There is one core: ingest and loader threads will wait for each other.")
+    if probe and not probe.exclusive:
+        lines.append("This storage has no put-if-absent: let only one process at a time write to a dataset there.")
+    return lines

@@ -1,0 +1,39 @@
+"""`datastore`: the group of all commands, and the entry point of the process."""
+
+import sys
+from typing import NoReturn
+
+import click
+
+from datastore.cli.checkpoints import checkpoint
+from datastore.cli.data import COMMANDS as DATA_COMMANDS
+from datastore.cli.doctor import doctor
+from datastore.cli.runs import COMMANDS as RUN_COMMANDS
+from datastore.cli.shell import Group, Session, call, debug_option, example, last_words
+
+__all__ = ["cli", "main"]
+
+
+@click.group(
+    cls=Group,
+    params=[debug_option()],
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100, "show_default": True},
+    epilog=example("datastore doctor"),
+)
+@click.version_option(package_name="datastore", message="datastore %(version)s")
+def cli() -> None:
+    """Text in, batches out, checkpoints kept: the storage layer under language-model training.
+
+    A dataset is a URL (a path, file://, memory://, s3:// ...); URL@7 is its version 7, URL@name a tagged one.
+    """
+
+
+for command in (*DATA_COMMANDS, *RUN_COMMANDS, checkpoint, doctor):
+    cli.add_command(command)
+
+
+def main() -> NoReturn:
+    """Run the command line of this process and exit."""
+    session = Session()
+    sys.excepthook = last_words(session)
+    sys.exit(call(cli, None, session))

@@ -1,0 +1,121 @@
+"""How a command ends: an exit code, and at most one line on stderr.
+
+    0    done
+    1    failed; the line says what to do
+    2    wrong use: an option, an argument or a setting
+    3    more input was rejected than the limit allows, nothing was committed
+    130  interrupted
+    141  whoever read our output closed it
+
+An error is `error[code]: fact (values). What to do.`. A traceback is shown with `--debug` only, also for a bug:
+`sys.excepthook` keeps that promise, so that no `except` here has to be blind.
+"""
+
+import os
+import sys
+import traceback
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from types import TracebackType
+
+import click
+
+from datastore.errors import ConfigError, DatastoreError, RejectedError
+
+__all__ = ["BROKEN_PIPE", "Group", "Session", "call", "debug_option", "example", "last_words", "silence_stdout"]
+
+BROKEN_PIPE = 141
+"""What a shell reports for a process that SIGPIPE ended."""
+
+_INTERRUPTED = 130
+
+
+@dataclass(slots=True)
+class Session:
+    """What one call of the command line has been told so far; `ctx.obj` of every command."""
+
+    debug: bool = False
+
+
+class Group(click.Group):
+    """A group whose commands all take `--debug`, wherever on the line it stands."""
+
+    def add_command(self, cmd: click.Command, name: str | None = None) -> None:
+        """Register `cmd` and give it the `--debug` option."""
+        cmd.params.append(debug_option())
+        super().add_command(cmd, name)
+
+
+def debug_option() -> click.Option:
+    """Return the `--debug` option, which sets `Session.debug`."""
+
+    def remember(context: click.Context, _parameter: click.Parameter, value: bool) -> None:  # noqa: FBT001 - click's call
+        if value:
+            context.ensure_object(Session).debug = True
+
+    return click.Option(
+        ["--debug"], is_flag=True, expose_value=False, is_eager=True, callback=remember, help="Show tracebacks."
+    )
+
+
+def example(*lines: str) -> str:
+    """Return the end of a command's help: lines that a user can paste."""
+    return "\b\n" + "\n".join(("Example:", *(f"  {line}" for line in lines)))
+
+
+def call(command: click.Command, arguments: Sequence[str] | None, session: Session) -> int:
+    """Run `command` on `arguments` (None: those of the process), print what went wrong, and return the exit code."""
+    try:
+        status = command.main(args=arguments, prog_name="datastore", standalone_mode=False, obj=session)
+        sys.stdout.flush()
+    except (click.Abort, KeyboardInterrupt):
+        sys.stderr.write("interrupted: what was finished is kept; the same command goes on from there.\n")
+        return _INTERRUPTED
+    except BrokenPipeError:
+        silence_stdout()
+        return BROKEN_PIPE
+    except (click.ClickException, DatastoreError, ModuleNotFoundError, OSError) as error:
+        if session.debug:
+            traceback.print_exception(error)
+        code, text = _explain(error)
+        sys.stderr.write(f"error[{code}]: {' '.join(text.split())}\n")
+        return _status(error)
+    return status if isinstance(status, int) else 0
+
+
+def silence_stdout() -> None:
+    """Point stdout at nothing, so that flushing it when the interpreter ends cannot fail again."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def _explain(error: Exception) -> tuple[str, str]:
+    """Return the code and the one line for an error that is not a bug."""
+    if isinstance(error, DatastoreError):
+        return error.code, str(error)
+    if isinstance(error, click.UsageError):
+        where = error.ctx.command_path if error.ctx else "datastore"
+        return "usage", f"{error.format_message().rstrip('.')}. See `{where} --help`."
+    if isinstance(error, click.ClickException):
+        return "usage", error.format_message()
+    if isinstance(error, ModuleNotFoundError):
+        package = (error.name or "").partition(".")[0]
+        return "dependency", f"a Python package is missing (name={package!r}). Install the extra that brings it."
+    return "system", f"{error}."
+
+
+def _status(error: Exception) -> int:
+    if isinstance(error, RejectedError):
+        return 3
+    return 2 if isinstance(error, ConfigError | click.UsageError) else 1
+
+
+def last_words(session: Session) -> Callable[[type[BaseException], BaseException, TracebackType | None], None]:
+    """Return the `sys.excepthook` that reports a bug in one line, and its traceback if `session.debug`."""
+
+    def hook(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+        if session.debug:
+            sys.__excepthook__(kind, error, trace)
+        text = " ".join(f"{kind.__name__}: {error}".split())
+        sys.stderr.write(f"error[bug]: {text}. This is a bug in datastore; add --debug to see where, and report it.\n")
+
+    return hook
