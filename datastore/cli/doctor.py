@@ -48,7 +48,7 @@ class StorageProbe:
 @click.command(epilog=example("datastore doctor", "datastore doctor --url data/"))
 @click.option("--url", help="Also write, read and remove a probe of 32 MiB there, and test put-if-absent.")
 @json_option
-def doctor(url: str | None, as_json: bool) -> None:
+def doctor(*, url: str | None, as_json: bool) -> None:
     """Show versions, cores, memory, disk, devices and extras; with --url test a storage, too."""
     packages = {name: _version(name) for name in _REQUIRED}
     extras = {extra: {name: _version(name) for name in names} for extra, names in _EXTRAS.items()}
