@@ -1,0 +1,235 @@
+"""Storage in a folder of this machine: each key is one file below the root.
+
+A write goes to `.<name>.<random>.tmp` beside its target, is flushed to the disk, and only then gets its name: by
+`rename(2)` for `put`, by `link(2)` for `put_new`. The folder is flushed last, so what was acknowledged survives a
+power cut. The price is two flushes per write (some milliseconds); many tiny keys are slow, shards do not notice.
+A writer that was killed leaves at most a hidden temporary file, which no listing shows.
+"""
+
+import errno
+import os
+import stat
+import uuid
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from typing_extensions import Buffer, override
+
+from datastore.errors import DatastoreError
+from datastore.storage.base import Stat, Storage, check_key
+from datastore.storage.exclusive import Unsupported, name_if_free
+from datastore.storage.reasons import ABSENT, conflict, explain, missing, too_short
+
+__all__ = ["LocalStorage"]
+
+_MAX_IO_BYTES = 2**30
+"""Bytes per system call; Linux moves at most 2 GiB - 4 KiB at once."""
+
+_ATTEMPTS = 5
+"""How often a folder may vanish (emptied by a `delete`) between making and using it before we give up."""
+
+
+class LocalStorage(Storage):
+    """Stores each key as one file below `root`, which the first write creates."""
+
+    def __init__(self, root: Path) -> None:
+        self._base = str(root.absolute())
+        self._exclusive = True
+
+    @override
+    def __repr__(self) -> str:
+        return f"LocalStorage({self._base!r})"
+
+    @property
+    @override
+    def url(self) -> str:
+        return self._base
+
+    @property
+    @override
+    def exclusive(self) -> bool:
+        """True until a `put_new` finds that this file system has no step for it."""
+        return self._exclusive
+
+    @override
+    def get(self, key: str) -> bytes:
+        with self._errors(key), open(self._path(key), "rb", buffering=0) as file:
+            return file.readall()
+
+    @override
+    def get_ranges(self, key: str, ranges: Sequence[tuple[int, int]]) -> list[bytes]:
+        with self._open(key) as fd:
+            return [self._read(fd, key, start, stop) for start, stop in ranges]
+
+    @override
+    def read_into(self, key: str, start: int, target: Buffer) -> None:
+        with self._open(key) as fd:
+            self._fill(fd, key, start, memoryview(target).cast("B"))
+
+    @override
+    def put(self, key: str, *chunks: Buffer) -> None:
+        path = self._path(key)
+        with self._errors(key, writing=True), _staged(path, chunks) as staged:
+            os.replace(staged, path)
+
+    @override
+    def put_new(self, key: str, *chunks: Buffer) -> None:
+        path = self._path(key)
+        if os.path.lexists(path):
+            raise conflict(key=key, url=self._base)
+        with self._errors(key, writing=True), _staged(path, chunks) as staged:
+            try:
+                self._name_if_free(staged, path)
+            except FileExistsError:
+                raise conflict(key=key, url=self._base) from None
+
+    @override
+    def list(self, folder: str = "") -> Iterator[Stat]:
+        yield from self._walk(f"{check_key(folder)}/" if folder else "")
+
+    @override
+    def delete(self, key: str) -> None:
+        path = self._path(key)
+        try:
+            os.unlink(path)
+        except OSError as error:
+            if error.errno in ABSENT:
+                return
+            raise explain(error, key=key, url=self._base, writing=True) from None
+        # Empty folders would pile up under retention; the first one in use stops the climb by refusing to go.
+        with suppress(OSError):
+            for parent in Path(key).parents[:-1]:
+                os.rmdir(f"{self._base}/{parent}")
+
+    @override
+    def stat(self, key: str) -> Stat:
+        with self._errors(key):
+            found = os.stat(self._path(key))
+        if stat.S_ISDIR(found.st_mode):
+            raise missing(key=key, url=self._base)
+        return Stat(key=key, size_bytes=found.st_size, modified=found.st_mtime)
+
+    @override
+    def local_path(self, key: str) -> Path | None:
+        path = Path(self._path(key))
+        return path if path.is_file() else None
+
+    def _path(self, key: str) -> str:
+        return f"{self._base}/{check_key(key)}"
+
+    @contextmanager
+    def _errors(self, key: str, *, writing: bool = False) -> Iterator[None]:
+        """Turn what the kernel says inside the block into errors of ours."""
+        try:
+            yield
+        except DatastoreError:  # Some of ours are OSErrors, too.
+            raise
+        except OSError as error:
+            raise explain(error, key=key, url=self._base, writing=writing) from None
+
+    @contextmanager
+    def _open(self, key: str) -> Iterator[int]:
+        with self._errors(key):
+            fd = os.open(self._path(key), os.O_RDONLY | os.O_CLOEXEC)
+            try:
+                yield fd
+            finally:
+                os.close(fd)
+
+    def _read(self, fd: int, key: str, start: int, stop: int) -> bytes:
+        data = os.pread(fd, stop - start, start)
+        if len(data) == stop - start:
+            return data
+        whole = bytearray(stop - start)  # More than one system call moves, or the end: filling tells which.
+        self._fill(fd, key, start, memoryview(whole))
+        return bytes(whole)
+
+    def _fill(self, fd: int, key: str, start: int, rest: memoryview) -> None:
+        stop = start + len(rest)
+        while rest:
+            count = os.preadv(fd, [rest[:_MAX_IO_BYTES]], stop - len(rest))
+            if count == 0:
+                raise too_short(key=key, url=self._base, wanted_bytes=stop)
+            rest = rest[count:]
+
+    def _name_if_free(self, staged: str, path: str) -> None:
+        try:
+            name_if_free(staged, path)
+        except Unsupported:
+            self._exclusive = False
+            if os.path.lexists(path):
+                raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), path) from None
+            os.replace(staged, path)
+
+    def _walk(self, prefix: str) -> Iterator[Stat]:
+        """Yield the keys below `prefix` ("" or ending in "/"): `a.txt` sorts before `a/b`, as whole keys do."""
+        try:
+            with os.scandir(f"{self._base}/{prefix}") as entries:
+                found = sorted((f"{entry.name}/" if entry.is_dir() else entry.name, entry) for entry in entries)
+        except OSError as error:
+            if error.errno in ABSENT:
+                return
+            raise explain(error, key=prefix, url=self._base) from None
+        for name, entry in found:
+            if name.endswith("/"):
+                yield from self._walk(prefix + name)
+            elif not (name.startswith(".") and name.endswith(".tmp")):
+                with suppress(FileNotFoundError):  # Deleted since.
+                    facts = entry.stat()
+                    yield Stat(key=prefix + name, size_bytes=facts.st_size, modified=facts.st_mtime)
+
+
+@contextmanager
+def _staged(path: str, chunks: Sequence[Buffer]) -> Iterator[str]:
+    """Yield a hidden, flushed file beside `path` that holds the chunks; flush the folder once it has been named."""
+    folder, name = os.path.split(path)
+    staged = f"{folder}/.{name}.{uuid.uuid4().hex}.tmp"
+    fd = _create(folder, staged)
+    try:
+        try:
+            for chunk in chunks:
+                _write_all(fd, memoryview(chunk).cast("B"))
+            os.fdatasync(fd)
+        finally:
+            os.close(fd)
+        yield staged
+    finally:
+        with suppress(OSError):
+            os.unlink(staged)
+    _flush_folder(folder)
+
+
+def _create(folder: str, staged: str) -> int:
+    """Return a descriptor of the new file `staged`; make its folder if it is not there."""
+    for _ in range(_ATTEMPTS):
+        with suppress(FileNotFoundError):
+            return os.open(staged, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
+        with suppress(FileNotFoundError):
+            _make_folder(folder)
+    return os.open(staged, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
+
+
+def _write_all(fd: int, rest: memoryview) -> None:
+    while rest:
+        rest = rest[os.write(fd, rest[:_MAX_IO_BYTES]) :]
+
+
+def _make_folder(folder: str) -> None:
+    """Make `folder` and what is missing above it; flush the parent of each, or a power cut may take its name."""
+    if os.path.isdir(folder):
+        return
+    parent = os.path.dirname(folder)
+    _make_folder(parent)
+    with suppress(FileExistsError):
+        os.mkdir(folder)
+    _flush_folder(parent)
+
+
+def _flush_folder(folder: str) -> None:
+    with suppress(FileNotFoundError):  # A `delete` emptied it since, so there is no name left to keep.
+        fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            os.fsync(fd)
+        finally:
+            os.close(fd)

@@ -1,0 +1,109 @@
+"""Storage in the memory of this process, for tests and for trying things out.
+
+`memory://name` names the same bytes wherever it is opened in this process. Nothing survives the process, and no
+other process sees it: a forked worker gets a copy.
+"""
+
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from typing_extensions import Buffer, override
+
+from datastore.storage.base import Stat, Storage, check_key
+from datastore.storage.reasons import conflict, missing, too_short
+
+__all__ = ["MemoryStorage"]
+
+
+@dataclass(frozen=True, slots=True)
+class _Space:
+    """What is stored under one name: key -> (bytes, time of writing)."""
+
+    lock: threading.Lock = field(default_factory=threading.Lock)
+    values: dict[str, tuple[bytes, float]] = field(default_factory=dict)
+
+
+_spaces: dict[str, _Space] = {}
+"""Every name ever opened in this process. `dict.setdefault` is atomic, so it needs no lock of its own."""
+
+
+class MemoryStorage(Storage):
+    """The keys stored in this process under `name`."""
+
+    def __init__(self, name: str) -> None:
+        self._name = check_key(name)
+        self._space = _spaces.setdefault(name, _Space())
+
+    @override
+    def __repr__(self) -> str:
+        return f"MemoryStorage({self._name!r})"
+
+    @property
+    @override
+    def url(self) -> str:
+        return f"memory://{self._name}"
+
+    @property
+    @override
+    def exclusive(self) -> bool:
+        return True
+
+    @override
+    def get(self, key: str) -> bytes:
+        return self._find(key)[0]
+
+    @override
+    def get_ranges(self, key: str, ranges: Sequence[tuple[int, int]]) -> list[bytes]:
+        data = self.get(key)
+        return [bytes(self._cut(data, key, start, stop)) for start, stop in ranges]
+
+    @override
+    def read_into(self, key: str, start: int, target: Buffer) -> None:
+        view = memoryview(target).cast("B")
+        view[:] = self._cut(self.get(key), key, start, start + len(view))
+
+    @override
+    def put(self, key: str, *chunks: Buffer) -> None:
+        self._space.values[check_key(key)] = (b"".join(chunks), time.time())
+
+    @override
+    def put_new(self, key: str, *chunks: Buffer) -> None:
+        entry = (b"".join(chunks), time.time())
+        with self._space.lock:
+            if self._space.values.setdefault(check_key(key), entry) is not entry:
+                raise conflict(key=key, url=self.url)
+
+    @override
+    def list(self, folder: str = "") -> Iterator[Stat]:
+        prefix = f"{check_key(folder)}/" if folder else ""
+        for key, (data, written) in sorted(self._space.values.copy().items()):
+            if key.startswith(prefix):
+                yield Stat(key=key, size_bytes=len(data), modified=written)
+
+    @override
+    def delete(self, key: str) -> None:
+        self._space.values.pop(check_key(key), None)
+
+    @override
+    def stat(self, key: str) -> Stat:
+        data, written = self._find(key)
+        return Stat(key=key, size_bytes=len(data), modified=written)
+
+    @override
+    def local_path(self, key: str) -> Path | None:
+        check_key(key)
+        return None
+
+    def _find(self, key: str) -> tuple[bytes, float]:
+        entry = self._space.values.get(check_key(key))
+        if entry is None:
+            raise missing(key=key, url=self.url)
+        return entry
+
+    def _cut(self, data: bytes, key: str, start: int, stop: int) -> memoryview:
+        if stop > len(data):
+            raise too_short(key=key, url=self.url, wanted_bytes=stop)
+        return memoryview(data)[start:stop]

@@ -1,0 +1,166 @@
+"""From a URL, as a user types it, to the storage it names.
+
+A plain path and `file:///path` are a folder of this machine, `memory://name` lives in this process, and every other
+scheme goes to fsspec, which is imported only then. A URL below another one always names a part of the same bytes.
+"""
+
+import os
+import re
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from urllib.parse import unquote
+
+from typing_extensions import Buffer, override
+
+from datastore.errors import ConfigError
+from datastore.storage.base import Stat, Storage, check_key
+from datastore.storage.local import LocalStorage
+from datastore.storage.memory import MemoryStorage
+
+__all__ = ["Subfolder", "join_url", "open_storage", "strip_credentials"]
+
+_SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)://")
+_NAMED_LOGIN = {"arrow_hdfs", "ftp", "hdfs", "sftp", "smb", "ssh", "webhdfs"}
+"""Schemes whose URL needs the user's name; in all others whatever stands before `@` is a secret."""
+
+
+def open_storage(url: str | os.PathLike[str]) -> Storage:
+    """Return the storage that `url` names; nothing is read, written or connected to yet.
+
+    Raises:
+        ConfigError: the URL is empty or malformed, or no installed package knows its scheme.
+        DependencyError: the scheme is known, but its package is not installed.
+    """
+    text = os.fspath(url)
+    if not text.strip():
+        raise ConfigError("the URL is empty", hint="Name a path or a URL.")
+    if "::" in text:
+        raise ConfigError(
+            "chained URLs are not supported",
+            url=strip_credentials(text),
+            hint="Name the store itself: caching is built in.",
+        )
+    scheme, rest = _split(text)
+    if scheme == "":
+        return LocalStorage(Path(text).expanduser())
+    if scheme in {"file", "local"}:
+        return LocalStorage(_file_path(text, rest))
+    if scheme == "memory":
+        return _open_memory(text, rest)
+    from datastore.storage.remote import FsspecStorage  # noqa: PLC0415 - fsspec takes 50 ms to import
+
+    return FsspecStorage(text)
+
+
+def join_url(url: str | os.PathLike[str], *parts: str) -> str:
+    """Return the URL of `parts` below `url`.
+
+    >>> join_url("s3://bucket/books/", "shards", "ab")
+    's3://bucket/books/shards/ab'
+    """
+    base = os.fspath(url)
+    trimmed = base.rstrip("/")
+    if trimmed.endswith(":"):  # "s3://" or "file:///": the slashes are all there is.
+        trimmed = base.removesuffix("/")
+    return "/".join((trimmed, *(part.strip("/") for part in parts if part.strip("/")))) if any(parts) else base
+
+
+def strip_credentials(url: str) -> str:
+    """Return `url` without passwords, tokens and signatures, fit for messages and stored documents.
+
+    >>> strip_credentials("https://me:secret@host/data?sig=abc")
+    'https://host/data'
+    """
+    scheme, rest = _split(url)
+    if scheme in {"", "file", "local", "memory"}:
+        return url
+    host, slash, path = rest.partition("/")
+    login, at, host = host.rpartition("@")
+    user = login.partition(":")[0]
+    shown = f"{user}@{host}" if at and user and scheme in _NAMED_LOGIN else host
+    return re.split(r"[?#]", f"{url[: len(scheme)]}://{shown}{slash}{path}", maxsplit=1)[0]
+
+
+def _split(url: str) -> tuple[str, str]:
+    """Return the scheme in lower case ("" for a plain path) and what follows `://`."""
+    found = _SCHEME.match(url)
+    return (found[1].lower(), url[found.end() :]) if found else ("", url)
+
+
+def _file_path(url: str, rest: str) -> Path:
+    host, slash, path = rest.partition("/")
+    if host not in {"", "localhost"} or not slash:
+        raise ConfigError("a file URL has no host", url=url, hint="Write three slashes: file:///path, or a plain path.")
+    return Path(unquote(f"/{path}"))
+
+
+def _open_memory(url: str, rest: str) -> Storage:
+    name, _, path = rest.strip("/").partition("/")
+    if not name:
+        raise ConfigError("the URL names nothing", url=url, hint="Write memory://NAME.")
+    storage = MemoryStorage(name)
+    return Subfolder(storage, path.strip("/")) if path.strip("/") else storage
+
+
+class Subfolder(Storage):
+    """The keys of `storage` below `prefix`, seen as a storage of their own."""
+
+    def __init__(self, storage: Storage, prefix: str) -> None:
+        self._storage = storage
+        self._prefix = check_key(prefix)
+
+    @override
+    def __repr__(self) -> str:
+        return f"Subfolder({self._storage!r}, {self._prefix!r})"
+
+    @property
+    @override
+    def url(self) -> str:
+        return join_url(self._storage.url, self._prefix)
+
+    @property
+    @override
+    def exclusive(self) -> bool:
+        return self._storage.exclusive
+
+    @override
+    def get(self, key: str) -> bytes:
+        return self._storage.get(self._full(key))
+
+    @override
+    def get_ranges(self, key: str, ranges: Sequence[tuple[int, int]]) -> list[bytes]:
+        return self._storage.get_ranges(self._full(key), ranges)
+
+    @override
+    def read_into(self, key: str, start: int, target: Buffer) -> None:
+        self._storage.read_into(self._full(key), start, target)
+
+    @override
+    def put(self, key: str, *chunks: Buffer) -> None:
+        self._storage.put(self._full(key), *chunks)
+
+    @override
+    def put_new(self, key: str, *chunks: Buffer) -> None:
+        self._storage.put_new(self._full(key), *chunks)
+
+    @override
+    def list(self, folder: str = "") -> Iterator[Stat]:
+        cut = len(self._prefix) + 1
+        for found in self._storage.list(self._full(folder) if folder else self._prefix):
+            yield Stat(key=found.key[cut:], size_bytes=found.size_bytes, modified=found.modified)
+
+    @override
+    def delete(self, key: str) -> None:
+        self._storage.delete(self._full(key))
+
+    @override
+    def stat(self, key: str) -> Stat:
+        found = self._storage.stat(self._full(key))
+        return Stat(key=key, size_bytes=found.size_bytes, modified=found.modified)
+
+    @override
+    def local_path(self, key: str) -> Path | None:
+        return self._storage.local_path(self._full(key))
+
+    def _full(self, key: str) -> str:
+        return f"{self._prefix}/{check_key(key)}"
