@@ -1,0 +1,188 @@
+"""Every code block of README and docs/ runs, every link leads somewhere, every command is described.
+
+Blocks are told apart by their language: `sh` and `python` are run, `sql` goes through DuckDB, `toml` and `json` must
+parse, `text` is output or a drawing. A page whose first line holds `starts empty` runs in a folder with nothing but
+`src/`; any other finds there what the tutorial makes: `tok.json`, `data/code`, `run.toml` and `runs/first`.
+"""
+
+import json
+import os
+import re
+import shlex
+import shutil
+import tomllib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import click
+import pytest
+
+from datastore.cli.main import cli
+from datastore.cli.shell import Session, call
+
+ROOT = Path(__file__).parents[2]
+PAGES = sorted([ROOT / "README.md", *(ROOT / "docs").rglob("*.md")])
+FENCE = re.compile(r"^```(\w*)[^\n]*\n(.*?)^```\s*$", re.MULTILINE | re.DOTALL)
+LINK = re.compile(r"(?<!!)\[[^\]]*\]\(([^)\s]+)\)")
+RUN = """
+seed = 7
+
+[data]
+url = "data/code"
+seq_len = 64
+"""
+
+
+@dataclass(frozen=True)
+class Block:
+    """One fenced block of a page."""
+
+    language: str
+    text: str
+    line: int
+
+
+def blocks(page: Path) -> list[Block]:
+    text = page.read_text(encoding="utf-8")
+    return [Block(found[1], found[2], text.count("\n", 0, found.start()) + 1) for found in FENCE.finditer(text)]
+
+
+def name_of(page: Path) -> str:
+    return page.relative_to(ROOT).as_posix()
+
+
+def headings(page: Path) -> set[str]:
+    """Return the anchors that GitHub makes of the headings of `page`."""
+    prose = FENCE.sub("", page.read_text(encoding="utf-8"))
+    titles = re.findall(r"^#+ (.+)$", prose, re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles}
+
+
+def datastore(line: str) -> None:
+    """Run one command line in this process and expect success."""
+    assert call(cli, shlex.split(line, comments=True)[1:], Session()) == 0, line
+
+
+@pytest.fixture(scope="session")
+def tutorial(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with what the tutorial makes, small."""
+    folder = tmp_path_factory.mktemp("tutorial")
+    sources = folder / "src"
+    sources.mkdir()
+    for package in ("json", "email"):
+        shutil.copytree(Path(os.__file__).parent / package, sources / package, ignore=shutil.ignore_patterns("__pycache__"))
+    return folder
+
+
+@pytest.fixture
+def workspace(tutorial: Path, tmp_path: Path, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Path:
+    shutil.copytree(tutorial, tmp_path / "w")
+    monkeypatch.chdir(tmp_path / "w")
+    return tmp_path / "w"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name_of)
+def test_every_block_runs(page: Path, workspace: Path) -> None:
+    names: dict[str, object] = {"__name__": "__docs__"}
+    for block in blocks(page):
+        where = f"{name_of(page)}:{block.line}"
+        assert block.language in RUNNERS, f"{where}: a block needs one of the languages {', '.join(RUNNERS)}"
+        RUNNERS[block.language](block.text, names, where)
+
+
+def run_python(text: str, names: dict[str, object], where: str) -> None:
+    exec(compile(text, where, "exec"), names)  # noqa: S102 - that is what this test is for
+
+
+def run_shell(text: str, _names: dict[str, object], where: str) -> None:
+    for line in text.replace("\\\n", " ").splitlines():
+        words = shlex.split(line, comments=True)
+        if not words:
+            continue
+        if words[0] == "datastore":
+            datastore(line)
+        elif words[0].startswith("tools/"):
+            assert os.access(ROOT / words[0], os.X_OK), f"{where}: no such tool: {words[0]}"
+        elif words[0] == "pip":
+            check_install(words, where)
+        else:
+            pytest.fail(f"{where}: the tests cannot run {words[0]!r}")
+
+
+def check_install(words: list[str], where: str) -> None:
+    """Check that the extras named by a `pip install` line exist."""
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["optional-dependencies"]
+    named = [extra for word in words for extra in re.findall(r"\[(.*?)\]", word)]
+    for extra in ",".join(named).split(",") if named else []:
+        assert extra in extras, f"{where}: no such extra: {extra}"
+
+
+def run_sql(text: str, _names: dict[str, object], _where: str) -> None:
+    import duckdb
+
+    assert duckdb.sql(text).fetchall() is not None
+
+
+def check_toml(text: str, _names: dict[str, object], _where: str) -> None:
+    tomllib.loads(text)
+
+
+def check_json(text: str, _names: dict[str, object], _where: str) -> None:
+    json.loads(text)
+
+
+def check_nothing(_text: str, _names: dict[str, object], _where: str) -> None:
+    """A drawing or some output: there is nothing to run."""
+
+
+RUNNERS = {
+    "python": run_python,
+    "sh": run_shell,
+    "sql": run_sql,
+    "toml": check_toml,
+    "json": check_json,
+    "text": check_nothing,
+}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name_of)
+def test_every_link_leads_somewhere(page: Path) -> None:
+    for target in LINK.findall(FENCE.sub("", page.read_text(encoding="utf-8"))):
+        if target.startswith(("https://", "http://", "mailto:")):
+            continue
+        path, _, anchor = target.partition("#")
+        file = (page.parent / path).resolve() if path else page
+        assert file.exists(), f"{name_of(page)} links to {target}, which does not exist"
+        if anchor and file.suffix == ".md":
+            assert anchor in headings(file), f"{name_of(page)} links to {target}, but there is no such heading"
+
+
+def test_every_page_can_be_reached_from_the_index() -> None:
+    reached = {ROOT / "docs" / "index.md"}
+    waiting = list(reached)
+    while waiting:
+        page = waiting.pop()
+        targets = LINK.findall(page.read_text(encoding="utf-8"))
+        pages = {(page.parent / target.partition("#")[0]).resolve() for target in targets if "://" not in target}
+        fresh = {found for found in pages if found.suffix == ".md" and found.exists()} - reached
+        reached |= fresh
+        waiting.extend(fresh)
+    assert set(PAGES) - reached - {ROOT / "README.md"} == set()
+
+
+def test_the_readme_is_five_minutes() -> None:
+    assert len((ROOT / "README.md").read_text(encoding="utf-8").splitlines()) <= 120
+
+
+def commands(group: click.Group, path: str = "datastore") -> Iterator[tuple[str, click.Command]]:
+    for name, command in group.commands.items():
+        if isinstance(command, click.Group):
+            yield from commands(command, f"{path} {name}")
+        else:
+            yield f"{path} {name}", command
+
+
+@pytest.mark.parametrize("path", [path for path, _ in commands(cli)])
+def test_every_command_is_described(path: str) -> None:
+    assert f"## `{path}`" in (ROOT / "docs" / "commands.md").read_text(encoding="utf-8")
