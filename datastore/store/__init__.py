@@ -1,1 +1,3 @@
-"""TBD."""
+"""Versions of a dataset: segments of shards, commits, tags; opening, writing and verifying them."""
+
+__all__: list[str] = []

@@ -1,0 +1,241 @@
+"""The log of a dataset: one file per version, written with put-if-absent and read back after any error.
+
+A writer that is told "failed" may have succeeded (a lost acknowledgement), so an error decides nothing: what is
+stored under the version's key does. Mine: committed. Another's: rebase on it and try the next version. Absent: try
+the same version again, for only when its key is taken can my earlier attempt no longer land there.
+
+The newest version is found by reading, never by listing: from the hint upward in doubling steps, then by bisection.
+Versions have no gaps, and a commit is never removed.
+"""
+
+import logging
+import secrets
+import time
+import uuid
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
+from datetime import UTC, datetime
+from importlib.metadata import version as installed_version
+from threading import Event
+
+import msgspec
+
+from datastore.digest import sha256_hex
+from datastore.document import seal, unseal
+from datastore.errors import ConflictError, CorruptError, FormatError, MissingError, StorageError
+from datastore.storage.base import Storage
+from datastore.store.manifest import Commit, Hint, commit_key
+from datastore.store.single_writer import single_writer
+
+__all__ = ["HINT_KEY", "CommitLog", "commit_sha256", "utc_now", "writer_name"]
+
+HINT_KEY = "_log/_last"
+
+_FIRST_PAUSE_S = 0.005
+_LONGEST_PAUSE_S = 1.0
+
+_LOGGER = logging.getLogger(__name__)
+
+
+class CommitLog:
+    """The versions of one dataset; safe for any number of processes and threads where `exclusive` holds."""
+
+    def __init__(self, storage: Storage, *, exclusive: bool = True, patience_s: float = 120.0) -> None:
+        self.storage = storage
+        self.exclusive = exclusive and storage.exclusive
+        self.patience_s = patience_s
+
+    def newest(self) -> Commit | None:
+        """Return the newest version, or None if there is none yet. Three requests if the hint is fresh.
+
+        Raises:
+            CorruptError: a commit on the way is damaged, or the one that the hint names is gone.
+        """
+        low = self._hinted()
+        newest = self._find(low) if low else None
+        if low and newest is None:
+            raise CorruptError(
+                "a commit is gone",
+                where=commit_key(low),
+                hint=f"Restore it from a copy; or remove {HINT_KEY} to go on from the newest version that is left.",
+            )
+        step = 1
+        while (found := self._find(low + step)) is not None:
+            newest, low, step = found, low + step, step * 2
+        high = low + step
+        while high - low > 1:
+            middle = (low + high) // 2
+            found = self._find(middle)
+            if found is None:
+                high = middle
+            else:
+                newest, low = found, middle
+        return newest
+
+    def read(self, version: int) -> Commit:
+        """Return one version.
+
+        Raises:
+            MissingError: there is no such version; the message names the newest.
+            CorruptError: its file is damaged.
+        """
+        found = self._find(version) if version >= 1 else None
+        if found is None:
+            newest = self.newest()
+            raise MissingError(
+                "no such version",
+                url=self.storage.url,
+                version=version,
+                newest=newest.version if newest else None,
+                hint="Name a version that `datastore log` shows.",
+            )
+        return found
+
+    def history(self, newest: Commit) -> Iterator[Commit]:
+        """Yield `newest` and all versions before it, each checked against the sha256 that its successor holds.
+
+        Raises:
+            MissingError: a version is gone.
+            CorruptError: a version is damaged, or is not the one that its successor was built on.
+        """
+        commit = newest
+        yield commit
+        while commit.version > 1:
+            parent = self.read(commit.version - 1)
+            if commit_sha256(parent) != commit.parent_sha256:
+                raise CorruptError(
+                    "a commit is not the one that the next was built on",
+                    where=commit_key(parent.version),
+                    expected=commit.parent_sha256,
+                    found=commit_sha256(parent),
+                    hint="Restore it from a copy.",
+                )
+            commit = parent
+            yield commit
+
+    def append(self, build: Callable[[Commit | None], Commit]) -> Commit:
+        """Commit what `build` makes of the newest version, and return it as committed.
+
+        `build` is called again each time another writer was faster. It returns the next version without its
+        `version`, `parent_sha256` and `commit_id`, which are filled in here; or its argument: nothing to commit.
+
+        Raises:
+            ConflictError: other writers were faster until patience ran out; or, on storage that cannot exclude a
+                second writer, there is one.
+            StorageError: the storage failed and holds no commit of ours; nothing has changed.
+        """
+        commit_id = uuid.uuid4().hex
+        patience = _Patience(self.patience_s)
+        with nullcontext() if self.exclusive else single_writer(self.storage):
+            while True:
+                newest = self.newest()
+                draft = build(newest)
+                if newest is not None and draft is newest:
+                    return newest
+                commit = msgspec.structs.replace(
+                    draft,
+                    version=newest.version + 1 if newest else 1,
+                    parent_sha256=commit_sha256(newest) if newest else "",
+                    commit_id=commit_id,
+                )
+                if self._put(commit, patience):
+                    self._leave_hint(commit)
+                    return commit
+                patience.wait(commit_key(commit.version))
+
+    def _put(self, commit: Commit, patience: "_Patience") -> bool:
+        """Store `commit`; return whether it is the one that its version's key holds now."""
+        key, raw = commit_key(commit.version), seal(commit)
+        while True:
+            failure: ConflictError | StorageError | None = None
+            try:
+                if self.exclusive or self._find(commit.version) is None:
+                    self.storage.put_new(key, raw)
+                    if self.exclusive:
+                        return True
+            except (ConflictError, StorageError) as error:
+                failure = error
+            stored = self._read_back(commit.version, patience)
+            if stored is not None:
+                return stored.commit_id == commit.commit_id
+            if isinstance(failure, StorageError) and not failure.transient:
+                raise failure
+            patience.wait(key)
+
+    def _read_back(self, version: int, patience: "_Patience") -> Commit | None:
+        while True:
+            try:
+                return self._find(version)
+            except StorageError as error:
+                if not error.transient:
+                    raise StorageError(
+                        "a commit may or may not have been stored",
+                        where=commit_key(version),
+                        cause=str(error),
+                        hint="Open the dataset again when the storage answers: it holds the old or the new version.",
+                    ) from error
+            patience.wait(commit_key(version))
+
+    def _find(self, version: int) -> Commit | None:
+        key = commit_key(version)
+        try:
+            commit = unseal(Commit, self.storage.get(key), where=key)
+        except MissingError:
+            return None
+        if commit.version != version:
+            raise CorruptError(
+                "a commit lies under another version's name",
+                where=key,
+                version=commit.version,
+                hint="Restore this file from a copy.",
+            )
+        return commit
+
+    def _hinted(self) -> int:
+        """Return where the hint says to start; 0 if there is none or it is damaged, which costs a few more reads."""
+        try:
+            return unseal(Hint, self.storage.get(HINT_KEY), where=HINT_KEY).version
+        except (MissingError, CorruptError, FormatError):
+            return 0
+
+    def _leave_hint(self, commit: Commit) -> None:
+        try:
+            self.storage.put(HINT_KEY, seal(Hint(version=commit.version)))
+        except StorageError as error:
+            # The commit stands; without a hint the next reader gallops from an older one.
+            _LOGGER.warning("version %d is committed, but its hint was not written: %s", commit.version, error)
+
+
+class _Patience:
+    """Waits with exponential back-off and full jitter until a deadline."""
+
+    def __init__(self, limit_s: float) -> None:
+        self.deadline = time.monotonic() + limit_s
+        self.limit_s = limit_s
+        self.longest_s = _FIRST_PAUSE_S
+
+    def wait(self, key: str) -> None:
+        if time.monotonic() >= self.deadline:
+            raise ConflictError(
+                "could not commit in time",
+                where=key,
+                patience_s=self.limit_s,
+                hint="Nothing of this commit is visible. Try again when fewer writers are at work.",
+            )
+        Event().wait(secrets.SystemRandom().uniform(0, self.longest_s))
+        self.longest_s = min(self.longest_s * 2, _LONGEST_PAUSE_S)
+
+
+def commit_sha256(commit: Commit) -> str:
+    """Return the sha256 of the commit's file."""
+    return sha256_hex(seal(commit))
+
+
+def utc_now() -> str:
+    """Return the time as it stands in manifests: UTC, ISO 8601, microseconds."""
+    return datetime.now(UTC).isoformat(timespec="microseconds").replace("+00:00", "Z")
+
+
+def writer_name() -> str:
+    """Return the name and version of this package as they stand in commits."""
+    return f"datastore {installed_version('datastore')}"

@@ -1,0 +1,103 @@
+"""A dataset's identity: `datastore.json`, written once by whoever comes first."""
+
+import itertools
+import logging
+import uuid
+
+from datastore.document import seal, unseal
+from datastore.errors import ConfigError, ConflictError, FormatError, MissingError
+from datastore.storage.base import Storage
+from datastore.storage.probe import probe_exclusive
+from datastore.store.commits import utc_now
+from datastore.store.manifest import INFO_KEY, READABLE_FEATURES, DatasetInfo
+
+__all__ = ["create_dataset", "read_info"]
+
+_EARLY = {"shards", "docs", "tokenizers", "ingests"}
+"""Folders of ours that may be there before the dataset is: writers fill them first."""
+
+_LOOK_AT_KEYS = 1000
+"""A place with as many files of ours and no other is taken for an unfinished dataset without looking further."""
+
+_LOGGER = logging.getLogger(__name__)
+
+
+def create_dataset(storage: Storage) -> DatasetInfo:
+    """Return the dataset's identity, made now if there is none. Safe to call from several processes at once.
+
+    Raises:
+        ConfigError: the place holds something that is not a dataset.
+        FormatError, CorruptError: the dataset that is there cannot be written by this version, or is damaged.
+        StorageError: the place cannot be written.
+    """
+    info = _read(storage)
+    if info is not None:
+        return info
+    foreign = _foreign_key(storage)
+    if foreign:
+        raise ConfigError(
+            "the place holds something that is not a dataset",
+            url=storage.url,
+            found=foreign,
+            hint="Name an empty or a new folder.",
+        )
+    exclusive = probe_exclusive(storage)
+    if not exclusive:
+        _LOGGER.warning(
+            "%s does not keep put-if-absent: this dataset allows one writer at a time, and cannot enforce it",
+            storage.url,
+        )
+    info = DatasetInfo(uuid=uuid.uuid4().hex, created=utc_now(), exclusive=exclusive)
+    try:
+        storage.put_new(INFO_KEY, seal(info))
+    except ConflictError:
+        # Another process was faster; its uuid is the dataset's.
+        return read_info(storage)
+    return info
+
+
+def read_info(storage: Storage) -> DatasetInfo:
+    """Return the identity of the dataset in `storage`.
+
+    Raises:
+        MissingError: there is nothing.
+        FormatError: there is something else; or the dataset needs a newer version of this package.
+        CorruptError: `datastore.json` is damaged.
+    """
+    info = _read(storage)
+    if info is not None:
+        return info
+    found = next((stat.key for stat in storage.list()), "")
+    if found:
+        raise FormatError(
+            "not a dataset: it has no datastore.json",
+            url=storage.url,
+            found=found,
+            hint="Name the URL of a dataset.",
+        )
+    raise MissingError(
+        "no dataset there", url=storage.url, hint="Check the URL, or make one with `datastore ingest SOURCE --to URL`."
+    )
+
+
+def _read(storage: Storage) -> DatasetInfo | None:
+    try:
+        raw = storage.get(INFO_KEY)
+    except MissingError:
+        return None
+    info = unseal(DatasetInfo, raw, where=INFO_KEY)
+    unknown = sorted(set(info.features) - READABLE_FEATURES)
+    if unknown:
+        raise FormatError(
+            "the dataset uses features that this version does not know",
+            url=storage.url,
+            unknown=unknown,
+            hint="Install a newer datastore.",
+        )
+    return info
+
+
+def _foreign_key(storage: Storage) -> str:
+    """Return a key that no writer of a new dataset can have left, or ""."""
+    keys = (stat.key for stat in itertools.islice(storage.list(), _LOOK_AT_KEYS))
+    return next((key for key in keys if key.split("/")[0] not in _EARLY), "")

@@ -1,0 +1,184 @@
+"""A dataset at one version: what every reader starts from. It never changes; open again to see a newer version."""
+
+import os
+import re
+from collections.abc import Iterator
+from functools import cached_property
+from typing import Any
+
+import pyarrow as pa
+
+from datastore.errors import ConfigError, MissingError
+from datastore.formats.records import decode_schema
+from datastore.formats.tokens import Offsets, Tokens
+from datastore.storage.base import Storage
+from datastore.storage.resolve import open_storage
+from datastore.store.commits import CommitLog
+from datastore.store.create import read_info
+from datastore.store.manifest import Commit, DatasetInfo, Kind, Totals
+from datastore.store.opening import load_segments
+from datastore.store.segment import Segments
+from datastore.store.shards import read_documents, read_record_shard, read_token_shard
+from datastore.store.tags import read_tag
+from datastore.store.tokenizers import read_tokenizer
+
+__all__ = ["Dataset", "open_dataset", "split_reference"]
+
+_REFERENCE = re.compile(r"(?P<url>.*[^/@])@(?P<name>[A-Za-z0-9][A-Za-z0-9._-]*)", re.DOTALL)
+
+
+class Dataset:
+    """One version of a dataset; immutable, safe for any number of threads."""
+
+    def __init__(self, storage: Storage, *, info: DatasetInfo, commit: Commit) -> None:
+        self.storage = storage
+        self.info = info
+        self.commit = commit
+
+    def __repr__(self) -> str:
+        return f"Dataset({self.url!r}, version={self.version})"
+
+    @property
+    def url(self) -> str:
+        """Where it lies, without version and credentials."""
+        return self.storage.url
+
+    @property
+    def uuid(self) -> str:
+        """Names the dataset, wherever it lies."""
+        return self.info.uuid
+
+    @property
+    def version(self) -> int:
+        """The version that is open."""
+        return self.commit.version
+
+    @property
+    def kind(self) -> Kind:
+        """`tokens` or `records`."""
+        return self.commit.kind
+
+    @property
+    def totals(self) -> Totals:
+        """Shards, documents, tokens and bytes of this version."""
+        return self.commit.totals
+
+    @cached_property
+    def segments(self) -> Segments:
+        """All shards, in order, as columns.
+
+        Raises:
+            MissingError: a segment is gone.
+            CorruptError: a segment is damaged.
+        """
+        return load_segments(self.storage, self.commit)
+
+    def tokenizer(self) -> bytes | None:
+        """Return the exact `tokenizer.json`, or None if the dataset names none.
+
+        Raises:
+            MissingError: the file is gone.
+            CorruptError: the file is damaged.
+        """
+        return read_tokenizer(self.storage, self.commit.tokenizer) if self.commit.tokenizer else None
+
+    def token_shard(self, index: int) -> tuple[Tokens, Offsets]:
+        """Return all tokens of shard `index`, end to end, and its `documents + 1` offsets. The whole file is checked.
+
+        Raises:
+            MissingError: the file is gone.
+            CorruptError: the file is damaged.
+        """
+        self._require("tokens")
+        return read_token_shard(self.storage, self.segments.shard(index))
+
+    def documents(self, index: int) -> pa.Table:
+        """Return the documents of token shard `index`, as `DOCUMENTS_SCHEMA`.
+
+        Raises:
+            MissingError: the file is gone.
+            CorruptError: the file is damaged.
+        """
+        self._require("tokens")
+        return read_documents(self.storage, self.segments.shard(index))
+
+    @property
+    def schema(self) -> pa.Schema:
+        """The Arrow schema of a record dataset."""
+        self._require("records")
+        return decode_schema(self.commit.record_schema)
+
+    def record_shard(self, index: int) -> pa.Table:
+        """Return the rows of record shard `index`.
+
+        Raises:
+            MissingError: the file is gone.
+            CorruptError: the file is damaged.
+        """
+        self._require("records")
+        return read_record_shard(self.storage, self.segments.shard(index))
+
+    def to_arrow(self) -> pa.Table:
+        """Return all rows of a record dataset; mapped, not read, where the files are on this machine."""
+        self._require("records")
+        tables = [self.record_shard(index) for index in range(len(self.segments))]
+        return pa.concat_tables([self.schema.empty_table(), *tables])
+
+    def iter_records(self) -> Iterator[dict[str, Any]]:
+        """Yield the rows of a record dataset in order, one shard in memory at a time."""
+        self._require("records")
+        for index in range(len(self.segments)):
+            for batch in self.record_shard(index).to_batches():
+                yield from batch.to_pylist()
+
+    def _require(self, kind: Kind) -> None:
+        if self.kind != kind:
+            raise ConfigError(
+                f"the dataset holds {self.kind}, not {kind}", url=self.url, hint=f"Open a dataset of {kind}."
+            )
+
+
+def open_dataset(
+    url: str | os.PathLike[str] | Storage, *, version: int | None = None, tag: str | None = None
+) -> Dataset:
+    """Return a dataset at its newest version, at `version`, or at `tag`; a URL may end in `@version` or `@tag`.
+
+    Raises:
+        ConfigError: the URL is empty or unknown, or names a version and a tag.
+        MissingError: there is no dataset, no such version or no such tag.
+        FormatError: there is something else, or it was written by a newer version of this package.
+        CorruptError: what is needed to open it is damaged.
+    """
+    if not isinstance(url, Storage):
+        base, name = split_reference(os.fspath(url))
+        if name and (version is not None or tag is not None):
+            raise ConfigError("two versions are named", url=os.fspath(url), hint="Name one version or one tag.")
+        if name.isdecimal():
+            version = int(name)
+        elif name:
+            tag = name
+        url = open_storage(base)
+    if version is not None and tag is not None:
+        raise ConfigError("a version and a tag are named", version=version, tag=tag, hint="Name one of them.")
+    info = read_info(url)
+    log = CommitLog(url, exclusive=info.exclusive)
+    if tag is not None:
+        version = read_tag(url, tag).version
+    commit = log.newest() if version is None else log.read(version)
+    if commit is None:
+        raise MissingError(
+            "the dataset has no version yet", url=url.url, hint="Finish the ingest that was begun, by running it again."
+        )
+    return Dataset(url, info=info, commit=commit)
+
+
+def split_reference(url: str) -> tuple[str, str]:
+    """Return the URL without its `@version` or `@tag`, and that ("" if there is none).
+
+    >>> split_reference("s3://bucket/books@v1.0")
+    ('s3://bucket/books', 'v1.0')
+    >>> split_reference("sftp://me@host/books")
+    ('sftp://me@host/books', '')
+    """
+    found = _REFERENCE.fullmatch(url)
+    return (found["url"], found["name"]) if found else (url, "")

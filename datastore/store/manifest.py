@@ -1,0 +1,159 @@
+"""The documents of a dataset: what it is, one per version, one per tag.
+
+A `Commit` is self-contained: with its segments it names every byte of its version, so opening never replays a log.
+The price is that a commit repeats the list of segments, a few hundred bytes each; there are some twenty of them at
+a million shards.
+"""
+
+from typing import Annotated, Literal
+
+import msgspec
+
+from datastore.document import Document, Sealed
+
+__all__ = [
+    "INFO_KEY",
+    "READABLE_FEATURES",
+    "Commit",
+    "DatasetInfo",
+    "Hint",
+    "Kind",
+    "SegmentRef",
+    "Tag",
+    "TokenizerRef",
+    "Totals",
+    "commit_key",
+    "tag_key",
+    "tokenizer_key",
+]
+
+INFO_KEY = "datastore.json"
+
+READABLE_FEATURES: frozenset[str] = frozenset()
+"""Features of a dataset that this package knows; a dataset with any other one is refused, not misread."""
+
+Kind = Literal["tokens", "records"]
+Count = Annotated[int, msgspec.Meta(ge=0)]
+Version = Annotated[int, msgspec.Meta(ge=1)]
+Hex32 = Annotated[str, msgspec.Meta(pattern="^[0-9a-f]{32}$")]
+Sha256 = Annotated[str, msgspec.Meta(pattern="^[0-9a-f]{64}$")]
+Sha256OrNone = Annotated[str, msgspec.Meta(pattern="^([0-9a-f]{64})?$")]
+
+
+class DatasetInfo(Sealed, frozen=True, kw_only=True):
+    """`datastore.json`: written once, when the dataset is created."""
+
+    uuid: Hex32
+    """Names the dataset for good, wherever it is moved or copied to."""
+
+    created: str
+    """UTC, ISO 8601."""
+
+    exclusive: bool
+    """Whether the storage keeps put-if-absent; if not, the dataset allows one writer at a time."""
+
+    features: tuple[str, ...] = ()
+    """Names of what a reader must know beyond this format version."""
+
+
+class SegmentRef(Document, frozen=True, kw_only=True):
+    """A segment as its commit names it: the file's digest, and the sums over its shards."""
+
+    digest: Hex32
+    """xxh3_128 of the file `_segments/<digest>.arrow`."""
+
+    file_bytes: Count
+    shards: Count
+    documents: Count
+    tokens: Count
+    size_bytes: Count
+    """Size of its shards and of their documents files."""
+
+
+class Totals(Document, frozen=True, kw_only=True):
+    """Sums over all shards of a version."""
+
+    shards: Count = 0
+    documents: Count = 0
+    tokens: Count = 0
+    size_bytes: Count = 0
+    """Size of the shards and of their documents files."""
+
+
+class TokenizerRef(Document, frozen=True, kw_only=True):
+    """The tokenizer that made the tokens; its bytes lie in `tokenizers/<sha256>.json`."""
+
+    sha256: Sha256
+    vocab_size: Annotated[int, msgspec.Meta(ge=1)]
+    """One more than the largest id it can give."""
+
+    end_of_text: Count
+    """The id that ends each document."""
+
+
+class Commit(Sealed, frozen=True, kw_only=True):
+    """`_log/<version>.json`: one version of the dataset, whole."""
+
+    version: Version
+    parent_sha256: Sha256OrNone
+    """sha256 of the previous version's file, so that history cannot be changed unseen; empty in version 1."""
+
+    commit_id: Hex32
+    """A random name by which a writer recognizes its own commit after a lost acknowledgement."""
+
+    operation: str
+    """`create`, `append`, `overwrite`, ..."""
+
+    time: str
+    """UTC, ISO 8601, by the writer's clock."""
+
+    writer: str
+    kind: Kind
+    segments: tuple[SegmentRef, ...]
+    """All shards of this version, in order."""
+
+    totals: Totals
+    ingest_id: str = ""
+    """The ingest that made the new shards, if one did."""
+
+    config_digest: str = ""
+    """xxh3_128 of the settings of that ingest."""
+
+    tokenizer: TokenizerRef | None = None
+    record_schema: bytes = b""
+    """The Arrow schema of a record dataset, as an encapsulated IPC message."""
+
+    min_version: Version = 1
+    """The oldest version that can still be read."""
+
+
+class Tag(Sealed, frozen=True, kw_only=True):
+    """`refs/tags/<name>.json`: a name for one version."""
+
+    name: str
+    version: Version
+    commit_sha256: Sha256
+    """sha256 of that version's file."""
+
+    time: str
+
+
+class Hint(Sealed, frozen=True, kw_only=True):
+    """`_log/_last`: where to start looking for the newest version."""
+
+    version: Version
+
+
+def commit_key(version: int) -> str:
+    """Return the key of the commit of `version`: twenty digits, so that names sort like numbers."""
+    return f"_log/{version:020d}.json"
+
+
+def tag_key(name: str) -> str:
+    """Return the key of the tag `name`."""
+    return f"refs/tags/{name}.json"
+
+
+def tokenizer_key(sha256: str) -> str:
+    """Return the key of a tokenizer's bytes."""
+    return f"tokenizers/{sha256}.json"

@@ -1,0 +1,282 @@
+"""Segments: tables of shards, columnar, so that a million shards open without a million Python objects.
+
+A segment is an Arrow file named by the digest of its bytes: immutable, mapped when it is local, one record batch of
+at most 65,536 rows. An append writes a small one and merges the small ones before it (`merge_tail`), so there are
+about log4(65,536) = 8 small segments and N / 32,768 large ones at most.
+"""
+
+import bisect
+from collections.abc import Iterator, Sequence
+from functools import cached_property
+from typing import Annotated, Any, cast
+
+import msgspec
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.compute as pc
+from typing_extensions import Buffer
+
+from datastore.digest import digest_hex
+from datastore.document import Document
+from datastore.errors import CorruptError
+from datastore.store.manifest import Kind, SegmentRef
+
+__all__ = [
+    "BLOCK_BYTES",
+    "MAX_SEGMENT_SHARDS",
+    "SEGMENT_SCHEMA",
+    "Segments",
+    "ShardInfo",
+    "decode_segment",
+    "encode_segment",
+    "merge_tail",
+    "segment_key",
+    "segment_of",
+    "segment_ref",
+]
+
+BLOCK_BYTES = 2 * 2**20
+"""The unit of a range read and of a digest."""
+
+MAX_SEGMENT_SHARDS = 65_536
+
+_MERGE_RATIO = 4
+"""A segment at the tail is merged into the one after it if it has less than this many times its shards."""
+
+Count = Annotated[int, msgspec.Meta(ge=0)]
+Hex32 = Annotated[str, msgspec.Meta(pattern="^[0-9a-f]{32}$")]
+
+
+class ShardInfo(Document, frozen=True, kw_only=True):
+    """One shard: a row of a segment. Positions and sizes are bytes of its file."""
+
+    uid: Hex32
+    """Names the shard, and places it in the order of a run; made from what it was made from, never from its place."""
+
+    path: str
+    kind: Kind
+    dtype: str
+    """`uint16` or `uint32`; empty for records."""
+
+    documents: Count
+    """Rows."""
+
+    tokens: Count
+    size_bytes: Count
+    values_start: Count
+    """Where the flat tokens start."""
+
+    offsets_start: Count
+    """Where the `documents + 1` offsets start."""
+
+    offsets_dtype: str
+    block_bytes: Annotated[int, msgspec.Meta(ge=1)]
+    digest: bytes
+    """xxh3_128 of the file."""
+
+    block_digests: bytes
+    """xxh3_128 of each block, 16 bytes each; block `i` is file bytes `[i * block_bytes, (i + 1) * block_bytes)`."""
+
+    docs_path: str
+    """The documents file; empty for records."""
+
+    docs_bytes: Count
+    docs_digest: bytes
+    source_first: str
+    source_last: str
+    """First and last source in it, in the order of its documents."""
+
+
+_BINARY16 = pa.binary(16)
+_TYPES: dict[str, pa.DataType] = {
+    "uid": _BINARY16,
+    "path": pa.string(),
+    "kind": pa.string(),
+    "dtype": pa.string(),
+    "documents": pa.int64(),
+    "tokens": pa.int64(),
+    "size_bytes": pa.int64(),
+    "values_start": pa.int64(),
+    "offsets_start": pa.int64(),
+    "offsets_dtype": pa.string(),
+    "block_bytes": pa.int64(),
+    "digest": _BINARY16,
+    "docs_path": pa.string(),
+    "docs_bytes": pa.int64(),
+    "docs_digest": _BINARY16,
+    "source_first": pa.string(),
+    "source_last": pa.string(),
+    # Last in the file: everything before it is small, whatever the size of the shards.
+    "block_digests": pa.binary(),
+}
+
+SEGMENT_SCHEMA = pa.schema(pa.field(name, kind, nullable=False) for name, kind in _TYPES.items())
+"""The columns of a segment: the fields of `ShardInfo`, `uid` as 16 bytes."""
+
+
+def segment_key(digest: str) -> str:
+    """Return the key of the segment with that digest."""
+    return f"_segments/{digest}.arrow"
+
+
+def segment_of(shards: Sequence[ShardInfo]) -> pa.RecordBatch:
+    """Return `shards` as the rows of a segment."""
+    columns = {name: [getattr(shard, name) for shard in shards] for name in _TYPES}
+    columns["uid"] = [bytes.fromhex(uid) for uid in columns["uid"]]
+    columns["docs_digest"] = [digest or bytes(16) for digest in columns["docs_digest"]]
+    return pa.record_batch([pa.array(columns[name], kind) for name, kind in _TYPES.items()], schema=SEGMENT_SCHEMA)
+
+
+def encode_segment(batch: pa.RecordBatch) -> bytes:
+    """Return the file that holds `batch`."""
+    sink = pa.BufferOutputStream()
+    with pa.ipc.new_file(sink, SEGMENT_SCHEMA) as writer:
+        writer.write_batch(batch)
+    return sink.getvalue().to_pybytes()
+
+
+def decode_segment(raw: Buffer | pa.Buffer, *, where: str) -> pa.RecordBatch:
+    """Return the rows of a segment as views of `raw`. Its digest is the caller's to check first.
+
+    Raises:
+        CorruptError: not an Arrow file with one record batch of `SEGMENT_SCHEMA`, or a row that contradicts itself.
+    """
+    try:
+        reader = pa.ipc.open_file(raw if isinstance(raw, pa.Buffer) else pa.py_buffer(raw))
+        if reader.schema != SEGMENT_SCHEMA or reader.num_record_batches != 1:
+            raise CorruptError("not a segment: other columns", where=where, hint="Restore this file from a copy.")
+        batch = reader.get_batch(0)
+        batch.validate()
+    except (pa.ArrowException, OSError, ValueError, MemoryError) as error:
+        raise CorruptError(f"not a segment: {error}", where=where, hint="Restore this file from a copy.") from None
+    return batch
+
+
+def segment_ref(batch: pa.RecordBatch, raw: Buffer) -> SegmentRef:
+    """Return how a commit names the segment `batch`, whose file is `raw`."""
+
+    def total(name: str) -> int:
+        return int(_numbers(batch, name).sum())
+
+    return SegmentRef(
+        digest=digest_hex(raw),
+        file_bytes=memoryview(raw).nbytes,
+        shards=batch.num_rows,
+        documents=total("documents"),
+        tokens=total("tokens"),
+        size_bytes=total("size_bytes") + total("docs_bytes"),
+    )
+
+
+def merge_tail(segments: Sequence[int], added: int) -> int:
+    """Return how many segments at the end of `segments` (their sizes) to merge with `added` new shards.
+
+    Each shard is rewritten a few times on its way into a full segment: every merge of it at least grows its segment
+    by a quarter. Large segments are never rewritten for a small append.
+    """
+    merged, total = 0, added
+    for size in reversed(segments):
+        if size >= _MERGE_RATIO * total or size + total > MAX_SEGMENT_SHARDS:
+            break
+        merged, total = merged + 1, total + size
+    return merged
+
+
+class Segments:
+    """All shards of a version, in order; immutable, safe for any number of threads.
+
+    Columns are NumPy arrays over all shards: views of the mapped file when there is one segment.
+    """
+
+    def __init__(self, batches: Sequence[pa.RecordBatch]) -> None:
+        self.batches = tuple(batch for batch in batches if batch.num_rows)
+        ends = np.cumsum([batch.num_rows for batch in self.batches], dtype=np.int64)
+        self._ends: list[int] = ends.tolist()
+
+    def __len__(self) -> int:
+        return self._ends[-1] if self._ends else 0
+
+    def __iter__(self) -> Iterator[ShardInfo]:
+        return map(self.shard, range(len(self)))
+
+    def shard(self, index: int) -> ShardInfo:
+        """Return shard `index`.
+
+        Raises:
+            IndexError: there is no such shard.
+        """
+        if not 0 <= index < len(self):
+            raise IndexError(index)
+        place = bisect.bisect_right(self._ends, index)
+        batch = self.batches[place]
+        row: dict[str, Any] = batch.slice(index - self._ends[place] + batch.num_rows, 1).to_pylist()[0]
+        row["uid"] = row["uid"].hex()
+        return ShardInfo(**row)
+
+    @cached_property
+    def documents(self) -> npt.NDArray[np.int64]:
+        """Documents of each shard."""
+        return self._column("documents")
+
+    @cached_property
+    def tokens(self) -> npt.NDArray[np.int64]:
+        """Tokens of each shard."""
+        return self._column("tokens")
+
+    @cached_property
+    def size_bytes(self) -> npt.NDArray[np.int64]:
+        """Size of each shard's file."""
+        return self._column("size_bytes")
+
+    @cached_property
+    def values_start(self) -> npt.NDArray[np.int64]:
+        """Byte position of each shard's first token."""
+        return self._column("values_start")
+
+    @cached_property
+    def itemsize(self) -> npt.NDArray[np.int64]:
+        """Bytes per token of each shard: 2 or 4 (0 for records)."""
+        return self._concat([_itemsize(batch) for batch in self.batches], np.dtype(np.int64))
+
+    @cached_property
+    def uid64(self) -> npt.NDArray[np.uint64]:
+        """First 8 bytes of each shard's uid, big-endian: the number that its first 16 hex digits write."""
+        return self._concat([_uid64(batch) for batch in self.batches], np.dtype(np.uint64))
+
+    def digests_of(self, uids: Sequence[str]) -> dict[str, bytes]:
+        """Return the digests of those of `uids` that name a shard in here. O(shards), without an object per shard."""
+        wanted = pa.array([bytes.fromhex(uid) for uid in uids], _BINARY16)
+        found: dict[str, bytes] = {}
+        for batch in self.batches:
+            mask = pc.is_in(batch.column("uid"), value_set=wanted)
+            for row in batch.select(["uid", "digest"]).filter(mask).to_pylist():
+                found[row["uid"].hex()] = row["digest"]
+        return found
+
+    def _column(self, name: str) -> npt.NDArray[np.int64]:
+        return self._concat([_numbers(batch, name) for batch in self.batches], np.dtype(np.int64))
+
+    def _concat(self, parts: list[npt.NDArray[Any]], dtype: np.dtype[Any]) -> npt.NDArray[Any]:
+        if len(parts) == 1:
+            return parts[0]
+        return np.concatenate(parts) if parts else np.empty(0, dtype)
+
+
+def _numbers(batch: pa.RecordBatch, name: str) -> npt.NDArray[np.int64]:
+    return np.asarray(batch.column(name).to_numpy(zero_copy_only=True))
+
+
+def _itemsize(batch: pa.RecordBatch) -> npt.NDArray[np.int64]:
+    sizes = np.zeros(batch.num_rows, np.int64)
+    for dtype in ("uint16", "uint32"):
+        same = pc.equal(batch.column("dtype"), pa.scalar(dtype)).to_numpy(zero_copy_only=False)
+        sizes[same] = np.dtype(dtype).itemsize
+    return sizes
+
+
+def _uid64(batch: pa.RecordBatch) -> npt.NDArray[np.uint64]:
+    column = batch.column("uid")
+    raw = np.frombuffer(memoryview(cast("pa.Buffer", column.buffers()[1])), dtype=">u8")
+    raw = raw[: 2 * (column.offset + len(column))]
+    return np.asarray(raw[2 * column.offset :: 2], dtype=np.uint64)

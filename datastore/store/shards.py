@@ -1,0 +1,139 @@
+"""Shards on their way in and out of storage: each is written once, with its digests, and read against them."""
+
+import numpy as np
+import pyarrow as pa
+
+from datastore.digest import block_digests, digest_bytes, digest_hex
+from datastore.errors import ConfigError
+from datastore.formats.documents import decode_documents, encode_documents
+from datastore.formats.records import decode_records, encode_records
+from datastore.formats.tokens import Offsets, Tokens, decode_tokens, encode_tokens
+from datastore.storage.base import Storage
+from datastore.store.checked import read_checked
+from datastore.store.segment import BLOCK_BYTES, ShardInfo
+
+__all__ = [
+    "read_documents",
+    "read_record_shard",
+    "read_token_shard",
+    "shard_uid",
+    "write_record_shard",
+    "write_token_shard",
+]
+
+
+def shard_uid(task_id: str, index: int) -> str:
+    """Return the uid of shard `index` of a task: the same task makes the same shards, whoever runs it."""
+    return digest_hex(f"{task_id}/{index}".encode())
+
+
+def write_token_shard(
+    storage: Storage, *, uid: str, values: Tokens, offsets: Offsets, documents: pa.Table
+) -> ShardInfo:
+    """Store a token shard and its documents; return what a commit needs to know of it. Nothing shows before that.
+
+    Row `i` of `documents` (as `DOCUMENTS_SCHEMA`) describes `values[offsets[i]:offsets[i + 1]]`. Writing the same
+    shard again is no error: it has the same bytes.
+
+    Raises:
+        ConfigError: the rows do not match the offsets, or as `encode_tokens` and `encode_documents`.
+    """
+    encoded = encode_tokens(values, offsets)
+    counts = np.diff(offsets)
+    if documents.num_rows != counts.size or not np.array_equal(documents.column("tokens").to_numpy(), counts):
+        raise ConfigError(
+            "documents do not match the shard's rows",
+            uid=uid,
+            documents=documents.num_rows,
+            rows=counts.size,
+            hint="Row i of the documents describes row i of the shard, and counts its tokens.",
+        )
+    docs = encode_documents(documents)
+    docs_path = f"docs/{uid[:2]}/{uid}.parquet"
+    path = _shard_path(uid)
+    storage.put(docs_path, docs)
+    storage.put(path, encoded.data)
+    sources = documents.column("source")
+    layout = encoded.layout
+    return ShardInfo(
+        uid=uid,
+        path=path,
+        kind="tokens",
+        dtype=layout.dtype,
+        documents=layout.documents,
+        tokens=layout.tokens,
+        size_bytes=len(encoded.data),
+        values_start=layout.values_start,
+        offsets_start=layout.offsets_start,
+        offsets_dtype=layout.offsets_dtype,
+        block_bytes=BLOCK_BYTES,
+        digest=digest_bytes(encoded.data),
+        block_digests=block_digests(encoded.data, BLOCK_BYTES),
+        docs_path=docs_path,
+        docs_bytes=len(docs),
+        docs_digest=digest_bytes(docs),
+        source_first=str(sources[0]) if layout.documents else "",
+        source_last=str(sources[-1]) if layout.documents else "",
+    )
+
+
+def write_record_shard(storage: Storage, *, uid: str, table: pa.Table) -> ShardInfo:
+    """Store the rows of `table` as a record shard; return what a commit needs to know of it."""
+    data = encode_records(table)
+    path = _shard_path(uid)
+    storage.put(path, data)
+    return ShardInfo(
+        uid=uid,
+        path=path,
+        kind="records",
+        dtype="",
+        documents=table.num_rows,
+        tokens=0,
+        size_bytes=len(data),
+        values_start=0,
+        offsets_start=0,
+        offsets_dtype="",
+        block_bytes=BLOCK_BYTES,
+        digest=digest_bytes(data),
+        block_digests=block_digests(data, BLOCK_BYTES),
+        docs_path="",
+        docs_bytes=0,
+        docs_digest=bytes(16),
+        source_first="",
+        source_last="",
+    )
+
+
+def read_token_shard(storage: Storage, shard: ShardInfo) -> tuple[Tokens, Offsets]:
+    """Return the flat tokens and document offsets of a shard, all of it read and checked.
+
+    Raises:
+        MissingError: its file is gone.
+        CorruptError: its file is damaged.
+    """
+    return decode_tokens(read_checked(storage, shard.path, size_bytes=shard.size_bytes, digest=shard.digest))
+
+
+def read_record_shard(storage: Storage, shard: ShardInfo) -> pa.Table:
+    """Return the rows of a record shard, all of it read and checked.
+
+    Raises:
+        MissingError: its file is gone.
+        CorruptError: its file is damaged.
+    """
+    return decode_records(read_checked(storage, shard.path, size_bytes=shard.size_bytes, digest=shard.digest))
+
+
+def read_documents(storage: Storage, shard: ShardInfo) -> pa.Table:
+    """Return the documents of a token shard, one row per row of the shard.
+
+    Raises:
+        MissingError: their file is gone.
+        CorruptError: their file is damaged.
+    """
+    raw = read_checked(storage, shard.docs_path, size_bytes=shard.docs_bytes, digest=shard.docs_digest)
+    return decode_documents(raw)
+
+
+def _shard_path(uid: str) -> str:
+    return f"shards/{uid[:2]}/{uid}.arrow"

@@ -1,0 +1,78 @@
+"""Tags: names for versions. A tag is set once, unless it is replaced on purpose."""
+
+import re
+
+from datastore.document import seal, unseal
+from datastore.errors import ConfigError, ConflictError, MissingError
+from datastore.storage.base import Storage
+from datastore.store.commits import commit_sha256, utc_now
+from datastore.store.manifest import Commit, Tag, tag_key
+
+__all__ = ["list_tags", "read_tag", "remove_tag", "set_tag"]
+
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
+_FOLDER = "refs/tags"
+
+
+def set_tag(storage: Storage, name: str, commit: Commit, *, replace: bool = False) -> Tag:
+    """Give `commit` the name `name`.
+
+    Raises:
+        ConfigError: not a valid name.
+        ConflictError: the tag names another version, and `replace` is not set.
+    """
+    tag = Tag(name=_checked(name), version=commit.version, commit_sha256=commit_sha256(commit), time=utc_now())
+    if replace:
+        storage.put(tag_key(name), seal(tag))
+        return tag
+    try:
+        storage.put_new(tag_key(name), seal(tag))
+    except ConflictError:
+        present = read_tag(storage, name)
+        if (present.version, present.commit_sha256) != (tag.version, tag.commit_sha256):
+            raise ConflictError(
+                "the tag names another version",
+                tag=name,
+                version=present.version,
+                hint="Choose another name, or replace it on purpose.",
+            ) from None
+        return present
+    return tag
+
+
+def read_tag(storage: Storage, name: str) -> Tag:
+    """Return a tag.
+
+    Raises:
+        ConfigError: not a valid name.
+        MissingError: there is no such tag; the message has those that there are.
+        CorruptError: its file is damaged.
+    """
+    key = tag_key(_checked(name))
+    try:
+        return unseal(Tag, storage.get(key), where=key)
+    except MissingError:
+        raise MissingError(
+            "no such tag", url=storage.url, tag=name, tags=list_tags(storage)[:10], hint="Name a version or a tag."
+        ) from None
+
+
+def list_tags(storage: Storage) -> list[str]:
+    """Return the names of all tags, sorted."""
+    names = (stat.key.removeprefix(f"{_FOLDER}/") for stat in storage.list(_FOLDER))
+    return sorted(name.removesuffix(".json") for name in names if name.endswith(".json") and "/" not in name)
+
+
+def remove_tag(storage: Storage, name: str) -> None:
+    """Remove a tag; one that is not there is no error."""
+    storage.delete(tag_key(_checked(name)))
+
+
+def _checked(name: str) -> str:
+    if not _NAME.fullmatch(name) or name.isdecimal():
+        raise ConfigError(
+            "not a valid tag",
+            tag=name,
+            hint="Use letters, digits, '.', '_' and '-', at most 128, and not digits alone.",
+        )
+    return name

@@ -1,0 +1,178 @@
+"""Shards become visible: one commit names them all, or none of them.
+
+Shards are written first and nobody sees them. A commit on top of another writer's rebases: shards are appended in
+the order of the commits, and nothing that is there is touched, small segments at the end of the list apart, which
+are merged so that their number stays logarithmic.
+"""
+
+import logging
+from collections.abc import Sequence
+from typing import Literal
+
+import msgspec
+import pyarrow as pa
+
+from datastore.errors import ConfigError, ConflictError, StorageError
+from datastore.formats.records import encode_schema
+from datastore.storage.base import Storage
+from datastore.store.card import write_card
+from datastore.store.commits import CommitLog, utc_now, writer_name
+from datastore.store.create import create_dataset
+from datastore.store.manifest import Commit, SegmentRef, TokenizerRef, Totals
+from datastore.store.opening import load_segment, load_segments
+from datastore.store.segment import (
+    MAX_SEGMENT_SHARDS,
+    SEGMENT_SCHEMA,
+    ShardInfo,
+    encode_segment,
+    merge_tail,
+    segment_key,
+    segment_of,
+    segment_ref,
+)
+
+__all__ = ["Operation", "commit_records", "commit_shards"]
+
+Operation = Literal["append", "overwrite"]
+
+_LOGGER = logging.getLogger(__name__)
+
+
+def commit_shards(
+    storage: Storage,
+    shards: Sequence[ShardInfo],
+    *,
+    operation: Operation = "append",
+    ingest_id: str = "",
+    tokenizer: TokenizerRef | None = None,
+    config_digest: str = "",
+) -> Commit:
+    """Make token shards, already written, part of the dataset in `storage`; return the version that has them.
+
+    The dataset is created if it is not there. An append skips shards that the newest version has; if nothing is
+    left, there is nothing to commit, and the newest version is returned: the same call twice adds nothing.
+
+    Raises:
+        ConfigError: the shards or the tokenizer do not go together with what is there, or the place holds something else.
+        ConflictError: a shard has the uid but not the bytes of one that is there; or as `CommitLog.append`.
+        StorageError: the storage failed; nothing has changed.
+    """
+    draft = _draft(operation, ingest_id, config_digest)
+    return _publish(storage, shards, msgspec.structs.replace(draft, kind="tokens", tokenizer=tokenizer))
+
+
+def commit_records(
+    storage: Storage,
+    shards: Sequence[ShardInfo],
+    *,
+    schema: pa.Schema,
+    operation: Operation = "append",
+    ingest_id: str = "",
+    config_digest: str = "",
+) -> Commit:
+    """Make record shards, already written with `schema`, part of the dataset; otherwise as `commit_shards`."""
+    draft = _draft(operation, ingest_id, config_digest)
+    return _publish(
+        storage, shards, msgspec.structs.replace(draft, kind="records", record_schema=encode_schema(schema))
+    )
+
+
+def _draft(operation: Operation, ingest_id: str, config_digest: str) -> Commit:
+    """Return a commit that says who and why; the log and `_extended` fill in the rest."""
+    return Commit(
+        version=1,
+        parent_sha256="",
+        commit_id="",
+        operation=operation,
+        time=utc_now(),
+        writer=writer_name(),
+        kind="tokens",
+        segments=(),
+        totals=Totals(),
+        ingest_id=ingest_id,
+        config_digest=config_digest,
+    )
+
+
+def _publish(storage: Storage, shards: Sequence[ShardInfo], draft: Commit) -> Commit:
+    if len({shard.uid for shard in shards}) != len(shards):
+        raise ConfigError("the same shard is given twice", hint="Give each task its own id.")
+    if any(shard.kind != draft.kind for shard in shards):
+        raise ConfigError("shards of another kind", kind=draft.kind, hint="Commit tokens and records separately.")
+    info = create_dataset(storage)
+
+    def build(newest: Commit | None) -> Commit:
+        if newest is None:
+            return _extended(storage, msgspec.structs.replace(draft, operation="create"), kept=(), shards=shards)
+        if draft.operation == "overwrite":
+            return _extended(storage, draft, kept=(), shards=shards)
+        _check_fits(storage, newest, draft)
+        fresh = _without_present(storage, newest, shards)
+        return _extended(storage, draft, kept=newest.segments, shards=fresh) if fresh else newest
+
+    commit = CommitLog(storage, exclusive=info.exclusive).append(build)
+    try:
+        write_card(storage, info, commit)
+    except StorageError as error:
+        _LOGGER.warning("version %d is committed, but its card was not written: %s", commit.version, error)
+    return commit
+
+
+def _extended(storage: Storage, draft: Commit, *, kept: tuple[SegmentRef, ...], shards: Sequence[ShardInfo]) -> Commit:
+    """Return `draft` with the segments `kept`, those at their end merged, and stored new ones for `shards`."""
+    merged = merge_tail([ref.shards for ref in kept], len(shards))
+    rows = [load_segment(storage, ref) for ref in kept[len(kept) - merged :]]
+    if shards:
+        rows.append(segment_of(shards))
+    table = pa.Table.from_batches(rows, schema=SEGMENT_SCHEMA).combine_chunks()
+    refs = list(kept[: len(kept) - merged])
+    for start in range(0, table.num_rows, MAX_SEGMENT_SHARDS):
+        batch = table.slice(start, MAX_SEGMENT_SHARDS).to_batches()[0]
+        raw = encode_segment(batch)
+        ref = segment_ref(batch, raw)
+        storage.put(segment_key(ref.digest), raw)
+        refs.append(ref)
+    totals = Totals(
+        shards=sum(ref.shards for ref in refs),
+        documents=sum(ref.documents for ref in refs),
+        tokens=sum(ref.tokens for ref in refs),
+        size_bytes=sum(ref.size_bytes for ref in refs),
+    )
+    return msgspec.structs.replace(draft, segments=tuple(refs), totals=totals)
+
+
+def _check_fits(storage: Storage, newest: Commit, draft: Commit) -> None:
+    """Refuse to append what readers of the dataset could not read together with what is there."""
+    if newest.kind != draft.kind:
+        raise ConfigError(
+            f"the dataset holds {newest.kind}, not {draft.kind}",
+            url=storage.url,
+            hint="Name another URL, or overwrite it as a whole.",
+        )
+    if newest.tokenizer != draft.tokenizer:
+        raise ConfigError(
+            "the tokenizer is not the one of the dataset",
+            url=storage.url,
+            dataset=newest.tokenizer.sha256[:16] if newest.tokenizer else None,
+            given=draft.tokenizer.sha256[:16] if draft.tokenizer else None,
+            hint="Use the dataset's tokenizer, or name another URL.",
+        )
+    if newest.record_schema != draft.record_schema:
+        raise ConfigError(
+            "the records have another schema than the dataset",
+            url=storage.url,
+            hint="Write rows of the dataset's schema, or name another URL.",
+        )
+
+
+def _without_present(storage: Storage, newest: Commit, shards: Sequence[ShardInfo]) -> list[ShardInfo]:
+    """Return those of `shards` that `newest` does not have."""
+    present = load_segments(storage, newest).digests_of([shard.uid for shard in shards])
+    for shard in shards:
+        if present.get(shard.uid, shard.digest) != shard.digest:
+            raise ConflictError(
+                "a shard of that uid is there with other bytes",
+                uid=shard.uid,
+                hint="One task id must stand for one input; ingest under another id.",
+            )
+    return [shard for shard in shards if shard.uid not in present]
