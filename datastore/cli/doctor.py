@@ -87,7 +87,7 @@ def _version(package: str) -> str | None:
         return None
 
 
-def _machine() -> dict[str, str | int]:
+def _machine() -> dict[str, object]:
     from datastore.units import format_bytes
 
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
@@ -112,7 +112,7 @@ def _memory_limit_bytes() -> int | None:
     return int(text) if text.isdigit() else None
 
 
-def _device() -> dict[str, str]:
+def _device() -> dict[str, object]:
     import torch
 
     if not torch.cuda.is_available():
@@ -157,7 +157,7 @@ def _probe(url: str) -> StorageProbe:
 
 
 def _advice(
-    machine: dict[str, str | int], extras: dict[str, dict[str, str | None]], probe: StorageProbe | None
+    machine: dict[str, object], extras: dict[str, dict[str, str | None]], probe: StorageProbe | None
 ) -> list[str]:
     lines = [
         f"The extra '{extra}' is not installed: pip install 'datastore[{extra}]' brings {', '.join(versions)}."

@@ -26,11 +26,16 @@ def say(text: str = "") -> None:
 
 
 def say_json(value: object) -> None:
-    """Print `value` (dataclasses and numpy numbers included) as one JSON document."""
-    import orjson
+    """Print `value` as one JSON document: plain values, documents and frozen dataclasses."""
+    import msgspec
 
-    options = orjson.OPT_INDENT_2 | orjson.OPT_SERIALIZE_NUMPY | orjson.OPT_NON_STR_KEYS
-    say(orjson.dumps(value, option=options).decode())
+    say(msgspec.json.format(msgspec.json.encode(value, enc_hook=_plain), indent=2).decode())
+
+
+def _plain(value: object) -> object:
+    """Return a NumPy number as a Python one; paths and the like as text."""
+    item = getattr(value, "item", None)
+    return item() if callable(item) else str(value)
 
 
 def fields(values: Mapping[str, object]) -> None:

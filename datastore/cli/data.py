@@ -1,0 +1,161 @@
+"""The commands that look at a dataset, check it, and name a version of it."""
+
+from collections.abc import Iterator
+from itertools import islice
+from typing import TYPE_CHECKING
+
+import click
+
+from datastore.cli.output import fields, json_option, progress_bar, say, say_json, table
+from datastore.cli.shell import example
+
+if TYPE_CHECKING:  # pyarrow takes longer to load than most of these commands take to run.
+    from datastore.store.dataset import Dataset
+
+__all__ = ["COMMANDS"]
+
+URL = click.argument("url")
+
+
+@click.command(epilog=example("datastore show data/code", "datastore show data/code@1 --json"))
+@URL
+@json_option
+def show(*, url: str, as_json: bool) -> None:
+    """Show what the dataset at URL holds."""
+    from datastore.store.dataset import open_dataset
+    from datastore.units import format_bytes, format_count
+
+    dataset = open_dataset(url)
+    commit, totals, tokenizer = dataset.commit, dataset.totals, dataset.commit.tokenizer
+    tags = _tags(dataset)
+    if as_json:
+        facts = {"url": dataset.url, "uuid": dataset.uuid, "version": dataset.version, "kind": dataset.kind}
+        say_json(facts | {"totals": totals, "tokenizer": tokenizer, "tags": tags, "exclusive": dataset.info.exclusive})
+        return
+    fields(
+        {
+            "dataset": dataset.url,
+            "version": f"{dataset.version} ({commit.operation}, {commit.time}, {commit.writer})",
+            "tags": ", ".join(f"{name} -> {version}" for name, version in tags.items()) or None,
+            "holds": dataset.kind,
+            "documents": f"{totals.documents:,}",
+            "tokens": f"{totals.tokens:,} ({format_count(totals.tokens)})" if tokenizer else None,
+            "vocabulary": f"{tokenizer.vocab_size:,} ids; {tokenizer.end_of_text} ends a document"
+            if tokenizer
+            else None,
+            "tokenizer": f"sha256 {tokenizer.sha256[:16]}..." if tokenizer else None,
+            "schema": None if dataset.kind == "tokens" else ", ".join(f"{c.name}: {c.type}" for c in dataset.schema),
+            "shards": f"{totals.shards:,} ({format_bytes(totals.size_bytes)})",
+            "uuid": dataset.uuid,
+        }
+    )
+
+
+def _tags(dataset: "Dataset") -> dict[str, int]:
+    from datastore.store.tags import list_tags, read_tag
+
+    return {name: read_tag(dataset.storage, name).version for name in list_tags(dataset.storage)}
+
+
+@click.command(epilog=example("datastore ls data/code", "datastore ls data/code --documents --limit 5"))
+@URL
+@click.option("--documents", is_flag=True, help="List documents, with source and byte offset, instead of shards.")
+@click.option("--limit", type=click.IntRange(min=0), default=20, help="How many lines; 0 for all.")
+@json_option
+def ls(*, url: str, documents: bool, limit: int, as_json: bool) -> None:
+    """List the shards, or the documents, of the dataset at URL."""
+    from datastore.store.dataset import open_dataset
+
+    dataset = open_dataset(url)
+    shown = list(islice(_document_rows(dataset) if documents else _shard_rows(dataset), limit or None))
+    if as_json:
+        say_json(shown)
+        return
+    if shown:
+        table(tuple(shown[0]), [tuple(row.values()) for row in shown])
+    total = dataset.totals.documents if documents else dataset.totals.shards
+    if len(shown) < total:
+        say(f"... and {total - len(shown):,} more; --limit 0 lists all")
+
+
+def _shard_rows(dataset: "Dataset") -> Iterator[dict[str, object]]:
+    for shard in dataset.segments:
+        yield {
+            "shard": shard.path,
+            "documents": shard.documents,
+            "tokens": shard.tokens,
+            "bytes": shard.size_bytes,
+            "first_source": shard.source_first,
+            "last_source": shard.source_last,
+        }
+
+
+def _document_rows(dataset: "Dataset") -> Iterator[dict[str, object]]:
+    for index in range(len(dataset.segments)):
+        yield from dataset.documents(index).drop_columns(["digest"]).to_pylist()
+
+
+@click.command(epilog=example("datastore log data/code"))
+@URL
+@json_option
+def log(*, url: str, as_json: bool) -> None:
+    """List the versions of the dataset at URL, newest first; the chain of their sha256 is checked."""
+    from datastore.store.commits import CommitLog
+    from datastore.store.dataset import open_dataset
+
+    newest = open_dataset(url)
+    commits = list(CommitLog(newest.storage).history(newest.commit))
+    if as_json:
+        say_json(commits)
+        return
+    table(
+        ("version", "time", "operation", "documents", "tokens", "shards", "writer"),
+        [
+            (c.version, c.time, c.operation, c.totals.documents, c.totals.tokens, c.totals.shards, c.writer)
+            for c in commits
+        ],
+    )
+
+
+@click.command(epilog=example("datastore verify data/code"))
+@URL
+@json_option
+def verify(*, url: str, as_json: bool) -> int:
+    """Read every byte of the dataset at URL and name each bad block; exit with 1 if there is one."""
+    from datastore.store.dataset import open_dataset
+    from datastore.store.verify import verify as verify_dataset
+    from datastore.units import format_bytes
+
+    dataset = open_dataset(url)
+    with progress_bar("verify") as progress:
+        report = verify_dataset(dataset, progress=progress)
+    if as_json:
+        say_json(report)
+        return 1 if report.bad else 0
+    for bad in report.bad:
+        say(f"bad: {bad.path}, block {bad.block}: {bad.reason}")
+    result = f"{len(report.bad):,} bad blocks" if report.bad else "every byte is as it was written"
+    say(f"{report.files:,} files, {format_bytes(report.bytes)}: {result}")
+    return 1 if report.bad else 0
+
+
+@click.command(epilog=example("datastore tag data/code v1", "datastore show data/code@v1"))
+@URL
+@click.argument("name")
+@click.option("--replace", is_flag=True, help="Move a tag that names another version.")
+@click.option("--delete", is_flag=True, help="Remove the tag instead; versions stay.")
+def tag(*, url: str, name: str, replace: bool, delete: bool) -> None:
+    """Give the newest version of the dataset at URL (or URL@version) the name NAME."""
+    from datastore.store.dataset import open_dataset
+    from datastore.store.tags import remove_tag, set_tag
+
+    dataset = open_dataset(url)
+    if delete:
+        remove_tag(dataset.storage, name)
+        say(f"removed the tag {name}")
+        return
+    set_tag(dataset.storage, name, dataset.commit, replace=replace)
+    say(f"{dataset.url}@{name} is version {dataset.version}")
+
+
+COMMANDS = (show, ls, log, verify, tag)
