@@ -23,6 +23,7 @@ __all__ = [
     "TokenizerRef",
     "Totals",
     "commit_key",
+    "sum_refs",
     "tag_key",
     "tokenizer_key",
 ]
@@ -142,6 +143,16 @@ class Hint(Sealed, frozen=True, kw_only=True):
     """`_log/_last`: where to start looking for the newest version."""
 
     version: Version
+
+
+def sum_refs(refs: tuple[SegmentRef, ...]) -> Totals:
+    """Return the sums over all shards of `refs`."""
+    return Totals(
+        shards=sum(ref.shards for ref in refs),
+        documents=sum(ref.documents for ref in refs),
+        tokens=sum(ref.tokens for ref in refs),
+        size_bytes=sum(ref.size_bytes for ref in refs),
+    )
 
 
 def commit_key(version: int) -> str:

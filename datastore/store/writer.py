@@ -18,7 +18,7 @@ from datastore.storage.base import Storage
 from datastore.store.card import write_card
 from datastore.store.commits import CommitLog, utc_now, writer_name
 from datastore.store.create import create_dataset
-from datastore.store.manifest import Commit, SegmentRef, TokenizerRef, Totals
+from datastore.store.manifest import Commit, SegmentRef, TokenizerRef, Totals, sum_refs
 from datastore.store.opening import load_segment, load_segments
 from datastore.store.segment import (
     MAX_SEGMENT_SHARDS,
@@ -132,13 +132,7 @@ def _extended(storage: Storage, draft: Commit, *, kept: tuple[SegmentRef, ...], 
         ref = segment_ref(batch, raw)
         storage.put(segment_key(ref.digest), raw)
         refs.append(ref)
-    totals = Totals(
-        shards=sum(ref.shards for ref in refs),
-        documents=sum(ref.documents for ref in refs),
-        tokens=sum(ref.tokens for ref in refs),
-        size_bytes=sum(ref.size_bytes for ref in refs),
-    )
-    return msgspec.structs.replace(draft, segments=tuple(refs), totals=totals)
+    return msgspec.structs.replace(draft, segments=tuple(refs), totals=sum_refs(tuple(refs)))
 
 
 def _check_fits(storage: Storage, newest: Commit, draft: Commit) -> None:
