@@ -1,0 +1,134 @@
+"""What a storage library raised, as an error of ours that says whether to try again, and never shows a secret.
+
+Each fsspec backend has its own tree of errors (botocore, aiohttp, gcsfs, azure ...), and most are not installed here. So
+they are told apart by what they carry - an errno, an HTTP status, the name of a base class - and never imported.
+
+After a `put_new` whose answer was lost nobody knows whether it happened; such an error is `transient`, and its caller
+reads the key back.
+"""
+
+import errno
+import re
+from collections.abc import Iterable
+
+from datastore.errors import DatastoreError, MissingError, StorageError
+from datastore.storage.reasons import conflict, explain, missing
+
+__all__ = ["http_status", "scrub", "translate"]
+
+_NO_CREDENTIALS = {
+    "ClientAuthenticationError",
+    "DefaultCredentialsError",
+    "NoCredentialsError",
+    "PartialCredentialsError",
+    "ProfileNotFound",
+    "RefreshError",
+    "TokenRetrievalError",
+}
+_NETWORK = {
+    ("aiohttp", "ClientError"),
+    ("azure", "ServiceRequestError"),
+    ("azure", "ServiceResponseError"),
+    ("botocore", "ConnectionError"),
+    ("botocore", "HTTPClientError"),
+    ("botocore", "ResponseParserError"),
+    ("gcsfs", "ChecksumError"),
+    ("google", "TransportError"),
+    ("paramiko", "SSHException"),
+    ("requests", "RequestException"),
+    ("urllib3", "HTTPError"),
+}
+"""(top-level module, base class) of errors that mean the network, not the request."""
+
+_PATH_ERRORS = (FileNotFoundError, FileExistsError, IsADirectoryError, NotADirectoryError)
+
+_CERTAIN = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.ENAMETOOLONG}
+"""After these nothing was written, and trying again does not help."""
+
+_BUSY = {408, 409, 425, 429}
+_CREDENTIAL = re.compile(
+    r"([\w-]*(?:signature|sig|token|secret|password|credential|key(?:id)?)=)[^&\s'\")]+", re.IGNORECASE
+)
+
+
+def translate(
+    error: Exception, *, key: str, url: str, writing: bool = False, creating: bool = False, secrets: Iterable[str] = ()
+) -> DatastoreError:
+    """Return the error of ours for `error`.
+
+    `creating` is a `put_new`: then every failure that does not prove that nothing was written is transient, which
+    tells the caller to read the key back.
+    """
+    if isinstance(error, DatastoreError):
+        return error
+    status = http_status(error)
+    if creating and (isinstance(error, FileExistsError) or status == 412):
+        return conflict(key=key, url=url)
+    if isinstance(error, _PATH_ERRORS) or status == 404:
+        return _misplaced(error, key=key, url=url, writing=writing)
+    if _is_denied(error, status):
+        return StorageError(
+            "access denied", key=key, url=url, hint="Check the credentials, and what they are allowed to do there."
+        )
+    if isinstance(error, OSError) and error.errno in _CERTAIN:
+        return explain(error, key=key, url=url, writing=writing)
+    transient = creating or _is_passing(error, status)
+    hint = "Try again." if transient else "Check the URL, the endpoint and the rights there."
+    return StorageError(_reason(error, secrets), key=key, url=url, transient=transient, hint=hint)
+
+
+def http_status(error: BaseException) -> int | None:
+    """Return the HTTP status that `error`, or what caused it, carries."""
+    for candidate in (error, error.__cause__):
+        response = getattr(candidate, "response", None)
+        found = response.get("ResponseMetadata", {}).get("HTTPStatusCode") if isinstance(response, dict) else None
+        for value in (found, *(getattr(candidate, name, None) for name in ("status", "status_code", "code"))):
+            if isinstance(value, int | str) and str(value).isdigit() and 100 <= int(value) < 600:
+                return int(value)
+    return None
+
+
+def scrub(text: str, secrets: Iterable[str] = ()) -> str:
+    """Return `text` on one line, without the secrets and without anything that looks like a signed query."""
+    for secret in secrets:
+        text = text.replace(secret, "***")
+    return " ".join(_CREDENTIAL.sub(r"\1***", text).split()).rstrip(".")
+
+
+def _misplaced(error: Exception, *, key: str, url: str, writing: bool) -> DatastoreError:
+    if not writing:
+        return missing(key=key, url=url)
+    if "NoSuchUpload" in f"{error}{error.__cause__}":  # Completed twice: the first answer was lost.
+        return StorageError(
+            "the upload is gone", key=key, url=url, transient=True, hint="Read the key back, or try again."
+        )
+    if not isinstance(error, FileNotFoundError) and isinstance(error, _PATH_ERRORS):
+        return StorageError("a file and a folder would share a name", key=key, url=url, hint="Choose another name.")
+    return MissingError("nothing can be written there", key=key, url=url, hint="Make the bucket or folder first.")
+
+
+def _is_denied(error: Exception, status: int | None) -> bool:
+    # gcsfs reports 403 as a bare OSError with this word; s3fs and adlfs raise PermissionError.
+    forbidden = isinstance(error, OSError) and str(error).startswith("Forbidden")
+    return (
+        isinstance(error, PermissionError) or forbidden or status in {401, 403} or bool(_NO_CREDENTIALS & _names(error))
+    )
+
+
+def _is_passing(error: Exception, status: int | None) -> bool:
+    if status is not None and (status in _BUSY or status >= 500):
+        return True
+    if isinstance(error, TimeoutError | ConnectionError):
+        return True
+    if isinstance(error, OSError) and error.errno is not None:
+        # EREMOTEIO is what s3fs makes of an InternalError, EBUSY of SlowDown.
+        return error.errno == errno.EREMOTEIO or bool(explain(error, key="", url="", writing=True).values["transient"])
+    return any((kind.__module__.partition(".")[0], kind.__name__) in _NETWORK for kind in type(error).__mro__)
+
+
+def _names(error: Exception) -> set[str]:
+    return {kind.__name__ for kind in type(error).__mro__}
+
+
+def _reason(error: Exception, secrets: Iterable[str]) -> str:
+    return f"the backend failed: {type(error).__name__}: {scrub(str(error), secrets)}".removesuffix(": ")
