@@ -1,1 +1,1 @@
-"""TBD."""
+"""Bytes by key, on any URL: the only place that knows fsspec."""
