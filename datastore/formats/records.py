@@ -77,12 +77,13 @@ def _cut(table: pa.Table) -> Iterator[pa.Table]:
 
 
 def check_schema(table: pa.Table, schema: pa.Schema) -> pa.Table:
-    """Return `table` with exactly the columns of `schema`.
+    """Return `table` with exactly the columns of `schema`, in its order.
 
     Raises:
         ConfigError: a column is missing, unexpected, or of a type that cannot become the other without loss.
     """
     try:
-        return table.cast(schema)
+        ordered = table.select(schema.names) if set(table.column_names) == set(schema.names) else table
+        return ordered.cast(schema)
     except (pa.ArrowException, ValueError) as error:
         raise ConfigError(f"rows do not fit the schema: {error}", hint="Write rows of the dataset's schema.") from None

@@ -132,12 +132,7 @@ class CommitLog:
                 draft = build(newest)
                 if newest is not None and draft is newest:
                     return newest
-                commit = msgspec.structs.replace(
-                    draft,
-                    version=newest.version + 1 if newest else 1,
-                    parent_sha256=commit_sha256(newest) if newest else "",
-                    commit_id=commit_id,
-                )
+                commit = _after(newest, msgspec.structs.replace(draft, commit_id=commit_id))
                 if self._put(commit, patience):
                     self._leave_hint(commit)
                     return commit
@@ -224,6 +219,16 @@ class _Patience:
             )
         Event().wait(secrets.SystemRandom().uniform(0, self.longest_s))
         self.longest_s = min(self.longest_s * 2, _LONGEST_PAUSE_S)
+
+
+def _after(newest: Commit | None, draft: Commit) -> Commit:
+    """Return `draft` as the version that follows `newest`, as it will be read back."""
+    commit = msgspec.structs.replace(
+        draft,
+        version=newest.version + 1 if newest else 1,
+        parent_sha256=commit_sha256(newest) if newest else "",
+    )
+    return unseal(Commit, seal(commit), where=commit_key(commit.version))
 
 
 def commit_sha256(commit: Commit) -> str:

@@ -1,0 +1,91 @@
+"""One writer at a time where put-if-absent does not hold."""
+
+import threading
+import time
+import uuid
+
+import pytest
+from typing_extensions import Buffer, override
+
+from datastore.document import seal, unseal
+from datastore.errors import ConflictError
+from datastore.storage.memory import MemoryStorage
+from datastore.store.create import create_dataset
+from datastore.store.dataset import open_dataset
+from datastore.store.manifest import INFO_KEY, DatasetInfo
+from datastore.store.single_writer import LEASE_KEY, WriterLease, single_writer
+from datastore.testing.datasets import make_dataset
+
+
+class Careless(MemoryStorage):
+    """A gateway that takes the condition of an exclusive write and ignores it."""
+
+    def __init__(self) -> None:
+        super().__init__(uuid.uuid4().hex)
+
+    @property
+    @override
+    def exclusive(self) -> bool:
+        return False
+
+    @override
+    def put_new(self, key: str, *chunks: Buffer) -> None:
+        self.put(key, *chunks)
+
+
+def test_creating_a_dataset_finds_out_and_says_so(caplog: pytest.LogCaptureFixture) -> None:
+    storage = Careless()
+    assert not create_dataset(storage).exclusive
+    assert "one writer at a time" in caplog.text
+    assert not unseal(DatasetInfo, storage.get(INFO_KEY), where=INFO_KEY).exclusive
+
+
+def test_one_writer_after_another_is_fine() -> None:
+    storage = Careless()
+    make_dataset(storage, [[1, 2]], name="first")
+    assert make_dataset(storage, [[3]], name="second").version == 2
+    assert len(open_dataset(storage).segments) == 2
+
+
+def test_a_second_writer_is_refused_while_the_first_is_at_work() -> None:
+    storage = Careless()
+    make_dataset(storage, [[1, 2]], name="first")
+    with single_writer(storage), pytest.raises(ConflictError, match="another writer is at work"):
+        make_dataset(storage, [[3]], name="second")
+    assert open_dataset(storage).version == 1
+
+
+def test_the_lease_of_a_writer_that_died_runs_out() -> None:
+    storage = Careless()
+    storage.put(LEASE_KEY, seal(WriterLease(writer_id="gone", expires=time.time() - 1)))
+    with single_writer(storage):
+        pass
+
+
+def test_a_damaged_lease_holds_nobody_back() -> None:
+    storage = Careless()
+    storage.put(LEASE_KEY, b"{}")
+    with single_writer(storage):
+        pass
+
+
+def test_of_writers_that_start_together_at_most_one_goes_on() -> None:
+    storage = Careless()
+    entered: list[int] = []
+    gate = threading.Barrier(8)
+
+    def work(index: int) -> None:
+        gate.wait()
+        try:
+            with single_writer(storage):
+                entered.append(index)
+                time.sleep(0.5)
+        except ConflictError:
+            return
+
+    threads = [threading.Thread(target=work, args=(index,)) for index in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(entered) == 1
