@@ -1,1 +1,1 @@
-"""TBD."""
+"""Which samples come when, and how they get into memory; see docs/order.md."""
