@@ -21,12 +21,14 @@ def load_settings(kind: type[D], path: Path, overrides: Sequence[str] = ()) -> D
 
     Raises:
         MissingError: there is no such file.
-        ConfigError: not TOML; or an unknown key, a wrong type or a value out of range, with its path.
+        ConfigError: it cannot be read or is not TOML; or an unknown key, a wrong type or a value out of range, with its path.
     """
     try:
         table = tomllib.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise MissingError("no such file", file=str(path), hint="Name a TOML file that exists.") from None
+    except OSError as error:
+        raise ConfigError(f"the file cannot be read: {error.strerror}", file=str(path), hint="Check it.") from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ConfigError(f"not a TOML file: {error}", file=str(path), hint="Correct that line.") from None
     return settings_from(kind, table, overrides=overrides, where=str(path))

@@ -36,7 +36,7 @@ def format_bytes(count: float) -> str:
     """
     for unit, size in reversed(_BINARY.items()):
         if abs(count) >= size and unit != "B":
-            return f"{count / size:.3g} {unit}" if count / size < 1000 else f"{count / size:.0f} {unit}"
+            return f"{_three_digits(count / size)} {unit}"
     return f"{count:.0f} B"
 
 
@@ -48,8 +48,8 @@ def format_count(count: float) -> str:
     """
     for suffix, size in (("T", 1e12), ("G", 1e9), ("M", 1e6), ("k", 1e3)):
         if abs(count) >= size:
-            return f"{count / size:.3g} {suffix}" if count / size < 1000 else f"{count / size:.0f} {suffix}"
-    return f"{count:.0f}" if float(count).is_integer() else f"{count:.3g}"
+            return f"{_three_digits(count / size)} {suffix}"
+    return f"{count:.0f}" if float(count).is_integer() else _three_digits(count)
 
 
 def format_seconds(seconds: float) -> str:
@@ -58,12 +58,17 @@ def format_seconds(seconds: float) -> str:
     >>> format_seconds(200)
     '3 min 20 s'
     """
-    if seconds < 1:
+    if seconds < 0.9995:
         return f"{seconds * 1000:.0f} ms"
-    if seconds < 60:
+    if seconds < 59.95:
         return f"{seconds:.1f} s"
     minutes, rest = divmod(round(seconds), 60)
     if minutes < 60:
         return f"{minutes} min {rest} s"
     hours, minutes = divmod(minutes, 60)
     return f"{hours} h {minutes} min"
+
+
+def _three_digits(value: float) -> str:
+    """Return `value` with three digits, or as a whole number from 1,000 on, where `.3g` would write 1e+03."""
+    return f"{value:.3g}" if abs(value) < 999.5 else f"{value:.0f}"

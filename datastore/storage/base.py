@@ -14,6 +14,7 @@ Promises every backend keeps:
 Promise 2 is what commits rest on. POSIX gives it through `link(2)`, S3 through `If-None-Match: *`.
 """
 
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +25,9 @@ from typing_extensions import Buffer
 from datastore.errors import ConfigError
 
 __all__ = ["Stat", "Storage", "check_key"]
+
+_BAD_KEY = re.compile(r"[\\\x00-\x1f\ud800-\udfff]|(?:\A|/)(?:\.{0,2}|\.(?:[^/]*\.)?tmp)(?:/|\Z)")
+"""A bad character anywhere, or a part that is empty, dots, or a temporary name."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,10 +117,9 @@ def check_key(key: str) -> str:
     """Return `key` if it is a plain relative path that cannot leave the root.
 
     Raises:
-        ConfigError: empty, absolute, with an empty, `.`, `..` or hidden-temporary part, a backslash or a control character.
+        ConfigError: empty or absolute; a part that is empty, `.`, `..` or named like an unfinished write (`.*.tmp`); a
+            backslash, a control character or a half surrogate, which not every backend can store.
     """
-    parts = key.split("/")
-    bad = any(part in {"", ".", ".."} or (part.startswith(".") and part.endswith(".tmp")) for part in parts)
-    if bad or "\\" in key or any(ord(character) < 32 for character in key):
+    if _BAD_KEY.search(key):
         raise ConfigError("not a valid key", key=key, hint="Use a relative path of plain names, parted by '/'.")
     return key

@@ -34,7 +34,7 @@ T = TypeVar("T")
 
 _WRITERS = 8
 _PROCESSES = 4
-_OUTSIDE = ("", "/etc/passwd", "../up", "a/../../up", "a//b", "a/", "./a", "a/.b.tmp", "a\\b", "a\nb", "a\0b")
+_OUTSIDE = ("", "/etc/passwd", "../up", "a/../../up", "a//b", "a/", "./a", "a/.b.tmp", "a\\b", "a\nb", "a\0b", "\ud800")
 
 
 class StorageContract:
@@ -270,7 +270,7 @@ class StorageContract:
 
     def test_a_key_that_leaves_the_root_is_refused(self, storage: Storage) -> None:
         for key in _OUTSIDE:
-            writes = [
+            writes: list[Callable[[], object]] = [
                 partial(storage.put, key, b"x"),
                 partial(storage.put_new, key, b"x"),
                 partial(storage.delete, key),
