@@ -3,6 +3,7 @@
 import itertools
 import logging
 import uuid
+from contextlib import suppress
 
 from datastore.document import seal, unseal
 from datastore.errors import ConfigError, ConflictError, FormatError, MissingError
@@ -48,12 +49,10 @@ def create_dataset(storage: Storage) -> DatasetInfo:
             storage.url,
         )
     info = DatasetInfo(uuid=uuid.uuid4().hex, created=utc_now(), exclusive=exclusive)
-    try:
+    # If another process is faster, its uuid is the dataset's.
+    with suppress(ConflictError):
         storage.put_new(INFO_KEY, seal(info))
-    except ConflictError:
-        # Another process was faster; its uuid is the dataset's.
-        return read_info(storage)
-    return info
+    return read_info(storage)
 
 
 def read_info(storage: Storage) -> DatasetInfo:

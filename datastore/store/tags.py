@@ -21,12 +21,14 @@ def set_tag(storage: Storage, name: str, commit: Commit, *, replace: bool = Fals
         ConfigError: not a valid name.
         ConflictError: the tag names another version, and `replace` is not set.
     """
-    tag = Tag(name=_checked(name), version=commit.version, commit_sha256=commit_sha256(commit), time=utc_now())
+    key = tag_key(_checked(name))
+    raw = seal(Tag(name=name, version=commit.version, commit_sha256=commit_sha256(commit), time=utc_now()))
+    tag = unseal(Tag, raw, where=key)
     if replace:
-        storage.put(tag_key(name), seal(tag))
+        storage.put(key, raw)
         return tag
     try:
-        storage.put_new(tag_key(name), seal(tag))
+        storage.put_new(key, raw)
     except ConflictError:
         present = read_tag(storage, name)
         if (present.version, present.commit_sha256) != (tag.version, tag.commit_sha256):

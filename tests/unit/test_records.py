@@ -1,0 +1,156 @@
+"""Writing records: one commit at the end of the block, or none."""
+
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+
+import pyarrow as pa
+import pytest
+
+from datastore.errors import ConfigError
+from datastore.storage.base import Storage
+from datastore.storage.local import LocalStorage
+from datastore.storage.memory import MemoryStorage
+from datastore.store import records
+from datastore.store.dataset import open_dataset
+from datastore.store.records import RecordWriter, writer
+from datastore.store.verify import verify
+from datastore.testing.datasets import make_dataset
+
+SCHEMA = pa.schema({"text": pa.string(), "stars": pa.int64()})
+ROWS = [{"text": "one", "stars": 1}, {"text": "zwei ä", "stars": None}]
+
+
+@pytest.fixture(params=["local", "memory"])
+def storage(request: pytest.FixtureRequest, tmp_path: Path) -> Storage:
+    return LocalStorage(tmp_path / "set") if request.param == "local" else MemoryStorage(uuid.uuid4().hex)
+
+
+@pytest.fixture
+def small_shards(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(records, "_SHARD_BYTES", 1000)
+
+
+def many(rows: int) -> Iterator[dict]:
+    return ({"text": f"row {index}", "stars": index} for index in range(rows))
+
+
+def interrupted(out: RecordWriter, error: BaseException) -> None:
+    out.write(many(500))
+    raise error
+
+
+@pytest.mark.parametrize(
+    "given",
+    [ROWS, tuple(ROWS), pa.Table.from_pylist(ROWS, SCHEMA), pa.RecordBatch.from_pylist(ROWS, SCHEMA)],
+    ids=["list", "tuple", "table", "batch"],
+)
+def test_rows_come_back_in_whatever_form_they_were_given(storage: Storage, given: object) -> None:
+    with writer(storage, schema=SCHEMA) as out:
+        out.write(given)  # type: ignore[arg-type]
+    assert out.commit is not None
+    dataset = open_dataset(storage)
+    assert dataset.commit == out.commit
+    assert (dataset.kind, dataset.totals.documents, dataset.schema) == ("records", 2, SCHEMA)
+    assert list(dataset.iter_records()) == ROWS
+    assert dataset.to_arrow().to_pylist() == ROWS
+
+
+def test_rows_may_be_given_one_by_one_and_the_first_decides_the_schema(storage: Storage) -> None:
+    with writer(storage) as out:
+        for row in ROWS:
+            out.write(row)
+    assert open_dataset(storage).schema.equals(SCHEMA)
+
+
+@pytest.mark.usefixtures("small_shards")
+def test_an_exception_in_the_block_leaves_nothing(storage: Storage) -> None:
+    out = writer(storage, schema=SCHEMA)
+    with pytest.raises(OSError, match="broken"), out:
+        interrupted(out, OSError("broken"))
+    assert [stat.key for stat in storage.list()] == ["datastore.json"]
+
+
+@pytest.mark.usefixtures("small_shards")
+def test_an_exception_leaves_the_version_before(storage: Storage) -> None:
+    with writer(storage, schema=SCHEMA) as out:
+        out.write(many(500))
+    before = sorted(stat.key for stat in storage.list())
+    out = writer(storage)
+    with pytest.raises(KeyboardInterrupt), out:
+        interrupted(out, KeyboardInterrupt())
+    assert sorted(stat.key for stat in storage.list()) == before
+    assert verify(open_dataset(storage)).ok
+
+
+@pytest.mark.usefixtures("small_shards")
+def test_many_rows_become_many_shards_in_order(storage: Storage) -> None:
+    with writer(storage) as out:
+        out.write(many(300))
+        out.write(many(300))
+    dataset = open_dataset(storage)
+    assert dataset.version == 1
+    assert len(dataset.segments) > 5
+    assert list(dataset.iter_records()) == [*many(300), *many(300)]
+
+
+def test_a_second_block_appends_and_may_leave_out_the_schema(storage: Storage) -> None:
+    for _ in range(2):
+        with writer(storage) as out:
+            out.write(ROWS)
+    dataset = open_dataset(storage)
+    assert dataset.version == 2
+    assert list(dataset.iter_records()) == ROWS + ROWS
+
+
+def test_an_overwrite_may_change_the_schema(storage: Storage) -> None:
+    with writer(storage) as out:
+        out.write(ROWS)
+    with writer(storage, operation="overwrite") as out:
+        out.write({"n": 1})
+    assert list(open_dataset(storage).iter_records()) == [{"n": 1}]
+    assert list(open_dataset(storage, version=1).iter_records()) == ROWS
+
+
+def test_no_rows_are_a_dataset_if_the_schema_is_known(storage: Storage) -> None:
+    with writer(storage, schema=SCHEMA):
+        pass
+    assert open_dataset(storage).to_arrow().schema.equals(SCHEMA)
+    assert list(open_dataset(storage).iter_records()) == []
+
+
+def test_no_rows_and_no_schema_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="no schema is known"), writer(tmp_path / "set") as out:
+        out.write([])
+
+
+@pytest.mark.parametrize(
+    "row",
+    [{"text": "x"}, {"text": "x", "stars": 1, "more": 2}, {"text": "x", "stars": "many"}, {"text": 5, "stars": 1}, {}],
+    ids=["missing column", "unknown column", "wrong type", "number as text", "nothing"],
+)
+def test_a_row_that_does_not_fit_is_refused_and_the_block_may_go_on(storage: Storage, row: dict) -> None:
+    with writer(storage, schema=SCHEMA) as out:
+        out.write(ROWS)
+        with pytest.raises(ConfigError):
+            out.write([ROWS[0], row])
+    assert list(open_dataset(storage).iter_records()) == ROWS
+
+
+def test_another_schema_than_the_dataset_s_is_refused_before_any_row(storage: Storage) -> None:
+    with writer(storage) as out:
+        out.write(ROWS)
+    with pytest.raises(ConfigError, match="another schema"):
+        writer(storage, schema=pa.schema({"text": pa.string()}))
+
+
+def test_records_are_not_appended_to_tokens(storage: Storage) -> None:
+    make_dataset(storage, [[1]])
+    with pytest.raises(ConfigError, match="tokens, not records"):
+        writer(storage, schema=SCHEMA)
+
+
+def test_a_place_that_holds_something_else_is_refused(storage: Storage) -> None:
+    storage.put("notes.txt", b"x")
+    with pytest.raises(ConfigError, match="not a dataset"):
+        writer(storage, schema=SCHEMA)

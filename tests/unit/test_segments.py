@@ -1,0 +1,109 @@
+"""Segments: columns over all shards, without an object for each."""
+
+from itertools import pairwise
+
+import numpy as np
+import pyarrow as pa
+import pytest
+
+from datastore.errors import CorruptError
+from datastore.store.segment import SEGMENT_SCHEMA, Segments, ShardInfo, decode_segment, encode_segment, segment_of
+
+
+def shard(index: int, *, dtype: str = "uint16") -> ShardInfo:
+    uid = f"{index * 0x9E3779B97F4A7C15 % 2**128:032x}"
+    return ShardInfo(
+        uid=uid,
+        path=f"shards/{uid[:2]}/{uid}.arrow",
+        kind="tokens",
+        dtype=dtype,
+        documents=index % 7,
+        tokens=100 * index,
+        size_bytes=1000 + index,
+        values_start=640,
+        offsets_start=576,
+        offsets_dtype="int32",
+        block_bytes=2**21,
+        digest=index.to_bytes(16, "big"),
+        block_digests=bytes(16) * (index % 3),
+        docs_path=f"docs/{uid[:2]}/{uid}.parquet",
+        docs_bytes=index,
+        docs_digest=index.to_bytes(16, "little"),
+        source_first="a",
+        source_last="b",
+    )
+
+
+SHARDS = [shard(index, dtype="uint32" if index % 2 else "uint16") for index in range(10)]
+
+
+@pytest.fixture(params=[[10], [3, 0, 6, 1]], ids=["one segment", "several"])
+def segments(request: pytest.FixtureRequest) -> Segments:
+    edges = np.cumsum([0, *request.param])
+    return Segments([segment_of(SHARDS[a:b]) for a, b in pairwise(edges)])
+
+
+def test_each_shard_comes_back_as_it_went_in(segments: Segments) -> None:
+    assert list(segments) == SHARDS
+    assert len(segments) == len(SHARDS)
+
+
+@pytest.mark.parametrize("index", [-1, 10, 1000])
+def test_a_shard_that_is_not_there_is_an_index_error(segments: Segments, index: int) -> None:
+    with pytest.raises(IndexError):
+        segments.shard(index)
+
+
+def test_columns_are_the_fields_of_the_shards(segments: Segments) -> None:
+    assert segments.tokens.tolist() == [shard.tokens for shard in SHARDS]
+    assert segments.documents.tolist() == [shard.documents for shard in SHARDS]
+    assert segments.size_bytes.tolist() == [shard.size_bytes for shard in SHARDS]
+    assert segments.values_start.tolist() == [shard.values_start for shard in SHARDS]
+    assert segments.itemsize.tolist() == [np.dtype(shard.dtype).itemsize for shard in SHARDS]
+
+
+def test_uid64_is_the_number_that_the_first_16_digits_write(segments: Segments) -> None:
+    assert segments.uid64.dtype == np.uint64
+    assert segments.uid64.tolist() == [int(shard.uid[:16], 16) for shard in SHARDS]
+
+
+def test_known_uids_are_found_with_their_digests(segments: Segments) -> None:
+    wanted = [SHARDS[0].uid, SHARDS[9].uid, "f" * 32]
+    assert segments.digests_of(wanted) == {shard.uid: shard.digest for shard in (SHARDS[0], SHARDS[9])}
+
+
+def test_no_shards_have_empty_columns() -> None:
+    empty = Segments([])
+    assert len(empty) == 0
+    assert empty.tokens.size == empty.uid64.size == empty.itemsize.size == 0
+    assert empty.digests_of([SHARDS[0].uid]) == {}
+
+
+def test_the_columns_of_a_mapped_segment_are_views_of_it() -> None:
+    raw = pa.py_buffer(encode_segment(segment_of(SHARDS)))
+    tokens = Segments([decode_segment(raw, where="here")]).tokens
+    assert raw.address < tokens.ctypes.data < raw.address + raw.size
+
+
+@pytest.mark.parametrize(
+    "raw",
+    [
+        b"",
+        b"ARROW1",
+        encode_segment(segment_of(SHARDS))[:-100],
+        b"no arrow at all",
+    ],
+    ids=["nothing", "magic", "cut", "text"],
+)
+def test_what_is_not_a_segment_is_said_to_be_none(raw: bytes) -> None:
+    with pytest.raises(CorruptError, match="not a segment"):
+        decode_segment(raw, where="here")
+
+
+def test_other_columns_are_no_segment() -> None:
+    sink = pa.BufferOutputStream()
+    batch = segment_of(SHARDS).select(SEGMENT_SCHEMA.names[1:])
+    with pa.ipc.new_file(sink, batch.schema) as writer:
+        writer.write_batch(batch)
+    with pytest.raises(CorruptError, match="other columns"):
+        decode_segment(sink.getvalue().to_pybytes(), where="here")
