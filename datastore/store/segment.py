@@ -235,6 +235,11 @@ class Segments:
         return self._column("values_start")
 
     @cached_property
+    def block_bytes(self) -> npt.NDArray[np.int64]:
+        """Bytes per block of each shard's file; the last block may be shorter."""
+        return self._column("block_bytes")
+
+    @cached_property
     def itemsize(self) -> npt.NDArray[np.int64]:
         """Bytes per token of each shard: 2 or 4 (0 for records)."""
         return self._concat([_itemsize(batch) for batch in self.batches], np.dtype(np.int64))
