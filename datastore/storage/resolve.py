@@ -20,8 +20,8 @@ from datastore.storage.memory import MemoryStorage
 __all__ = ["Subfolder", "join_url", "open_storage", "strip_credentials"]
 
 _SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)://")
-_NAMED_LOGIN = {"arrow_hdfs", "ftp", "hdfs", "sftp", "smb", "ssh", "webhdfs"}
-"""Schemes whose URL needs the user's name; in all others whatever stands before `@` is a secret."""
+_NAMED_LOGIN = {"abfs", "abfss", "arrow_hdfs", "ftp", "hdfs", "oci", "sftp", "smb", "ssh", "webhdfs"}
+"""Schemes whose URL needs the name before `@` (a user, a container); in all others whatever stands there is a secret."""
 
 
 def open_storage(url: str | os.PathLike[str]) -> Storage:

@@ -94,7 +94,7 @@ def test_a_wrong_override_is_named(overrides: list[str], message: str) -> None:
 
 
 def test_a_file_that_is_not_there_is_named(tmp_path: Path) -> None:
-    with pytest.raises(MissingError, match="nowhere.toml"):
+    with pytest.raises(MissingError, match=r"nowhere\.toml"):
         load_settings(Outer, tmp_path / "nowhere.toml")
 
 
