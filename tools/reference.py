@@ -1,0 +1,74 @@
+"""Write docs/commands.md, the page of all commands, from what the command line says of itself.
+
+`python tools/reference.py` writes it; with `--check` it exits with 1 if the page is not what would be written.
+"""
+
+import inspect
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import click
+
+from datastore.cli.main import cli
+
+PAGE = Path(__file__).resolve().parent.parent / "docs" / "commands.md"
+HEAD = """\
+# Commands
+
+What `datastore COMMAND --help` says, on one page. `python tools/reference.py` writes it; a test runs every example.
+
+Everything that reports takes `--json` and then prints one JSON document on stdout. Progress goes to stderr, if that is a
+terminal. Every command takes `--debug`, which shows the traceback of an error.
+
+| exit code | meaning |
+|---|---|
+| 0 | done |
+| 1 | failed; one line on stderr says what to do |
+| 2 | wrong use: an option, an argument or a setting |
+| 3 | more input was rejected than the limit allows; nothing was committed |
+| 130 | interrupted; the same command goes on |
+"""
+
+
+def reference() -> str:
+    """Return the page."""
+    return "\n".join([HEAD, *(section(path, command) for path, command in commands(cli, "datastore"))])
+
+
+def commands(group: click.Group, path: str) -> Iterator[tuple[str, click.Command]]:
+    """Yield every command below `group` with its full name, in alphabetical order."""
+    for name, command in sorted(group.commands.items()):
+        if isinstance(command, click.Group):
+            yield from commands(command, f"{path} {name}")
+        else:
+            yield f"{path} {name}", command
+
+
+def section(path: str, command: click.Command) -> str:
+    """Return the part of the page about one command."""
+    context = click.Context(command, info_name=path)
+    usage = " ".join(command.collect_usage_pieces(context))
+    lines = [f"## `{path}`", "", inspect.cleandoc(command.help or "").replace("\b\n", ""), ""]
+    lines += ["```text", f"{path} {usage}", "```", ""]
+    options = [parameter for parameter in command.params if isinstance(parameter, click.Option)]
+    rows = [
+        record for option in options if (record := option.get_help_record(context)) and "--debug" not in option.opts
+    ]
+    if rows:
+        lines += [
+            "| option | |",
+            "|---|---|",
+            *(f"| `{flags}` | {told} |".replace("|None", "") for flags, told in rows),
+            "",
+        ]
+    examples = [line.strip() for line in (command.epilog or "").splitlines()[2:]]
+    return "\n".join([*lines, "```sh", *examples, "```", ""])
+
+
+if __name__ == "__main__":
+    text = reference()
+    if "--check" not in sys.argv:
+        PAGE.write_text(text, encoding="utf-8")
+    elif PAGE.read_text(encoding="utf-8") != text:
+        sys.exit("docs/commands.md is not what the command line says: run python tools/reference.py")
