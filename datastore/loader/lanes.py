@@ -24,6 +24,9 @@ __all__ = ["I64", "Cells", "LaneGrid", "Windows", "lane_grid", "van_der_corput"]
 
 I64 = npt.NDArray[np.int64]
 
+_KEPT_SLOTS = 2**17
+"""Slots of windows kept at least: 256 KiB, so that a few short lanes are planned as fast as many long ones."""
+
 _BUILD_NUMBERS = 2**15
 """Numbers hashed at a time when windows are built: 256 KiB, which stays in a core's cache."""
 
@@ -102,7 +105,7 @@ def lane_grid(*, samples: int, lanes: int, window: int, seed: int) -> LaneGrid:
 
 
 class Windows:
-    """The shuffles of the windows in use: two for each lane, made when first needed.
+    """The shuffles of the windows in use: two or more that follow each other for each lane, made when first needed.
 
     A memo of a pure function: dropping it changes nothing but the time. Not thread-safe. Memory: 2 bytes for each
     sample of the windows in use, 4 MiB for 4,096 lanes of 256.
@@ -112,20 +115,27 @@ class Windows:
         self._grid = grid
         self._seed = seed
         self._bits = np.uint64((1 << max(1, (grid.window - 1).bit_length())) - 1)
-        self._made = np.full(2 * grid.lanes, -1, np.int64)
+        # A power of two, so that it goes round by a mask.
+        self._ring = max(2, 1 << (_KEPT_SLOTS // (grid.lanes * grid.window)).bit_length())
+        self._made = np.full(self._ring * grid.lanes, -1, np.int64)
         self._epoch = -1
         # Untouched memory costs nothing: a rank of many fills only the rows of its own lanes.
-        self._slots = np.empty((2 * grid.lanes, grid.window), np.uint16)
+        self._slots = np.empty((self._ring * grid.lanes, grid.window), np.uint16)
+
+    @property
+    def positions_at_once(self) -> int:
+        """How many positions that follow each other, from a multiple of this on, `slots` can take at once."""
+        return (self._ring - 1) * self._grid.window * self._grid.lanes
 
     def slots(self, cells: Cells, *, epoch: int) -> I64:
         """Return for each cell the place in its window that the shuffle puts there.
 
-        Per lane, all cells together may lie in at most two windows that follow each other.
+        Together they lie within `positions_at_once`.
         """
         if epoch != self._epoch:
             self._made.fill(-1)
             self._epoch = epoch
-        row = 2 * cells.lane + (cells.window & 1)
+        row = self._ring * cells.lane + (cells.window & (self._ring - 1))
         stale = self._made[row] != cells.window
         if stale.any():
             rows, first = np.unique(row[stale], return_index=True)
@@ -133,10 +143,10 @@ class Windows:
             each = max(1, _BUILD_NUMBERS // self._grid.window)
             for at in range(0, len(rows), each):
                 part = slice(at, at + each)
-                self._slots[rows[part]] = self._shuffle(rows[part] >> 1, window[part])
+                self._slots[rows[part]] = self._shuffle(rows[part] // self._ring, window[part])
             self._made[rows] = window
             assert (self._made[row] == cells.window).all(), (
-                "cells of one lane lie in windows that do not follow each other"
+                "cells lie further apart than positions_at_once"
             )
         return self._slots[row, cells.rank].astype(np.int64)
 

@@ -76,9 +76,8 @@ class Order:
         Any positions may be asked for at once; it is fast if they lie within a few windows of each other.
         """
         epoch, within = np.divmod(positions, self.samples)
-        # At most `window` rows at a time: then a lane's positions lie in at most two windows.
-        rows = self.samples // self.lanes.lanes + 1
-        group = epoch * (rows // self.key.window + 1) + within // (self.lanes.lanes * self.key.window)
+        at_once = self._windows.positions_at_once
+        group = epoch * (self.samples // at_once + 1) + within // at_once
         if group.size and group.min() == group.max():
             return self._locate(within, epoch=int(epoch[0]))
         found = Located(np.empty_like(positions), np.empty_like(positions))

@@ -1,0 +1,75 @@
+"""The blocks of all shards of a version, numbered from 0: what is fetched, checked and kept as one.
+
+A block is a range of bytes of a shard's file, with a digest in the manifest. Numbers, not objects: whether a batch is
+in memory is one look into an array, and a million shards cost 16 bytes each.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from datastore.store.segment import Segments
+
+__all__ = ["I64", "BlockLayout", "BlockRange"]
+
+I64 = npt.NDArray[np.int64]
+
+
+@dataclass(frozen=True, slots=True)
+class BlockRange:
+    """Where a block lies: bytes `[start, stop)` of the file of `shard`, its block number `index`."""
+
+    shard: int
+    index: int
+    start: int
+    stop: int
+
+
+class BlockLayout:
+    """Translates between shards, tokens, bytes and block numbers; a pure function of the manifest."""
+
+    def __init__(self, segments: Segments) -> None:
+        self._segments = segments
+        per_shard = -(-segments.size_bytes // segments.block_bytes)
+        self._first = np.zeros(len(segments) + 1, np.int64)
+        np.cumsum(per_shard, out=self._first[1:])
+
+    @property
+    def blocks(self) -> int:
+        """Number of all blocks."""
+        return int(self._first[-1])
+
+    @property
+    def largest_bytes(self) -> int:
+        """Size of the largest block."""
+        segments = self._segments
+        return int(np.minimum(segments.block_bytes, segments.size_bytes).max(initial=0))
+
+    def of_tokens(self, shards: I64, start: I64, stop: I64) -> tuple[I64, I64]:
+        """Return the first and the last block of tokens `[start, stop)` of each shard; no range is empty."""
+        segments = self._segments
+        origin, itemsize = segments.values_start[shards], segments.itemsize[shards]
+        block_bytes, first = segments.block_bytes[shards], self._first[shards]
+        low: I64 = first + np.floor_divide(origin + start * itemsize, block_bytes)
+        high: I64 = first + np.floor_divide(origin + stop * itemsize - 1, block_bytes)
+        return low, high
+
+    def of_shard(self, shard: int) -> range:
+        """Return the blocks of one shard."""
+        return range(int(self._first[shard]), int(self._first[shard + 1]))
+
+    def range_of(self, block: int) -> BlockRange:
+        """Return where `block` lies."""
+        shard = int(np.searchsorted(self._first, block, side="right")) - 1
+        index = block - int(self._first[shard])
+        block_bytes = int(self._segments.block_bytes[shard])
+        stop = min((index + 1) * block_bytes, int(self._segments.size_bytes[shard]))
+        return BlockRange(shard, index, index * block_bytes, stop)
+
+    def sizes(self, blocks: I64) -> I64:
+        """Return the bytes of each block."""
+        shards = np.searchsorted(self._first, blocks, side="right") - 1
+        block_bytes = self._segments.block_bytes[shards]
+        start = (blocks - self._first[shards]) * block_bytes
+        return np.minimum(block_bytes, self._segments.size_bytes[shards] - start)

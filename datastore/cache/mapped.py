@@ -1,0 +1,141 @@
+"""Shards on this machine: mapped into memory, each block's digest checked when it is first touched.
+
+The page cache of the kernel is the cache, so nothing is copied and ranks of a machine share it. The price of a check
+is one pass over the bytes (25 GB/s) per process, in which the pages get mapped, too. A map holds no file descriptor;
+the number of maps is bounded, since a kernel allows some 65,000 of them per process.
+"""
+
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import numpy as np
+import pyarrow as pa
+from typing_extensions import override
+
+from datastore.cache.blocks import BlockStats, TokenBlocks, damaged
+from datastore.cache.layout import I64, BlockLayout
+from datastore.digest import DIGEST_BYTES, digest_bytes
+from datastore.errors import MissingError, StorageError
+from datastore.storage.base import Storage
+from datastore.store.segment import Segments, ShardInfo
+
+__all__ = ["MAX_MAPS", "MappedBlocks"]
+
+MAX_MAPS = 32_768
+"""Maps kept; half of what Linux allows a process by default (vm.max_map_count)."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Map:
+    info: ShardInfo
+    data: memoryview
+    """The whole file; shorter than `info` says if it was cut."""
+
+    tokens: memoryview
+
+
+class MappedBlocks(TokenBlocks):
+    """The shards of `segments` in `storage`, all of which are files of this machine."""
+
+    def __init__(self, storage: Storage, segments: Segments, *, max_maps: int = MAX_MAPS) -> None:
+        self._storage = storage
+        self._segments = segments
+        self._layout = BlockLayout(segments)
+        self._max_maps = max_maps
+        self._lock = threading.Lock()
+        self._maps: dict[int, _Map] = {}
+        # Zeroed memory that nobody touches costs nothing, so this is as large as the part that is read.
+        self._checked = np.zeros(self._layout.blocks, np.bool_)
+        self._hits = self._fills = self._filled_bytes = self._evictions = 0
+
+    @property
+    @override
+    def layout(self) -> BlockLayout:
+        return self._layout
+
+    @property
+    @override
+    def budget_bytes(self) -> int | None:
+        return None
+
+    @override
+    @contextmanager
+    def hold(self, blocks: I64) -> Iterator[None]:
+        self._hits += len(blocks)
+        if not self._checked[blocks].all():
+            for block in self.absent(blocks).tolist():
+                self.fetch(block)
+                self._hits -= 1
+        yield  # Nothing is given back: a map that is dropped lives on in the views that were handed out.
+
+    @override
+    def absent(self, blocks: I64) -> I64:
+        return np.unique(blocks[~self._checked[blocks]])
+
+    @override
+    def fetch(self, block: int) -> bool:
+        place = self._layout.range_of(block)
+        shard = self._map(place.shard)
+        data = shard.data[place.start : place.stop]
+        if len(data) < place.stop - place.start:
+            raise damaged("the shard's file is cut short", shard=shard.info, block=place, size_bytes=len(shard.data))
+        at = place.index * DIGEST_BYTES
+        if digest_bytes(data) != shard.info.block_digests[at : at + DIGEST_BYTES]:
+            raise damaged("a block does not match its digest", shard=shard.info, block=place)
+        with self._lock:
+            self._fills += 1
+            self._filled_bytes += len(data)
+            self._checked[block] = place.shard in self._maps
+        return True
+
+    @override
+    def tokens(self, shard: int) -> memoryview:
+        found = self._maps.get(shard)
+        return found.tokens if found is not None else self._map(shard).tokens
+
+    @override
+    def stats(self) -> BlockStats:
+        return BlockStats(self._hits, self._fills, self._filled_bytes, evictions=self._evictions)
+
+    @override
+    def close(self) -> None:
+        with self._lock:
+            self._maps.clear()
+            self._checked = np.zeros(self._layout.blocks, np.bool_)
+
+    def _map(self, shard: int) -> _Map:
+        with self._lock:
+            found = self._maps.get(shard)
+            if found is None:
+                # First in, first out: a lane stays on a shard for much longer than it takes to open a few thousand.
+                while len(self._maps) >= self._max_maps:
+                    oldest = next(iter(self._maps))
+                    del self._maps[oldest]
+                    self._evictions += 1
+                    blocks = self._layout.of_shard(oldest)
+                    self._checked[blocks.start : blocks.stop] = False
+                found = self._maps[shard] = _open(self._storage, self._segments.shard(shard))
+            return found
+
+
+def _open(storage: Storage, info: ShardInfo) -> _Map:
+    path = storage.local_path(info.path)
+    if path is None:
+        storage.stat(info.path)  # Says that it is missing, in the backend's words.
+        raise MissingError("the shard is not a file", shard=info.path, hint="Restore this file from a copy.")
+    try:
+        # Arrow maps the file and lets go of the descriptor; `mmap.mmap` would keep one per map.
+        with pa.memory_map(str(path)) as file:
+            data = memoryview(file.read_buffer())
+    except OSError as error:
+        if not path.stat().st_size:
+            data = memoryview(b"")  # An empty file cannot be mapped; its blocks are missed when they are touched.
+        else:
+            raise StorageError(
+                "the shard cannot be mapped", shard=info.path, reason=str(error), hint="Check its owner and mode."
+            ) from None
+    itemsize = np.dtype(info.dtype).itemsize
+    stop = min(info.tokens, max(0, len(data) - info.values_start) // itemsize) * itemsize + info.values_start
+    return _Map(info, data, data[info.values_start : stop].cast("H" if itemsize == 2 else "I"))
