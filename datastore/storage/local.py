@@ -9,6 +9,7 @@ A writer that was killed leaves at most a hidden temporary file, which no listin
 import errno
 import os
 import stat
+import sys
 import uuid
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -190,7 +191,7 @@ def _staged(path: str, chunks: Sequence[Buffer]) -> Iterator[str]:
         try:
             for chunk in chunks:
                 _write_all(fd, memoryview(chunk).cast("B"))
-            os.fdatasync(fd)
+            os.fdatasync(fd) if sys.platform != "darwin" else os.fsync(fd)
         finally:
             os.close(fd)
         yield staged

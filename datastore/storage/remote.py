@@ -23,7 +23,7 @@ from datastore.errors import ConfigError, DependencyError
 from datastore.storage.base import Stat, Storage, check_key
 from datastore.storage.foreign import http_status, translate
 from datastore.storage.reasons import conflict, missing, too_short
-from datastore.storage.resolve import strip_credentials
+from datastore.storage.urls import strip_credentials
 
 __all__ = ["FsspecStorage"]
 

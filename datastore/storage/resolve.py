@@ -5,7 +5,6 @@ scheme goes to fsspec, which is imported only then. A URL below another one alwa
 """
 
 import os
-import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from urllib.parse import unquote
@@ -16,12 +15,9 @@ from datastore.errors import ConfigError
 from datastore.storage.base import Stat, Storage, check_key
 from datastore.storage.local import LocalStorage
 from datastore.storage.memory import MemoryStorage
+from datastore.storage.urls import join_url, split_url, strip_credentials
 
 __all__ = ["Subfolder", "join_url", "open_storage", "strip_credentials"]
-
-_SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)://")
-_NAMED_LOGIN = {"abfs", "abfss", "arrow_hdfs", "ftp", "hdfs", "oci", "sftp", "smb", "ssh", "webhdfs"}
-"""Schemes whose URL needs the name before `@` (a user, a container); in all others whatever stands there is a secret."""
 
 
 def open_storage(url: str | os.PathLike[str]) -> Storage:
@@ -34,13 +30,13 @@ def open_storage(url: str | os.PathLike[str]) -> Storage:
     text = os.fspath(url)
     if not text.strip():
         raise ConfigError("the URL is empty", hint="Name a path or a URL.")
-    if "::" in text:
+    if "::" in text and "://" in text:
         raise ConfigError(
             "chained URLs are not supported",
             url=strip_credentials(text),
             hint="Name the store itself: caching is built in.",
         )
-    scheme, rest = _split(text)
+    scheme, rest = split_url(text)
     if scheme == "":
         return LocalStorage(Path(text).expanduser())
     if scheme in {"file", "local"}:
@@ -50,41 +46,6 @@ def open_storage(url: str | os.PathLike[str]) -> Storage:
     from datastore.storage.remote import FsspecStorage  # noqa: PLC0415 - fsspec takes 50 ms to import
 
     return FsspecStorage(text)
-
-
-def join_url(url: str | os.PathLike[str], *parts: str) -> str:
-    """Return the URL of `parts` below `url`.
-
-    >>> join_url("s3://bucket/books/", "shards", "ab")
-    's3://bucket/books/shards/ab'
-    """
-    base = os.fspath(url)
-    trimmed = base.rstrip("/")
-    if trimmed.endswith(":"):  # "s3://" or "file:///": the slashes are all there is.
-        trimmed = base.removesuffix("/")
-    return "/".join((trimmed, *(part.strip("/") for part in parts if part.strip("/")))) if any(parts) else base
-
-
-def strip_credentials(url: str) -> str:
-    """Return `url` without passwords, tokens and signatures, fit for messages and stored documents.
-
-    >>> strip_credentials("https://me:secret@host/data?sig=abc")
-    'https://host/data'
-    """
-    scheme, rest = _split(url)
-    if scheme in {"", "file", "local", "memory"}:
-        return url
-    host, slash, path = rest.partition("/")
-    login, at, host = host.rpartition("@")
-    user = login.partition(":")[0]
-    shown = f"{user}@{host}" if at and user and scheme in _NAMED_LOGIN else host
-    return re.split(r"[?#]", f"{url[: len(scheme)]}://{shown}{slash}{path}", maxsplit=1)[0]
-
-
-def _split(url: str) -> tuple[str, str]:
-    """Return the scheme in lower case ("" for a plain path) and what follows `://`."""
-    found = _SCHEME.match(url)
-    return (found[1].lower(), url[found.end() :]) if found else ("", url)
 
 
 def _file_path(url: str, rest: str) -> Path:

@@ -43,6 +43,10 @@ def test_no_password_or_signature_survives(scheme: str, user: str, password: str
     shown = strip_credentials(f"{scheme}://u{user}:p{password}@host/data?sig=q{query}")
     assert shown in {f"{scheme}://host/data", f"{scheme}://u{user}@host/data"}
     assert strip_credentials(shown) == shown
+    assert (
+        strip_credentials(f"simplecache::{scheme}://u{user}:p{password}@host/data?sig=q{query}")
+        == f"simplecache::{shown}"
+    )
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,47 @@
+"""URLs as text: join them, take them apart, and show them without their secrets."""
+
+import os
+import re
+
+__all__ = ["join_url", "split_url", "strip_credentials"]
+
+_SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)://")
+_NAMED_LOGIN = {"abfs", "abfss", "arrow_hdfs", "ftp", "hdfs", "oci", "sftp", "smb", "ssh", "webhdfs"}
+"""Schemes whose URL needs the name before `@` (a user, a container); in all others whatever stands there is a secret."""
+
+
+def join_url(url: str | os.PathLike[str], *parts: str) -> str:
+    """Return the URL of `parts` below `url`.
+
+    >>> join_url("s3://bucket/books/", "shards", "ab")
+    's3://bucket/books/shards/ab'
+    """
+    base = os.fspath(url)
+    trimmed = base.rstrip("/")
+    if trimmed.endswith(":"):  # "s3://" or "file:///": the slashes are all there is.
+        trimmed = base.removesuffix("/")
+    return "/".join((trimmed, *(part.strip("/") for part in parts if part.strip("/")))) if any(parts) else base
+
+
+def strip_credentials(url: str) -> str:
+    """Return `url` without passwords, tokens and signatures, fit for messages and stored documents.
+
+    >>> strip_credentials("https://me:secret@host/data?sig=abc")
+    'https://host/data'
+    """
+    if "://" in url and "::" in url:
+        return "::".join(strip_credentials(part) for part in url.split("::"))
+    scheme, rest = split_url(url)
+    if scheme in {"", "file", "local", "memory"}:
+        return url
+    host, slash, path = rest.partition("/")
+    login, at, host = host.rpartition("@")
+    user = login.partition(":")[0]
+    shown = f"{user}@{host}" if at and user and scheme in _NAMED_LOGIN else host
+    return re.split(r"[?#]", f"{url[: len(scheme)]}://{shown}{slash}{path}", maxsplit=1)[0]
+
+
+def split_url(url: str) -> tuple[str, str]:
+    """Return the scheme in lower case ("" for a plain path) and what follows `://`."""
+    found = _SCHEME.match(url)
+    return (found[1].lower(), url[found.end() :]) if found else ("", url)
