@@ -9,13 +9,16 @@ from datastore.document import seal, unseal
 from datastore.errors import ConfigError, ConflictError, FormatError, MissingError
 from datastore.storage.base import Storage
 from datastore.storage.probe import probe_exclusive
+from datastore.storage.resolve import Subfolder
 from datastore.store.commits import utc_now
 from datastore.store.manifest import INFO_KEY, READABLE_FEATURES, DatasetInfo
 
 __all__ = ["create_dataset", "read_info"]
 
-_EARLY = {"shards", "docs", "tokenizers", "ingests"}
-"""Folders of ours that may be there before the dataset is: writers fill them first."""
+_PROBE_FOLDER = "_probe"
+
+_EARLY = {"shards", "docs", "tokenizers", "ingests", _PROBE_FOLDER}
+"""Folders of ours that may be there before the dataset is: writers fill them first, or died before they made it."""
 
 _LOOK_AT_KEYS = 1000
 """A place with as many files of ours and no other is taken for an unfinished dataset without looking further."""
@@ -32,9 +35,12 @@ def create_dataset(storage: Storage) -> DatasetInfo:
         StorageError: the place cannot be written.
     """
     info = _read(storage)
+    foreign = _foreign_key(storage) if info is None else ""
+    if foreign:
+        # It may be the dataset that another process has made since.
+        info = _read(storage)
     if info is not None:
         return info
-    foreign = _foreign_key(storage)
     if foreign:
         raise ConfigError(
             "the place holds something that is not a dataset",
@@ -42,7 +48,7 @@ def create_dataset(storage: Storage) -> DatasetInfo:
             found=foreign,
             hint="Name an empty or a new folder.",
         )
-    exclusive = probe_exclusive(storage)
+    exclusive = probe_exclusive(Subfolder(storage, _PROBE_FOLDER))
     if not exclusive:
         _LOGGER.warning(
             "%s does not keep put-if-absent: this dataset allows one writer at a time, and cannot enforce it",

@@ -1,0 +1,233 @@
+"""Whatever happens to the bytes of a dataset is found or is harmless: bits flipped, files cut, grown, swapped, gone.
+
+Every kind of file is damaged. `found` means that opening or verifying some version raises or reports it by name;
+harmless files are those that no reader depends on, and reading everything proves it. Nothing ever crashes or hangs,
+and no reader is handed wrong data.
+"""
+
+import hashlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+
+import msgspec
+import pyarrow as pa
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from datastore.document import seal
+from datastore.errors import CorruptError, FormatError, MissingError
+from datastore.storage.memory import MemoryStorage
+from datastore.store.commits import HINT_KEY
+from datastore.store.dataset import Dataset, open_dataset
+from datastore.store.manifest import commit_key
+from datastore.store.records import writer
+from datastore.store.segment import BLOCK_BYTES
+from datastore.store.tags import read_tag, set_tag
+from datastore.store.tokenizers import put_tokenizer
+from datastore.store.verify import verify
+from datastore.store.writer import commit_shards
+from datastore.testing.datasets import make_shard
+
+HARMLESS = {"README.md", HINT_KEY}
+REFUSALS = (CorruptError, MissingError, FormatError)
+
+
+@dataclass(frozen=True)
+class Sample:
+    """A dataset and what it holds: digest of all that can be read, per version and tag."""
+
+    storage: MemoryStorage
+    versions: int
+    tags: tuple[str, ...]
+    truth: dict[object, str]
+
+    def files(self) -> list[str]:
+        return [stat.key for stat in self.storage.list()]
+
+
+def content(dataset: Dataset) -> str:
+    """Return the digest of everything that a reader of `dataset` can be handed."""
+    state = hashlib.sha256(dataset.tokenizer() or b"none")
+    state.update(dataset.uuid.encode())
+    for index in range(len(dataset.segments)):
+        if dataset.kind == "records":
+            state.update(repr(dataset.record_shard(index).to_pylist()).encode())
+            continue
+        values, offsets = dataset.token_shard(index)
+        state.update(values.tobytes() + offsets.tobytes())
+        state.update(repr(dataset.documents(index).to_pylist()).encode())
+    return state.hexdigest()
+
+
+def sample_of(storage: MemoryStorage, versions: int, tags: tuple[str, ...]) -> Sample:
+    truth: dict[object, str] = {
+        version: content(open_dataset(storage, version=version)) for version in range(1, versions + 1)
+    }
+    truth |= {tag: content(open_dataset(storage, tag=tag)) for tag in tags}
+    return Sample(storage, versions, tags, truth)
+
+
+@cache
+def tokens() -> Sample:
+    storage = MemoryStorage("damage-tokens")
+    tokenizer = put_tokenizer(storage, b'{"model": "tiny"}', vocab_size=300, end_of_text=0)
+    for number, operation in enumerate(("append", "append", "overwrite", "append")):
+        shards = [make_shard(storage, f"{number}{index}" * 16, lengths=[3, 0, 40]) for index in range(2)]
+        commit_shards(storage, shards, tokenizer=tokenizer, operation=operation)  # type: ignore[arg-type]
+    set_tag(storage, "first", open_dataset(storage, version=1).commit)
+    set_tag(storage, "last", open_dataset(storage).commit)
+    return sample_of(storage, 4, ("first", "last"))
+
+
+@cache
+def records() -> Sample:
+    storage = MemoryStorage("damage-records")
+    for number in range(2):
+        with writer(storage, schema=pa.schema({"text": pa.string(), "n": pa.int64()})) as out:
+            out.write({"text": f"row {number} {index}", "n": index} for index in range(100))
+    set_tag(storage, "first", open_dataset(storage, version=1).commit)
+    return sample_of(storage, 2, ("first",))
+
+
+def complaints(sample: Sample) -> list[str]:
+    """Return what opening, reading and verifying every version and tag complains about; check what is handed out."""
+    found = []
+    for reference in (*range(1, sample.versions + 1), *sample.tags, None):
+        try:
+            if isinstance(reference, str):
+                dataset = open_dataset(sample.storage, tag=reference)
+            else:
+                dataset = open_dataset(sample.storage, version=reference)
+        except REFUSALS as error:
+            found.append(str(error))
+            continue
+        try:
+            assert content(dataset) == sample.truth[reference or sample.versions]
+        except REFUSALS as error:
+            found.append(str(error))
+        found += [f"{bad.path} {bad.reason}" for bad in verify(dataset).bad]
+    return found
+
+
+def check(sample: Sample, key: str, damaged: bytes | None) -> None:
+    """Put `damaged` in place of `key` (None: remove it), and check that it is found, or harmless."""
+    original = sample.storage.get(key)
+    if damaged == original:
+        return
+    try:
+        if damaged is None:
+            sample.storage.delete(key)
+        else:
+            sample.storage.put(key, damaged)
+        found = complaints(sample)
+    finally:
+        sample.storage.put(key, original)
+    if key in HARMLESS:
+        assert found == []
+    else:
+        # A tag is known by its name.
+        name = key.removeprefix("refs/tags/").removesuffix(".json")
+        assert any(key in complaint or f"tag={name!r}" in complaint for complaint in found), (key, found)
+
+
+# The first example makes the sample; a deadline would take that for slowness.
+thorough = settings(deadline=None, max_examples=100)
+samples = st.sampled_from([tokens, records])
+
+
+@thorough
+@given(samples, st.data())
+def test_a_flipped_bit_is_found_or_harmless(make: Callable[[], Sample], data: st.DataObject) -> None:
+    sample = make()
+    key = data.draw(st.sampled_from(sample.files()), label="file")
+    raw = bytearray(sample.storage.get(key))
+    bit = data.draw(st.integers(0, 8 * len(raw) - 1), label="bit")
+    raw[bit // 8] ^= 1 << bit % 8
+    check(sample, key, bytes(raw))
+
+
+@thorough
+@given(samples, st.data())
+def test_a_cut_file_is_found_or_harmless(make: Callable[[], Sample], data: st.DataObject) -> None:
+    sample = make()
+    key = data.draw(st.sampled_from(sample.files()), label="file")
+    raw = sample.storage.get(key)
+    check(sample, key, raw[: data.draw(st.integers(0, len(raw) - 1), label="bytes kept")])
+
+
+@thorough
+@given(samples, st.data())
+def test_a_file_with_bytes_added_is_found_or_harmless(make: Callable[[], Sample], data: st.DataObject) -> None:
+    sample = make()
+    key = data.draw(st.sampled_from(sample.files()), label="file")
+    raw = sample.storage.get(key)
+    more = data.draw(st.binary(min_size=1, max_size=100), label="added")
+    check(sample, key, raw + more if data.draw(st.booleans()) else more + raw)
+
+
+@thorough
+@given(samples, st.data())
+def test_a_file_in_another_s_place_is_found_or_harmless(make: Callable[[], Sample], data: st.DataObject) -> None:
+    sample = make()
+    key, other = (data.draw(st.sampled_from(sample.files()), label=label) for label in ("file", "its new content"))
+    check(sample, key, sample.storage.get(other))
+
+
+@pytest.mark.parametrize("make", [tokens, records])
+def test_every_file_that_is_gone_is_found_or_harmless(make: Callable[[], Sample]) -> None:
+    sample = make()
+    for key in sample.files():
+        check(sample, key, None)
+
+
+@pytest.mark.parametrize("make", [tokens, records])
+def test_an_undamaged_dataset_gets_no_complaint(make: Callable[[], Sample]) -> None:
+    assert complaints(make()) == []
+
+
+def test_the_bad_block_of_a_large_shard_is_named() -> None:
+    storage = MemoryStorage("damage-blocks")
+    commit_shards(storage, [make_shard(storage, "a" * 32, lengths=[5 * BLOCK_BYTES // 4] * 2)])
+    dataset = open_dataset(storage)
+    shard = dataset.segments.shard(0)
+    raw = bytearray(storage.get(shard.path))
+    raw[BLOCK_BYTES + 5] ^= 1
+    raw[-1] ^= 1
+    storage.put(shard.path, bytes(raw))
+    bad = verify(dataset).bad
+    assert [(found.path, found.block) for found in bad] == [(shard.path, 1), (shard.path, len(raw) // BLOCK_BYTES)]
+
+
+def test_a_tag_that_names_a_replaced_version_is_found() -> None:
+    sample = tokens()
+    tag = sample.storage.get("refs/tags/first.json")
+    stale = msgspec.structs.replace(read_tag(sample.storage, "first"), commit_sha256="0" * 64)
+    sample.storage.put("refs/tags/first.json", seal(stale))
+    try:
+        bad = verify(open_dataset(sample.storage)).bad
+    finally:
+        sample.storage.put("refs/tags/first.json", tag)
+    assert [(found.path, found.reason) for found in bad] == [
+        ("refs/tags/first.json", "version 1 is not the one that was tagged")
+    ]
+
+
+def test_a_gap_in_the_log_is_found_from_any_version_before_it() -> None:
+    sample = tokens()
+    raw = sample.storage.get(commit_key(3))
+    sample.storage.delete(commit_key(3))
+    try:
+        bad = verify(open_dataset(sample.storage, version=1)).bad
+    finally:
+        sample.storage.put(commit_key(3), raw)
+    assert [found.path for found in bad] == [commit_key(3)]
+
+
+def test_sums_that_do_not_add_up_are_found() -> None:
+    sample = tokens()
+    commit = open_dataset(sample.storage).commit
+    forged = msgspec.structs.replace(commit, totals=msgspec.structs.replace(commit.totals, tokens=1))
+    dataset = Dataset(sample.storage, info=open_dataset(sample.storage).info, commit=forged)
+    assert any("totals" in found.reason for found in verify(dataset).bad)
