@@ -65,7 +65,14 @@ def doctor(*, url: str | None, as_json: bool) -> None:
     table(("package", "version", "extra"), _package_rows(packages, extras))
     if probe:
         say()
-        fields(asdict(probe))
+        fields(
+            {
+                "storage": probe.url,
+                "put-if-absent": "yes" if probe.exclusive else "no: one writer at a time",
+                "write": f"{probe.write_mb_per_s:,.0f} MB/s",
+                "read": f"{probe.read_mb_per_s:,.0f} MB/s",
+            }
+        )
     say()
     for line in advice or ["Nothing to complain about."]:
         say(line)
