@@ -1,6 +1,7 @@
 """The contract, kept over s3fs against moto, a mock of S3 on loopback that honours If-None-Match."""
 
 import logging
+import multiprocessing
 import uuid
 from collections.abc import Iterator
 
@@ -8,6 +9,7 @@ import boto3
 import pytest
 from moto.server import ThreadedMotoServer
 
+from datastore.errors import MissingError, StorageError
 from datastore.storage.base import Storage
 from datastore.storage.remote import FsspecStorage
 from datastore.testing.storage import StorageContract
@@ -37,3 +39,32 @@ class TestS3Storage(StorageContract):
     def storage(self, endpoint: str) -> Storage:
         options = KEYS | {"endpoint_url": endpoint, "client_kwargs": {"region_name": "us-east-1"}}
         return FsspecStorage(f"s3://bucket/{uuid.uuid4().hex}", options)
+
+    def test_a_forked_child_reads_and_writes_on_a_connection_of_its_own(self, storage: Storage) -> None:
+        storage.put("from-parent", b"parent")
+        child = multiprocessing.get_context("fork").Process(target=copy, args=(storage, "from-parent", "from-child"))
+        child.start()
+        child.join(30)
+        assert child.exitcode == 0
+        assert storage.get("from-child") == b"parent"
+
+    def test_a_write_to_a_bucket_that_is_not_there_says_so(self, storage: Storage) -> None:
+        nowhere = FsspecStorage("s3://no-such-bucket/x", storage._options)  # type: ignore[attr-defined]
+        for write in (nowhere.put, nowhere.put_new):
+            with pytest.raises(MissingError, match="Make the bucket"):
+                write("k", b"x")
+        assert list(nowhere.list()) == []
+
+
+def copy(storage: Storage, source: str, target: str) -> None:
+    storage.put_new(target, storage.get(source))
+
+
+def test_a_server_that_does_not_answer_is_worth_another_try() -> None:
+    options = KEYS | {"endpoint_url": "http://127.0.0.1:9", "config_kwargs": {"retries": {"max_attempts": 1}}}
+    storage = FsspecStorage("s3://bucket/x", options)
+    for call in (lambda: storage.get("k"), lambda: storage.put_new("k", b"x")):
+        with pytest.raises(StorageError, match="Could not connect") as caught:
+            call()
+        assert caught.value.transient
+        assert KEYS["secret"] not in str(caught.value)
