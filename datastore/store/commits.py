@@ -14,6 +14,7 @@ import time
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib.metadata import version as installed_version
 from threading import Event
@@ -27,7 +28,7 @@ from datastore.storage.base import Storage
 from datastore.store.manifest import Commit, Hint, commit_key
 from datastore.store.single_writer import single_writer
 
-__all__ = ["HINT_KEY", "CommitLog", "commit_sha256", "utc_now", "writer_name"]
+__all__ = ["HINT_KEY", "CommitLog", "StoredCommit", "utc_now", "writer_name"]
 
 HINT_KEY = "_log/_last"
 
@@ -35,6 +36,14 @@ _FIRST_PAUSE_S = 0.005
 _LONGEST_PAUSE_S = 1.0
 
 _LOGGER = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class StoredCommit:
+    """A version, and the sha256 of its file as it lies there."""
+
+    commit: Commit
+    sha256: str
 
 
 class CommitLog:
@@ -51,29 +60,15 @@ class CommitLog:
         Raises:
             CorruptError: a commit on the way is damaged, or the one that the hint names is gone.
         """
-        low = self._hinted()
-        newest = self._find(low) if low else None
-        if low and newest is None:
-            raise CorruptError(
-                "a commit is gone",
-                where=commit_key(low),
-                hint=f"Restore it from a copy; or remove {HINT_KEY} to go on from the newest version that is left.",
-            )
-        step = 1
-        while (found := self._find(low + step)) is not None:
-            newest, low, step = found, low + step, step * 2
-        high = low + step
-        while high - low > 1:
-            middle = (low + high) // 2
-            found = self._find(middle)
-            if found is None:
-                high = middle
-            else:
-                newest, low = found, middle
-        return newest
+        newest = self._newest()
+        return newest.commit if newest else None
 
     def read(self, version: int) -> Commit:
-        """Return one version.
+        """Return one version; as `stored`."""
+        return self.stored(version).commit
+
+    def stored(self, version: int) -> StoredCommit:
+        """Return one version and the sha256 of its file.
 
         Raises:
             MissingError: there is no such version; the message names the newest.
@@ -101,16 +96,16 @@ class CommitLog:
         commit = newest
         yield commit
         while commit.version > 1:
-            parent = self.read(commit.version - 1)
-            if commit_sha256(parent) != commit.parent_sha256:
+            parent = self.stored(commit.version - 1)
+            if parent.sha256 != commit.parent_sha256:
                 raise CorruptError(
                     "a commit is not the one that the next was built on",
-                    where=commit_key(parent.version),
+                    where=commit_key(parent.commit.version),
                     expected=commit.parent_sha256,
-                    found=commit_sha256(parent),
+                    found=parent.sha256,
                     hint="Restore it from a copy.",
                 )
-            commit = parent
+            commit = parent.commit
             yield commit
 
     def append(self, build: Callable[[Commit | None], Commit]) -> Commit:
@@ -128,10 +123,10 @@ class CommitLog:
         patience = _Patience(self.patience_s)
         with nullcontext() if self.exclusive else single_writer(self.storage):
             while True:
-                newest = self.newest()
-                draft = build(newest)
-                if newest is not None and draft is newest:
-                    return newest
+                newest = self._newest()
+                draft = build(newest.commit if newest else None)
+                if newest is not None and draft is newest.commit:
+                    return newest.commit
                 commit = _after(newest, msgspec.structs.replace(draft, commit_id=commit_id))
                 if self._put(commit, patience):
                     self._leave_hint(commit)
@@ -152,12 +147,12 @@ class CommitLog:
                 failure = error
             stored = self._read_back(commit.version, patience)
             if stored is not None:
-                return stored.commit_id == commit.commit_id
+                return stored.commit.commit_id == commit.commit_id
             if isinstance(failure, StorageError) and not failure.transient:
                 raise failure
             patience.wait(key)
 
-    def _read_back(self, version: int, patience: "_Patience") -> Commit | None:
+    def _read_back(self, version: int, patience: "_Patience") -> StoredCommit | None:
         while True:
             try:
                 return self._find(version)
@@ -171,12 +166,35 @@ class CommitLog:
                     ) from error
             patience.wait(commit_key(version))
 
-    def _find(self, version: int) -> Commit | None:
+    def _newest(self) -> StoredCommit | None:
+        low = self._hinted()
+        newest = self._find(low) if low else None
+        if low and newest is None:
+            raise CorruptError(
+                "a commit is gone",
+                where=commit_key(low),
+                hint=f"Restore it from a copy; or remove {HINT_KEY} to go on from the newest version that is left.",
+            )
+        step = 1
+        while (found := self._find(low + step)) is not None:
+            newest, low, step = found, low + step, step * 2
+        high = low + step
+        while high - low > 1:
+            middle = (low + high) // 2
+            found = self._find(middle)
+            if found is None:
+                high = middle
+            else:
+                newest, low = found, middle
+        return newest
+
+    def _find(self, version: int) -> StoredCommit | None:
         key = commit_key(version)
         try:
-            commit = unseal(Commit, self.storage.get(key), where=key)
+            raw = self.storage.get(key)
         except MissingError:
             return None
+        commit = unseal(Commit, raw, where=key)
         if commit.version != version:
             raise CorruptError(
                 "a commit lies under another version's name",
@@ -184,7 +202,7 @@ class CommitLog:
                 version=commit.version,
                 hint="Restore this file from a copy.",
             )
-        return commit
+        return StoredCommit(commit, sha256_hex(raw))
 
     def _hinted(self) -> int:
         """Return where the hint says to start; 0 if there is none or it is damaged, which costs a few more reads."""
@@ -221,19 +239,14 @@ class _Patience:
         self.longest_s = min(self.longest_s * 2, _LONGEST_PAUSE_S)
 
 
-def _after(newest: Commit | None, draft: Commit) -> Commit:
+def _after(newest: StoredCommit | None, draft: Commit) -> Commit:
     """Return `draft` as the version that follows `newest`, as it will be read back."""
     commit = msgspec.structs.replace(
         draft,
-        version=newest.version + 1 if newest else 1,
-        parent_sha256=commit_sha256(newest) if newest else "",
+        version=newest.commit.version + 1 if newest else 1,
+        parent_sha256=newest.sha256 if newest else "",
     )
     return unseal(Commit, seal(commit), where=commit_key(commit.version))
-
-
-def commit_sha256(commit: Commit) -> str:
-    """Return the sha256 of the commit's file."""
-    return sha256_hex(seal(commit))
 
 
 def utc_now() -> str:

@@ -44,6 +44,9 @@ MAX_SEGMENT_SHARDS = 65_536
 _MERGE_RATIO = 4
 """A segment at the tail is merged into the one after it if it has less than this many times its shards."""
 
+_ROWS_AT_ONCE = 1024
+"""Rows turned into objects at a time when all are visited."""
+
 Count = Annotated[int, msgspec.Meta(ge=0)]
 Hex32 = Annotated[str, msgspec.Meta(pattern="^[0-9a-f]{32}$")]
 
@@ -137,19 +140,23 @@ def encode_segment(batch: pa.RecordBatch) -> bytes:
 
 
 def decode_segment(raw: Buffer | pa.Buffer, *, where: str) -> pa.RecordBatch:
-    """Return the rows of a segment as views of `raw`. Its digest is the caller's to check first.
+    """Return the rows of a segment as views of `raw`; columns that this version does not know are left out.
+
+    Its digest is the caller's to check first.
 
     Raises:
-        CorruptError: not an Arrow file with one record batch of `SEGMENT_SCHEMA`, or a row that contradicts itself.
+        CorruptError: not an Arrow file with one record batch that has the columns of `SEGMENT_SCHEMA`.
     """
     try:
         reader = pa.ipc.open_file(raw if isinstance(raw, pa.Buffer) else pa.py_buffer(raw))
-        if reader.schema != SEGMENT_SCHEMA or reader.num_record_batches != 1:
-            raise CorruptError("not a segment: other columns", where=where, hint="Restore this file from a copy.")
-        batch = reader.get_batch(0)
+        if reader.num_record_batches != 1:
+            raise _not_a_segment("not one record batch", where)
+        batch = reader.get_batch(0).select(SEGMENT_SCHEMA.names)
         batch.validate()
-    except (pa.ArrowException, OSError, ValueError, MemoryError) as error:
-        raise CorruptError(f"not a segment: {error}", where=where, hint="Restore this file from a copy.") from None
+    except (pa.ArrowException, OSError, KeyError, ValueError, MemoryError) as error:
+        raise _not_a_segment(str(error), where) from None
+    if not batch.schema.equals(SEGMENT_SCHEMA):
+        raise _not_a_segment("a column has another type", where)
     return batch
 
 
@@ -198,7 +205,9 @@ class Segments:
         return self._ends[-1] if self._ends else 0
 
     def __iter__(self) -> Iterator[ShardInfo]:
-        return map(self.shard, range(len(self)))
+        for batch in self.batches:
+            for start in range(0, batch.num_rows, _ROWS_AT_ONCE):
+                yield from map(_info, batch.slice(start, _ROWS_AT_ONCE).to_pylist())
 
     def shard(self, index: int) -> ShardInfo:
         """Return shard `index`.
@@ -210,9 +219,7 @@ class Segments:
             raise IndexError(index)
         place = bisect.bisect_right(self._ends, index)
         batch = self.batches[place]
-        row: dict[str, Any] = batch.slice(index - self._ends[place] + batch.num_rows, 1).to_pylist()[0]
-        row["uid"] = row["uid"].hex()
-        return ShardInfo(**row)
+        return _info(batch.slice(index - self._ends[place] + batch.num_rows, 1).to_pylist()[0])
 
     @cached_property
     def documents(self) -> npt.NDArray[np.int64]:
@@ -266,6 +273,14 @@ class Segments:
         if len(parts) == 1:
             return parts[0]
         return np.concatenate(parts) if parts else np.empty(0, dtype)
+
+
+def _not_a_segment(reason: str, where: str) -> CorruptError:
+    return CorruptError(f"not a segment: {reason}", where=where, hint="Restore this file from a copy.")
+
+
+def _info(row: dict[str, Any]) -> ShardInfo:
+    return ShardInfo(**{**row, "uid": row["uid"].hex()})
 
 
 def _numbers(batch: pa.RecordBatch, name: str) -> npt.NDArray[np.int64]:

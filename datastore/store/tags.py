@@ -5,7 +5,7 @@ import re
 from datastore.document import seal, unseal
 from datastore.errors import ConfigError, ConflictError, MissingError
 from datastore.storage.base import Storage
-from datastore.store.commits import commit_sha256, utc_now
+from datastore.store.commits import CommitLog, utc_now
 from datastore.store.manifest import Commit, Tag, tag_key
 
 __all__ = ["list_tags", "read_tag", "remove_tag", "set_tag"]
@@ -22,7 +22,8 @@ def set_tag(storage: Storage, name: str, commit: Commit, *, replace: bool = Fals
         ConflictError: the tag names another version, and `replace` is not set.
     """
     key = tag_key(_checked(name))
-    raw = seal(Tag(name=name, version=commit.version, commit_sha256=commit_sha256(commit), time=utc_now()))
+    stored = CommitLog(storage).stored(commit.version)
+    raw = seal(Tag(name=name, version=commit.version, commit_sha256=stored.sha256, time=utc_now()))
     tag = unseal(Tag, raw, where=key)
     if replace:
         storage.put(key, raw)

@@ -16,7 +16,7 @@ from functools import partial
 from datastore.errors import CorruptError, DatastoreError
 from datastore.storage.base import Storage
 from datastore.store.blocks import BadBlock, check_blocks
-from datastore.store.commits import CommitLog, commit_sha256
+from datastore.store.commits import CommitLog
 from datastore.store.create import read_info
 from datastore.store.dataset import Dataset
 from datastore.store.manifest import INFO_KEY, Commit, SegmentRef, commit_key, sum_refs, tag_key, tokenizer_key
@@ -126,7 +126,7 @@ def _check_tag(storage: Storage, name: str) -> None:
     tag = read_tag(storage, name)
     if tag.name != name:
         raise CorruptError(f"the tag lies under another's name than {tag.name}")
-    if commit_sha256(CommitLog(storage).read(tag.version)) != tag.commit_sha256:
+    if CommitLog(storage).stored(tag.version).sha256 != tag.commit_sha256:
         raise CorruptError(f"version {tag.version} is not the one that was tagged")
 
 
@@ -169,17 +169,17 @@ def _check_history(storage: Storage, newest: Commit) -> _Found:
     """Check every commit up to `newest`, each against its successor, and that no later one stands after a gap."""
     log = CommitLog(storage)
     bad = []
-    expected = commit_sha256(newest)
+    expected = ""
     for version in range(newest.version, 0, -1):
         try:
-            commit = log.read(version)
+            found = log.stored(version)
         except DatastoreError as error:
             bad.append(BadBlock(commit_key(version), None, error.fact))
             expected = ""
             continue
-        if expected not in {"", commit_sha256(commit)}:
+        if expected not in {"", found.sha256} or (version == newest.version and found.commit != newest):
             bad.append(BadBlock(commit_key(version), None, "not the commit that the next was built on"))
-        expected = commit.parent_sha256
+        expected = found.commit.parent_sha256
     if sum_refs(newest.segments) != newest.totals:
         bad.append(BadBlock(commit_key(newest.version), None, "its totals are not the sums over its segments"))
     keys = (stat.key for stat in storage.list("_log"))

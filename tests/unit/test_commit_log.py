@@ -8,10 +8,11 @@ import msgspec
 import pytest
 from typing_extensions import Buffer, override
 
+from datastore.digest import sha256_hex
 from datastore.document import seal
 from datastore.errors import ConflictError, CorruptError, MissingError, StorageError
 from datastore.storage.memory import MemoryStorage
-from datastore.store.commits import HINT_KEY, CommitLog, commit_sha256, utc_now
+from datastore.store.commits import HINT_KEY, CommitLog, utc_now
 from datastore.store.manifest import Commit, Hint, Totals, commit_key
 
 
@@ -69,8 +70,8 @@ def test_versions_count_from_one_and_each_names_its_parent() -> None:
     first, second, third = (log.read(version) for version in (1, 2, 3))
     assert [commit.version for commit in (first, second, third)] == [1, 2, 3]
     assert first.parent_sha256 == ""
-    assert second.parent_sha256 == commit_sha256(first)
-    assert third.parent_sha256 == commit_sha256(second)
+    assert second.parent_sha256 == log.stored(1).sha256 == sha256_hex(log.storage.get(commit_key(1)))
+    assert third.parent_sha256 == log.stored(2).sha256
     assert log.newest() == third
     assert list(log.history(third)) == [third, second, first]
 

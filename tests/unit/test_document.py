@@ -8,6 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from datastore.digest import digest_hex
 from datastore.document import Document, Sealed, convert, decode, encode, json_schema, seal, unseal
 from datastore.errors import ConfigError, CorruptError, FormatError
 
@@ -141,3 +142,23 @@ def test_schema_and_decoder_refuse_the_same(bad: dict[str, Any]) -> None:
         jsonschema.validate(bad, json_schema(Stored))
     with pytest.raises(CorruptError):
         decode(Stored, msgspec.json.encode(bad), where="here")
+
+
+def test_what_was_written_before_a_field_was_added_is_still_read() -> None:
+    class Before(Sealed, frozen=True, kw_only=True):
+        title: str
+
+    class Since(Sealed, frozen=True, kw_only=True):
+        title: str
+        added: int = 7
+
+    found = unseal(Since, seal(Before(title="old")), where="here")
+    assert (found.title, found.added) == ("old", 7)
+
+
+def test_another_writer_may_space_its_json_differently_if_its_digest_says_so() -> None:
+    blank = b'{"format":1, "digest": "", "title":"one line"}'
+    raw = blank.replace(b'""', f'"{digest_hex(blank)}"'.encode(), 1)
+    assert unseal(Stored, raw, where="here").title == "one line"
+    with pytest.raises(CorruptError, match="does not match its digest"):
+        unseal(Stored, raw.replace(b"one", b"two"), where="here")

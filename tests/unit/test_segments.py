@@ -100,10 +100,30 @@ def test_what_is_not_a_segment_is_said_to_be_none(raw: bytes) -> None:
         decode_segment(raw, where="here")
 
 
-def test_other_columns_are_no_segment() -> None:
+def file_of(batch: pa.RecordBatch) -> bytes:
     sink = pa.BufferOutputStream()
-    batch = segment_of(SHARDS).select(SEGMENT_SCHEMA.names[1:])
     with pa.ipc.new_file(sink, batch.schema) as writer:
         writer.write_batch(batch)
-    with pytest.raises(CorruptError, match="other columns"):
-        decode_segment(sink.getvalue().to_pybytes(), where="here")
+    return sink.getvalue().to_pybytes()
+
+
+@pytest.mark.parametrize("column", SEGMENT_SCHEMA.names)
+def test_a_missing_column_is_no_segment(column: str) -> None:
+    batch = segment_of(SHARDS).select([name for name in SEGMENT_SCHEMA.names if name != column])
+    with pytest.raises(CorruptError, match="not a segment"):
+        decode_segment(file_of(batch), where="here")
+
+
+@pytest.mark.parametrize("column", SEGMENT_SCHEMA.names)
+def test_a_column_of_another_type_is_no_segment(column: str) -> None:
+    table = pa.Table.from_batches([segment_of(SHARDS)])
+    place = table.column_names.index(column)
+    other = table.set_column(place, column, pa.array([0.5] * len(SHARDS)))
+    with pytest.raises(CorruptError, match="not a segment"):
+        decode_segment(file_of(other.to_batches()[0]), where="here")
+
+
+def test_columns_of_a_later_version_are_left_out() -> None:
+    table = pa.Table.from_batches([segment_of(SHARDS)]).add_column(3, "later", pa.array([1] * len(SHARDS)))
+    batch = decode_segment(file_of(table.to_batches()[0]), where="here")
+    assert list(Segments([batch])) == SHARDS
