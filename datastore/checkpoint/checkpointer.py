@@ -1,0 +1,275 @@
+"""Checkpoints of one run, as a training program uses them.
+
+    ck = Checkpointer("runs/first", keep=Keep(last=3))
+    items = {"model": model, "optim": optimizer, "data": loader}
+    info = ck.restore(items)                         # the newest sound step; verified, then loaded, or nothing touched
+    ...
+    with ck.guard():
+        optimizer.step()                             # waits while a save still copies, which is rarely
+    handle = ck.save(step, items, metrics={"loss": 2.1})   # returns at once
+    ...
+    ck.close()                                       # waits for the last save, and raises what went wrong
+
+With several ranks each one makes the same calls with its `rank`, the `world` and a `session` that all share and that
+no launch had before; they meet in storage only. A checkpointer is used by one thread of one process.
+"""
+
+import os
+import re
+import uuid
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from contextlib import contextmanager
+from logging import getLogger
+from types import TracebackType
+from typing import Any, Literal, Self
+
+from datastore.checkpoint.capture import Snapshot, capture
+from datastore.checkpoint.handle import Handle
+from datastore.checkpoint.history import History
+from datastore.checkpoint.inspect import StepReport, VerifyReport, inspect_step, verify_step
+from datastore.checkpoint.manifest import StepCommit
+from datastore.checkpoint.restore import Restored, Restorer
+from datastore.checkpoint.retention import Collected, collect, drop_after
+from datastore.checkpoint.run import Member, read_run
+from datastore.checkpoint.saver import Saver
+from datastore.checkpoint.settings import CheckpointOptions, Keep
+from datastore.checkpoint.steps import StepLog
+from datastore.checkpoint.tree import TensorSpec, pack
+from datastore.checkpoint.votes import Agree, StorageVote
+from datastore.errors import ConfigError, DatastoreError
+from datastore.storage.base import Storage
+from datastore.storage.resolve import open_storage
+
+__all__ = ["Checkpointer"]
+
+_log = getLogger(__name__)
+
+_SESSION = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9_.-]*")
+_KEEP = Keep()
+_OPTIONS = CheckpointOptions()
+
+
+class Checkpointer:
+    """Saves and restores the state of one run below `url`."""
+
+    def __init__(
+        self,
+        url: str | os.PathLike[str] | Storage,
+        *,
+        keep: Keep = _KEEP,
+        rank: int = 0,
+        world: int = 1,
+        session: str = "",
+        options: CheckpointOptions = _OPTIONS,
+    ) -> None:
+        """Open the run; nothing is written before the first save.
+
+        Raises:
+            ConfigError: a setting is wrong, or the URL holds something else.
+            CorruptError: `run.json` is damaged.
+        """
+        _check_member(keep, rank, world, session)
+        storage = url if isinstance(url, Storage) else open_storage(url)
+        read_run(storage)
+        self._member = Member(storage, rank, world, session or uuid.uuid4().hex, options)
+        self._keep = keep
+        self._history = History()
+        self._saver = Saver(self._member, keep, self._history)
+        self._vote = StorageVote(self._member)
+        self._thread: ThreadPoolExecutor | None = None
+        self._flight: Handle | None = None
+        self._job: Future[None] | None = None
+        self._process = os.getpid()
+        self._closed = False
+
+    @property
+    def url(self) -> str:
+        """Where the run is, without credentials."""
+        return self._member.storage.url
+
+    def save(
+        self, step: int, items: Mapping[str, Any], *, metrics: Mapping[str, Any] | None = None, blocking: bool = False
+    ) -> Handle:
+        """Save `items` as `step` and return at once; the work is done in the background.
+
+        `items` maps names to objects with `state_dict` and `load_state_dict`, to `PerRank`, or to nested dicts of
+        tensors and plain values. Until the handle is `staged`, their tensors must not change: put `guard` around what
+        changes them. `blocking` returns when the step is committed, and copies nothing. If the save before this one
+        has not ended, this waits for it.
+
+        Raises:
+            ConfigError: something in `items` cannot be stored; the message has its path.
+            ConflictError: `step` lies before the last one, or is committed with other content.
+            DatastoreError: the save before this one failed and nobody has heard of it; or this one, if `blocking`.
+        """
+        self._settle()
+        if type(step) is not int or step < 0:
+            raise ConfigError("not a step", step=step, hint="Use an integer from 0 on.")
+        self._history.check_next(step)
+        snapshot = capture(items, rank=self._member.rank, world=self._member.world)
+        values = pack(dict(metrics or {}), name="metrics", describe=_no_tensor).skeleton
+        work = self._work(step, snapshot, values, copy=not blocking)
+        handle = Handle(step)
+        if blocking:
+            handle.run(work)
+            self._tidy()
+        else:
+            self._flight = handle
+            self._thread = self._thread or ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+            self._job = self._thread.submit(self._in_background, handle, work)
+        return handle
+
+    def _work(
+        self, step: int, snapshot: Snapshot, metrics: Mapping[str, Any], *, copy: bool
+    ) -> Callable[[Callable[[], None]], StepCommit]:
+        if self._history.ref is not None and self._history.ref.step == step:
+            return lambda staged: self._saver.confirm(snapshot, metrics, staged=staged)
+        ref = self._member.save_ref(step, self._history.next_attempt(step))
+        return lambda staged: self._saver.save(ref, snapshot, metrics, copy=copy, staged=staged)
+
+    def _in_background(self, handle: Handle, work: Callable[[Callable[[], None]], StepCommit]) -> None:
+        handle.run(work)
+        self._tidy()
+
+    def _tidy(self) -> None:
+        if self._member.rank == 0:
+            self._saver.tidy()
+
+    @contextmanager
+    def guard(self) -> Iterator[None]:
+        """Enter when no save is copying: `with ck.guard(): optimizer.step()`."""
+        if self._flight is not None and self._process == os.getpid():
+            self._flight.wait_staged()
+        yield
+
+    def restore(
+        self,
+        items: Mapping[str, Any],
+        *,
+        step: int | Literal["latest"] = "latest",
+        agree: Agree | None = None,
+        partial: bool = False,
+    ) -> Restored:
+        """Load `step` into `items`: all of it, verified before anything is overwritten, or nothing.
+
+        "latest" is the newest step that is sound on every rank; `fell_back` of the result tells what was passed over.
+        `agree` returns the least of the numbers that all ranks call it with; without it ranks agree through storage.
+        Saved items that are not in `items` are an error, unless `partial`.
+
+        Raises:
+            MissingError: there is no such step, or none at all.
+            CorruptError: the step asked for, or every step, is damaged.
+            ResumeError: what is saved does not fit; the message lists the differences.
+            WaitError: another rank did not take part in time.
+        """
+        self._settle()
+        restorer = Restorer(self._member, items, agree=agree or self._vote, partial=partial)
+        restored, whole = restorer.newest() if step == "latest" else restorer.exactly(step)
+        entries = (entry for info in whole.parts for entry in info.entries)
+        self._history.restored(whole.commit, entries, (damaged.step for damaged in restored.fell_back))
+        return restored
+
+    def rewind(self, step: int) -> list[int]:
+        """Drop every step after `step` and return them, so that training can go on from there.
+
+        Call it after an older step was restored on purpose. Rank 0 does the work, all ranks may call it.
+
+        Raises:
+            MissingError: there is no such step.
+        """
+        self._settle()
+        dropped = drop_after(self._member.storage, step, dry_run=self._member.rank > 0)
+        if self._history.ref is not None and self._history.ref.step > step:
+            self._history.leave()
+        return dropped
+
+    def steps(self) -> list[int]:
+        """Return the committed steps, in rising order."""
+        return StepLog(self._member.storage).steps()
+
+    def latest(self) -> int | None:
+        """Return the newest committed step, or None if there is none."""
+        return StepLog(self._member.storage).newest()
+
+    def inspect(self, step: int) -> StepReport:
+        """Return what is in `step`.
+
+        Raises:
+            MissingError: there is no such step.
+            CorruptError: its commit is damaged.
+        """
+        return inspect_step(self._member.storage, step)
+
+    def verify(self, step: int) -> VerifyReport:
+        """Read all of `step` and return what is not as it was written.
+
+        Raises:
+            MissingError: there is no such step.
+        """
+        return verify_step(self._member.storage, step)
+
+    def gc(self, *, dry_run: bool = False) -> Collected:
+        """Remove what need not be kept, as each save does; return what was (or, if `dry_run`, would be) removed."""
+        self._settle()
+        dry_run = dry_run or self._member.rank > 0
+        return collect(self._member.storage, self._keep, session=self._member.session, dry_run=dry_run)
+
+    def close(self) -> None:
+        """Wait for the save in flight and give back its memory.
+
+        Raises:
+            DatastoreError: the last save failed and nobody has heard of it.
+        """
+        if self._closed or self._process != os.getpid():
+            return
+        try:
+            self._settle()
+        finally:
+            self._closed = True
+            self._saver.pool.clear()
+            if self._thread is not None:
+                self._thread.shutdown()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        try:
+            self.close()
+        except DatastoreError as failure:
+            if error is None:
+                raise
+            _log.error("the last save failed, too: %s", failure)
+
+    def _settle(self) -> None:
+        """Wait until nothing is in flight; raise what nobody has heard of yet."""
+        if self._process != os.getpid():
+            hint = "Use it in the process that made it; workers need no checkpoints."
+            raise ConfigError("a checkpointer does not survive a fork", url=self.url, hint=hint)
+        if self._closed:
+            raise ConfigError("the checkpointer is closed", url=self.url, hint="Open another one.")
+        if self._job is not None:
+            wait([self._job])
+        if self._flight is not None:
+            flight, self._flight = self._flight, None
+            flight.raise_unheard()
+
+
+def _no_tensor(_value: Any, _name: str) -> TensorSpec | None:
+    return None
+
+
+def _check_member(keep: Keep, rank: int, world: int, session: str) -> None:
+    if keep.last < 1:
+        raise ConfigError("at least one step must be kept", last=keep.last, hint="Set keep.last to 1 or more.")
+    if world < 1 or not 0 <= rank < world:
+        raise ConfigError("no such rank", rank=rank, world=world, hint="Ranks count from 0 to world - 1.")
+    if world > 1 and not session:
+        hint = "Pass a text that all ranks share and that is new for each launch."
+        raise ConfigError("several ranks need a session", world=world, hint=hint)
+    if session and not _SESSION.fullmatch(session):
+        hint = "Use letters, digits, '.', '_' and '-'."
+        raise ConfigError("not a name for a session", session=session, hint=hint)

@@ -1,0 +1,226 @@
+"""One rank's share of one save: pieces of tensors become one part file and one document that says what is in it.
+
+Pieces that are as they were in the last save are not written again: their entry points into the earlier part. Whether
+they are is known only after hashing them, which costs half of what copying does, so a piece that was found changed is
+not compared first any more until it happens to be unchanged. In dense training nothing ever is, and nothing is lost.
+
+Nothing here renames, appends or reuses a name: a part is there whole or not at all.
+"""
+
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import Executor, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import TypeAlias
+
+import numpy as np
+import torch
+
+from datastore.checkpoint.buffers import BufferPool
+from datastore.checkpoint.capture import Captured, Snapshot, item_digests
+from datastore.checkpoint.manifest import CHUNK_BYTES, Entry, PartInfo, StepRef, info_key, part_key
+from datastore.checkpoint.run import Member
+from datastore.checkpoint.safetensors import ITEM_BYTES, HeaderTensor, encode_header
+from datastore.checkpoint.tensors import DTYPES, Bytes, byte_view
+from datastore.digest import digest_hex
+from datastore.document import seal
+
+__all__ = ["Known", "Staged", "stage", "write_share"]
+
+Place: TypeAlias = tuple[str, tuple[int, ...], tuple[int, ...]]
+
+_SLICE_BYTES = 32 * 2**20
+"""How much one thread copies at a time."""
+
+
+@dataclass(slots=True)
+class Known:
+    """What is remembered of the last committed save: its pieces, and which of them are not worth comparing."""
+
+    entries: dict[Place, Entry] = field(default_factory=dict)
+    changing: set[Place] = field(default_factory=set)
+
+    def candidate(self, item: Captured) -> Entry | None:
+        """Return the entry of the last save that may still be true of `item`."""
+        place = (item.name, item.piece.box.starts, item.piece.box.shape)
+        entry = None if place in self.changing else self.entries.get(place)
+        return entry if entry is not None and entry.dtype == item.spec.dtype else None
+
+    def learn(self, entries: Iterable[Entry]) -> None:
+        """Remember what was committed, and which pieces were different this time."""
+        found = {entry.place: entry for entry in entries}
+        for place, entry in found.items():
+            before = self.entries.get(place)
+            if before is not None:
+                (self.changing.discard if entry.same_bytes(before) else self.changing.add)(place)
+        self.entries = found
+
+
+@dataclass(frozen=True, slots=True)
+class Staged:
+    """A share whose content no longer depends on the training program."""
+
+    kept: tuple[Entry, ...]
+    fresh: tuple[tuple[Captured, Bytes], ...]
+    buffer: torch.Tensor | None = None
+    """Where the bytes of `fresh` lie; None if they are read from the tensors themselves."""
+
+
+def stage(snapshot: Snapshot, known: Known, pool: BufferPool, *, threads: int, copy: bool) -> Staged:
+    """Return the pieces of `snapshot` with their bytes fixed: copied, or looked at in place if `copy` is False.
+
+    In place is for a caller that waits until everything is written. What is on another device, or does not lie in one
+    run of memory, is copied in any case.
+    """
+    with ThreadPoolExecutor(threads) as executor:
+        kept, rest = _unchanged(snapshot.pieces, known, executor)
+        views = {item.name: None if copy else byte_view(item.piece.tensor) for item in rest}
+        # Falling item size aligns each tensor; names make the file a function of the state.
+        rest.sort(key=lambda item: (-ITEM_BYTES[item.spec.dtype], item.name))
+        total = sum(item.size_bytes for item in rest if views[item.name] is None)
+        buffer = pool.take(total) if total else None
+        fresh, moves, position = [], [], 0
+        for item in rest:
+            data = views[item.name]
+            if data is None:
+                target = _slice(buffer, position, item)
+                position += item.size_bytes
+                moves.append((target, item))
+                data = target.numpy()
+            fresh.append((item, data))
+        _copy(moves, executor)
+        again, fresh = _recognized(fresh, known)
+    return Staged((*kept, *again), tuple(fresh), buffer)
+
+
+def _unchanged(pieces: Sequence[Captured], known: Known, executor: Executor) -> tuple[list[Entry], list[Captured]]:
+    """Return the entries of pieces that are as they were, and the other pieces."""
+    views = [byte_view(item.piece.tensor) if known.candidate(item) else None for item in pieces]
+    hashes = [None if view is None else executor.submit(_digests, view) for view in views]
+    kept: list[Entry] = []
+    rest = []
+    for item, digests in zip(pieces, hashes, strict=True):
+        entry = known.candidate(item)
+        if entry is not None and digests is not None and digests.result() == entry.digests:
+            kept.extend(_named(entry, item))
+        else:
+            rest.append(item)
+    return kept, rest
+
+
+def _recognized(
+    fresh: Sequence[tuple[Captured, Bytes]], known: Known
+) -> tuple[list[Entry], list[tuple[Captured, Bytes]]]:
+    """Return the entries of pieces that could be compared only once they were copied, and the rest of `fresh`."""
+    kept: list[Entry] = []
+    rest = []
+    for item, data in fresh:
+        entry = known.candidate(item) if byte_view(item.piece.tensor) is None else None
+        if entry is not None and _digests(data) == entry.digests:
+            kept.extend(_named(entry, item))
+        else:
+            rest.append((item, data))
+    return kept, rest
+
+
+def _slice(buffer: torch.Tensor | None, start: int, item: Captured) -> torch.Tensor:
+    return torch.empty(0, dtype=torch.uint8) if buffer is None else buffer[start : start + item.size_bytes]
+
+
+def _copy(moves: Sequence[tuple[torch.Tensor, Captured]], executor: Executor) -> None:
+    """Copy each piece into its bytes; those of this memory in parallel, those of devices queued behind one another."""
+    devices = {item.piece.tensor.device for _, item in moves if item.piece.tensor.device.type == "cuda"}
+    for device in devices:
+        torch.cuda.synchronize(device)  # What was queued before the save must be in it; host memory was written by us.
+    futures = [executor.submit(np.copyto, to, of) for to, of in _slices(moves)]
+    for target, item in moves:
+        if byte_view(item.piece.tensor) is None and item.size_bytes:
+            shaped = target.view(DTYPES[item.spec.dtype]).view(item.piece.box.shape)
+            shaped.copy_(item.piece.tensor, non_blocking=True)
+    for device in devices:
+        torch.cuda.synchronize(device)
+    for future in futures:
+        future.result()
+
+
+def _slices(moves: Iterable[tuple[torch.Tensor, Captured]]) -> Iterator[tuple[Bytes, Bytes]]:
+    for target, item in moves:
+        source = byte_view(item.piece.tensor)
+        if source is not None:
+            data = target.numpy()
+            for start in range(0, len(source), _SLICE_BYTES):
+                yield data[start : start + _SLICE_BYTES], source[start : start + _SLICE_BYTES]
+
+
+def write_share(member: Member, run_id: str, ref: StepRef, *, snapshot: Snapshot, staged: Staged) -> PartInfo:
+    """Write this rank's part, if there is anything new, and its document; return the document.
+
+    Raises:
+        StorageError: the storage failed; nothing that a commit could name is there.
+    """
+    part, header = "", b""
+    entries = list(staged.kept)
+    if staged.fresh:
+        part = part_key(ref, member.rank)
+        tensors = [HeaderTensor(item.name, item.spec.dtype, item.piece.box.shape) for item, _ in staged.fresh]
+        header = encode_header(tensors, metadata={"format": "pt", "run": run_id, "step": str(ref.step)})
+        with ThreadPoolExecutor(1) as executor:  # Hashes what the disk is busy with.
+            digests = [executor.submit(_digests, data) for _, data in staged.fresh]
+            member.storage.put_new(part, header, *(data.data for _, data in staged.fresh if len(data)))
+            found = [future.result() for future in digests]
+        entries += _entries(part, len(header), staged, found)
+    info = PartInfo(
+        run_id=run_id,
+        step=ref.step,
+        save_id=ref.save_id,
+        rank=member.rank,
+        world=member.world,
+        part=part,
+        size_bytes=len(header) + sum(len(data) for _, data in staged.fresh),
+        data_start=len(header),
+        header_digest=digest_hex(header) if part else "",
+        chunk_bytes=CHUNK_BYTES,
+        entries=tuple(entries),
+        items=item_digests(snapshot.items),
+        own_items=snapshot.own_items,
+    )
+    raw = seal(info)
+    member.storage.put_new(info_key(ref, member.rank), raw)
+    return info
+
+
+def _entries(part: str, data_start: int, staged: Staged, digests: Sequence[str]) -> Iterator[Entry]:
+    position = data_start
+    for (item, data), found in zip(staged.fresh, digests, strict=True):
+        entry = Entry(
+            tensor=item.name,
+            dtype=item.spec.dtype,
+            global_shape=item.spec.shape,
+            shape=item.piece.box.shape,
+            offsets=item.piece.box.starts,
+            part=part,
+            start=position,
+            stop=position + len(data),
+            digests=found,
+        )
+        position = entry.stop
+        yield from _named(entry, item)
+
+
+def _named(entry: Entry, item: Captured) -> Iterator[Entry]:
+    """Yield the entry under each name that the same memory has."""
+    for name in (item.name, *item.aliases):
+        yield Entry(
+            tensor=name,
+            dtype=entry.dtype,
+            global_shape=entry.global_shape,
+            shape=entry.shape,
+            offsets=entry.offsets,
+            part=entry.part,
+            start=entry.start,
+            stop=entry.stop,
+            digests=entry.digests,
+        )
+
+
+def _digests(data: Bytes) -> str:
+    return "".join(digest_hex(data[start : start + CHUNK_BYTES].data) for start in range(0, len(data), CHUNK_BYTES))

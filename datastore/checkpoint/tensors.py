@@ -1,0 +1,141 @@
+"""Tensors as bytes: which ones can be stored, what they are called on disk, and which part of the whole is here.
+
+A tensor that cannot be told apart by dtype, shape and bytes (sparse, quantized, on the meta device, of an unknown
+subclass) is refused by name rather than stored half. A DTensor is one piece of a whole; ranks that hold the same
+piece agree without a word that the one at coordinate 0 of the mesh dimensions it is replicated over writes it.
+"""
+
+import sys
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from datastore.checkpoint.plan import Box
+from datastore.checkpoint.tree import TensorSpec
+from datastore.errors import ConfigError
+
+__all__ = ["DTYPES", "Piece", "byte_view", "describe", "local_piece", "memory_key"]
+
+Bytes = NDArray[np.uint8]
+
+_NAMES = {
+    torch.bool: "BOOL",
+    torch.uint8: "U8",
+    torch.int8: "I8",
+    torch.float8_e4m3fn: "F8_E4M3",
+    torch.float8_e4m3fnuz: "F8_E4M3FNUZ",
+    torch.float8_e5m2: "F8_E5M2",
+    torch.float8_e5m2fnuz: "F8_E5M2FNUZ",
+    torch.uint16: "U16",
+    torch.int16: "I16",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.uint32: "U32",
+    torch.int32: "I32",
+    torch.float32: "F32",
+    torch.uint64: "U64",
+    torch.int64: "I64",
+    torch.float64: "F64",
+    torch.complex64: "C64",
+}
+DTYPES = {name: dtype for dtype, name in _NAMES.items()}
+"""The torch dtype of each dtype that safetensors knows."""
+
+_PLAIN = (torch.Tensor, torch.nn.Parameter)
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """The part of a tensor that is in this process."""
+
+    tensor: torch.Tensor
+    """Detached; writing to it writes to the original."""
+
+    box: Box
+    replicated: bool
+    """Whether every rank holds the whole of it."""
+
+    first: bool
+    """Whether this rank is the first of those that hold this piece."""
+
+
+def describe(value: Any, name: str) -> TensorSpec | None:
+    """Return dtype and global shape of `value` if it is a tensor, else None.
+
+    Raises:
+        ConfigError: a tensor of a kind that cannot be stored; `name` is in the message.
+    """
+    if not isinstance(value, torch.Tensor):
+        return None
+    reason = _unfit(value)
+    if reason:
+        hint = "Convert it to a dense torch.Tensor, or leave it out of the state."
+        raise ConfigError(f"this tensor cannot be stored: {reason}", path=name, type=type(value).__name__, hint=hint)
+    return TensorSpec(_NAMES[value.dtype], tuple(value.shape))
+
+
+def _unfit(tensor: torch.Tensor) -> str:
+    if not (_is_dtensor(tensor) or type(tensor) in _PLAIN):
+        return "its class is not known"
+    if tensor.layout != torch.strided:
+        return f"its layout is {tensor.layout}"
+    if tensor.is_meta:
+        return "it is on the meta device and has no data"
+    if tensor.dtype not in _NAMES:
+        return f"safetensors has no {tensor.dtype}"
+    return ""
+
+
+def local_piece(tensor: torch.Tensor, name: str) -> Piece:
+    """Return the part of `tensor` that is in this process.
+
+    Raises:
+        ConfigError: a DTensor holds partial sums, which have no value yet, or is no box of the whole.
+    """
+    if _is_dtensor(tensor):
+        return _shard(tensor, name)
+    whole = Box((0,) * tensor.dim(), tuple(tensor.shape))
+    return Piece(tensor.detach(), whole, replicated=True, first=True)
+
+
+def _is_dtensor(value: torch.Tensor) -> bool:
+    # Looked up, not imported: a process that holds a DTensor has the module, all others save the import.
+    module = sys.modules.get("torch.distributed.tensor")
+    return module is not None and isinstance(value, module.DTensor)
+
+
+def _shard(tensor: Any, name: str) -> Piece:
+    from torch.distributed.tensor._utils import compute_local_shape_and_global_offset  # noqa: PLC0415 - as above
+
+    mesh, placements = tensor.device_mesh, tensor.placements
+    if any(placement.is_partial() for placement in placements):
+        hint = "Reduce it first: tensor.redistribute(placements=[Replicate()])."
+        raise ConfigError("this DTensor holds partial sums", path=name, hint=hint)
+    if any(type(placement).__name__ == "_StridedShard" for placement in placements):
+        # Its local rows need not be neighbours in the whole, so they are no box.
+        hint = "Redistribute it to plain shards, or shard another dimension."
+        raise ConfigError("this DTensor is sharded twice along one dimension", path=name, hint=hint)
+    shape, offsets = compute_local_shape_and_global_offset(tensor.shape, mesh, placements)
+    coordinate = mesh.get_coordinate()
+    local = tensor.detach().to_local()
+    if coordinate is None:
+        return Piece(local, Box((0,) * tensor.dim(), (0,) * tensor.dim()), replicated=False, first=False)
+    alike = not tensor.numel()  # All ranks hold the same nothing.
+    first = all(at == 0 for at, layout in zip(coordinate, placements, strict=True) if alike or layout.is_replicate())
+    return Piece(local, Box(tuple(offsets), tuple(shape)), replicated=False, first=first)
+
+
+def byte_view(tensor: torch.Tensor) -> Bytes | None:
+    """Return the bytes of `tensor`, shared and writable, or None if they do not lie in this memory one after the other."""
+    if tensor.device.type != "cpu" or not tensor.is_contiguous() or tensor.is_conj() or tensor.is_neg():
+        return None
+    view: Bytes = tensor.detach().reshape(-1).view(torch.uint8).numpy()
+    return view
+
+
+def memory_key(tensor: torch.Tensor) -> tuple[object, ...]:
+    """Return what two tensors have in common exactly if they are the same elements of the same memory."""
+    return (tensor.device, tensor.data_ptr(), tensor.dtype, tuple(tensor.shape), tensor.stride())
