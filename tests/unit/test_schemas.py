@@ -1,0 +1,162 @@
+"""schemas/ says what the code says: JSON Schema and decoder judge every case alike, and old stores stay readable."""
+
+import importlib.util
+import json
+import shutil
+import subprocess
+import sys
+from functools import cache
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import jsonschema
+import numpy as np
+import pytest
+
+from datastore.document import decode
+from datastore.errors import CorruptError
+from datastore.store.commits import CommitLog
+from datastore.store.dataset import Dataset, open_dataset
+from datastore.store.manifest import Commit
+from datastore.store.records import writer
+from datastore.store.tags import list_tags
+from datastore.store.verify import verify
+from datastore.testing.datasets import make_dataset
+
+ROOT = Path(__file__).parents[2]
+SCHEMAS = ROOT / "schemas"
+CASES = sorted((SCHEMAS / "cases").rglob("*.json"))
+GOLDEN = sorted((SCHEMAS / "golden").glob("v*"))
+
+
+@cache
+def tool() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("schemas_tool", ROOT / "tools" / "schemas.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_schemas_are_what_the_code_says() -> None:
+    checked = subprocess.run(
+        [sys.executable, str(ROOT / "tools" / "schemas.py"), "--check"], capture_output=True, text=True, check=False
+    )
+    assert checked.returncode == 0, checked.stdout + checked.stderr
+
+
+def test_the_check_notices_a_schema_that_is_stale_missing_or_left_over(tmp_path: Path) -> None:
+    folder = tmp_path / "schemas"
+    shutil.copytree(SCHEMAS, folder)
+    stale, missing, left_over = folder / "store/Tag.json", folder / "arrow/segment.txt", folder / "store/Gone.json"
+    stale.write_text("{}")
+    missing.unlink()
+    left_over.write_text("{}")
+    script = tmp_path / "tools" / "schemas.py"
+    script.parent.mkdir()
+    shutil.copy(ROOT / "tools" / "schemas.py", script)
+    checked = subprocess.run([sys.executable, str(script), "--check"], capture_output=True, text=True, check=False)
+    assert checked.returncode == 1
+    assert [line.split()[0] for line in checked.stdout.splitlines()] == [
+        "schemas/arrow/segment.txt",
+        "schemas/store/Gone.json",
+        "schemas/store/Tag.json",
+    ]
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda path: path.relative_to(SCHEMAS / "cases").as_posix())
+def test_schema_and_decoder_judge_alike(case: Path) -> None:
+    name = case.parent.relative_to(SCHEMAS / "cases").as_posix()
+    schema = json.loads((SCHEMAS / f"{name}.json").read_text())
+    raw = case.read_bytes()
+    try:
+        decode(tool().documents()[name], raw, where=case.name)
+        decoded = True
+    except CorruptError:
+        decoded = False
+    valid = jsonschema.Draft202012Validator(schema).is_valid(json.loads(raw))
+    assert decoded == valid == case.name.startswith("good-")
+
+
+def test_there_are_good_and_bad_cases_of_each_stored_document_of_the_store() -> None:
+    for name in tool().documents():
+        if name.startswith("store/"):
+            kinds = {case.name.split("-")[0] for case in (SCHEMAS / "cases" / name).glob("*.json")}
+            assert kinds == {"good", "bad"}, name
+
+
+def test_what_is_written_today_satisfies_the_schemas(tmp_path: Path) -> None:
+    make_dataset(tmp_path / "set", [[1, 2]])
+    for name, file in (("DatasetInfo", "datastore.json"), ("Commit", "_log/00000000000000000001.json")):
+        schema = json.loads((SCHEMAS / "store" / f"{name}.json").read_text())
+        jsonschema.validate(json.loads((tmp_path / "set" / file).read_text()), schema)
+
+
+@pytest.fixture(params=GOLDEN, ids=lambda path: path.name)
+def golden(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
+    """A copy of a golden store, so that no test can touch the original."""
+    return Path(shutil.copytree(request.param, tmp_path / "golden"))
+
+
+def expected(golden: Path) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads((golden / "expected.json").read_text())
+    return found
+
+
+def read(dataset: Dataset) -> list[dict[str, Any]]:
+    found = []
+    for index, info in enumerate(dataset.segments):
+        values, offsets = dataset.token_shard(index)
+        rows = [{**row, "digest": row["digest"].hex()} for row in dataset.documents(index).to_pylist()]
+        tokens = [part.tolist() for part in np.split(values, offsets[1:-1])]
+        found.append({"uid": info.uid, "tokens": tokens, "documents": rows})
+    return found
+
+
+def test_there_is_a_golden_store_of_every_format_version() -> None:
+    assert [path.name for path in GOLDEN] == [f"v{version}" for version in range(1, Commit.newest_format + 1)]
+
+
+def test_a_golden_store_reads_token_by_token(golden: Path) -> None:
+    truth = expected(golden)["tokens"]
+    url = golden / "tokens"
+    for version, shards in truth["versions"].items():
+        dataset = open_dataset(url, version=int(version))
+        assert read(dataset) == shards
+        assert dataset.tokenizer() == truth["tokenizer"].encode()
+    assert open_dataset(url).uuid == truth["uuid"]
+    assert open_dataset(url).version == len(truth["versions"])
+    assert {name: open_dataset(url, tag=name).version for name in list_tags(dataset.storage)} == truth["tags"]
+
+
+def test_the_history_of_a_golden_store_still_chains(golden: Path) -> None:
+    dataset = open_dataset(golden / "tokens")
+    log = CommitLog(dataset.storage)
+    assert [commit.version for commit in log.history(dataset.commit)] == [2, 1]
+    truth = expected(golden)["tokens"]["commits"]
+    assert {version: log.stored(int(version)).sha256 for version in truth} == truth
+
+
+def test_the_records_of_a_golden_store_read_row_by_row(golden: Path) -> None:
+    truth = expected(golden)["records"]
+    dataset = open_dataset(golden / "records")
+    assert str(dataset.schema) == truth["schema"]
+    rows = [
+        {**row, "image": row["image"].hex() if row["image"] is not None else None} for row in dataset.iter_records()
+    ]
+    assert rows == truth["rows"]
+
+
+def test_a_golden_store_verifies(golden: Path) -> None:
+    for kind in ("tokens", "records"):
+        report = verify(open_dataset(golden / kind))
+        assert report.bad == ()
+
+
+def test_a_golden_store_can_be_appended_to(golden: Path) -> None:
+    dataset = open_dataset(golden / "records")
+    with writer(golden / "records") as out:
+        out.write(dataset.to_arrow())
+    assert open_dataset(golden / "records").totals.documents == 2 * dataset.totals.documents
