@@ -261,16 +261,19 @@ def _join(chunks: Sequence[Buffer]) -> bytes:
 
 
 def _modified(info: Mapping[str, Any]) -> float:
-    """Return the time of writing: backends disagree on the key and on the type."""
+    """Return the time of writing: backends disagree on the key and on the type.
+
+    Whole seconds: a HEAD of S3 gives no more, and where a listing does (Ceph's), both must say the same.
+    """
     for name in ("mtime", "LastModified", "last_modified", "updated", "modified", "created"):
         value = info.get(name)
         if isinstance(value, datetime):
-            return value.timestamp()
+            return value.timestamp() // 1
         if isinstance(value, int | float):
-            return float(value)
+            return float(value) // 1
         if isinstance(value, str) and value:
             with suppress(ValueError):
-                return datetime.fromisoformat(value).timestamp()
+                return datetime.fromisoformat(value).timestamp() // 1
     return 0.0
 
 
