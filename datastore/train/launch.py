@@ -1,0 +1,236 @@
+"""Several ranks on this machine: one process each, watched until all are done.
+
+`Launch` says who a process is among the ranks. The command line makes it (from torchrun's variables) or `spawn` does; it is
+never read from the environment below.
+
+`spawn` is what `--processes N` means. The parent loads no torch; it hands each child its task on stdin, passes signals on,
+relays what rank 0 reports, and when one rank fails it names that rank and ends the others. Children see the end of their
+stdin when the parent dies, however it dies, and end too: no orphan trains on.
+
+The parent binds the port on which the ranks meet and rank 0 inherits the socket, so no other program can take it between.
+"""
+
+import os
+import selectors
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import msgspec
+import orjson
+
+from datastore import errors
+from datastore.document import Document
+from datastore.errors import DatastoreError, WaitError
+from datastore.train.signals import on_first_signal
+
+__all__ = ["LOST_PEER", "Launch", "Task", "error_from", "error_to", "spawn"]
+
+LOST_PEER = 75
+"""Exit status of a rank that failed only because another one did."""
+
+_GRACE_S = 20.0
+"""How long the other ranks have to end by themselves after one failed."""
+
+_POLL_S = 0.2
+
+
+class Launch(Document, frozen=True, kw_only=True):
+    """Who this process is among the ranks, and where they meet."""
+
+    rank: int = 0
+    world: int = 1
+    local_rank: int = 0
+    """Rank among the processes of this machine: which GPU it takes."""
+
+    local_world: int = 1
+    host: str = "127.0.0.1"
+    port: int = 0
+    listen_fd: int | None = None
+    """A listening socket that rank 0 inherited, so that nobody else can take the port; None: rank 0 binds `port`."""
+
+    agent_store: bool = False
+    """Whether the launcher itself answers at host:port (torchrun does), rather than rank 0."""
+
+
+class Task(msgspec.Struct, frozen=True, kw_only=True):
+    """What the parent tells a child, as one line of JSON on its stdin."""
+
+    target: str
+    """`module:function`, called as `function(launch, arguments, report)`."""
+
+    arguments: dict[str, Any]
+    launch: Launch
+    events_fd: int
+    path: list[str]
+    """The parent's `sys.path`: what it can import, its children can."""
+
+
+@dataclass(slots=True)
+class _Child:
+    rank: int
+    process: subprocess.Popen[bytes]
+    events_fd: int
+    pending: bytearray = field(default_factory=bytearray)
+    result: Any = None
+    error: DatastoreError | None = None
+    finished: bool = False
+    """Whether it has closed its pipe: it is ending."""
+
+    killed: bool = False
+    """Whether the parent ended it."""
+
+
+def spawn(
+    target: str,
+    arguments: Mapping[str, Any],
+    *,
+    processes: int,
+    on_event: Callable[[dict[str, Any]], None] | None = None,
+) -> list[Any]:
+    """Run `target(launch, arguments, report)` in `processes` processes and return what each returned, by rank.
+
+    Arguments, results and the events that rank 0 reports are JSON values.
+
+    Raises:
+        DatastoreError: what a rank raised; a WaitError that names the rank if it died without a word.
+        KeyboardInterrupt: a signal came before the ranks could stop in order.
+    """
+    with socket.create_server(("127.0.0.1", 0), backlog=max(128, processes)) as server:
+        children = [_start(target, arguments, rank=rank, world=processes, server=server) for rank in range(processes)]
+    asked: list[bool] = []
+
+    def ask_to_stop() -> None:
+        asked.append(True)
+        _signal_all(children, signal.SIGTERM)
+
+    with on_first_signal(ask_to_stop):
+        try:
+            _watch(children, on_event or (lambda _event: None))
+        finally:
+            _end(children)
+    if asked and any(child.process.returncode == -signal.SIGTERM for child in children):
+        raise KeyboardInterrupt  # They were still starting: there was nothing to finish or to save.
+    _raise_first(children)
+    return [child.result for child in children]
+
+
+def _start(target: str, arguments: Mapping[str, Any], *, rank: int, world: int, server: socket.socket) -> _Child:
+    read_fd, write_fd = os.pipe()
+    listen_fd = server.fileno() if rank == 0 else None
+    launch = Launch(
+        rank=rank,
+        world=world,
+        local_rank=rank,
+        local_world=world,
+        port=server.getsockname()[1],
+        listen_fd=listen_fd,
+    )
+    task = Task(target=target, arguments=dict(arguments), launch=launch, events_fd=write_fd, path=sys.path)
+    process = subprocess.Popen(
+        [sys.executable, "-m", "datastore.train.worker"],
+        stdin=subprocess.PIPE,
+        pass_fds=[fd for fd in (write_fd, listen_fd) if fd is not None],
+        # Ctrl-C goes to the whole foreground group: children of their own session get it once, from the parent.
+        start_new_session=True,
+    )
+    os.close(write_fd)
+    assert process.stdin is not None
+    try:
+        process.stdin.write(msgspec.json.encode(task) + b"\n")
+        process.stdin.flush()
+    except BrokenPipeError:
+        pass  # It died at once; `_watch` finds its exit status.
+    return _Child(rank, process, read_fd)
+
+
+def _watch(children: list[_Child], on_event: Callable[[dict[str, Any]], None]) -> None:
+    """Relay events until all children have ended, or one has failed and the grace of the others is over."""
+    deadline = float("inf")
+    with selectors.DefaultSelector() as selector:
+        for child in children:
+            selector.register(child.events_fd, selectors.EVENT_READ, child)
+        while selector.get_map() and time.monotonic() < deadline:
+            for key, _ in selector.select(_POLL_S):
+                if not _read(key.data, on_event):
+                    key.data.finished = True
+                    selector.unregister(key.fd)
+            if deadline == float("inf") and any(_failed(child) for child in children):
+                deadline = time.monotonic() + _GRACE_S
+
+
+def _read(child: _Child, on_event: Callable[[dict[str, Any]], None]) -> bool:
+    """Take in what the child wrote; return False at the end of its pipe."""
+    data = os.read(child.events_fd, 1 << 16)
+    child.pending += data
+    *lines, rest = child.pending.split(b"\n")
+    child.pending = bytearray(rest)
+    for line in lines:
+        message = orjson.loads(line)
+        if "result" in message:
+            child.result = message["result"]
+        elif "error" in message:
+            child.error = error_from(message["error"])
+        elif child.rank == 0:
+            on_event(message["event"])
+    return bool(data)
+
+
+def _failed(child: _Child) -> bool:
+    return child.error is not None or child.process.poll() not in {None, 0}
+
+
+def _signal_all(children: list[_Child], number: int) -> None:
+    for child in children:
+        if child.process.poll() is None:
+            child.process.send_signal(number)
+
+
+def _end(children: list[_Child]) -> None:
+    """Wait for children that have closed their pipe, end the others, close every pipe of ours."""
+    for child in children:
+        try:
+            child.process.wait(_GRACE_S if child.finished else 0)
+        except subprocess.TimeoutExpired:
+            child.killed = True
+            child.process.kill()
+            child.process.wait()
+        os.close(child.events_fd)
+        if child.process.stdin is not None:
+            child.process.stdin.close()
+
+
+def _raise_first(children: list[_Child]) -> None:
+    """Raise the failure that explains the others: what a rank said, else the death of one, else a lost peer."""
+    for child in children:
+        if child.error is not None:
+            raise child.error
+    failed = [child for child in children if child.process.returncode != 0 and not child.killed]
+    for child in sorted(failed, key=lambda child: child.process.returncode == LOST_PEER):
+        code = child.process.returncode
+        raise WaitError(
+            "a rank died" if code != LOST_PEER else "a rank lost its peers",
+            rank=child.rank,
+            cause=signal.Signals(-code).name if code < 0 else f"exit status {code}",
+            hint="Its last checkpoint is complete: resume the run.",
+        )
+
+
+def error_to(error: DatastoreError) -> dict[str, Any]:
+    """Return `error` as a JSON value."""
+    plain = {
+        name: value if isinstance(value, str | int | float | bool | None) else str(value)
+        for name, value in error.values.items()
+    }
+    return {"kind": type(error).__name__, "fact": error.fact, "hint": error.hint, "values": plain}
+
+
+def error_from(value: Mapping[str, Any]) -> DatastoreError:
+    """Return the error that `error_to` wrote."""
+    kind = getattr(errors, value["kind"], DatastoreError)
+    return kind(value["fact"], hint=value["hint"], **value["values"])  # type: ignore[no-any-return]

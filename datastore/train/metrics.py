@@ -1,0 +1,94 @@
+"""Numbers about a run: one JSON line per step, and TensorBoard if asked for.
+
+Lines go to `metrics/<first step>-<session>.jsonl`, which a thread replaces by a longer one every few seconds: object stores
+cannot append. A killed session loses at most those seconds of lines, and its steps are taken again by the next session,
+whose lines count (`read_metrics`).
+"""
+
+import time
+from collections.abc import Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import orjson
+
+from datastore.errors import DependencyError
+from datastore.storage.base import Storage
+
+__all__ = ["MetricsWriter", "read_metrics"]
+
+_FLUSH_S = 10.0
+
+
+class MetricsWriter:
+    """Writes the metrics of one session; rank 0 has one. Not thread-safe."""
+
+    def __init__(self, storage: Storage, *, session: str, first_step: int, tensorboard: Path | None = None) -> None:
+        self._storage = storage
+        self._key = f"metrics/{first_step:010d}-{session}.jsonl"
+        self._lines = bytearray()
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="metrics")
+        self._flushing: Future[None] | None = None
+        self._flushed = time.monotonic()
+        self._board = _open_board(tensorboard, first_step) if tensorboard is not None else None
+
+    def write(self, record: Mapping[str, Any]) -> None:
+        """Take the record of one step, which has "step" and numbers.
+
+        Raises:
+            StorageError: an earlier record could not be written.
+        """
+        self._lines += orjson.dumps(dict(record)) + b"\n"
+        if self._board is not None:
+            for name, value in record.items():
+                if name != "step" and isinstance(value, int | float):
+                    self._board.add_scalar(name, value, record["step"])
+        if time.monotonic() - self._flushed > _FLUSH_S:
+            self.flush()
+
+    def flush(self) -> None:
+        """Begin to store what was written so far."""
+        self._wait()
+        self._flushed = time.monotonic()
+        if self._lines:
+            self._flushing = self._thread.submit(self._storage.put, self._key, bytes(self._lines))
+
+    def close(self) -> None:
+        """Store everything and end the thread."""
+        try:
+            self.flush()
+            self._wait()
+        finally:
+            self._thread.shutdown()
+            if self._board is not None:
+                self._board.close()
+
+    def _wait(self) -> None:
+        if self._flushing is not None:
+            self._flushing.result()
+            self._flushing = None
+
+
+def read_metrics(storage: Storage) -> list[dict[str, Any]]:
+    """Return one record per step, in order; of a step taken twice, what the later session wrote."""
+    keys = sorted((found.key for found in storage.list("metrics")), key=lambda key: key.rpartition("-")[2])
+    steps: dict[int, dict[str, Any]] = {}
+    for key in keys:
+        records = [orjson.loads(line) for line in storage.get(key).splitlines()]
+        if records:
+            steps = {step: record for step, record in steps.items() if step < records[0]["step"]}
+            steps |= {record["step"]: record for record in records}
+    return [steps[step] for step in sorted(steps)]
+
+
+def _open_board(folder: Path, first_step: int) -> Any:
+    try:
+        from torch.utils.tensorboard import SummaryWriter  # noqa: PLC0415 - optional, and takes seconds
+    except ImportError:
+        raise DependencyError(
+            "TensorBoard is not installed",
+            hint="Run: pip install 'datastore[track]', or set metrics.tensorboard = false.",
+        ) from None
+    # purge_step hides what a killed session had written of the steps that are taken again.
+    return SummaryWriter(log_dir=str(folder), purge_step=first_step)
