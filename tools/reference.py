@@ -37,8 +37,8 @@ def reference() -> str:
 
 
 def commands(group: click.Group, path: str) -> Iterator[tuple[str, click.Command]]:
-    """Yield every command below `group` with its full name, in alphabetical order."""
-    for name, command in sorted(group.commands.items()):
+    """Yield every command below `group` with its full name."""
+    for name, command in group.commands.items():
         if isinstance(command, click.Group):
             yield from commands(command, f"{path} {name}")
         else:

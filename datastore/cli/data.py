@@ -17,7 +17,10 @@ __all__ = ["COMMANDS"]
 URL = click.argument("url")
 
 
-@click.command(epilog=example("datastore show data/code", "datastore show data/code@1 --json"))
+@click.command(
+    short_help="Show what a dataset holds.",
+    epilog=example("datastore show data/code", "datastore show data/code@1 --json"),
+)
 @URL
 @json_option
 def show(*, url: str, as_json: bool) -> None:
@@ -57,7 +60,10 @@ def _tags(dataset: "Dataset") -> dict[str, int]:
     return {name: read_tag(dataset.storage, name).version for name in list_tags(dataset.storage)}
 
 
-@click.command(epilog=example("datastore ls data/code", "datastore ls data/code --documents --limit 5"))
+@click.command(
+    short_help="List shards or documents.",
+    epilog=example("datastore ls data/code", "datastore ls data/code --documents --limit 5"),
+)
 @URL
 @click.option("--documents", is_flag=True, help="List documents, with source and byte offset, instead of shards.")
 @click.option("--limit", type=click.IntRange(min=0), default=20, help="How many lines; 0 for all.")
@@ -95,7 +101,7 @@ def _document_rows(dataset: "Dataset") -> Iterator[dict[str, object]]:
         yield from dataset.documents(index).drop_columns(["digest"]).to_pylist()
 
 
-@click.command(epilog=example("datastore log data/code"))
+@click.command(short_help="List the versions of a dataset.", epilog=example("datastore log data/code"))
 @URL
 @json_option
 def log(*, url: str, as_json: bool) -> None:
@@ -117,7 +123,7 @@ def log(*, url: str, as_json: bool) -> None:
     )
 
 
-@click.command(epilog=example("datastore verify data/code"))
+@click.command(short_help="Read and check every byte of a dataset.", epilog=example("datastore verify data/code"))
 @URL
 @json_option
 def verify(*, url: str, as_json: bool) -> int:
@@ -139,7 +145,10 @@ def verify(*, url: str, as_json: bool) -> int:
     return 1 if report.bad else 0
 
 
-@click.command(epilog=example("datastore tag data/code v1", "datastore show data/code@v1"))
+@click.command(
+    short_help="Name a version of a dataset.",
+    epilog=example("datastore tag data/code v1", "datastore show data/code@v1"),
+)
 @URL
 @click.argument("name")
 @click.option("--replace", is_flag=True, help="Move a tag that names another version.")

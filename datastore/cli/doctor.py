@@ -45,7 +45,9 @@ class StorageProbe:
     read_mb_per_s: float
 
 
-@click.command(epilog=example("datastore doctor", "datastore doctor --url data/"))
+@click.command(
+    short_help="Check this machine and a storage.", epilog=example("datastore doctor", "datastore doctor --url data/")
+)
 @click.option("--url", help="Also write, read and remove a probe of 32 MiB there, and test put-if-absent.")
 @json_option
 def doctor(*, url: str | None, as_json: bool) -> None:

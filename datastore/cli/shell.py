@@ -38,7 +38,11 @@ class Session:
 
 
 class Group(click.Group):
-    """A group whose commands all take `--debug`, wherever on the line it stands."""
+    """A group whose commands all take `--debug`, wherever on the line it stands, and are listed in the order of work."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:  # noqa: ARG002 - click's protocol
+        """Return the names of the commands in the order in which they were added."""
+        return list(self.commands)
 
     def add_command(self, cmd: click.Command, name: str | None = None) -> None:
         """Register `cmd` and give it the `--debug` option."""
@@ -74,6 +78,9 @@ def call(command: click.Command, arguments: Sequence[str] | None, session: Sessi
     except BrokenPipeError:
         silence_stdout()
         return BROKEN_PIPE
+    except click.exceptions.NoArgsIsHelpError as help_wanted:
+        sys.stderr.write(f"{help_wanted.format_message()}\n")
+        return _status(help_wanted)
     except (click.ClickException, DatastoreError, ModuleNotFoundError, OSError) as error:
         if session.debug:
             traceback.print_exception(error)
@@ -94,7 +101,8 @@ def _explain(error: Exception) -> tuple[str, str]:
         return error.code, str(error)
     if isinstance(error, click.UsageError):
         where = error.ctx.command_path if error.ctx else "datastore"
-        return "usage", f"{error.format_message().rstrip('.')}. See `{where} --help`."
+        fact = error.format_message()
+        return "usage", f"{fact if fact.endswith(('.', '?')) else f'{fact}.'} See `{where} --help`."
     if isinstance(error, click.ClickException):
         return "usage", error.format_message()
     if isinstance(error, ModuleNotFoundError):

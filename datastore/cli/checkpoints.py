@@ -1,0 +1,161 @@
+"""The commands about the checkpoints of a run: which there are, what is in one, whether it is sound, export."""
+
+import click
+
+from datastore.cli.output import fields, json_option, say, say_json, table
+from datastore.cli.shell import Group, example
+
+__all__ = ["checkpoint"]
+
+RUN = click.argument("run")
+STEP = click.option("--step", type=click.IntRange(min=0), help="Which step; the newest if left out.")
+
+
+@click.group(cls=Group, short_help="Look at checkpoints, export a model.")
+def checkpoint() -> None:
+    """Look at the checkpoints of a run, check them, export a model."""
+
+
+@checkpoint.command(short_help="List the steps of a run.", epilog=example("datastore checkpoint ls runs/first"))
+@RUN
+@json_option
+def ls(*, run: str, as_json: bool) -> None:
+    """List the steps that RUN can be restored to, oldest first."""
+    from datastore.checkpoint.inspect import list_steps
+    from datastore.storage.resolve import open_storage
+    from datastore.units import format_bytes
+
+    found = list_steps(open_storage(run))
+    if as_json:
+        say_json(found)
+        return
+    names = sorted({name for step in found for name, value in (step.metrics or {}).items() if value is not None})
+    rows = [
+        (
+            step.step,
+            step.time,
+            step.world,
+            format_bytes(step.state_bytes),
+            *((step.metrics or {}).get(name) for name in names),
+            step.error and f"damaged: {step.error}",
+        )
+        for step in found
+    ]
+    table(("step", "time", "ranks", "state", *names, ""), rows)
+
+
+@checkpoint.command(short_help="Show what a checkpoint holds.", epilog=example("datastore checkpoint show runs/first"))
+@RUN
+@STEP
+@json_option
+def show(*, run: str, step: int | None, as_json: bool) -> None:
+    """Show what a checkpoint of RUN holds."""
+    from datastore.checkpoint.inspect import inspect_step
+    from datastore.storage.resolve import open_storage
+    from datastore.units import format_bytes
+
+    report = inspect_step(open_storage(run), _steps(run, step)[-1])
+    if as_json:
+        say_json(report)
+        return
+    summary = report.summary
+    fields(
+        {
+            "step": summary.step,
+            "saved": f"{summary.time} by {report.writer}",
+            "ranks": summary.world,
+            "state": format_bytes(summary.state_bytes),
+            "written": f"{format_bytes(summary.written_bytes)} in {len(report.parts)} parts",
+            "after step": report.parent,
+            **(summary.metrics or {}),
+        }
+    )
+    say()
+    table(
+        ("item", "tensors", "size"), [(item.name, item.tensors, format_bytes(item.size_bytes)) for item in report.items]
+    )
+
+
+@checkpoint.command(short_help="Read and check checkpoints.", epilog=example("datastore checkpoint verify runs/first"))
+@RUN
+@click.option("--step", type=click.IntRange(min=0), help="Only this step; all of them if left out.")
+@json_option
+def verify(*, run: str, step: int | None, as_json: bool) -> int:
+    """Read every byte of the checkpoints of RUN and name what is damaged; exit with 1 if anything is."""
+    from datastore.checkpoint.inspect import verify_step
+    from datastore.storage.resolve import open_storage
+    from datastore.units import format_bytes
+
+    reports = [verify_step(open_storage(run), step) for step in _steps(run, step)]
+    damaged = any(report.bad for report in reports)
+    if as_json:
+        say_json(reports)
+        return 1 if damaged else 0
+    for report in reports:
+        result = "damaged" if report.bad else "sound"
+        say(f"step {report.step}: {result} ({report.chunks:,} chunks, {format_bytes(report.size_bytes)})")
+        for bad in report.bad:
+            place = f", bytes {bad.start:,} to {bad.stop:,}" if bad.stop else ""
+            say(f"  bad: {bad.key}{place}{f' ({bad.tensor})' if bad.tensor else ''}: {bad.reason}")
+    return 1 if damaged else 0
+
+
+@checkpoint.command(
+    short_help="Remove what need not be kept.", epilog=example("datastore checkpoint gc runs/first --last 2 --dry-run")
+)
+@RUN
+@click.option("--last", type=click.IntRange(min=1), default=3, help="Keep the newest LAST steps that can be read.")
+@click.option("--dry-run", is_flag=True, help="Only say what would be removed.")
+@json_option
+def gc(*, run: str, last: int, dry_run: bool, as_json: bool) -> None:
+    """Remove old checkpoints of RUN, and files that no checkpoint needs. Training does this by itself."""
+    from datastore.checkpoint.retention import collect
+    from datastore.checkpoint.settings import Keep
+    from datastore.storage.resolve import open_storage
+    from datastore.units import format_bytes
+
+    _steps(run, None)
+    removed = collect(open_storage(run), Keep(last=last), dry_run=dry_run)
+    if as_json:
+        say_json(removed)
+        return
+    verb = "would remove" if dry_run else "removed"
+    steps = ", ".join(map(str, removed.steps)) or "none"
+    say(f"{verb} steps: {steps}; {len(removed.keys):,} other files, {format_bytes(removed.size_bytes)}")
+
+
+@checkpoint.command(epilog=example("datastore checkpoint export runs/first hf/model --quantize int8"))
+@RUN
+@click.argument("to")
+@STEP
+@click.option(
+    "--quantize", type=click.Choice(["int8", "int4"]), help="Store linear layers with so many bits per weight."
+)
+@click.option("--replace", is_flag=True, help="Overwrite what the folder holds.")
+@json_option
+def export(*, run: str, to: str, step: int | None, quantize: str | None, replace: bool, as_json: bool) -> None:
+    """Write the model of RUN to the folder TO, as transformers and vLLM open it."""
+    from datastore.train.export import export as export_model
+    from datastore.units import format_bytes
+
+    done = export_model(run, to, step=step, quantize=quantize, replace=replace)
+    if as_json:
+        say_json(done)
+        return
+    say(f"step {done.step} is in {done.url}, {format_bytes(done.size_bytes)}")
+
+
+def _steps(run: str, step: int | None) -> list[int]:
+    """Return `step`, or all steps of the run.
+
+    Raises:
+        MissingError: it has none.
+    """
+    from datastore.checkpoint.steps import StepLog
+    from datastore.errors import MissingError
+    from datastore.storage.resolve import open_storage
+
+    steps = StepLog(open_storage(run)).steps()
+    if not steps:
+        raise MissingError("there is no checkpoint", run=run, hint="Name the folder of a run that has saved one.")
+    return steps if step is None else [step]
