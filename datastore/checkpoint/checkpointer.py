@@ -111,12 +111,12 @@ class Checkpointer:
         values = pack(dict(metrics or {}), name="metrics", describe=_no_tensor).skeleton
         work = self._work(step, snapshot, values, copy=not blocking)
         handle = Handle(step)
+        self._thread = self._thread or ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         if blocking:
             handle.run(work)
-            self._tidy()
+            self._job = self._thread.submit(self._tidy)
         else:
             self._flight = handle
-            self._thread = self._thread or ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
             self._job = self._thread.submit(self._in_background, handle, work)
         return handle
 

@@ -53,13 +53,13 @@ class History:
     def restored(self, commit: StepCommit, entries: Iterable[Entry], damaged: Iterable[int]) -> None:
         """Continue from `commit`; the steps `damaged` after it were found unusable."""
         self.head = Head(commit, item_digests(commit.items))
-        self.known = Known({entry.place: entry for entry in entries})
+        self.known = Known.of(entries)
         self.damaged = frozenset(damaged)
 
     def committed(self, commit: StepCommit, entries: Iterable[Entry]) -> None:
         """Continue from `commit`, which this process has just taken part in."""
         self.head = Head(commit, item_digests(commit.items))
-        self.known.learn(entries)
+        self.known = Known.of(entries)
         self.damaged = frozenset()
 
     def leave(self) -> None:

@@ -85,10 +85,6 @@ class Entry(Document, frozen=True, kw_only=True):
         """Which piece this is, wherever it is stored."""
         return self.tensor, self.offsets, self.shape
 
-    def same_bytes(self, other: "Entry") -> bool:
-        """Return whether `other` holds the same piece with the same content."""
-        return (self.place, self.dtype, self.digests) == (other.place, other.dtype, other.digests)
-
 
 class PartInfo(Sealed, frozen=True, kw_only=True):
     """What one rank contributes to one step."""

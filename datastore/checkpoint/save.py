@@ -1,8 +1,8 @@
 """One rank's share of one save: pieces of tensors become one part file and one document that says what is in it.
 
-Pieces that are as they were in the last save are not written again: their entry points into the earlier part. Whether
-they are is known only after hashing them, which costs half of what copying does, so a piece that was found changed is
-not compared first any more until it happens to be unchanged. In dense training nothing ever is, and nothing is lost.
+Pieces that are as they were in the last save are not written again: their entry points into the earlier part. To find
+out they are hashed first, up to the first chunk that differs: at 25 GB/s that is half of what copying costs where
+nothing changed, and next to nothing in dense training, where the first chunk of every piece did.
 
 Nothing here renames, appends or reuses a name: a part is there whole or not at all.
 """
@@ -10,17 +10,19 @@ Nothing here renames, appends or reuses a name: a part is there whole or not at 
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import TypeAlias
+from typing import Self, TypeAlias
 
 import numpy as np
 import torch
 
 from datastore.checkpoint.buffers import BufferPool
 from datastore.checkpoint.capture import Captured, Snapshot, item_digests
+from datastore.checkpoint.chunks import chunks_of
 from datastore.checkpoint.manifest import CHUNK_BYTES, Entry, PartInfo, StepRef, info_key, part_key
 from datastore.checkpoint.run import Member
 from datastore.checkpoint.safetensors import ITEM_BYTES, HeaderTensor, encode_header
-from datastore.checkpoint.tensors import DTYPES, Bytes, byte_view
+from datastore.checkpoint.sources import Bytes
+from datastore.checkpoint.tensors import DTYPES, byte_view
 from datastore.digest import digest_hex
 from datastore.document import seal
 
@@ -32,27 +34,21 @@ _SLICE_BYTES = 32 * 2**20
 """How much one thread copies at a time."""
 
 
-@dataclass(slots=True)
+@dataclass(frozen=True, slots=True)
 class Known:
-    """What is remembered of the last committed save: its pieces, and which of them are not worth comparing."""
+    """What is remembered of the last save or restore: which piece lies where, with its digests."""
 
     entries: dict[Place, Entry] = field(default_factory=dict)
-    changing: set[Place] = field(default_factory=set)
+
+    @classmethod
+    def of(cls, entries: Iterable[Entry]) -> Self:
+        """Return the memory of `entries`."""
+        return cls({entry.place: entry for entry in entries})
 
     def candidate(self, item: Captured) -> Entry | None:
         """Return the entry of the last save that may still be true of `item`."""
-        place = (item.name, item.piece.box.starts, item.piece.box.shape)
-        entry = None if place in self.changing else self.entries.get(place)
+        entry = self.entries.get((item.name, item.piece.box.starts, item.piece.box.shape))
         return entry if entry is not None and entry.dtype == item.spec.dtype else None
-
-    def learn(self, entries: Iterable[Entry]) -> None:
-        """Remember what was committed, and which pieces were different this time."""
-        found = {entry.place: entry for entry in entries}
-        for place, entry in found.items():
-            before = self.entries.get(place)
-            if before is not None:
-                (self.changing.discard if entry.same_bytes(before) else self.changing.add)(place)
-        self.entries = found
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,17 +90,10 @@ def stage(snapshot: Snapshot, known: Known, pool: BufferPool, *, threads: int, c
 
 def _unchanged(pieces: Sequence[Captured], known: Known, executor: Executor) -> tuple[list[Entry], list[Captured]]:
     """Return the entries of pieces that are as they were, and the other pieces."""
-    views = [byte_view(item.piece.tensor) if known.candidate(item) else None for item in pieces]
-    hashes = [None if view is None else executor.submit(_digests, view) for view in views]
-    kept: list[Entry] = []
-    rest = []
-    for item, digests in zip(pieces, hashes, strict=True):
-        entry = known.candidate(item)
-        if entry is not None and digests is not None and digests.result() == entry.digests:
-            kept.extend(_named(entry, item))
-        else:
-            rest.append(item)
-    return kept, rest
+    views = [byte_view(item.piece.tensor) for item in pieces]
+    found = list(executor.map(_still, (known.candidate(item) for item in pieces), views))
+    kept = [named for item, entry in zip(pieces, found, strict=True) if entry for named in _named(entry, item)]
+    return kept, [item for item, entry in zip(pieces, found, strict=True) if entry is None]
 
 
 def _recognized(
@@ -114,12 +103,22 @@ def _recognized(
     kept: list[Entry] = []
     rest = []
     for item, data in fresh:
-        entry = known.candidate(item) if byte_view(item.piece.tensor) is None else None
-        if entry is not None and _digests(data) == entry.digests:
-            kept.extend(_named(entry, item))
-        else:
+        entry = _still(known.candidate(item), data) if byte_view(item.piece.tensor) is None else None
+        if entry is None:
             rest.append((item, data))
+        else:
+            kept.extend(_named(entry, item))
     return kept, rest
+
+
+def _still(entry: Entry | None, data: Bytes | None) -> Entry | None:
+    """Return `entry` if `data` are the bytes it describes."""
+    if entry is None or data is None or len(data) != entry.stop - entry.start:
+        return None
+    for chunk in chunks_of(entry, CHUNK_BYTES):
+        if digest_hex(data[chunk.start - entry.start : chunk.stop - entry.start].data) != chunk.digest:
+            return None
+    return entry
 
 
 def _slice(buffer: torch.Tensor | None, start: int, item: Captured) -> torch.Tensor:

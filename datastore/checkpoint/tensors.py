@@ -9,17 +9,14 @@ import sys
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 
 from datastore.checkpoint.plan import Box
+from datastore.checkpoint.sources import Bytes
 from datastore.checkpoint.tree import TensorSpec
 from datastore.errors import ConfigError
 
 __all__ = ["DTYPES", "Piece", "byte_view", "describe", "local_piece", "memory_key"]
-
-Bytes = NDArray[np.uint8]
 
 _NAMES = {
     torch.bool: "BOOL",
