@@ -38,6 +38,7 @@ class Sealed(Document, frozen=True, kw_only=True):
 
 class _Head(msgspec.Struct):
     format: int = 1
+    digest: str = ""
 
 
 def encode(document: Document) -> bytes:
@@ -91,21 +92,29 @@ def unseal(kind: type[S], raw: Buffer, *, where: str) -> S:
         CorruptError: any bit differs from what was written.
     """
     try:
-        found = msgspec.json.decode(raw, type=_Head).format
+        head = msgspec.json.decode(raw, type=_Head)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
-        found = 1  # Not even JSON: `decode` below says so with its position.
-    if found > kind.newest_format:
+        head = _Head()  # Not even JSON: `decode` below says so with its position.
+    # A flipped bit in the format's number must not pass for a newer format.
+    if head.format > kind.newest_format and (not head.digest or _holds(raw, head.digest)):
         raise FormatError(
             f"{kind.__name__} was written in a newer format",
             where=where,
-            found=found,
+            found=head.format,
             newest_known=kind.newest_format,
             hint="Install a newer datastore.",
         )
     document = decode(kind, raw, where=where)
-    # The bytes are checked, not the value: what an older version of this package wrote lacks the fields added since,
-    # and another writer may space its JSON differently. The file's own digest comes first, before any nested one.
-    own = f'"digest": "{document.digest}"'.encode()
-    if digest_hex(bytes(raw).replace(own, b'"digest": ""', 1)) != document.digest:
+    if not _holds(raw, document.digest):
         raise CorruptError("document does not match its digest", where=where, hint="Restore this file from a copy.")
     return document
+
+
+def _holds(raw: Buffer, digest: str) -> bool:
+    """Return whether `raw` has the digest that it carries.
+
+    The bytes are checked, not the value: what an older version of this package wrote lacks the fields added since, and
+    another writer may space its JSON differently. The file's own digest comes first, before any nested one.
+    """
+    own = f'"digest": "{digest}"'.encode()
+    return digest_hex(bytes(raw).replace(own, b'"digest": ""', 1)) == digest
