@@ -14,9 +14,15 @@ from datastore.storage.base import check_key
 
 __all__ = ["Globs", "SkipReason", "kind_of", "odd_name"]
 
-SkipReason = Literal["binary", "empty", "excluded", "hidden", "odd_name", "outside_root", "special_file", "symlink"]
-"""Why a file of a folder is left out. `odd_name` has bytes that are no UTF-8, a backslash or a control character;
-`symlink` leads to a file of the same folder, which is read under its own name; `outside_root` to one elsewhere."""
+SkipReason = Literal[
+    "binary", "dataset", "empty", "excluded", "hidden", "odd_name", "outside_root", "special_file", "symlink"
+]
+"""Why a file or folder is left out.
+
+`dataset` is a folder of ours, perhaps the target itself. `odd_name` has bytes that are no UTF-8, a backslash or a
+control character. `symlink` leads to a file below the same root, which is read under its own name; `outside_root` to
+one elsewhere, which is refused.
+"""
 
 _CODECS: dict[str, Codec] = {".gz": "gz", ".zst": "zst"}
 _LINES = {".jsonl", ".ndjson"}

@@ -46,6 +46,8 @@ class Record(NamedTuple):
     offset: int
     length: int
     text: str
+    named: bool
+    """Whether the id stands in the data, so that another document may have it, too."""
 
 
 class Reject(NamedTuple):
@@ -88,7 +90,7 @@ def text_parser(source: str, *, whole: bool) -> Parser:
         reason = _text_reason(text)
         if reason is not None:
             return reject(source, offset, reason, data)
-        return Record(source if whole else f"{source}#{offset}", source, offset, length, text)
+        return Record(source if whole else f"{source}#{offset}", source, offset, length, text, named=False)
 
     return parse
 
@@ -113,20 +115,13 @@ def line_parser(source: str, *, text_key: str, id_key: str) -> Parser:
         if type(text) is not str or not text or "\0" in text:
             return reject(source, offset, _why_no_text(row, text_key), data)
         name = row.get(id_key)
-        if type(name) is not str or not name:  # Most lines have a plain one; the others take a closer look.
-            name = _other_id(name, otherwise=f"{source}#{offset}")
-            if name is None:
-                return reject(source, offset, "id_not_text", data)
-        return Record(name, source, offset, piece.length, text)
+        if name is None:
+            return Record(f"{source}#{offset}", source, offset, piece.length, text, named=False)
+        if type(name) not in {str, int} or name == "":
+            return reject(source, offset, "id_not_text", data)
+        return Record(str(name), source, offset, piece.length, text, named=True)
 
     return parse
-
-
-def _other_id(value: object, *, otherwise: str) -> str | None:
-    """Return a whole number as text, `otherwise` for no id, and None for what is none."""
-    if value is None:
-        return otherwise
-    return str(value) if type(value) is int else None
 
 
 def _text_reason(text: str) -> Reason | None:

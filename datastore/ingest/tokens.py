@@ -19,7 +19,7 @@ from datastore.ingest.fast import open_fast
 from datastore.ingest.records import Reason
 from datastore.ingest.settings import IngestSettings
 
-__all__ = ["Encoded", "TextEncoder"]
+__all__ = ["Counts", "Encoded", "TextEncoder"]
 
 Counts = npt.NDArray[np.int64]
 

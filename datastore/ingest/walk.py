@@ -12,6 +12,7 @@ from pathlib import Path
 from datastore.ingest.names import Globs, SkipReason, odd_name
 from datastore.storage.base import Stat
 from datastore.storage.reasons import explain
+from datastore.store.manifest import INFO_KEY
 
 __all__ = ["walk"]
 
@@ -27,6 +28,9 @@ def walk(root: Path, globs: Globs, skipped: Counter[SkipReason], below: str = ""
             entries = sorted(found, key=lambda entry: os.fsencode(entry.name))
     except OSError as error:
         raise explain(error, key=below or ".", url=str(root)) from None
+    if any(entry.name == INFO_KEY for entry in entries):
+        skipped["dataset"] += 1
+        return
     for entry in entries:
         key = f"{below}/{entry.name}" if below else entry.name
         reason = _reason_to_skip(entry, key, root, globs)

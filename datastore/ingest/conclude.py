@@ -1,0 +1,101 @@
+"""The end of an ingest: is what the tasks made good enough, and if so, one commit for all of it."""
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from datastore.errors import ConfigError, RejectedError
+from datastore.ingest.duplicates import without_duplicates
+from datastore.ingest.journal import Journal, TaskDone
+from datastore.ingest.plan import Plan
+from datastore.ingest.records import Reason
+from datastore.ingest.report import rejected_in
+from datastore.ingest.settings import IngestSettings
+from datastore.ingest.shards import RECORDS_SCHEMA
+from datastore.ingest.target import Target
+from datastore.storage.resolve import join_url
+from datastore.store.manifest import Commit, TokenizerRef
+from datastore.store.segment import ShardInfo
+from datastore.store.writer import commit_records, commit_shards
+
+__all__ = ["Outcome", "conclude"]
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """What came of an ingest."""
+
+    commit: Commit | None
+    """The newest version; None if there is none."""
+
+    shards: Sequence[ShardInfo]
+    rejected: Counter[Reason]
+
+
+def conclude(
+    target: Target, plan: Plan, tasks: Sequence[TaskDone], *, settings: IngestSettings, tokenizer: TokenizerRef | None
+) -> Outcome:
+    """Commit the shards of `tasks`, which are all those of `plan` in its order.
+
+    Raises:
+        RejectedError: too many documents were bad.
+        ConfigError: there is no document at all, and no dataset to leave as it is.
+    """
+    journal = Journal(target.storage, plan.ingest_id)
+    found = without_duplicates(journal, tasks)
+    rejected = rejected_in(tasks)
+    if found.rejects:
+        rejected["duplicate_id"] += len(found.rejects)
+        if settings.on_error == "quarantine":
+            journal.put_rejects("duplicates", found.rejects)
+    where = join_url(target.storage.url, journal.folder, "rejects") if settings.on_error == "quarantine" else ""
+    _check_limit(sum(task.documents for task in tasks) - len(found.rejects), rejected, settings, where=where)
+    if settings.on_error == "fail" and found.rejects:
+        first = found.rejects[0]
+        raise RejectedError(
+            "a document was rejected: duplicate_id",
+            source=first.source,
+            offset=first.offset,
+            id=first.excerpt,
+            hint="Correct it, or set on_error to quarantine or skip.",
+        )
+    if not found.shards:
+        if target.newest is None:
+            raise ConfigError(
+                "the source is empty: there is no document in it",
+                sources=list(plan.sources),
+                hint="Name a folder with text in it.",
+            )
+        return Outcome(target.newest, (), rejected)
+    return Outcome(_commit(target, plan, found.shards, tokenizer), found.shards, rejected)
+
+
+def _check_limit(documents: int, rejected: Counter[Reason], settings: IngestSettings, *, where: str) -> None:
+    bad = rejected.total()
+    ratio = bad / max(1, documents + bad)
+    if ratio <= settings.max_reject_ratio:
+        return
+    enough = -(-ratio * 10_000 // 1) / 10_000
+    look = f"Look at {where}, then correct" if where else "Correct"
+    raise RejectedError(
+        "too many documents were rejected, so nothing was committed",
+        rejected=bad,
+        of=documents + bad,
+        reasons=dict(sorted(rejected.items())),
+        max_reject_ratio=settings.max_reject_ratio,
+        hint=f"{look} the source, or allow it: max_reject_ratio = {enough:g}; what is done is kept for the next run.",
+    )
+
+
+def _commit(target: Target, plan: Plan, shards: Sequence[ShardInfo], tokenizer: TokenizerRef | None) -> Commit:
+    if tokenizer is None:
+        return commit_records(
+            target.storage,
+            shards,
+            schema=RECORDS_SCHEMA,
+            ingest_id=plan.ingest_id,
+            config_digest=plan.reading_digest,
+        )
+    return commit_shards(
+        target.storage, shards, tokenizer=tokenizer, ingest_id=plan.ingest_id, config_digest=plan.reading_digest
+    )

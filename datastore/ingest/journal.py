@@ -1,0 +1,135 @@
+"""What an ingest has planned and done, in the dataset itself: `ingests/<id>/`.
+
+`plan.json` and `done/<task>.json` are put-if-absent, and a task is marked done only after its shards, rejects and ids
+are stored. So a process may be killed at any moment, and several may work on one ingest without knowing of each
+other: at worst a task is done twice, with the same bytes. Nothing in here makes a shard visible; only a commit does.
+"""
+
+from collections.abc import Iterator, Sequence
+from typing import Annotated
+
+import msgspec
+import numpy as np
+import numpy.typing as npt
+import orjson
+
+from datastore.digest import check_digest, digest_hex
+from datastore.document import Sealed, seal, unseal
+from datastore.errors import ConflictError, MissingError
+from datastore.ingest.names import SkipReason
+from datastore.ingest.plan import Plan
+from datastore.ingest.records import Reason, Reject
+from datastore.storage.base import Storage
+from datastore.store.segment import ShardInfo
+
+__all__ = ["Journal", "TaskDone", "encode_rejects"]
+
+Count = Annotated[int, msgspec.Meta(ge=0)]
+
+
+class TaskDone(Sealed, frozen=True, kw_only=True):
+    """`done/<task>.json`: what a task has made."""
+
+    task_id: str
+    shards: tuple[ShardInfo, ...]
+    documents: Count
+    tokens: Count
+    text_bytes: Count
+    """UTF-8 bytes of the documents' texts."""
+
+    rejected: dict[Reason, Count]
+    skipped: dict[SkipReason, Count]
+    rejects_digest: str
+    """xxh3_128 of `rejects/<task>.jsonl`; empty if there is none."""
+
+    ids_digest: str
+    """xxh3_128 of `ids/<task>.bin`; empty if no document brought an id of its own, so that none can be there twice."""
+
+    encoder: str
+    """Which library encoded; the ids are the same."""
+
+
+class Journal:
+    """The journal of the ingest `ingest_id` of the dataset in `storage`."""
+
+    def __init__(self, storage: Storage, ingest_id: str) -> None:
+        self.storage = storage
+        self.folder = f"ingests/{ingest_id}"
+
+    def find_plan(self) -> Plan | None:
+        """Return the plan, or None if none was made.
+
+        Raises:
+            CorruptError, FormatError: it is damaged, or newer than this package.
+        """
+        key = f"{self.folder}/plan.json"
+        try:
+            return unseal(Plan, self.storage.get(key), where=key)
+        except MissingError:
+            return None
+
+    def keep_plan(self, plan: Plan) -> Plan:
+        """Store `plan` unless there is one; return the one that holds."""
+        try:
+            self.storage.put_new(f"{self.folder}/plan.json", seal(plan))
+        except ConflictError:
+            return self.find_plan() or plan
+        return plan
+
+    def done(self) -> dict[str, TaskDone]:
+        """Return the tasks that are done, by id. One request each."""
+        return {
+            found.task_id: found
+            for stat in self.storage.list(f"{self.folder}/done")
+            for found in (unseal(TaskDone, self.storage.get(stat.key), where=stat.key),)
+        }
+
+    def finish(self, done: TaskDone, *, rejects: bytes, ids: bytes) -> TaskDone:
+        """Mark a task done, its shards being stored; return what is on record, the first one to finish it counting."""
+        if rejects:
+            self.storage.put(self._rejects_key(done.task_id), rejects)
+        if ids:
+            self.storage.put(self._ids_key(done.task_id), ids)
+        done = msgspec.structs.replace(
+            done,
+            rejects_digest=digest_hex(rejects) if rejects else "",
+            ids_digest=digest_hex(ids) if ids else "",
+        )
+        key = f"{self.folder}/done/{done.task_id}.json"
+        try:
+            self.storage.put_new(key, seal(done))
+        except ConflictError:
+            return unseal(TaskDone, self.storage.get(key), where=key)
+        return done
+
+    def ids(self, done: TaskDone) -> npt.NDArray[np.uint64]:
+        """Return the xxh3_128 of the id of each document of a task, as rows of two numbers.
+
+        Raises:
+            CorruptError: the file is damaged.
+        """
+        key = self._ids_key(done.task_id)
+        raw = self.storage.get(key)
+        check_digest(raw, done.ids_digest, where=key)
+        return np.frombuffer(raw, dtype="<u8").reshape(-1, 2)
+
+    def put_rejects(self, name: str, rejects: Sequence[Reject]) -> None:
+        """Store rejects that no task has found."""
+        self.storage.put(self._rejects_key(name), encode_rejects(rejects))
+
+    def rejects(self) -> Iterator[Reject]:
+        """Yield everything that was rejected and kept."""
+        for stat in self.storage.list(f"{self.folder}/rejects"):
+            for line in self.storage.get(stat.key).splitlines():
+                yield Reject(**orjson.loads(line))
+
+    def _rejects_key(self, name: str) -> str:
+        return f"{self.folder}/rejects/{name}.jsonl"
+
+    def _ids_key(self, name: str) -> str:
+        return f"{self.folder}/ids/{name}.bin"
+
+
+def encode_rejects(rejects: Sequence[Reject]) -> bytes:
+    """Return `rejects` as JSON lines."""
+    return b"".join(orjson.dumps(reject._asdict(), option=orjson.OPT_APPEND_NEWLINE) for reject in rejects)

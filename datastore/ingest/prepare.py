@@ -1,0 +1,74 @@
+"""What an ingest would do: everything that can be known, and refused, before anything is written."""
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from datastore.errors import ConfigError
+from datastore.ingest.plan import Plan, make_plan
+from datastore.ingest.settings import IngestSettings, reading_digest
+from datastore.ingest.sources import Roots, list_sources
+from datastore.ingest.target import Target, TokenizerChoice, open_target
+from datastore.ingest.work import Job
+
+__all__ = ["Prepared", "prepare"]
+
+
+@dataclass(frozen=True, slots=True)
+class Prepared:
+    """A planned ingest."""
+
+    settings: IngestSettings
+    roots: Roots
+    target: Target
+    tokenizer: TokenizerChoice | None
+    plan: Plan
+
+    def workers(self, tasks: int) -> int:
+        """Return how many processes to use for that many tasks.
+
+        Raises:
+            ConfigError: several are asked for, but only this process sees the data.
+        """
+        urls = [self.target.storage.url, *self.roots.folders.values()]
+        wanted = self.settings.workers
+        if any(url.startswith("memory://") for url in urls):
+            if wanted > 1:
+                raise ConfigError("other processes cannot see memory://", workers=wanted, hint="Set workers to 1.")
+            return 1
+        return max(1, min(tasks, wanted or _cores()))
+
+    def job(self, to: str, *, workers: int) -> Job:
+        """Return what the workers need to know; `to` is the dataset's URL with credentials."""
+        return Job(
+            to=to,
+            ingest_id=self.plan.ingest_id,
+            kind=self.plan.kind,
+            roots=self.roots,
+            settings=self.settings,
+            tokenizer=self.tokenizer.ref if self.tokenizer else None,
+            parallel=workers == 1,
+        )
+
+
+def prepare(sources: Sequence[str], to: str, settings: IngestSettings) -> Prepared:
+    """Return the ingest of `sources` into the dataset at `to`; only reads.
+
+    Raises:
+        ConfigError, MissingError, FormatError, CorruptError, StorageError: as `ingest`.
+    """
+    listing, roots = list_sources(sources, settings)
+    target = open_target(to)
+    tokenizer = target.choose_tokenizer(settings)
+    plan = make_plan(
+        listing,
+        settings=settings,
+        kind="tokens" if tokenizer else "records",
+        reading_digest=reading_digest(settings, tokenizer_sha256=tokenizer.ref.sha256 if tokenizer else ""),
+        known=target.known_files(),
+    )
+    return Prepared(settings=settings, roots=roots, target=target, tokenizer=tokenizer, plan=plan)
+
+
+def _cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

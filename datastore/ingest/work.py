@@ -1,0 +1,185 @@
+"""One task, from its source ranges to its shards: `work(order)` is a pure function of the sources and the settings.
+
+read -> filter -> tokenize -> shard -> write, over batches of documents. Where it runs, how often, and beside what
+else changes nothing about the bytes that it stores.
+"""
+
+from collections import Counter
+from collections.abc import Callable
+from functools import cached_property
+
+import numpy as np
+import xxhash
+
+from datastore.document import Document
+from datastore.errors import RejectedError
+from datastore.ingest.journal import Journal, TaskDone, encode_rejects
+from datastore.ingest.names import SkipReason
+from datastore.ingest.plan import Order, source_bytes
+from datastore.ingest.read import read_part
+from datastore.ingest.records import Reason, Record, Reject
+from datastore.ingest.settings import IngestSettings, Kind, OnError
+from datastore.ingest.shards import RecordShards, ShardSink, TokenShards
+from datastore.ingest.sources import Roots
+from datastore.ingest.tokens import TextEncoder
+from datastore.storage.base import Storage
+from datastore.storage.resolve import open_storage
+from datastore.store.manifest import TokenizerRef
+from datastore.store.tokenizers import read_tokenizer
+
+__all__ = ["Advance", "Job", "Workbench"]
+
+_BATCH_BYTES = 4 * 2**20
+"""Source bytes of the documents that are encoded together."""
+
+
+class Job(Document, frozen=True, kw_only=True):
+    """What all tasks of an ingest have in common. Never stored: its URLs may hold credentials."""
+
+    to: str
+    ingest_id: str
+    kind: Kind
+    roots: Roots
+    settings: IngestSettings
+    tokenizer: TokenizerRef | None
+    parallel: bool
+    """Whether the encoder may use all cores."""
+
+
+class Advance(Document, frozen=True, kw_only=True, tag=True):
+    """A step on the way."""
+
+    source_bytes: int = 0
+    documents: int = 0
+    tokens: int = 0
+    rejects: int = 0
+
+
+Report = Callable[[Advance], None]
+
+
+class Workbench:
+    """Everything a process needs for the tasks of a job, opened once."""
+
+    def __init__(self, job: Job) -> None:
+        self.job = job
+        self.storage = open_storage(job.to)
+        self.journal = Journal(self.storage, job.ingest_id)
+        self._folders: dict[str, Storage] = {}
+
+    @cached_property
+    def encoder(self) -> TextEncoder | None:
+        """The job's tokenizer; None if text stays text."""
+        if self.job.tokenizer is None:
+            return None
+        raw = read_tokenizer(self.storage, self.job.tokenizer)
+        return TextEncoder(raw, self.job.settings, parallel=self.job.parallel)
+
+    def work(self, order: Order, report: Report) -> TaskDone:
+        """Do one task, mark it done, and return what it made.
+
+        Raises:
+            RejectedError: `on_error` is `fail` and there is something to reject.
+            ConflictError: a source file changed.
+            StorageError: a source cannot be read, or the dataset not be written.
+        """
+        run = _Run(self._sink(order), report, on_error=self.job.settings.on_error, stored_bytes=source_bytes(order))
+        for file, start, stop in order.parts:
+            url, key = self.job.roots.locate(file.path)
+            folder = self._folders.setdefault(url, open_storage(url))
+            for found in read_part(folder, key, file=file, span=(start, stop), settings=self.job.settings):
+                run.take(found)
+        run.end()
+        done = TaskDone(
+            task_id=order.task_id,
+            shards=tuple(run.sink.shards),
+            documents=run.documents,
+            tokens=run.sink.tokens,
+            text_bytes=run.text_bytes,
+            rejected=dict(sorted(run.rejected.items())),
+            skipped=dict(sorted(run.skipped.items())),
+            rejects_digest="",
+            ids_digest="",
+            encoder=self.encoder.name if self.encoder else "",
+        )
+        return self.journal.finish(done, rejects=encode_rejects(run.kept), ids=run.ids() if run.named else b"")
+
+    def _sink(self, order: Order) -> ShardSink:
+        size = self.job.settings.shard_bytes
+        if self.encoder is None:
+            return RecordShards(self.storage, order.task_id, shard_bytes=size)
+        return TokenShards(self.storage, order.task_id, encoder=self.encoder, shard_bytes=size)
+
+
+class _Run:
+    """What one task has found so far. Invariant: `documents`, `text_bytes` and `digests` count what `sink` has taken."""
+
+    def __init__(self, sink: ShardSink, report: Report, *, on_error: OnError, stored_bytes: int) -> None:
+        self.sink = sink
+        self.documents = 0
+        self.text_bytes = 0
+        self.rejected: Counter[Reason] = Counter()
+        self.skipped: Counter[SkipReason] = Counter()
+        self.kept: list[Reject] = []
+        self.digests: list[bytes] = []
+        self.named = False
+        """Whether a document brought its own id."""
+        self._report = report
+        self._on_error = on_error
+        self._batch: list[Record] = []
+        self._batch_bytes = 0
+        self._unreported_bytes = stored_bytes
+
+    def take(self, found: Record | Reject | SkipReason) -> None:
+        """Take what was read."""
+        if isinstance(found, Record):
+            self._batch.append(found)
+            self._batch_bytes += found.length
+            if self._batch_bytes >= _BATCH_BYTES:
+                self._encode_batch()
+        elif isinstance(found, Reject):
+            self._refuse([found])
+        else:
+            self.skipped[found] += 1
+
+    def end(self) -> None:
+        """Store what is left, and report the bytes that were no document."""
+        self._encode_batch()
+        self.sink.flush()
+        self._report(Advance(source_bytes=self._unreported_bytes))
+
+    def ids(self) -> bytes:
+        """Return the digests of the documents' ids, end to end, each as two little-endian numbers."""
+        return np.frombuffer(b"".join(self.digests), dtype=">u8").astype("<u8").tobytes()
+
+    def _encode_batch(self) -> None:
+        before = self.sink.tokens
+        taken, refused = self.sink.add(self._batch)
+        self.documents += len(taken)
+        self.text_bytes += sum(
+            len(record.text) if record.text.isascii() else len(record.text.encode()) for record in taken
+        )
+        self.named = self.named or any(record.named for record in taken)
+        self.digests += [xxhash.xxh3_128_digest(record.id.encode()) for record in taken]
+        # A compressed file has more bytes than are stored; the progress bar then waits for the end of the task.
+        step = min(self._batch_bytes, self._unreported_bytes)
+        self._unreported_bytes -= step
+        self._report(Advance(source_bytes=step, documents=len(taken), tokens=self.sink.tokens - before))
+        self._batch, self._batch_bytes = [], 0
+        self._refuse(refused)
+
+    def _refuse(self, rejects: list[Reject]) -> None:
+        for reject in rejects:
+            if self._on_error == "fail":
+                raise RejectedError(
+                    f"a document was rejected: {reject.reason}",
+                    source=reject.source,
+                    offset=reject.offset,
+                    begins=reject.excerpt[:40],
+                    hint="Correct it, or set on_error to quarantine or skip.",
+                )
+            self.rejected[reject.reason] += 1
+            if self._on_error == "quarantine":
+                self.kept.append(reject)
+        if rejects:
+            self._report(Advance(rejects=len(rejects)))
