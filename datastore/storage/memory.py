@@ -1,13 +1,11 @@
 """Storage in the memory of this process, for tests and for trying things out.
 
 `memory://name` names the same bytes wherever it is opened in this process. Nothing survives the process, and no
-other process sees it: a forked worker gets a copy.
+other process sees it: a forked worker gets a copy. Threads need no lock, because each call is one step of a dictionary.
 """
 
-import threading
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 
 from typing_extensions import Buffer, override
@@ -18,16 +16,8 @@ from datastore.storage.reasons import conflict, missing, too_short
 __all__ = ["MemoryStorage"]
 
 
-@dataclass(frozen=True, slots=True)
-class _Space:
-    """What is stored under one name: key -> (bytes, time of writing)."""
-
-    lock: threading.Lock = field(default_factory=threading.Lock)
-    values: dict[str, tuple[bytes, float]] = field(default_factory=dict)
-
-
-_spaces: dict[str, _Space] = {}
-"""Every name ever opened in this process. `dict.setdefault` is atomic, so it needs no lock of its own."""
+_spaces: dict[str, dict[str, tuple[bytes, float]]] = {}
+"""Every name ever opened in this process: key -> (bytes, time of writing)."""
 
 
 class MemoryStorage(Storage):
@@ -35,7 +25,7 @@ class MemoryStorage(Storage):
 
     def __init__(self, name: str) -> None:
         self._name = check_key(name)
-        self._space = _spaces.setdefault(name, _Space())
+        self._values = _spaces.setdefault(name, {})
 
     @override
     def __repr__(self) -> str:
@@ -67,25 +57,24 @@ class MemoryStorage(Storage):
 
     @override
     def put(self, key: str, *chunks: Buffer) -> None:
-        self._space.values[check_key(key)] = (b"".join(chunks), time.time())
+        self._values[check_key(key)] = (b"".join(chunks), time.time())
 
     @override
     def put_new(self, key: str, *chunks: Buffer) -> None:
         entry = (b"".join(chunks), time.time())
-        with self._space.lock:
-            if self._space.values.setdefault(check_key(key), entry) is not entry:
-                raise conflict(key=key, url=self.url)
+        if self._values.setdefault(check_key(key), entry) is not entry:  # One step, whatever other threads do.
+            raise conflict(key=key, url=self.url)
 
     @override
     def list(self, folder: str = "") -> Iterator[Stat]:
         prefix = f"{check_key(folder)}/" if folder else ""
-        for key, (data, written) in sorted(self._space.values.copy().items()):
+        for key, (data, written) in sorted(self._values.copy().items()):
             if key.startswith(prefix):
                 yield Stat(key=key, size_bytes=len(data), modified=written)
 
     @override
     def delete(self, key: str) -> None:
-        self._space.values.pop(check_key(key), None)
+        self._values.pop(check_key(key), None)
 
     @override
     def stat(self, key: str) -> Stat:
@@ -98,7 +87,7 @@ class MemoryStorage(Storage):
         return None
 
     def _find(self, key: str) -> tuple[bytes, float]:
-        entry = self._space.values.get(check_key(key))
+        entry = self._values.get(check_key(key))
         if entry is None:
             raise missing(key=key, url=self.url)
         return entry

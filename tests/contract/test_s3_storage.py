@@ -38,6 +38,8 @@ class TestS3Storage(StorageContract):
     @pytest.fixture
     def storage(self, endpoint: str) -> Storage:
         options = KEYS | {"endpoint_url": endpoint, "client_kwargs": {"region_name": "us-east-1"}}
+        # s3fs would read more than this in several requests, which could see two versions.
+        options["default_block_size"] = 50_000
         return FsspecStorage(f"s3://bucket/{uuid.uuid4().hex}", options)
 
     def test_a_forked_child_reads_and_writes_on_a_connection_of_its_own(self, storage: Storage) -> None:
@@ -47,6 +49,16 @@ class TestS3Storage(StorageContract):
         child.join(30)
         assert child.exitcode == 0
         assert storage.get("from-child") == b"parent"
+
+    def test_what_others_write_shows_in_the_next_listing(self, storage: Storage) -> None:
+        remembers = FsspecStorage(storage.url, storage._options | {"use_listings_cache": True})  # type: ignore[attr-defined]
+        other = FsspecStorage(storage.url, storage._options | {"use_listings_cache": False})  # type: ignore[attr-defined]
+        other.put("k1", b"x")
+        assert [found.key for found in remembers.list()] == ["k1"]
+        other.put("k2", b"longer")
+        other.put("k1", b"longer")
+        assert [found.key for found in remembers.list()] == ["k1", "k2"]
+        assert remembers.stat("k1").size_bytes == 6
 
     def test_a_write_to_a_bucket_that_is_not_there_says_so(self, storage: Storage) -> None:
         nowhere = FsspecStorage("s3://no-such-bucket/x", storage._options)  # type: ignore[attr-defined]

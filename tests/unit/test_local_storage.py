@@ -231,3 +231,14 @@ def test_a_read_needs_no_more_memory_than_its_target(tmp_path: Path) -> None:
         assert tracemalloc.get_traced_memory()[1] < 100_000
     finally:
         tracemalloc.stop()
+
+
+def test_a_read_past_the_end_names_the_key_and_the_bytes_wanted(tmp_path: Path) -> None:
+    storage = LocalStorage(tmp_path)
+    storage.put("k", b"12345")
+    for read in (lambda: storage.read_into("k", 3, bytearray(9)), lambda: storage.get_ranges("k", [(3, 12)])):
+        with pytest.raises(
+            StorageError,
+            match=r"^the object ends too early \(key='k', url='/.*', wanted_bytes=12\)\. Restore it from a copy\.$",
+        ):
+            read()

@@ -43,10 +43,10 @@ class WritesInPlace(MemoryStorage):
 class ShowsUnfinishedWrites(MemoryStorage):
     @override
     def put(self, key: str, *chunks: Buffer) -> None:
-        self._space.values[f"{key}.tmp"] = (b"", 0.0)
+        self._values[f"{key}.tmp"] = (b"", 0.0)
         PAUSE.wait(0.001)
         super().put(key, *chunks)
-        del self._space.values[f"{key}.tmp"]
+        del self._values[f"{key}.tmp"]
 
 
 class ForgetsLaterChunks(MemoryStorage):
