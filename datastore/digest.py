@@ -6,13 +6,23 @@ Source: Y. Collet, https://github.com/Cyan4973/xxHash/blob/dev/doc/xxhash_spec.m
 """
 
 import hashlib
+from collections.abc import Iterable
 
 import xxhash
 from typing_extensions import Buffer
 
 from datastore.errors import CorruptError
 
-__all__ = ["DIGEST_BYTES", "block_digests", "check_digest", "digest_bytes", "digest_hex", "sha256_hex"]
+__all__ = [
+    "DIGEST_BYTES",
+    "block_digests",
+    "check_digest",
+    "digest_bytes",
+    "digest_hex",
+    "digest_of",
+    "require_digest",
+    "sha256_hex",
+]
 
 DIGEST_BYTES = 16
 """Length of one binary digest."""
@@ -20,8 +30,11 @@ DIGEST_BYTES = 16
 
 def digest_bytes(*chunks: Buffer) -> bytes:
     """Return the 16-byte xxh3_128 digest (canonical big-endian) of the chunks laid end to end."""
-    if len(chunks) == 1:
-        return xxhash.xxh3_128_digest(chunks[0])
+    return xxhash.xxh3_128_digest(chunks[0]) if len(chunks) == 1 else digest_of(chunks)
+
+
+def digest_of(chunks: Iterable[Buffer]) -> bytes:
+    """Return `digest_bytes` of chunks that are made one after another, and may share their memory."""
     state = xxhash.xxh3_128()
     for chunk in chunks:
         state.update(chunk)
@@ -47,8 +60,17 @@ def check_digest(data: Buffer, expected: bytes | str, *, where: str) -> None:
     Raises:
         CorruptError: the digests differ; `where` names the bytes.
     """
+    require_digest(digest_bytes(data), expected, where=where)
+
+
+def require_digest(digest: bytes, expected: bytes | str, *, where: str) -> None:
+    """Raise unless `digest` is `expected` (16 bytes, or 32 hex digits).
+
+    Raises:
+        CorruptError: they differ; `where` names the bytes.
+    """
     wanted = expected if isinstance(expected, str) else expected.hex()
-    found = digest_hex(data)
+    found = digest.hex()
     if found != wanted:
         raise CorruptError(
             "bytes do not match their digest",

@@ -36,6 +36,7 @@ def decode_records(raw: Buffer) -> pa.Table:
     try:
         table = pa.ipc.open_file(pa.py_buffer(raw)).read_all()
         table.validate(full=True)
+        table.schema.to_string()  # Raises for a name that is not UTF-8; otherwise its first user would.
     except (pa.ArrowException, OSError, ValueError, MemoryError) as error:
         raise CorruptError(
             f"not a record shard: {str(error).splitlines()[0] if str(error) else type(error).__name__}",
@@ -56,9 +57,11 @@ def decode_schema(raw: Buffer) -> pa.Schema:
         CorruptError: not an Arrow schema message.
     """
     try:
-        return pa.ipc.read_schema(pa.py_buffer(raw))
+        schema = pa.ipc.read_schema(pa.py_buffer(raw))
+        schema.to_string()  # Raises for a name that is not UTF-8; otherwise its first user would.
     except (pa.ArrowException, OSError, ValueError) as error:
         raise CorruptError(f"not an Arrow schema: {error}", hint="Restore this file from a copy.") from None
+    return schema
 
 
 def _cut(table: pa.Table) -> Iterator[pa.Table]:

@@ -207,7 +207,7 @@ class Segments:
     def __iter__(self) -> Iterator[ShardInfo]:
         for batch in self.batches:
             for start in range(0, batch.num_rows, _ROWS_AT_ONCE):
-                yield from map(_info, batch.slice(start, _ROWS_AT_ONCE).to_pylist())
+                yield from _infos(batch.slice(start, _ROWS_AT_ONCE))
 
     def shard(self, index: int) -> ShardInfo:
         """Return shard `index`.
@@ -219,7 +219,7 @@ class Segments:
             raise IndexError(index)
         place = bisect.bisect_right(self._ends, index)
         batch = self.batches[place]
-        return _info(batch.slice(index - self._ends[place] + batch.num_rows, 1).to_pylist()[0])
+        return _infos(batch.slice(index - self._ends[place] + batch.num_rows, 1))[0]
 
     @cached_property
     def documents(self) -> npt.NDArray[np.int64]:
@@ -279,8 +279,13 @@ def _not_a_segment(reason: str, where: str) -> CorruptError:
     return CorruptError(f"not a segment: {reason}", where=where, hint="Restore this file from a copy.")
 
 
-def _info(row: dict[str, Any]) -> ShardInfo:
-    return ShardInfo(**{**row, "uid": row["uid"].hex()})
+def _infos(rows: pa.RecordBatch) -> list[ShardInfo]:
+    """Return `rows` as objects; their strings are checked here, where they are read, not when the segment is opened."""
+    try:
+        rows.validate(full=True)
+    except pa.ArrowInvalid as error:
+        raise _not_a_segment(str(error), "a row of it") from None
+    return [ShardInfo(**{**row, "uid": row["uid"].hex()}) for row in rows.to_pylist()]
 
 
 def _numbers(batch: pa.RecordBatch, name: str) -> npt.NDArray[np.int64]:
@@ -297,6 +302,5 @@ def _itemsize(batch: pa.RecordBatch) -> npt.NDArray[np.int64]:
 
 def _uid64(batch: pa.RecordBatch) -> npt.NDArray[np.uint64]:
     column = batch.column("uid")
-    raw = np.frombuffer(memoryview(cast("pa.Buffer", column.buffers()[1])), dtype=">u8")
-    raw = raw[: 2 * (column.offset + len(column))]
-    return np.asarray(raw[2 * column.offset :: 2], dtype=np.uint64)
+    raw = memoryview(cast("pa.Buffer", column.buffers()[1]))[16 * column.offset : 16 * (column.offset + len(column))]
+    return np.frombuffer(raw, dtype=">u8")[::2].astype(np.uint64)
