@@ -8,6 +8,7 @@ import click
 from datastore.cli.checkpoints import checkpoint
 from datastore.cli.data import COMMANDS as DATA_COMMANDS
 from datastore.cli.doctor import doctor
+from datastore.cli.ingest import COMMANDS as INGEST_COMMANDS
 from datastore.cli.runs import COMMANDS as RUN_COMMANDS
 from datastore.cli.shell import Group, Session, call, debug_option, example, last_words
 
@@ -28,7 +29,7 @@ def cli() -> None:
     """
 
 
-for command in (*DATA_COMMANDS, *RUN_COMMANDS, checkpoint, doctor):
+for command in (*INGEST_COMMANDS, *DATA_COMMANDS, *RUN_COMMANDS, checkpoint, doctor):
     cli.add_command(command)
 
 

@@ -1,0 +1,165 @@
+"""The commands that bring text in: `ingest`, and `tokenizer train`."""
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from datastore.cli.output import fields, json_option, progress_bar, say, say_json
+from datastore.cli.shell import Group, example
+
+if TYPE_CHECKING:  # pyarrow takes longer to load than a wrong option takes to find.
+    from datastore.ingest.estimate import Estimate
+    from datastore.ingest.report import IngestReport, Progress
+    from datastore.ingest.settings import IngestSettings
+
+__all__ = ["COMMANDS"]
+
+SOURCES = click.argument("sources", nargs=-1, required=True, metavar="SOURCE...")
+INCLUDE = click.option(
+    "--include", multiple=True, metavar="GLOB", help="Take only such files of a folder; may be repeated."
+)
+EXCLUDE = click.option(
+    "--exclude", multiple=True, metavar="GLOB", help="Leave out such files and folders; may be repeated."
+)
+
+
+@click.command(
+    short_help="Add files to a dataset.",
+    epilog=example("datastore ingest src/ --to data/code --tokenizer tok.json --include '*.py'"),
+)
+@SOURCES
+@click.option("--to", required=True, metavar="URL", help="The dataset; it is made if it is not there.")
+@click.option("--tokenizer", metavar="FILE", help="A tokenizer.json; without it, in a new dataset, text stays text.")
+@INCLUDE
+@EXCLUDE
+@click.option("--text-key", help="Key of the text in a line of JSON.  [default: text]")
+@click.option("--id-key", help="Key of the document's id in a line of JSON.  [default: id]")
+@click.option("--separator", help="What parts the documents of a text file; without it a file is one document.")
+@click.option("--workers", type=int, help="Processes; as many as there are cores if left out. They change no byte.")
+@click.option("--on-error", type=click.Choice(["quarantine", "skip", "fail"]), help="What becomes of a bad document.")
+@click.option("--max-reject-ratio", type=float, help="Above this share of bad documents nothing is committed.")
+@click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Any other setting; may be repeated.")
+@click.option("--dry-run", is_flag=True, help="Only estimate what there is to do; nothing is written.")
+@json_option
+def ingest(
+    *, sources: tuple[str, ...], to: str, overrides: tuple[str, ...], dry_run: bool, as_json: bool, **options: Any
+) -> None:
+    """Add the documents of each SOURCE to a dataset: folders of text or code, .jsonl, .jsonl.gz, .jsonl.zst.
+
+    A killed ingest goes on when the same command is given again; given once more, it adds nothing. Bad documents are set
+    aside and counted.
+    """
+    from datastore.config import settings_from
+    from datastore.ingest.settings import IngestSettings
+
+    given = {name: value for name, value in options.items() if value not in (None, ())}
+    settings = settings_from(IngestSettings, given, overrides=overrides, where="the options")
+    if dry_run:
+        from datastore.ingest.estimate import estimate
+
+        expected = estimate(sources, to, settings=settings)
+        say_json(expected) if as_json else _tell_estimate(expected)
+        return
+    report = _ingest(sources, to, settings)
+    say_json(report) if as_json else _tell(report)
+
+
+def _ingest(sources: tuple[str, ...], to: str, settings: "IngestSettings") -> "IngestReport":
+    from datastore.ingest.ingest import ingest as ingest_sources
+
+    with progress_bar("ingest") as bar:
+
+        def show(progress: "Progress") -> None:
+            if bar is not None:
+                bar(progress.source_bytes, progress.source_bytes_total)
+
+        return ingest_sources(sources, to, settings=settings, progress=show)
+
+
+def _tell_estimate(expected: "Estimate") -> None:
+    from datastore.units import format_bytes, format_count, format_seconds
+
+    tokens = f", about {format_count(expected.tokens)} tokens" if expected.kind == "tokens" else ""
+    fields(
+        {
+            "to read": f"{expected.files:,} files, {format_bytes(expected.source_bytes)}",
+            "already there": f"{expected.known_files:,} files" if expected.known_files else None,
+            "left out": _counts(expected.skipped),
+            "would add": f"about {expected.documents:,} documents{tokens}, {format_bytes(expected.shard_bytes)}",
+            "would reject": f"about {expected.rejects:,}" if expected.rejects else None,
+            "would take": f"about {format_seconds(expected.seconds)}, workers: {expected.workers}",
+        }
+    )
+
+
+def _tell(report: "IngestReport") -> None:
+    from datastore.units import format_bytes, format_count, format_seconds
+
+    if not report.added:
+        say(f"nothing new: {report.url}, version {report.version}, has all {report.known_files:,} files")
+        return
+    tokens = f", {report.tokens:,} tokens ({format_count(report.tokens)})" if report.kind == "tokens" else ""
+    rate = f"{format_bytes(report.text_bytes / max(report.seconds, 1e-3))}/s"
+    fields(
+        {
+            "dataset": f"{report.url}, version {report.version}",
+            "added": f"{report.documents:,} documents{tokens}",
+            "from": f"{report.files:,} files, {format_bytes(report.text_bytes)} of text",
+            "already there": f"{report.known_files:,} files" if report.known_files else None,
+            "left out": _counts(report.skipped),
+            "rejected": _counts(report.rejected, report.rejects),
+            "shards": f"{report.shards:,}, {format_bytes(report.shard_bytes)}",
+            "time": f"{format_seconds(report.seconds)}, {rate}{f', {report.encoder}' if report.encoder else ''}",
+            "taken over": f"{report.tasks_resumed} of {report.tasks} tasks" if report.tasks_resumed else None,
+        }
+    )
+
+
+def _counts(reasons: Mapping[Any, int], where: str = "") -> str | None:
+    """Return `3 (2 empty, 1 hidden)`, or None if there is nothing to say."""
+    if not sum(reasons.values()):
+        return None
+    parts = ", ".join(f"{count:,} {reason}" for reason, count in reasons.items() if count)
+    return f"{sum(reasons.values()):,} ({parts}){f', see {where}' if where else ''}"
+
+
+@click.group(cls=Group, short_help="Make a tokenizer.")
+def tokenizer() -> None:
+    """Make a tokenizer from text."""
+
+
+@tokenizer.command(
+    short_help="Train a byte-level BPE tokenizer.",
+    epilog=example("datastore tokenizer train src/ --vocab 1024 --to tok.json"),
+)
+@SOURCES
+@click.option("--vocab", "vocab_size", type=int, default=16_384, help="Size of the vocabulary.")
+@click.option("--to", required=True, metavar="FILE", help="The tokenizer.json to write: a path or URL.")
+@INCLUDE
+@EXCLUDE
+@click.option("--text-key", help="Key of the text in a line of JSON.  [default: text]")
+@json_option
+def train(*, sources: tuple[str, ...], vocab_size: int, to: str, as_json: bool, **options: Any) -> None:
+    """Train a byte-level BPE tokenizer from the text of each SOURCE, read as `ingest` reads it."""
+    from datastore.config import settings_from
+    from datastore.digest import sha256_hex
+    from datastore.ingest.settings import IngestSettings
+    from datastore.ingest.tokenizer import TokenizerSettings, train_tokenizer
+    from datastore.storage.resolve import open_storage
+    from datastore.units import format_bytes
+
+    given = {name: value for name, value in options.items() if value not in (None, ())}
+    reading = settings_from(IngestSettings, given, where="the options")
+    settings = settings_from(TokenizerSettings, {"vocab_size": vocab_size}, where="the options")
+    folder, slash, name = to.rpartition("/")
+    target = open_storage(folder or slash or ".")
+    raw = train_tokenizer(sources, settings=settings, reading=reading)
+    target.put(name, raw)
+    if as_json:
+        say_json({"url": to, "sha256": sha256_hex(raw), "size_bytes": len(raw)})
+        return
+    say(f"{to}: up to {vocab_size:,} ids, {format_bytes(len(raw))}, sha256 {sha256_hex(raw)[:16]}...")
+
+
+COMMANDS = (ingest, tokenizer)
