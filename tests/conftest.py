@@ -26,7 +26,7 @@ def run_tool(*arguments: str, timeout_s: float = START_TIMEOUT_S) -> subprocess.
 
 
 @pytest.fixture(scope="session")
-def s3_bucket() -> Iterator[str]:
+def s3_bucket(request: pytest.FixtureRequest) -> Iterator[str]:
     """The URL of a bucket on a real server; AWS_... in the environment lead there, for child processes, too."""
     s3fs = pytest.importorskip("s3fs")
     running = run_tool("status").returncode == 0
@@ -37,7 +37,7 @@ def s3_bucket() -> Iterator[str]:
     if done.returncode != 0:
         pytest.skip(f"`tools/s3 start`: {done.stderr.strip().splitlines()[0]}")
     if not running:
-        STARTED.touch()
+        STARTED.write_text(str(run_id(request.config)))
     found = re.search(r"bucket (s3://\S+)", done.stdout)
     assert found, done.stdout
     with pytest.MonkeyPatch.context() as patch:
@@ -58,7 +58,14 @@ def s3_url(s3_bucket: str) -> str:
 
 
 def pytest_sessionfinish(session: pytest.Session) -> None:
-    """Stop the server if a test started it; the workers of one run share it, so only their parent does."""
-    if not hasattr(session.config, "workerinput") and STARTED.exists():
+    """Stop the server if a test of this run started it; the workers of a run share it, so only their parent does."""
+    if hasattr(session.config, "workerinput") or not STARTED.exists():
+        return
+    if STARTED.read_text() == str(run_id(session.config)):
         STARTED.unlink()
         run_tool("stop")
+
+
+def run_id(config: pytest.Config) -> int:
+    """Return a number that all workers of this run have in common: the process of their parent."""
+    return os.getppid() if hasattr(config, "workerinput") else os.getpid()

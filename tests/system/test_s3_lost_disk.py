@@ -1,0 +1,105 @@
+"""One of three disks is lost while a dataset is read and written: nothing is wrong, and everything goes on."""
+
+import re
+import signal
+import subprocess
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from os import kill
+from pathlib import Path
+from threading import Event
+
+import pytest
+
+from datastore.storage.resolve import open_storage
+from datastore.store.dataset import open_dataset
+from datastore.store.verify import verify
+from datastore.testing.datasets import make_dataset
+
+pytestmark = [pytest.mark.s3, pytest.mark.slow, pytest.mark.timeout(900)]
+
+TOOL = Path(__file__).parents[2] / "tools" / "s3"
+SHARDS, TOKENS = 8, 2_000_000
+GOES_ON = 5
+"""How often each kind of work must succeed after the loss, to count as going on."""
+
+
+def status() -> str:
+    return subprocess.run([TOOL, "status"], capture_output=True, text=True, timeout=60, check=False).stdout
+
+
+@pytest.fixture
+def lose_a_disk(s3_bucket: str) -> Iterator[Callable[[], None]]:
+    """A function that kills one OSD; afterwards it is started again."""
+    assert s3_bucket
+    pids = [int(pid) for pid in re.findall(r"^osd\.\d +runs, pid (\d+)", status(), re.MULTILINE)]
+    if len(pids) < 3:
+        pytest.skip("the server has one OSD. Run: tools/s3 stop; tools/s3 start --osds 3")
+    yield lambda: kill(pids[1], signal.SIGKILL)
+    subprocess.run([TOOL, "start"], capture_output=True, timeout=300, check=True)
+    deadline = time.monotonic() + 120
+    seen = status()
+    while "HEALTH_OK" not in seen:
+        assert time.monotonic() < deadline, seen
+        seen = status()
+        time.sleep(1)
+
+
+class Work:
+    """Something that a thread does again and again until the block ends; it must never fail."""
+
+    def __init__(self, once: Callable[[int], None], pool: ThreadPoolExecutor, ended: Event) -> None:
+        self.once, self.ended = once, ended
+        self.done_at: list[float] = []
+        self.task: Future[None] = pool.submit(self.run)
+
+    def run(self) -> None:
+        while not self.ended.is_set():
+            self.once(len(self.done_at))
+            self.done_at.append(time.monotonic())
+
+    def goes_on(self, *, after: float, within_s: float) -> None:
+        """Wait until it was done `GOES_ON` times after the time `after`; fail with what it failed with."""
+        deadline = time.monotonic() + within_s
+        while sum(at > after for at in list(self.done_at)) < GOES_ON:
+            if self.task.done():
+                self.task.result()
+            assert time.monotonic() < deadline, f"{self.once.__name__} stopped"
+            time.sleep(0.05)
+
+
+def test_reads_and_commits_go_on(s3_url: str, lose_a_disk: Callable[[], None]) -> None:
+    dataset = make_dataset(s3_url, [[TOKENS]] * SHARDS)
+    expected = [dataset.token_shard(index)[0].tobytes() for index in range(SHARDS)]
+    storage = open_storage(s3_url)
+
+    def read(turn: int) -> None:
+        values, _ = dataset.token_shard(turn % SHARDS)
+        assert values.tobytes() == expected[turn % SHARDS]
+
+    def commit(turn: int) -> None:
+        assert make_dataset(storage, [[10, 20]], name=f"turn {turn}").version == turn + 2
+
+    ended = Event()
+    with ThreadPoolExecutor(2) as pool:
+        works = [Work(once, pool, ended) for once in (read, commit)]
+        try:
+            for work in works:
+                work.goes_on(after=0, within_s=120)
+            lose_a_disk()
+            # What was under way when the disk went counts for nothing: count from 5 s later.
+            lost = time.monotonic() + 5
+            for work in works:
+                work.goes_on(after=lost, within_s=300)
+        finally:
+            ended.set()
+        for work in works:
+            work.task.result()
+    assert "does not run" in status()
+
+    committed = len(works[1].done_at)
+    dataset = open_dataset(s3_url)
+    assert dataset.version == 1 + committed
+    assert len(dataset.segments) == SHARDS + committed
+    assert verify(dataset).ok
