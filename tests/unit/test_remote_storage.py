@@ -6,6 +6,7 @@ from typing import Any
 import fsspec
 import pytest
 from fsspec.implementations.memory import MemoryFileSystem
+from fsspec.spec import AbstractFileSystem
 from typing_extensions import override
 
 from datastore.errors import StorageError
@@ -19,6 +20,7 @@ class RememberingFileSystem(MemoryFileSystem):
     store: dict[str, Any] = {}  # noqa: RUF012 - as in the base class
     pseudo_dirs = [""]  # noqa: RUF012
     remembered: dict[str, Any] = {}  # noqa: RUF012
+    find = AbstractFileSystem.find  # by `ls`, as most have it
 
     @override
     def ls(self, path: str, detail: bool = True, **kwargs: Any) -> Any:
