@@ -2,7 +2,7 @@
 
 import click
 
-from datastore.cli.output import fields, json_option, say, say_json, table
+from datastore.cli.output import fields, json_option, moment, say, say_json, table
 from datastore.cli.shell import Group, example
 
 __all__ = ["checkpoint"]
@@ -33,7 +33,7 @@ def ls(*, run: str, as_json: bool) -> None:
     rows = [
         (
             step.step,
-            step.time,
+            moment(step.time),
             step.world,
             format_bytes(step.state_bytes),
             *((step.metrics or {}).get(name) for name in names),
@@ -62,7 +62,7 @@ def show(*, run: str, step: int | None, as_json: bool) -> None:
     fields(
         {
             "step": summary.step,
-            "saved": f"{summary.time} by {report.writer}",
+            "saved": f"{moment(summary.time)} by {report.writer}",
             "ranks": summary.world,
             "state": format_bytes(summary.state_bytes),
             "written": f"{format_bytes(summary.written_bytes)} in {len(report.parts)} parts",

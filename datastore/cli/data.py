@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from datastore.cli.output import fields, json_option, progress_bar, say, say_json, table
+from datastore.cli.output import fields, json_option, moment, progress_bar, say, say_json, table
 from datastore.cli.shell import example
 
 if TYPE_CHECKING:  # pyarrow takes longer to load than most of these commands take to run.
@@ -15,6 +15,9 @@ if TYPE_CHECKING:  # pyarrow takes longer to load than most of these commands ta
 __all__ = ["COMMANDS"]
 
 URL = click.argument("url")
+
+_WIDEST = 80
+"""Characters of a cell."""
 
 
 @click.command(
@@ -38,7 +41,7 @@ def show(*, url: str, as_json: bool) -> None:
     fields(
         {
             "dataset": dataset.url,
-            "version": f"{dataset.version} ({commit.operation}, {commit.time}, {commit.writer})",
+            "version": f"{dataset.version} ({commit.operation}, {moment(commit.time)}, {commit.writer})",
             "tags": ", ".join(f"{name} -> {version}" for name, version in tags.items()) or None,
             "holds": dataset.kind,
             "documents": f"{totals.documents:,}",
@@ -65,7 +68,9 @@ def _tags(dataset: "Dataset") -> dict[str, int]:
     epilog=example("datastore ls data/code", "datastore ls data/code --documents --limit 5"),
 )
 @URL
-@click.option("--documents", is_flag=True, help="List documents, with source and byte offset, instead of shards.")
+@click.option(
+    "--documents", is_flag=True, help="List documents, with source and byte offset, or records, instead of shards."
+)
 @click.option("--limit", type=click.IntRange(min=0), default=20, help="How many lines; 0 for all.")
 @json_option
 def ls(*, url: str, documents: bool, limit: int, as_json: bool) -> None:
@@ -78,10 +83,20 @@ def ls(*, url: str, documents: bool, limit: int, as_json: bool) -> None:
         say_json(shown)
         return
     if shown:
-        table(tuple(shown[0]), [tuple(row.values()) for row in shown])
+        table(tuple(shown[0]), [tuple(map(_brief, row.values())) for row in shown])
     total = dataset.totals.documents if documents else dataset.totals.shards
     if len(shown) < total:
         say(f"... and {total - len(shown):,} more; --limit 0 lists all")
+
+
+def _brief(value: object) -> object:
+    """Return what fits into a cell: text is cut and kept on one line, bytes are counted."""
+    if isinstance(value, bytes):
+        return f"{len(value):,} bytes"
+    if isinstance(value, str):
+        line = " ".join(value[: 2 * _WIDEST].split()) if "\n" in value else value
+        return line if len(line) <= _WIDEST else f"{line[: _WIDEST - 3]}..."
+    return value if isinstance(value, int | float | None) else _brief(str(value))
 
 
 def _shard_rows(dataset: "Dataset") -> Iterator[dict[str, object]]:
@@ -97,6 +112,9 @@ def _shard_rows(dataset: "Dataset") -> Iterator[dict[str, object]]:
 
 
 def _document_rows(dataset: "Dataset") -> Iterator[dict[str, object]]:
+    if dataset.kind == "records":
+        yield from dataset.iter_records()
+        return
     for index in range(len(dataset.segments)):
         yield from dataset.documents(index).drop_columns(["digest"]).to_pylist()
 
@@ -117,7 +135,7 @@ def log(*, url: str, as_json: bool) -> None:
     table(
         ("version", "time", "operation", "documents", "tokens", "shards", "writer"),
         [
-            (c.version, c.time, c.operation, c.totals.documents, c.totals.tokens, c.totals.shards, c.writer)
+            (c.version, moment(c.time), c.operation, c.totals.documents, c.totals.tokens, c.totals.shards, c.writer)
             for c in commits
         ],
     )

@@ -9,7 +9,7 @@ import click
 
 from datastore.cli.shell import BROKEN_PIPE, silence_stdout
 
-__all__ = ["fields", "json_option", "progress_bar", "say", "say_json", "table"]
+__all__ = ["fields", "json_option", "moment", "progress_bar", "say", "say_json", "table"]
 
 json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON document instead of text.")
 
@@ -44,6 +44,15 @@ def fields(values: Mapping[str, object]) -> None:
     for name, value in values.items():
         if value is not None:
             say(f"{name:<{width}}  {value}")
+
+
+def moment(text: str) -> str:
+    """Return a stored time (UTC, ISO 8601) as people read it.
+
+    >>> moment("2026-11-24T22:34:25.582583Z")
+    '2026-11-24 22:34:25 UTC'
+    """
+    return f"{text[:19].replace('T', ' ')} UTC"
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
