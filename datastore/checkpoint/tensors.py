@@ -9,6 +9,7 @@ import sys
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 
 from datastore.checkpoint.plan import Box
@@ -129,7 +130,11 @@ def byte_view(tensor: torch.Tensor) -> Bytes | None:
     """Return the bytes of `tensor`, shared and writable, or None if they do not lie in this memory one after the other."""
     if tensor.device.type != "cpu" or not tensor.is_contiguous() or tensor.is_conj() or tensor.is_neg():
         return None
-    view: Bytes = tensor.detach().reshape(-1).view(torch.uint8).numpy()
+    count = tensor.numel()
+    if not count:
+        return np.empty(0, dtype=np.uint8)
+    # A contiguous tensor of one element may have any stride, which `view` minds.
+    view: Bytes = tensor.detach().as_strided((count,), (1,)).view(torch.uint8).numpy()
     return view
 
 
