@@ -4,7 +4,8 @@ A batch is what a reader asks for at a time. The price of plain Arrow over Parqu
 what it buys is that a shard on disk is mapped, and that one batch of a remote shard is one byte range.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from typing import Any
 
 import pyarrow as pa
 from typing_extensions import Buffer
@@ -36,7 +37,7 @@ def decode_records(raw: Buffer) -> pa.Table:
     try:
         table = pa.ipc.open_file(pa.py_buffer(raw)).read_all()
         table.validate(full=True)
-        table.schema.to_string()  # Raises for a name that is not UTF-8; otherwise its first user would.
+        _check_names(table.schema)
     except (pa.ArrowException, OSError, ValueError, MemoryError) as error:
         raise CorruptError(
             f"not a record shard: {str(error).splitlines()[0] if str(error) else type(error).__name__}",
@@ -58,10 +59,17 @@ def decode_schema(raw: Buffer) -> pa.Schema:
     """
     try:
         schema = pa.ipc.read_schema(pa.py_buffer(raw))
-        schema.to_string()  # Raises for a name that is not UTF-8; otherwise its first user would.
+        _check_names(schema)
     except (pa.ArrowException, OSError, ValueError) as error:
         raise CorruptError(f"not an Arrow schema: {error}", hint="Restore this file from a copy.") from None
     return schema
+
+
+def _check_names(fields: Iterable["pa.Field[Any]"]) -> None:
+    """Raise UnicodeDecodeError for a name that is not UTF-8, at any depth; pyarrow decodes names when they are used."""
+    for field in fields:
+        _ = field.name
+        _check_names(field.type.field(index) for index in range(field.type.num_fields))
 
 
 def _cut(table: pa.Table) -> Iterator[pa.Table]:
