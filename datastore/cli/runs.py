@@ -10,6 +10,7 @@ import click
 from datastore.cli.environment import launched_by
 from datastore.cli.output import json_option, say, say_json
 from datastore.cli.shell import example
+from datastore.cli.tracing import trace
 from datastore.cli.training import TrainingLine
 
 if TYPE_CHECKING:  # torch and pyarrow take longer to load than a wrong option takes to find.
@@ -129,18 +130,6 @@ def prove(*, run: str, as_json: bool) -> int:
         )
         say(f"proven: {once} was consumed exactly once")
     return 0 if proof.holds else 1
-
-
-@click.command(
-    short_help="Show what one step consumed.", epilog=example("datastore trace runs/first --step 5 --limit 3")
-)
-@RUN
-@click.option("--step", type=click.IntRange(min=1), required=True, help="Which step; 1 is the first.")
-@click.option("--rank", type=click.IntRange(min=0), help="Only what this rank saw.")
-@click.option("--limit", type=click.IntRange(min=0), default=4, help="How many samples; 0 for all.")
-@json_option
-def trace(*, run: str, step: int, rank: int | None, limit: int, as_json: bool) -> None:
-    """Show what one step of RUN consumed: document, file, byte offset, text."""
 
 
 @click.command(short_help="Measure a validation loss.", epilog=example("datastore evaluate runs/first"))
