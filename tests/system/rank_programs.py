@@ -1,13 +1,23 @@
 """What tests let several ranks do; imported by the child processes that `datastore.train.launch.spawn` starts."""
 
+import json
 import os
 import signal
 import threading
 from collections.abc import Callable
-from typing import Any
+from pathlib import Path
+from typing import Any, ClassVar
 
+import torch
+from torch import Tensor
+from typing_extensions import override
+
+from datastore.document import Document
 from datastore.errors import ConfigError
+from datastore.train.hooks.base import Hook, RunState
 from datastore.train.launch import Launch
+from datastore.train.objectives import MicroBatch
+from datastore.train.parallel import connect
 
 Report = Callable[[dict[str, Any]], None]
 
@@ -28,10 +38,6 @@ def die(launch: Launch, arguments: dict[str, Any], report: Report) -> None:  # n
 
 
 def wait_for_a_peer_that_dies(launch: Launch, arguments: dict[str, Any], report: Report) -> None:  # noqa: ARG001
-    import torch
-
-    from datastore.train.parallel import connect
-
     with connect(launch, device=torch.device("cpu"), timeout_s=60) as ranks:
         ranks.least(1)
         if launch.rank == 1:
@@ -45,10 +51,6 @@ def wait_for_ever(launch: Launch, arguments: dict[str, Any], report: Report) -> 
 
 
 def agree(launch: Launch, arguments: dict[str, Any], report: Report) -> dict[str, Any]:  # noqa: ARG001
-    import torch
-
-    from datastore.train.parallel import connect
-
     with connect(launch, device=torch.device("cpu"), timeout_s=60) as ranks:
         values = torch.tensor([2**63 - 1, ranks.rank], dtype=torch.int64)
         return {
@@ -56,3 +58,35 @@ def agree(launch: Launch, arguments: dict[str, Any], report: Report) -> dict[str
             "least": ranks.least(10 - ranks.rank),
             "sum": ranks.sum(values)().tolist(),
         }
+
+
+class KillSettings(Document, frozen=True, kw_only=True):
+    file: str
+    """Steps at which to die, as JSON; each is taken out of the file before."""
+
+
+class Kill(Hook):
+    """Dies in the middle of a step: gradients are there, parameters have not moved yet."""
+
+    Settings: ClassVar[type[Document]] = KillSettings
+
+    def __init__(self, settings: KillSettings) -> None:
+        super().__init__(settings)
+        self._file = Path(settings.file)
+
+    @override
+    def gradients(self, run: RunState) -> None:
+        if run.rank or not self._file.exists():
+            return
+        steps = json.loads(self._file.read_text())
+        if run.step in steps:
+            self._file.write_text(json.dumps([step for step in steps if step != run.step]))
+            os.kill(os.getpid(), signal.SIGKILL)
+
+
+class Noise(Hook):
+    """Draws random numbers in every step, as dropout does."""
+
+    @override
+    def loss(self, loss: Tensor, batch: MicroBatch, outputs: Tensor) -> Tensor:
+        return loss * (1 + 0.1 * torch.rand(()))

@@ -1,0 +1,111 @@
+"""A model out of a run: restored from one checkpoint, passed through the hooks' `export`, written as a Hugging Face folder.
+
+`open_model` is how everything that uses a trained model gets it, from a run or from such a folder.
+"""
+
+from torch import nn
+
+from datastore.checkpoint.checkpointer import Checkpointer
+from datastore.document import Document
+from datastore.errors import ConfigError, ConflictError, MissingError
+from datastore.storage.base import Storage
+from datastore.storage.resolve import open_storage
+from datastore.train.assembly import build_model
+from datastore.train.hf import HuggingFaceModel, read_folder, write_folder
+from datastore.train.hooks.base import make_hooks
+from datastore.train.hooks.quantize import Quantize, QuantizeSettings
+from datastore.train.model import GPT
+from datastore.train.run import RunConfig, RunFolder, is_run, open_split
+
+__all__ = ["QUANTIZATIONS", "Exported", "export", "open_model"]
+
+QUANTIZATIONS = {"int8": QuantizeSettings(bits=8), "int4": QuantizeSettings(bits=4, group=32)}
+"""What `quantize` can say."""
+
+
+class Exported(Document, frozen=True, kw_only=True):
+    """What an export wrote."""
+
+    url: str
+    step: int
+    files: dict[str, int]
+    """Size of each in bytes."""
+
+    @property
+    def size_bytes(self) -> int:
+        """Size of all files."""
+        return sum(self.files.values())
+
+
+def export(
+    run: str, to: str, *, step: int | None = None, quantize: str | None = None, replace: bool = False
+) -> Exported:
+    """Write the model of `run` at `step` (None: its newest sound checkpoint) to the folder `to`.
+
+    `quantize` ("int8", "int4") adds to what the run's own hooks do. A folder that holds a model is left alone unless
+    `replace`.
+
+    Raises:
+        MissingError: there is no run, or no such step.
+        ConflictError: the folder holds something.
+        ConfigError: an unknown quantization, or one that does not fit the model.
+        CorruptError: the checkpoint or the tokenizer is damaged.
+    """
+    if quantize is not None and quantize not in QUANTIZATIONS:
+        raise ConfigError("unknown quantization", quantize=quantize, known=sorted(QUANTIZATIONS))
+    target = open_storage(to)
+    occupied = next((found.key for found in target.list()), None)
+    if occupied is not None and not replace:
+        raise ConflictError(
+            "the folder is not empty", url=target.url, found=occupied, hint="Name another one, or replace."
+        )
+    loaded, step = _from_run(RunFolder.open(run), step=step)
+    if quantize is not None:
+        Quantize(QUANTIZATIONS[quantize]).export(loaded.model)
+    target.delete("config.json")  # Until the new one is there, the folder is not a model.
+    return Exported(url=target.url, step=step, files=write_folder(target, loaded))
+
+
+def open_model(source: str, *, step: int | None = None) -> HuggingFaceModel:
+    """Return the model of a run (at `step`, or its newest sound checkpoint) or of a Hugging Face folder.
+
+    Raises:
+        MissingError: there is neither.
+        ConfigError: `step` of a folder, which has none; or a model that is not ours.
+    """
+    storage = open_storage(source)
+    if is_run(storage):
+        return _from_run(RunFolder(storage), step=step)[0]
+    if step is not None:
+        raise ConfigError("a model folder has no steps", source=source, hint="Name a run, or leave the step out.")
+    return read_folder(storage)
+
+
+def _from_run(folder: RunFolder, *, step: int | None) -> tuple[HuggingFaceModel, int]:
+    config = folder.config()
+    hooks = make_hooks(config.settings.hooks, where=folder.url)
+    model: nn.Module = build_model(config)
+    for hook in hooks.values():
+        model = hook.model(model)
+    found = _restore(folder.storage, model, step=step)
+    for hook in hooks.values():
+        model = hook.export(model)
+    if not isinstance(model, GPT):
+        raise ConfigError("a hook's export is not a GPT any more", found=type(model).__name__)
+    return HuggingFaceModel(model, config.settings.data.seq_len, _tokenizer(config), config.end_of_text), found
+
+
+def _restore(storage: Storage, model: nn.Module, *, step: int | None) -> int:
+    checkpointer = Checkpointer(storage)
+    try:
+        if checkpointer.latest() is None:
+            raise MissingError(
+                "the run has no checkpoint yet", url=storage.url, hint="Let it train until the first one."
+            )
+        return checkpointer.restore({"model": model}, step="latest" if step is None else step, partial=True).step
+    finally:
+        checkpointer.close()
+
+
+def _tokenizer(config: RunConfig) -> bytes | None:
+    return open_split(config).training.tokenizer()

@@ -1,0 +1,244 @@
+"""What a training run can be told: one frozen record per part, read from TOML without loading torch.
+
+    [data]   which tokens, in which order, and what is held back for validation
+    [model]  the shape of the GPT
+    [optim]  update rule and schedule
+    [train]  how many steps, and how this machine takes them
+    [checkpoint] [eval] [metrics]   what is kept and reported
+    [loader] memory and threads of the loader
+    [[hooks]] use = "prune" ...     in the order in which they run; each hook owns its other keys
+
+Every value has a default except `data.url`. A value that depends on the machine may be "auto"; what it became is
+written into the record of the session, so that a run can be repeated.
+"""
+
+from typing import Annotated, Any, Literal
+
+import msgspec
+
+from datastore.document import Document
+from datastore.errors import ConfigError
+from datastore.loader.settings import LoaderOptions
+
+__all__ = [
+    "CheckpointSettings",
+    "DataSettings",
+    "EvalSettings",
+    "MetricsSettings",
+    "ModelSettings",
+    "OptimSettings",
+    "Settings",
+    "StepSettings",
+    "changed_keys",
+    "flatten",
+]
+
+Positive = Annotated[int, msgspec.Meta(gt=0)]
+Count = Annotated[int, msgspec.Meta(ge=0)]
+Rate = Annotated[float, msgspec.Meta(ge=0)]
+
+_MAY_CHANGE = (
+    "checkpoint.",
+    "data.url",
+    "eval.",
+    "loader.memory_bytes",
+    "loader.prefetch_batches",
+    "loader.threads",
+    "metrics.",
+    "train.compile",
+    "train.deterministic",
+    "train.device",
+    "train.micro_batch",
+    "train.precision",
+    "train.steps",
+    "train.threads",
+    "train.timeout_s",
+)
+"""Settings that a resumed run may change: none of them changes which samples a step consumes or what is learned from them."""
+
+
+class DataSettings(Document, frozen=True, kw_only=True):
+    """The training stream and what is held back from it."""
+
+    url: Annotated[str, msgspec.Meta(min_length=1)]
+    """A tokenized dataset; `URL@version` and `URL@tag` pin one version, else the newest is pinned when the run begins."""
+
+    seq_len: Positive = 1024
+    """Tokens that the model sees at once; a sample has one more."""
+
+    global_batch: Positive = 64
+    """Samples in one step over all ranks; need not be a multiple of anything."""
+
+    seed: Count = 0
+    """Seed of the order."""
+
+    validation: str = ""
+    """Another dataset with the same tokenizer, used for validation only. Empty: `holdout` decides."""
+
+    holdout: Annotated[float, msgspec.Meta(ge=0, le=0.5)] = 0.01
+    """Fraction of the tokens, the last ones that were ingested, that is never trained on. Not used with `validation`."""
+
+
+class ModelSettings(Document, frozen=True, kw_only=True):
+    """The shape of the GPT. The default has 26 M parameters besides the embedding."""
+
+    layers: Positive = 8
+    width: Positive = 512
+    heads: Positive = 8
+    kv_heads: Count = 0
+    """Heads of keys and values, each shared by `heads / kv_heads` query heads; 0: as many as `heads`."""
+
+    mlp_width: Count = 0
+    """Inner width of the feed-forward part; 0: 8/3 of `width`, rounded up to a multiple of 64."""
+
+    vocab_size: Count = 0
+    """0: that of the dataset's tokenizer."""
+
+    tied: bool = True
+    """Whether the output layer is the transposed embedding."""
+
+    rope_theta: Annotated[float, msgspec.Meta(gt=0)] = 10_000.0
+    norm_eps: Annotated[float, msgspec.Meta(gt=0)] = 1e-5
+
+    def __post_init__(self) -> None:
+        if self.width % self.heads or (self.width // self.heads) % 2:
+            raise ValueError("width / heads must be a whole, even number")
+        if self.kv_heads and self.heads % self.kv_heads:
+            raise ValueError("heads must be a multiple of kv_heads")
+
+    @property
+    def key_heads(self) -> int:
+        """Heads of keys and values, the default resolved."""
+        return self.kv_heads or self.heads
+
+    @property
+    def inner_width(self) -> int:
+        """Width inside the feed-forward part, the default resolved."""
+        return self.mlp_width or (self.width * 8 // 3 + 63) // 64 * 64
+
+
+class OptimSettings(Document, frozen=True, kw_only=True):
+    """The update rule, and a learning rate that warms up linearly and falls along a cosine."""
+
+    use: Literal["adamw", "sgd"] = "adamw"
+    lr: Annotated[float, msgspec.Meta(gt=0)] = 6e-4
+    """Peak learning rate."""
+
+    warmup: Count = 100
+    """Steps until the peak."""
+
+    floor: Annotated[float, msgspec.Meta(ge=0, le=1)] = 0.1
+    """Learning rate of the last step, as a fraction of `lr`."""
+
+    betas: tuple[Rate, Rate] = (0.9, 0.95)
+    eps: Annotated[float, msgspec.Meta(gt=0)] = 1e-8
+    weight_decay: Rate = 0.1
+    """Applied to matrices only; norms and biases are not decayed."""
+
+    clip: Rate = 1.0
+    """Largest norm of the gradient; 0: never clip."""
+
+
+class StepSettings(Document, frozen=True, kw_only=True):
+    """How many steps, and how this machine takes them."""
+
+    steps: Positive = 1000
+    seed: Count = 0
+    """Seed of the initial weights and of everything random in a step."""
+
+    micro_batch: Count = 0
+    """Samples per forward pass of one rank; gradients are accumulated. 0: all of the rank's samples at once."""
+
+    precision: Literal["auto", "bf16", "fp32"] = "auto"
+    """Of activations; weights stay float32. auto: bf16 where the device computes in it natively."""
+
+    compile: bool | Literal["auto"] = "auto"
+    """`torch.compile` for each block. auto: on a GPU only. On two CPU cores it is a little faster, but compiling takes half a minute."""
+
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    threads: Count = 0
+    """CPU threads of each rank; 0: the cores of the machine over its ranks. The count is recorded: it can change the last bit of a sum."""
+
+    deterministic: bool = True
+    """Use kernels that give the same bits each time. On a GPU a step may take a few per cent longer."""
+
+    timeout_s: Positive = 600
+    """How long a rank waits for the others before it gives up."""
+
+
+class CheckpointSettings(Document, frozen=True, kw_only=True):
+    """When training state is saved. The last step, and the step at which a signal stops the run, are saved in any case."""
+
+    every: Count = 500
+    """Steps between checkpoints; 0: only at the end."""
+
+    keep: Positive = 3
+    """Newest checkpoints that are kept."""
+
+
+class EvalSettings(Document, frozen=True, kw_only=True):
+    """When the validation loss is measured."""
+
+    every: Count = 250
+    """Steps between evaluations, besides one at the end; 0: never."""
+
+    samples: Positive = 256
+    """Validation samples, the same ones each time."""
+
+
+class MetricsSettings(Document, frozen=True, kw_only=True):
+    """Where metrics go besides `metrics/*.jsonl` in the run folder."""
+
+    tensorboard: bool = False
+    """Also write TensorBoard event files to `tensorboard/` in the run folder (extra `track`; the folder must be local)."""
+
+
+class Settings(Document, frozen=True, kw_only=True):
+    """All settings of a run: what its TOML file holds."""
+
+    data: DataSettings
+    model: ModelSettings = ModelSettings()
+    optim: OptimSettings = OptimSettings()
+    train: StepSettings = StepSettings()
+    checkpoint: CheckpointSettings = CheckpointSettings()
+    eval: EvalSettings = EvalSettings()
+    metrics: MetricsSettings = MetricsSettings()
+    loader: LoaderOptions = LoaderOptions()
+    hooks: tuple[dict[str, Any], ...] = ()
+
+    def __post_init__(self) -> None:
+        if self.loader.epochs is not None:
+            raise ValueError("loader.epochs cannot be set: training is endless, train.steps ends it")
+        if any(not isinstance(hook.get("use"), str) for hook in self.hooks):
+            raise ValueError('each of [[hooks]] needs use = "name" or "module:Class"')
+
+
+def flatten(settings: Settings) -> dict[str, Any]:
+    """Return every setting by its dotted TOML path; `hooks` is one value."""
+    parts: dict[str, Any] = msgspec.to_builtins(settings)
+    hooks = parts.pop("hooks")
+    flat = {f"{part}.{key}": value for part, values in parts.items() for key, value in values.items()}
+    return flat | {"hooks": hooks}
+
+
+def changed_keys(before: Settings, after: Settings) -> tuple[str, ...]:
+    """Return the paths of settings that differ and may not differ in one run, sorted."""
+    old, new = flatten(before), flatten(after)
+    return tuple(sorted(key for key in old if old[key] != new[key] and not key.startswith(_MAY_CHANGE)))
+
+
+def check_world(settings: Settings, world: int) -> None:
+    """Raise unless `world` ranks can share a batch.
+
+    Raises:
+        ConfigError: there is no rank, or a rank would have no sample.
+    """
+    if world < 1:
+        raise ConfigError("there must be at least one rank", world=world, hint="Start one process or more.")
+    if world > settings.data.global_batch:
+        raise ConfigError(
+            "more ranks than samples in a batch",
+            world=world,
+            global_batch=settings.data.global_batch,
+            hint="Raise data.global_batch, or start fewer processes.",
+        )

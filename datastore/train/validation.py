@@ -1,0 +1,37 @@
+"""The validation loss of a model outside of training: of a checkpoint, or of a folder that was exported from it."""
+
+import torch
+
+from datastore.errors import ConfigError
+from datastore.loader.place import Place
+from datastore.storage.resolve import open_storage
+from datastore.train.evaluate import Evaluation, ValidationSamples, validation_loss
+from datastore.train.export import open_model
+from datastore.train.launch import Launch
+from datastore.train.parallel import Ranks
+from datastore.train.run import RunFolder, is_run, open_split
+
+__all__ = ["evaluate"]
+
+_ROWS = 16
+
+
+def evaluate(source: str, *, run: str = "", step: int | None = None, samples: int = 0) -> Evaluation:
+    """Return the loss of the model at `source` on what `run` holds out, in float32 on the CPU.
+
+    `source` is a run (at `step`, or its newest checkpoint) or a Hugging Face folder; `run` may be left out if `source` is
+    one. `samples` 0: as many as the run validates on.
+
+    Raises:
+        MissingError: no model, no run, or no dataset there.
+        ConfigError: there is no run whose samples could be used, or it holds nothing out.
+    """
+    run = run or source
+    if not is_run(open_storage(run)):
+        raise ConfigError("no run says what to validate on", source=source, hint="Name the run that the model is from.")
+    config = RunFolder.open(run).config()
+    seq_len = config.settings.data.seq_len
+    tokens, count = open_split(config).samples(samples or config.settings.eval.samples, seq_len=seq_len, place=Place())
+    ranks = Ranks(Launch(), torch.device("cpu"), None)
+    model = open_model(source, step=step).model
+    return validation_loss(model, ValidationSamples(tokens, count), ranks=ranks, precision="fp32", rows=_ROWS)

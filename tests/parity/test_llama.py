@@ -1,0 +1,70 @@
+"""Our GPT and Hugging Face's Llama are the same function, through an exported folder, dense or quantized."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from datastore.errors import ConfigError
+from datastore.storage.local import LocalStorage
+from datastore.train.hf import HuggingFaceModel, read_folder, write_folder
+from datastore.train.hooks.quantize import Quantize, QuantizeSettings
+from datastore.train.model import GPT, KeyValueCache
+from datastore.train.settings import ModelSettings
+
+IDS = torch.randint(0, 501, (2, 40), generator=torch.Generator().manual_seed(1))
+
+
+def made(*, tied: bool = True, kv_heads: int = 2) -> GPT:
+    settings = ModelSettings(layers=2, width=96, heads=6, kv_heads=kv_heads, mlp_width=160, vocab_size=501, tied=tied)
+    model = GPT(settings)
+    generator = torch.Generator().manual_seed(0)
+    model.initialize(generator)
+    for parameter in model.parameters():
+        parameter.data.add_(torch.empty_like(parameter).normal_(std=0.1, generator=generator))
+    return model.eval()
+
+
+def opened_by_transformers(folder: Path) -> torch.nn.Module:
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()  # type: ignore[no-any-return]
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("quantized", [None, QuantizeSettings(), QuantizeSettings(group=32), QuantizeSettings(bits=4, group=32)])
+@pytest.mark.parametrize("tied", [True, False])
+@torch.no_grad()
+def test_transformers_computes_the_same_from_an_exported_folder(
+    tmp_path: Path, tied: bool, quantized: QuantizeSettings | None
+) -> None:
+    model = made(tied=tied)
+    if quantized is not None:
+        Quantize(quantized).export(model)
+    write_folder(LocalStorage(tmp_path), HuggingFaceModel(model, 64, None, 0))
+    expected = opened_by_transformers(tmp_path)(IDS).logits
+    torch.testing.assert_close(model(IDS), expected, rtol=0, atol=1e-4)
+    assert torch.equal(read_folder(LocalStorage(tmp_path)).model(IDS), model(IDS))
+
+
+@pytest.mark.parametrize("kv_heads", [0, 1, 3])
+@torch.no_grad()
+def test_feeding_one_token_at_a_time_gives_the_logits_of_the_whole(kv_heads: int) -> None:
+    model, cache = made(kv_heads=kv_heads), KeyValueCache()
+    parts = [model(IDS[:, :7], cache)] + [model(IDS[:, i : i + 1], cache) for i in range(7, 40)]
+    torch.testing.assert_close(torch.cat(parts, dim=1), model(IDS), rtol=0, atol=1e-4)
+
+
+@torch.no_grad()
+def test_a_token_does_not_see_those_behind_it() -> None:
+    changed = IDS.clone()
+    changed[:, 20:] = 7
+    assert torch.equal(made()(IDS)[:, :20], made()(changed)[:, :20])
+
+
+def test_a_model_of_another_kind_is_refused_by_what_differs(tmp_path: Path) -> None:
+    storage = LocalStorage(tmp_path)
+    write_folder(storage, HuggingFaceModel(made(), 64, None, 0))
+    storage.put("config.json", storage.get("config.json").replace(b'"silu"', b'"gelu"'))
+    with pytest.raises(ConfigError, match="hidden_act='gelu'"):
+        read_folder(storage)

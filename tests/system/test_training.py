@@ -1,0 +1,244 @@
+"""A run comes out the same, whatever happens to it in between."""
+
+import json
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from random import Random
+
+import msgspec
+import pytest
+import torch
+
+from datastore.document import encode
+from datastore.errors import ConfigError, ConflictError, ResumeError, WaitError
+from datastore.testing.runs import make_language, tiny_settings
+from datastore.train.export import open_model
+from datastore.train.metrics import read_metrics
+from datastore.train.progress import Progress
+from datastore.train.proof import prove
+from datastore.train.record import record_bytes
+from datastore.train.run import RunFolder
+from datastore.train.settings import Settings
+from datastore.train.trace import read_record
+from datastore.train.trainer import resume, train
+
+HERE = Path(__file__).parent
+PRUNE = {"use": "prune", "ratio": 4.0, "every": 3}
+NOISE = {"use": "rank_programs:Noise"}
+
+PROGRAM = """
+import sys
+sys.path.insert(0, sys.argv[1])
+from pathlib import Path
+import msgspec
+from datastore.train.settings import Settings
+from datastore.train.trainer import train
+settings = msgspec.json.decode(Path(sys.argv[2]).read_bytes(), type=Settings)
+train(settings, sys.argv[3], on_progress=lambda progress: print(progress.step, flush=True))
+"""
+
+
+@pytest.fixture(autouse=True)
+def _programs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(HERE))
+
+
+@pytest.fixture(scope="module")
+def language(tmp_path_factory: pytest.TempPathFactory) -> str:
+    url = tmp_path_factory.mktemp("language")
+    make_language(url)
+    return str(url)
+
+
+def weights(run: Path) -> dict[str, torch.Tensor]:
+    return open_model(str(run)).model.state_dict()
+
+
+def assert_same_weights(one: Path, other: Path) -> None:
+    first, second = weights(one), weights(other)
+    assert first.keys() == second.keys()
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def record(run: Path) -> bytes:
+    return record_bytes([entry for _, entry in read_record(RunFolder.open(str(run)))])
+
+
+def start(settings: Settings, run: Path) -> "subprocess.Popen[str]":
+    """Start `train` in a process of its own, which prints a line for each progress."""
+    file = run.with_suffix(".json")
+    file.write_bytes(encode(settings))
+    arguments = [sys.executable, "-c", PROGRAM, str(HERE), str(file), str(run)]
+    return subprocess.Popen(arguments, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def test_a_run_learns_and_its_record_is_proven(language: str, tmp_path: Path) -> None:
+    result = train(tiny_settings(language, "train.steps=60"), str(tmp_path / "run"))
+    assert not result.stopped
+    assert result.validation_loss is not None
+    assert result.validation_loss < 1.5
+    proof = prove(str(tmp_path / "run"))
+    assert proof.holds
+    assert (proof.steps, proof.samples, proof.distinct) == (60, 720, proof.epoch_samples)
+
+
+def test_metrics_have_one_record_for_each_step(language: str, tmp_path: Path) -> None:
+    train(tiny_settings(language, hooks=(PRUNE,)), str(tmp_path))
+    found = read_metrics(RunFolder.open(str(tmp_path)).storage)
+    assert [line["step"] for line in found] == list(range(1, 21))
+    assert {"loss", "grad_norm", "lr", "tokens_per_s", "data_wait", "sparsity"} <= found[0].keys()
+    assert [line["step"] for line in found if "validation_loss" in line] == [10, 20]
+    assert found[-1]["sparsity"] == pytest.approx(0.75, abs=0.01)
+
+
+def test_a_run_that_was_killed_in_the_middle_of_steps_ends_with_the_same_bits(language: str, tmp_path: Path) -> None:
+    kills = tmp_path / "kills.json"
+    settings = tiny_settings(language, hooks=(PRUNE, NOISE, {"use": "rank_programs:Kill", "file": str(kills)}))
+    train(settings, str(tmp_path / "undisturbed"))
+    steps = [3, 7, 12]
+    kills.write_text(json.dumps(steps))
+    for _ in steps:
+        killed = start(settings, tmp_path / "killed")
+        killed.communicate()
+        assert killed.returncode == -signal.SIGKILL
+    result = train(settings, str(tmp_path / "killed"))
+    assert result.resumed_from == 10
+    assert_same_weights(tmp_path / "killed", tmp_path / "undisturbed")
+    assert record(tmp_path / "killed") == record(tmp_path / "undisturbed")
+    assert prove(str(tmp_path / "killed")).holds
+
+
+@pytest.mark.slow
+def test_twenty_kills_at_random_moments_change_no_bit(language: str, tmp_path: Path) -> None:
+    settings = tiny_settings(language, "train.steps=700", "checkpoint.every=3", "eval.every=50", hooks=(PRUNE, NOISE))
+    train(settings, str(tmp_path / "undisturbed"))
+    random = Random(7)
+    for _ in range(20):
+        process = start(settings, tmp_path / "killed")
+        assert process.stdout is not None
+        process.stdout.readline()
+        threading.Event().wait(random.uniform(0, 0.6))
+        process.kill()
+        process.communicate()
+        assert process.returncode == -signal.SIGKILL, "the run must not end before it has been killed often enough"
+    result = train(settings, str(tmp_path / "killed"))
+    assert 0 < result.resumed_from < 700
+    assert_same_weights(tmp_path / "killed", tmp_path / "undisturbed")
+    assert record(tmp_path / "killed") == record(tmp_path / "undisturbed")
+    proof = prove(str(tmp_path / "killed"))
+    assert proof.holds
+    assert proof.sessions > 5
+
+
+def test_three_ranks_that_were_killed_and_resumed_end_with_the_same_bits(language: str, tmp_path: Path) -> None:
+    kills = tmp_path / "kills.json"
+    hook = {"use": "rank_programs:Kill", "file": str(kills)}
+    settings = tiny_settings(language, "train.steps=10", "checkpoint.every=4", hooks=(PRUNE, NOISE, hook))
+    train(settings, str(tmp_path / "undisturbed"), processes=3)
+    kills.write_text("[6]")
+    with pytest.raises(WaitError, match="rank=0, cause='SIGKILL'"):
+        train(settings, str(tmp_path / "killed"), processes=3)
+    assert resume(str(tmp_path / "killed"), processes=3).resumed_from == 4
+    assert_same_weights(tmp_path / "killed", tmp_path / "undisturbed")
+    assert record(tmp_path / "killed") == record(tmp_path / "undisturbed")
+
+
+def test_any_number_of_ranks_and_micro_batches_learns_the_same(language: str, tmp_path: Path) -> None:
+    """12 samples on 1 rank; on 2; on 5, which does not divide 12; accumulated; and on 1 after 2."""
+    train(tiny_settings(language), str(tmp_path / "1"))
+    train(tiny_settings(language), str(tmp_path / "2"), processes=2)
+    train(tiny_settings(language), str(tmp_path / "5"), processes=5)
+    train(tiny_settings(language, "train.micro_batch=5"), str(tmp_path / "micro"))
+    train(tiny_settings(language, "checkpoint.every=10"), str(tmp_path / "changed"), processes=1, on_progress=_stop_at(7))
+    resumed = resume(str(tmp_path / "changed"), processes=2)
+    assert 7 <= resumed.resumed_from < 20
+    expected = [line["loss"] for line in read_metrics(RunFolder.open(str(tmp_path / "1")).storage)]
+    for name in ("2", "5", "micro", "changed"):
+        losses = [line["loss"] for line in read_metrics(RunFolder.open(str(tmp_path / name)).storage)]
+        assert losses == pytest.approx(expected, abs=1e-5), name
+        assert record(tmp_path / name) == record(tmp_path / "1"), name
+    assert prove(str(tmp_path / "changed")).worlds == [1, 2]
+
+
+def _stop_at(step: int) -> Callable[[Progress], None]:
+    """Return a progress that asks the run to stop, once: a second signal would end this process."""
+    asked: list[int] = []
+
+    def look(progress: Progress) -> None:
+        if progress.step >= step and not asked:
+            asked.append(progress.step)
+            signal.raise_signal(signal.SIGTERM)
+
+    return look
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_finishes_the_step_saves_and_returns(language: str, tmp_path: Path, number: signal.Signals) -> None:
+    settings = tiny_settings(language, "train.steps=100000", "checkpoint.every=0", "eval.every=0")
+    process = start(settings, tmp_path / "run")
+    assert process.stdout is not None
+    while int(process.stdout.readline() or "-1") == 0:
+        pass
+    process.send_signal(number)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 0, errors
+    step = len(read_record(RunFolder.open(str(tmp_path / "run"))))
+    assert 0 < step < 100000
+    assert resume(str(tmp_path / "run"), overrides=[f"train.steps={step + 2}"]).resumed_from == step
+
+
+def test_a_second_writer_is_refused_while_the_first_works_on(language: str, tmp_path: Path) -> None:
+    settings = tiny_settings(language, "train.steps=100000", "checkpoint.every=0")
+    process = start(settings, tmp_path / "run")
+    assert process.stdout is not None
+    process.stdout.readline()
+    with pytest.raises(ConflictError, match=f"pid={process.pid}"):
+        train(settings, str(tmp_path / "run"))
+    process.kill()
+    process.communicate()
+    resume(str(tmp_path / "run"), overrides=["train.steps=2"])
+
+
+def test_other_settings_or_data_are_refused_by_the_keys_that_differ(language: str, tmp_path: Path) -> None:
+    settings = tiny_settings(language, "train.steps=2")
+    train(settings, str(tmp_path / "run"))
+    with pytest.raises(ResumeError, match=r"\['data.seed', 'model.width'\]"):
+        train(tiny_settings(language, "train.steps=2", "data.seed=1", "model.width=64"), str(tmp_path / "run"))
+    make_language(tmp_path / "other", seed=1)
+    with pytest.raises(ResumeError, match="another dataset"):
+        resume(str(tmp_path / "run"), overrides=[f"data.url={tmp_path / 'other'}"])
+
+
+def test_a_finished_run_is_left_as_it_is(language: str, tmp_path: Path) -> None:
+    settings = tiny_settings(language, "train.steps=4")
+    train(settings, str(tmp_path / "run"))
+    again = train(settings, str(tmp_path / "run"))
+    assert (again.step, again.resumed_from, again.stopped) == (4, 4, False)
+
+
+def test_more_ranks_than_samples_are_refused(language: str, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="more ranks than samples"):
+        train(tiny_settings(language), str(tmp_path / "run"), processes=13)
+    with pytest.raises(ConfigError, match="at least one rank"):
+        train(tiny_settings(language), str(tmp_path / "run"), processes=0)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_loss_that_is_not_finite_ends_the_run_before_it_is_saved(language: str, tmp_path: Path) -> None:
+    from datastore.errors import DatastoreError
+
+    settings = tiny_settings(language, "optim.lr=1e30", "optim.warmup=0", "optim.clip=0", "checkpoint.every=1")
+    with pytest.raises(DatastoreError, match="not finite"):
+        train(settings, str(tmp_path / "run"))
+    assert all(torch.isfinite(tensor).all() for tensor in weights(tmp_path / "run").values())
+
+
+def test_settings_survive_the_run_folder(language: str, tmp_path: Path) -> None:
+    settings = tiny_settings(language, "train.steps=2", hooks=(PRUNE,))
+    train(settings, str(tmp_path / "run"))
+    assert RunFolder.open(str(tmp_path / "run")).config().settings == settings
+    assert msgspec.json.decode((tmp_path / "run" / "config.json").read_bytes())["settings"]["hooks"] == [PRUNE]
