@@ -26,6 +26,8 @@ __all__ = ["MAX_MAPS", "MappedBlocks"]
 MAX_MAPS = 32_768
 """Maps kept; half of what Linux allows a process by default (vm.max_map_count)."""
 
+_NONE: I64 = np.empty(0, np.int64)
+
 
 @dataclass(frozen=True, slots=True)
 class _Map:
@@ -63,19 +65,21 @@ class MappedBlocks(TokenBlocks):
     @override
     @contextmanager
     def hold(self, blocks: I64) -> Iterator[None]:
-        self._hits += len(blocks)
-        if not self._checked[blocks].all():
-            for block in self.absent(blocks).tolist():
-                self.fetch(block)
-                self._hits -= 1
+        absent = self.absent(blocks)
+        self._hits += len(blocks) - len(absent)
+        for block in absent.tolist():
+            self.fetch(block)
         yield  # Nothing is given back: a map that is dropped lives on in the views that were handed out.
 
     @override
     def absent(self, blocks: I64) -> I64:
-        return np.unique(blocks[~self._checked[blocks]])
+        there = self._checked[blocks]
+        return _NONE if there.all() else np.unique(blocks[~there])
 
     @override
     def fetch(self, block: int) -> bool:
+        if self._checked[block]:
+            return True
         place = self._layout.range_of(block)
         shard = self._map(place.shard)
         data = shard.data[place.start : place.stop]

@@ -45,8 +45,10 @@ class BlockCache(TokenBlocks):
         """Resident blocks, least recently used first, with their sizes."""
         self._filling: dict[int, int] = {}
         self._pins: Counter[int] = Counter()
+        self._holders: Counter[int] = Counter()
+        """How many holds each thread has open."""
         self._resident = np.zeros(self._layout.blocks, np.bool_)
-        self._used_bytes = self._peak_bytes = self._holders = self._waiting = 0
+        self._used_bytes = self._peak_bytes = self._waiting = 0
         self._hits = self._fills = self._filled_bytes = self._refetches = self._evictions = 0
 
     @property
@@ -66,21 +68,18 @@ class BlockCache(TokenBlocks):
         need = int(self._layout.sizes(wanted).sum())
         if need > self._budget_bytes:
             raise self._too_small(need)
-        pinned = wanted.tolist()
+        pinned, thread = wanted.tolist(), threading.get_ident()
         with self._changed:
             self._pins.update(pinned)
-            self._holders += 1
+            self._holders[thread] += 1
         try:
             for block in pinned:
                 self._bring(block, urgent=True)
             yield
         finally:
             with self._changed:
-                self._holders -= 1
-                self._pins.subtract(pinned)
-                for block in pinned:
-                    if not self._pins[block]:
-                        del self._pins[block]
+                _subtract(self._holders, [thread])
+                _subtract(self._pins, pinned)
                 self._changed.notify_all()
 
     @override
@@ -157,7 +156,7 @@ class BlockCache(TokenBlocks):
                 return False
             # Another thread fetches this very block, or fetches and other holds take all room. Fetches end by
             # themselves; holds that all wait for each other do not.
-            if not self._filling and self._waiting + 1 == self._holders:
+            if not self._filling and self._waiting + 1 == len(self._holders):
                 raise self._too_small(self._used_bytes + size)
             self._waiting += 1
             try:
@@ -200,3 +199,11 @@ class BlockCache(TokenBlocks):
         if region is None:
             region = self._regions[shard] = Region(self._storage, self._segments.shard(shard))
         return region
+
+
+def _subtract(counts: Counter[int], keys: list[int]) -> None:
+    """Count each of `keys` once less; what reaches zero is forgotten."""
+    for key in keys:
+        counts[key] -= 1
+        if not counts[key]:
+            del counts[key]

@@ -6,9 +6,9 @@ when the prefetcher is garbage; a fork does not copy them, so a child makes its 
 """
 
 import logging
+import os
 import threading
 import weakref
-from collections import deque
 from collections.abc import Iterable
 
 from datastore.cache.blocks import TokenBlocks
@@ -24,13 +24,14 @@ class _Queue:
     """Blocks to fetch. The threads know this and the cache, but not the prefetcher: so that it can become garbage."""
 
     def __init__(self) -> None:
-        self._blocks: deque[int] = deque()
+        self._blocks: dict[int, None] = {}
+        """In order, each once."""
         self._changed = threading.Condition()
         self._open = True
 
     def put(self, blocks: Iterable[int]) -> None:
         with self._changed:
-            self._blocks.extend(blocks)
+            self._blocks.update(dict.fromkeys(blocks))
             self._changed.notify_all()
 
     def take(self) -> int | None:
@@ -38,7 +39,11 @@ class _Queue:
         with self._changed:
             while self._open and not self._blocks:
                 self._changed.wait()
-            return self._blocks.popleft() if self._open else None
+            if not self._open:
+                return None
+            block = next(iter(self._blocks))
+            del self._blocks[block]
+            return block
 
     def clear(self) -> None:
         with self._changed:
@@ -58,7 +63,7 @@ class Prefetcher:
         self._wanted = threads
         self._queue = _Queue()
         self._threads: list[threading.Thread] = []
-        self._end = weakref.finalize(self, _end, self._queue, self._threads)
+        self._end = weakref.finalize(self, _end, self._queue, self._threads, os.getpid())
 
     def request(self, blocks: Iterable[int]) -> None:
         """Fetch `blocks`, after all that was requested before."""
@@ -87,7 +92,9 @@ def _work(queue: _Queue, blocks: TokenBlocks) -> None:
             _LOGGER.debug("could not fetch block %d ahead: %s", block, error)
 
 
-def _end(queue: _Queue, threads: list[threading.Thread]) -> None:
+def _end(queue: _Queue, threads: list[threading.Thread], pid: int) -> None:
+    if os.getpid() != pid:
+        return  # In a forked child there are no threads to end, and their lock may have been copied locked.
     queue.close()
     for thread in threads:
         if thread is not threading.current_thread():

@@ -145,9 +145,7 @@ class Windows:
                 part = slice(at, at + each)
                 self._slots[rows[part]] = self._shuffle(rows[part] // self._ring, window[part])
             self._made[rows] = window
-            assert (self._made[row] == cells.window).all(), (
-                "cells lie further apart than positions_at_once"
-            )
+            assert (self._made[row] == cells.window).all(), "cells lie further apart than positions_at_once"
         return self._slots[row, cells.rank].astype(np.int64)
 
     def _shuffle(self, lane: I64, window: I64) -> npt.NDArray[np.uint16]:

@@ -1,0 +1,61 @@
+"""One rank's part of a global batch, and what it can say about itself."""
+
+from dataclasses import dataclass, field
+
+import numpy as np
+import numpy.typing as npt
+import xxhash
+
+from datastore.loader.gather import TokenArray
+from datastore.loader.lanes import I64
+from datastore.loader.mix import mix64
+from datastore.loader.plan import NO_SAMPLE
+from datastore.loader.trace import DocumentSpan, locate
+from datastore.store.dataset import Dataset
+
+__all__ = ["Batch", "fingerprint_of"]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Batch:
+    """Samples at consecutive positions of the order, as far as they fall to one rank. Arrays are in row order."""
+
+    tokens: TokenArray
+    """[B, seq_len + 1] uint16 or uint32: inputs are `tokens[:, :-1]`, targets `tokens[:, 1:]`."""
+
+    positions: I64
+    """[B] place of each row in the endless order; -1 in rows that only fill up the last batch of a finite pass."""
+
+    samples: I64
+    """[B] number of the sample in the dataset; -1 likewise."""
+
+    cursor: int
+    """First position of the global batch: how many samples all ranks had been given before it."""
+
+    dataset: Dataset = field(repr=False)
+
+    @property
+    def valid(self) -> npt.NDArray[np.bool_]:
+        """[B] whether a row holds a sample."""
+        return np.not_equal(self.positions, NO_SAMPLE)
+
+    def fingerprint(self) -> int:
+        """Return 64 bits that name which samples are here, at which positions, with which tokens.
+
+        Fingerprints of the parts of a global batch add up (mod 2^64) to that of the whole, for any number of ranks.
+        """
+        return fingerprint_of(self.tokens, positions=self.positions, samples=self.samples)
+
+    def documents(self) -> list[DocumentSpan]:
+        """Return the stretches of documents that the valid rows are made of, row by row. Reads whole shards."""
+        seq_len = self.tokens.shape[1] - 1
+        origins = locate(self.dataset, seq_len=seq_len, samples=self.samples[self.valid].tolist())
+        return [span for origin in origins for span in origin.spans]
+
+
+def fingerprint_of(tokens: TokenArray, *, positions: I64, samples: I64) -> int:
+    """Return the sum, mod 2^64, of a hash of (position, sample, tokens) of each row that holds a sample."""
+    rows = np.flatnonzero(positions != NO_SAMPLE)
+    contents = np.array([xxhash.xxh3_64_intdigest(tokens[row]) for row in rows.tolist()], np.uint64)
+    places = mix64(mix64(positions[rows].astype(np.uint64)) ^ samples[rows].astype(np.uint64))
+    return int(mix64(places ^ contents).sum(dtype=np.uint64))

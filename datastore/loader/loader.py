@@ -1,0 +1,249 @@
+"""The loader: an iterator of batches whose every sample follows from (dataset version, seed, position).
+
+It plans some thousand samples ahead, lets a few threads bring and check the blocks they need, and copies rows when the
+batch is asked for. No rank talks to another, nothing is written, and no memory is shared between processes. What a
+batch holds does not depend on threads, memory or prefetching: those change only how long it takes.
+"""
+
+import os
+import warnings
+from collections import deque
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict
+from typing import Any, Self
+
+import msgspec
+import numpy as np
+
+from datastore.cache.blocks import TokenBlocks
+from datastore.cache.opening import is_local, open_blocks
+from datastore.cache.prefetch import Prefetcher
+from datastore.errors import ConfigError
+from datastore.loader.batch import Batch
+from datastore.loader.gather import Gatherer, TokenArray
+from datastore.loader.lanes import I64
+from datastore.loader.opening import open_stream
+from datastore.loader.place import Place
+from datastore.loader.plan import BatchPlan, Planner
+from datastore.loader.reads import Reads, reads_of
+from datastore.loader.settings import LoaderOptions, checked_options
+from datastore.loader.state import LoaderState, read_state
+from datastore.store.dataset import Dataset
+from datastore.units import format_bytes
+
+__all__ = ["Loader"]
+
+_PLAN_SLOTS = 65_536
+"""Slots of global batches planned at a time: NumPy's cost per call is spread over them."""
+
+_MAX_PLANNED = 1_024
+"""Batches planned ahead at most."""
+
+
+class Loader:
+    """One rank's batches of `global_batch` samples (over all ranks) of `seq_len + 1` tokens each.
+
+    `global_batch` may change between runs, `place` too: the order stays. Rows per rank differ by one if the world does
+    not divide the batch. Not thread-safe. Safe to use in a forked child: it starts its own threads there.
+
+    Raises:
+        ConfigError: a value is out of range, the dataset holds records or is shorter than one sample, or
+            `global_batch` is smaller than the world.
+    """
+
+    def __init__(
+        self,
+        dataset: Dataset,
+        *,
+        seq_len: int,
+        global_batch: int,
+        seed: int = 0,
+        place: Place = Place(),  # noqa: B008 - a frozen value
+        options: LoaderOptions = LoaderOptions(),  # noqa: B008 - a frozen value
+    ) -> None:
+        self.dataset = dataset
+        self.place = place
+        self.global_batch = global_batch
+        self.options = checked_options(options)
+        self._stream = open_stream(dataset, seq_len=seq_len, seed=seed, options=self.options)
+        itemsize = int(dataset.segments.itemsize.max())
+        self.dtype: np.dtype[Any] = np.dtype("uint16" if itemsize == 2 else "uint32")
+        self._local = is_local(dataset)
+        self._pid = os.getpid()
+        self._blocks: TokenBlocks | None = None
+        self._prefetcher: Prefetcher | None = None
+        self._batches = 0
+        self._state: LoaderState = self._stream.start
+        self._planner = self._planner_of(self._state)
+        self._planned: deque[tuple[BatchPlan, Reads]] = deque()
+        self._next_cursor = self._requested = 0
+
+    def __iter__(self) -> Iterator[Batch]:
+        return self
+
+    def __next__(self) -> Batch:
+        return self.next_into(np.empty((self.rows, self.seq_len + 1), self.dtype))
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    @property
+    def seq_len(self) -> int:
+        """Tokens of a sample, less its last target."""
+        return self._stream.grid.seq_len
+
+    @property
+    def rows(self) -> int:
+        """B, the rows of this rank's batches."""
+        start, stop = self.place.share(self.global_batch)
+        return stop - start
+
+    @property
+    def cursor(self) -> int:
+        """Samples delivered so far, over all ranks and epochs."""
+        cursor: int = self._state.cursor
+        return cursor
+
+    @property
+    def samples_per_epoch(self) -> int:
+        """N, the samples of the dataset."""
+        return self._stream.grid.samples
+
+    @property
+    def batches_per_epoch(self) -> int:
+        """Steps of one finite pass; an endless one does not stop there, its batches straddle epochs."""
+        return -(-self.samples_per_epoch // self.global_batch)
+
+    def next_into(self, out: TokenArray) -> Batch:
+        """Return the next batch with its tokens in `out` [rows, seq_len + 1], which the caller may use again later.
+
+        Raises:
+            StopIteration: a finite pass is over.
+            CorruptError: a block of it is damaged; the message names shard and block. The cursor stays.
+            StorageError: the storage failed; the cursor stays, so the same call may be tried again.
+        """
+        if out.shape != (self.rows, self.seq_len + 1) or out.dtype != self.dtype or not out.flags.c_contiguous:
+            raise ConfigError(
+                "the buffer does not fit the batch",
+                shape=out.shape,
+                dtype=out.dtype.name,
+                hint=f"Pass a contiguous {self.dtype.name} array of shape {(self.rows, self.seq_len + 1)}.",
+            )
+        blocks = self._ready()
+        self._look_ahead(blocks)
+        if not self._planned:
+            raise StopIteration
+        plan, reads = self._planned[0]
+        Gatherer(blocks, width=self.seq_len + 1).gather(reads, out)
+        self._planned.popleft()
+        self._requested = max(0, self._requested - 1)
+        self._batches += 1
+        self._state = msgspec.structs.replace(self._state, cursor=self._after(plan.cursor))
+        return Batch(out, plan.positions, plan.samples, plan.cursor, self.dataset)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return where the loader stands, as JSON values: under 1 KB, the same on every rank."""
+        return msgspec.structs.asdict(self._state)
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from `state`, saved by a loader of the same dataset version, on any world and any batch size.
+
+        Raises:
+            ResumeError: `state` belongs to another order; the message names the keys that differ.
+        """
+        self._start_at(read_state(state, here=self._stream.start))
+
+    def skip(self, batches: int) -> None:
+        """Go on `batches` batches later, without reading any."""
+        if batches < 0:
+            raise ConfigError("cannot skip backwards", batches=batches, hint="Load a saved state instead.")
+        cursor = self.cursor + batches * self.global_batch
+        self._start_at(msgspec.structs.replace(self._state, cursor=self._within(cursor)))
+
+    def plan(self, batches: int) -> list[I64]:
+        """Return the samples of this rank's next `batches` batches, one array [B] each; nothing is read or moved."""
+        return [plan.samples for plan in self._planner.plan(self.cursor, batches=batches)]
+
+    def stats(self) -> dict[str, int]:
+        """Return counts since the start: batches, lanes, and those of the block cache."""
+        counts = {"batches": self._batches, "lanes": self._state.lanes, "window": self._state.window}
+        return counts | (asdict(self._blocks.stats()) if self._blocks is not None else {})
+
+    def close(self) -> None:
+        """End the threads and give back the memory. The loader may be used again; it starts anew where it stands."""
+        if self._prefetcher is not None and self._pid == os.getpid():
+            self._prefetcher.close()
+        if self._blocks is not None and self._pid == os.getpid():
+            self._blocks.close()
+        self._prefetcher = self._blocks = None
+        self._start_at(self._state)
+
+    @property
+    def _total(self) -> int | None:
+        return None if self.options.epochs is None else self.options.epochs * self.samples_per_epoch
+
+    def _within(self, cursor: int) -> int:
+        return cursor if self._total is None else min(cursor, max(self._total, self.cursor))
+
+    def _after(self, cursor: int) -> int:
+        return self._within(cursor + self.global_batch)
+
+    def _start_at(self, state: LoaderState) -> None:
+        """Plan from `state` on, and forget what was planned."""
+        if (state.lanes, state.window) != (self._state.lanes, self._state.window):
+            self._planner = self._planner_of(state)
+        self._state = state
+        self._planned.clear()
+        self._next_cursor = state.cursor
+        self._requested = 0
+        if self._prefetcher is not None:
+            self._prefetcher.forget()
+
+    def _planner_of(self, state: LoaderState) -> Planner:
+        order = self._stream.order(state)
+        return Planner(order, place=self.place, global_batch=self.global_batch, total=self._total)
+
+    def _ready(self) -> TokenBlocks:
+        """Return the blocks, opened by this process."""
+        if self._pid != os.getpid():
+            # Forked: threads are gone, and locks may have been copied locked. Leave all of it and start anew.
+            self._pid, self._blocks, self._prefetcher = os.getpid(), None, None
+        if self._blocks is None:
+            self._blocks = open_blocks(self.dataset, budget_bytes=self.options.memory_bytes)
+            self._prefetcher = Prefetcher(self._blocks, threads=self.options.threads)
+            self._requested = 0
+            if not self._local:
+                self._warn_if_memory_is_short(self._blocks)
+        return self._blocks
+
+    def _look_ahead(self, blocks: TokenBlocks) -> None:
+        """Plan on, and request the blocks of the batches that have come within `prefetch_batches`."""
+        ahead = self.options.prefetch_batches if self.options.threads else 0
+        while len(self._planned) <= ahead:
+            batches = min(_MAX_PLANNED, max(1 + ahead, _PLAN_SLOTS // self.global_batch))
+            plans = self._planner.plan(self._next_cursor, batches=batches)
+            if not plans:
+                break
+            self._next_cursor = self._after(plans[-1].cursor)
+            self._planned.extend(zip(plans, reads_of(plans, grid=self._stream.grid, layout=blocks.layout), strict=True))
+        assert self._prefetcher is not None
+        for index in range(self._requested, min(ahead + 1, len(self._planned)) if ahead else 0):
+            absent = blocks.absent(self._planned[index][1].blocks)
+            if absent.size:
+                self._prefetcher.request(absent.tolist())
+            self._requested = index + 1
+
+    def _warn_if_memory_is_short(self, blocks: TokenBlocks) -> None:
+        lanes = -(-self._state.lanes // self.place.world)
+        needed = min(lanes * blocks.layout.largest_bytes, int(self.dataset.segments.size_bytes.sum()))
+        if needed > self.options.memory_bytes:
+            warnings.warn(
+                f"memory_bytes ({format_bytes(self.options.memory_bytes)}) cannot hold one block of each of this rank's "
+                f"{lanes} lanes ({format_bytes(needed)}): blocks will be fetched again and again. "
+                "Raise memory_bytes, use more ranks, or start with fewer lanes.",
+                RuntimeWarning,
+                stacklevel=4,
+            )
