@@ -135,8 +135,9 @@ class Cluster:
         if self.osds == 3:
             profile = "osd erasure-code-profile set two-and-one k=2 m=1 crush-failure-domain=osd"
             self.run("ceph", *profile.split(), deadline=deadline)
-            pool = "osd pool create default.rgw.buckets.data 8 8 erasure two-and-one"
-            self.run("ceph", *pool.split(), deadline=deadline)
+            pool = "default.rgw.buckets.data"
+            self.run("ceph", *f"osd pool create {pool} 8 8 erasure two-and-one".split(), deadline=deadline)
+            self.run("ceph", *f"osd pool application enable {pool} rgw".split(), deadline=deadline)
         keys = (f"--access-key={access_key}", f"--secret={secret_key}")
         self.run("radosgw-admin", "user", "create", "--uid=test", "--display-name=test", *keys, deadline=deadline)
         (self.folder / "made.json").write_text(json.dumps({"osds": self.osds, "port": self.port}))
