@@ -65,19 +65,19 @@ def read_info(storage: Storage) -> DatasetInfo:
     """Return the identity of the dataset in `storage`.
 
     Raises:
-        MissingError: there is nothing.
+        MissingError: there is nothing, or only what a writer left that died before it made the dataset.
         FormatError: there is something else; or the dataset needs a newer version of this package.
         CorruptError: `datastore.json` is damaged.
     """
     info = _read(storage)
     if info is not None:
         return info
-    found = next((stat.key for stat in storage.list()), "")
-    if found:
+    foreign = _foreign_key(storage)
+    if foreign:
         raise FormatError(
             "not a dataset: it has no datastore.json",
             url=storage.url,
-            found=found,
+            found=foreign,
             hint="Name the URL of a dataset.",
         )
     raise MissingError(

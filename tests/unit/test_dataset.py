@@ -237,6 +237,13 @@ class TestTheWrongPlace:
         with pytest.raises(ConfigError, match="not a dataset"):
             make_dataset(storage, [[2]], name="more")
 
+    def test_what_a_writer_left_that_died_early_is_no_dataset_and_in_nobody_s_way(self, storage: Storage) -> None:
+        make_shard(storage, "a" * 32, lengths=[1])
+        storage.put("_probe/probe-1", b"first")
+        with pytest.raises(MissingError, match="no dataset there"):
+            open_dataset(storage)
+        assert make_dataset(storage, [[1]]).version == 1
+
     def test_an_ingest_that_has_not_committed(self, storage: Storage) -> None:
         create_dataset(storage)
         with pytest.raises(MissingError, match="no version yet"):
