@@ -19,6 +19,9 @@ from datastore.storage.urls import join_url, split_url, strip_credentials
 
 __all__ = ["Subfolder", "join_url", "open_storage", "strip_credentials"]
 
+_BARE = {"s3", "s3a", "gs", "gcs"}
+"""Schemes whose library takes `key:secret@` and `?query` for a part of the name, and would write to another place."""
+
 
 def open_storage(url: str | os.PathLike[str]) -> Storage:
     """Return the storage that `url` names; nothing is read, written or connected to yet.
@@ -43,6 +46,12 @@ def open_storage(url: str | os.PathLike[str]) -> Storage:
         return LocalStorage(_file_path(text, rest))
     if scheme == "memory":
         return _open_memory(text, rest)
+    if scheme in _BARE and strip_credentials(text) != text:
+        raise ConfigError(
+            "the URL holds more than a bucket and a path",
+            url=strip_credentials(text),
+            hint="Put keys where the library looks for them (for S3: AWS_ACCESS_KEY_ID or ~/.aws/credentials).",
+        )
     from datastore.storage.remote import FsspecStorage  # noqa: PLC0415 - fsspec takes 50 ms to import
 
     return FsspecStorage(text)
