@@ -99,7 +99,7 @@ def use_machine(settings: StepSettings, ranks: Ranks, *, threads: int) -> Machin
     torch.set_num_threads(threads)
     # On a CPU every kernel used here gives the same bits each time; the switch would only slow down what is not used.
     torch.use_deterministic_algorithms(settings.deterministic and device.type == "cuda", warn_only=True)
-    torch.utils.deterministic.fill_uninitialized_memory = False
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     if device.type == "cuda":
         torch.cuda.set_device(device)
         native = torch.cuda.is_bf16_supported()

@@ -46,9 +46,9 @@ def generate(source: str, prompt: str, *, sampling: Sampling | None = None, step
         raise ConfigError("the model has no tokenizer", source=source, hint="Export it from a dataset that names one.")
     tokenizer = Tokenizer.from_str(loaded.tokenizer.decode())
     ids = tokenizer.encode(prompt, add_special_tokens=False).ids
-    if not ids and loaded.end_of_text is None:
+    start = ids or ([loaded.end_of_text] if loaded.end_of_text is not None else [])
+    if not start:
         raise ConfigError("there is nothing to start from", hint="Give a prompt.")
-    start = ids or [loaded.end_of_text]
     new = list(sample_tokens(loaded, start, sampling or Sampling()))
     # Decoded together: what a token is as text can depend on the one before it.
     return str(tokenizer.decode(ids + new, skip_special_tokens=True))

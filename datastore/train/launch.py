@@ -233,4 +233,4 @@ def error_to(error: DatastoreError) -> dict[str, Any]:
 def error_from(value: Mapping[str, Any]) -> DatastoreError:
     """Return the error that `error_to` wrote."""
     kind = getattr(errors, value["kind"], DatastoreError)
-    return kind(value["fact"], hint=value["hint"], **value["values"])  # type: ignore[no-any-return]
+    return kind(value["fact"], hint=value["hint"], **value["values"])

@@ -170,7 +170,7 @@ def _backward(run: RunState, work: Work, batch: Batch) -> Tensor:
     """Leave the gradient of the global mean in the parameters; return this rank's part of the mean."""
     total = torch.zeros((), device=run.device)
     tokens = _to_device(batch, run.device)
-    pieces = tokens.split(work.micro_rows)
+    pieces = torch.split(tokens, work.micro_rows)
     for number, piece in enumerate(pieces, start=1):
         micro = MicroBatch(piece.long())
         share = len(piece) / work.rows
@@ -180,7 +180,7 @@ def _backward(run: RunState, work: Work, batch: Batch) -> Tensor:
                 loss = work.objective.loss(outputs, micro)
                 for hook in work.hooks:
                     loss = hook.loss(loss, micro, outputs)
-            (loss * (share * run.world)).backward()
+            (loss * (share * run.world)).backward()  # type: ignore[no-untyped-call]
         total += loss.detach() * share
     return total
 

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed import PrefixStore, Store, TCPStore  # type: ignore[attr-defined]
 from torch.nn.parallel import DistributedDataParallel
 
 from datastore.errors import ConfigError, WaitError
@@ -27,7 +28,7 @@ __all__ = ["Ranks", "connect", "cores", "device_name", "pick_device"]
 class Ranks:
     """This process and its peers. Every method must be called by all ranks, in the same order."""
 
-    def __init__(self, launch: Launch, device: torch.device, store: dist.Store | None) -> None:
+    def __init__(self, launch: Launch, device: torch.device, store: Store | None) -> None:
         self.launch = launch
         self.rank, self.world = launch.rank, launch.world
         self.device = device
@@ -67,7 +68,7 @@ class Ranks:
     def settle(self, model: nn.Module, loss: Callable[[], Tensor]) -> None:
         """Run `loss` forward and backward, and drop the gradients: compiles, fixes the buckets, touches memory."""
         for _ in range(2):  # DistributedDataParallel orders its buckets when it sees the second forward pass.
-            (loss() * 0.0).backward()
+            (loss() * 0.0).backward()  # type: ignore[no-untyped-call]
         model.zero_grad(set_to_none=True)
 
     def least(self, value: int) -> int:
@@ -91,7 +92,7 @@ def connect(launch: Launch, *, device: torch.device, timeout_s: float) -> Iterat
         return
     timeout = timedelta(seconds=timeout_s)
     try:
-        store = dist.TCPStore(
+        store = TCPStore(
             launch.host,
             launch.port,
             launch.world,
@@ -117,7 +118,7 @@ def connect(launch: Launch, *, device: torch.device, timeout_s: float) -> Iterat
             hint="Start all of them, and check that the address can be reached.",
         ) from error
     try:
-        yield Ranks(launch, device, dist.PrefixStore("datastore", store))
+        yield Ranks(launch, device, PrefixStore("datastore", store))
     finally:
         dist.destroy_process_group()
 

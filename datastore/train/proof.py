@@ -5,7 +5,6 @@ each other from 0, every step's fingerprint is that of the samples and tokens th
 sample comes twice. Neither the number of ranks nor the number of interruptions is known to it.
 """
 
-from contextlib import closing
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -14,7 +13,7 @@ from datastore.loader.batch import Batch
 from datastore.loader.loader import Loader
 from datastore.train.record import StepEntry
 from datastore.train.run import RunConfig, RunFolder, open_split
-from datastore.train.trace import read_record
+from datastore.train.trace import History, read_history
 
 __all__ = ["Proof", "prove"]
 
@@ -59,13 +58,13 @@ def prove(run: str) -> Proof:
     """
     folder = RunFolder.open(run)
     config = folder.config()
-    record = read_record(folder)
-    sessions = list(dict.fromkeys(session for session, _ in record))
-    with closing(_open_loader(config)) as loader:
+    history = read_history(folder)
+    sessions = list(dict.fromkeys(session for session, _ in history.steps))
+    with _loader_of(config, history) as loader:
         count = _Count(loader.samples_per_epoch)
-        problems = [problem for _, entry in record for problem in _compare(entry, loader, count)]
+        problems = [problem for _, entry in history.steps for problem in _compare(entry, loader, count)]
         return Proof(
-            steps=len(record),
+            steps=len(history.steps),
             samples=count.samples,
             distinct=int(count.ever.sum()),
             epoch_samples=loader.samples_per_epoch,
@@ -100,15 +99,18 @@ class _Count:
         return again
 
 
-def _open_loader(config: RunConfig) -> Loader:
+def _loader_of(config: RunConfig, history: History) -> Loader:
+    """Return a loader of all samples of each step, at the first."""
     data = config.settings.data
-    return Loader(
+    loader = Loader(
         open_split(config).training,
         seq_len=data.seq_len,
         global_batch=data.global_batch,
         seed=data.seed,
         options=config.settings.loader,
     )
+    loader.load_state_dict(history.loader | {"cursor": 0})
+    return loader
 
 
 def _compare(entry: StepEntry, loader: Loader, count: _Count) -> list[str]:

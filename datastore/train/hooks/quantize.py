@@ -49,7 +49,7 @@ def quantize_rows(weight: Tensor, *, bits: int, group: int) -> tuple[Tensor, Ten
         raise ConfigError(
             "columns do not divide into groups", columns=columns, group=group, hint="Choose another group."
         )
-    top = 2 ** (bits - 1) - 1
+    top = (1 << (bits - 1)) - 1
     parts = weight.detach().float().view(out, columns // size, size)
     scales = parts.abs().amax(dim=-1, keepdim=True) / top
     scales = torch.where(scales == 0, 1.0, scales)
@@ -60,17 +60,18 @@ def quantize_rows(weight: Tensor, *, bits: int, group: int) -> tuple[Tensor, Ten
 def pack(whole: Tensor, bits: int) -> Tensor:
     """Return int8 [out, in] of `bits` bits each as int32 [out, words]."""
     per_word = 32 // bits
-    padded = functional.pad(whole.to(torch.int32) + 2 ** (bits - 1), (0, -whole.shape[1] % per_word))
+    padded = functional.pad(whole.to(torch.int32) + (1 << (bits - 1)), (0, -whole.shape[1] % per_word))
     shifts = torch.arange(per_word, device=whole.device, dtype=torch.int32) * bits
     # The sum of disjoint bits is their union; int32 wraps, as it should.
-    return (padded.view(whole.shape[0], -1, per_word) << shifts).sum(dim=-1, dtype=torch.int32)
+    words: Tensor = (padded.view(whole.shape[0], -1, per_word) << shifts).sum(dim=-1, dtype=torch.int32)
+    return words
 
 
 def unpack(packed: Tensor, bits: int, columns: int) -> Tensor:
     """Return what `pack` was given, int8 [out, columns]."""
     shifts = torch.arange(32 // bits, device=packed.device, dtype=torch.int32) * bits
-    values = (packed.unsqueeze(-1) >> shifts) & (2**bits - 1)
-    return (values.view(packed.shape[0], -1)[:, :columns] - 2 ** (bits - 1)).to(torch.int8)
+    values: Tensor = (packed.unsqueeze(-1) >> shifts) & ((1 << bits) - 1)
+    return (values.view(packed.shape[0], -1)[:, :columns] - (1 << (bits - 1))).to(torch.int8)
 
 
 class PackedLinear(nn.Module):
