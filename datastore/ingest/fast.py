@@ -133,14 +133,15 @@ def settled(text: str) -> bool:
 def _settled_codes() -> npt.NDArray[np.bool_]:
     """Return for each code point whether Unicode 3.2 (2002) and this Python's Unicode have it in the same category.
 
-    Added are the emoji of 1F300-1F64F, a range that is full since Unicode 8 (2015).
+    Beyond the basic plane these are two ranges: CJK Extension B, and the emoji of 1F300-1F64F, full since 2015.
     """
     found = np.zeros(0x110000, dtype=bool)
     old = unicodedata.ucd_3_2_0
-    for code in range(0x30000):
+    for code in range(0x10000):
         category = unicodedata.category(chr(code))
         found[code] = category not in {"Cn", "Co", "Cs"} and old.category(chr(code)) == category
     found[0x1F300:0x1F650] = True
+    found[0x20000:0x2A6D7] = True
     return found
 
 

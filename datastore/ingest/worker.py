@@ -41,9 +41,9 @@ Answer = Advance | Finished | Failed
 
 def serve(pipe: Connection) -> None:
     """Do the orders that come through `pipe` until it ends or a task fails."""
-    bench = Workbench(msgspec.json.decode(pipe.recv_bytes(), type=Job))
     waiting: SimpleQueue[bytes] = SimpleQueue()
     threading.Thread(target=_listen, args=(pipe, waiting), daemon=True).start()
+    bench = Workbench(msgspec.json.decode(waiting.get(), type=Job))
     while True:
         order = msgspec.json.decode(waiting.get(), type=Order)
         try:

@@ -1,6 +1,7 @@
 """Laws of cutting: a second, obvious implementation (`bytes.split`) says what the records of a whole file are."""
 
 import gzip
+from itertools import pairwise
 
 import hypothesis.strategies as st
 import zstandard
@@ -44,7 +45,7 @@ def test_over_any_cuts_and_chunks_every_record_is_read_exactly_once(
     data, separator = file
     bounds = [0, *sorted(cut for cut in cuts if cut < len(data)), len(data)]
     found = []
-    for start, stop in zip(bounds[:-1], bounds[1:], strict=True):
+    for start, stop in pairwise(bounds):
         chunks = chunked(data[lookback(start, separator) :], chunk)
         for piece in split_records(chunks, separator=separator, start=start, stop=stop, limit_bytes=HUGE):
             assert start <= piece.offset < stop
@@ -87,7 +88,7 @@ def test_ranges_cover_a_file_without_gap_or_overlap(size: int, parts: int) -> No
     ranges = cut_evenly(size, size // parts + 1)
     assert ranges[0][0] == 0
     assert ranges[-1][1] == size
-    assert all(before[1] == after[0] for before, after in zip(ranges[:-1], ranges[1:], strict=True))
+    assert all(before[1] == after[0] for before, after in pairwise(ranges))
 
 
 @given(st.binary(min_size=1, max_size=4), st.binary(max_size=30), st.integers(0, 30))

@@ -1,0 +1,233 @@
+"""Encoding: the ids are those of `tokenizers`, special tokens in a text are only text, and nothing is cut off."""
+
+import importlib.util
+import json
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import pytest
+from tokenizers import Tokenizer
+
+from datastore.errors import ConfigError, DatastoreError
+from datastore.ingest.encoders import Encoder, Ids, ReferenceEncoder, load_tokenizer
+from datastore.ingest.fast import FastEncoder, open_fast, settled
+from datastore.ingest.settings import IngestSettings
+from datastore.ingest.tokenizer import TokenizerSettings, train_tokenizer
+from datastore.ingest.tokens import TextEncoder
+from datastore.storage.memory import MemoryStorage
+
+END = "<|endoftext|>"
+TEXT = "the cat sat on the mat; naïve café über, 日本語 text 🙂 123 456\n\tdef f(x): return x\n" * 20
+
+with_gigatoken = pytest.mark.skipif(importlib.util.find_spec("gigatoken") is None, reason="gigatoken is not installed")
+encoders = pytest.mark.parametrize("encoder", ["tokenizers", pytest.param("gigatoken", marks=with_gigatoken)])
+
+
+@pytest.fixture(scope="module")
+def raw() -> bytes:
+    MemoryStorage("tokens-corpus").put("a.txt", TEXT.encode())
+    return train_tokenizer(
+        ["memory://tokens-corpus"], settings=TokenizerSettings(vocab_size=400, special_tokens=("<|user|>", "<|pad|>"))
+    )
+
+
+def changed(raw: bytes, **fields: Any) -> bytes:
+    return json.dumps(json.loads(raw) | fields).encode()
+
+
+@encoders
+def test_each_document_ends_with_the_end_of_text(raw: bytes, encoder: str) -> None:
+    found = TextEncoder(raw, IngestSettings(encoder=encoder)).encode(["the cat", "sat on"])  # type: ignore[arg-type]
+    plain = Tokenizer.from_buffer(raw)
+    ids = [plain.encode(text).ids for text in ("the cat", "sat on")]
+    assert found.values.tolist() == [*ids[0], 0, *ids[1], 0]
+    assert found.counts.tolist() == [len(ids[0]) + 1, len(ids[1]) + 1]
+    assert found.values.dtype == np.uint16
+    assert found.faults == {}
+
+
+@encoders
+def test_a_special_token_in_a_text_is_escaped_by_default(raw: bytes, encoder: str) -> None:
+    text = f"the {END} cat <|user|>"
+    found = TextEncoder(raw, IngestSettings(encoder=encoder)).encode([text])  # type: ignore[arg-type]
+    assert found.values.tolist().count(0) == 1
+    assert not np.isin(found.values[:-1], [0, 1, 2]).any()
+    assert Tokenizer.from_buffer(raw).decode(found.values[:-1].tolist(), skip_special_tokens=False) == text
+
+
+@encoders
+def test_a_special_token_in_a_text_can_be_a_reason_to_reject(raw: bytes, encoder: str) -> None:
+    settings = IngestSettings(encoder=encoder, special_tokens="reject")  # type: ignore[arg-type]
+    found = TextEncoder(raw, settings).encode(["the cat", f"a{END}b", "sat", "<|user|>"])
+    assert found.faults == {1: "special_token", 3: "special_token"}
+    assert found.counts.size == 2
+    assert found.values.tolist() == TextEncoder(raw, settings).encode(["the cat", "sat"]).values.tolist()
+
+
+def test_special_tokens_are_taken_for_real_only_if_allowed(raw: bytes) -> None:
+    found = TextEncoder(raw, IngestSettings(special_tokens="allow")).encode([f"a{END}<|user|>"])
+    assert found.values.tolist()[1:] == [0, 1, 0]
+
+
+def test_a_tokenizer_that_would_shorten_or_pad_documents_does_not(raw: bytes) -> None:
+    cutting = changed(
+        raw,
+        truncation={"direction": "Right", "max_length": 3, "strategy": "LongestFirst", "stride": 0},
+        padding={
+            "strategy": {"Fixed": 50},
+            "direction": "Right",
+            "pad_to_multiple_of": None,
+            "pad_id": 2,
+            "pad_type_id": 0,
+            "pad_token": "<|pad|>",
+        },
+    )
+    expected = TextEncoder(raw, IngestSettings()).encode([TEXT]).values
+    assert np.array_equal(TextEncoder(cutting, IngestSettings()).encode([TEXT]).values, expected)
+
+
+def test_what_a_post_processor_adds_is_left_out(raw: bytes) -> None:
+    template = {
+        "type": "TemplateProcessing",
+        "single": [{"SpecialToken": {"id": "<|user|>", "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}],
+        "pair": [{"Sequence": {"id": "A", "type_id": 0}}, {"Sequence": {"id": "B", "type_id": 1}}],
+        "special_tokens": {"<|user|>": {"id": "<|user|>", "ids": [1], "tokens": ["<|user|>"]}},
+    }
+    found = TextEncoder(changed(raw, post_processor=template), IngestSettings()).encode(["the cat"])
+    assert 1 not in found.values
+
+
+def test_a_vocabulary_beyond_65536_takes_four_bytes(raw: bytes) -> None:
+    config = json.loads(raw)
+    added = [*config["added_tokens"], config["added_tokens"][0] | {"id": 70_000, "content": "<|far|>"}]
+    model = config["model"] | {"vocab": config["model"]["vocab"] | {"<|far|>": 70_000}}
+    encoder = TextEncoder(changed(raw, added_tokens=added, model=model), IngestSettings(encoder="tokenizers"))
+    assert encoder.vocab_size == 70_001
+    assert encoder.encode(["the cat"]).values.dtype == np.uint32
+
+
+def test_an_id_past_the_vocabulary_and_a_text_without_tokens_are_faults(raw: bytes) -> None:
+    class Wrong(Encoder):
+        name = "wrong"
+
+        def encode(self, texts: Sequence[str]) -> list[Ids]:
+            return [np.array([10] * (text != "none") + [10**6] * (text == "far"), dtype=np.uint32) for text in texts]
+
+    encoder = TextEncoder(raw, IngestSettings())
+    encoder._encoder = Wrong()
+    found = encoder.encode(["a", "far", "none", "b"])
+    assert found.faults == {1: "token_out_of_range", 2: "no_tokens"}
+    assert found.values.tolist() == [10, 0, 10, 0]
+
+
+def test_nothing_gives_nothing(raw: bytes) -> None:
+    found = TextEncoder(raw, IngestSettings()).encode([])
+    assert found.values.size == found.counts.size == 0
+
+
+def test_another_end_of_text_must_be_in_the_vocabulary(raw: bytes) -> None:
+    assert TextEncoder(raw, IngestSettings(end_of_text="<|pad|>")).end_of_text == 2
+    with pytest.raises(ConfigError, match=r"no such end-of-text.*<\|user\|>"):
+        TextEncoder(raw, IngestSettings(end_of_text="</s>"))
+
+
+@pytest.mark.parametrize("wrong", [b"", b"{}", b"hello", b'{"model": {}}', b"\xff"])
+def test_what_is_no_tokenizer_is_refused(wrong: bytes) -> None:
+    with pytest.raises(ConfigError, match=r"not a tokenizer\.json"):
+        TextEncoder(wrong, IngestSettings())
+
+
+@with_gigatoken
+def test_gigatoken_gives_the_same_and_leaves_new_characters_to_tokenizers(raw: bytes) -> None:
+    texts = [
+        TEXT,
+        f"x{END}y",
+        "a\U0001fae8b 1\u0cf3 \U0001f6dc",
+        "\U00011b00s",
+        "é\u0301",
+        "日本",
+        " " * 500,
+        "=" * 3000,
+    ]
+    fast = TextEncoder(raw, IngestSettings())
+    slow = TextEncoder(raw, IngestSettings(encoder="tokenizers"))
+    assert (fast.name, slow.name) == ("gigatoken", "tokenizers")
+    assert np.array_equal(fast.encode(texts).values, slow.encode(texts).values)
+
+
+@with_gigatoken
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"normalizer": {"type": "Lowercase"}},
+        {"pre_tokenizer": {"type": "Whitespace"}},
+        {"model": {"type": "WordLevel", "vocab": {END: 0, "a": 1}, "unk_token": "a"}},
+    ],
+)
+def test_gigatoken_stands_in_only_where_it_is_known_to_agree(raw: bytes, fields: dict[str, Any]) -> None:
+    config = changed(raw, **fields)
+    assert TextEncoder(config, IngestSettings()).name == "tokenizers"
+    with pytest.raises(ConfigError, match="gigatoken cannot stand in"):
+        TextEncoder(config, IngestSettings(encoder="gigatoken"))
+
+
+@with_gigatoken
+def test_with_a_unicode_normalizer_gigatoken_gets_ascii_only(raw: bytes) -> None:
+    config = changed(raw, normalizer={"type": "NFC"})
+    texts = ["the cat", "e\u0301 cafe\u0301", "日本"]
+    fast, slow = (TextEncoder(config, IngestSettings(encoder=name)) for name in ("gigatoken", "tokenizers"))  # type: ignore[arg-type]
+    assert fast.name == "gigatoken"
+    assert np.array_equal(fast.encode(texts).values, slow.encode(texts).values)
+
+
+class Lying:
+    """Agrees on everything but one word."""
+
+    def __init__(self, honest: Encoder, about: str) -> None:
+        self.honest = honest
+        self.about = about
+
+    def encode(self, text: str) -> Ids:
+        ids = self.honest.encode([text])[0]
+        return ids[::-1] if self.about in text else ids
+
+
+def test_a_fast_encoder_that_disagrees_at_the_start_is_not_used(raw: bytes) -> None:
+    honest = ReferenceEncoder(load_tokenizer(raw), parallel=False)
+    with pytest.raises(DatastoreError, match="disagree"):
+        FastEncoder(Lying(honest, "quick brown"), honest, ascii_only=False)
+
+
+def test_a_fast_encoder_that_disagrees_later_is_caught_by_the_sample(raw: bytes) -> None:
+    honest = ReferenceEncoder(load_tokenizer(raw), parallel=False)
+    fast = FastEncoder(Lying(honest, "zebra"), honest, ascii_only=False)
+    fast.encode(["the cat"] * 50)
+
+    def encode_much() -> None:
+        for _ in range(20):
+            fast.encode(["a zebra ran"] * 10 + ["the cat"] * 10)
+
+    with pytest.raises(DatastoreError, match="disagree"):
+        encode_much()
+
+
+def test_without_gigatoken_asking_for_it_names_the_extra(raw: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("datastore.ingest.fast.find_spec", lambda _: None)
+    reference = ReferenceEncoder(load_tokenizer(raw), parallel=False)
+    assert open_fast(raw, reference, escape=True, required=False) is None
+    with pytest.raises(ImportError, match=r"datastore\[fast\]"):
+        open_fast(raw, reference, escape=True, required=True)
+
+
+def test_characters_are_settled_if_unicode_has_long_had_them() -> None:
+    assert settled("plain")
+    assert settled("naïve Привет 日本語 🙂 \U00020000")
+    for new in ("\U0001fae8", "\u0cf3", "\ue000", "\U000f0000", "\U00011b00"):
+        assert not settled(f"a {new}")
+
+
+def test_threads_change_nothing(raw: bytes) -> None:
+    texts = [TEXT[i : i + 50] for i in range(0, 1000, 7)]
+    one, many = (ReferenceEncoder(load_tokenizer(raw), parallel=parallel).encode(texts) for parallel in (False, True))
+    assert all(np.array_equal(a, b) for a, b in zip(one, many, strict=True))
