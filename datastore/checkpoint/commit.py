@@ -144,10 +144,11 @@ def _ref_of(info: PartInfo) -> PartRef:
     return PartRef(rank=info.rank, info=key, info_digest=info.digest, part=info.part, size_bytes=info.size_bytes)
 
 
-def make_room(member: Member, *, head: StepRef | None, damaged: AbstractSet[int]) -> None:
+def make_room(member: Member, *, head: StepRef | None, damaged: AbstractSet[int], failed: AbstractSet[StepRef]) -> None:
     """Make sure that the next commit continues the history that this process is in, which ends at `head`.
 
-    Rank 0 removes steps after `head` that a restore found damaged: training went on from an earlier one.
+    Rank 0 removes steps after `head` that a restore found damaged: training went on from an earlier one. Saves of
+    this process that seem to have `failed` may have been committed after all: they belong to the same history.
 
     Raises:
         ConflictError: there are steps after `head` that this process has not restored: another writer's, or those of
@@ -160,8 +161,7 @@ def make_room(member: Member, *, head: StepRef | None, damaged: AbstractSet[int]
             _log.warning("removing the damaged step %d of %s: training went on from an earlier one", step, log.url)
             member.storage.delete(step_key(step))
     newer = [step for step in newer if step not in damaged]
-    # A step of this session is ours even if we do not know of it: the answer to its commit was lost.
-    if newer and _session_of(log, newer[-1]) != member.session:
+    if any(_ref_of_step(log, step) not in failed for step in newer):
         raise ConflictError(
             "the run holds steps that this process has not restored",
             steps=newer,
@@ -171,9 +171,9 @@ def make_room(member: Member, *, head: StepRef | None, damaged: AbstractSet[int]
         )
 
 
-def _session_of(log: StepLog, step: int) -> str | None:
+def _ref_of_step(log: StepLog, step: int) -> StepRef | None:
     with suppress(CorruptError):
-        return log.read(step).session
+        return log.read(step).ref
     return None
 
 

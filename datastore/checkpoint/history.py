@@ -38,6 +38,7 @@ class History:
         self.head: Head | None = None
         self.known = Known()
         self.damaged: frozenset[int] = frozenset()
+        self.failed: set[StepRef] = set()
         self._attempts: Counter[int] = Counter()
 
     @property
@@ -55,17 +56,20 @@ class History:
         self.head = Head(commit, item_digests(commit.items))
         self.known = Known.of(entries)
         self.damaged = frozenset(damaged)
+        self.failed.clear()
 
     def committed(self, commit: StepCommit, entries: Iterable[Entry]) -> None:
         """Continue from `commit`, which this process has just taken part in."""
         self.head = Head(commit, item_digests(commit.items))
         self.known = Known.of(entries)
         self.damaged = frozenset()
+        self.failed.clear()
 
     def leave(self) -> None:
         """Forget the head: its step is no longer part of the run."""
         self.head = None
         self.known = Known()
+        self.failed.clear()
 
     def check_next(self, step: int) -> None:
         """Raise unless `step` may follow the head, or is it.

@@ -56,6 +56,7 @@ class Saver:
             info = self._write(ref, snapshot, copy=copy, staged=staged)
             commit = self._commit(ref, snapshot, metrics)
         except BaseException as error:
+            self._history.failed.add(ref)
             leave_note(self._member, ref, error)
             raise
         self._history.committed(commit, info.entries)
@@ -82,7 +83,7 @@ class Saver:
 
     def _write(self, ref: StepRef, snapshot: Snapshot, *, copy: bool, staged: Callable[[], None]) -> PartInfo:
         run = ensure_run(self._member)
-        make_room(self._member, head=self._history.ref, damaged=self._history.damaged)
+        self._make_room()
         share = stage(snapshot, self._history.known, self.pool, threads=self._member.options.threads, copy=copy)
         if copy:
             staged()
@@ -98,7 +99,11 @@ class Saver:
         parts = gather_parts(self._member, ref)
         parent = self._history.ref
         commit = build_commit(self._member, parts, parent=parent, items=snapshot.items, metrics=metrics)
-        make_room(self._member, head=parent, damaged=self._history.damaged)
+        self._make_room()
         put_commit(self._member.storage, commit)
         write_hint(self._member.storage, ref)
         return commit
+
+    def _make_room(self) -> None:
+        history = self._history
+        make_room(self._member, head=history.ref, damaged=history.damaged, failed=history.failed)
