@@ -177,8 +177,8 @@ def _ref_of_step(log: StepLog, step: int) -> StepRef | None:
     return None
 
 
-def put_commit(storage: Storage, commit: StepCommit) -> None:
-    """Create the step file: from here on the step exists.
+def put_commit(storage: Storage, commit: StepCommit) -> StepCommit:
+    """Create the step file: from here on the step exists. Return the commit as it is stored, with its digest.
 
     Raises:
         ConflictError: another save of this step was committed first.
@@ -191,12 +191,13 @@ def put_commit(storage: Storage, commit: StepCommit) -> None:
             storage.put_new(key, raw)
         except (ConflictError, StorageError) as error:
             if _committed(storage, commit.ref):
-                return  # It was this save's: only the answer was lost.
+                break  # It was this save's: only the answer was lost.
             if isinstance(error, ConflictError) or attempt == _ATTEMPTS or not error.transient:
                 raise
             pause.wait(_FIRST_PAUSE_S * 2**attempt)
         else:
-            return
+            break
+    return unseal(StepCommit, raw, where=key)
 
 
 def _committed(storage: Storage, ref: StepRef) -> bool:

@@ -100,9 +100,9 @@ class Saver:
         parent = self._history.ref
         commit = build_commit(self._member, parts, parent=parent, items=snapshot.items, metrics=metrics)
         self._make_room()
-        put_commit(self._member.storage, commit)
+        stored = put_commit(self._member.storage, commit)
         write_hint(self._member.storage, ref)
-        return commit
+        return stored
 
     def _make_room(self) -> None:
         history = self._history
