@@ -3,8 +3,6 @@
 import importlib.util
 import json
 import shutil
-import subprocess
-import sys
 from functools import cache
 from pathlib import Path
 from types import ModuleType
@@ -40,30 +38,26 @@ def tool() -> ModuleType:
     return module
 
 
-def test_schemas_are_what_the_code_says() -> None:
-    checked = subprocess.run(
-        [sys.executable, str(ROOT / "tools" / "schemas.py"), "--check"], capture_output=True, text=True, check=False
-    )
-    assert checked.returncode == 0, checked.stdout + checked.stderr
+def test_schemas_are_what_the_code_says(capsys: pytest.CaptureFixture[str]) -> None:
+    assert tool().main(["--check"]) == 0, capsys.readouterr().out
 
 
-def test_the_check_notices_a_schema_that_is_stale_missing_or_left_over(tmp_path: Path) -> None:
-    folder = tmp_path / "schemas"
-    shutil.copytree(SCHEMAS, folder)
-    stale, missing, left_over = folder / "store/Tag.json", folder / "arrow/segment.txt", folder / "store/Gone.json"
-    stale.write_text("{}")
-    missing.unlink()
-    left_over.write_text("{}")
-    script = tmp_path / "tools" / "schemas.py"
-    script.parent.mkdir()
-    shutil.copy(ROOT / "tools" / "schemas.py", script)
-    checked = subprocess.run([sys.executable, str(script), "--check"], capture_output=True, text=True, check=False)
-    assert checked.returncode == 1
-    assert [line.split()[0] for line in checked.stdout.splitlines()] == [
+def test_the_check_notices_a_schema_that_is_stale_missing_or_left_over(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = Path(shutil.copytree(SCHEMAS, tmp_path / "schemas"))
+    monkeypatch.setattr(tool(), "ROOT", folder)
+    (folder / "store/Tag.json").write_text("{}")
+    (folder / "arrow/segment.txt").unlink()
+    (folder / "store/Gone.json").write_text("{}")
+    assert tool().main(["--check"]) == 1
+    assert [line.split()[0] for line in capsys.readouterr().out.splitlines()] == [
         "schemas/arrow/segment.txt",
         "schemas/store/Gone.json",
         "schemas/store/Tag.json",
     ]
+    assert tool().main([]) == 0
+    assert tool().main(["--check"]) == 0
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda path: path.relative_to(SCHEMAS / "cases").as_posix())
