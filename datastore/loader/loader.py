@@ -76,7 +76,7 @@ class Loader:
         self._state: LoaderState = self._stream.start
         self._planner = self._planner_of(self._state)
         self._planned: deque[tuple[BatchPlan, Reads]] = deque()
-        self._next_cursor = self._requested = 0
+        self._next_cursor = self._requested = self._planned_at_once = 0
 
     def __iter__(self) -> Iterator[Batch]:
         return self
@@ -198,7 +198,7 @@ class Loader:
         self._state = state
         self._planned.clear()
         self._next_cursor = state.cursor
-        self._requested = 0
+        self._requested = self._planned_at_once = 0
         if self._prefetcher is not None:
             self._prefetcher.forget()
 
@@ -223,8 +223,10 @@ class Loader:
         """Plan on, and request the blocks of the batches that have come within `prefetch_batches`."""
         ahead = self.options.prefetch_batches if self.options.threads else 0
         while len(self._planned) <= ahead:
-            batches = min(_MAX_PLANNED, max(1 + ahead, _PLAN_SLOTS // self.global_batch))
-            plans = self._planner.plan(self._next_cursor, batches=batches)
+            # Twice as many each time, so that the first batch does not wait for plans of a thousand.
+            most = min(_MAX_PLANNED, max(1 + ahead, _PLAN_SLOTS // self.global_batch))
+            self._planned_at_once = min(most, max(1 + ahead, 2 * self._planned_at_once))
+            plans = self._planner.plan(self._next_cursor, batches=self._planned_at_once)
             if not plans:
                 break
             self._next_cursor = self._after(plans[-1].cursor)

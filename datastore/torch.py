@@ -1,0 +1,201 @@
+"""Batches as tensors: narrow token ids in reusable host buffers, widened where the model is.
+
+`stream` is the way for a loop of one's own; `TokenDataset` lets a `DataLoader` do the iterating. Both hand out tensors
+with memory of their own, both count only what they have delivered, and both save and load as the loader does.
+
+Decision: no worker processes. Handing a batch from one process to another takes 40 us a sample, gathering it 1 us; the
+loader's own threads fetch ahead. On CUDA the copy to the device runs from pinned memory beside the computation, at
+two bytes a token, and a buffer is not filled again before its copy has ended.
+"""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
+from torch.utils.data import IterableDataset, get_worker_info
+from typing_extensions import override
+
+from datastore.errors import ConfigError
+from datastore.loader.batch import Batch
+from datastore.loader.gather import TokenArray
+from datastore.loader.loader import Loader
+from datastore.loader.place import Place
+
+__all__ = ["MODEL_DIMENSIONS", "TensorBatch", "TensorStream", "TokenDataset", "place_of", "stream"]
+
+BUFFERS = 3
+"""Host buffers per stream: one being filled, one being copied, one that the caller may still look at."""
+
+MODEL_DIMENSIONS = frozenset({"tp", "pp", "cp", "sp"})
+"""Mesh dimensions whose ranks read the same data; every other dimension divides it."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class TensorBatch:
+    """A `Batch` whose tokens are on a device."""
+
+    tokens: Tensor
+    """[B, seq_len + 1] int64 on the device, in memory of its own."""
+
+    valid: Tensor
+    """[B] bool on the device: whether a row holds a sample; all do, except at the end of a finite pass."""
+
+    host: Batch
+    """Where it comes from. Its tokens lie in a reusable buffer: right until two more batches have been taken."""
+
+    @property
+    def inputs(self) -> Tensor:
+        """[B, seq_len] what the model sees."""
+        return self.tokens[:, :-1]
+
+    @property
+    def targets(self) -> Tensor:
+        """[B, seq_len] what it should say, one token further."""
+        return self.tokens[:, 1:]
+
+
+def stream(
+    loader: Loader, device: str | torch.device | None = None, *, mesh: DeviceMesh | None = None
+) -> "TensorStream":
+    """Return the batches of `loader` on `device` (None: the CPU).
+
+    Raises:
+        ConfigError: `mesh` is given, and the loader was made for another place than this process has in it.
+    """
+    if mesh is not None and place_of(mesh) != loader.place:
+        raise ConfigError(
+            "the loader was made for another place than this process has in the mesh",
+            loader=f"rank {loader.place.rank} of {loader.place.world}",
+            mesh=f"rank {place_of(mesh).rank} of {place_of(mesh).world}",
+            hint="Make it with place=place_of(mesh).",
+        )
+    return TensorStream(loader, torch.device(device or "cpu"))
+
+
+def place_of(mesh: DeviceMesh) -> Place:
+    """Return which part of the data this process reads: ranks that differ only in `MODEL_DIMENSIONS` share one.
+
+    Raises:
+        ConfigError: a mesh of several dimensions has no names.
+    """
+    names = mesh.mesh_dim_names or (("dp",) if mesh.ndim == 1 else ())
+    if len(names) != mesh.ndim:
+        raise ConfigError(
+            "the dimensions of the mesh have no names", shape=tuple(mesh.shape), hint="Pass mesh_dim_names to it."
+        )
+    rank, world = 0, 1
+    for dimension, name in enumerate(names):
+        if name not in MODEL_DIMENSIONS:
+            rank = rank * mesh.size(dimension) + mesh.get_local_rank(dimension)
+            world *= mesh.size(dimension)
+    return Place(rank, world)
+
+
+class TensorStream(Iterator[TensorBatch]):
+    """An iterator of `TensorBatch`. Not thread-safe; it owns the loader's position as long as it is used."""
+
+    def __init__(self, loader: Loader, device: torch.device) -> None:
+        self.loader = loader
+        self._device = device
+        self._buffers = [_Buffer(loader, pinned=device.type == "cuda") for _ in range(BUFFERS)]
+        self._taken = 0
+
+    @override
+    def __next__(self) -> TensorBatch:
+        buffer = self._buffers[self._taken % BUFFERS]
+        buffer.wait()
+        batch = self.loader.next_into(buffer.array)
+        self._taken += 1
+        if self._device.type == "cuda":
+            tokens = buffer.copy_to(self._device).to(torch.int64)
+        else:
+            # NumPy widens a batch in 20 us; torch's conversion from uint16 wakes all its threads for it.
+            tokens = torch.from_numpy(batch.tokens.astype(np.int64)).to(self._device)
+        return TensorBatch(tokens, torch.from_numpy(batch.valid).to(self._device, non_blocking=True), batch)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return `Loader.state_dict`: it counts the batches that this iterator has returned."""
+        return self.loader.state_dict()
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from `state`.
+
+        Raises:
+            ResumeError: as `Loader.load_state_dict`.
+        """
+        self.loader.load_state_dict(state)
+
+    def close(self) -> None:
+        """Close the loader."""
+        self.loader.close()
+
+
+class TokenDataset(IterableDataset[dict[str, Tensor]]):
+    """A loader as a dataset for `torch.utils.data.DataLoader(dataset, batch_size=None)`.
+
+    Its items are whole batches: `tokens` int64 [B, seq_len + 1], `positions` and `samples` int64 [B], `valid` bool [B],
+    on the CPU, in memory of their own. Iterating again goes on where the loader stands.
+
+    Raises:
+        ConfigError: when iterated in a worker process. There is nothing to gain from one, and each would read all.
+    """
+
+    def __init__(self, loader: Loader) -> None:
+        super().__init__()
+        self.loader = loader
+
+    @override
+    def __iter__(self) -> Iterator[dict[str, Tensor]]:
+        worker = get_worker_info()
+        if worker is not None:
+            raise ConfigError(
+                "a loader cannot be iterated in worker processes",
+                num_workers=worker.num_workers,
+                hint="Set num_workers=0: the loader fetches ahead with threads of its own.",
+            )
+        for batch in self.loader:
+            yield {
+                "tokens": torch.from_numpy(batch.tokens.astype(np.int64)),
+                "positions": torch.from_numpy(batch.positions.copy()),
+                "samples": torch.from_numpy(batch.samples.copy()),
+                "valid": torch.from_numpy(batch.valid),
+            }
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return `Loader.state_dict`: without workers a `DataLoader` takes a batch only to hand it out."""
+        return self.loader.state_dict()
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from `state`.
+
+        Raises:
+            ResumeError: as `Loader.load_state_dict`.
+        """
+        self.loader.load_state_dict(state)
+
+
+class _Buffer:
+    """Host memory for the narrow tokens of one batch, and the copy that reads from it."""
+
+    def __init__(self, loader: Loader, *, pinned: bool) -> None:
+        dtype = torch.uint16 if loader.dtype == np.uint16 else torch.uint32
+        self._tensor = torch.empty((loader.rows, loader.seq_len + 1), dtype=dtype, pin_memory=pinned)
+        self._copied: torch.cuda.Event | None = None
+        self.array: TokenArray = self._tensor.numpy()
+
+    def copy_to(self, device: torch.device) -> Tensor:
+        """Start a copy to `device`, on its current CUDA stream."""
+        copy = self._tensor.to(device, non_blocking=True)
+        self._copied = torch.cuda.Event()  # type: ignore[no-untyped-call]
+        self._copied.record(torch.cuda.current_stream(device))
+        return copy
+
+    def wait(self) -> None:
+        """Wait until the buffer may be written again."""
+        if self._copied is not None:
+            self._copied.synchronize()
+            self._copied = None
