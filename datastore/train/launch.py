@@ -78,6 +78,9 @@ class _Child:
     events_fd: int
     pending: bytearray = field(default_factory=bytearray)
     result: Any = None
+    done: bool = False
+    """Whether it has said its result: what happens to it while it is torn down does not matter any more."""
+
     error: DatastoreError | None = None
     finished: bool = False
     """Whether it has closed its pipe: it is ending."""
@@ -173,7 +176,7 @@ def _read(child: _Child, on_event: Callable[[dict[str, Any]], None]) -> bool:
     for line in lines:
         message = orjson.loads(line)
         if "result" in message:
-            child.result = message["result"]
+            child.result, child.done = message["result"], True
         elif "error" in message:
             child.error = error_from(message["error"])
         elif child.rank == 0:
@@ -182,7 +185,7 @@ def _read(child: _Child, on_event: Callable[[dict[str, Any]], None]) -> bool:
 
 
 def _failed(child: _Child) -> bool:
-    return child.error is not None or child.process.poll() not in {None, 0}
+    return child.error is not None or (child.process.poll() not in {None, 0} and not child.done)
 
 
 def _signal_all(children: list[_Child], number: int) -> None:
@@ -210,7 +213,7 @@ def _raise_first(children: list[_Child]) -> None:
     for child in children:
         if child.error is not None:
             raise child.error
-    failed = [child for child in children if child.process.returncode != 0 and not child.killed]
+    failed = [child for child in children if child.process.returncode != 0 and not (child.done or child.killed)]
     for child in sorted(failed, key=lambda child: child.process.returncode == LOST_PEER):
         code = child.process.returncode
         raise WaitError(

@@ -32,11 +32,13 @@ def opened_by_transformers(folder: Path) -> torch.nn.Module:
 
 
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("quantized", [None, QuantizeSettings(), QuantizeSettings(group=32), QuantizeSettings(bits=4, group=32)])
+@pytest.mark.parametrize(
+    "quantized", [None, QuantizeSettings(), QuantizeSettings(group=32), QuantizeSettings(bits=4, group=32)]
+)
 @pytest.mark.parametrize("tied", [True, False])
 @torch.no_grad()
 def test_transformers_computes_the_same_from_an_exported_folder(
-    tmp_path: Path, tied: bool, quantized: QuantizeSettings | None
+    tmp_path: Path, *, tied: bool, quantized: QuantizeSettings | None
 ) -> None:
     model = made(tied=tied)
     if quantized is not None:

@@ -34,7 +34,11 @@ def a_dead_process() -> int:
 
 
 def test_a_second_writer_is_refused_and_told_who_the_first_is(storage: MemoryStorage) -> None:
-    with RunLock(storage, session="a"), pytest.raises(ConflictError, match=f"pid={os.getpid()}"), RunLock(storage, session="b"):
+    with (
+        RunLock(storage, session="a"),
+        pytest.raises(ConflictError, match=f"pid={os.getpid()}"),
+        RunLock(storage, session="b"),
+    ):
         pass
 
 

@@ -1,0 +1,113 @@
+"""A trained model leaves as a Hugging Face folder and predicts what it predicted before."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch.nn import functional
+
+from datastore.errors import ConfigError, ConflictError, MissingError
+from datastore.loader.place import Place
+from datastore.testing.runs import make_language, tiny_settings
+from datastore.train.export import export, open_model
+from datastore.train.generate import Sampling, generate
+from datastore.train.run import RunFolder, open_split
+from datastore.train.trainer import train
+from datastore.train.validation import evaluate
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> str:
+    folder = tmp_path_factory.mktemp("export")
+    make_language(folder / "data")
+    hooks = ({"use": "prune", "ratio": 2.0},)
+    train(tiny_settings(folder / "data", "train.steps=60", hooks=hooks), str(folder / "run"))
+    return str(folder / "run")
+
+
+@torch.no_grad()
+def loss_of_transformers(folder: Path, run: str) -> float:
+    """Compute the validation loss without any code of ours, but for the samples."""
+    from transformers import AutoModelForCausalLM
+
+    tokens, _ = open_split(RunFolder.open(run).config()).samples(16, seq_len=32, place=Place())
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    ids = torch.from_numpy(tokens).long()
+    logits = model(ids[:, :-1]).logits
+    return functional.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten()).item()
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("quantize", [None, "int8", "int4"])
+def test_transformers_opens_an_exported_folder_with_the_same_validation_loss(
+    run: str, tmp_path: Path, quantize: str | None
+) -> None:
+    written = export(run, str(tmp_path), quantize=quantize)
+    ours = evaluate(str(tmp_path), run=run).loss
+    assert loss_of_transformers(tmp_path, run) == pytest.approx(ours, abs=1e-5)
+    assert ours == pytest.approx(evaluate(run).loss, abs={None: 1e-6, "int8": 0.01, "int4": 0.2}[quantize])
+    assert written.size_bytes == sum(file.stat().st_size for file in tmp_path.iterdir())
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_transformers_reads_the_tokenizer_of_an_exported_folder(run: str, tmp_path: Path) -> None:
+    from transformers import AutoTokenizer
+
+    export(run, str(tmp_path))
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path)
+    assert tokenizer("w3 w5")["input_ids"] == [3, 5]
+    assert tokenizer.eos_token == "<end>"
+
+
+def test_a_quantizing_hook_quantizes_every_export(run: str, tmp_path: Path) -> None:
+    folder = RunFolder.open(run)
+    settings = folder.config().settings
+    hooks = (*settings.hooks, {"use": "quantize", "group": 32})
+    other = tiny_settings(settings.data.url, "train.steps=2", hooks=hooks)
+    train(other, str(tmp_path / "run"))
+    export(str(tmp_path / "run"), str(tmp_path / "hf"))
+    assert any(name.endswith("weight_packed") for name in open_model(str(tmp_path / "hf")).model.state_dict())
+
+
+def test_int8_is_a_quarter_of_the_layers_size(run: str, tmp_path: Path) -> None:
+    def layers(folder: str, **options: str) -> int:
+        export(run, folder, **options)  # type: ignore[arg-type]
+        tensors = open_model(folder).model.model.layers.state_dict().values()
+        return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
+    dense, small = layers(str(tmp_path / "dense")), layers(str(tmp_path / "int8"), quantize="int8")
+    assert small < 0.35 * dense
+
+
+def test_a_folder_that_holds_something_is_left_alone_unless_told_otherwise(run: str, tmp_path: Path) -> None:
+    (tmp_path / "mine.txt").write_text("precious")
+    with pytest.raises(ConflictError, match=r"mine\.txt"):
+        export(run, str(tmp_path))
+    export(run, str(tmp_path), replace=True)
+    assert (tmp_path / "mine.txt").read_text() == "precious"
+
+
+def test_the_same_seed_generates_the_same_text_from_a_run_and_from_its_export(run: str, tmp_path: Path) -> None:
+    export(run, str(tmp_path))
+    sampling = Sampling(tokens=12, seed=3)
+    text = generate(run, "w3", sampling=sampling)
+    assert text == generate(str(tmp_path), "w3", sampling=sampling)
+    assert text.startswith("w3 w")
+    assert len({generate(run, "w3", sampling=Sampling(tokens=12, seed=seed)) for seed in range(4)}) > 1
+
+
+def test_without_temperature_the_seed_does_not_matter(run: str) -> None:
+    texts = {generate(run, "w3", sampling=Sampling(tokens=8, temperature=0, seed=seed)) for seed in range(3)}
+    assert len(texts) == 1
+
+
+def test_what_is_not_there_is_said(run: str, tmp_path: Path) -> None:
+    with pytest.raises(MissingError):
+        export(str(tmp_path / "nothing"), str(tmp_path / "hf"))
+    with pytest.raises(MissingError):
+        export(run, str(tmp_path / "hf"), step=7)
+    with pytest.raises(MissingError):
+        open_model(str(tmp_path / "nothing"))
+    with pytest.raises(ConfigError, match="unknown quantization"):
+        export(run, str(tmp_path / "hf"), quantize="int3")
+    assert not (tmp_path / "hf").exists()

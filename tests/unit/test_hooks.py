@@ -1,0 +1,70 @@
+from importlib.metadata import EntryPoint
+from typing import Any
+
+import pytest
+import torch
+
+from datastore.errors import ConfigError, DependencyError, ResumeError
+from datastore.train.hooks import base
+from datastore.train.hooks.base import Hook, HookSet, find_hook, make_hooks
+from datastore.train.hooks.prune import Prune
+
+
+class Remembers(Hook):
+    def __init__(self, settings: Any) -> None:
+        super().__init__(settings)
+        self.value = torch.zeros(2)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"value": self.value}
+
+    def load_state_dict(self, state: Any) -> None:
+        self.value.copy_(state["value"])
+
+
+def test_a_hook_is_found_by_our_name_by_its_path_and_by_an_entry_point(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert find_hook("prune") is Prune
+    assert find_hook("datastore.train.hooks.prune:Prune") is Prune
+    point = EntryPoint(name="theirs", value="datastore.train.hooks.prune:Prune", group="datastore.hooks")
+    monkeypatch.setattr(base, "entry_points", lambda *, group: [point] if group == point.group else [])
+    assert find_hook("theirs") is Prune
+
+
+@pytest.mark.parametrize(
+    ("name", "error", "text"),
+    [
+        ("distil", ConfigError, "known="),
+        ("no_such_package:Hook", DependencyError, "missing='no_such_package'"),
+        ("datastore.train.hooks.prune:keep_mask", ConfigError, "not a hook"),
+        ("datastore.train.hooks.prune:Nothing", ConfigError, "not a hook"),
+    ],
+)
+def test_what_is_no_hook_is_refused(name: str, error: type[Exception], text: str) -> None:
+    with pytest.raises(error, match=text):
+        find_hook(name)
+
+
+def test_a_wrong_setting_of_a_hook_is_named_with_its_place() -> None:
+    with pytest.raises(ConfigError, match=r"unknown setting `rate`.*hooks\[1\]"):
+        make_hooks([{"use": "prune"}, {"use": "prune", "rate": 2}], where="run.toml")
+    with pytest.raises(ConfigError, match=r"\$\.ratio"):
+        make_hooks([{"use": "prune", "ratio": 0.5}], where="run.toml")
+
+
+def test_hooks_of_one_kind_keep_their_state_apart() -> None:
+    first, second = Remembers(None), Remembers(None)
+    first.value += 1
+    saved = {
+        name: {"value": state["value"].clone()}
+        for name, state in HookSet({"0": first, "1": second}).state_dict().items()
+    }
+    other = {"0": Remembers(None), "1": Remembers(None)}
+    HookSet(other).load_state_dict(saved)
+    assert [hook.value.tolist() for hook in other.values()] == [[1, 1], [0, 0]]
+
+
+def test_state_of_other_hooks_is_refused() -> None:
+    with pytest.raises(ResumeError, match=r"saved=\['0'\]"):
+        HookSet({"1": Remembers(None)}).load_state_dict({"0": {"value": torch.zeros(2)}})
+    with pytest.raises(ResumeError, match="no state"):
+        Hook(None).load_state_dict({"a": 1})  # type: ignore[arg-type]

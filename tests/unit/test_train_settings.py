@@ -1,0 +1,62 @@
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+
+from datastore.config import settings_from
+from datastore.errors import ConfigError
+from datastore.train.settings import ModelSettings, Settings, changed_keys, check_world
+
+DATA = {"url": "data"}
+
+
+def made(**tables: Any) -> Settings:
+    return settings_from(Settings, {"data": DATA, **tables}, where="run.toml")
+
+
+def test_reading_settings_loads_no_torch() -> None:
+    program = "import sys, datastore.train.settings, datastore.train.trainer; assert 'torch' not in sys.modules"
+    subprocess.run([sys.executable, "-c", program], check=True)
+
+
+@pytest.mark.parametrize(
+    ("tables", "path"),
+    [
+        ({"train": {"step": 4}}, r"unknown setting `step` - at `\$\.train`"),
+        ({"train": {"steps": "many"}}, r"\$\.train\.steps"),
+        ({"train": {"steps": 0}}, r"\$\.train\.steps"),
+        ({"train": {"compile": "yes"}}, r"\$\.train\.compile"),
+        ({"model": {"width": 60, "heads": 7}}, r"width / heads.*\$\.model"),
+        ({"model": {"heads": 8, "kv_heads": 3}}, r"multiple of kv_heads.*\$\.model"),
+        ({"loader": {"epochs": 1}}, r"train\.steps"),
+        ({"hooks": [{"ratio": 2}]}, r'needs use = "name"'),
+        ({"data": {}}, r"url"),
+    ],
+)
+def test_a_wrong_setting_is_named_by_its_path(tables: dict[str, Any], path: str) -> None:
+    with pytest.raises(ConfigError, match=path):
+        made(**tables)
+
+
+def test_settings_that_change_what_is_learned_may_not_change_in_a_run() -> None:
+    before = made()
+    after = made(
+        data={"url": "elsewhere", "global_batch": 8},
+        train={"steps": 7, "seed": 1, "threads": 3},
+        loader={"lanes": 2, "threads": 1},
+        hooks=[{"use": "prune"}],
+    )
+    assert changed_keys(before, after) == ("data.global_batch", "hooks", "loader.lanes", "train.seed")
+
+
+def test_defaults_of_the_shape_are_resolved() -> None:
+    shape = ModelSettings(width=192, heads=6)
+    assert (shape.key_heads, shape.inner_width) == (6, 512)
+    assert (ModelSettings(kv_heads=2).key_heads, ModelSettings(mlp_width=100).inner_width) == (2, 100)
+
+
+@pytest.mark.parametrize("world", [0, -1, 65])
+def test_a_world_that_cannot_share_a_batch_is_refused(world: int) -> None:
+    with pytest.raises(ConfigError):
+        check_world(made(), world)
