@@ -6,6 +6,8 @@ two processes, proven complete, traced back to bytes, pruned, quantized, and ask
 """
 
 import json
+import os
+import shlex
 import shutil
 import signal
 import subprocess
@@ -17,10 +19,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import zstandard
+
 ROOT = Path(__file__).resolve().parent.parent
 DEMO = Path("demo")
 PROGRESS = DEMO / "progress.json"
 DATASTORE = str(Path(sys.executable).parent / "datastore")
+ENVIRONMENT = os.environ | {"PYTHONPATH": "tools"}
+"""Where the run finds its hook, `demo_hook:PullThePlug`."""
+
 LIBRARY = Path(sysconfig.get_paths()["stdlib"])
 
 SOURCE = [str(LIBRARY), "--include", "*.py", "--exclude", "site-packages", "--exclude", "dist-packages"]
@@ -32,19 +39,19 @@ CONFIG = f"""\
 # The demo's run. Every key is explained in docs/trainer.md.
 [data]
 url = "demo/data"
-seq_len = 256
+seq_len = 128
 global_batch = 16
 seed = 7
 holdout = 0.01
 
 [model]
 layers = 4
-width = 256
+width = 128
 heads = 4
 kv_heads = 2
 
 [optim]
-lr = 1.5e-3
+lr = 3e-3
 warmup = 20
 
 [train]
@@ -56,7 +63,7 @@ keep = 100
 
 [eval]
 every = 80
-samples = 64
+samples = 128
 
 [[hooks]]
 use = "prune"
@@ -71,12 +78,15 @@ marker = "demo/plug-pulled"
 """
 
 
+Figures = dict[str, Any]
+
+
 @dataclass
 class Progress:
     """What is done, and the figures for the table at the end."""
 
     seconds: dict[str, float] = field(default_factory=dict)
-    figures: dict[str, Any] = field(default_factory=dict)
+    figures: Figures = field(default_factory=dict)
 
     @staticmethod
     def load() -> "Progress":
@@ -90,28 +100,183 @@ class Progress:
         PROGRESS.write_text(json.dumps({"seconds": self.seconds, "figures": self.figures}, indent=2), encoding="utf-8")
 
 
-def show(*words: str, expect: int = 0, path: bool = False) -> None:
+def run(*words: str, expect: int = 0) -> None:
     """Show and run one command line of `datastore`; it must end with `expect`."""
-    prefix = "PYTHONPATH=tools " if path else ""
-    print(f"\n$ {prefix}datastore {' '.join(shown(word) for word in words)}", flush=True)
-    done = subprocess.run(command(words, path=path), check=False)
-    if done.returncode != expect:
-        sys.exit(
-            f"demo: that command ended with {done.returncode}, not {expect}. Running tools/demo again goes on from here."
-        )
+    print(f"\n$ datastore {shlex.join(words)}", flush=True)
+    with subprocess.Popen([DATASTORE, *words], env=ENVIRONMENT) as process:
+        try:
+            status = process.wait()
+        except KeyboardInterrupt:
+            process.wait()  # It got the signal, too, and is putting its things in order.
+            raise
+    if status != expect:
+        sys.exit(f"demo: that command ended with {status}, not {expect}. tools/demo goes on from here.")
 
 
 def ask(*words: str) -> Any:
     """Run one command line with --json and return what it says."""
-    done = subprocess.run(command((*words, "--json"), path=True), stdout=subprocess.PIPE, check=True)
+    done = subprocess.run([DATASTORE, *words, "--json"], env=ENVIRONMENT, stdout=subprocess.PIPE, check=True)
     return json.loads(done.stdout)
 
 
-def command(words: tuple[str, ...], *, path: bool) -> list[str]:
-    """Return the arguments that run `datastore`, with tools/ importable if `path`."""
-    return [*(("env", "PYTHONPATH=tools") if path else ()), DATASTORE, *words]
+def make_tokenizer(_figures: Figures) -> None:
+    """A 16k byte-level BPE tokenizer, trained from the sources."""
+    run("tokenizer", "train", *SOURCE, "--vocab", "16384", "--to", "demo/tokenizer.json")
 
 
-def shown(word: str) -> str:
-    """Return `word` as one would type it in a shell."""
-    return f"'{word}'" if any(letter in word for letter in " *\n") else word
+def ingest(_figures: Figures) -> None:
+    """The sources become one version of a dataset. Python's own tests hold a few files that are no UTF-8: they are set aside."""
+    target = ("--to", "demo/data", "--tokenizer", "demo/tokenizer.json")
+    run("ingest", *SOURCE, *target, "--max-reject-ratio", "0.01", "--set", "task_bytes=4194304")
+
+
+def look(figures: Figures) -> None:
+    """What is in it, and whether every byte is as it was written."""
+    run("show", "demo/data")
+    run("ls", "demo/data", "--documents", "--limit", "3")
+    run("verify", "demo/data")
+    figures["totals"] = ask("show", "demo/data")["totals"]
+
+
+def train_and_die(_figures: Figures) -> None:
+    """A small GPT learns, until the process is killed between a backward pass and its update."""
+    Path("demo/run.toml").write_text(CONFIG, encoding="utf-8")
+    if not Path("demo/plug-pulled").exists():
+        run("train", "demo/run.toml", "--to", "demo/run", expect=-signal.SIGKILL)
+    print(f"killed with SIGKILL in the middle of step {KILLED_AFTER + 1}; the last checkpoint is older than that")
+
+
+def resume(_figures: Figures) -> None:
+    """The run goes on from its last checkpoint, now on two processes."""
+    run("resume", "demo/run", "--processes", "2")
+
+
+def prove(figures: Figures) -> None:
+    """What the run recorded is compared with what the order plans: nothing lost, nothing twice."""
+    run("prove", "demo/run")
+    figures["proof"] = ask("prove", "demo/run")
+    run("checkpoint", "ls", "demo/run")
+    figures["checkpoints"] = [step["metrics"] | {"step": step["step"]} for step in ask("checkpoint", "ls", "demo/run")]
+
+
+def trace(figures: Figures) -> None:
+    """One step, back to the files: its text is compared with the bytes on disk."""
+    run("trace", "demo/run", "--step", str(TRACED), "--limit", "2")
+    found = ask("trace", "demo/run", "--step", str(TRACED), "--limit", "0")
+    figures["traced"] = check_trace(found)
+
+
+def compress(figures: Figures) -> None:
+    """Pruning was a hook of the run's last steps; quantization happens on export. What does each cost?"""
+    models: dict[str, Any] = {}
+    for name, step, words in (
+        ("dense", PRUNE_FROM, ()),
+        ("pruned to half", STEPS, ()),
+        ("pruned, int8", STEPS, ("--quantize", "int8")),
+    ):
+        folder = f"demo/model/{name.replace(', ', '-').replace(' ', '-')}"
+        run("checkpoint", "export", "demo/run", folder, "--step", str(step), "--replace", *words)
+        run("evaluate", folder, "--run", "demo/run")
+        weights = Path(folder, "model.safetensors").read_bytes()
+        packed = len(zstandard.compress(weights, 3))
+        loss = ask("evaluate", folder, "--run", "demo/run")["loss"]
+        models[name] = {"step": step, "bytes": len(weights), "zstd_bytes": packed, "loss": loss}
+    figures["models"] = models
+
+
+def generate(_figures: Figures) -> None:
+    """The smallest of them writes a few lines."""
+    run("generate", "demo/model/pruned-int8", "--prompt", "def ", "--tokens", "80", "--seed", "3")
+
+
+def check_trace(found: Any) -> dict[str, int]:
+    """Compare the text of every passage of a traced step with the bytes of its file."""
+    passages = [passage for sample in found["samples"] for passage in sample["passages"]]
+    for passage in passages:
+        raw = (LIBRARY.parent / passage["source"]).read_bytes()
+        start, stop = (passage["offset"] + place for place in passage["text_bytes"])
+        if raw[start:stop].decode("utf-8", errors="replace") != passage["text"]:
+            sys.exit(f"demo: {passage['source']}, bytes {start} to {stop}, are not what the step saw")
+    files = len({passage["source"] for passage in passages})
+    print(
+        f"\nall {len(passages)} passages of step {found['step']}, from {files} files, are on disk as the step saw them"
+    )
+    return {"passages": len(passages), "files": files}
+
+
+PHASES: dict[str, Callable[[Figures], None]] = {
+    "train a tokenizer": make_tokenizer,
+    "ingest": ingest,
+    "look at it": look,
+    "train, and die": train_and_die,
+    "resume on two processes": resume,
+    "prove": prove,
+    "trace": trace,
+    "prune and quantize": compress,
+    "generate": generate,
+}
+
+
+def summary(progress: Progress) -> None:
+    """Print what came out, in one table."""
+    figures = progress.figures
+    totals, proof, models = figures["totals"], figures["proof"], figures["models"]
+    measured = [step for step in figures["checkpoints"] if step.get("validation_loss") is not None]
+    first, last = measured[0], measured[-1]
+    ranks = ", then ".join(str(world) for world in proof["worlds"])
+    told = {
+        "train a tokenizer": "16,384 ids, byte-level BPE",
+        "ingest": f"{totals['documents']:,} files, {totals['tokens']:,} tokens, {totals['shards']} shards",
+        "look at it": "every byte is as it was written",
+        "train, and die": f"SIGKILL in the middle of step {KILLED_AFTER + 1}",
+        "resume on two processes": f"validation loss {first['validation_loss']:.2f} at step {first['step']}, "
+        f"{last['validation_loss']:.2f} at step {last['step']}",
+        "prove": f"{proof['samples']:,} samples planned, each consumed exactly once, by {ranks} rank(s)",
+        "trace": f"step {TRACED}: {figures['traced']['passages']} passages in {figures['traced']['files']} files, "
+        "byte for byte",
+        "prune and quantize": "see below",
+        "generate": "see above",
+    }
+    rule = "-" * 100
+    print(f"\n{rule}\n{'phase':<26}{'seconds':>9}  result")
+    for name, seconds in progress.seconds.items():
+        print(f"{name:<26}{seconds:>9.1f}  {told[name]}")
+    print(f"{'together':<26}{sum(progress.seconds.values()):>9.1f}\n")
+    print(f"{'model':<26}{'MB':>9}{'MB, zstd':>11}{'validation loss':>18}  from step")
+    for name, model in models.items():
+        sizes = f"{model['bytes'] / 1e6:>9.1f}{model['zstd_bytes'] / 1e6:>11.1f}"
+        print(f"{name:<26}{sizes}{model['loss']:>18.4f}  {model['step']}")
+    used = sum(path.stat().st_size for path in DEMO.rglob("*") if path.is_file())
+    print(
+        f"{rule}\nEverything lies in demo/ ({used / 1e6:.0f} MB). tools/demo again begins anew; docs/tutorial.md goes on."
+    )
+
+
+def main(arguments: list[str]) -> int:
+    """Do every phase that is not done yet, then print the table."""
+    os.chdir(ROOT)
+    progress = Progress.load()
+    if arguments not in ([], ["--fresh"]):
+        print("usage: tools/demo [--fresh]", file=sys.stderr)
+        return 2
+    if DEMO.exists() and (arguments or len(progress.seconds) == len(PHASES)):
+        shutil.rmtree(DEMO)
+        progress = Progress()
+    DEMO.mkdir(exist_ok=True)
+    try:
+        for number, (name, phase) in enumerate(PHASES.items(), start=1):
+            if name not in progress.seconds:
+                print(f"\n=== {number} of {len(PHASES)}: {name}\n{phase.__doc__}", flush=True)
+                started = time.monotonic()
+                phase(progress.figures)
+                progress.seconds[name] = time.monotonic() - started
+                progress.save()
+    except KeyboardInterrupt:
+        print("\ndemo: interrupted. tools/demo goes on from here; tools/demo --fresh begins anew.", file=sys.stderr)
+        return 130
+    summary(progress)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -29,6 +29,7 @@ _EXTRAS = {
     "hf": ("transformers", "datasets"),
     "track": ("tensorboard",),
     "compress": ("compressed-tensors",),
+    "fast": ("gigatoken",),
 }
 """The optional extras and the packages that each brings."""
 
