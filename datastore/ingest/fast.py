@@ -33,6 +33,17 @@ _UNICODE_NORMALIZERS = {"NFC", "NFD", "NFKC", "NFKD"}
 
 _SAMPLE_CHARACTERS = 2048
 
+_FULL_RANGES = (
+    (0x00A0, 0x0300),  # Latin; the signs for section and paragraph changed from symbols to punctuation in 2012
+    (0x2600, 0x27C0),  # signs and dingbats
+    (0x1D400, 0x1D800),  # mathematical letters
+    (0x1F1E6, 0x1F200),  # flags
+    (0x1F300, 0x1F650),  # emoji
+    (0x1F680, 0x1F6C6),
+    (0x1F900, 0x1FA00),
+    (0x20000, 0x2A6D7),  # CJK Extension B
+)
+
 _AWKWARD = (
     "The quick brown fox's 3,141 dogs can't jump; we'll see!",
     "def f(x):\n\tif x:\r\n        return x  \n\n\n    # done   ",
@@ -131,17 +142,18 @@ def settled(text: str) -> bool:
 
 @cache
 def _settled_codes() -> npt.NDArray[np.bool_]:
-    """Return for each code point whether Unicode 3.2 (2002) and this Python's Unicode have it in the same category.
+    """Return for each code point whether all Unicode tables in use have it in the same place.
 
-    Beyond the basic plane these are two ranges: CJK Extension B, and the emoji of 1F300-1F64F, full since 2015.
+    So it is if Unicode 3.2 (2002) and this Python's Unicode agree on its category; and in ranges that have been full,
+    and at peace, for a decade.
     """
     found = np.zeros(0x110000, dtype=bool)
     old = unicodedata.ucd_3_2_0
     for code in range(0x10000):
         category = unicodedata.category(chr(code))
         found[code] = category not in {"Cn", "Co", "Cs"} and old.category(chr(code)) == category
-    found[0x1F300:0x1F650] = True
-    found[0x20000:0x2A6D7] = True
+    for start, stop in _FULL_RANGES:
+        found[start:stop] = [unicodedata.category(chr(code)) != "Cn" for code in range(start, stop)]
     return found
 
 

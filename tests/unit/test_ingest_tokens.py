@@ -222,7 +222,7 @@ def test_without_gigatoken_asking_for_it_names_the_extra(raw: bytes, monkeypatch
 
 def test_characters_are_settled_if_unicode_has_long_had_them() -> None:
     assert settled("plain")
-    assert settled("naïve Привет 日本語 🙂 \U00020000")
+    assert settled("naïve §¶ Привет 日本語 🙂 ✨ 🇫🇷 \U0001d518 \U00020000")
     for new in ("\U0001fae8", "\u0cf3", "\ue000", "\U000f0000", "\U00011b00"):
         assert not settled(f"a {new}")
 
