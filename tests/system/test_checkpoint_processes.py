@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+import uuid
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -11,6 +12,7 @@ import torch
 
 from datastore.checkpoint.checkpointer import Checkpointer
 
+SHARDS = Path(__file__).with_name("checkpoint_shards.py")
 PROGRAM = Path(__file__).with_name("checkpoint_programs.py")
 
 
@@ -66,3 +68,35 @@ def test_a_full_disk_is_heard_of_nothing_is_committed_and_the_step_before_is_who
 
 def test_a_limit_on_file_sizes_is_heard_of_likewise(tmp_path: Path) -> None:
     check_the_last_step(tmp_path, run("limited", tmp_path, 3_000_000))
+
+
+def on_ranks(world: int, folder: Path, *jobs: str) -> None:
+    """Do `jobs` on `world` processes over gloo."""
+    meeting = f"file://{folder}/meeting-{uuid.uuid4().hex}"
+    ranks = [
+        subprocess.Popen(
+            [sys.executable, SHARDS, str(rank), str(world), meeting, folder, *jobs],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for rank in range(world)
+    ]
+    said = [rank.communicate(timeout=280)[0] for rank in ranks]
+    assert [rank.returncode for rank in ranks] == [0] * world, "\n".join(said)
+
+
+def test_shards_of_two_ranks_are_read_by_one_and_by_two_in_any_layout(tmp_path: Path) -> None:
+    layouts = ("rows", "columns", "copies")
+    saves = [f"save:{layout}" for layout in (*layouts, "fsdp")]
+    on_ranks(2, tmp_path, *saves, *(f"{one}>{other}" for one in layouts for other in layouts), "fsdp>fsdp")
+    on_ranks(1, tmp_path, *(f"{layout}>copies" for layout in layouts), "fsdp>fsdp")
+
+
+@pytest.mark.slow
+def test_shards_of_four_ranks_on_meshes_are_read_by_three_and_by_one(tmp_path: Path) -> None:
+    layouts = ("rows", "columns", "copies", "grid", "copied rows")
+    saves = [f"save:{layout}" for layout in (*layouts, "fsdp")]
+    on_ranks(4, tmp_path, *saves, *(f"{one}>{other}" for one in layouts for other in layouts), "fsdp>fsdp")
+    for world in (1, 3):
+        on_ranks(world, tmp_path, *(f"{one}>{other}" for one in layouts for other in layouts[:3]), "fsdp>fsdp")
