@@ -191,12 +191,11 @@ def generate(_figures: Figures) -> None:
 
 def check_trace(found: Any) -> dict[str, int]:
     """Compare the text of every passage of a traced step with the bytes of its file."""
-    passages = [passage for sample in found["samples"] for passage in sample["passages"]]
+    passages = [span for sample in found["samples"] for span in sample["spans"]]
     for passage in passages:
-        raw = (LIBRARY.parent / passage["source"]).read_bytes()
-        start, stop = (passage["offset"] + place for place in passage["text_bytes"])
-        if raw[start:stop].decode("utf-8", errors="replace") != passage["text"]:
-            sys.exit(f"demo: {passage['source']}, bytes {start} to {stop}, are not what the step saw")
+        raw = (LIBRARY.parent / passage["source"]).read_bytes()[passage["start"] : passage["stop"]]
+        if raw.decode("utf-8", errors="replace") != passage["text"]:
+            sys.exit(f"demo: {passage['source']}, byte {passage['start']}, is not what the step saw")
     files = len({passage["source"] for passage in passages})
     print(
         f"\nall {len(passages)} passages of step {found['step']}, from {files} files, are on disk as the step saw them"

@@ -1,7 +1,5 @@
 """`datastore trace`: from a step back to files, byte offsets and text."""
 
-from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import click
@@ -9,41 +7,13 @@ import click
 from datastore.cli.output import json_option, say, say_json
 from datastore.cli.shell import example
 
-if TYPE_CHECKING:  # pyarrow takes longer to load than a wrong option takes to find.
-    from datastore.train.trace import StepTrace
+if TYPE_CHECKING:  # torch and pyarrow take longer to load than a wrong option takes to find.
+    from datastore.train.trace import TracedSpan
 
 __all__ = ["trace"]
 
-_SHOWN_LINES = 8
-_SHOWN_COLUMNS = 110
-
-
-@dataclass(frozen=True, slots=True)
-class Passage:
-    """A stretch of one document in a sample, with its text."""
-
-    document: str
-    source: str
-    offset: int
-    """Where the document starts in its source, in bytes."""
-
-    length: int
-    tokens: tuple[int, int]
-    """Which tokens of the document."""
-
-    text_bytes: tuple[int, int] | None
-    """Which bytes of the document's text; in a text file, the source's bytes from `offset` on."""
-
-    text: str | None
-
-
-@dataclass(frozen=True, slots=True)
-class TracedSample:
-    """One sample of the step."""
-
-    position: int
-    sample: int
-    passages: tuple[Passage, ...]
+_LINES = 8
+_COLUMNS = 110
 
 
 @click.command(
@@ -58,60 +28,28 @@ def trace(*, run: str, step: int, rank: int | None, limit: int, as_json: bool) -
     """Show what one step of RUN consumed: document, source file, byte offset, text."""
     from datastore.train.trace import trace as trace_run
 
-    found = trace_run(run, step, rank=rank)
-    shown = list(_samples(run, found, limit or len(found.samples)))
+    found = trace_run(run, step, rank=rank, limit=limit)
     if as_json:
-        facts = {"step": found.step, "cursor": found.cursor, "world": found.world, "session": found.session}
-        say_json(facts | {"rank": found.rank, "fingerprint": found.fingerprint, "samples": shown})
+        say_json(found)
         return
-    who = f"rank {found.rank} of {found.world}" if rank is not None else f"{found.world} rank(s)"
-    say(f"step {found.step}: {len(found.samples):,} samples from position {found.cursor:,} on, seen by {who}")
-    for sample in shown:
-        _tell(sample)
-    if len(shown) < len(found.samples):
-        say(f"... and {len(found.samples) - len(shown):,} more samples; --limit 0 shows all")
+    ranks = f"{found.world} rank{'s' if found.world > 1 else ''}"
+    who = f"by {ranks}" if rank is None else f"by rank {rank} of {ranks}"
+    say(f"step {found.step}, from position {found.cursor:,} on: {found.rows:,} samples seen {who}")
+    for sample in found.samples:
+        say()
+        say(f"position {sample.position:,}: sample {sample.sample:,}")
+        for span in sample.spans:
+            _tell(span)
+    if len(found.samples) < found.rows:
+        say()
+        say(f"... and {found.rows - len(found.samples):,} more samples; --limit 0 shows all")
 
 
-def _samples(run: str, found: "StepTrace", limit: int) -> Iterator[TracedSample]:
-    from datastore.loader.trace import Tracer
-    from datastore.train.run import RunFolder, open_split
-
-    config = RunFolder.open(run).config()
-    dataset = open_split(config).training
-    tracer = Tracer(dataset, seq_len=config.settings.data.seq_len)
-    readable = dataset.commit.tokenizer is not None
-    for position, origin in list(zip(found.positions, found.samples, strict=True))[:limit]:
-        passages = tuple(
-            Passage(
-                document=span.document,
-                source=span.source,
-                offset=span.offset,
-                length=span.length,
-                tokens=span.document_tokens,
-                text_bytes=tracer.text_range(span),
-                text=tracer.text(span) if readable else None,
-            )
-            for span in origin.spans
-        )
-        yield TracedSample(position=position, sample=origin.sample, passages=passages)
-
-
-def _tell(sample: TracedSample) -> None:
-    say()
-    say(f"position {sample.position:,}, sample {sample.sample:,}")
-    for passage in sample.passages:
-        named = "" if passage.document == passage.source else f" document {passage.document}"
-        if passage.text_bytes is None:
-            place = f"document at byte {passage.offset:,}, tokens {passage.tokens[0]:,} to {passage.tokens[1]:,}"
-        elif passage.offset:
-            place = (
-                f"document at byte {passage.offset:,}, its bytes {passage.text_bytes[0]:,} to {passage.text_bytes[1]:,}"
-            )
-        else:
-            place = f"bytes {passage.text_bytes[0]:,} to {passage.text_bytes[1]:,}"
-        say(f"  {passage.source}{named}: {place}")
-        lines = (passage.text or "").splitlines()
-        for line in lines[:_SHOWN_LINES]:
-            say(f"  | {line[:_SHOWN_COLUMNS]}")
-        if len(lines) > _SHOWN_LINES:
-            say(f"  | ... {len(lines) - _SHOWN_LINES} more lines")
+def _tell(span: "TracedSpan") -> None:
+    named = "" if span.document == span.source else f", document {span.document}"
+    say(f"  {span.source}{named}, bytes {span.start:,} to {span.stop:,} ({span.tokens:,} tokens)")
+    lines = span.text.splitlines()
+    for line in lines[:_LINES]:
+        say(f"  | {line if len(line) <= _COLUMNS else f'{line[: _COLUMNS - 3]}...'}")
+    if len(lines) > _LINES:
+        say(f"  | ... {len(lines) - _LINES} more lines")
