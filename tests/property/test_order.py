@@ -257,3 +257,24 @@ def test_more_ranks_than_samples_in_a_batch_are_refused() -> None:
 def test_a_place_that_does_not_exist_is_refused(rank: int, world: int, fact: str) -> None:
     with pytest.raises(ConfigError, match=fact):
         Place(rank, world)
+
+
+def deff(order: Order, *, global_batch: int, span: int, shards: int) -> float:
+    """Variance of the mean, over `span` batches, of a number that each shard has; relative to random draws."""
+    numbers = np.random.default_rng(1).standard_normal(shards)
+    found = order.locate(np.arange(order.samples // global_batch * global_batch, dtype=np.int64)).shards
+    means = numbers[found].reshape(-1, global_batch).mean(axis=1)
+    many = means[: len(means) // span * span].reshape(-1, span).mean(axis=1)
+    return float(((many - numbers.mean()) ** 2).mean() * global_batch * span / numbers.var())
+
+
+def test_batches_mix_like_a_shuffle_of_everything() -> None:
+    """The proportions of `tools/bench/shuffle`, an eighth as large."""
+    tokens = [500] * 639 + [501]
+    fine, coarse = (OrderKey(seed=4, lanes=lanes, window=window) for lanes, window in ((512, 32), (8, 500)))
+    mixed = [deff(order_of(tokens, 1, fine), global_batch=48, span=span, shards=640) for span in (1, 10, 100)]
+    lumps = [deff(order_of(tokens, 1, coarse), global_batch=48, span=span, shards=640) for span in (1, 10, 100)]
+    assert mixed[0] < 1.2
+    assert mixed[1] < 1.2
+    assert mixed[2] < 4
+    assert all(lump > 4 * fine_one for lump, fine_one in zip(lumps, mixed, strict=True))
