@@ -33,7 +33,7 @@ for index in range(commits):
 
 
 @pytest.mark.parametrize(
-    "commits", [25, pytest.param(200, marks=[pytest.mark.slow, pytest.mark.timeout(1500)])], ids="{}-each".format
+    "commits", [25, pytest.param(200, marks=[pytest.mark.slow, pytest.mark.timeout(2700)])], ids="{}-each".format
 )
 def test_eight_writers_lose_no_commit_and_make_none_twice(s3_url: str, commits: int) -> None:
     command = [sys.executable, "-c", WRITER, s3_url]
