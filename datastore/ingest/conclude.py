@@ -8,7 +8,6 @@ from datastore.errors import ConfigError, RejectedError
 from datastore.ingest.duplicates import without_duplicates
 from datastore.ingest.journal import Journal, TaskDone
 from datastore.ingest.plan import Plan
-from datastore.ingest.records import Reason
 from datastore.ingest.report import rejected_in
 from datastore.ingest.settings import IngestSettings
 from datastore.ingest.shards import RECORDS_SCHEMA
@@ -29,7 +28,7 @@ class Outcome:
     """The newest version; None if there is none."""
 
     shards: Sequence[ShardInfo]
-    rejected: Counter[Reason]
+    rejected: Counter[str]
 
 
 def conclude(
@@ -70,7 +69,7 @@ def conclude(
     return Outcome(_commit(target, plan, found.shards, tokenizer), found.shards, rejected)
 
 
-def _check_limit(documents: int, rejected: Counter[Reason], settings: IngestSettings, *, where: str) -> None:
+def _check_limit(documents: int, rejected: Counter[str], settings: IngestSettings, *, where: str) -> None:
     bad = rejected.total()
     ratio = bad / max(1, documents + bad)
     if ratio <= settings.max_reject_ratio:

@@ -9,7 +9,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 
-from datastore.ingest.names import SkipReason
 from datastore.ingest.plan import Order, orders, source_bytes
 from datastore.ingest.prepare import Prepared, prepare
 from datastore.ingest.read import read_part
@@ -34,7 +33,7 @@ class Estimate:
     kind: Kind
     files: int
     known_files: int
-    skipped: Mapping[SkipReason, int]
+    skipped: Mapping[str, int]
     source_bytes: int
     tasks: int
     workers: int

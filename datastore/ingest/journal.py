@@ -16,9 +16,8 @@ import orjson
 from datastore.digest import check_digest, digest_hex
 from datastore.document import Sealed, seal, unseal
 from datastore.errors import ConflictError, MissingError
-from datastore.ingest.names import SkipReason
 from datastore.ingest.plan import Plan
-from datastore.ingest.records import Reason, Reject
+from datastore.ingest.records import Reject
 from datastore.storage.base import Storage
 from datastore.store.segment import ShardInfo
 
@@ -37,8 +36,8 @@ class TaskDone(Sealed, frozen=True, kw_only=True):
     text_bytes: Count
     """UTF-8 bytes of the documents' texts."""
 
-    rejected: dict[Reason, Count]
-    skipped: dict[SkipReason, Count]
+    rejected: dict[str, Count]
+    skipped: dict[str, Count]
     rejects_digest: str
     """xxh3_128 of `rejects/<task>.jsonl`; empty if there is none."""
 

@@ -12,7 +12,6 @@ import msgspec
 
 from datastore.digest import digest_hex
 from datastore.document import Document, Sealed
-from datastore.ingest.names import SkipReason
 from datastore.ingest.read import separator_of
 from datastore.ingest.settings import IngestSettings, Kind
 from datastore.ingest.sources import Listing, SourceFile
@@ -57,7 +56,9 @@ class Plan(Sealed, frozen=True, kw_only=True):
     sources: tuple[str, ...]
     """As the user named them, without credentials."""
 
-    skipped: dict[SkipReason, Count]
+    skipped: dict[str, Count]
+    """Files and folders left out, by reason; later versions may know more reasons."""
+
     known: Count
     """Files that an earlier ingest of the dataset brought, left out here."""
 

@@ -5,9 +5,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
 from datastore.ingest.journal import TaskDone
-from datastore.ingest.names import SkipReason
 from datastore.ingest.plan import Order, source_bytes
-from datastore.ingest.records import Reason
 from datastore.ingest.settings import Kind
 from datastore.ingest.work import Advance
 
@@ -48,7 +46,7 @@ class IngestReport:
     known_files: int
     """Files that the dataset had."""
 
-    skipped: Mapping[SkipReason, int]
+    skipped: Mapping[str, int]
     """Files and folders that were left out."""
 
     documents: int
@@ -56,7 +54,7 @@ class IngestReport:
     text_bytes: int
     shards: int
     shard_bytes: int
-    rejected: Mapping[Reason, int]
+    rejected: Mapping[str, int]
     rejects: str
     """The folder in which the rejected documents are described; empty if there are none."""
 
@@ -109,11 +107,11 @@ class Tally:
             self._tell(self._now)
 
 
-def rejected_in(tasks: Iterable[TaskDone]) -> Counter[Reason]:
+def rejected_in(tasks: Iterable[TaskDone]) -> Counter[str]:
     """Return the number of rejects of `tasks` by reason."""
     return sum((Counter(task.rejected) for task in tasks), Counter())
 
 
-def skipped_in(tasks: Iterable[TaskDone]) -> Counter[SkipReason]:
+def skipped_in(tasks: Iterable[TaskDone]) -> Counter[str]:
     """Return the number of files that `tasks` found not to be text, by reason."""
     return sum((Counter(task.skipped) for task in tasks), Counter())

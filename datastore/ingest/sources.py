@@ -49,7 +49,7 @@ class Listing(Document, frozen=True, kw_only=True):
     """The files of all sources, sorted by path, and how many were left out for which reason."""
 
     files: tuple[SourceFile, ...]
-    skipped: dict[SkipReason, int]
+    skipped: dict[str, int]
     shown: tuple[str, ...]
     """The sources without credentials."""
 
@@ -78,7 +78,7 @@ def list_sources(sources: Sequence[str], settings: IngestSettings) -> tuple[List
         raise ConfigError("there is no source", hint="Name a folder, a text file or a .jsonl file.")
     folders: dict[str, str] = {}
     files: list[SourceFile] = []
-    skipped: Counter[SkipReason] = Counter()
+    skipped: Counter[str] = Counter()
     for source in sources:
         name, url, found = _open(source, settings, skipped)
         if name in folders:
@@ -116,7 +116,7 @@ def read_url(url: str) -> bytes:
         raise MissingError("no such file", file=strip_credentials(url), hint="Name a file that exists.") from None
 
 
-def _open(source: str, settings: IngestSettings, skipped: Counter[SkipReason]) -> tuple[str, str, list[SourceFile]]:
+def _open(source: str, settings: IngestSettings, skipped: Counter[str]) -> tuple[str, str, list[SourceFile]]:
     """Return the name of a source, the URL below which its files lie, and these."""
     storage = open_storage(source)
     local = _local_folder(storage)
@@ -170,7 +170,7 @@ def _source_file(
     )
 
 
-def _remote(storage: Storage, globs: Globs, skipped: Counter[SkipReason]) -> Iterator[Stat]:
+def _remote(storage: Storage, globs: Globs, skipped: Counter[str]) -> Iterator[Stat]:
     found = False
     for stat in storage.list():
         found = True

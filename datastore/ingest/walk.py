@@ -17,7 +17,7 @@ from datastore.store.manifest import INFO_KEY
 __all__ = ["walk"]
 
 
-def walk(root: Path, globs: Globs, skipped: Counter[SkipReason], below: str = "") -> Iterator[Stat]:
+def walk(root: Path, globs: Globs, skipped: Counter[str], below: str = "") -> Iterator[Stat]:
     """Yield the regular files below `root` (resolved) that `globs` takes; count all others in `skipped`.
 
     Raises:

@@ -17,7 +17,7 @@ from datastore.ingest.journal import Journal, TaskDone, encode_rejects
 from datastore.ingest.names import SkipReason
 from datastore.ingest.plan import Order, source_bytes
 from datastore.ingest.read import read_part
-from datastore.ingest.records import Reason, Record, Reject
+from datastore.ingest.records import Record, Reject
 from datastore.ingest.settings import IngestSettings, Kind, OnError
 from datastore.ingest.shards import RecordShards, ShardSink, TokenShards
 from datastore.ingest.sources import Roots
@@ -118,8 +118,8 @@ class _Run:
         self.sink = sink
         self.documents = 0
         self.text_bytes = 0
-        self.rejected: Counter[Reason] = Counter()
-        self.skipped: Counter[SkipReason] = Counter()
+        self.rejected: Counter[str] = Counter()
+        self.skipped: Counter[str] = Counter()
         self.kept: list[Reject] = []
         self.digests: list[bytes] = []
         self.named = False

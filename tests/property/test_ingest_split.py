@@ -34,10 +34,11 @@ def chunked(data: bytes, size: int) -> list[bytes]:
 @st.composite
 def files(draw: st.DrawFn) -> tuple[bytes, bytes]:
     separator = draw(SEPARATORS)
-    alphabet = st.sampled_from([separator, separator[:1], separator[-1:], b"x", b"yz" * 5, b""])
+    alphabet = st.sampled_from([separator, separator[:1], separator[-1:], b"x", b"xyz", b"yz" * 5])
     return b"".join(draw(st.lists(alphabet, max_size=60))), separator
 
 
+@settings(max_examples=300, deadline=None)
 @given(files(), st.integers(1, 50), st.lists(st.integers(0, 400), max_size=6))
 def test_over_any_cuts_and_chunks_every_record_is_read_exactly_once(
     file: tuple[bytes, bytes], chunk: int, cuts: list[int]
@@ -54,6 +55,7 @@ def test_over_any_cuts_and_chunks_every_record_is_read_exactly_once(
     assert found == expected(data, separator)
 
 
+@settings(max_examples=1000, deadline=None)
 @given(files(), st.integers(1, 50), st.integers(1, 12))
 def test_a_record_over_the_limit_keeps_its_place_and_length_and_loses_only_its_end(
     file: tuple[bytes, bytes], chunk: int, limit: int
@@ -113,7 +115,7 @@ LINES = st.lists(
 )
 
 
-@settings(max_examples=60)
+@settings(max_examples=60, deadline=None)
 @given(LINES, st.integers(1, 80), st.sampled_from(["", "gz", "zst"]))
 def test_any_json_lines_cut_anywhere_give_the_documents_and_rejects_of_the_whole_file(
     lines: list[bytes], task_bytes: int, codec: str
@@ -144,3 +146,8 @@ def test_any_json_lines_cut_anywhere_give_the_documents_and_rejects_of_the_whole
     assert [found.offset for found in whole if not isinstance(found, str)] == [
         offset for offset, line in expected(plain, b"\n") if line.strip()
     ]
+
+
+def test_the_beginning_of_a_separator_at_the_end_of_a_chunk_does_not_count_towards_the_limit() -> None:
+    found = split_records([b"12345<|", b"e|>6"], separator=b"<|e|>", limit_bytes=6)
+    assert [piece.data for piece in found] == [b"12345", b"6"]

@@ -230,7 +230,7 @@ def test_a_disk_that_takes_no_more_is_reported_by_the_worker_that_met_it(ground:
 def test_a_read_only_target_is_reported_before_any_work(ground: Ground, tmp_path: Path) -> None:
     (tmp_path / "locked").mkdir(mode=0o500)
     locked = "/sys/kernel" if os.getuid() == 0 else tmp_path / "locked"  # Root may write wherever the disk lets it.
-    with pytest.raises(StorageError, match="permission denied|operation not permitted|read-only"):
+    with pytest.raises(StorageError, match=r"permission denied|operation not permitted|read-only"):
         ingest(ground.sources, f"{locked}/data", settings=ground.settings(workers=2))
 
 

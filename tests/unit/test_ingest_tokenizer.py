@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer
 
@@ -49,6 +49,7 @@ def test_the_vocabulary_has_the_size_asked_for_and_the_end_of_text_first(raw: by
     assert tokenizer.token_to_id("<|endoftext|>") == 0
 
 
+@settings(deadline=None)
 @given(st.text())
 def test_any_text_can_be_encoded_and_decoded_again(raw: bytes, text: str) -> None:
     tokenizer = Tokenizer.from_buffer(raw)
