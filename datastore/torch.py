@@ -134,11 +134,10 @@ class TensorStream(Iterator[TensorBatch]):
         self.loader.close()
 
 
-class TokenDataset(IterableDataset[dict[str, Tensor]]):
+class TokenDataset(IterableDataset[TensorBatch]):
     """A loader as a dataset for `torch.utils.data.DataLoader(dataset, batch_size=None)`.
 
-    Its items are whole batches: `tokens` int64 [B, seq_len + 1], `positions` and `samples` int64 [B], `valid` bool [B],
-    on the CPU, in memory of their own. Iterating again goes on where the loader stands.
+    Its items are whole batches, as `stream` gives them, on the CPU. Iterating again goes on where the loader stands.
 
     Raises:
         ConfigError: when iterated in a worker process. There is nothing to gain from one, and each would read all.
@@ -149,7 +148,7 @@ class TokenDataset(IterableDataset[dict[str, Tensor]]):
         self.loader = loader
 
     @override
-    def __iter__(self) -> Iterator[dict[str, Tensor]]:
+    def __iter__(self) -> TensorStream:
         worker = get_worker_info()
         if worker is not None:
             raise ConfigError(
@@ -157,13 +156,7 @@ class TokenDataset(IterableDataset[dict[str, Tensor]]):
                 num_workers=worker.num_workers,
                 hint="Set num_workers=0: the loader fetches ahead with threads of its own.",
             )
-        for batch in self.loader:
-            yield {
-                "tokens": torch.from_numpy(batch.tokens.astype(np.int64)),
-                "positions": torch.from_numpy(batch.positions.copy()),
-                "samples": torch.from_numpy(batch.samples.copy()),
-                "valid": torch.from_numpy(batch.valid),
-            }
+        return stream(self.loader)
 
     def state_dict(self) -> dict[str, Any]:
         """Return `Loader.state_dict`: without workers a `DataLoader` takes a batch only to hand it out."""

@@ -70,16 +70,16 @@ def test_a_data_loader_delivers_each_sample_once_and_its_state_counts_what_was_d
     plain = list(loader_of(dataset, epochs=1))
     state = source.state_dict()
     for step, batch in enumerate(DataLoader(source, batch_size=None)):
-        assert np.array_equal(batch["tokens"].numpy(), plain[step].tokens)
-        assert batch["samples"].tolist() == plain[step].samples.tolist()
-        assert batch["valid"].tolist() == plain[step].valid.tolist()
+        assert np.array_equal(batch.tokens.numpy(), plain[step].tokens)
+        assert batch.host.samples.tolist() == plain[step].samples.tolist()
+        assert batch.valid.tolist() == plain[step].valid.tolist()
         state = source.state_dict()
         assert state["cursor"] == min(6 * (step + 1), source.loader.samples_per_epoch)
         if step == 9:
             break
     resumed = TokenDataset(loader_of(dataset, epochs=1))
     resumed.load_state_dict(state)
-    rest = [batch["tokens"].numpy() for batch in DataLoader(resumed, batch_size=None)]
+    rest = [batch.tokens.numpy() for batch in DataLoader(resumed, batch_size=None)]
     assert len(rest) == len(plain) - 10
     assert all(np.array_equal(mine, other.tokens) for mine, other in zip(rest, plain[10:], strict=True))
 
