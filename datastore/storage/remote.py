@@ -41,12 +41,15 @@ class _Backend:
     reads_from_zero: bool = False
     """A whole read is several requests, which may see two versions; a read "from byte 0 on" is one."""
 
+    creates_in_one: bool = False
+    """The condition holds for a single request only: Ceph 16.2 ignores it at the end of an upload in parts."""
+
     options: tuple[tuple[str, object], ...] = ()
     """Options for its constructor."""
 
 
 _UNCACHED = (("use_listings_cache", False),)
-_S3 = _Backend(replaces=True, creates=True, reads_from_zero=True, options=_UNCACHED)
+_S3 = _Backend(replaces=True, creates=True, reads_from_zero=True, creates_in_one=True, options=_UNCACHED)
 _OBJECTS = _Backend(replaces=True, creates=True, options=_UNCACHED)
 
 # s3fs sends If-None-Match for small objects since 2025.7 (its #974), and reads large ones in several requests since
@@ -64,6 +67,9 @@ _BACKENDS: dict[str, _Backend] = {
 }
 
 _EXTRAS = {"s3": "datastore[s3]", "s3a": "datastore[s3]", "gs": "gcsfs", "gcs": "gcsfs", "abfs": "adlfs", "az": "adlfs"}
+_LARGEST_PUT_BYTES = 5 * 2**30
+"""What S3 takes in one request."""
+
 _SECRET_WORDS = ("key", "secret", "token", "password", "credential", "sas", "connection_string")
 
 
@@ -146,7 +152,7 @@ class FsspecStorage(Storage):
         path = self._path(key)
         with self._errors(key, writing=True, creating=True):
             if self._backend.creates:
-                self._fs.pipe_file(path, _join(chunks), mode="create")
+                self._create(path, _join(chunks))
             elif self._is_file(path):
                 raise conflict(key=key, url=self._url)
             else:
@@ -237,6 +243,14 @@ class FsspecStorage(Storage):
             return bool(self._fs.info(path)["type"] == "file")
         except FileNotFoundError:
             return False
+
+    def _create(self, path: str, data: bytes) -> None:
+        if not self._backend.creates_in_one:
+            self._fs.pipe_file(path, data, mode="create")
+        elif len(data) < _LARGEST_PUT_BYTES:
+            self._fs.pipe_file(path, data, mode="create", chunksize=max(len(data), 1))
+        else:
+            raise ConfigError("too large for one exclusive write", size_bytes=len(data), hint="Write it in pieces.")
 
     def _write(self, path: str, chunks: Sequence[Buffer]) -> None:
         if self._backend.replaces:
