@@ -1,5 +1,6 @@
 """`datastore`: the group of all commands, and the entry point of the process."""
 
+import signal
 import sys
 from typing import NoReturn
 
@@ -37,4 +38,8 @@ def main() -> NoReturn:
     """Run the command line of this process and exit."""
     session = Session()
     sys.excepthook = last_words(session)
-    sys.exit(call(cli, None, session))
+    if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+    status = call(cli, None, session)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Everything is done and said; only the interpreter has to end.
+    sys.exit(status)
