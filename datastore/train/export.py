@@ -3,6 +3,9 @@
 `open_model` is how everything that uses a trained model gets it, from a run or from such a folder.
 """
 
+from typing import Any
+
+import torch
 from torch import nn
 
 from datastore.checkpoint.checkpointer import Checkpointer
@@ -12,9 +15,10 @@ from datastore.storage.base import Storage
 from datastore.storage.resolve import open_storage
 from datastore.train.assembly import build_model
 from datastore.train.hf import HuggingFaceModel, read_folder, write_folder
-from datastore.train.hooks.base import make_hooks
+from datastore.train.hooks.base import HookSet, RunState, make_hooks
 from datastore.train.hooks.quantize import Quantize, QuantizeSettings
 from datastore.train.model import GPT
+from datastore.train.optim import make_optimizer
 from datastore.train.run import RunConfig, RunFolder, is_run, open_split
 
 __all__ = ["QUANTIZATIONS", "Exported", "export", "open_model"]
@@ -78,33 +82,48 @@ def open_model(source: str, *, step: int | None = None) -> HuggingFaceModel:
         return _from_run(RunFolder(storage), step=step)[0]
     if step is not None:
         raise ConfigError("a model folder has no steps", source=source, hint="Name a run, or leave the step out.")
-    return read_folder(storage)
+    try:
+        return read_folder(storage)
+    except MissingError as error:
+        raise MissingError(
+            "there is no run and no model folder", url=storage.url, missing=str(error.values.get("key", ""))
+        ) from None
 
 
 def _from_run(folder: RunFolder, *, step: int | None) -> tuple[HuggingFaceModel, int]:
+    """Return the model of a step after all hooks have had their say: they may need their own state for that."""
     config = folder.config()
-    hooks = make_hooks(config.settings.hooks, where=folder.url)
+    settings = config.settings
+    hooks = make_hooks(settings.hooks, where=folder.url)
     model: nn.Module = build_model(config)
     for hook in hooks.values():
         model = hook.model(model)
-    found = _restore(folder.storage, model, step=step)
+    run = RunState(
+        model=model,
+        optimizer=make_optimizer(model, settings.optim),
+        step=0,
+        steps=settings.train.steps,
+        rank=0,
+        world=1,
+        device=torch.device("cpu"),
+    )
+    for hook in hooks.values():
+        hook.start(run)
+    found = _restore(folder.storage, {"model": model, "hooks": HookSet(hooks)}, step=step)
     for hook in hooks.values():
         model = hook.export(model)
     if not isinstance(model, GPT):
         raise ConfigError("a hook's export is not a GPT any more", found=type(model).__name__)
-    return HuggingFaceModel(model, config.settings.data.seq_len, _tokenizer(config), config.end_of_text), found
+    return HuggingFaceModel(model, settings.data.seq_len, _tokenizer(config), config.end_of_text), found
 
 
-def _restore(storage: Storage, model: nn.Module, *, step: int | None) -> int:
-    checkpointer = Checkpointer(storage)
-    try:
+def _restore(storage: Storage, items: dict[str, Any], *, step: int | None) -> int:
+    with Checkpointer(storage) as checkpointer:
         if checkpointer.latest() is None:
             raise MissingError(
                 "the run has no checkpoint yet", url=storage.url, hint="Let it train until the first one."
             )
-        return checkpointer.restore({"model": model}, step="latest" if step is None else step, partial=True).step
-    finally:
-        checkpointer.close()
+        return checkpointer.restore(items, step="latest" if step is None else step, partial=True).step
 
 
 def _tokenizer(config: RunConfig) -> bytes | None:

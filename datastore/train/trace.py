@@ -26,7 +26,10 @@ class TracedSpan:
     source: str
     start: int
     stop: int
-    """Bytes [start, stop) of the source; of the whole document if the tokenizer does not tell bytes exactly."""
+    """Bytes [start, stop) of the source."""
+
+    exact: bool
+    """Whether those are the bytes of the stretch; if the tokenizer does not tell, they are those of the document."""
 
     tokens: int
     text: str
@@ -146,12 +149,14 @@ def trace(run: str, step: int, *, rank: int | None = None, limit: int = 0) -> St
 
 
 def _traced(tracer: Tracer, span: DocumentSpan, *, known: bool) -> TracedSpan:
-    start, stop = tracer.text_range(span) or (0, span.length)
+    found = tracer.text_range(span)
+    start, stop = found or (0, span.length)
     return TracedSpan(
         document=span.document,
         source=span.source,
         start=span.offset + start,
         stop=span.offset + stop,
+        exact=found is not None,
         tokens=span.sample_tokens[1] - span.sample_tokens[0],
         text=tracer.text(span) if known else "",
     )

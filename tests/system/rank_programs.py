@@ -6,7 +6,7 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -88,6 +88,39 @@ class Kill(Hook):
         if run.step in steps:
             self._file.write_text(json.dumps([step for step in steps if step != run.step]))
             os.kill(os.getpid(), signal.SIGKILL)
+
+
+class Average(Hook):
+    """Exports the mean of the weights after all steps rather than the last ones."""
+
+    @override
+    def start(self, run: RunState) -> None:
+        self.sum = {name: torch.zeros_like(weight) for name, weight in run.model.named_parameters()}
+        self.steps = torch.zeros(())
+
+    @override
+    @torch.no_grad()
+    def updated(self, run: RunState) -> None:
+        self.steps += 1
+        for name, weight in run.model.named_parameters():
+            self.sum[name] += weight
+
+    @override
+    @torch.no_grad()
+    def export(self, model: nn.Module) -> nn.Module:
+        for name, weight in model.named_parameters():
+            weight.copy_(self.sum[name] / self.steps)
+        return model
+
+    @override
+    def state_dict(self) -> dict[str, Any]:
+        return {"sum": self.sum, "steps": self.steps}
+
+    @override
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self.steps.copy_(state["steps"])
+        for name, value in state["sum"].items():
+            self.sum[name].copy_(value)
 
 
 class Noise(Hook):

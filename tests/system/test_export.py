@@ -69,6 +69,19 @@ def test_a_quantizing_hook_quantizes_every_export(run: str, tmp_path: Path) -> N
     assert any(name.endswith("weight_packed") for name in open_model(str(tmp_path / "hf")).model.state_dict())
 
 
+def test_a_hook_exports_with_the_state_that_it_had_at_that_step(
+    run: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(str(Path(__file__).parent))
+    data = RunFolder.open(run).config().settings.data.url
+    hooks = ({"use": "rank_programs:Average"},)
+    train(tiny_settings(data, "train.steps=3", "checkpoint.every=1", hooks=hooks), str(tmp_path / "averaged"))
+    train(tiny_settings(data, "train.steps=3", "checkpoint.every=1"), str(tmp_path / "plain"))
+    each = [open_model(str(tmp_path / "plain"), step=step).model.state_dict() for step in (1, 2, 3)]
+    for name, mean in open_model(str(tmp_path / "averaged")).model.state_dict().items():
+        torch.testing.assert_close(mean, torch.stack([weights[name] for weights in each]).mean(dim=0))
+
+
 def test_int8_is_a_quarter_of_the_layers_size(run: str, tmp_path: Path) -> None:
     def layers(folder: str, **options: str) -> int:
         export(run, folder, **options)  # type: ignore[arg-type]
