@@ -82,12 +82,12 @@ class Saver:
             _log.warning("old checkpoints were not removed: %s", error)
 
     def _write(self, ref: StepRef, snapshot: Snapshot, *, copy: bool, staged: Callable[[], None]) -> PartInfo:
-        run = ensure_run(self._member)
-        self._make_room()
         share = stage(snapshot, self._history.known, self.pool, threads=self._member.options.threads, copy=copy)
         if copy:
-            staged()
+            staged()  # Before anything is asked of the storage, which may be far away.
         try:
+            run = ensure_run(self._member)
+            self._make_room()
             return write_share(self._member, run.run_id, ref, snapshot=snapshot, staged=share)
         finally:
             if share.buffer is not None:
