@@ -67,6 +67,13 @@ def test_uid64_is_the_number_that_the_first_16_digits_write(segments: Segments) 
     assert segments.uid64.tolist() == [int(shard.uid[:16], 16) for shard in SHARDS]
 
 
+def test_the_columns_of_a_slice_are_those_of_its_shards() -> None:
+    segments = Segments([segment_of(SHARDS).slice(2, 5)])
+    assert segments.uid64.tolist() == [int(shard.uid[:16], 16) for shard in SHARDS[2:7]]
+    assert segments.tokens.tolist() == [shard.tokens for shard in SHARDS[2:7]]
+    assert list(segments) == SHARDS[2:7]
+
+
 def test_known_uids_are_found_with_their_digests(segments: Segments) -> None:
     wanted = [SHARDS[0].uid, SHARDS[9].uid, "f" * 32]
     assert segments.digests_of(wanted) == {shard.uid: shard.digest for shard in (SHARDS[0], SHARDS[9])}
