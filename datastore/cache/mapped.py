@@ -26,8 +26,6 @@ __all__ = ["MAX_MAPS", "MappedBlocks"]
 MAX_MAPS = 32_768
 """Maps kept; half of what Linux allows a process by default (vm.max_map_count)."""
 
-_NONE: I64 = np.empty(0, np.int64)
-
 
 @dataclass(frozen=True, slots=True)
 class _Map:
@@ -74,7 +72,7 @@ class MappedBlocks(TokenBlocks):
     @override
     def absent(self, blocks: I64) -> I64:
         there = self._checked[blocks]
-        return _NONE if there.all() else np.unique(blocks[~there])
+        return blocks[:0] if there.all() else np.unique(blocks[~there])
 
     @override
     def fetch(self, block: int) -> bool:

@@ -65,15 +65,20 @@ class BlockCache(TokenBlocks):
     @contextmanager
     def hold(self, blocks: I64) -> Iterator[None]:
         wanted = np.unique(blocks)
-        need = int(self._layout.sizes(wanted).sum())
-        if need > self._budget_bytes:
-            raise self._too_small(need)
+        if len(wanted) * self._layout.largest_bytes > self._budget_bytes:
+            need = int(self._layout.sizes(wanted).sum())
+            if need > self._budget_bytes:
+                raise self._too_small(need)
         pinned, thread = wanted.tolist(), threading.get_ident()
         with self._changed:
             self._pins.update(pinned)
             self._holders[thread] += 1
+            there = self._resident[wanted]
+            for block in wanted[there].tolist():
+                self._recent.move_to_end(block)
+            self._hits += int(there.sum())
         try:
-            for block in pinned:
+            for block in wanted[~there].tolist():
                 self._bring(block, urgent=True)
             yield
         finally:
@@ -84,7 +89,8 @@ class BlockCache(TokenBlocks):
 
     @override
     def absent(self, blocks: I64) -> I64:
-        return np.unique(blocks[~self._resident[blocks]])
+        there = self._resident[blocks]
+        return blocks[:0] if there.all() else np.unique(blocks[~there])
 
     @override
     def fetch(self, block: int) -> bool:
@@ -92,8 +98,7 @@ class BlockCache(TokenBlocks):
 
     @override
     def tokens(self, shard: int) -> memoryview:
-        with self._changed:
-            return self._regions[shard].tokens
+        return self._regions[shard].tokens
 
     @override
     def stats(self) -> BlockStats:
@@ -145,7 +150,6 @@ class BlockCache(TokenBlocks):
         while True:
             if self._resident[block]:
                 self._recent.move_to_end(block)
-                self._hits += urgent
                 return False
             if block not in self._filling and (urgent or not self._waiting) and self._make_room(size):
                 self._filling[block] = size

@@ -31,8 +31,8 @@ class LoaderOptions(Document, frozen=True, kw_only=True):
     prefetch_batches: Count = 16
     """How far ahead blocks are fetched and checked."""
 
-    threads: Count = 4
-    """Threads that do it; 0 fetches when a block is needed."""
+    threads: Count = 8
+    """Threads that do it, mostly by waiting for the storage; 0 fetches when a block is needed."""
 
 
 def checked_options(options: LoaderOptions) -> LoaderOptions:

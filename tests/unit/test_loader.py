@@ -19,6 +19,7 @@ from datastore.loader.loader import Loader
 from datastore.loader.opening import lanes_for
 from datastore.loader.place import Place
 from datastore.loader.settings import LoaderOptions
+from datastore.storage.remote import FsspecStorage
 from datastore.store.dataset import Dataset, open_dataset
 from datastore.store.segment import Segments
 from datastore.testing.datasets import make_dataset
@@ -314,6 +315,14 @@ def test_each_block_is_fetched_once_if_memory_allows(remote: Dataset) -> None:
     stored = int(remote.segments.size_bytes.sum())
     assert stored - 4096 * 3 < stats["filled_bytes"] <= stored
     assert stats["evictions"] == 0
+
+
+def test_any_storage_gives_the_same_batches(dataset: Dataset) -> None:
+    elsewhere = open_dataset(FsspecStorage(f"file://{dataset.url}"))
+    with loader_of(dataset) as mapped, loader_of(elsewhere) as fetched:
+        for _ in range(100):
+            assert next(mapped).fingerprint() == next(fetched).fingerprint()
+        assert fetched.stats()["resident_bytes"] > mapped.stats()["resident_bytes"] == 0
 
 
 def test_lanes_follow_the_size_of_the_dataset(dataset: Dataset) -> None:
