@@ -43,10 +43,8 @@ def encode_documents(table: pa.Table) -> bytes:
         raise _wrong_columns(str(error)) from None
     if len(table.column_names) != len(DOCUMENTS_SCHEMA):
         raise _wrong_columns("unexpected columns")
-    if any(column.null_count for column in exact.columns):
-        raise _wrong_columns("a value is null")
     sink = io.BytesIO()
-    # One chunk per column: page borders must not depend on how the caller cut the table.
+    # One chunk per column: where a page ends would otherwise depend on how the caller cut the table.
     pq.write_table(
         exact.combine_chunks(),
         sink,

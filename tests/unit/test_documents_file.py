@@ -20,8 +20,10 @@ def test_no_documents_are_a_file_too() -> None:
 
 
 def test_the_same_rows_give_the_same_bytes_however_they_are_chunked() -> None:
-    table = documents_of(UID, list(range(500)))
-    pieces = pa.concat_tables([table.slice(0, 3), table.slice(3, 400), table.slice(403)])
+    # More than a megabyte of ids, so that the column has several pages and their borders show.
+    rows = 30_000
+    table = documents_of(UID, [1] * rows).set_column(0, "id", pa.array([f"{index:060d}" for index in range(rows)]))
+    pieces = pa.concat_tables([table.slice(0, 3), table.slice(3, 17_000), table.slice(17_003)])
     assert encode_documents(pieces) == encode_documents(table)
 
 
