@@ -25,6 +25,7 @@ from datastore.ingest.settings import IngestSettings
 from datastore.ingest.tokenizer import TokenizerSettings, train_tokenizer
 from datastore.storage.local import LocalStorage
 from datastore.store.dataset import Dataset, open_dataset
+from datastore.store.verify import verify
 
 SENTENCE = "the quick brown fox jumps over the lazy dog while naïve cats sit on a mat"
 WORDS = SENTENCE.split()
@@ -193,6 +194,34 @@ def test_bad_lines_are_kept_aside_with_place_and_reason_and_the_good_ones_get_in
     assert report.documents == dataset.totals.documents == 3
 
 
+@pytest.mark.parametrize("tokenized", [True, False])
+def test_of_documents_with_one_id_the_first_stays_however_far_apart_they_are(
+    run: Ingester, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, *, tokenized: bool
+) -> None:
+    monkeypatch.setattr("datastore.ingest.work._BATCH_BYTES", 700)
+    ids = [number % 150 if number % 3 else f"own {number}" for number in range(400)]
+    path = lines(tmp_path / "rows.jsonl", *({"id": name, "text": text(i)} for i, name in enumerate(ids)))
+    report = run(
+        path, task_bytes=9_000, shard_bytes=1024, max_reject_ratio=1.0, **({} if tokenized else {"tokenizer": ""})
+    )
+    assert report.shards > report.tasks > 2
+    first = [i for i, name in enumerate(ids) if ids.index(name) == i]
+    dataset = run.open()
+    rows = documents(dataset) if tokenized else dataset.to_arrow().to_pylist()
+    assert [(row["id"], row["text"]) for row in rows] == [(str(ids[i]), text(i)) for i in first]
+    assert report.rejected == {"duplicate_id": len(ids) - len(first)}
+    assert len(run.rejects(report)) == len(ids) - len(first)
+    assert report.documents == dataset.totals.documents == len(first)
+    assert not verify(dataset).bad
+
+
+def test_a_shard_of_nothing_but_repeated_ids_is_left_out(run: Ingester, tmp_path: Path) -> None:
+    path = lines(tmp_path / "rows.jsonl", *({"id": i % 50, "text": text(i)} for i in range(200)))
+    report = run(path, task_bytes=2048, max_reject_ratio=1.0)
+    assert report.shards < report.tasks
+    assert [row["id"] for row in documents(run.open())] == [str(i) for i in range(50)]
+
+
 def test_too_many_rejects_commit_nothing_and_a_higher_limit_goes_on_from_there(run: Ingester, tmp_path: Path) -> None:
     path = lines(tmp_path / "bad.jsonl", *({"text": text(i)} for i in range(9)), b"{")
     with pytest.raises(RejectedError, match=r"rejected=1, of=10.*invalid_json.*max_reject_ratio = 0\.1"):
@@ -327,11 +356,16 @@ def test_sources_with_nothing_but_binaries_are_empty(run: Ingester, tmp_path: Pa
         run(tmp_path / "bin")
 
 
-def test_a_file_that_changes_meanwhile_is_noticed(run: Ingester, src: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    "content", ["other", text(0) + "longer", text(0).upper()], ids=["shorter", "longer", "as long"]
+)
+def test_a_file_that_changes_meanwhile_is_noticed(
+    run: Ingester, src: Path, monkeypatch: pytest.MonkeyPatch, content: str
+) -> None:
     keep_plan = Journal.keep_plan
 
     def then_write(self: Journal, plan: Any) -> Any:
-        (src / "d0" / "00.txt").write_text("other")
+        (src / "d0" / "00.txt").write_text(content)
         return keep_plan(self, plan)
 
     monkeypatch.setattr(Journal, "keep_plan", then_write)
@@ -339,6 +373,12 @@ def test_a_file_that_changes_meanwhile_is_noticed(run: Ingester, src: Path, monk
         run(src)
     monkeypatch.undo()
     assert run(src).documents == 12
+
+
+def test_a_file_that_goes_away_meanwhile_is_noticed(run: Ingester, src: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Journal, "keep_plan", lambda _, plan: (src / "d0" / "00.txt").unlink() or plan)
+    with pytest.raises(ConflictError, match=r"changed while it was ingested \(file='src/d0/00.txt'\)"):
+        run(src)
 
 
 def test_progress_runs_from_nothing_to_everything(run: Ingester, src: Path) -> None:

@@ -181,6 +181,23 @@ def test_with_a_unicode_normalizer_gigatoken_gets_ascii_only(raw: bytes) -> None
     assert np.array_equal(fast.encode(texts).values, slow.encode(texts).values)
 
 
+@pytest.mark.parametrize("ascii_only", [True, False])
+def test_only_texts_of_settled_characters_reach_the_fast_encoder(raw: bytes, *, ascii_only: bool) -> None:
+    honest = ReferenceEncoder(load_tokenizer(raw), parallel=False)
+    seen: list[str] = []
+
+    class Noting:
+        def encode(self, text: str) -> Ids:
+            seen.append(text)
+            return honest.encode([text])[0]
+
+    fast = FastEncoder(Noting(), honest, ascii_only=ascii_only)
+    seen.clear()
+    texts = ["plain", "naïve 🙂", "new \U0001fae8", "none \U000e0fff", "plain again"]
+    assert [ids.tolist() for ids in fast.encode(texts)] == [ids.tolist() for ids in honest.encode(texts)]
+    assert set(seen) == {"plain", "plain again"} | (set() if ascii_only else {"naïve 🙂"})
+
+
 class Lying:
     """Agrees on everything but one word."""
 
