@@ -55,7 +55,7 @@ class IngestSettings(Document, frozen=True, kw_only=True):
     separator: str = ""
     """What parts the documents of a text file, such as `<|endoftext|>`. Empty: a file is one document."""
 
-    max_document_bytes: Annotated[int, msgspec.Meta(ge=1, le=2**30)] = 16 * 2**20
+    max_document_bytes: Annotated[int, msgspec.Meta(ge=1, le=2**29)] = 16 * 2**20
     """A longer document is rejected. Encoding takes some 200 times its size in memory with `tokenizers`."""
 
     max_expansion: Positive = 200

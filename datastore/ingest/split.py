@@ -65,7 +65,7 @@ def split_records(
             yield piece
         if stop is not None and scan.next_record >= stop:
             return
-    yield from scan.finish(stop)
+    yield from scan.finish()
 
 
 class _Scan:
@@ -102,8 +102,8 @@ class _Scan:
                 self.inside, self.dropped = True, 0
         self._drop_surplus()
 
-    def finish(self, stop: int | None) -> Iterator[Piece]:
-        if self.inside and (self.rest or self.dropped) and (stop is None or self.begin < stop):
+    def finish(self) -> Iterator[Piece]:
+        if self.inside and (self.rest or self.dropped):
             yield self._piece(self.rest, ended=False)
 
     def _piece(self, part: bytes, *, ended: bool) -> Piece:

@@ -12,7 +12,7 @@ from datastore.ingest.settings import IngestSettings
 from datastore.ingest.sources import read_url
 from datastore.ingest.tokens import TextEncoder
 from datastore.storage.base import Storage
-from datastore.storage.resolve import open_storage
+from datastore.storage.resolve import open_storage, strip_credentials
 from datastore.store.commits import CommitLog
 from datastore.store.create import read_info
 from datastore.store.dataset import split_reference
@@ -88,7 +88,7 @@ def open_target(to: str) -> Target:
     """
     name = split_reference(to)[1]
     if name:
-        raise ConfigError("a version cannot be added to", url=to, version=name, hint="Name the dataset without it.")
+        raise ConfigError("a version cannot be added to", url=strip_credentials(to), version=name, hint="Name the dataset without it.")
     storage = open_storage(to)
     try:
         info = read_info(storage)
