@@ -40,7 +40,7 @@ def write_token_shard(
     """
     encoded = encode_tokens(values, offsets)
     counts = np.diff(offsets)
-    if documents.num_rows != counts.size or not np.array_equal(documents.column("tokens").to_numpy(), counts):
+    if not np.array_equal(documents.column("tokens").to_numpy(), counts):
         raise ConfigError(
             "documents do not match the shard's rows",
             uid=uid,

@@ -14,7 +14,7 @@ from datastore.storage.local import LocalStorage
 from datastore.storage.memory import MemoryStorage
 from datastore.store.blocks import BadBlock, check_blocks
 from datastore.store.dataset import Dataset, open_dataset
-from datastore.store.manifest import INFO_KEY
+from datastore.store.manifest import INFO_KEY, commit_key, sum_refs
 from datastore.store.segment import BLOCK_BYTES
 from datastore.store.verify import verify
 from datastore.testing.datasets import make_dataset
@@ -133,3 +133,13 @@ def test_an_earlier_version_is_verified_without_the_later_one_s_shards(storage: 
     storage.delete(later.segments.shard(1).path)
     assert verify(open_dataset(storage, version=1)).ok
     assert not verify(later).ok
+
+
+@pytest.mark.parametrize("field", ["shards", "documents", "tokens", "size_bytes"])
+def test_a_commit_that_contradicts_its_segment_is_found(dataset: Dataset, field: str) -> None:
+    ref = dataset.commit.segments[0]
+    refs = (msgspec.structs.replace(ref, **{field: getattr(ref, field) + 1}),)
+    commit = msgspec.structs.replace(dataset.commit, segments=refs, totals=sum_refs(refs))
+    dataset.storage.put(commit_key(1), seal(commit))
+    found = verify(open_dataset(dataset.storage)).bad
+    assert [bad.path for bad in found] == [f"_segments/{ref.digest}.arrow"]
