@@ -5,6 +5,7 @@ two processes, proven complete, traced back to bytes, pruned, quantized, and ask
 `tools/demo`. What is done is remembered in demo/progress.json, so an interrupted demo goes on.
 """
 
+import hashlib
 import json
 import os
 import shlex
@@ -15,7 +16,7 @@ import sys
 import sysconfig
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,9 @@ ROOT = Path(__file__).resolve().parent.parent
 DEMO = Path("demo")
 PROGRESS = DEMO / "progress.json"
 DATASTORE = str(Path(sys.executable).parent / "datastore")
+SCRIPT = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()
+"""Names this version of the demo: what another one has begun is not gone on with."""
+
 ENVIRONMENT = os.environ | {"PYTHONPATH": "tools"}
 """Where the run finds its hook, `demo_hook:PullThePlug`."""
 
@@ -85,19 +89,21 @@ Figures = dict[str, Any]
 class Progress:
     """What is done, and the figures for the table at the end."""
 
+    script: str = ""
     seconds: dict[str, float] = field(default_factory=dict)
     figures: Figures = field(default_factory=dict)
 
     @staticmethod
     def load() -> "Progress":
-        """Return what an interrupted demo left behind, or a clean start."""
+        """Return what an interrupted demo left behind; a clean start if that was another demo, or there was none."""
         if not PROGRESS.exists():
-            return Progress()
-        return Progress(**json.loads(PROGRESS.read_text(encoding="utf-8")))
+            return Progress(SCRIPT)
+        found = Progress(**json.loads(PROGRESS.read_text(encoding="utf-8")))
+        return found if found.script == SCRIPT else Progress(SCRIPT)
 
     def save(self) -> None:
         """Remember, for the case that the next phase is interrupted."""
-        PROGRESS.write_text(json.dumps({"seconds": self.seconds, "figures": self.figures}, indent=2), encoding="utf-8")
+        PROGRESS.write_text(json.dumps(asdict(self), indent=2), encoding="utf-8")
 
 
 def run(*words: str, expect: int = 0) -> None:
@@ -258,9 +264,9 @@ def main(arguments: list[str]) -> int:
     if arguments not in ([], ["--fresh"]):
         print("usage: tools/demo [--fresh]", file=sys.stderr)
         return 2
-    if DEMO.exists() and (arguments or len(progress.seconds) == len(PHASES)):
-        shutil.rmtree(DEMO)
-        progress = Progress()
+    if arguments or len(progress.seconds) in {0, len(PHASES)}:
+        shutil.rmtree(DEMO, ignore_errors=True)
+        progress = Progress(SCRIPT)
     DEMO.mkdir(exist_ok=True)
     try:
         for number, (name, phase) in enumerate(PHASES.items(), start=1):
