@@ -23,8 +23,10 @@ from datastore.train.hooks.base import RunState
 from datastore.train.lock import RunLock
 from datastore.train.loop import Outcome, Watcher
 from datastore.train.metrics import MetricsWriter
+from datastore.train.model import parameter_count
 from datastore.train.progress import Progress
 from datastore.train.record import Record, StepEntry
+from datastore.train.speed import flops_per_token, peak_flops
 
 __all__ = ["Keeper", "Outputs"]
 
@@ -79,6 +81,10 @@ class Keeper(Watcher):
         self._meter = _Meter()
         self._line: dict[str, Any] = {}
         self._reported = 0.0
+        self._peak = peak_flops(parts.run.device)
+        self._flops_per_token = flops_per_token(
+            self._settings.model, parameters=parameter_count(parts.run.model), seq_len=self._settings.data.seq_len
+        )
         self.outputs: Outputs | None = None
         self.last: Outcome | None = None
         self.validation_loss: float | None = None
@@ -131,10 +137,11 @@ class Keeper(Watcher):
 
     @override
     def pause(self, run: RunState, *, last: bool) -> None:
-        if self._eval_due(run.step) or (last and self._settings.eval.every):
+        finished = run.step == run.steps
+        if finished or (self._eval_due(run.step) and not last):  # Who was asked to stop has no time for it.
             self._evaluate()
         if self._save_due(run.step) or last:
-            self._save(run.step)
+            self._save(run.step, blocking=last)
         if last:
             self._write_line()
         self.tell()
@@ -192,7 +199,7 @@ class Keeper(Watcher):
         )
         self.validation_loss = self._line["validation_loss"] = found.loss
 
-    def _save(self, step: int) -> None:
+    def _save(self, step: int, *, blocking: bool) -> None:
         segment = self._record.close_segment(self._session)
         if self.outputs is not None:
             if self.outputs.lock.lost:
@@ -202,7 +209,7 @@ class Keeper(Watcher):
             self.outputs.metrics.flush()
         started = time.perf_counter()
         numbers = {"loss": self.last.loss if self.last else None, "validation_loss": self.validation_loss}
-        self._checkpointer.save(step, self._items, metrics=numbers)
+        self._checkpointer.save(step, self._items, metrics=numbers, blocking=blocking)
         self._line["save_stall_s"] = time.perf_counter() - started
 
     def _numbers(self, outcome: Outcome) -> dict[str, Any]:
@@ -216,6 +223,10 @@ class Keeper(Watcher):
             "tokens_per_s": outcome.samples * self._settings.data.seq_len / outcome.seconds,
             "data_wait": outcome.wait_seconds / outcome.seconds,
         }
+        if self._peak is not None:
+            line["mfu"] = line["tokens_per_s"] * self._flops_per_token / (self._peak * self._parts.ranks.world)
+        cache = self._parts.loader.stats()
+        line |= {f"cache_{key}": cache[key] for key in ("hits", "fills", "evictions") if key in cache}
         for hook in self._parts.hooks.values():
             line |= hook.metrics()
         return line

@@ -113,25 +113,23 @@ class RunFolder:
         return unseal(RunConfig, raw, where=f"{self.url}/{CONFIG_KEY}")
 
     def begin(self, settings: Settings) -> RunConfig:
-        """Return the config of the run, making it if the folder is new.
+        """Return the config of a run that may be new; nothing is written yet.
+
+        A run without a checkpoint has learned nothing, so it may still become another one.
 
         Raises:
             ResumeError: the folder belongs to a run with other settings, or another dataset; the message names them.
-            ConfigError: the folder holds something else.
+            ConfigError: the folder holds something else, or a setting does not fit the dataset.
         """
-        if any(found.key == CONFIG_KEY for found in self.storage.list()):
-            return self.again(settings)
-        foreign = next((found.key for found in self.storage.list() if not found.key.startswith("lock/")), None)
-        if foreign is not None:
-            raise ConfigError(
-                "the run folder is not empty, and holds no run",
-                url=self.url,
-                found=foreign,
-                hint="Name another folder.",
-            )
-        config = _new_config(settings)
-        self.storage.put(CONFIG_KEY, seal(config))
-        return config
+        if is_run(self.storage):
+            if next(iter(self.storage.list("steps")), None) is not None:
+                return self.again(settings)
+        else:
+            foreign = next((found.key for found in self.storage.list() if not found.key.startswith("lock/")), None)
+            if foreign is not None:
+                hint = "Name another folder."
+                raise ConfigError("the folder is not empty, and holds no run", url=self.url, found=foreign, hint=hint)
+        return _new_config(settings)
 
     def again(self, settings: Settings) -> RunConfig:
         """Return the config of a run that exists, its changeable settings replaced by those of `settings`.
@@ -149,11 +147,11 @@ class RunFolder:
                 run=self.url,
                 hint="Give it the old settings, or start another run.",
             )
-        if _without_secrets(settings) == config.settings:
-            return config
-        config = msgspec.structs.replace(config, settings=_without_secrets(settings))
+        return msgspec.structs.replace(config, settings=_without_secrets(settings))
+
+    def store(self, config: RunConfig) -> None:
+        """Make `config` that of the run; only the holder of the lock may."""
         self.storage.put(CONFIG_KEY, seal(config))
-        return config
 
     def add_session(self, session: Session) -> None:
         """Store the record of a session that begins to take steps."""

@@ -82,12 +82,12 @@ def run_session(task: Task, launch: Launch, report: Callable[[Progress], None]) 
         split = open_split(config)
         parts = assemble(config, split, ranks, machine=machine)
         stack.callback(parts.loader.close)
-        checkpointer = _open_checkpointer(config.settings, folder, ranks, session=name)
-        stack.callback(checkpointer.close)
+        checkpointer = stack.enter_context(_open_checkpointer(config.settings, folder, ranks, session=name))
         keeper = Keeper(parts, session=name, checkpointer=checkpointer, samples=_samples(split, parts), stop=stop)
         note = keeper.restore()
         resumed_from = parts.run.step
         if ranks.rank == 0:
+            folder.store(config)  # Not before: what does not work must not be in the way of what does.
             folder.add_session(_session(name, parts))
             metrics = MetricsWriter(
                 folder.storage, session=name, first_step=resumed_from + 1, tensorboard=_board(config.settings, folder)
@@ -114,7 +114,7 @@ def run_session(task: Task, launch: Launch, report: Callable[[Progress], None]) 
 
 
 def _agree_on_config(task: Task, folder: RunFolder, ranks: Ranks) -> RunConfig:
-    """Return what rank 0 finds in the run folder, or puts there."""
+    """Return what rank 0 finds in the run folder, or will put there."""
     text = ""
     if ranks.rank == 0:
         text = encode_config(folder.begin(task.settings) if task.fresh else folder.again(task.settings))
