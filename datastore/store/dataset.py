@@ -19,7 +19,7 @@ from datastore.store.manifest import Commit, DatasetInfo, Kind, Totals
 from datastore.store.opening import load_segments
 from datastore.store.segment import Segments
 from datastore.store.shards import read_documents, read_record_shard, read_token_shard
-from datastore.store.tags import read_tag
+from datastore.store.tags import read_tagged
 from datastore.store.tokenizers import read_tokenizer
 
 __all__ = ["Dataset", "open_dataset", "split_reference"]
@@ -161,15 +161,19 @@ def open_dataset(
     if version is not None and tag is not None:
         raise ConfigError("a version and a tag are named", version=version, tag=tag, hint="Name one of them.")
     info = read_info(url)
-    log = CommitLog(url, exclusive=info.exclusive)
-    if tag is not None:
-        version = read_tag(url, tag).version
-    commit = log.newest() if version is None else log.read(version)
+    commit = _commit(url, version, tag)
     if commit is None:
         raise MissingError(
             "the dataset has no version yet", url=url.url, hint="Finish the ingest that was begun, by running it again."
         )
     return Dataset(url, info=info, commit=commit)
+
+
+def _commit(storage: Storage, version: int | None, tag: str | None) -> Commit | None:
+    if tag is not None:
+        return read_tagged(storage, tag)
+    log = CommitLog(storage)
+    return log.newest() if version is None else log.read(version)
 
 
 def split_reference(url: str) -> tuple[str, str]:

@@ -3,12 +3,12 @@
 import re
 
 from datastore.document import seal, unseal
-from datastore.errors import ConfigError, ConflictError, MissingError
+from datastore.errors import ConfigError, ConflictError, CorruptError, MissingError
 from datastore.storage.base import Storage
 from datastore.store.commits import CommitLog, utc_now
 from datastore.store.manifest import Commit, Tag, tag_key
 
-__all__ = ["list_tags", "read_tag", "remove_tag", "set_tag"]
+__all__ = ["list_tags", "read_tag", "read_tagged", "remove_tag", "set_tag"]
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 _FOLDER = "refs/tags"
@@ -53,11 +53,35 @@ def read_tag(storage: Storage, name: str) -> Tag:
     """
     key = tag_key(_checked(name))
     try:
-        return unseal(Tag, storage.get(key), where=key)
+        tag = unseal(Tag, storage.get(key), where=key)
     except MissingError:
         raise MissingError(
             "no such tag", url=storage.url, tag=name, tags=list_tags(storage)[:10], hint="Name a version or a tag."
         ) from None
+    if tag.name != name:
+        raise CorruptError(
+            "a tag lies under another's name", where=key, found=tag.name, hint="Restore this file from a copy."
+        )
+    return tag
+
+
+def read_tagged(storage: Storage, name: str) -> Commit:
+    """Return the version that a tag names.
+
+    Raises:
+        ConfigError, MissingError, CorruptError: as `read_tag` and `CommitLog.stored`; also CorruptError if that
+            version is not the one that was tagged.
+    """
+    tag = read_tag(storage, name)
+    stored = CommitLog(storage).stored(tag.version)
+    if stored.sha256 != tag.commit_sha256:
+        raise CorruptError(
+            "the version is not the one that was tagged",
+            where=tag_key(name),
+            version=tag.version,
+            hint="Restore the tag or the commit from a copy.",
+        )
+    return stored.commit
 
 
 def list_tags(storage: Storage) -> list[str]:

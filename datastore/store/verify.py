@@ -22,7 +22,7 @@ from datastore.store.dataset import Dataset
 from datastore.store.manifest import INFO_KEY, Commit, SegmentRef, commit_key, sum_refs, tag_key, tokenizer_key
 from datastore.store.opening import load_segment
 from datastore.store.segment import Segments, ShardInfo, segment_key, segment_ref
-from datastore.store.tags import list_tags, read_tag
+from datastore.store.tags import list_tags, read_tagged
 from datastore.store.tokenizers import read_tokenizer
 
 __all__ = ["VerifyReport", "verify"]
@@ -95,7 +95,7 @@ def _checks(dataset: Dataset) -> Iterator[Callable[[], _Found]]:
     yield partial(_one, INFO_KEY, partial(_check_info, dataset))
     yield partial(_check_history, storage, commit)
     for name in list_tags(storage):
-        yield partial(_one, tag_key(name), partial(_check_tag, storage, name))
+        yield partial(_one, tag_key(name), partial(read_tagged, storage, name))
     if commit.tokenizer is not None:
         key = tokenizer_key(commit.tokenizer.sha256)
         yield partial(_one, key, partial(read_tokenizer, storage, commit.tokenizer))
@@ -120,14 +120,6 @@ def _one(path: str, check: Callable[[], object]) -> _Found:
 def _check_info(dataset: Dataset) -> None:
     if read_info(dataset.storage) != dataset.info:
         raise CorruptError("the dataset's identity has changed since it was opened")
-
-
-def _check_tag(storage: Storage, name: str) -> None:
-    tag = read_tag(storage, name)
-    if tag.name != name:
-        raise CorruptError(f"the tag lies under another's name than {tag.name}")
-    if CommitLog(storage).stored(tag.version).sha256 != tag.commit_sha256:
-        raise CorruptError(f"version {tag.version} is not the one that was tagged")
 
 
 def _check_segment(storage: Storage, ref: SegmentRef, into: list[Segments]) -> None:

@@ -210,7 +210,7 @@ def test_a_tag_that_names_a_replaced_version_is_found() -> None:
     finally:
         sample.storage.put("refs/tags/first.json", tag)
     assert [(found.path, found.reason) for found in bad] == [
-        ("refs/tags/first.json", "version 1 is not the one that was tagged")
+        ("refs/tags/first.json", "the version is not the one that was tagged")
     ]
 
 

@@ -188,6 +188,20 @@ class TestTags:
         set_tag(storage, "v1", second, replace=True)
         assert read_tag(storage, "v1").version == 2
 
+    def test_a_tag_in_another_s_place_opens_nothing(self, storage: Storage) -> None:
+        set_tag(storage, "old", make_dataset(storage, [[1]], name="a").commit)
+        set_tag(storage, "new", make_dataset(storage, [[2]], name="b").commit)
+        storage.put("refs/tags/old.json", storage.get("refs/tags/new.json"))
+        with pytest.raises(CorruptError, match="another's name"):
+            open_dataset(storage, tag="old")
+
+    def test_a_tag_opens_only_the_version_that_was_tagged(self, storage: Storage) -> None:
+        commit = make_dataset(storage, [[1]]).commit
+        set_tag(storage, "v1", commit)
+        storage.put(commit_key(1), seal(msgspec.structs.replace(commit, writer="someone else")))
+        with pytest.raises(CorruptError, match="not the one that was tagged"):
+            open_dataset(storage, tag="v1")
+
     def test_tags_are_listed_and_removed(self, storage: Storage) -> None:
         commit = make_dataset(storage, [[1]]).commit
         for name in ("b", "a.1", "C"):
