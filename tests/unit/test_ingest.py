@@ -407,6 +407,7 @@ def test_an_interrupted_ingest_goes_on_where_it_was(run: Ingester, src: Path, tm
     report = ingest([str(src)], run.url, settings=settings, progress=seen.append)
     assert report.tasks_resumed == 2
     assert seen[0].tasks_done == 2
+    assert (seen[-1].tasks_done, seen[-1].source_bytes) == (seen[-1].tasks, seen[-1].source_bytes_total)
     run.url = str(tmp_path / "undisturbed")
     run(src)
     undisturbed = open_dataset(run.url)
