@@ -1,5 +1,7 @@
 """Documents: a value has one text, a text has one value, and no changed bit goes unseen."""
 
+import subprocess
+import sys
 from typing import Annotated, Any
 
 import jsonschema
@@ -162,3 +164,33 @@ def test_another_writer_may_space_its_json_differently_if_its_digest_says_so() -
     assert unseal(Stored, raw, where="here").title == "one line"
     with pytest.raises(CorruptError, match="does not match its digest"):
         unseal(Stored, raw.replace(b"one", b"two"), where="here")
+
+
+FIRST_DECODED_BY_MANY = """
+import sys, threading
+from datastore.document import Document, Sealed, seal, unseal
+class Piece(Document, frozen=True, kw_only=True):
+    name: str; shape: tuple[int, ...]; offsets: tuple[int, ...]; start: int; stop: int
+class Part(Sealed, frozen=True, kw_only=True):
+    name: str; rank: int; world: int; pieces: tuple[Piece, ...]; items: dict[str, str]
+sys.setswitchinterval(1e-6)
+piece = Piece(name="a", shape=(1,), offsets=(0,), start=0, stop=1)
+raw = seal(Part(name="b", rank=0, world=1, pieces=(piece,), items={"a": "b"}))
+start = threading.Barrier(8)
+def decode():
+    start.wait()
+    unseal(Part, raw, where="here")
+threads = [threading.Thread(target=decode) for _ in range(8)]
+for thread in threads:
+    thread.start()
+for thread in threads:
+    thread.join()
+"""
+
+
+def test_a_kind_may_be_decoded_for_the_first_time_by_several_threads_at_once() -> None:
+    for _ in range(5):  # Without the lock every second process is killed by SIGSEGV.
+        done = subprocess.run(
+            [sys.executable, "-c", FIRST_DECODED_BY_MANY], capture_output=True, text=True, check=False
+        )
+        assert (done.returncode, done.stderr) == (0, "")
