@@ -35,10 +35,10 @@ ENVIRONMENT = os.environ | {"PYTHONPATH": "tools"}
 LIBRARY = Path(sysconfig.get_paths()["stdlib"])
 
 SOURCE = [str(LIBRARY), "--include", "*.py", "--exclude", "site-packages", "--exclude", "dist-packages"]
-STEPS = 240
-KILLED_AFTER = 100
-PRUNE_FROM = 160
-TRACED = 120
+STEPS = 200
+KILLED_AFTER = 90
+PRUNE_FROM = 140
+TRACED = 85
 CONFIG = f"""\
 # The demo's run. Every key is explained in docs/trainer.md.
 [data]
@@ -62,18 +62,18 @@ warmup = 20
 steps = {STEPS}
 
 [checkpoint]
-every = 40
+every = 20
 keep = 100
 
 [eval]
-every = 80
+every = 40
 samples = 128
 
 [[hooks]]
 use = "prune"
 ratio = 2.0
 start = {PRUNE_FROM}
-stop = {STEPS - 30}
+stop = {STEPS - 20}
 
 [[hooks]]
 use = "demo_hook:PullThePlug"
