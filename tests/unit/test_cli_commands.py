@@ -1,0 +1,130 @@
+"""Every command: its help, its flags, its JSON."""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import click
+import pytest
+
+from datastore.cli.main import cli
+from datastore.cli.shell import Session, call
+from datastore.testing.runs import make_language, tiny_settings
+from datastore.train.trainer import train
+
+
+def commands(group: click.Group, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], click.Command]]:
+    for name, command in group.commands.items():
+        if isinstance(command, click.Group):
+            yield from commands(command, (*path, name))
+        else:
+            yield (*path, name), command
+
+
+COMMANDS = dict(commands(cli))
+REPORTING = [path for path in COMMANDS if path != ("tag",)]
+
+FLAGS = {
+    "ingest": "dry-run exclude id-key include max-reject-ratio on-error separator set text-key to tokenizer workers",
+    "tokenizer train": "exclude include text-key to vocab",
+    "show": "",
+    "ls": "documents limit",
+    "log": "",
+    "verify": "",
+    "tag": "delete replace",
+    "train": "processes set take-over to",
+    "resume": "processes set take-over",
+    "prove": "",
+    "trace": "limit rank step",
+    "evaluate": "run samples step",
+    "generate": "prompt seed step temperature tokens top-k",
+    "checkpoint ls": "",
+    "checkpoint show": "step",
+    "checkpoint verify": "step",
+    "checkpoint gc": "dry-run last",
+    "checkpoint export": "quantize replace step",
+    "doctor": "url",
+}
+"""Every flag but --json, --debug and --help. A flag that goes or changes its name breaks somebody's script."""
+
+
+def test_the_flags_are_those_that_people_use() -> None:
+    found = {
+        " ".join(path): " ".join(
+            sorted(
+                option.removeprefix("--")
+                for parameter in command.params
+                if isinstance(parameter, click.Option)
+                for option in parameter.opts
+                if option not in {"--json", "--debug"}
+            )
+        )
+        for path, command in COMMANDS.items()
+    }
+    assert found == FLAGS
+
+
+@pytest.mark.parametrize("path", COMMANDS, ids=" ".join)
+def test_help_ends_with_an_example_and_needs_nothing(path: tuple[str, ...], capsys: pytest.CaptureFixture[str]) -> None:
+    assert call(cli, [*path, "--help"], Session()) == 0
+    shown = capsys.readouterr().out
+    assert f"  datastore {' '.join(path)}" in shown.partition("Example:")[2]
+    assert "--debug" in shown
+
+
+@pytest.mark.parametrize("path", REPORTING, ids=" ".join)
+def test_what_reports_can_report_in_json(path: tuple[str, ...]) -> None:
+    assert "--json" in {option for parameter in COMMANDS[path].params for option in parameter.opts}
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the dataset `data` and the run `run`."""
+    folder = tmp_path_factory.mktemp("cli")
+    make_language(folder / "data")
+    train(tiny_settings(folder / "data", "train.steps=6", "checkpoint.every=2"), str(folder / "run"))
+    return folder
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        "show data",
+        "ls data",
+        "ls data --documents",
+        "log data",
+        "verify data",
+        "prove run",
+        "trace run --step 3",
+        "evaluate run",
+        "generate run --prompt w1 --tokens 4",
+        "checkpoint ls run",
+        "checkpoint show run",
+        "checkpoint verify run",
+        "checkpoint gc run --dry-run",
+        "checkpoint export run model --replace",
+        "resume run",
+    ],
+)
+def test_json_is_one_document_and_nothing_else(
+    run: Path, words: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(run)
+    assert call(cli, [*words.split(), "--json"], Session()) == 0
+    json.loads(capsys.readouterr().out)
+    assert call(cli, words.split(), Session()) == 0
+    text = capsys.readouterr().out
+    assert text.strip()
+    assert not text.startswith(("{", "["))
+
+
+def test_a_tag_is_set_moved_and_removed(
+    run: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(run)
+    assert call(cli, ["tag", "data", "v1"], Session()) == 0
+    assert call(cli, ["show", "data@v1", "--json"], Session()) == 0
+    out = capsys.readouterr().out
+    assert json.loads(out[out.index("{") :])["tags"] == {"v1": 1}
+    assert call(cli, ["tag", "data", "v1", "--delete"], Session()) == 0
+    assert call(cli, ["show", "data@v1"], Session()) == 1
