@@ -189,7 +189,7 @@ def test_a_kind_may_be_decoded_for_the_first_time_by_several_threads_at_once() -
     values: dict[str, Any] = {"run_id": "r", "step": 1, "save_id": "s", "rank": 0, "world": 1, "part": "p"}
     values |= {"size_bytes": 0, "data_start": 0, "header_digest": "", "chunk_bytes": 1}
     raw = seal(PartInfo(**values, entries=(), items={"a": "b"}, own_items={}))
-    for _ in range(5):  # Without the lock every second process is killed by SIGSEGV.
+    for _ in range(5):  # Without the lock one process in four is killed by SIGSEGV.
         command = [sys.executable, "-c", FIRST_DECODED_BY_MANY]
         done = subprocess.run(command, input=raw, capture_output=True, check=False)
         assert (done.returncode, done.stderr) == (0, b"")
