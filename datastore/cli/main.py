@@ -1,5 +1,6 @@
 """`datastore`: the group of all commands, and the entry point of the process."""
 
+import logging
 import signal
 import sys
 from typing import NoReturn
@@ -38,6 +39,7 @@ def main() -> NoReturn:
     """Run the command line of this process and exit."""
     session = Session()
     sys.excepthook = last_words(session)
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
     if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:
         signal.signal(signal.SIGINT, signal.default_int_handler)
     status = call(cli, None, session)

@@ -81,7 +81,7 @@ def call(command: click.Command, arguments: Sequence[str] | None, session: Sessi
     except click.exceptions.NoArgsIsHelpError as help_wanted:
         sys.stderr.write(f"{help_wanted.format_message()}\n")
         return _status(help_wanted)
-    except (click.ClickException, DatastoreError, ModuleNotFoundError, OSError) as error:
+    except (click.ClickException, DatastoreError, MemoryError, ModuleNotFoundError, OSError) as error:
         if session.debug:
             traceback.print_exception(error)
         code, text = _explain(error)
@@ -108,6 +108,8 @@ def _explain(error: Exception) -> tuple[str, str]:
     if isinstance(error, ModuleNotFoundError):
         package = (error.name or "").partition(".")[0]
         return "dependency", f"a Python package is missing (name={package!r}). Install the extra that brings it."
+    if isinstance(error, MemoryError):
+        return "memory", "the machine has no memory left for this. Use fewer processes, or smaller batches and tasks."
     return "system", f"{error}."
 
 

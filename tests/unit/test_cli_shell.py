@@ -40,6 +40,7 @@ def raising(error: BaseException) -> Callable[[], object]:
         (CorruptError("bytes do not match their digest", where="shards/ab/x"), 1),
         (StorageError("disk full", url="data/"), 1),
         (OSError(28, "No space left on device", "data/x"), 1),
+        (MemoryError(), 1),
         (ModuleNotFoundError("No module named 'torch'", name="torch"), 1),
     ],
     ids=lambda value: type(value).__name__ if isinstance(value, Exception) else "",
