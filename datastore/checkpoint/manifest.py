@@ -13,7 +13,9 @@ as numbers do. A part may hold nothing new: a `PartInfo` then points into parts 
 """
 
 import re
-from typing import Any
+from typing import Annotated, Any
+
+import msgspec
 
 from datastore.document import Document, Sealed
 
@@ -55,6 +57,11 @@ _STEP = re.compile(r"steps/(\d{10,})\.json")
 _PART = re.compile(r"parts/(\d{10,})-[0-9a-f]{16}-\d{5,}\.(?:safetensors|json|failed)")
 
 
+Count = Annotated[int, msgspec.Meta(ge=0)]
+Positive = Annotated[int, msgspec.Meta(ge=1)]
+Shape = tuple[Count, ...]
+
+
 class RunInfo(Sealed, frozen=True, kw_only=True):
     """What never changes in a run. If this file is lost, it is written again from the newest step."""
 
@@ -71,12 +78,12 @@ class Entry(Document, frozen=True, kw_only=True):
 
     tensor: str
     dtype: str
-    global_shape: tuple[int, ...]
-    shape: tuple[int, ...]
-    offsets: tuple[int, ...]
+    global_shape: Shape
+    shape: Shape
+    offsets: Shape
     part: str
-    start: int
-    stop: int
+    start: Count
+    stop: Count
     digests: str
     """xxh3_128 of each chunk of the bytes [start, stop), as hex, one after the other."""
 
@@ -90,19 +97,19 @@ class PartInfo(Sealed, frozen=True, kw_only=True):
     """What one rank contributes to one step."""
 
     run_id: str
-    step: int
+    step: Count
     save_id: str
-    rank: int
-    world: int
+    rank: Count
+    world: Positive
     part: str
     """Key of the part file; "" if every piece is as it was in an earlier save."""
 
-    size_bytes: int
-    data_start: int
+    size_bytes: Count
+    data_start: Count
     header_digest: str
     """xxh3_128 of the first `data_start` bytes of the part, the safetensors header."""
 
-    chunk_bytes: int
+    chunk_bytes: Positive
     entries: tuple[Entry, ...]
     items: dict[str, str]
     """Digest of each shared item's values and tensor shapes: ranks that disagree are found before the commit."""
@@ -114,25 +121,25 @@ class PartInfo(Sealed, frozen=True, kw_only=True):
 class StepRef(Document, frozen=True, kw_only=True):
     """Names one save of one step."""
 
-    step: int
+    step: Count
     save_id: str
 
 
 class PartRef(Document, frozen=True, kw_only=True):
     """One rank's contribution, named by the commit with the digest of its `PartInfo`."""
 
-    rank: int
+    rank: Count
     info: str
     info_digest: str
     part: str
-    size_bytes: int
+    size_bytes: Count
 
 
 class StepCommit(Sealed, frozen=True, kw_only=True):
     """One restorable step. Once this file exists every part it names has been verified to be there."""
 
     run_id: str
-    step: int
+    step: Count
     save_id: str
     session: str
     parent: StepRef | None
@@ -140,7 +147,7 @@ class StepCommit(Sealed, frozen=True, kw_only=True):
 
     time: str
     writer: str
-    world: int
+    world: Positive
     parts: tuple[PartRef, ...]
     uses: tuple[str, ...]
     """Part files of earlier saves that entries point into."""
@@ -159,7 +166,7 @@ class StepCommit(Sealed, frozen=True, kw_only=True):
 class LatestHint(Sealed, frozen=True, kw_only=True):
     """For people and dashboards; `restore` lists the steps instead."""
 
-    step: int
+    step: Count
     save_id: str
 
 
