@@ -25,6 +25,7 @@ def ls(*, run: str, as_json: bool) -> None:
     from datastore.storage.resolve import open_storage
     from datastore.units import format_bytes
 
+    _steps(run, None)
     found = list_steps(open_storage(run))
     if as_json:
         say_json(found)
