@@ -74,6 +74,6 @@ def _sentence(rng: np.random.Generator, words: int) -> np.ndarray[Any, np.dtype[
 
 def _tokenizer() -> bytes:
     vocabulary = {"<end>": END_OF_TEXT} | {f"w{word}": word for word in range(1, WORDS + 1)}
-    tokenizer = Tokenizer(WordLevel(vocabulary, unk_token="<end>"))
+    tokenizer = Tokenizer(WordLevel(vocabulary, unk_token="<end>"))  # noqa: S106 - a token, no password
     tokenizer.pre_tokenizer = WhitespaceSplit()
     return tokenizer.to_str().encode()
