@@ -29,7 +29,7 @@ from datastore.document import Document
 from datastore.errors import DatastoreError, WaitError
 from datastore.train.signals import on_first_signal
 
-__all__ = ["LOST_PEER", "Launch", "Task", "error_from", "error_to", "spawn"]
+__all__ = ["LOST_PEER", "Launch", "LostPeerError", "Task", "error_from", "error_to", "spawn"]
 
 LOST_PEER = 75
 """Exit status of a rank that failed only because another one did."""
@@ -38,6 +38,10 @@ _GRACE_S = 20.0
 """How long the other ranks have to end by themselves after one failed."""
 
 _POLL_S = 0.2
+
+
+class LostPeerError(WaitError):
+    """This rank can do nothing more because another one has gone; that one's end says why."""
 
 
 class Launch(Document, frozen=True, kw_only=True):

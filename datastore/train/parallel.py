@@ -20,7 +20,7 @@ from torch.distributed import PrefixStore, Store, TCPStore  # type: ignore[attr-
 from torch.nn.parallel import DistributedDataParallel
 
 from datastore.errors import ConfigError, WaitError
-from datastore.train.launch import Launch
+from datastore.train.launch import Launch, LostPeerError
 
 __all__ = ["Ranks", "connect", "cores", "device_name", "pick_device"]
 
@@ -86,6 +86,7 @@ def connect(launch: Launch, *, device: torch.device, timeout_s: float) -> Iterat
 
     Raises:
         WaitError: not all ranks came in time.
+        LostPeerError: another rank died or was late while the block ran.
     """
     if launch.world == 1:
         yield Ranks(launch, device, None)
@@ -119,8 +120,19 @@ def connect(launch: Launch, *, device: torch.device, timeout_s: float) -> Iterat
         ) from error
     try:
         yield Ranks(launch, device, PrefixStore("datastore", store))
+    except RuntimeError as error:
+        if not _is_lost_peer(error):
+            raise
+        raise LostPeerError(
+            "another rank has gone", rank=launch.rank, hint="See what it says. Its last checkpoint is complete."
+        ) from error
     finally:
         dist.destroy_process_group()
+
+
+def _is_lost_peer(error: RuntimeError) -> bool:
+    """Gloo raises a plain RuntimeError when a peer has gone or is late; its text names the source file."""
+    return isinstance(error, dist.DistError) or "gloo" in str(error).lower()
 
 
 def pick_device(wanted: str, launch: Launch) -> torch.device:

@@ -13,7 +13,7 @@ import msgspec
 import orjson
 
 from datastore.errors import DatastoreError
-from datastore.train.launch import LOST_PEER, Task, error_to
+from datastore.train.launch import LOST_PEER, LostPeerError, Task, error_to
 
 __all__ = ["main"]
 
@@ -26,13 +26,11 @@ def main() -> int:
     with os.fdopen(task.events_fd, "wb", buffering=0) as pipe:
         try:
             result = _call(task, lambda event: _write(pipe, {"event": event}))
+        except LostPeerError:
+            return LOST_PEER
         except DatastoreError as error:
             _write(pipe, {"error": error_to(error)})
             return 1
-        except RuntimeError as error:
-            if not _is_lost_peer(error):
-                raise
-            return LOST_PEER
         _write(pipe, {"result": result})
     return 0
 
@@ -63,13 +61,6 @@ def _end_with_parent() -> None:
     while os.read(0, 1):
         pass
     os._exit(LOST_PEER)
-
-
-def _is_lost_peer(error: RuntimeError) -> bool:
-    """Gloo raises a plain RuntimeError when a peer has gone; its text names the source file."""
-    from torch.distributed import DistError  # noqa: PLC0415 - only after a failure
-
-    return isinstance(error, DistError) or "gloo" in str(error).lower()
 
 
 if __name__ == "__main__":

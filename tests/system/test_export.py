@@ -74,7 +74,7 @@ def test_a_hook_exports_with_the_state_that_it_had_at_that_step(
 ) -> None:
     monkeypatch.syspath_prepend(str(Path(__file__).parent))
     data = RunFolder.open(run).config().settings.data.url
-    hooks = ({"use": "rank_programs:Average"},)
+    hooks = ({"use": "training_hooks:Average"},)
     train(tiny_settings(data, "train.steps=3", "checkpoint.every=1", hooks=hooks), str(tmp_path / "averaged"))
     train(tiny_settings(data, "train.steps=3", "checkpoint.every=1"), str(tmp_path / "plain"))
     each = [open_model(str(tmp_path / "plain"), step=step).model.state_dict() for step in (1, 2, 3)]

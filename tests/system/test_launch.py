@@ -43,12 +43,12 @@ def test_a_rank_that_was_killed_is_named() -> None:
 def test_the_peers_of_a_killed_rank_end_and_it_is_the_one_that_is_named() -> None:
     started = time.monotonic()
     with pytest.raises(WaitError, match=r"rank=1, cause='SIGKILL'"):
-        spawn("rank_programs:wait_for_a_peer_that_dies", {}, processes=2)
+        spawn("training_programs:wait_for_a_peer_that_dies", {}, processes=2)
     assert time.monotonic() - started < 60
 
 
 def test_ranks_share_texts_and_sums_that_wrap() -> None:
-    results = spawn("rank_programs:agree", {}, processes=3)
+    results = spawn("training_programs:agree", {}, processes=3)
     wrapped = (3 * (2**63 - 1) + 2**63) % 2**64 - 2**63
     assert all(result == {"shared": "from rank 0", "least": 8, "sum": [wrapped, 3]} for result in results)
 

@@ -17,7 +17,7 @@ def _programs(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_two_ranks_train_a_linear_layer_and_print_the_same_falling_loss(capfd: pytest.CaptureFixture[str]) -> None:
-    first, second = spawn("rank_programs:linear_layer", {}, processes=2)
+    first, second = spawn("training_programs:linear_layer", {}, processes=2)
     assert first == second
     assert len(first) == 10
     assert all(later < earlier for earlier, later in pairwise(first))
@@ -29,5 +29,5 @@ def test_two_ranks_train_a_linear_layer_and_print_the_same_falling_loss(capfd: p
 @pytest.mark.parametrize("world", [2, 4, pytest.param(8, marks=pytest.mark.slow)])
 def test_a_gradient_of_a_tenth_on_every_node_moves_every_parameter_by_a_tenth_of_the_rate(world: int) -> None:
     lr = 0.5
-    for values in spawn("rank_programs:eight_parameters", {"lr": lr}, processes=world):
+    for values in spawn("training_programs:eight_parameters", {"lr": lr}, processes=world):
         assert values == pytest.approx([1 - 0.1 * lr] * 8, abs=1e-7)

@@ -28,7 +28,7 @@ from datastore.train.trainer import resume, train
 
 HERE = Path(__file__).parent
 PRUNE = {"use": "prune", "ratio": 4.0, "every": 3}
-NOISE = {"use": "rank_programs:Noise"}
+NOISE = {"use": "training_hooks:Noise"}
 
 PROGRAM = """
 import sys
@@ -97,7 +97,7 @@ def test_metrics_have_one_record_for_each_step(language: str, tmp_path: Path) ->
 
 def test_a_run_that_was_killed_in_the_middle_of_steps_ends_with_the_same_bits(language: str, tmp_path: Path) -> None:
     kills = tmp_path / "kills.json"
-    settings = tiny_settings(language, hooks=(PRUNE, NOISE, {"use": "rank_programs:Kill", "file": str(kills)}))
+    settings = tiny_settings(language, hooks=(PRUNE, NOISE, {"use": "training_hooks:Kill", "file": str(kills)}))
     train(settings, str(tmp_path / "undisturbed"))
     steps = [3, 7, 12]
     kills.write_text(json.dumps(steps))
@@ -137,7 +137,7 @@ def test_twenty_kills_at_random_moments_change_no_bit(language: str, tmp_path: P
 @pytest.mark.slow
 def test_three_ranks_that_were_killed_and_resumed_end_with_the_same_bits(language: str, tmp_path: Path) -> None:
     kills = tmp_path / "kills.json"
-    hook = {"use": "rank_programs:Kill", "file": str(kills)}
+    hook = {"use": "training_hooks:Kill", "file": str(kills)}
     settings = tiny_settings(language, "train.steps=10", "checkpoint.every=2", hooks=(PRUNE, NOISE, hook))
     train(settings, str(tmp_path / "undisturbed"), processes=3)
     kills.write_text("[6]")
@@ -151,17 +151,16 @@ def test_three_ranks_that_were_killed_and_resumed_end_with_the_same_bits(languag
 
 
 def test_any_number_of_ranks_and_micro_batches_learns_the_same(language: str, tmp_path: Path) -> None:
-    """12 samples on 1 rank; on 5, which does not divide 12; accumulated; and first on 1, then on 2."""
-    train(tiny_settings(language), str(tmp_path / "1"))
-    train(tiny_settings(language), str(tmp_path / "5"), processes=5)
-    train(tiny_settings(language, "train.micro_batch=5"), str(tmp_path / "micro"))
-    train(
-        tiny_settings(language, "checkpoint.every=10"), str(tmp_path / "changed"), processes=1, on_progress=_stop_at(7)
-    )
+    """13 samples on 1 rank; on 2, of which one gets more; accumulated; and first on 1, then on 2."""
+    batch = "data.global_batch=13"
+    train(tiny_settings(language, batch), str(tmp_path / "1"))
+    train(tiny_settings(language, batch), str(tmp_path / "2"), processes=2)
+    train(tiny_settings(language, batch, "train.micro_batch=5"), str(tmp_path / "micro"))
+    train(tiny_settings(language, batch, "checkpoint.every=10"), str(tmp_path / "changed"), on_progress=_stop_at(7))
     resumed = resume(str(tmp_path / "changed"), processes=2)
     assert 7 <= resumed.resumed_from < 20
     expected = [line["loss"] for line in read_metrics(RunFolder.open(str(tmp_path / "1")).storage)]
-    for name in ("5", "micro", "changed"):
+    for name in ("2", "micro", "changed"):
         losses = [line["loss"] for line in read_metrics(RunFolder.open(str(tmp_path / name)).storage)]
         assert losses == pytest.approx(expected, abs=1e-5), name
         assert record(tmp_path / name) == record(tmp_path / "1"), name

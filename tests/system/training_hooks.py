@@ -1,0 +1,81 @@
+"""Hooks of tests, named in their settings as `training_hooks:Kill`."""
+
+import json
+import os
+import signal
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+from typing_extensions import override
+
+from datastore.document import Document
+from datastore.train.hooks.base import Hook, RunState
+from datastore.train.objectives import MicroBatch
+
+
+class KillSettings(Document, frozen=True, kw_only=True):
+    file: str
+    """Steps at which to die, as JSON; each is taken out of the file before."""
+
+
+class Kill(Hook):
+    """Dies in the middle of a step: gradients are there, parameters have not moved yet."""
+
+    Settings: ClassVar[type[Document]] = KillSettings
+
+    def __init__(self, settings: KillSettings) -> None:
+        super().__init__(settings)
+        self._file = Path(settings.file)
+
+    @override
+    def gradients(self, run: RunState) -> None:
+        if run.rank or not self._file.exists():
+            return
+        steps = json.loads(self._file.read_text())
+        if run.step in steps:
+            self._file.write_text(json.dumps([step for step in steps if step != run.step]))
+            os.kill(os.getpid(), signal.SIGKILL)
+
+
+class Average(Hook):
+    """Exports the mean of the weights after all steps rather than the last ones."""
+
+    @override
+    def start(self, run: RunState) -> None:
+        self.sum = {name: torch.zeros_like(weight) for name, weight in run.model.named_parameters()}
+        self.steps = torch.zeros(())
+
+    @override
+    @torch.no_grad()
+    def updated(self, run: RunState) -> None:
+        self.steps += 1
+        for name, weight in run.model.named_parameters():
+            self.sum[name] += weight
+
+    @override
+    @torch.no_grad()
+    def export(self, model: nn.Module) -> nn.Module:
+        for name, weight in model.named_parameters():
+            weight.copy_(self.sum[name] / self.steps)
+        return model
+
+    @override
+    def state_dict(self) -> dict[str, Any]:
+        return {"sum": self.sum, "steps": self.steps}
+
+    @override
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self.steps.copy_(state["steps"])
+        for name, value in state["sum"].items():
+            self.sum[name].copy_(value)
+
+
+class Noise(Hook):
+    """Draws random numbers in every step, as dropout does."""
+
+    @override
+    def loss(self, loss: Tensor, batch: MicroBatch, outputs: Tensor) -> Tensor:
+        return loss * (1 + 0.1 * torch.rand(()))

@@ -1,0 +1,158 @@
+"""What tests let several ranks do with torch; imported by the processes that `datastore.train.launch.spawn` starts."""
+
+import contextlib
+import os
+import signal
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from typing_extensions import override
+
+from datastore.train.hooks.base import RunState
+from datastore.train.launch import Launch
+from datastore.train.loop import Outcome, Watcher, Work, run_loop
+from datastore.train.objectives import MicroBatch, Objective
+from datastore.train.optim import make_optimizer
+from datastore.train.parallel import Ranks, connect
+from datastore.train.settings import OptimSettings
+
+Report = Callable[[dict[str, Any]], None]
+
+
+def wait_for_a_peer_that_dies(launch: Launch, arguments: dict[str, Any], report: Report) -> None:  # noqa: ARG001
+    with connect(launch, device=torch.device("cpu"), timeout_s=60) as ranks:
+        ranks.least(1)
+        if launch.rank == 1:
+            os.kill(os.getpid(), signal.SIGKILL)
+        ranks.least(2)
+
+
+def agree(launch: Launch, arguments: dict[str, Any], report: Report) -> dict[str, Any]:  # noqa: ARG001
+    with connect(launch, device=torch.device("cpu"), timeout_s=60) as ranks:
+        values = torch.tensor([2**63 - 1, ranks.rank], dtype=torch.int64)
+        return {
+            "shared": ranks.share("word", f"from rank {ranks.rank}"),
+            "least": ranks.least(10 - ranks.rank),
+            "sum": ranks.sum(values)().tolist(),
+        }
+
+
+class Rows:
+    """What the loop asks of a batch, without a dataset."""
+
+    def __init__(self, tokens: np.ndarray[Any, np.dtype[np.uint16]]) -> None:
+        self.tokens = tokens
+        self.valid = np.ones(len(tokens), np.bool_)
+        self.cursor = 0
+
+    def fingerprint(self) -> int:
+        return 0
+
+
+class Ledger(Watcher):
+    """Remembers losses and prints each."""
+
+    def __init__(self, rank: int) -> None:
+        self.rank = rank
+        self.losses: list[float] = []
+
+    @override
+    def stopping(self) -> bool:
+        return False
+
+    @override
+    def settled(self, outcome: Outcome) -> None:
+        self.losses.append(outcome.loss)
+        sys.stdout.write(f"rank {self.rank} iteration {outcome.step} loss {outcome.loss!r}\n")
+        sys.stdout.flush()
+
+    @override
+    def due(self, step: int) -> bool:
+        return False
+
+    @override
+    def pause(self, run: RunState, *, last: bool) -> None:
+        pass
+
+
+class Regression(Objective):
+    """Learn a fixed linear map from random inputs; the token of a row is the seed of its input."""
+
+    def __init__(self) -> None:
+        self.truth = torch.randn(10, 10, generator=torch.Generator().manual_seed(1))
+
+    def inputs(self, batch: MicroBatch) -> Tensor:
+        seeds = batch.inputs[:, 0].tolist()
+        return torch.stack([torch.randn(10, generator=torch.Generator().manual_seed(seed)) for seed in seeds])
+
+    @override
+    def outputs(self, model: nn.Module, batch: MicroBatch) -> Tensor:
+        return model(self.inputs(batch))  # type: ignore[no-any-return]
+
+    @override
+    def loss(self, outputs: Tensor, batch: MicroBatch) -> Tensor:
+        return (outputs - self.inputs(batch) @ self.truth).square().mean()
+
+
+class Constant(Objective):
+    """The gradient of every parameter is 0.1, whatever the batch."""
+
+    @override
+    def outputs(self, model: nn.Module, batch: MicroBatch) -> Tensor:
+        return model()  # type: ignore[no-any-return]
+
+    @override
+    def loss(self, outputs: Tensor, batch: MicroBatch) -> Tensor:
+        return 0.1 * outputs.sum()
+
+
+class Eight(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.values = nn.Parameter(torch.ones(8))
+
+    def forward(self) -> Tensor:
+        return self.values
+
+
+def learn(ranks: Ranks, model: nn.Module, objective: Objective, *, lr: float, steps: int) -> Ledger:
+    """Take `steps` steps of plain gradient descent with the same 8 rows of each rank every time."""
+    optimizer = make_optimizer(model, OptimSettings(use="sgd", lr=lr, weight_decay=0))
+    wrapped = ranks.distribute(model)
+    tokens = np.arange(8 * ranks.rank, 8 * ranks.rank + 8, dtype=np.uint16)
+    rows = Rows(np.stack([tokens, tokens], axis=1))
+
+    run = RunState(model, optimizer, 0, steps, ranks.rank, ranks.world, ranks.device)
+    work = Work(
+        model=wrapped,
+        objective=objective,
+        hooks=(),
+        ranks=ranks,
+        batches=lambda: rows,  # type: ignore[arg-type,return-value]
+        rows=8 * ranks.world,
+        micro_rows=8,
+        precision="fp32",
+        clip=0.0,
+        rate=lambda _step: lr,
+        guard=contextlib.nullcontext,
+    )
+    ledger = Ledger(ranks.rank)
+    run_loop(run, work, ledger)
+    return ledger
+
+
+def linear_layer(launch: Launch, arguments: dict[str, Any], report: Report) -> list[float]:  # noqa: ARG001
+    with connect(launch, device=torch.device("cpu"), timeout_s=60) as ranks:
+        torch.manual_seed(launch.rank)  # Other weights on each rank: those of rank 0 must win.
+        return learn(ranks, nn.Linear(10, 10), Regression(), lr=0.2, steps=10).losses
+
+
+def eight_parameters(launch: Launch, arguments: dict[str, Any], report: Report) -> list[float]:  # noqa: ARG001
+    with connect(launch, device=torch.device("cpu"), timeout_s=120) as ranks:
+        model = Eight()
+        learn(ranks, model, Constant(), lr=arguments["lr"], steps=1)
+        return model.values.tolist()
