@@ -88,7 +88,9 @@ def open_target(to: str) -> Target:
     """
     name = split_reference(to)[1]
     if name:
-        raise ConfigError("a version cannot be added to", url=strip_credentials(to), version=name, hint="Name the dataset without it.")
+        raise ConfigError(
+            "a version cannot be added to", url=strip_credentials(to), version=name, hint="Name the dataset without it."
+        )
     storage = open_storage(to)
     try:
         info = read_info(storage)
