@@ -11,9 +11,13 @@ import uuid
 from collections.abc import Iterator
 from pathlib import Path
 
+import hypothesis
 import pytest
 
 pytest.register_assert_rewrite("datastore.testing.storage")
+# A law does not fail because the machine is busy.
+hypothesis.settings.register_profile("laws", deadline=None)
+hypothesis.settings.load_profile("laws")
 
 ROOT = Path(__file__).parents[1]
 TOOL = ROOT / "tools" / "s3"

@@ -186,6 +186,15 @@ def test_threads_that_fetch_ahead_never_break_the_budget_and_never_starve_the_ho
     the_budget_holds(cache)
 
 
+def test_while_a_holder_waits_for_room_no_thread_that_fetches_ahead_takes_it() -> None:
+    storage, dataset = faulty_dataset()
+    cache = BlockCache(storage, dataset.segments, budget_bytes=2**20)
+    cache._waiting = 1
+    assert not cache.fetch(5)
+    cache._waiting = 0
+    assert cache.fetch(5)
+
+
 def test_holds_that_wait_for_each_other_end_in_an_error() -> None:
     storage, dataset = faulty_dataset()
     cache = BlockCache(storage, dataset.segments, budget_bytes=3 * BLOCK)

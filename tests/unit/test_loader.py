@@ -14,6 +14,7 @@ import pyarrow as pa
 import pytest
 
 from datastore.errors import ConfigError, CorruptError, DatastoreError, ResumeError
+from datastore.loader.batch import fingerprint_of
 from datastore.loader.geometry import sample_grid
 from datastore.loader.loader import Loader
 from datastore.loader.opening import lanes_for
@@ -296,6 +297,55 @@ def test_a_forked_child_goes_on_by_itself(place: str, request: pytest.FixtureReq
     assert process.exitcode == 0
     assert [next(loader).fingerprint() for _ in range(30)] == wanted
     loader.close()
+
+
+@pytest.mark.filterwarnings("ignore:This process:DeprecationWarning")
+def test_a_child_forked_while_a_thread_holds_the_lock_does_not_wait_for_it(remote: Dataset) -> None:
+    loader = loader_of(remote)
+    next(loader)
+    locked, done = threading.Event(), threading.Event()
+
+    def hold() -> None:
+        with loader._blocks._changed:  # type: ignore[union-attr]
+            locked.set()
+            done.wait()
+
+    holder = threading.Thread(target=hold)
+    holder.start()
+    locked.wait()
+    context = multiprocessing.get_context("fork")
+    receiver, sender = context.Pipe(duplex=False)
+    process = context.Process(target=lambda: sender.send(next(loader).cursor))
+    process.start()
+    done.set()
+    holder.join()
+    went_on = receiver.poll(20)
+    process.kill()
+    process.join()
+    assert went_on
+    loader.close()
+
+
+def test_rows_that_only_fill_up_leave_no_trace_in_the_fingerprint(dataset: Dataset) -> None:
+    *_, last = loader_of(dataset, options=LoaderOptions(epochs=1))
+    kept = last.valid
+    assert 0 < kept.sum() < 8
+    alone = fingerprint_of(last.tokens[kept], positions=last.positions[kept], samples=last.samples[kept])
+    assert last.fingerprint() == alone
+    assert fingerprint_of(last.tokens[:0], positions=last.positions[:0], samples=last.samples[:0]) == 0
+
+
+def test_a_fingerprint_tells_positions_samples_and_tokens_apart(dataset: Dataset) -> None:
+    batch = next(loader_of(dataset))
+    tokens = batch.tokens.copy()
+    tokens[3, 5] ^= 1
+    swapped = batch.samples[[1, 0, *range(2, 8)]]
+    others = [
+        fingerprint_of(tokens, positions=batch.positions, samples=batch.samples),
+        fingerprint_of(batch.tokens, positions=batch.positions, samples=swapped),
+        fingerprint_of(batch.tokens, positions=batch.positions + 8, samples=batch.samples),
+    ]
+    assert len({batch.fingerprint(), *others}) == 4
 
 
 def test_a_remote_loader_warns_when_memory_is_too_short_for_its_lanes(remote: Dataset) -> None:
