@@ -20,7 +20,7 @@ from datastore.checkpoint.commit import (
     write_hint,
 )
 from datastore.checkpoint.history import History
-from datastore.checkpoint.manifest import PartInfo, StepCommit, StepRef
+from datastore.checkpoint.manifest import PartInfo, RunInfo, StepCommit, StepRef
 from datastore.checkpoint.retention import collect
 from datastore.checkpoint.run import Member, ensure_run
 from datastore.checkpoint.save import stage, write_share
@@ -39,6 +39,7 @@ class Saver:
         self._member = member
         self._keep = keep
         self._history = history
+        self._run: RunInfo | None = None
         self.pool = BufferPool()
 
     def save(
@@ -86,9 +87,9 @@ class Saver:
         if copy:
             staged()  # Before anything is asked of the storage, which may be far away.
         try:
-            run = ensure_run(self._member)
+            self._run = self._run or ensure_run(self._member)
             self._make_room()
-            return write_share(self._member, run.run_id, ref, snapshot=snapshot, staged=share)
+            return write_share(self._member, self._run.run_id, ref, snapshot=snapshot, staged=share)
         finally:
             if share.buffer is not None:
                 self.pool.give(share.buffer)

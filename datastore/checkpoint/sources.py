@@ -93,6 +93,8 @@ class _Mapped:
             raise MissingError("no such key", key=part, hint="Check the URL and the name.") from None
         try:
             self._map = mmap.mmap(fd, 0, access=mmap.ACCESS_COPY)
+        except ValueError:  # What Python says of an empty file.
+            raise self._unreadable(0, 0, "the file is empty") from None
         finally:
             os.close(fd)
         self._bytes: Bytes = np.frombuffer(self._map, dtype=np.uint8)

@@ -227,3 +227,12 @@ def test_a_damaged_step_stays_listed_with_its_error(run: Path) -> None:
     assert (older.step, older.error) == (OLDER, "")
     assert newer.step == NEWER
     assert "StepCommit" in newer.error
+
+
+def test_a_step_file_under_the_name_of_another_step_is_found(run: Path) -> None:
+    shutil.copy(run / f"steps/{OLDER:010d}.json", run / f"steps/{NEWER + 1:010d}.json")
+    target = items(BEFORE)
+    with Checkpointer(run) as ck:
+        info = ck.restore(target)
+    assert info.step == NEWER
+    assert "holds another step" in info.fell_back[0].reason

@@ -301,3 +301,52 @@ def test_an_agreement_is_the_least_of_all_votes_each_time(storage: MemoryStorage
         return [vote(rank + 5), vote(-rank), all_equal(vote, 7), all_equal(vote, rank)]
 
     assert on_ranks(3, one) == [[5, -2, True, False]] * 3
+
+
+def test_ranks_that_see_different_saves_of_one_step_load_neither(storage: MemoryStorage) -> None:
+    save(storage, 1, 10, value=1.0)
+    other = MemoryStorage(uuid.uuid4().hex)
+    with Checkpointer(other, session="another") as ck:
+        ck.save(10, state(2.0), blocking=True)
+    meeting = Meeting(2)
+
+    def restore(rank: int) -> set[float]:
+        into = state(0.0)
+        with member([storage, other][rank], rank, 2) as ck, pytest.raises(ConflictError, match="different saves"):
+            ck.restore(into, agree=meeting.least)
+        return values(into)
+
+    assert on_ranks(2, restore) == [{0.0}] * 2
+
+
+def test_a_part_that_is_not_as_long_as_it_was_written_is_not_committed(
+    storage: MemoryStorage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    honest = MemoryStorage.put_new
+
+    def lossy(self: MemoryStorage, key: str, *chunks: Any) -> None:
+        honest(self, key, *(chunks[:-1] if key.endswith("00001.safetensors") else chunks))
+
+    monkeypatch.setattr(MemoryStorage, "put_new", lossy)
+
+    def one(rank: int) -> str:
+        ck = member(storage, rank, 2)
+        with pytest.raises(StorageError, match="not as long as it was written") as caught:
+            ck.save(1, state(1.0)).committed(timeout_s=60)
+        ck.close()
+        return str(caught.value)
+
+    assert "00001.safetensors" in on_ranks(2, one)[0]
+    assert not list(storage.list("steps"))
+
+
+def test_weights_tied_on_one_rank_only_are_found_before_the_commit(storage: MemoryStorage) -> None:
+    def one(rank: int) -> None:
+        a, b = torch.ones(5), torch.ones(5)
+        ck = member(storage, rank, 2)
+        with pytest.raises(DatastoreError, match="a tensor"):
+            ck.save(1, {"state": {"a": a, "b": a if rank else b}}).committed(timeout_s=60)
+        ck.close()
+
+    on_ranks(2, one)
+    assert not list(storage.list("steps"))
