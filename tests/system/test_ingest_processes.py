@@ -106,20 +106,6 @@ def test_any_number_of_workers_writes_the_same_bytes(
     assert contents(tmp_path / "data") == undisturbed
 
 
-def kill_and_go_on(ground: Ground, to: Path, delays_s: list[float]) -> int:
-    """Start the ingest again and again, killing it after each delay; then let it finish. Return how many got killed."""
-    killed = 0
-    for number, delay_s in enumerate(delays_s):
-        process = subprocess.Popen(ground.command(to, workers=1 + number % 3), stdout=subprocess.DEVNULL)
-        try:
-            process.wait(delay_s)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            killed += process.wait() == -signal.SIGKILL
-    assert ground.finish(to) in {"1 True", "1 False"}
-    return killed
-
-
 def check_whole(to: Path, undisturbed: dict[str, str]) -> None:
     assert contents(to) == undisturbed
     dataset = open_dataset(to)
@@ -149,12 +135,23 @@ def test_twenty_kills_at_random_moments_change_nothing(
     started = time.monotonic()
     ground.finish(tmp_path / "timed")
     whole_s = time.monotonic() - started
-    killed = 0
-    for part in range(5):
+    killed = part = 0
+    while killed < 20:
         to = tmp_path / f"data{part}"
-        killed += kill_and_go_on(ground, to, [rng.uniform(0.1, 1) * whole_s for _ in range(5)])
-        check_whole(to, undisturbed)
-    assert killed >= 20
+        process = subprocess.Popen(ground.command(to, workers=1 + killed % 3), stdout=subprocess.DEVNULL)
+        try:
+            process.wait(rng.uniform(0.2, 1) * whole_s)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            killed += process.wait() == -signal.SIGKILL
+        else:  # It got through: on with a new one.
+            assert process.returncode == 0
+            assert ground.finish(to) == "1 False"
+            check_whole(to, undisturbed)
+            part += 1
+            assert part < 40
+    assert ground.finish(tmp_path / f"data{part}") in {"1 True", "1 False"}
+    check_whole(tmp_path / f"data{part}", undisturbed)
 
 
 def test_a_kill_between_commit_and_goodbye_commits_once(
