@@ -34,6 +34,8 @@ class BlockLayout:
         per_shard = -(-segments.size_bytes // segments.block_bytes)
         self._first = np.zeros(len(segments) + 1, np.int64)
         np.cumsum(per_shard, out=self._first[1:])
+        self._widest = int(segments.itemsize.max(initial=0))
+        self._mixed = int(segments.itemsize.min(initial=self._widest)) < self._widest
 
     @property
     def blocks(self) -> int:
@@ -54,6 +56,12 @@ class BlockLayout:
         low: I64 = first + np.floor_divide(origin + start * itemsize, block_bytes)
         high: I64 = first + np.floor_divide(origin + stop * itemsize - 1, block_bytes)
         return low, high
+
+    def is_narrow(self, shards: I64) -> npt.NDArray[np.bool_]:
+        """Return whether the tokens of each shard have fewer bytes than those of others do."""
+        if not self._mixed:
+            return np.zeros(shards.shape, np.bool_)
+        return np.less(self._segments.itemsize[shards], self._widest)
 
     def of_shard(self, shard: int) -> range:
         """Return the blocks of one shard."""

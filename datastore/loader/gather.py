@@ -33,28 +33,25 @@ class Gatherer:
         if budget is None or len(reads.blocks) * self._blocks.layout.largest_bytes <= budget:
             with self._blocks.hold(reads.blocks):
                 self._copy_rows(reads, out)
+                for row, spans in reads.pieces.items():
+                    self._copy_pieces(spans, out[row])
         else:
             self._copy_row_by_row(reads, out)
 
     def _copy_rows(self, reads: Reads, out: TokenArray) -> None:
-        width, tokens_of, pieces = self._width, self._blocks.tokens, reads.pieces
+        width, tokens_of = self._width, self._blocks.tokens
         target = out.reshape(-1).data
-        at = 0
-        for row, (shard, start) in enumerate(zip(reads.shards, reads.starts, strict=True)):
-            if row in pieces:
-                self._copy_pieces(pieces[row], out[row])
-            else:
-                tokens = tokens_of(shard)
-                if tokens.format == target.format:
-                    target[at : at + width] = tokens[start : start + width]
-                else:
-                    out[row] = np.asarray(tokens[start : start + width])
-            at += width
+        for row, shard, start in zip(reads.rows, reads.shards, reads.starts, strict=True):
+            at = row * width
+            target[at : at + width] = tokens_of(shard)[start : start + width]
 
     def _copy_row_by_row(self, reads: Reads, out: TokenArray) -> None:
         """Hold no more than one row's blocks at a time: slow, but it works in any memory that has room for them."""
-        for row, (shard, start) in enumerate(zip(reads.shards, reads.starts, strict=True)):
-            spans = reads.pieces.get(row, [Span(shard, start, start + self._width)])
+        stretches = {
+            row: [Span(shard, start, start + self._width)]
+            for row, shard, start in zip(reads.rows, reads.shards, reads.starts, strict=True)
+        }
+        for row, spans in (stretches | reads.pieces).items():
             with self._blocks.hold(blocks_of(spans, self._blocks.layout)):
                 self._copy_pieces(spans, out[row])
 

@@ -1,5 +1,6 @@
 """What a batch reads: per row the shard and where in it, and the blocks that have to be there; many batches at once."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -14,14 +15,17 @@ __all__ = ["Reads", "blocks_of", "reads_of"]
 
 @dataclass(frozen=True, slots=True)
 class Reads:
-    """The reads of one batch."""
+    """The reads of one batch: `rows`, `shards` and `starts` go together."""
+
+    rows: Sequence[int]
+    """Rows that are one stretch of one shard."""
 
     shards: list[int]
     starts: list[int]
-    """Where each row starts in its shard; the row is `seq_len + 1` tokens of it, unless it is in `pieces`."""
+    """Where each of them starts in its shard."""
 
     pieces: dict[int, list[Span]]
-    """Rows that are not one stretch of one shard: those that cross a border, and empty ones that only fill up."""
+    """The other rows: those that cross a border, those of narrower tokens, and empty ones that only fill up."""
 
     blocks: I64
     """All blocks needed, in no order, with repeats."""
@@ -37,17 +41,21 @@ def reads_of(plans: list[BatchPlan], *, grid: SampleGrid, layout: BlockLayout) -
     starts = np.where(filled, grid.start_in(shards, samples), 0)
     tokens = grid.token_start[shards + 1] - grid.token_start[shards]
     stops = starts + grid.seq_len + 1
-    odd = ~filled | (stops > tokens)
+    odd = ~filled | (stops > tokens) | layout.is_narrow(shards)
     first, last = layout.of_tokens(shards, starts, np.minimum(stops, np.maximum(tokens, 1)))
     ends = np.concatenate([first, last], axis=1)
     plain = ~(odd | (last - first > 1)).any(axis=1)
+    rows = range(samples.shape[1])
     reads = []
-    for row, plan in enumerate(plans):
-        pieces = _pieces(grid, plan, odd[row]) if not plain[row] else {}
-        blocks = (
-            ends[row] if plain[row] else _all_blocks(layout, pieces, first[row][filled[row]], last[row][filled[row]])
-        )
-        reads.append(Reads(shards[row].tolist(), starts[row].tolist(), pieces, blocks))
+    for index, plan in enumerate(plans):
+        if plain[index]:
+            reads.append(Reads(rows, shards[index].tolist(), starts[index].tolist(), {}, ends[index]))
+            continue
+        whole, used = ~odd[index], filled[index]
+        pieces = _pieces(grid, plan, odd[index])
+        blocks = _all_blocks(layout, pieces, first[index][used], last[index][used])
+        stretches = (np.flatnonzero(whole).tolist(), shards[index][whole].tolist(), starts[index][whole].tolist())
+        reads.append(Reads(*stretches, pieces, blocks))
     return reads
 
 
