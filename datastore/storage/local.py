@@ -1,9 +1,10 @@
 """Storage in a folder of this machine: each key is one file below the root.
 
-A write goes to `.<name>.<random>.tmp` beside its target, is flushed to the disk, and only then gets its name: by
-`rename(2)` for `put`, by `link(2)` for `put_new`. The folder is flushed last, so what was acknowledged survives a
-power cut. The price is two flushes per write (some milliseconds); many tiny keys are slow, shards do not notice.
-A writer that was killed leaves at most a hidden temporary file, which no listing shows.
+A write goes to a file without a name, is flushed to the disk, then is called `.<name>.<random>.tmp` for a moment and
+gets its own name from there: by `rename(2)` for `put`, by `link(2)` for `put_new`. The folder is flushed last, so what
+was acknowledged survives a power cut. The price is two flushes per write (some milliseconds); many tiny keys are slow,
+shards do not notice. The kernel removes a file without a name when its writer dies, so a killed one leaves nothing but,
+where file systems have no such files (NFS), a hidden one, which no listing shows.
 """
 
 import errno
@@ -24,8 +25,16 @@ from datastore.storage.reasons import ABSENT, conflict, explain, missing, too_sh
 
 __all__ = ["LocalStorage"]
 
+_linkat = os.link
+
 _MAX_IO_BYTES = 2**30
 """Bytes per system call; Linux moves at most 2 GiB - 4 KiB at once."""
+
+_ANONYMOUS = hasattr(os, "O_TMPFILE") and Path("/proc/self/fd").is_dir()
+"""Whether this system has files without a name, and can name them later. Source: open(2) on O_TMPFILE."""
+
+_NO_ANONYMOUS = {errno.EOPNOTSUPP, errno.EISDIR, errno.EINVAL, errno.ENOENT}
+"""What a file system without them says; or the folder is not there yet, which making the named one will tell."""
 
 _ATTEMPTS = 5
 """How often a folder may vanish (emptied by a `delete`) between making and using it before we give up."""
@@ -186,12 +195,14 @@ def _staged(path: str, chunks: Sequence[Buffer]) -> Iterator[str]:
     """Yield a hidden, flushed file beside `path` that holds the chunks; flush the folder once it has been named."""
     folder, name = os.path.split(path)
     staged = f"{folder}/.{name}.{uuid.uuid4().hex}.tmp"
-    fd = _create(folder, staged)
+    fd, named = _create(folder, staged)
     try:
         try:
             for chunk in chunks:
                 _write_all(fd, memoryview(chunk).cast("B"))
             os.fdatasync(fd) if sys.platform != "darwin" else os.fsync(fd)
+            if not named:
+                _name(fd, folder, staged)
         finally:
             os.close(fd)
         yield staged
@@ -201,14 +212,41 @@ def _staged(path: str, chunks: Sequence[Buffer]) -> Iterator[str]:
     _flush_folder(folder)
 
 
-def _create(folder: str, staged: str) -> int:
-    """Return a descriptor of the new file `staged`; make its folder if it is not there."""
-    for _ in range(_ATTEMPTS):
-        with suppress(FileNotFoundError):
-            return os.open(staged, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
+def _create(folder: str, staged: str) -> tuple[int, bool]:
+    """Return a descriptor of a new file, and whether it is called `staged` or nothing; make its folder if need be."""
+    for last in range(_ATTEMPTS, -1, -1):
+        try:
+            return _open_new(folder, staged)
+        except FileNotFoundError:
+            if not last:
+                raise
         with suppress(FileNotFoundError):
             _make_folder(folder)
-    return os.open(staged, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
+    raise AssertionError  # The last attempt returns or raises.
+
+
+def _open_new(folder: str, staged: str) -> tuple[int, bool]:
+    if _ANONYMOUS:
+        try:
+            return os.open(folder, os.O_WRONLY | os.O_TMPFILE | os.O_CLOEXEC, 0o666), False
+        except OSError as error:
+            if error.errno not in _NO_ANONYMOUS:
+                raise
+    return os.open(staged, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666), True
+
+
+def _name(fd: int, folder: str, staged: str) -> None:
+    """Give the anonymous file behind `fd` a name; a `delete` may have emptied and removed its folder meanwhile."""
+    for last in range(_ATTEMPTS, -1, -1):
+        try:
+            # With a folder's descriptor Python calls linkat(2), which follows the link in /proc; link(2) does not.
+            return _linkat(f"/proc/self/fd/{fd}", staged, src_dir_fd=fd, follow_symlinks=True)
+        except FileNotFoundError:
+            if not last:
+                raise
+        with suppress(FileNotFoundError):
+            _make_folder(folder)
+    return None
 
 
 def _write_all(fd: int, rest: memoryview) -> None:

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from datastore.errors import StorageError
+from datastore.storage import local
 from datastore.storage.local import LocalStorage
 
 WRITER = """
@@ -168,7 +169,31 @@ def test_bytes_are_flushed_before_they_get_their_name_and_the_name_before_the_an
     assert events == [
         *made, first, "link root/a/b/k", "fsync root/a/b", second, "replace root/a/b/k", "fsync root/a/b",
     ]  # fmt: skip
-    assert all(Path(event).name.startswith(".k.") for event in (first, second))
+    assert all(event.startswith("fdatasync root/a/b/") for event in (first, second))
+
+
+def test_a_write_that_was_killed_leaves_no_file_behind(tmp_path: Path) -> None:
+    if not local._ANONYMOUS:
+        pytest.skip("this system has no files without a name")
+    program = (
+        "import os, signal, sys\n"
+        "from pathlib import Path\n"
+        "from datastore.storage.local import LocalStorage\n"
+        "os.fdatasync = lambda fd: os.kill(os.getpid(), signal.SIGKILL)\n"
+        "LocalStorage(Path(sys.argv[1])).put_new('a/k', bytes(1_000_000))\n"
+    )
+    done = subprocess.run([sys.executable, "-c", program, str(tmp_path)], check=False, timeout=60)
+    assert done.returncode == -signal.SIGKILL
+    assert names_below(tmp_path) == []
+
+
+def test_without_anonymous_files_a_named_one_does_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(local, "_ANONYMOUS", False)
+    storage = LocalStorage(tmp_path)
+    storage.put_new("a/k", b"x")
+    storage.put("a/k", b"y")
+    assert storage.get("a/k") == b"y"
+    assert names_below(tmp_path) == ["k"]
 
 
 def test_a_link_whose_answer_was_lost_counts_as_won(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
