@@ -1,6 +1,8 @@
 """Models, optimizers and schedulers through a checkpoint: what fits is restored bit for bit, what does not is listed."""
 
 import logging
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -333,3 +335,9 @@ def test_a_saved_step_can_be_looked_into(url: str, caplog: pytest.LogCaptureFixt
     assert items["model"].values["embed.weight"] == f"F32[{COLOURS}, {WIDTH}]"
     assert items["optim"].values["param_groups"][0]["lr"] == 0.01
     assert not caplog.records
+
+
+def test_looking_at_a_run_from_outside_needs_no_torch() -> None:
+    program = "import sys, datastore.checkpoint.inspect, datastore.checkpoint.retention; print('torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert done.stdout == "False\n"
