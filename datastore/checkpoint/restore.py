@@ -148,8 +148,9 @@ class Restorer:
             raise ConflictError("the ranks see different saves of one step", step=step, save=commit.save_id, hint=hint)
         done, error = self._together(lambda: self._loaded(plan))
         if done is None:
-            _log.error("the state in memory is partly overwritten by a step that changed while it was read")
-            return None, error
+            fact = f"the state in memory is partly overwritten by a step that changed while it was read: {error.fact}"
+            _log.error("%s", fact)
+            return None, CorruptError(fact, hint="Restore another step before you use it.", **error.values)
         metrics = unpack(commit.metrics, name="metrics", tensors={})
         restored = Restored(step, commit.save_id, metrics, commit.time, commit.session, commit.world)
         return (replace(restored, size_bytes=plan.size_bytes, seconds=perf_counter() - begun), plan.whole), error
@@ -222,4 +223,10 @@ class Restorer:
         return True
 
     def _accept(self, target: Target, plan: _Plan) -> None:
-        target.accept(plan.whole.commit.items[target.key], plan.destinations[target.key])
+        try:
+            target.accept(plan.whole.commit.items[target.key], plan.destinations[target.key])
+        except (CorruptError, MissingError) as error:
+            # An item that misses something of its own, such as its dataset: no other step would help.
+            raise ResumeError(
+                f"an item cannot take its state: {error.fact}", item=target.key, hint=error.hint
+            ) from error

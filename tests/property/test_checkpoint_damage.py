@@ -163,6 +163,9 @@ def test_bytes_that_change_between_the_two_passes_heal_by_falling_back(
     assert info.step == OLDER
     assert all_values(target) == {float(OLDER)}
     assert "partly overwritten" in caplog.text
+    seen.clear()
+    with Checkpointer(run) as ck, pytest.raises(CorruptError, match=r"partly overwritten.*before you use it"):
+        ck.restore(target, step=NEWER)
 
 
 def test_if_no_step_is_sound_every_reason_is_told_and_nothing_is_touched(run: Path) -> None:

@@ -13,7 +13,7 @@ from torch import nn
 
 from datastore.checkpoint.capture import PerRank
 from datastore.checkpoint.checkpointer import Checkpointer
-from datastore.errors import ConfigError, MissingError, ResumeError
+from datastore.errors import ConfigError, CorruptError, DatastoreError, MissingError, ResumeError
 
 COLOURS, WIDTH = 50, 8
 
@@ -213,7 +213,7 @@ def test_items_are_strict_both_ways_unless_partial(url: str) -> None:
 class Counter:
     """Something with a state of its own that may refuse what it is given."""
 
-    def __init__(self, *, refuses: bool = False) -> None:
+    def __init__(self, *, refuses: DatastoreError | None = None) -> None:
         self.value = 0
         self.refuses = refuses
 
@@ -222,7 +222,7 @@ class Counter:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         if self.refuses:
-            raise ResumeError("another dataset", hint="Use the one of the run.")
+            raise self.refuses
         self.value = state["value"]
 
 
@@ -234,8 +234,10 @@ def test_an_object_that_refuses_its_state_does_so_before_the_model_is_touched(ur
     counter.value = 7
     with Checkpointer(url) as ck:
         ck.save(1, {"model": model, "data": counter}, blocking=True)
-        with pytest.raises(ResumeError, match="another dataset"):
-            ck.restore({"model": other, "data": Counter(refuses=True)})
+        ck.save(2, {"model": model, "data": counter}, blocking=True)
+        for reason in (ResumeError("another dataset"), MissingError("no such dataset"), CorruptError("bad dataset")):
+            with pytest.raises(ResumeError, match=reason.fact):
+                ck.restore({"model": other, "data": Counter(refuses=reason)})
         assert equal(other.state_dict(), before)
         fresh = Counter()
         ck.restore({"model": other, "data": fresh})
