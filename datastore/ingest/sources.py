@@ -8,6 +8,7 @@ byte to find out would cost as much as the ingest. What is left out is counted b
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from stat import S_ISDIR
 from typing import Annotated, Literal
 
 import msgspec
@@ -20,7 +21,9 @@ from datastore.ingest.settings import IngestSettings
 from datastore.ingest.streams import Codec
 from datastore.ingest.walk import walk
 from datastore.storage.base import Stat, Storage
+from datastore.storage.reasons import ABSENT, explain
 from datastore.storage.resolve import open_storage, strip_credentials
+from datastore.store.manifest import INFO_KEY
 
 __all__ = ["Listing", "Roots", "SourceFile", "list_sources", "read_url"]
 
@@ -96,10 +99,10 @@ def list_sources(sources: Sequence[str], settings: IngestSettings) -> tuple[List
             "the source is empty: it has no file to read",
             sources=list(shown),
             skipped=dict(skipped),
-            hint="Name a folder with text in it, and check include and exclude.",
+            hint="Name a folder with text in it, and check include and exclude; links in it are not followed.",
         )
     files.sort(key=lambda file: file.path)
-    listing = Listing(files=tuple(files), skipped=dict(sorted(skipped.items())), shown=shown)
+    listing = Listing(files=tuple(files), skipped=dict(sorted((+skipped).items())), shown=shown)
     return listing, Roots(folders=folders)
 
 
@@ -119,11 +122,11 @@ def read_url(url: str) -> bytes:
 def _open(source: str, settings: IngestSettings, skipped: Counter[str]) -> tuple[str, str, list[SourceFile]]:
     """Return the name of a source, the URL below which its files lie, and these."""
     storage = open_storage(source)
-    local = _local_folder(storage)
-    if local is not None and not local.exists():
-        raise MissingError("the source does not exist", source=source, hint="Name a folder or file that exists.")
-    if (local is not None and local.is_file()) or (local is None and _is_file(source)):
+    local = Path(storage.url) if "://" not in storage.url else None
+    if _is_file(source) if local is None else _is_local_file(local):
+        # Through a link a file keeps the link's name, which says what is in it; caches link to files named by digest.
         return _lone_file(source if local is None else str(local), settings)
+    local = local.resolve() if local is not None else None
     name = local.name if local is not None else source.rstrip("/").rpartition("/")[2]
     name = name or "root"
     stats = walk(local, Globs(settings), skipped) if local is not None else _remote(storage, Globs(settings), skipped)
@@ -147,10 +150,10 @@ def _lone_file(source: str, settings: IngestSettings) -> tuple[str, str, list[So
         raise ConfigError(
             "this kind of file cannot be read", file=shown, hint="Name a text file, .jsonl, .jsonl.gz or .jsonl.zst."
         )
-    stat = open_storage(parent).stat(name)
-    if stat.size_bytes == 0:
+    found = open_storage(parent).stat(name)
+    if found.size_bytes == 0:
         raise ConfigError("the source is empty", file=shown, hint="Name a file with text in it.")
-    return name, parent, [_source_file(name, stat, kind, settings, lone=True)]
+    return name, parent, [_source_file(name, found, kind, settings, lone=True)]
 
 
 def _source_file(
@@ -171,28 +174,44 @@ def _source_file(
 
 
 def _remote(storage: Storage, globs: Globs, skipped: Counter[str]) -> Iterator[Stat]:
-    found = False
-    for stat in storage.list():
-        found = True
-        parts = stat.key.split("/")
-        reason: SkipReason | None = None
-        if any(part.startswith(".") for part in parts):
-            reason = "hidden"
-        elif not globs.takes(stat.key) or any(globs.prunes("/".join(parts[:end])) for end in range(1, len(parts))):
-            reason = "excluded"
-        elif odd_name(stat.key):
-            reason = "odd_name"
-        if reason:
+    found = list(storage.list())
+    if not found:
+        raise MissingError("the source does not exist or is empty", source=storage.url, hint="Check the URL.")
+    datasets = {stat.key.removesuffix(INFO_KEY) for stat in found if stat.key.rpartition("/")[2] == INFO_KEY}
+    skipped["dataset"] += len(datasets)
+    for stat in found:
+        reason = _reason_to_skip(stat.key, globs)
+        if any(folder in datasets for folder in _folders(stat.key)):
+            continue
+        if reason is not None:
             skipped[reason] += 1
         else:
             yield stat
-    if not found:
-        raise MissingError("the source does not exist or is empty", source=storage.url, hint="Check the URL.")
 
 
-def _local_folder(storage: Storage) -> Path | None:
-    """Return the resolved path if `storage` is a folder (or in truth a file) of this machine."""
-    return Path(storage.url).resolve() if "://" not in storage.url else None
+def _reason_to_skip(key: str, globs: Globs) -> SkipReason | None:
+    if any(part.startswith(".") for part in key.split("/")):
+        return "hidden"
+    if not globs.takes(key) or any(globs.prunes(folder[:-1]) for folder in _folders(key) if folder):
+        return "excluded"
+    return "odd_name" if odd_name(key) else None
+
+
+def _folders(key: str) -> list[str]:
+    """Return the folders that `key` is in: "" for the root, the others with a slash at the end."""
+    parts = key.split("/")
+    return ["", *("/".join(parts[:end]) + "/" for end in range(1, len(parts)))]
+
+
+def _is_local_file(path: Path) -> bool:
+    try:
+        return not S_ISDIR(path.stat().st_mode)
+    except OSError as error:
+        if error.errno in ABSENT:
+            raise MissingError(
+                "the source does not exist", source=str(path), hint="Name a folder or file that exists."
+            ) from None
+        raise explain(error, key=path.name, url=str(path.parent)) from None
 
 
 def _is_file(url: str) -> bool:

@@ -127,14 +127,25 @@ def test_one_file_is_a_source_too_and_nothing_about_it_is_skipped(put: Put) -> N
     assert Path(folder, key).read_bytes() == b"text\n"
 
 
+def test_a_file_named_through_a_link_keeps_the_name_of_the_link(tmp_path: Path) -> None:
+    (tmp_path / "blobs").mkdir()
+    (tmp_path / "blobs" / "0a1b2c").write_bytes(b"{}\n")
+    (tmp_path / "rows.jsonl").symlink_to("blobs/0a1b2c")
+    listing, roots = list_sources([str(tmp_path / "rows.jsonl")], IngestSettings())
+    assert [(file.path, file.format, file.size_bytes) for file in listing.files] == [("rows.jsonl", "jsonl", 3)]
+    assert Path(*roots.locate("rows.jsonl")).read_bytes() == b"{}\n"
+
+
 def test_a_remote_folder_is_listed_by_the_same_rules() -> None:
     storage = MemoryStorage("remote")
     for key in ("a.txt", ".git/x", "t/b.py", "t/c.png", "skip/d.py"):
         storage.put(key, b"text")
     storage.put("e.txt", b"")
+    for key in ("deep/data/_log/1.json", "deep/data/datastore.json"):
+        storage.put(key, b"{}")
     found, skipped = listed("memory://remote", exclude=("skip",))
     assert found == ["remote/a.txt", "remote/t/b.py"]
-    assert skipped == {"binary": 1, "empty": 1, "excluded": 1, "hidden": 1}
+    assert skipped == {"binary": 1, "dataset": 1, "empty": 1, "excluded": 1, "hidden": 1}
 
 
 @pytest.mark.parametrize(
