@@ -26,6 +26,10 @@ _OTHER_S_PER_BYTE = 1 / 100e6
 """Reading, digests and writing, measured at some 100 MB per CPU-second beside the encoder."""
 
 
+_START_S = 0.6
+"""Until a fresh process has loaded its libraries and the tokenizer."""
+
+
 @dataclass(frozen=True, slots=True)
 class Estimate:
     """What is to be done. Everything after `tasks` is an estimate."""
@@ -99,6 +103,11 @@ class _Sample:
             self.encode_s = time.process_time() - started
             self.tokens = encoded.values.size
             self.shard_bytes = encoded.values.nbytes
+
+    @property
+    def s_per_byte(self) -> float:
+        """Seconds of one core per source byte."""
+        return self.encode_s / max(1, self.source_bytes) + _OTHER_S_PER_BYTE
 
 
 def _spread(prepared: Prepared, every: Sequence[Order]) -> Iterator[Record | Reject]:
