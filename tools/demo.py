@@ -22,6 +22,9 @@ from typing import Any
 
 import zstandard
 
+from datastore.storage.resolve import open_storage
+from datastore.train.metrics import read_metrics
+
 ROOT = Path(__file__).resolve().parent.parent
 DEMO = Path("demo")
 PROGRESS = DEMO / "progress.json"
@@ -152,9 +155,14 @@ def train_and_die(_figures: Figures) -> None:
     print(f"killed with SIGKILL in the middle of step {KILLED_AFTER + 1}; the last checkpoint is older than that")
 
 
-def resume(_figures: Figures) -> None:
+def resume(figures: Figures) -> None:
     """The run goes on from its last checkpoint, now on two processes."""
     run("resume", "demo/run", "--processes", "2")
+    lines = read_metrics(open_storage("demo/run"))
+    figures["losses"] = [lines[0]["loss"], sum(line["loss"] for line in lines[-10:]) / 10]
+    print("\nloss on the training data, over all restarts:")
+    for line in (lines[0], *lines[19::20]):
+        print(f"  step {line['step']:>3}  {line['loss']:6.3f}  {'#' * round(6 * line['loss'])}")
 
 
 def prove(figures: Figures) -> None:
@@ -162,7 +170,6 @@ def prove(figures: Figures) -> None:
     run("prove", "demo/run")
     figures["proof"] = ask("prove", "demo/run")
     run("checkpoint", "ls", "demo/run")
-    figures["checkpoints"] = [step["metrics"] | {"step": step["step"]} for step in ask("checkpoint", "ls", "demo/run")]
 
 
 def trace(figures: Figures) -> None:
@@ -173,7 +180,7 @@ def trace(figures: Figures) -> None:
 
 
 def compress(figures: Figures) -> None:
-    """Pruning was a hook of the run's last steps; quantization happens on export. What does each cost?"""
+    """A hook pruned the layers while the run went on from step 140; quantization happens on export. What does each cost?"""
     models: dict[str, Any] = {}
     for name, step, words in (
         ("dense", PRUNE_FROM, ()),
@@ -226,17 +233,15 @@ def summary(progress: Progress) -> None:
     """Print what came out, in one table."""
     figures = progress.figures
     totals, proof, models = figures["totals"], figures["proof"], figures["models"]
-    measured = [step for step in figures["checkpoints"] if step.get("validation_loss") is not None]
-    first, last = measured[0], measured[-1]
+    first, last = figures["losses"]
     ranks = ", then ".join(str(world) for world in proof["worlds"])
     told = {
         "train a tokenizer": "16,384 ids, byte-level BPE",
         "ingest": f"{totals['documents']:,} files, {totals['tokens']:,} tokens, {totals['shards']} shards",
         "look at it": "every byte is as it was written",
         "train, and die": f"SIGKILL in the middle of step {KILLED_AFTER + 1}",
-        "resume on two processes": f"validation loss {first['validation_loss']:.2f} at step {first['step']}, "
-        f"{last['validation_loss']:.2f} at step {last['step']}",
-        "prove": f"{proof['samples']:,} samples planned, each consumed exactly once, by {ranks} rank(s)",
+        "resume on two processes": f"loss {first:.2f} at step 1, {last:.2f} over the last ten of {STEPS} steps",
+        "prove": f"{proof['samples']:,} samples planned, each consumed exactly once, on {ranks} rank(s)",
         "trace": f"step {TRACED}: {figures['traced']['passages']} passages in {figures['traced']['files']} files, "
         "byte for byte",
         "prune and quantize": "see below",
