@@ -15,9 +15,10 @@ import torch
 
 from datastore.document import encode
 from datastore.errors import ConfigError, ConflictError, ResumeError, WaitError
+from datastore.storage.memory import MemoryStorage
 from datastore.testing.runs import make_language, tiny_settings
 from datastore.train.export import open_model
-from datastore.train.metrics import read_metrics
+from datastore.train.metrics import MetricsWriter, read_metrics
 from datastore.train.progress import Progress
 from datastore.train.proof import prove
 from datastore.train.record import record_bytes
@@ -93,6 +94,25 @@ def test_metrics_have_one_record_for_each_step(language: str, tmp_path: Path) ->
     assert {"loss", "grad_norm", "lr", "tokens_per_s", "data_wait", "cache_hits", "sparsity"} <= found[0].keys()
     assert [line["step"] for line in found if "validation_loss" in line] == [10, 20]
     assert found[-1]["sparsity"] == pytest.approx(0.75, abs=0.01)
+
+
+def test_metrics_go_to_tensorboard_if_asked_for(language: str, tmp_path: Path) -> None:
+    train(tiny_settings(language, "train.steps=3", "metrics.tensorboard=true"), str(tmp_path))
+    (events,) = (tmp_path / "tensorboard").iterdir()
+    assert b"grad_norm" in events.read_bytes()
+
+
+def test_metrics_of_a_step_taken_twice_are_those_of_the_later_session() -> None:
+    storage = MemoryStorage("twice")
+    for session, steps in (("1", range(1, 9)), ("2", range(5, 7))):
+        writer = MetricsWriter(storage, session=session, first_step=steps[0])
+        for step in steps:
+            writer.write({"step": step, "session": session})
+        writer.close()
+    assert [(line["step"], line["session"]) for line in read_metrics(storage)] == [
+        *((step, "1") for step in range(1, 5)),
+        *((step, "2") for step in range(5, 7)),
+    ]
 
 
 def test_a_run_that_was_killed_in_the_middle_of_steps_ends_with_the_same_bits(language: str, tmp_path: Path) -> None:
