@@ -6,6 +6,7 @@ some 128 MiB, and a file that keeps growing beyond `max_expansion` ends as a `bo
 """
 
 import zlib
+from abc import abstractmethod
 from collections.abc import Iterable, Iterator
 from typing import Literal, Protocol
 
@@ -96,8 +97,9 @@ class _Compressed(Stream):
         if pending:
             yield b"".join(pending)
 
+    @abstractmethod
     def _decompress(self) -> Iterator[bytes]:
-        raise NotImplementedError
+        """Yield the data in pieces of any size; set `fault` where it ends too early or is damaged."""
 
 
 class _Gunzip(_Compressed):
