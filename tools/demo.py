@@ -38,10 +38,10 @@ ENVIRONMENT = os.environ | {"PYTHONPATH": "tools"}
 LIBRARY = Path(sysconfig.get_paths()["stdlib"])
 
 SOURCE = [str(LIBRARY), "--include", "*.py", "--exclude", "site-packages", "--exclude", "dist-packages"]
-STEPS = 200
-KILLED_AFTER = 90
-PRUNE_FROM = 140
-TRACED = 85
+STEPS = 280
+KILLED_AFTER = 110
+PRUNE_FROM = 200
+TRACED = 105
 CONFIG = f"""\
 # The demo's run. Every key is explained in docs/trainer.md.
 [data]
@@ -63,6 +63,7 @@ warmup = 20
 
 [train]
 steps = {STEPS}
+threads = 1
 
 [checkpoint]
 every = 20
@@ -128,6 +129,14 @@ def ask(*words: str) -> Any:
     return json.loads(done.stdout)
 
 
+def run_json(*words: str) -> Any:
+    """Show and run one command line that reports; show and return what it says."""
+    print(f"\n$ datastore {shlex.join(words)} --json", flush=True)
+    found = ask(*words)
+    print(json.dumps(found), flush=True)
+    return found
+
+
 def make_tokenizer(_figures: Figures) -> None:
     """A 16k byte-level BPE tokenizer, trained from the sources."""
     run("tokenizer", "train", *SOURCE, "--vocab", "16384", "--to", "demo/tokenizer.json")
@@ -180,7 +189,7 @@ def trace(figures: Figures) -> None:
 
 
 def compress(figures: Figures) -> None:
-    """A hook pruned the layers while the run went on from step 140; quantization happens on export. What does each cost?"""
+    """A hook pruned the layers while the run went on from step 200; quantization happens on export. What does each cost?"""
     models: dict[str, Any] = {}
     for name, step, words in (
         ("dense", PRUNE_FROM, ()),
@@ -189,10 +198,9 @@ def compress(figures: Figures) -> None:
     ):
         folder = f"demo/model/{name.replace(', ', '-').replace(' ', '-')}"
         run("checkpoint", "export", "demo/run", folder, "--step", str(step), "--replace", *words)
-        run("evaluate", folder, "--run", "demo/run")
         weights = Path(folder, "model.safetensors").read_bytes()
         packed = len(zstandard.compress(weights, 3))
-        loss = ask("evaluate", folder, "--run", "demo/run")["loss"]
+        loss = run_json("evaluate", folder, "--run", "demo/run")["loss"]
         models[name] = {"step": step, "bytes": len(weights), "zstd_bytes": packed, "loss": loss}
     figures["models"] = models
 
