@@ -54,14 +54,14 @@ class History:
     def restored(self, commit: StepCommit, entries: Iterable[Entry], damaged: Iterable[int]) -> None:
         """Continue from `commit`; the steps `damaged` after it were found unusable."""
         self.head = Head(commit, item_digests(commit.items))
-        self.known = Known.of(entries)
+        self.known = Known().after(entries)
         self.damaged = frozenset(damaged)
         self.failed.clear()
 
     def committed(self, commit: StepCommit, entries: Iterable[Entry]) -> None:
         """Continue from `commit`, which this process has just taken part in."""
         self.head = Head(commit, item_digests(commit.items))
-        self.known = Known.of(entries)
+        self.known = self.known.after(entries)
         self.damaged = frozenset()
         self.failed.clear()
 

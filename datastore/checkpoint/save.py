@@ -1,8 +1,8 @@
 """One rank's share of one save: pieces of tensors become one part file and one document that says what is in it.
 
 Pieces that are as they were in the last save are not written again: their entry points into the earlier part. To find
-out they are hashed first, up to the first chunk that differs: at 25 GB/s that is half of what copying costs where
-nothing changed, and next to nothing in dense training, where the first chunk of every piece did.
+out they are hashed first, up to the first chunk that differs, which costs half of what copying does. A piece that the
+last two saves found different is not asked again until it happens to be the same: dense training pays once.
 
 Nothing here renames, appends or reuses a name: a part is there whole or not at all.
 """
@@ -10,7 +10,7 @@ Nothing here renames, appends or reuses a name: a part is there whole or not at 
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import Self, TypeAlias
+from typing import TypeAlias
 
 import numpy as np
 import torch
@@ -36,18 +36,22 @@ _SLICE_BYTES = 32 * 2**20
 
 @dataclass(frozen=True, slots=True)
 class Known:
-    """What is remembered of the last save or restore: which piece lies where, with its digests."""
+    """What is remembered of the last save or restore: which piece lies where, and which were other than before."""
 
     entries: dict[Place, Entry] = field(default_factory=dict)
+    changing: frozenset[Place] = frozenset()
 
-    @classmethod
-    def of(cls, entries: Iterable[Entry]) -> Self:
-        """Return the memory of `entries`."""
-        return cls({entry.place: entry for entry in entries})
+    def after(self, entries: Iterable[Entry]) -> "Known":
+        """Return what is known once `entries` have been saved or restored."""
+        found = {entry.place: entry for entry in entries}
+        pairs = ((place, entry, self.entries.get(place)) for place, entry in found.items())
+        changing = (place for place, entry, before in pairs if before and before.digests != entry.digests)
+        return Known(found, frozenset(changing))
 
     def candidate(self, item: Captured) -> Entry | None:
-        """Return the entry of the last save that may still be true of `item`."""
-        entry = self.entries.get((item.name, item.piece.box.starts, item.piece.box.shape))
+        """Return the entry of the last save that may still be true of `item`, if it is worth finding out."""
+        place = (item.name, item.piece.box.starts, item.piece.box.shape)
+        entry = None if place in self.changing else self.entries.get(place)
         return entry if entry is not None and entry.dtype == item.spec.dtype else None
 
 

@@ -23,7 +23,7 @@ from datastore.checkpoint.history import History
 from datastore.checkpoint.manifest import PartInfo, RunInfo, StepCommit, StepRef
 from datastore.checkpoint.retention import collect
 from datastore.checkpoint.run import Member, ensure_run
-from datastore.checkpoint.save import stage, write_share
+from datastore.checkpoint.save import Known, stage, write_share
 from datastore.checkpoint.settings import Keep
 from datastore.errors import DatastoreError
 
@@ -69,7 +69,8 @@ class Saver:
         Raises:
             ConflictError: the snapshot differs.
         """
-        share = stage(snapshot, self._history.known, self.pool, threads=self._member.options.threads, copy=False)
+        known = Known(self._history.known.entries)  # Everything is asked.
+        share = stage(snapshot, known, self.pool, threads=self._member.options.threads, copy=False)
         if share.buffer is not None:
             self.pool.give(share.buffer)
         staged()
