@@ -18,7 +18,7 @@ import os
 import re
 import uuid
 from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor, wait
+from concurrent.futures import Future, wait
 from contextlib import contextmanager
 from logging import getLogger
 from types import TracebackType
@@ -29,6 +29,7 @@ from datastore.checkpoint.handle import Handle
 from datastore.checkpoint.history import History
 from datastore.checkpoint.inspect import StepReport, VerifyReport, inspect_step, verify_step
 from datastore.checkpoint.manifest import StepCommit
+from datastore.checkpoint.parallel import in_thread
 from datastore.checkpoint.restore import Restored, Restorer
 from datastore.checkpoint.retention import Collected, collect, drop_after
 from datastore.checkpoint.run import Member, read_run
@@ -77,7 +78,6 @@ class Checkpointer:
         self._history = History()
         self._saver = Saver(self._member, keep, self._history)
         self._vote = StorageVote(self._member)
-        self._thread: ThreadPoolExecutor | None = None
         self._flight: Handle | None = None
         self._job: Future[None] | None = None
         self._process = os.getpid()
@@ -111,13 +111,12 @@ class Checkpointer:
         values = pack(dict(metrics or {}), name="metrics", describe=_no_tensor).skeleton
         work = self._work(step, snapshot, values, copy=not blocking)
         handle = Handle(step)
-        self._thread = self._thread or ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         if blocking:
-            handle.run(work)
-            self._job = self._thread.submit(self._tidy)
+            handle.run_here(work)
+            self._job = in_thread(self._tidy)
         else:
             self._flight = handle
-            self._job = self._thread.submit(self._in_background, handle, work)
+            self._job = in_thread(lambda: self._in_background(handle, work))
         return handle
 
     def _work(
@@ -228,8 +227,6 @@ class Checkpointer:
         finally:
             self._closed = True
             self._saver.pool.clear()
-            if self._thread is not None:
-                self._thread.shutdown()
 
     def __enter__(self) -> Self:
         return self

@@ -1,17 +1,22 @@
 """What a save returns: the promise that it will be staged, then committed, or that the reason why not will be heard.
 
 An error is raised by whichever comes first: this handle, the next save, or `close`. It is raised there once; after
-that a new save may try again.
+that a new save may try again. If none of them comes, because the program ends, it is at least logged.
 """
 
+import threading
+import weakref
 from collections.abc import Callable
 from concurrent.futures import Future, wait
+from logging import getLogger
 from typing import Any
 
 from datastore.checkpoint.manifest import StepCommit
 from datastore.errors import WaitError
 
 __all__ = ["Handle"]
+
+_log = getLogger(__name__)
 
 
 class Handle:
@@ -21,7 +26,8 @@ class Handle:
         self.step = step
         self._staged: Future[None] = Future()
         self._committed: Future[StepCommit] = Future()
-        self._heard = False
+        self._heard = threading.Event()
+        weakref.finalize(self, _tell, step, self._committed, self._heard)
 
     def staged(self, *, timeout_s: float | None = None) -> None:
         """Wait until the state may change again: it has been copied.
@@ -54,7 +60,7 @@ class Handle:
     def raise_unheard(self) -> None:
         """Wait for the end; raise the error of a failed save unless it has been raised before."""
         wait([self._committed])
-        if not self._heard:
+        if not self._heard.is_set():
             self._raise(self._committed)
 
     def run(self, work: Callable[[Callable[[], None]], StepCommit]) -> None:
@@ -68,6 +74,11 @@ class Handle:
             raise
         self._mark_staged()
         self._committed.set_result(commit)
+
+    def run_here(self, work: Callable[[Callable[[], None]], StepCommit]) -> None:
+        """Do `work` as `run` does, for a caller who hears of its error by this call."""
+        self._heard.set()
+        self.run(work)
 
     def _mark_staged(self) -> None:
         if not self._staged.done():
@@ -83,5 +94,12 @@ class Handle:
 
     def _raise(self, future: Future[Any]) -> None:
         if future.exception() is not None:
-            self._heard = True
+            self._heard.set()
             future.result()
+
+
+def _tell(step: int, committed: Future[StepCommit], heard: threading.Event) -> None:
+    """Log the error of a save that has been forgotten."""
+    error = committed.exception() if committed.done() else None
+    if error is not None and not heard.is_set():
+        _log.error("step %d was not saved: %s", step, error)

@@ -3,8 +3,8 @@
 Needs no torch and writes nothing, so it is fit for the command line and for machines without a trainer.
 """
 
+import threading
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from math import prod
@@ -12,6 +12,7 @@ from typing import Any
 
 from datastore.checkpoint.chunks import Chunk, chunks_of
 from datastore.checkpoint.manifest import PartInfo, StepCommit, step_key
+from datastore.checkpoint.parallel import each
 from datastore.checkpoint.safetensors import ITEM_BYTES
 from datastore.checkpoint.steps import StepLog, extents_of
 from datastore.checkpoint.tree import specs, unpack
@@ -165,14 +166,24 @@ def verify_step(storage: Storage, step: int, *, progress: Callable[[int], object
         with _noting(bad, ref.info):
             infos.append(log.read_part(ref))
     chunks = _checked_files(log, infos, bad)
+    lock = threading.Lock()
     done = 0
-    with ThreadPoolExecutor(_THREADS) as pool:
-        for chunk, reason in zip(chunks, pool.map(lambda chunk: _fault(storage, chunk), chunks), strict=True):
+
+    def check(chunk: Chunk) -> str:
+        nonlocal done
+        reason = _fault(storage, chunk)
+        with lock:
             done += chunk.size_bytes
-            if reason:
-                bad.append(BadRange(chunk.part, chunk.start, chunk.stop, chunk.tensor, reason))
             if progress is not None:
                 progress(done)
+        return reason
+
+    reasons = each(check, chunks, threads=_THREADS)
+    bad.extend(
+        BadRange(chunk.part, chunk.start, chunk.stop, chunk.tensor, reason)
+        for chunk, reason in zip(chunks, reasons, strict=True)
+        if reason
+    )
     return VerifyReport(step, len(chunks), done, tuple(bad))
 
 

@@ -15,9 +15,10 @@ import torch
 
 from datastore.checkpoint.chunks import Chunk, chunks_of
 from datastore.checkpoint.manifest import Entry
+from datastore.checkpoint.parallel import each
 from datastore.checkpoint.plan import Box, row_span
 from datastore.checkpoint.safetensors import ITEM_BYTES
-from datastore.checkpoint.sources import Bytes, Sources, each
+from datastore.checkpoint.sources import Bytes, Sources
 from datastore.checkpoint.tensors import DTYPES, byte_view
 from datastore.storage.base import Storage
 

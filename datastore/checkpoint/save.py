@@ -8,7 +8,7 @@ Nothing here renames, appends or reuses a name: a part is there whole or not at 
 """
 
 from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import Executor, ThreadPoolExecutor
+from concurrent.futures import wait
 from dataclasses import dataclass, field
 from typing import TypeAlias
 
@@ -19,6 +19,7 @@ from datastore.checkpoint.buffers import BufferPool
 from datastore.checkpoint.capture import Captured, Snapshot, item_digests
 from datastore.checkpoint.chunks import chunks_of
 from datastore.checkpoint.manifest import CHUNK_BYTES, Entry, PartInfo, StepRef, info_key, part_key
+from datastore.checkpoint.parallel import each, in_thread
 from datastore.checkpoint.run import Member
 from datastore.checkpoint.safetensors import ITEM_BYTES, HeaderTensor, encode_header
 from datastore.checkpoint.sources import Bytes
@@ -71,31 +72,29 @@ def stage(snapshot: Snapshot, known: Known, pool: BufferPool, *, threads: int, c
     In place is for a caller that waits until everything is written. What is on another device, or does not lie in one
     run of memory, is copied in any case.
     """
-    with ThreadPoolExecutor(threads) as executor:
-        kept, rest = _unchanged(snapshot.pieces, known, executor)
-        views = {item.name: None if copy else byte_view(item.piece.tensor) for item in rest}
-        # Falling item size aligns each tensor; names make the file a function of the state.
-        rest.sort(key=lambda item: (-ITEM_BYTES[item.spec.dtype], item.name))
-        total = sum(item.size_bytes for item in rest if views[item.name] is None)
-        buffer = pool.take(total) if total else None
-        fresh, moves, position = [], [], 0
-        for item in rest:
-            data = views[item.name]
-            if data is None:
-                target = _slice(buffer, position, item)
-                position += item.size_bytes
-                moves.append((target, item))
-                data = target.numpy()
-            fresh.append((item, data))
-        _copy(moves, executor)
-        again, fresh = _recognized(fresh, known)
+    kept, rest = _unchanged(snapshot.pieces, known, threads)
+    views = {item.name: None if copy else byte_view(item.piece.tensor) for item in rest}
+    # Falling item size aligns each tensor; names make the file a function of the state.
+    rest.sort(key=lambda item: (-ITEM_BYTES[item.spec.dtype], item.name))
+    total = sum(item.size_bytes for item in rest if views[item.name] is None)
+    buffer = pool.take(total) if total else None
+    fresh, moves, position = [], [], 0
+    for item in rest:
+        data = views[item.name]
+        if data is None:
+            target = _slice(buffer, position, item)
+            position += item.size_bytes
+            moves.append((target, item))
+            data = target.numpy()
+        fresh.append((item, data))
+    _copy(moves, threads)
+    again, fresh = _recognized(fresh, known)
     return Staged((*kept, *again), tuple(fresh), buffer)
 
 
-def _unchanged(pieces: Sequence[Captured], known: Known, executor: Executor) -> tuple[list[Entry], list[Captured]]:
+def _unchanged(pieces: Sequence[Captured], known: Known, threads: int) -> tuple[list[Entry], list[Captured]]:
     """Return the entries of pieces that are as they were, and the other pieces."""
-    views = [byte_view(item.piece.tensor) for item in pieces]
-    found = list(executor.map(_still, (known.candidate(item) for item in pieces), views))
+    found = each(lambda item: _still(known.candidate(item), byte_view(item.piece.tensor)), pieces, threads=threads)
     kept = [named for item, entry in zip(pieces, found, strict=True) if entry for named in _named(entry, item)]
     return kept, [item for item, entry in zip(pieces, found, strict=True) if entry is None]
 
@@ -129,20 +128,18 @@ def _slice(buffer: torch.Tensor | None, start: int, item: Captured) -> torch.Ten
     return torch.empty(0, dtype=torch.uint8) if buffer is None else buffer[start : start + item.size_bytes]
 
 
-def _copy(moves: Sequence[tuple[torch.Tensor, Captured]], executor: Executor) -> None:
-    """Copy each piece into its bytes; those of this memory in parallel, those of devices queued behind one another."""
+def _copy(moves: Sequence[tuple[torch.Tensor, Captured]], threads: int) -> None:
+    """Copy each piece into its bytes; those of this memory in parallel, while those of devices queue."""
     devices = {item.piece.tensor.device for _, item in moves if item.piece.tensor.device.type == "cuda"}
     for device in devices:
-        torch.cuda.synchronize(device)  # What was queued before the save must be in it; host memory was written by us.
-    futures = [executor.submit(np.copyto, to, of) for to, of in _slices(moves)]
+        torch.cuda.synchronize(device)  # What was queued before the save must be in it.
     for target, item in moves:
         if byte_view(item.piece.tensor) is None and item.size_bytes:
             shaped = target.view(DTYPES[item.spec.dtype]).view(item.piece.box.shape)
             shaped.copy_(item.piece.tensor, non_blocking=True)
+    each(lambda slices: np.copyto(*slices), _slices(moves), threads=threads)
     for device in devices:
         torch.cuda.synchronize(device)
-    for future in futures:
-        future.result()
 
 
 def _slices(moves: Iterable[tuple[torch.Tensor, Captured]]) -> Iterator[tuple[Bytes, Bytes]]:
@@ -166,11 +163,12 @@ def write_share(member: Member, run_id: str, ref: StepRef, *, snapshot: Snapshot
         part = part_key(ref, member.rank)
         tensors = [HeaderTensor(item.name, item.spec.dtype, item.piece.box.shape) for item, _ in staged.fresh]
         header = encode_header(tensors, metadata={"format": "pt", "run": run_id, "step": str(ref.step)})
-        with ThreadPoolExecutor(1) as executor:  # Hashes what the disk is busy with.
-            digests = [executor.submit(_digests, data) for _, data in staged.fresh]
+        digests = in_thread(lambda: [_digests(data) for _, data in staged.fresh])  # While the disk is busy with it.
+        try:
             member.storage.put_new(part, header, *(data.data for _, data in staged.fresh if len(data)))
-            found = [future.result() for future in digests]
-        entries += _entries(part, len(header), staged, found)
+        finally:
+            wait([digests])  # It reads memory that the caller gives to others.
+        entries += _entries(part, len(header), staged, digests.result())
     info = PartInfo(
         run_id=run_id,
         step=ref.step,

@@ -9,21 +9,19 @@ import errno
 import mmap
 import os
 import threading
-from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Sequence
 from itertools import groupby
-from typing import TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
 from datastore.checkpoint.chunks import Chunk
+from datastore.checkpoint.parallel import each
 from datastore.errors import CorruptError, MissingError
 from datastore.storage.base import Storage
 
-__all__ = ["Bytes", "Sources", "each"]
+__all__ = ["Bytes", "Sources"]
 
-T = TypeVar("T")
 Bytes = NDArray[np.uint8]
 
 _FETCH_BYTES = 16 * 2**20
@@ -114,22 +112,6 @@ class _Mapped:
     def _unreadable(self, start: int, stop: int, reason: str) -> CorruptError:
         hint = "Check the disk; restore this part from a copy, or use an earlier step."
         return CorruptError(f"a part cannot be read: {reason}", part=self._part, start=start, stop=stop, hint=hint)
-
-
-def each(work: Callable[[T], object], items: Sequence[T], *, threads: int) -> None:
-    """Do `work` for each of `items` in `threads` threads; on the first error do not start any more, and raise it."""
-    if threads == 1 or len(items) < 2:
-        for item in items:
-            work(item)
-        return
-    with ThreadPoolExecutor(threads) as pool:
-        futures = [pool.submit(work, item) for item in items]
-        try:
-            for future in futures:
-                future.result()
-        finally:
-            for future in futures:
-                future.cancel()
 
 
 def _runs(chunks: Sequence[Chunk]) -> list[list[Chunk]]:

@@ -6,10 +6,10 @@ the digest in the commit, so a part from another save, or from another run, is f
 
 from collections import defaultdict
 from collections.abc import Iterable
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 from datastore.checkpoint.manifest import STEPS, PartInfo, PartRef, StepCommit, step_key, step_of_key
+from datastore.checkpoint.parallel import each
 from datastore.digest import check_digest
 from datastore.document import unseal
 from datastore.errors import CorruptError, MissingError
@@ -71,10 +71,9 @@ class StepLog:
             CorruptError: a document or a part is missing, cut short, or does not match its digest.
         """
         commit = self.read(step)
-        with ThreadPoolExecutor(_THREADS) as pool:
-            parts = tuple(pool.map(self.read_part, commit.parts))
-            extents = extents_of(parts)
-            list(pool.map(self.check_part, extents, extents.values()))
+        parts = tuple(each(self.read_part, commit.parts, threads=_THREADS))
+        extents = extents_of(parts)
+        each(lambda part: self.check_part(part, extents[part]), extents, threads=_THREADS)
         return WholeStep(commit, parts)
 
     def check_header(self, info: PartInfo) -> None:

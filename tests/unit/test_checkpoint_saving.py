@@ -1,10 +1,13 @@
 """How a save goes on in the background, who hears of its failure, what may follow it, and what is forgotten."""
 
 import os
+import subprocess
+import sys
 import threading
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -519,3 +522,37 @@ def restored_weights(storage: Flaky) -> torch.Tensor:
     with Checkpointer(storage) as ck:
         ck.restore({"state": {"w": into}})
     return into
+
+
+ENDS_WITHOUT_CLOSING = """
+import sys, torch
+from datastore.checkpoint.checkpointer import Checkpointer
+ck = Checkpointer(sys.argv[1])
+ck.save(1, {"state": {f"t{i}": torch.full((1000,), 1.0) for i in range(200)}})
+if len(sys.argv) > 2:
+    import shutil
+    import datastore.storage.local as local
+    def full(*_):
+        raise OSError(28, "No space left on device")
+    ck._flight.committed()
+    local.os.fdatasync = full
+    ck.save(2, {"state": {"t": torch.ones(5)}})
+"""
+
+
+def test_a_program_that_ends_without_closing_still_finishes_its_save(tmp_path: Path) -> None:
+    command = [sys.executable, "-c", ENDS_WITHOUT_CLOSING, str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
+    into = {f"t{i}": torch.zeros(1000) for i in range(200)}
+    with Checkpointer(tmp_path) as ck:
+        ck.restore({"state": into})
+    assert all(tensor.eq(1).all() for tensor in into.values())
+
+
+def test_a_program_that_ends_without_closing_tells_of_a_save_that_failed(tmp_path: Path) -> None:
+    command = [sys.executable, "-c", ENDS_WITHOUT_CLOSING, str(tmp_path), "fail"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.stderr.startswith("step 2 was not saved: the disk is full")
+    with Checkpointer(tmp_path) as ck:
+        assert ck.steps() == [1]
