@@ -38,10 +38,10 @@ ENVIRONMENT = os.environ | {"PYTHONPATH": "tools"}
 LIBRARY = Path(sysconfig.get_paths()["stdlib"])
 
 SOURCE = [str(LIBRARY), "--include", "*.py", "--exclude", "site-packages", "--exclude", "dist-packages"]
-STEPS = 280
-KILLED_AFTER = 110
-PRUNE_FROM = 200
-TRACED = 105
+STEPS = 240
+KILLED_AFTER = 90
+PRUNE_FROM = 160
+TRACED = 85
 CONFIG = f"""\
 # The demo's run. Every key is explained in docs/trainer.md.
 [data]
@@ -189,7 +189,7 @@ def trace(figures: Figures) -> None:
 
 
 def compress(figures: Figures) -> None:
-    """A hook pruned the layers while the run went on from step 200; quantization happens on export. What does each cost?"""
+    """A hook pruned the layers while the run went on from step 160; quantization happens on export. What does each cost?"""
     models: dict[str, Any] = {}
     for name, step, words in (
         ("dense", PRUNE_FROM, ()),
