@@ -133,6 +133,7 @@ def test_a_run_that_was_killed_in_the_middle_of_steps_ends_with_the_same_bits(la
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 def test_twenty_kills_at_random_moments_change_no_bit(language: str, tmp_path: Path) -> None:
     settings = tiny_settings(language, "train.steps=700", "checkpoint.every=3", "eval.every=50", hooks=(PRUNE, NOISE))
     train(settings, str(tmp_path / "undisturbed"))
