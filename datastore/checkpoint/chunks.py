@@ -29,7 +29,11 @@ class Chunk:
 
     def check(self, data: Buffer) -> None:
         """Raise `CorruptError` unless `data` are the bytes that were written."""
-        if digest_hex(data) != self.digest:
+        self.compare(digest_hex(data))
+
+    def compare(self, digest: str) -> None:
+        """Raise `CorruptError` unless `digest` is that of the bytes that were written."""
+        if digest != self.digest:
             raise CorruptError(
                 "a chunk of a checkpoint does not match its digest",
                 part=self.part,

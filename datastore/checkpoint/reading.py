@@ -2,15 +2,13 @@
 
 First pass: each chunk that this rank needs is hashed and compared. Second pass, once all ranks have said yes: the
 bytes are copied into the tensors, and what has been copied is hashed once more, because pages that the kernel dropped
-in between come from the disk again. Both passes go over the same memory (see `sources.py`); the second costs little
-more than a copy.
+in between come from the disk again. Remote parts are kept in memory between the passes (see `sources.py`).
 """
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
-import numpy as np
 import torch
 
 from datastore.checkpoint.chunks import Chunk, chunks_of
@@ -106,8 +104,7 @@ class Reader:
 
     def _copy(self, moves: Sequence[tuple[Chunk, Bytes]]) -> None:
         for chunk, target in moves:
-            np.copyto(target, self._sources.bytes_of(chunk))
-            chunk.check(target.data)
+            self._sources.copy(chunk, target)
 
     def _scatter(self, transfer: Transfer) -> None:
         """Copy the box out of the rows that hold it."""

@@ -1,18 +1,21 @@
-"""The bytes of parts as memory: local files are mapped, remote objects fetched, each only once.
+"""The bytes of parts: local files are mapped to be looked at and read to be copied, remote objects are fetched once.
 
-Mapping spares a copy: hashing mapped pages takes 40 ms per GB, reading them first and hashing then 150 (two cores,
-Linux 6.18, ext4). Its danger is that a bad sector or a truncated file kills the process with SIGBUS at the first
-touch; so pages are brought in by `madvise`, which reports an error instead, before anybody looks at them.
+Mapping spares a copy: hashing mapped pages takes 49 ms of CPU per GB, reading them first and hashing then 100. To copy,
+`preadv` is faster by a tenth (two cores, Linux 6.18, ext4). The danger of mapping is that a bad sector or a truncated
+file kills the process with SIGBUS at the first touch; so pages are brought in by `madvise`, which reports an error
+instead, before anybody looks at them.
 """
 
 import errno
 import mmap
 import os
 import threading
+import weakref
 from collections.abc import Sequence
 from itertools import groupby
 
 import numpy as np
+import xxhash
 from numpy.typing import NDArray
 
 from datastore.checkpoint.chunks import Chunk
@@ -28,6 +31,9 @@ _FETCH_BYTES = 16 * 2**20
 """Remote chunks that lie side by side are fetched together up to this size: a request costs some 50 ms."""
 
 _FETCH_THREADS = 16
+
+_STEP_BYTES = 2**20
+"""What is copied before it is hashed; it fits a core's second cache."""
 
 _POPULATE_READ = 22
 """MADV_POPULATE_READ of Linux 5.14: map pages in and report what goes wrong. Source: madvise(2)."""
@@ -65,6 +71,19 @@ class Sources:
         pieces = [self._fetched[chunk.part, chunk.start] for chunk in chunks]
         return pieces[0] if len(pieces) == 1 else np.concatenate(pieces)
 
+    def copy(self, chunk: Chunk, target: Bytes) -> None:
+        """Fill `target` with the bytes of `chunk` and check what has arrived there.
+
+        Raises:
+            CorruptError: the bytes are not those that were written, or cannot be read; `target` is overwritten.
+        """
+        mapped = self._map_of(chunk.part)
+        if mapped is None:
+            np.copyto(target, self._fetched[chunk.part, chunk.start])
+            chunk.check(target.data)
+        else:
+            chunk.compare(mapped.read(chunk.start, target))
+
     def _map_of(self, part: str) -> "_Mapped | None":
         with self._lock:
             if part not in self._maps:
@@ -89,12 +108,12 @@ class _Mapped:
             fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
         except FileNotFoundError:
             raise MissingError("no such key", key=part, hint="Check the URL and the name.") from None
+        weakref.finalize(self, os.close, fd)
+        self._fd = fd
         try:
             self._map = mmap.mmap(fd, 0, access=mmap.ACCESS_COPY)
         except ValueError:  # What Python says of an empty file.
             raise self._unreadable(0, 0, "the file is empty") from None
-        finally:
-            os.close(fd)
         self._bytes: Bytes = np.frombuffer(self._map, dtype=np.uint8)
 
     def range(self, start: int, stop: int) -> Bytes:
@@ -108,6 +127,25 @@ class _Mapped:
             if error.errno != errno.EINVAL:  # An older kernel has no such advice.
                 raise self._unreadable(start, stop, os.strerror(error.errno or 0)) from None
         return self._bytes[start:stop]
+
+    def read(self, start: int, target: Bytes) -> str:
+        """Fill `target` with the bytes from `start` on; return their digest, taken while they are in the cache."""
+        digest = xxhash.xxh3_128()
+        for at in range(0, len(target), _STEP_BYTES):
+            step = target[at : at + _STEP_BYTES]
+            self._fill(start + at, step)
+            digest.update(step.data)
+        return digest.hexdigest()
+
+    def _fill(self, start: int, rest: Bytes) -> None:
+        while len(rest):
+            try:
+                count = os.preadv(self._fd, [rest.data], start)
+            except OSError as error:
+                raise self._unreadable(start, start + len(rest), os.strerror(error.errno or 0)) from None
+            if not count:
+                raise self._unreadable(start, start + len(rest), "the file ends before")
+            start, rest = start + count, rest[count:]
 
     def _unreadable(self, start: int, stop: int, reason: str) -> CorruptError:
         hint = "Check the disk; restore this part from a copy, or use an earlier step."

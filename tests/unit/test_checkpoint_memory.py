@@ -5,6 +5,7 @@ import mmap
 import os
 import uuid
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -102,8 +103,41 @@ def test_a_file_cut_short_after_it_was_mapped_is_an_error_and_no_crash(tmp_path:
     sources = Sources(storage)
     sources.bytes_of(chunk_of(data, 0, 10))
     os.truncate(tmp_path / "parts/p", 4096)
+    late = chunk_of(data, 50_000, 60_000)
     with pytest.raises(CorruptError, match="cannot be read"):
-        sources.bytes_of(chunk_of(data, 50_000, 60_000))
+        sources.bytes_of(late)
+    with pytest.raises(CorruptError, match="the file ends before"):
+        sources.copy(late, np.zeros(10_000, dtype=np.uint8))
+
+
+def test_what_is_copied_is_what_was_written_and_is_checked_where_it_arrived(
+    tmp_path: Path, data: bytes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("datastore.checkpoint.sources._STEP_BYTES", 999)
+    near, far = LocalStorage(tmp_path), MemoryStorage(uuid.uuid4().hex)
+    chunk = chunk_of(data, 5_000, 15_000)
+    for storage in (near, far):
+        storage.put("parts/p", data)
+        sources = Sources(storage)
+        sources.fetch([chunk])
+        target = np.zeros(10_000, dtype=np.uint8)
+        sources.copy(chunk, target)
+        assert target.tobytes() == data[5_000:15_000]
+        with pytest.raises(CorruptError, match="does not match"):
+            sources.copy(replace(chunk, digest="0" * 32), target)
+
+
+def test_a_bad_sector_is_an_error_when_it_is_copied(
+    tmp_path: Path, data: bytes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: Any) -> int:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    storage = LocalStorage(tmp_path)
+    storage.put("parts/p", data)
+    monkeypatch.setattr(os, "preadv", fail)
+    with pytest.raises(CorruptError, match="cannot be read: Input/output error"):
+        Sources(storage).copy(chunk_of(data, 0, 10), np.zeros(10, dtype=np.uint8))
 
 
 @pytest.mark.parametrize(("code", "works"), [(errno.EINVAL, True), (errno.EFAULT, False), (errno.EIO, False)])
