@@ -556,3 +556,12 @@ def test_a_program_that_ends_without_closing_tells_of_a_save_that_failed(tmp_pat
     assert done.stderr.startswith("step 2 was not saved: the disk is full")
     with Checkpointer(tmp_path) as ck:
         assert ck.steps() == [1]
+
+
+def test_a_step_of_what_changes_each_time_may_be_saved_twice_too(ck: Checkpointer) -> None:
+    items = state(1.0)
+    for step in (1, 2, 3):
+        items["state"]["a"] += 1
+        commit = ck.save(step, items, blocking=True).committed()
+        assert ck.save(step, items, blocking=True).committed() == commit
+    assert ck.steps() == [1, 2, 3]
