@@ -22,6 +22,7 @@ from datastore.errors import DatastoreError
 from datastore.storage.base import Stat, Storage, check_key
 from datastore.storage.exclusive import Unsupported, name_if_free
 from datastore.storage.reasons import ABSENT, conflict, explain, missing, too_short
+from datastore.storage.writeback import write_all
 
 __all__ = ["LocalStorage"]
 
@@ -33,8 +34,9 @@ _MAX_IO_BYTES = 2**30
 _ANONYMOUS = hasattr(os, "O_TMPFILE") and Path("/proc/self/fd").is_dir()
 """Whether this system has files without a name, and can name them later. Source: open(2) on O_TMPFILE."""
 
-_NO_ANONYMOUS = {errno.EOPNOTSUPP, errno.EISDIR, errno.EINVAL, errno.ENOENT}
-"""What a file system without them says; or the folder is not there yet, which making the named one will tell."""
+_NO_ANONYMOUS = {errno.EOPNOTSUPP, errno.EISDIR, errno.EINVAL, errno.ENOENT, errno.EPERM}
+"""What a file system without them says; or the folder is not there (ext4 says EPERM if it is just being removed), which
+making a named file will tell."""
 
 _ATTEMPTS = 5
 """How often a folder may vanish (emptied by a `delete`) between making and using it before we give up."""
@@ -198,8 +200,7 @@ def _staged(path: str, chunks: Sequence[Buffer]) -> Iterator[str]:
     fd, named = _create(folder, staged)
     try:
         try:
-            for chunk in chunks:
-                _write_all(fd, memoryview(chunk).cast("B"))
+            write_all(fd, chunks)
             os.fdatasync(fd) if sys.platform != "darwin" else os.fsync(fd)
             if not named:
                 _name(fd, folder, staged)
@@ -247,11 +248,6 @@ def _name(fd: int, folder: str, staged: str) -> None:
         with suppress(FileNotFoundError):
             _make_folder(folder)
     return None
-
-
-def _write_all(fd: int, rest: memoryview) -> None:
-    while rest:
-        rest = rest[os.write(fd, rest[:_MAX_IO_BYTES]) :]
 
 
 def _make_folder(folder: str) -> None:

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from datastore.errors import StorageError
-from datastore.storage import local
+from datastore.storage import local, writeback
 from datastore.storage.local import LocalStorage
 
 WRITER = """
@@ -267,3 +267,21 @@ def test_a_read_past_the_end_names_the_key_and_the_bytes_wanted(tmp_path: Path) 
             match=r"^the object ends too early \(key='k', url='/.*', wanted_bytes=12\)\. Restore it from a copy\.$",
         ):
             read()
+
+
+@pytest.mark.parametrize("supported", [True, False])
+def test_the_disk_is_started_early_on_large_files_and_every_byte_arrives(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, *, supported: bool
+) -> None:
+    started: list[tuple[int, int]] = []
+    monkeypatch.setattr(writeback, "_PIECE_BYTES", 1000)
+    hint = (lambda _fd, start, length, _flags: started.append((start, length))) if supported else None
+    monkeypatch.setattr(writeback, "_sync_file_range", lambda: hint)
+    data = os.urandom(7_777)
+    LocalStorage(tmp_path).put_new("k", data[:10], data[10:2_500], b"", data[2_500:])
+    assert (tmp_path / "k").read_bytes() == data
+    assert started == (
+        [(0, 1010), (1010, 1000), (2010, 1490), (3500, 1000), (4500, 1000), (5500, 1000), (6500, 1000)]
+        if supported
+        else []
+    )
