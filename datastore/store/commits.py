@@ -25,7 +25,7 @@ from datastore.digest import sha256_hex
 from datastore.document import seal, unseal
 from datastore.errors import ConflictError, CorruptError, FormatError, MissingError, StorageError
 from datastore.storage.base import Storage
-from datastore.store.manifest import Commit, Hint, commit_key
+from datastore.store.manifest import READABLE_FEATURES, Commit, Hint, commit_key
 from datastore.store.single_writer import single_writer
 
 __all__ = ["HINT_KEY", "CommitLog", "StoredCommit", "utc_now", "writer_name"]
@@ -201,6 +201,14 @@ class CommitLog:
                 where=key,
                 version=commit.version,
                 hint="Restore this file from a copy.",
+            )
+        unknown = sorted(set(commit.features) - READABLE_FEATURES)
+        if unknown:
+            raise FormatError(
+                "this version uses features that this package does not know",
+                where=key,
+                unknown=unknown,
+                hint="Install a newer datastore.",
             )
         return StoredCommit(commit, sha256_hex(raw))
 

@@ -6,6 +6,8 @@ from collections.abc import Iterator
 from functools import cached_property
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
 
 from datastore.errors import ConfigError, MissingError
@@ -15,6 +17,7 @@ from datastore.storage.base import Storage
 from datastore.storage.resolve import open_storage
 from datastore.store.commits import CommitLog
 from datastore.store.create import read_info
+from datastore.store.deletions import Deletions, load_deletions
 from datastore.store.manifest import Commit, DatasetInfo, Kind, Totals
 from datastore.store.opening import load_segments
 from datastore.store.segment import Segments
@@ -73,6 +76,16 @@ class Dataset:
         """
         return load_segments(self.storage, self.commit)
 
+    @cached_property
+    def deletions(self) -> Deletions:
+        """Which documents of the shards are deleted.
+
+        Raises:
+            MissingError: a table of them is gone.
+            CorruptError: one is damaged.
+        """
+        return load_deletions(self.storage, self.commit)
+
     def tokenizer(self) -> bytes | None:
         """Return the exact `tokenizer.json`, or None if the dataset names none.
 
@@ -83,7 +96,9 @@ class Dataset:
         return read_tokenizer(self.storage, self.commit.tokenizer) if self.commit.tokenizer else None
 
     def token_shard(self, index: int) -> tuple[Tokens, Offsets]:
-        """Return all tokens of shard `index`, end to end, and its `documents + 1` offsets. The whole file is checked.
+        """Return all tokens of shard `index`, end to end, and its `documents + 1` offsets, deleted ones too.
+
+        The whole file is checked.
 
         Raises:
             MissingError: the file is gone.
@@ -93,7 +108,7 @@ class Dataset:
         return read_token_shard(self.storage, self.segments.shard(index))
 
     def documents(self, index: int) -> pa.Table:
-        """Return the documents of token shard `index`, as `DOCUMENTS_SCHEMA`.
+        """Return the documents of token shard `index`, as `DOCUMENTS_SCHEMA`; deleted ones too.
 
         Raises:
             MissingError: the file is gone.
@@ -102,6 +117,20 @@ class Dataset:
         self._require("tokens")
         return read_documents(self.storage, self.segments.shard(index))
 
+    def live_rows(self, index: int) -> npt.NDArray[np.bool_] | None:
+        """Return which rows of shard `index` are not deleted, or None if all are there."""
+        shard = self.segments.shard(index)
+        deleted = self.deletions.rows(shard.uid)
+        if not deleted.size:
+            return None
+        live = np.ones(shard.documents, np.bool_)
+        live[deleted] = False
+        return live
+
+    def live_documents(self, index: int) -> pa.Table:
+        """Return the documents of token shard `index` that are not deleted; otherwise as `documents`."""
+        return _only(self.documents(index), self.live_rows(index))
+
     @property
     def schema(self) -> pa.Schema:
         """The Arrow schema of a record dataset."""
@@ -109,7 +138,7 @@ class Dataset:
         return decode_schema(self.commit.record_schema)
 
     def record_shard(self, index: int) -> pa.Table:
-        """Return the rows of record shard `index`.
+        """Return the rows of record shard `index`, deleted ones too.
 
         Raises:
             MissingError: the file is gone.
@@ -118,17 +147,21 @@ class Dataset:
         self._require("records")
         return read_record_shard(self.storage, self.segments.shard(index))
 
+    def live_records(self, index: int) -> pa.Table:
+        """Return the rows of record shard `index` that are not deleted; otherwise as `record_shard`."""
+        return _only(self.record_shard(index), self.live_rows(index))
+
     def to_arrow(self) -> pa.Table:
         """Return all rows of a record dataset; mapped, not read, where the files are on this machine."""
         self._require("records")
-        tables = [self.record_shard(index) for index in range(len(self.segments))]
+        tables = [self.live_records(index) for index in range(len(self.segments))]
         return pa.concat_tables([self.schema.empty_table(), *tables])
 
     def iter_records(self) -> Iterator[dict[str, Any]]:
         """Yield the rows of a record dataset in order, one shard in memory at a time."""
         self._require("records")
         for index in range(len(self.segments)):
-            for batch in self.record_shard(index).to_batches():
+            for batch in self.live_records(index).to_batches():
                 yield from batch.to_pylist()
 
     def _require(self, kind: Kind) -> None:
@@ -136,6 +169,10 @@ class Dataset:
             raise ConfigError(
                 f"the dataset holds {self.kind}, not {kind}", url=self.url, hint=f"Open a dataset of {kind}."
             )
+
+
+def _only(table: pa.Table, rows: npt.NDArray[np.bool_] | None) -> pa.Table:
+    return table if rows is None else table.filter(pa.array(rows))
 
 
 def open_dataset(

@@ -16,6 +16,7 @@ __all__ = [
     "READABLE_FEATURES",
     "Commit",
     "DatasetInfo",
+    "DeletionRef",
     "Hint",
     "Kind",
     "SegmentRef",
@@ -30,8 +31,8 @@ __all__ = [
 
 INFO_KEY = "datastore.json"
 
-READABLE_FEATURES: frozenset[str] = frozenset()
-"""Features of a dataset that this package knows; a dataset with any other one is refused, not misread."""
+READABLE_FEATURES: frozenset[str] = frozenset({"deletions", "layout"})
+"""Features that this package knows; a dataset or a version with any other one is refused, not misread."""
 
 Kind = Literal["tokens", "records"]
 Count = Annotated[int, msgspec.Meta(ge=0)]
@@ -71,14 +72,29 @@ class SegmentRef(Document, frozen=True, kw_only=True):
     """Size of its shards and of their documents files."""
 
 
+class DeletionRef(Document, frozen=True, kw_only=True):
+    """A table of deleted documents as its commit names it."""
+
+    digest: Hex32
+    """xxh3_128 of the file `deletions/<digest>.arrow`."""
+
+    file_bytes: Count
+    shards: Count
+    documents: Count
+    tokens: Count
+
+
 class Totals(Document, frozen=True, kw_only=True):
-    """Sums over all shards of a version."""
+    """Sums over all shards of a version; deleted documents are still in their shards, and counted."""
 
     shards: Count = 0
     documents: Count = 0
     tokens: Count = 0
     size_bytes: Count = 0
     """Size of the shards and of their documents files."""
+
+    deleted_documents: Count = 0
+    deleted_tokens: Count = 0
 
 
 class TokenizerRef(Document, frozen=True, kw_only=True):
@@ -127,6 +143,12 @@ class Commit(Sealed, frozen=True, kw_only=True):
     min_version: Version = 1
     """The oldest version that can still be read."""
 
+    features: tuple[str, ...] = ()
+    """Names of what a reader of this version must know beyond its format."""
+
+    deletions: tuple[DeletionRef, ...] = ()
+    """Which documents of the shards are deleted: the union of these tables."""
+
 
 class Tag(Sealed, frozen=True, kw_only=True):
     """`refs/tags/<name>.json`: a name for one version."""
@@ -145,13 +167,15 @@ class Hint(Sealed, frozen=True, kw_only=True):
     version: Version
 
 
-def sum_refs(refs: tuple[SegmentRef, ...]) -> Totals:
-    """Return the sums over all shards of `refs`."""
+def sum_refs(refs: tuple[SegmentRef, ...], deletions: tuple[DeletionRef, ...] = ()) -> Totals:
+    """Return the sums over all shards of `refs`, of which `deletions` are deleted."""
     return Totals(
         shards=sum(ref.shards for ref in refs),
         documents=sum(ref.documents for ref in refs),
         tokens=sum(ref.tokens for ref in refs),
         size_bytes=sum(ref.size_bytes for ref in refs),
+        deleted_documents=sum(ref.documents for ref in deletions),
+        deleted_tokens=sum(ref.tokens for ref in deletions),
     )
 
 

@@ -8,7 +8,7 @@ about log4(65,536) = 8 small segments and N / 32,768 large ones at most.
 import bisect
 from collections.abc import Iterator, Sequence
 from functools import cached_property
-from typing import Annotated, Any, cast
+from typing import Annotated, Any, Literal, cast
 
 import msgspec
 import numpy as np
@@ -18,7 +18,7 @@ import pyarrow.compute as pc
 from typing_extensions import Buffer
 
 from datastore.digest import digest_hex
-from datastore.document import Document
+from datastore.document import Document, decode
 from datastore.errors import CorruptError
 from datastore.store.manifest import Kind, SegmentRef
 
@@ -26,8 +26,11 @@ __all__ = [
     "BLOCK_BYTES",
     "MAX_SEGMENT_SHARDS",
     "SEGMENT_SCHEMA",
+    "BatchRange",
+    "ColumnLayout",
     "Segments",
     "ShardInfo",
+    "ShardLayout",
     "decode_segment",
     "encode_segment",
     "merge_tail",
@@ -49,6 +52,37 @@ _ROWS_AT_ONCE = 1024
 
 Count = Annotated[int, msgspec.Meta(ge=0)]
 Hex32 = Annotated[str, msgspec.Meta(pattern="^[0-9a-f]{32}$")]
+
+
+class ColumnLayout(Document, frozen=True, kw_only=True):
+    """A column of a token shard beside `tokens`: `width` values for each token, end to end."""
+
+    name: str
+    dtype: str
+    """NumPy's name of the type of one value."""
+
+    width: Annotated[int, msgspec.Meta(ge=1)] = 1
+    values_start: Count
+    """Where its values start."""
+
+
+class BatchRange(Document, frozen=True, kw_only=True):
+    """A record batch or row group: file bytes `[start, stop)` hold `rows` rows."""
+
+    start: Count
+    stop: Count
+    rows: Count
+
+
+class ShardLayout(Document, frozen=True, kw_only=True):
+    """What most shards do not have; stored as JSON, and only where it differs from this default."""
+
+    columns: tuple[ColumnLayout, ...] = ()
+    batches: tuple[BatchRange, ...] = ()
+    format: Literal["arrow", "parquet"] = "arrow"
+
+
+_PLAIN = ShardLayout()
 
 
 class ShardInfo(Document, frozen=True, kw_only=True):
@@ -90,6 +124,8 @@ class ShardInfo(Document, frozen=True, kw_only=True):
     source_last: str
     """First and last source in it, in the order of its documents."""
 
+    layout: ShardLayout = _PLAIN
+
 
 _BINARY16 = pa.binary(16)
 _TYPES: dict[str, pa.DataType] = {
@@ -110,12 +146,16 @@ _TYPES: dict[str, pa.DataType] = {
     "docs_digest": _BINARY16,
     "source_first": pa.string(),
     "source_last": pa.string(),
-    # Last in the file: everything before it is small, whatever the size of the shards.
+    # Last in the file: everything before them is small, whatever the size of the shards.
+    "layout": pa.binary(),
     "block_digests": pa.binary(),
 }
 
+_LATER: frozenset[str] = frozenset({"layout"})
+"""Columns that segments did not have at first; where one is missing, all its values are empty."""
+
 SEGMENT_SCHEMA = pa.schema(pa.field(name, kind, nullable=False) for name, kind in _TYPES.items())
-"""The columns of a segment: the fields of `ShardInfo`, `uid` as 16 bytes."""
+"""The columns of a segment: the fields of `ShardInfo`, `uid` as 16 bytes, `layout` as JSON (empty: the default)."""
 
 
 def segment_key(digest: str) -> str:
@@ -127,6 +167,7 @@ def segment_of(shards: Sequence[ShardInfo]) -> pa.RecordBatch:
     """Return `shards` as the rows of a segment."""
     columns = {name: [getattr(shard, name) for shard in shards] for name in _TYPES}
     columns["uid"] = [bytes.fromhex(uid) for uid in columns["uid"]]
+    columns["layout"] = [b"" if layout == _PLAIN else msgspec.json.encode(layout) for layout in columns["layout"]]
     columns["docs_digest"] = [digest or bytes(16) for digest in columns["docs_digest"]]
     return pa.record_batch([pa.array(columns[name], kind) for name, kind in _TYPES.items()], schema=SEGMENT_SCHEMA)
 
@@ -151,12 +192,21 @@ def decode_segment(raw: Buffer | pa.Buffer, *, where: str) -> pa.RecordBatch:
         reader = pa.ipc.open_file(raw if isinstance(raw, pa.Buffer) else pa.py_buffer(raw))
         if reader.num_record_batches != 1:
             raise _not_a_segment("not one record batch", where)
-        batch = reader.get_batch(0).select(SEGMENT_SCHEMA.names)
+        batch = _completed(reader.get_batch(0)).select(SEGMENT_SCHEMA.names)
         batch.validate()
     except (pa.ArrowException, OSError, KeyError, ValueError, MemoryError) as error:
         raise _not_a_segment(str(error), where) from None
     if not batch.schema.equals(SEGMENT_SCHEMA):
         raise _not_a_segment("a column has another type", where)
+    return batch
+
+
+def _completed(batch: pa.RecordBatch) -> pa.RecordBatch:
+    """Return `batch` with those of the later columns that it does not have."""
+    for name in sorted(_LATER.difference(batch.schema.names)):
+        empty = pa.array([b""], _TYPES[name])
+        values = pa.DictionaryArray.from_arrays(pa.repeat(pa.scalar(0, pa.int8()), batch.num_rows), empty)
+        batch = batch.append_column(SEGMENT_SCHEMA.field(name), values.cast(_TYPES[name]))
     return batch
 
 
@@ -285,7 +335,14 @@ def _infos(rows: pa.RecordBatch) -> list[ShardInfo]:
         rows.validate(full=True)
     except pa.ArrowInvalid as error:
         raise _not_a_segment(str(error), "a row of it") from None
-    return [ShardInfo(**{**row, "uid": row["uid"].hex()}) for row in rows.to_pylist()]
+    return [
+        ShardInfo(**{**row, "uid": row["uid"].hex(), "layout": _layout(row["layout"], row["path"])})
+        for row in rows.to_pylist()
+    ]
+
+
+def _layout(raw: bytes, path: str) -> ShardLayout:
+    return decode(ShardLayout, raw, where=f"the segment's row of {path}") if raw else _PLAIN
 
 
 def _numbers(batch: pa.RecordBatch, name: str) -> npt.NDArray[np.int64]:

@@ -6,7 +6,7 @@ are merged so that their number stays logarithmic.
 """
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Literal
 
 import msgspec
@@ -18,12 +18,13 @@ from datastore.storage.base import Storage
 from datastore.store.card import write_card
 from datastore.store.commits import CommitLog, utc_now, writer_name
 from datastore.store.create import create_dataset
-from datastore.store.manifest import Commit, SegmentRef, TokenizerRef, Totals, sum_refs
+from datastore.store.manifest import Commit, DatasetInfo, SegmentRef, TokenizerRef, Totals, sum_refs
 from datastore.store.opening import load_segment, load_segments
 from datastore.store.segment import (
     MAX_SEGMENT_SHARDS,
     SEGMENT_SCHEMA,
     ShardInfo,
+    ShardLayout,
     encode_segment,
     merge_tail,
     segment_key,
@@ -31,9 +32,11 @@ from datastore.store.segment import (
     segment_ref,
 )
 
-__all__ = ["Operation", "commit_records", "commit_shards"]
+__all__ = ["Operation", "commit_records", "commit_shards", "draft_commit", "publish", "with_shards"]
 
 Operation = Literal["append", "overwrite"]
+
+Build = Callable[[Commit | None], Commit]
 
 _LOGGER = logging.getLogger(__name__)
 
@@ -57,8 +60,8 @@ def commit_shards(
         ConflictError: a shard has the uid but not the bytes of one that is there; or as `CommitLog.append`.
         StorageError: the storage failed; nothing has changed.
     """
-    draft = _draft(operation, ingest_id, config_digest)
-    return _publish(storage, shards, msgspec.structs.replace(draft, kind="tokens", tokenizer=tokenizer))
+    draft = draft_commit(operation, ingest_id=ingest_id, config_digest=config_digest)
+    return _add(storage, shards, msgspec.structs.replace(draft, kind="tokens", tokenizer=tokenizer))
 
 
 def commit_records(
@@ -71,14 +74,23 @@ def commit_records(
     config_digest: str = "",
 ) -> Commit:
     """Make record shards, already written with `schema`, part of the dataset; otherwise as `commit_shards`."""
-    draft = _draft(operation, ingest_id, config_digest)
-    return _publish(
-        storage, shards, msgspec.structs.replace(draft, kind="records", record_schema=encode_schema(schema))
-    )
+    draft = draft_commit(operation, ingest_id=ingest_id, config_digest=config_digest)
+    return _add(storage, shards, msgspec.structs.replace(draft, kind="records", record_schema=encode_schema(schema)))
 
 
-def _draft(operation: Operation, ingest_id: str, config_digest: str) -> Commit:
-    """Return a commit that says who and why; the log and `_extended` fill in the rest."""
+def draft_commit(
+    operation: str, *, parent: Commit | None = None, ingest_id: str = "", config_digest: str = ""
+) -> Commit:
+    """Return a commit that says who and why, and is otherwise like `parent`; the log fills in the rest."""
+    if parent is not None:
+        return msgspec.structs.replace(
+            parent,
+            operation=operation,
+            time=utc_now(),
+            writer=writer_name(),
+            ingest_id=ingest_id,
+            config_digest=config_digest,
+        )
     return Commit(
         version=1,
         parent_sha256="",
@@ -94,7 +106,7 @@ def _draft(operation: Operation, ingest_id: str, config_digest: str) -> Commit:
     )
 
 
-def _publish(storage: Storage, shards: Sequence[ShardInfo], draft: Commit) -> Commit:
+def _add(storage: Storage, shards: Sequence[ShardInfo], draft: Commit) -> Commit:
     if len({shard.uid for shard in shards}) != len(shards):
         raise ConfigError("the same shard is given twice", hint="Give each task its own id.")
     if any(shard.kind != draft.kind for shard in shards):
@@ -103,13 +115,22 @@ def _publish(storage: Storage, shards: Sequence[ShardInfo], draft: Commit) -> Co
 
     def build(newest: Commit | None) -> Commit:
         if newest is None:
-            return _extended(storage, msgspec.structs.replace(draft, operation="create"), kept=(), shards=shards)
+            return with_shards(storage, msgspec.structs.replace(draft, operation="create"), kept=(), shards=shards)
         if draft.operation == "overwrite":
-            return _extended(storage, draft, kept=(), shards=shards)
+            whole = msgspec.structs.replace(draft, min_version=newest.min_version)
+            return with_shards(storage, whole, kept=(), shards=shards)
         _check_fits(storage, newest, draft)
         fresh = _without_present(storage, newest, shards)
-        return _extended(storage, draft, kept=newest.segments, shards=fresh) if fresh else newest
+        if not fresh:
+            return newest
+        added = draft_commit("append", parent=newest, ingest_id=draft.ingest_id, config_digest=draft.config_digest)
+        return with_shards(storage, added, kept=newest.segments, shards=fresh)
 
+    return publish(storage, info, build)
+
+
+def publish(storage: Storage, info: DatasetInfo, build: Build) -> Commit:
+    """Commit what `build` makes of the newest version, as `CommitLog.append`; then write the dataset's card."""
     commit = CommitLog(storage, exclusive=info.exclusive).append(build)
     try:
         write_card(storage, info, commit)
@@ -118,8 +139,11 @@ def _publish(storage: Storage, shards: Sequence[ShardInfo], draft: Commit) -> Co
     return commit
 
 
-def _extended(storage: Storage, draft: Commit, *, kept: tuple[SegmentRef, ...], shards: Sequence[ShardInfo]) -> Commit:
-    """Return `draft` with the segments `kept`, those at their end merged, and stored new ones for `shards`."""
+def with_shards(storage: Storage, draft: Commit, *, kept: Sequence[SegmentRef], shards: Sequence[ShardInfo]) -> Commit:
+    """Return `draft` with the segments `kept`, those at their end merged, and stored new ones for `shards`.
+
+    Its totals and features are made to fit; its deletions stay what they are.
+    """
     merged = merge_tail([ref.shards for ref in kept], len(shards))
     rows = [load_segment(storage, ref) for ref in kept[len(kept) - merged :]]
     if shards:
@@ -132,7 +156,15 @@ def _extended(storage: Storage, draft: Commit, *, kept: tuple[SegmentRef, ...], 
         ref = segment_ref(batch, raw)
         storage.put(segment_key(ref.digest), raw)
         refs.append(ref)
-    return msgspec.structs.replace(draft, segments=tuple(refs), totals=sum_refs(tuple(refs)))
+    features = set(draft.features)
+    if any(shard.layout != ShardLayout() for shard in shards):
+        features.add("layout")
+    return msgspec.structs.replace(
+        draft,
+        segments=tuple(refs),
+        totals=sum_refs(tuple(refs), draft.deletions),
+        features=tuple(sorted(features)),
+    )
 
 
 def _check_fits(storage: Storage, newest: Commit, draft: Commit) -> None:

@@ -272,9 +272,9 @@ class TestTheWrongPlace:
 
     def test_an_unknown_feature_is_refused_not_misread(self, storage: Storage) -> None:
         info = make_dataset(storage, [[1]]).info
-        storage.put(INFO_KEY, seal(msgspec.structs.replace(info, features=("deletions",))))
+        storage.put(INFO_KEY, seal(msgspec.structs.replace(info, features=("from-the-future",))))
         for use in (open_dataset, create_dataset):
-            with pytest.raises(FormatError, match="deletions"):
+            with pytest.raises(FormatError, match="from-the-future"):
                 use(storage)
 
     def test_a_newer_commit_is_refused(self, storage: Storage) -> None:

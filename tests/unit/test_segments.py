@@ -2,12 +2,22 @@
 
 from itertools import pairwise
 
+import msgspec
 import numpy as np
 import pyarrow as pa
 import pytest
 
 from datastore.errors import CorruptError
-from datastore.store.segment import SEGMENT_SCHEMA, Segments, ShardInfo, decode_segment, encode_segment, segment_of
+from datastore.store.segment import (
+    SEGMENT_SCHEMA,
+    ColumnLayout,
+    Segments,
+    ShardInfo,
+    ShardLayout,
+    decode_segment,
+    encode_segment,
+    segment_of,
+)
 
 
 def shard(index: int, *, dtype: str = "uint16") -> ShardInfo:
@@ -114,7 +124,7 @@ def file_of(batch: pa.RecordBatch) -> bytes:
     return sink.getvalue().to_pybytes()
 
 
-@pytest.mark.parametrize("column", SEGMENT_SCHEMA.names)
+@pytest.mark.parametrize("column", sorted({*SEGMENT_SCHEMA.names} - {"layout"}))
 def test_a_missing_column_is_no_segment(column: str) -> None:
     batch = segment_of(SHARDS).select([name for name in SEGMENT_SCHEMA.names if name != column])
     with pytest.raises(CorruptError, match="not a segment"):
@@ -134,3 +144,23 @@ def test_columns_of_a_later_version_are_left_out() -> None:
     table = pa.Table.from_batches([segment_of(SHARDS)]).add_column(3, "later", pa.array([1] * len(SHARDS)))
     batch = decode_segment(file_of(table.to_batches()[0]), where="here")
     assert list(Segments([batch])) == SHARDS
+
+
+def test_a_segment_from_before_layouts_reads_as_shards_without_one() -> None:
+    batch = segment_of(SHARDS).select([name for name in SEGMENT_SCHEMA.names if name != "layout"])
+    assert list(Segments([decode_segment(file_of(batch), where="here")])) == SHARDS
+
+
+def test_a_layout_comes_back_as_it_went_in() -> None:
+    mask = ColumnLayout(name="loss_mask", dtype="uint8", values_start=4096)
+    shards = [msgspec.structs.replace(SHARDS[0], layout=ShardLayout(columns=(mask,))), SHARDS[1]]
+    assert list(Segments([decode_segment(encode_segment(segment_of(shards)), where="here")])) == shards
+
+
+def test_a_layout_that_is_none_is_damage() -> None:
+    table = pa.Table.from_batches([segment_of(SHARDS[:1])])
+    place = table.column_names.index("layout")
+    other = table.set_column(place, SEGMENT_SCHEMA.field("layout"), pa.array([b"{"], pa.binary()))
+    segments = Segments([decode_segment(file_of(other.to_batches()[0]), where="here")])
+    with pytest.raises(CorruptError, match="ShardLayout"):
+        segments.shard(0)
