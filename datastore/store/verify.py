@@ -19,6 +19,7 @@ from datastore.store.blocks import BadBlock, check_blocks
 from datastore.store.commits import CommitLog
 from datastore.store.create import read_info
 from datastore.store.dataset import Dataset
+from datastore.store.deletions import deletions_key, load_deletion
 from datastore.store.manifest import INFO_KEY, Commit, SegmentRef, commit_key, sum_refs, tag_key, tokenizer_key
 from datastore.store.opening import load_segment
 from datastore.store.segment import Segments, ShardInfo, segment_key, segment_ref
@@ -99,6 +100,8 @@ def _checks(dataset: Dataset) -> Iterator[Callable[[], _Found]]:
     if commit.tokenizer is not None:
         key = tokenizer_key(commit.tokenizer.sha256)
         yield partial(_one, key, partial(read_tokenizer, storage, commit.tokenizer))
+    for deletion in commit.deletions:
+        yield partial(_one, deletions_key(deletion.digest), partial(load_deletion, storage, deletion))
     buffers = threading.local()
     for ref in commit.segments:
         segments: list[Segments] = []
@@ -172,7 +175,7 @@ def _check_history(storage: Storage, newest: Commit) -> _Found:
         if expected not in {"", found.sha256} or (version == newest.version and found.commit != newest):
             bad.append(BadBlock(commit_key(version), None, "not the commit that the next was built on"))
         expected = found.commit.parent_sha256
-    if sum_refs(newest.segments) != newest.totals:
+    if sum_refs(newest.segments, newest.deletions) != newest.totals:
         bad.append(BadBlock(commit_key(newest.version), None, "its totals are not the sums over its segments"))
     keys = (stat.key for stat in storage.list("_log"))
     later = {key for key in keys if key > commit_key(newest.version) and _COMMIT.fullmatch(key)}
