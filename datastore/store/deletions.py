@@ -1,11 +1,13 @@
 """Deleted documents: tables of row numbers beside the shards, so that a delete touches no shard.
 
 A delete writes one small file and one commit, whatever the size of what it deletes; the union of a version's tables
-says which rows of which shards are gone. The price is that readers must look here, and that the bytes stay on disk
-until `purge` or `compact` writes the shards anew.
+says which rows of which shards are gone, and which stretches of tokens those are, so that nobody has to read a shard to
+know what is missing in it. The price is that readers must look here, and that the bytes stay on disk until `purge` or
+`compact` writes the shards anew.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any, cast
 
 import numpy as np
@@ -27,21 +29,27 @@ __all__ = [
     "encode_deletions",
     "load_deletion",
     "load_deletions",
+    "merge_spans",
     "store_deletions",
 ]
 
+I64 = npt.NDArray[np.int64]
 Rows = npt.NDArray[np.int32]
+Lengths = Mapping[str, npt.NDArray[np.integer]]
 
 DELETIONS_SCHEMA = pa.schema(
     [
         pa.field("uid", pa.binary(16), nullable=False),
         pa.field("rows", pa.list_(pa.field("item", pa.int32(), nullable=False)), nullable=False),
         pa.field("tokens", pa.int64(), nullable=False),
+        pa.field("spans", pa.list_(pa.field("item", pa.int32(), nullable=False)), nullable=False),
     ]
 )
-"""One row per shard: its uid, the numbers of its deleted rows in ascending order, the tokens in them."""
+"""One row per shard: its uid, the numbers of its deleted rows in ascending order, how many tokens those have, and which:
+first and one past the last of each run, in ascending order, runs that touch made one."""
 
 _NONE: Rows = np.empty(0, np.int32)
+_NO_LENGTHS: Lengths = MappingProxyType({})
 
 
 class Deletions:
@@ -50,14 +58,8 @@ class Deletions:
     def __init__(self, tables: Sequence[pa.RecordBatch]) -> None:
         self.tokens = int(sum(np.asarray(table.column("tokens")).sum() for table in tables))
         """How many tokens are deleted."""
-        self._rows: dict[str, Rows] = {}
-        for table in tables:
-            values, offsets = _lists(table)
-            uids = cast("list[bytes]", table.column("uid").to_pylist())
-            for uid, start, stop in zip(uids, offsets[:-1], offsets[1:], strict=True):
-                found = values[start:stop]
-                before = self._rows.get(uid.hex())
-                self._rows[uid.hex()] = found if before is None else np.union1d(before, found)
+        self._rows = _merged(tables, "rows", np.union1d)
+        self._spans = _merged(tables, "spans", _union)
 
     def __bool__(self) -> bool:
         return bool(self._rows)
@@ -65,6 +67,10 @@ class Deletions:
     def rows(self, uid: str) -> Rows:
         """Return the deleted rows of the shard `uid`, in ascending order; none if nothing of it is deleted."""
         return self._rows.get(uid, _NONE)
+
+    def spans(self, uid: str) -> I64:
+        """Return [K, 2] the deleted tokens of the shard `uid` as stretches [start, stop), in order, none touching."""
+        return self._spans.get(uid, _NONE).astype(np.int64).reshape(-1, 2)
 
     @property
     def uids(self) -> frozenset[str]:
@@ -82,14 +88,46 @@ def deletions_key(digest: str) -> str:
     return f"deletions/{digest}.arrow"
 
 
-def encode_deletions(rows: Mapping[str, Rows], *, tokens: Mapping[str, int]) -> bytes:
-    """Return the table that says that `rows[uid]` of each shard, with `tokens[uid]` tokens, are deleted."""
+def merge_spans(spans: npt.NDArray[np.integer]) -> I64:
+    """Return the union of stretches [K, 2] of numbers [start, stop), in order, none empty, none touching."""
+    ordered = spans[np.argsort(spans[:, 0], kind="stable")].astype(np.int64)
+    ordered = ordered[ordered[:, 1] > ordered[:, 0]]
+    reach = np.maximum.accumulate(ordered[:, 1]) if len(ordered) else ordered[:, 1]
+    first = np.ones(len(ordered), np.bool_)
+    first[1:] = ordered[1:, 0] > reach[:-1]
+    last = np.append(first[1:], True)[: len(ordered)]
+    return np.stack([ordered[first, 0], reach[last]], axis=1)
+
+
+def _union(one: Rows, other: Rows) -> Rows:
+    return merge_spans(np.concatenate([one, other]).reshape(-1, 2)).reshape(-1).astype(np.int32)
+
+
+def _merged(tables: Sequence[pa.RecordBatch], name: str, union: Callable[[Rows, Rows], Rows]) -> dict[str, Rows]:
+    """Return the column `name` by the uid of the shard; a shard in several tables gets the union of what they say."""
+    found: dict[str, Rows] = {}
+    for table in tables:
+        values, offsets = _lists(table, name)
+        uids = cast("list[bytes]", table.column("uid").to_pylist())
+        for uid, start, stop in zip(uids, offsets[:-1], offsets[1:], strict=True):
+            before = found.get(uid.hex())
+            found[uid.hex()] = values[start:stop] if before is None else union(before, values[start:stop])
+    return found
+
+
+def encode_deletions(rows: Mapping[str, Rows], *, lengths: Lengths = _NO_LENGTHS) -> bytes:
+    """Return the table that says that `rows[uid]` of each shard are deleted.
+
+    `lengths[uid]` are the tokens of every row of that shard, deleted or not; records have none.
+    """
     uids = sorted(rows)
     lists = [np.unique(rows[uid]).astype(np.int32) for uid in uids]
+    spans = [_token_spans(numbers, lengths.get(uid)) for uid, numbers in zip(uids, lists, strict=True)]
     columns: list[Any] = [
         pa.array([bytes.fromhex(uid) for uid in uids], DELETIONS_SCHEMA.field("uid").type),
         pa.array(lists, DELETIONS_SCHEMA.field("rows").type),
-        pa.array([tokens[uid] for uid in uids], pa.int64()),
+        pa.array([int((found[:, 1] - found[:, 0]).sum()) for found in spans], pa.int64()),
+        pa.array([found.reshape(-1).astype(np.int32) for found in spans], DELETIONS_SCHEMA.field("spans").type),
     ]
     sink = pa.BufferOutputStream()
     with pa.ipc.new_file(sink, DELETIONS_SCHEMA) as writer:
@@ -97,11 +135,18 @@ def encode_deletions(rows: Mapping[str, Rows], *, tokens: Mapping[str, int]) -> 
     return sink.getvalue().to_pybytes()
 
 
+def _token_spans(rows: Rows, lengths: npt.NDArray[np.integer] | None) -> I64:
+    if lengths is None:
+        return np.empty((0, 2), np.int64)
+    stops = np.cumsum(lengths, dtype=np.int64)
+    return merge_spans(np.stack([stops - lengths, stops], axis=1)[rows])
+
+
 def decode_deletions(raw: Buffer | pa.Buffer, *, where: str) -> pa.RecordBatch:
     """Return the table that `raw` holds; its digest is the caller's to check first.
 
     Raises:
-        CorruptError: not a table of deletions, or its row numbers do not ascend.
+        CorruptError: not a table of deletions, or what is in it does not ascend or add up.
     """
     try:
         reader = pa.ipc.open_file(raw if isinstance(raw, pa.Buffer) else pa.py_buffer(raw))
@@ -111,17 +156,35 @@ def decode_deletions(raw: Buffer | pa.Buffer, *, where: str) -> pa.RecordBatch:
         table.validate(full=True)
     except (pa.ArrowException, OSError, ValueError, MemoryError) as error:
         raise _damaged(str(error).splitlines()[0] if str(error) else type(error).__name__, where) from None
-    values, offsets = _lists(table)
-    ascends = np.diff(values, prepend=np.int32(-1)) > 0
-    ascends[offsets[:-1][np.diff(offsets) > 0]] = True
-    if not ascends.all() or (values.size and values.min() < 0):
+    if not _ascends(table, "rows"):
         raise _damaged("row numbers do not ascend", where)
+    if not (_ascends(table, "spans") and _adds_up(table)):
+        raise _damaged("its stretches of tokens do not ascend or add up", where)
     return table
 
 
-def store_deletions(storage: Storage, rows: Mapping[str, Rows], *, tokens: Mapping[str, int]) -> DeletionRef:
+def _ascends(table: pa.RecordBatch, name: str) -> bool:
+    values, offsets = _lists(table, name)
+    larger = np.diff(values, prepend=np.int32(-1)) > 0
+    larger[offsets[:-1][np.diff(offsets) > 0]] = True
+    return bool(larger.all()) and not (values.size and values.min() < 0)
+
+
+def _adds_up(table: pa.RecordBatch) -> bool:
+    """Whether the stretches of each shard come in pairs and hold as many tokens as it says."""
+    values, offsets = _lists(table, "spans")
+    if (offsets % 2).any():
+        return False
+    ends = np.zeros(int(offsets[-1]) // 2 + 1, np.int64)
+    values = values[: offsets[-1]].astype(np.int64)
+    np.cumsum(values[1::2] - values[::2], out=ends[1:])
+    return bool((np.diff(ends[offsets // 2]) == table.column("tokens").to_numpy()).all())
+
+
+def store_deletions(storage: Storage, rows: Mapping[str, Rows], *, lengths: Lengths = _NO_LENGTHS) -> DeletionRef:
     """Store the table that `encode_deletions` makes, and return how a commit names it."""
-    raw = encode_deletions(rows, tokens=tokens)
+    raw = encode_deletions(rows, lengths=lengths)
+    table = decode_deletions(raw, where="memory")
     digest = digest_hex(raw)
     storage.put(deletions_key(digest), raw)
     return DeletionRef(
@@ -129,7 +192,7 @@ def store_deletions(storage: Storage, rows: Mapping[str, Rows], *, tokens: Mappi
         file_bytes=len(raw),
         shards=len(rows),
         documents=sum(np.unique(numbers).size for numbers in rows.values()),
-        tokens=sum(tokens[uid] for uid in rows),
+        tokens=int(np.asarray(table.column("tokens")).sum()),
     )
 
 
@@ -147,14 +210,14 @@ def load_deletion(storage: Storage, ref: DeletionRef) -> pa.RecordBatch:
     """Return one table of deletions."""
     key = deletions_key(ref.digest)
     table = decode_deletions(read_checked(storage, key, size_bytes=ref.file_bytes, digest=ref.digest), where=key)
-    if (table.num_rows, _lists(table)[0].size) != (ref.shards, ref.documents):
+    if (table.num_rows, _lists(table, "rows")[0].size) != (ref.shards, ref.documents):
         raise _damaged("it holds another number of rows than its commit says", where=key)
     return table
 
 
-def _lists(table: pa.RecordBatch) -> tuple[Rows, Rows]:
-    """Return the row numbers of all shards, end to end, and where those of each start."""
-    column = cast("pa.ListArray[Any]", table.column("rows"))
+def _lists(table: pa.RecordBatch, name: str) -> tuple[Rows, Rows]:
+    """Return the numbers of all shards in column `name`, end to end, and where those of each start."""
+    column = cast("pa.ListArray[Any]", table.column(name))
     return np.asarray(column.values), np.asarray(column.offsets)
 
 
