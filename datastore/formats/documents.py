@@ -6,6 +6,7 @@ request when a document is traced; training never reads it.
 """
 
 import io
+from collections.abc import Sequence
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -57,15 +58,15 @@ def encode_documents(table: pa.Table) -> bytes:
     return sink.getvalue()
 
 
-def decode_documents(raw: Buffer) -> pa.Table:
-    """Return the documents of a shard.
+def decode_documents(raw: Buffer, *, columns: Sequence[str] = DOCUMENTS_SCHEMA.names) -> pa.Table:
+    """Return the documents of a shard, with all or only some of the columns of `DOCUMENTS_SCHEMA`.
 
     Raises:
         CorruptError: not Parquet, or other columns than `DOCUMENTS_SCHEMA`.
     """
     try:
-        table = pq.read_table(pa.BufferReader(pa.py_buffer(raw)), columns=DOCUMENTS_SCHEMA.names)
-        return table.cast(DOCUMENTS_SCHEMA)
+        table = pq.read_table(pa.BufferReader(pa.py_buffer(raw)), columns=list(columns), use_threads=False)
+        return table.cast(pa.schema([DOCUMENTS_SCHEMA.field(name) for name in columns]))
     except (pa.ArrowException, OSError, ValueError, MemoryError) as error:
         raise CorruptError(
             f"not a documents file: {str(error).splitlines()[0] if str(error) else type(error).__name__}",

@@ -1,11 +1,13 @@
 """Shards on their way in and out of storage: each is written once, with its digests, and read against them."""
 
+from collections.abc import Sequence
+
 import numpy as np
 import pyarrow as pa
 
 from datastore.digest import block_digests, digest_bytes, digest_hex
 from datastore.errors import ConfigError
-from datastore.formats.documents import decode_documents, encode_documents
+from datastore.formats.documents import DOCUMENTS_SCHEMA, decode_documents, encode_documents
 from datastore.formats.records import decode_records, encode_records
 from datastore.formats.tokens import Offsets, Tokens, decode_tokens, encode_tokens
 from datastore.storage.base import Storage
@@ -124,15 +126,15 @@ def read_record_shard(storage: Storage, shard: ShardInfo) -> pa.Table:
     return decode_records(read_checked(storage, shard.path, size_bytes=shard.size_bytes, digest=shard.digest))
 
 
-def read_documents(storage: Storage, shard: ShardInfo) -> pa.Table:
-    """Return the documents of a token shard, one row per row of the shard.
+def read_documents(storage: Storage, shard: ShardInfo, *, columns: Sequence[str] = DOCUMENTS_SCHEMA.names) -> pa.Table:
+    """Return the documents of a token shard, one row per row of the shard; only `columns` are decoded.
 
     Raises:
         MissingError: their file is gone.
         CorruptError: their file is damaged.
     """
     raw = read_checked(storage, shard.docs_path, size_bytes=shard.docs_bytes, digest=shard.docs_digest)
-    return decode_documents(raw)
+    return decode_documents(raw, columns=columns)
 
 
 def _shard_path(uid: str) -> str:
