@@ -10,14 +10,14 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from datastore.errors import ConfigError, MissingError
+from datastore.errors import ConfigError, CorruptError, MissingError
 from datastore.formats.records import decode_schema
 from datastore.formats.tokens import Offsets, Tokens
 from datastore.storage.base import Storage
 from datastore.storage.resolve import open_storage
 from datastore.store.commits import CommitLog
 from datastore.store.create import read_info
-from datastore.store.deletions import Deletions, load_deletions
+from datastore.store.deletions import Deletions, load_deletions, merge_spans
 from datastore.store.manifest import Commit, DatasetInfo, Kind, Totals
 from datastore.store.opening import load_segments
 from datastore.store.segment import Segments
@@ -85,6 +85,27 @@ class Dataset:
             CorruptError: one is damaged.
         """
         return load_deletions(self.storage, self.commit)
+
+    @cached_property
+    def deleted_spans(self) -> npt.NDArray[np.int64]:
+        """[K, 2] the deleted tokens as stretches [start, stop) of the stream: all shards end to end, in order, none touching.
+
+        Raises:
+            MissingError, CorruptError: as `deletions`; or it names tokens that a shard does not have.
+        """
+        uids = sorted(self.deletions.uids)
+        ends = np.cumsum(self.segments.tokens)
+        spans = [np.empty((0, 2), np.int64)]
+        for uid, place in zip(uids, self.segments.find(uids).tolist(), strict=True):
+            found = self.deletions.spans(uid)
+            if place < 0 or not found.size:
+                continue
+            if found[-1, 1] > self.segments.tokens[place]:
+                raise CorruptError(
+                    "more tokens are deleted than the shard has", shard=uid, hint="Restore the dataset from a copy."
+                )
+            spans.append(found + (ends[place] - self.segments.tokens[place]))
+        return merge_spans(np.concatenate(spans))
 
     def tokenizer(self) -> bytes | None:
         """Return the exact `tokenizer.json`, or None if the dataset names none.

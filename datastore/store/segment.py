@@ -316,6 +316,16 @@ class Segments:
                 found[row["uid"].hex()] = row["digest"]
         return found
 
+    def find(self, uids: Sequence[str]) -> npt.NDArray[np.int64]:
+        """Return the index of the shard that each of `uids` names, -1 where there is none. O(shards), without objects."""
+        wanted = pa.array([bytes.fromhex(uid) for uid in uids], _BINARY16)
+        found = np.full(len(uids), -1, np.int64)
+        for batch, end in zip(self.batches, self._ends, strict=True):
+            which = pc.fill_null(pc.index_in(batch.column("uid"), value_set=wanted), -1).to_numpy(zero_copy_only=False)
+            here = np.flatnonzero(which >= 0)
+            found[which[here]] = end - batch.num_rows + here
+        return found
+
     def _column(self, name: str) -> npt.NDArray[np.int64]:
         return self._concat([_numbers(batch, name) for batch in self.batches], np.dtype(np.int64))
 
