@@ -20,6 +20,17 @@ _WIDEST = 80
 """Characters of a cell."""
 
 
+def _share(_context: click.Context, _parameter: click.Parameter, text: str) -> float:
+    """Return a part of a whole, written `1%` or `0.01`."""
+    try:
+        share = float(text.removesuffix("%")) / (100 if text.endswith("%") else 1)
+    except ValueError:
+        raise click.BadParameter(f"{text!r} is no share; write 1% or 0.01") from None
+    if not 0 < share <= 1:
+        raise click.BadParameter(f"{text!r} is not above 0 and at most 1")
+    return share
+
+
 @click.command(
     short_help="Show what a dataset holds.",
     epilog=example("datastore show data/code", "datastore show data/code@1 --json"),
@@ -141,10 +152,18 @@ def log(*, url: str, as_json: bool) -> None:
     )
 
 
-@click.command(short_help="Read and check every byte of a dataset.", epilog=example("datastore verify data/code"))
+@click.command(
+    short_help="Read and check a dataset, every byte of it or a sample.",
+    epilog=example(
+        "datastore verify data/code", "datastore verify data/code --sample 1%", "datastore verify data/code --deep"
+    ),
+)
 @URL
+@click.option("--sample", callback=_share, default="100%", help="Share of the blocks to read, such as 1% or 0.01.")
+@click.option("--seed", type=click.IntRange(min=0), help="Draw the same blocks again as the run that named this seed.")
+@click.option("--deep", is_flag=True, help="Decode each shard, too, and compare it with what the manifest says of it.")
 @json_option
-def verify(*, url: str, as_json: bool) -> int:
+def verify(*, url: str, sample: float, seed: int | None, deep: bool, as_json: bool) -> int:
     """Read every byte of the dataset at URL and name each bad block; exit with 1 if there is one."""
     from datastore.store.dataset import open_dataset
     from datastore.store.verify import verify as verify_dataset
@@ -152,13 +171,17 @@ def verify(*, url: str, as_json: bool) -> int:
 
     dataset = open_dataset(url)
     with progress_bar("verify") as progress:
-        report = verify_dataset(dataset, progress=progress)
+        report = verify_dataset(dataset, sample=sample, seed=seed, deep=deep, progress=progress)
     if as_json:
         say_json(report)
         return 1 if report.bad else 0
     for bad in report.bad:
-        say(f"bad: {bad.path}, block {bad.block}: {bad.reason}")
-    result = f"{len(report.bad):,} bad blocks" if report.bad else "every byte is as it was written"
+        say(f"bad: {bad.path}{'' if bad.block is None else f', block {bad.block}'}: {bad.reason}")
+    if report.seed is not None:
+        part = report.blocks / max(1, report.of_blocks)
+        say(f"a sample: {report.blocks:,} of {report.of_blocks:,} blocks ({part:.2%}), drawn by --seed {report.seed}")
+    sound = "every byte is as it was written" if report.seed is None else "every byte read is as it was written"
+    result = f"{len(report.bad):,} bad blocks" if report.bad else f"{sound}, and decodes" if deep else sound
     say(f"{report.files:,} files, {format_bytes(report.bytes)}: {result}")
     return 1 if report.bad else 0
 

@@ -4,20 +4,27 @@ import uuid
 from pathlib import Path
 
 import msgspec
+import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from typing_extensions import Buffer, override
 
 from datastore.document import seal
-from datastore.errors import StorageError
+from datastore.errors import ConfigError, StorageError
 from datastore.storage.base import Storage
 from datastore.storage.local import LocalStorage
 from datastore.storage.memory import MemoryStorage
-from datastore.store.blocks import BadBlock, check_blocks
+from datastore.store.blocks import BadBlock, Blocks, Draw, Room, check_blocks
 from datastore.store.dataset import Dataset, open_dataset
+from datastore.store.deletions import store_deletions
 from datastore.store.manifest import INFO_KEY, commit_key, sum_refs
+from datastore.store.records import writer
 from datastore.store.segment import BLOCK_BYTES
+from datastore.store.tokenizers import put_tokenizer
 from datastore.store.verify import verify
-from datastore.testing.datasets import make_dataset
+from datastore.store.writer import commit_records, commit_shards
+from datastore.testing.datasets import make_dataset, make_shard
 
 
 @pytest.fixture(params=["local", "memory"])
@@ -123,7 +130,8 @@ def test_a_sector_that_cannot_be_read_is_one_bad_block() -> None:
 def test_digests_that_cannot_belong_to_the_size_are_named() -> None:
     storage = MemoryStorage(uuid.uuid4().hex)
     storage.put("file", b"ten bytes.")
-    found = check_blocks(storage, "file", size_bytes=10, block_bytes=4, digests=bytes(32), buffer=bytearray(4))
+    blocks = Blocks("file", size_bytes=10, block_bytes=4, digests=bytes(32))
+    found = check_blocks(storage, blocks, chosen=[0], room=Room())
     assert found == [BadBlock("file", None, "its digests do not match its size")]
 
 
@@ -143,3 +151,162 @@ def test_a_commit_that_contradicts_its_segment_is_found(dataset: Dataset, field:
     dataset.storage.put(commit_key(1), seal(commit))
     found = verify(open_dataset(dataset.storage)).bad
     assert [bad.path for bad in found] == [f"_segments/{ref.digest}.arrow"]
+
+
+def test_a_sample_reads_its_share_of_the_blocks_and_says_which_seed_drew_them(storage: Storage) -> None:
+    dataset = make_dataset(storage, [[5000]] * 20, block_bytes=256)
+    report = verify(dataset, sample=0.1, seed=7)
+    assert report.of_blocks == sum(-(-shard.size_bytes // 256) + 1 for shard in dataset.segments)
+    assert report.blocks == pytest.approx(report.of_blocks / 10, abs=1)
+    assert report.bytes < dataset.totals.size_bytes / 5
+    assert report == verify(dataset, sample=0.1, seed=report.seed)
+    assert report != verify(dataset, sample=0.1, seed=8)
+
+
+def test_without_a_seed_each_sample_is_another_one(storage: Storage) -> None:
+    dataset = make_dataset(storage, [[5000]] * 20, block_bytes=256)
+    assert len({verify(dataset, sample=0.1).seed for _ in range(3)}) == 3
+
+
+def test_samples_find_a_bad_block_as_often_as_their_share_says(storage: Storage) -> None:
+    dataset = make_dataset(storage, [[5000]], block_bytes=256)
+    shard = dataset.segments.shard(0)
+    raw = bytearray(dataset.storage.get(shard.path))
+    raw[256 * 11 + 1] ^= 1
+    dataset.storage.put(shard.path, raw)
+    found = [verify(dataset, sample=0.25, seed=seed).bad for seed in range(200)]
+    assert {tuple((bad.path, bad.block) for bad in each) for each in found} == {(), ((shard.path, 11),)}
+    assert 25 < sum(map(bool, found)) < 80
+
+
+def test_a_small_sample_of_a_small_dataset_reads_one_block(storage: Storage) -> None:
+    assert verify(make_dataset(storage, [[3]]), sample=1e-9).blocks == 1
+
+
+@given(st.floats(0.001, 1), st.lists(st.integers(0, 50), max_size=50), st.integers(0, 2**32))
+def test_of_any_stretch_of_blocks_the_share_is_drawn(share: float, files: list[int], seed: int) -> None:
+    draw = Draw(1 / share, seed=seed)
+    for blocks in files:
+        chosen = draw.of(blocks)
+        assert list(chosen) == sorted(set(chosen) & set(range(blocks)))
+        assert abs(draw.drawn - draw.seen * share) <= 1 + 1e-6
+    assert draw.seen == sum(files)
+
+
+@pytest.mark.parametrize(("sample", "deep"), [(0, False), (-0.1, False), (1.5, False), (0.5, True)])
+def test_a_share_that_makes_no_sense_is_refused(dataset: Dataset, sample: float, *, deep: bool) -> None:
+    with pytest.raises(ConfigError, match="share"):
+        verify(dataset, sample=sample, deep=deep)
+
+
+def forged(storage: Storage, **changes: object) -> Dataset:
+    """Return a dataset of two shards, all digests right, whose first shard's row in the manifest has `changes`."""
+    tokenizer = put_tokenizer(storage, b"{}", vocab_size=2**16, end_of_text=0)
+    shards = [make_shard(storage, f"{index}" * 32, lengths=[3, 4]) for index in range(2)]
+    shards[0] = msgspec.structs.replace(shards[0], **changes)
+    commit_shards(storage, shards, tokenizer=tokenizer)
+    return open_dataset(storage)
+
+
+def test_what_decodes_as_the_manifest_says_has_no_complaint(storage: Storage) -> None:
+    assert verify(forged(storage), deep=True).ok
+    with writer(MemoryStorage(uuid.uuid4().hex)) as out:
+        out.write({"text": "one"})
+    assert verify(open_dataset(out.storage), deep=True).ok
+
+
+@pytest.mark.parametrize(
+    ("changes", "place", "reason"),
+    [
+        ({"documents": 3}, "path", "its dtype, documents or tokens are not those that the manifest names"),
+        ({"tokens": 8}, "path", "its dtype, documents or tokens are not those that the manifest names"),
+        ({"dtype": "uint32"}, "path", "its dtype, documents or tokens are not those that the manifest names"),
+        ({"source_last": "x"}, "docs_path", "its first and last source are not those that the manifest names"),
+    ],
+)
+def test_a_manifest_that_says_something_else_is_found_by_decoding(
+    storage: Storage, changes: dict[str, object], place: str, reason: str
+) -> None:
+    dataset = forged(storage, **changes)
+    assert verify(dataset).ok
+    found = verify(dataset, deep=True).bad
+    assert [(bad.path, bad.reason) for bad in found] == [(getattr(dataset.segments.shard(0), place), reason)]
+
+
+def test_an_id_beyond_the_vocabulary_is_found_by_decoding(storage: Storage) -> None:
+    tokenizer = put_tokenizer(storage, b"{}", vocab_size=2, end_of_text=0)
+    shard = make_shard(storage, "a" * 32, lengths=[300])
+    commit_shards(storage, [shard], tokenizer=tokenizer)
+    found = verify(open_dataset(storage), deep=True).bad
+    assert [bad.path for bad in found] == [shard.path]
+    assert found[0].reason.endswith("the tokenizer has 2")
+
+
+def test_documents_of_another_shard_are_found_by_decoding(storage: Storage) -> None:
+    one = make_shard(storage, "1" * 32, lengths=[3, 4])
+    other = make_shard(storage, "2" * 32, lengths=[4, 3])
+    names = ("docs_path", "docs_bytes", "docs_digest")
+    commit_shards(storage, [msgspec.structs.replace(one, **{name: getattr(other, name) for name in names})])
+    found = verify(open_dataset(storage), deep=True).bad
+    assert [bad.reason for bad in found] == ["its rows do not count the tokens of the shard's rows"]
+
+
+def test_a_record_shard_with_other_rows_is_found_by_decoding() -> None:
+    with writer(MemoryStorage(uuid.uuid4().hex)) as out:
+        out.write({"text": f"{index}"} for index in range(3))
+    shard = msgspec.structs.replace(next(iter(open_dataset(out.storage).segments)), documents=4)
+    commit_records(out.storage, [shard], schema=out.schema, operation="overwrite")
+    assert [bad.reason for bad in verify(open_dataset(out.storage), deep=True).bad] == ["it has 3 rows, not 4"]
+
+
+def deleted(storage: Storage, rows: dict[str, list[int]], lengths: dict[str, list[int]]) -> Dataset:
+    dataset = forged(storage)
+    table = store_deletions(
+        storage,
+        {uid: np.array(numbers, np.int32) for uid, numbers in rows.items()},
+        lengths={uid: np.array(counts) for uid, counts in lengths.items()},
+    )
+    commit = msgspec.structs.replace(dataset.commit, deletions=(table,))
+    commit = msgspec.structs.replace(commit, totals=sum_refs(commit.segments, commit.deletions))
+    storage.put(commit_key(1), seal(commit))
+    return open_dataset(storage)
+
+
+@pytest.mark.parametrize(
+    ("rows", "lengths", "reason"),
+    [
+        ({"0" * 32: [1]}, {"0" * 32: [3, 4]}, None),
+        ({"0" * 32: [2]}, {"0" * 32: [3, 4, 5]}, "row 2 of it is deleted, it has 2"),
+        ({"0" * 32: [1]}, {"0" * 32: [4, 3]}, "its deleted rows are not where the deletions say"),
+        ({"f" * 32: [0]}, {"f" * 32: [4]}, f"it deletes rows of a shard that is not in this version ({'f' * 32})"),
+    ],
+)
+def test_deletions_that_do_not_fit_the_shards_are_found_by_decoding(
+    storage: Storage, rows: dict[str, list[int]], lengths: dict[str, list[int]], reason: str | None
+) -> None:
+    dataset = deleted(storage, rows, lengths)
+    assert verify(dataset).ok
+    assert [bad.reason for bad in verify(dataset, deep=True).bad] == ([] if reason is None else [reason])
+
+
+def test_damage_is_told_once_however_deep_one_looks(dataset: Dataset) -> None:
+    path = dataset.segments.shard(0).path
+    raw = bytearray(dataset.storage.get(path))
+    raw[-20] ^= 1
+    dataset.storage.put(path, raw)
+    assert verify(dataset, deep=True).bad == verify(dataset).bad
+    assert len(verify(dataset).bad) == 1
+
+
+@pytest.mark.parametrize("block_bytes", [1, 2**62])
+def test_a_manifest_with_monstrous_sizes_costs_no_memory(block_bytes: int) -> None:
+    dataset = forged(MemoryStorage(uuid.uuid4().hex), size_bytes=2**62, block_bytes=block_bytes)
+    found = verify(dataset).bad
+    path = dataset.segments.shard(0).path
+    assert {bad.path for bad in found} == {path}
+    assert len(found) <= 2
+
+
+def test_a_path_that_leaves_the_dataset_is_named_and_not_followed(storage: Storage) -> None:
+    dataset = forged(storage, path="../../secret")
+    assert [(bad.path, bad.reason) for bad in verify(dataset).bad] == [("../../secret", "not a valid key")]
