@@ -2,7 +2,7 @@
 
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import cached_property
 from typing import Any
 
@@ -11,10 +11,12 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from datastore.errors import ConfigError, CorruptError, MissingError
-from datastore.formats.records import decode_schema
+from datastore.formats.evolution import adapt
+from datastore.formats.schema import decode_schema
 from datastore.formats.tokens import Offsets, Tokens
 from datastore.storage.base import Storage
 from datastore.storage.resolve import open_storage
+from datastore.store.batches import BatchReader
 from datastore.store.commits import CommitLog
 from datastore.store.create import read_info
 from datastore.store.deletions import Deletions, load_deletions, merge_spans
@@ -24,13 +26,14 @@ from datastore.store.segment import Segments
 from datastore.store.shards import read_documents, read_record_shard, read_token_shard
 from datastore.store.tags import read_tagged
 from datastore.store.tokenizers import read_tokenizer
+from datastore.store.views import Views
 
 __all__ = ["Dataset", "open_dataset", "split_reference"]
 
 _REFERENCE = re.compile(r"(?P<url>.*[^/@])@(?P<name>[A-Za-z0-9][A-Za-z0-9._-]*)", re.DOTALL)
 
 
-class Dataset:
+class Dataset(Views):
     """One version of a dataset; immutable, safe for any number of threads."""
 
     def __init__(self, storage: Storage, *, info: DatasetInfo, commit: Commit) -> None:
@@ -152,38 +155,64 @@ class Dataset:
         """Return the documents of token shard `index` that are not deleted; otherwise as `documents`."""
         return _only(self.documents(index), self.live_rows(index))
 
-    @property
+    @cached_property
     def schema(self) -> pa.Schema:
-        """The Arrow schema of a record dataset."""
+        """The Arrow schema of a record dataset, with what is noted in it of its changes."""
         self._require("records")
         return decode_schema(self.commit.record_schema)
 
     def record_shard(self, index: int) -> pa.Table:
-        """Return the rows of record shard `index`, deleted ones too.
+        """Return the rows of record shard `index` as `schema`, deleted ones too.
 
         Raises:
             MissingError: the file is gone.
             CorruptError: the file is damaged.
         """
         self._require("records")
-        return read_record_shard(self.storage, self.segments.shard(index))
+        return adapt(read_record_shard(self.storage, self.segments.shard(index)), self.schema)
 
     def live_records(self, index: int) -> pa.Table:
         """Return the rows of record shard `index` that are not deleted; otherwise as `record_shard`."""
         return _only(self.record_shard(index), self.live_rows(index))
 
-    def to_arrow(self) -> pa.Table:
-        """Return all rows of a record dataset; mapped, not read, where the files are on this machine."""
-        self._require("records")
-        tables = [self.live_records(index) for index in range(len(self.segments))]
-        return pa.concat_tables([self.schema.empty_table(), *tables])
+    def read_batch(self, shard: int, batch: int, *, columns: Sequence[str] | None = None) -> pa.RecordBatch:
+        """Return one batch of record shard `shard`, some 2 MiB, deleted rows too: one range read where it is remote.
 
-    def iter_records(self) -> Iterator[dict[str, Any]]:
-        """Yield the rows of a record dataset in order, one shard in memory at a time."""
-        self._require("records")
-        for index in range(len(self.segments)):
-            for batch in self.live_records(index).to_batches():
-                yield from batch.to_pylist()
+        A shard has `len(segments.shard(shard).layout.batches)` of them.
+
+        Raises:
+            IndexError: there is no such shard, or no such batch.
+            ConfigError: there is no such column.
+            MissingError: the file is gone.
+            CorruptError: the file is damaged.
+        """
+        return self._batches.read(shard, batch, columns=columns)
+
+    def iter_batches(self, *, columns: Sequence[str] | None = None) -> Iterator[pa.RecordBatch]:
+        """Yield the rows of a record dataset that are not deleted, in order, a few batches of 2 MiB in memory at a time.
+
+        Raises:
+            ConfigError: there is no such column.
+            MissingError, CorruptError: as `record_shard`.
+        """
+        masks: tuple[int, npt.NDArray[np.bool_] | None] = -1, None
+        for shard, row, batch in self._batches.each(columns=columns):
+            if masks[0] != shard:
+                masks = shard, self.live_rows(shard)
+            live = masks[1]
+            yield batch if live is None else batch.filter(pa.array(live[row : row + batch.num_rows]))
+
+    def iter_records(self, *, columns: Sequence[str] | None = None) -> Iterator[dict[str, Any]]:
+        """Yield the rows of a record dataset that are not deleted, in order; otherwise as `iter_batches`."""
+        for batch in self.iter_batches(columns=columns):
+            names = batch.schema.names
+            # Column by column takes half the time of `batch.to_pylist()` (2026-11-25, pyarrow 26, text and chat).
+            for values in zip(*(column.to_pylist() for column in batch.columns), strict=True):
+                yield dict(zip(names, values, strict=True))
+
+    @cached_property
+    def _batches(self) -> BatchReader:
+        return BatchReader(self.storage, self.segments, schema=self.schema)
 
     def _require(self, kind: Kind) -> None:
         if self.kind != kind:
@@ -203,7 +232,7 @@ def open_dataset(
 
     Raises:
         ConfigError: the URL is empty or unknown, or names a version and a tag.
-        MissingError: there is no dataset, no such version or no such tag.
+        MissingError: there is no dataset, no such version or no such tag; or that version has expired.
         FormatError: there is something else, or it was written by a newer version of this package.
         CorruptError: what is needed to open it is damaged.
     """
@@ -219,7 +248,7 @@ def open_dataset(
     if version is not None and tag is not None:
         raise ConfigError("a version and a tag are named", version=version, tag=tag, hint="Name one of them.")
     info = read_info(url)
-    commit = _commit(url, version, tag)
+    commit = _commit(url, info, version, tag)
     if commit is None:
         raise MissingError(
             "the dataset has no version yet", url=url.url, hint="Finish the ingest that was begun, by running it again."
@@ -227,11 +256,11 @@ def open_dataset(
     return Dataset(url, info=info, commit=commit)
 
 
-def _commit(storage: Storage, version: int | None, tag: str | None) -> Commit | None:
-    if tag is not None:
-        return read_tagged(storage, tag)
+def _commit(storage: Storage, info: DatasetInfo, version: int | None, tag: str | None) -> Commit | None:
     log = CommitLog(storage)
-    return log.newest() if version is None else log.read(version)
+    if tag is not None:
+        return log.readable(read_tagged(storage, tag), info=info)
+    return log.newest() if version is None else log.readable(log.read(version), info=info)
 
 
 def split_reference(url: str) -> tuple[str, str]:
