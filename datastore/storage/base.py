@@ -1,6 +1,6 @@
 """The contract between this package and any byte store.
 
-Eight methods are enough for the whole package. A backend that passes `datastore.testing.StorageContract`
+Eight methods are enough for the whole package, and a ninth that says what they cost. A backend that passes `datastore.testing.StorageContract`
 can hold a dataset and a run; nothing else about it matters.
 
 Promises every backend keeps:
@@ -23,6 +23,7 @@ from typing import Protocol, runtime_checkable
 from typing_extensions import Buffer
 
 from datastore.errors import ConfigError
+from datastore.storage.statistics import OperationStatistics
 
 __all__ = ["Stat", "Storage", "check_key"]
 
@@ -87,6 +88,8 @@ class Storage(Protocol):
     def put_new(self, key: str, *chunks: Buffer) -> None:
         """Write the chunks unless `key` exists. At least one byte: an empty exclusive write truncates on some gateways.
 
+        If an answer was lost, the bytes stored decide who wrote them: let those of different writers differ.
+
         Raises:
             ConflictError: the key exists; its bytes are untouched.
         """
@@ -111,6 +114,10 @@ class Storage(Protocol):
     def local_path(self, key: str) -> Path | None:
         """Return the file that holds `key` if it can be mapped into memory on this machine, else None."""
         ...
+
+    def statistics(self) -> dict[str, OperationStatistics]:
+        """Return what each kind of operation ("get", "put", ...) has cost since this object was made; by default nothing."""
+        return {}
 
 
 def check_key(key: str) -> str:

@@ -4,7 +4,7 @@ Each fsspec backend has its own tree of errors (botocore, aiohttp, gcsfs, azure 
 they are told apart by what they carry - an errno, an HTTP status, the name of a base class - and never imported.
 
 After a `put_new` whose answer was lost nobody knows whether it happened; such an error is `transient`, and its caller
-reads the key back.
+reads the key back. Credentials that are missing, expired or wrong are told apart, and never transient.
 """
 
 import errno
@@ -14,16 +14,36 @@ from collections.abc import Iterable
 from datastore.errors import DatastoreError, MissingError, StorageError
 from datastore.storage.reasons import conflict, explain, missing
 
-__all__ = ["http_status", "scrub", "translate"]
+__all__ = ["error_code", "http_status", "is_unreachable", "scrub", "translate"]
 
-_NO_CREDENTIALS = {
-    "ClientAuthenticationError",
-    "DefaultCredentialsError",
-    "NoCredentialsError",
-    "PartialCredentialsError",
-    "ProfileNotFound",
-    "RefreshError",
-    "TokenRetrievalError",
+_NO_CREDENTIALS = {"DefaultCredentialsError", "NoCredentialsError", "PartialCredentialsError", "ProfileNotFound"}
+_REFUSED_CREDENTIALS = {"ClientAuthenticationError", "CredentialRetrievalError", "RefreshError"}
+_EXPIRED_CREDENTIALS = {"SSOError", "SSOTokenLoadError", "TokenRetrievalError", "UnauthorizedSSOTokenError"}
+"""Names of base classes of errors."""
+
+_EXPIRED_CODES = {"ExpiredToken", "ExpiredTokenException", "RequestExpired", "TokenRefreshRequired"}
+_PASSING_CODES = {
+    "IncompleteBody",
+    "InternalError",
+    "OperationAborted",
+    "RequestTimeout",
+    "ServiceUnavailable",
+    "SlowDown",
+    "XAmzContentSHA256Mismatch",
+}
+"""What S3 calls them. Some come with status 400. Source: Amazon S3 API Reference, Error Responses."""
+
+_UNREACHABLE = {
+    "ClientConnectorError",
+    "ConnectError",
+    "ConnectTimeout",
+    "ConnectTimeoutError",
+    "ConnectionRefusedError",
+    "EndpointConnectionError",
+    "NewConnectionError",
+    "NoValidConnectionsError",
+    "ServiceRequestError",
+    "gaierror",
 }
 _NETWORK = {
     ("aiohttp", "ClientError"),
@@ -31,9 +51,12 @@ _NETWORK = {
     ("azure", "ServiceResponseError"),
     ("botocore", "ConnectionError"),
     ("botocore", "HTTPClientError"),
+    ("botocore", "IncompleteReadError"),
     ("botocore", "ResponseParserError"),
     ("gcsfs", "ChecksumError"),
     ("google", "TransportError"),
+    ("http", "HTTPException"),
+    ("httpx", "TransportError"),
     ("paramiko", "SSHException"),
     ("requests", "RequestException"),
     ("urllib3", "HTTPError"),
@@ -66,13 +89,13 @@ def translate(
         return conflict(key=key, url=url)
     if isinstance(error, _PATH_ERRORS) or status == 404:
         return _misplaced(error, key=key, url=url, writing=writing)
-    if _is_denied(error, status):
-        return StorageError(
-            "access denied", key=key, url=url, hint="Check the credentials, and what they are allowed to do there."
-        )
+    denied = _denial(error, status)
+    if denied is not None:
+        return StorageError(denied[0], key=key, url=url, hint=denied[1])
     if isinstance(error, OSError) and error.errno in _CERTAIN:
         return explain(error, key=key, url=url, writing=writing)
-    transient = creating or _is_passing(error, status)
+    refused = status is not None and 400 <= status < 500
+    transient = _is_passing(error, status) or (creating and not refused)
     hint = "Try again." if transient else "Check the URL, the endpoint and the rights there."
     return StorageError(_reason(error, secrets), key=key, url=url, transient=transient, hint=hint)
 
@@ -86,6 +109,20 @@ def http_status(error: BaseException) -> int | None:
             if isinstance(value, int | str) and str(value).isdigit() and 100 <= int(value) < 600:
                 return int(value)
     return None
+
+
+def error_code(error: BaseException) -> str:
+    """Return the name that S3 gave to the error that `error`, or what caused it, carries; or ""."""
+    for candidate in (error, error.__cause__):
+        response = getattr(candidate, "response", None)
+        if isinstance(response, dict):
+            return str(response.get("Error", {}).get("Code", ""))
+    return ""
+
+
+def is_unreachable(error: BaseException) -> bool:
+    """Return whether nothing can have answered: no such host, or nobody who listens there."""
+    return bool(_UNREACHABLE & {name for found in (error, error.__cause__) if found for name in _names(found)})
 
 
 def scrub(text: str, secrets: Iterable[str] = ()) -> str:
@@ -107,18 +144,30 @@ def _misplaced(error: Exception, *, key: str, url: str, writing: bool) -> Datast
     return MissingError("nothing can be written there", key=key, url=url, hint="Make the bucket or folder first.")
 
 
-def _is_denied(error: Exception, status: int | None) -> bool:
+def _denial(error: Exception, status: int | None) -> tuple[str, str] | None:
+    """Return fact and hint if `error` is about who asks, or what he may do; trying again cannot help."""
+    names, code = _names(error), error_code(error)
+    if code in _EXPIRED_CODES or names & _EXPIRED_CREDENTIALS:
+        return "the credentials have expired", "Renew them, then run the same command again."
+    if code == "RequestTimeTooSkewed":
+        return "access denied: the clock is wrong", "Set the clock of this machine; a signature is valid for minutes."
+    if names & _NO_CREDENTIALS:
+        return "no credentials were found", "Check the credentials: put them where the library for this URL looks."
     # gcsfs reports 403 as a bare OSError with this word; s3fs and adlfs raise PermissionError.
-    forbidden = isinstance(error, OSError) and str(error).startswith("Forbidden")
-    return (
-        isinstance(error, PermissionError) or forbidden or status in {401, 403} or bool(_NO_CREDENTIALS & _names(error))
+    forbidden = isinstance(error, PermissionError) or (
+        isinstance(error, OSError) and str(error).startswith("Forbidden")
     )
+    if forbidden or status in {401, 403} or names & _REFUSED_CREDENTIALS:
+        return "access denied", "Check the credentials, and what they are allowed to do there."
+    return None
 
 
 def _is_passing(error: Exception, status: int | None) -> bool:
     if status is not None and (status in _BUSY or status >= 500):
         return True
-    if isinstance(error, TimeoutError | ConnectionError):
+    if error_code(error) in _PASSING_CODES:
+        return True
+    if isinstance(error, TimeoutError | ConnectionError) or is_unreachable(error):
         return True
     if isinstance(error, OSError) and error.errno is not None:
         # EREMOTEIO is what s3fs makes of an InternalError, EBUSY of SlowDown.
@@ -126,7 +175,7 @@ def _is_passing(error: Exception, status: int | None) -> bool:
     return any((kind.__module__.partition(".")[0], kind.__name__) in _NETWORK for kind in type(error).__mro__)
 
 
-def _names(error: Exception) -> set[str]:
+def _names(error: BaseException) -> set[str]:
     return {kind.__name__ for kind in type(error).__mro__}
 
 

@@ -22,6 +22,7 @@ from datastore.errors import DatastoreError
 from datastore.storage.base import Stat, Storage, check_key
 from datastore.storage.exclusive import Unsupported, name_if_free
 from datastore.storage.reasons import ABSENT, conflict, explain, missing, too_short
+from datastore.storage.statistics import Meter, OperationStatistics
 from datastore.storage.writeback import write_all
 
 __all__ = ["LocalStorage"]
@@ -48,6 +49,7 @@ class LocalStorage(Storage):
     def __init__(self, root: Path) -> None:
         self._base = str(root.absolute())
         self._exclusive = True
+        self._meter = Meter()
 
     @override
     def __repr__(self) -> str:
@@ -66,49 +68,61 @@ class LocalStorage(Storage):
 
     @override
     def get(self, key: str) -> bytes:
-        with self._errors(key), open(self._path(key), "rb", buffering=0) as file:
-            return file.readall()
+        with self._meter.time("get") as timed, self._errors(key), open(self._path(key), "rb", buffering=0) as file:
+            data = file.readall()
+            timed.bytes = len(data)
+            return data
 
     @override
     def get_ranges(self, key: str, ranges: Sequence[tuple[int, int]]) -> list[bytes]:
-        with self._open(key) as fd:
-            return [self._read(fd, key, start, stop) for start, stop in ranges]
+        with self._meter.time("get_ranges") as timed, self._open(key) as fd:
+            parts = [self._read(fd, key, start, stop) for start, stop in ranges]
+            timed.bytes = sum(map(len, parts))
+            return parts
 
     @override
     def read_into(self, key: str, start: int, target: Buffer) -> None:
-        with self._open(key) as fd:
-            self._fill(fd, key, start, memoryview(target).cast("B"))
+        view = memoryview(target).cast("B")
+        with self._meter.time("read_into") as timed, self._open(key) as fd:
+            self._fill(fd, key, start, view)
+            timed.bytes = len(view)
 
     @override
     def put(self, key: str, *chunks: Buffer) -> None:
         path = self._path(key)
-        with self._errors(key, writing=True), _staged(path, chunks) as staged:
-            os.replace(staged, path)
+        with self._meter.time("put") as timed:
+            with self._errors(key, writing=True), _staged(path, chunks) as staged:
+                os.replace(staged, path)
+            timed.bytes = sum(memoryview(chunk).nbytes for chunk in chunks)
 
     @override
     def put_new(self, key: str, *chunks: Buffer) -> None:
         path = self._path(key)
-        if os.path.lexists(path):
-            raise conflict(key=key, url=self._base)
-        with self._errors(key, writing=True), _staged(path, chunks) as staged:
-            try:
-                self._name_if_free(staged, path)
-            except FileExistsError:
-                raise conflict(key=key, url=self._base) from None
+        with self._meter.time("put_new") as timed:
+            if os.path.lexists(path):
+                raise conflict(key=key, url=self._base)
+            with self._errors(key, writing=True), _staged(path, chunks) as staged:
+                try:
+                    self._name_if_free(staged, path)
+                except FileExistsError:
+                    raise conflict(key=key, url=self._base) from None
+            timed.bytes = sum(memoryview(chunk).nbytes for chunk in chunks)
 
     @override
     def list(self, folder: str = "") -> Iterator[Stat]:
+        self._meter.add("list", OperationStatistics(requests=1))  # A walk is as slow as its reader: not timed.
         yield from self._walk(f"{check_key(folder)}/" if folder else "")
 
     @override
     def delete(self, key: str) -> None:
         path = self._path(key)
-        try:
-            os.unlink(path)
-        except OSError as error:
-            if error.errno in ABSENT:
-                return
-            raise explain(error, key=key, url=self._base, writing=True) from None
+        with self._meter.time("delete"):
+            try:
+                os.unlink(path)
+            except OSError as error:
+                if error.errno in ABSENT:
+                    return
+                raise explain(error, key=key, url=self._base, writing=True) from None
         # Empty folders would pile up under retention; the first one in use stops the climb by refusing to go.
         with suppress(OSError):
             for parent in Path(key).parents[:-1]:
@@ -116,7 +130,7 @@ class LocalStorage(Storage):
 
     @override
     def stat(self, key: str) -> Stat:
-        with self._errors(key):
+        with self._meter.time("stat"), self._errors(key):
             found = os.stat(self._path(key))
         if stat.S_ISDIR(found.st_mode):
             raise missing(key=key, url=self._base)
@@ -126,6 +140,10 @@ class LocalStorage(Storage):
     def local_path(self, key: str) -> Path | None:
         path = Path(self._path(key))
         return path if path.is_file() else None
+
+    @override
+    def statistics(self) -> dict[str, OperationStatistics]:
+        return self._meter.statistics()
 
     def _path(self, key: str) -> str:
         return f"{self._base}/{check_key(key)}"

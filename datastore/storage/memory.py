@@ -12,6 +12,7 @@ from typing_extensions import Buffer, override
 
 from datastore.storage.base import Stat, Storage, check_key
 from datastore.storage.reasons import conflict, missing, too_short
+from datastore.storage.statistics import Meter, OperationStatistics
 
 __all__ = ["MemoryStorage"]
 
@@ -26,6 +27,7 @@ class MemoryStorage(Storage):
     def __init__(self, name: str) -> None:
         self._name = check_key(name)
         self._values = _spaces.setdefault(name, {})
+        self._meter = Meter()
 
     @override
     def __repr__(self) -> str:
@@ -43,48 +45,69 @@ class MemoryStorage(Storage):
 
     @override
     def get(self, key: str) -> bytes:
-        return self._find(key)[0]
+        with self._meter.time("get") as timed:
+            data = self._find(key)[0]
+            timed.bytes = len(data)
+            return data
 
     @override
     def get_ranges(self, key: str, ranges: Sequence[tuple[int, int]]) -> list[bytes]:
-        data = self.get(key)
-        return [bytes(self._cut(data, key, start, stop)) for start, stop in ranges]
+        with self._meter.time("get_ranges") as timed:
+            data = self._find(key)[0]
+            parts = [bytes(self._cut(data, key, start, stop)) for start, stop in ranges]
+            timed.bytes = sum(map(len, parts))
+            return parts
 
     @override
     def read_into(self, key: str, start: int, target: Buffer) -> None:
         view = memoryview(target).cast("B")
-        view[:] = self._cut(self.get(key), key, start, start + len(view))
+        with self._meter.time("read_into") as timed:
+            view[:] = self._cut(self._find(key)[0], key, start, start + len(view))
+            timed.bytes = len(view)
 
     @override
     def put(self, key: str, *chunks: Buffer) -> None:
-        self._values[check_key(key)] = (b"".join(chunks), time.time())
+        with self._meter.time("put") as timed:
+            data = b"".join(chunks)
+            self._values[check_key(key)] = (data, time.time())
+            timed.bytes = len(data)
 
     @override
     def put_new(self, key: str, *chunks: Buffer) -> None:
-        entry = (b"".join(chunks), time.time())
-        if self._values.setdefault(check_key(key), entry) is not entry:  # One step, whatever other threads do.
-            raise conflict(key=key, url=self.url)
+        with self._meter.time("put_new") as timed:
+            entry = (b"".join(chunks), time.time())
+            if self._values.setdefault(check_key(key), entry) is not entry:  # One step, whatever other threads do.
+                raise conflict(key=key, url=self.url)
+            timed.bytes = len(entry[0])
 
     @override
     def list(self, folder: str = "") -> Iterator[Stat]:
         prefix = f"{check_key(folder)}/" if folder else ""
-        for key, (data, written) in sorted(self._values.copy().items()):
+        with self._meter.time("list"):
+            found = sorted(self._values.copy().items())
+        for key, (data, written) in found:
             if key.startswith(prefix):
                 yield Stat(key=key, size_bytes=len(data), modified=written)
 
     @override
     def delete(self, key: str) -> None:
-        self._values.pop(check_key(key), None)
+        with self._meter.time("delete"):
+            self._values.pop(check_key(key), None)
 
     @override
     def stat(self, key: str) -> Stat:
-        data, written = self._find(key)
+        with self._meter.time("stat"):
+            data, written = self._find(key)
         return Stat(key=key, size_bytes=len(data), modified=written)
 
     @override
     def local_path(self, key: str) -> Path | None:
         check_key(key)
         return None
+
+    @override
+    def statistics(self) -> dict[str, OperationStatistics]:
+        return self._meter.statistics()
 
     def _find(self, key: str) -> tuple[bytes, float]:
         entry = self._values.get(check_key(key))

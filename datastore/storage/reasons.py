@@ -9,7 +9,7 @@ import os
 
 from datastore.errors import ConflictError, MissingError, StorageError
 
-__all__ = ["ABSENT", "conflict", "explain", "missing", "too_short"]
+__all__ = ["ABSENT", "conflict", "cut_short", "explain", "missing", "too_short"]
 
 ABSENT = {errno.ENOENT, errno.ENOTDIR, errno.EISDIR}
 """What reading or removing says when there is no file of that name (a folder is not one)."""
@@ -71,3 +71,8 @@ def too_short(*, key: str, url: str, wanted_bytes: int) -> StorageError:
     return StorageError(
         "the object ends too early", key=key, url=url, wanted_bytes=wanted_bytes, hint="Restore it from a copy."
     )
+
+
+def cut_short(*, key: str, url: str) -> StorageError:
+    """Return the error for an answer that ended before its object did."""
+    return StorageError("the answer was cut short", key=key, url=url, transient=True, hint="Try again.")

@@ -1,6 +1,6 @@
-"""Storage anywhere that fsspec reaches: S3, GCS, Azure, SFTP, HDFS and others.
+"""Storage anywhere that fsspec reaches: S3, GCS, Azure, SFTP, WebDAV, HDFS and others.
 
-What fsspec does not promise is told per backend in one table, `_BACKENDS`. Where the store itself replaces an object in
+What fsspec does not promise is told per scheme in one table, `backends`. Where the store itself replaces an object in
 one step we let it; everywhere else a write goes to a hidden file that is moved over its target. Where the store has a
 conditional write `put_new` uses it; everywhere else `exclusive` is False and a dataset there has one writer.
 
@@ -10,8 +10,7 @@ Nothing is cached: each listing and each size is asked for again, because other 
 import os
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from contextlib import suppress
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -20,57 +19,15 @@ import fsspec
 from typing_extensions import Buffer, override
 
 from datastore.errors import ConfigError, DependencyError
+from datastore.storage.backends import backend_of
 from datastore.storage.base import Stat, Storage, check_key
 from datastore.storage.foreign import http_status, translate
-from datastore.storage.reasons import conflict, missing, too_short
-from datastore.storage.urls import strip_credentials
+from datastore.storage.reasons import conflict, cut_short, missing, too_short
+from datastore.storage.retry import Requests, RetryPolicy
+from datastore.storage.statistics import OperationStatistics
+from datastore.storage.urls import secrets_of, strip_credentials
 
 __all__ = ["FsspecStorage"]
-
-
-@dataclass(frozen=True, slots=True)
-class _Backend:
-    """What one fsspec protocol can do beyond what all can."""
-
-    replaces: bool = False
-    """`pipe_file` shows the old bytes or the new, never a part."""
-
-    creates: bool = False
-    """`pipe_file(mode="create")` is put-if-absent, decided by the server."""
-
-    reads_from_zero: bool = False
-    """A whole read is several requests, which may see two versions; a read "from byte 0 on" is one."""
-
-    creates_in_one: bool = False
-    """The condition holds for a single request only: Ceph 16.2 ignores it at the end of an upload in parts."""
-
-    options: tuple[tuple[str, object], ...] = ()
-    """Options for its constructor."""
-
-
-_UNCACHED = (("use_listings_cache", False),)
-_S3 = _Backend(replaces=True, creates=True, reads_from_zero=True, creates_in_one=True, options=_UNCACHED)
-_OBJECTS = _Backend(replaces=True, creates=True, options=_UNCACHED)
-
-# s3fs sends If-None-Match for small objects since 2025.7 (its #974), and reads large ones in several requests since
-# 2026.3 (its #1007); gcsfs sends ifGenerationMatch=0, adlfs overwrite=False. The memory and file systems of fsspec
-# look first and write then, so two writers can both win.
-_BACKENDS: dict[str, _Backend] = {
-    "s3": _S3,
-    "s3a": _S3,
-    "gs": _OBJECTS,
-    "gcs": _OBJECTS,
-    "abfs": _OBJECTS,
-    "abfss": _OBJECTS,
-    "az": _OBJECTS,
-    "memory": _Backend(replaces=True),
-}
-
-_EXTRAS = {"s3": "datastore[s3]", "s3a": "datastore[s3]", "gs": "gcsfs", "gcs": "gcsfs", "abfs": "adlfs", "az": "adlfs"}
-_LARGEST_PUT_BYTES = 5 * 2**30
-"""What S3 takes in one request."""
-
-_SECRET_WORDS = ("key", "secret", "token", "password", "credential", "sas", "connection_string")
 
 
 class FsspecStorage(Storage):
@@ -79,13 +36,16 @@ class FsspecStorage(Storage):
     Thread-safe. After a fork the connection is made anew: those of fsspec do not survive one.
     """
 
-    def __init__(self, url: str, options: Mapping[str, Any] | None = None) -> None:
+    def __init__(
+        self, url: str, options: Mapping[str, Any] | None = None, *, policy: RetryPolicy | None = None
+    ) -> None:
         self._raw_url = url
         self._url = strip_credentials(url).rstrip("/")
         self._protocol = url.partition("://")[0].lower()
-        self._backend = _BACKENDS.get(self._protocol, _Backend())
+        self._backend = backend_of(self._protocol)
         self._options = dict(self._backend.options) | dict(options or {})
-        self._secrets = tuple(_secrets(url, self._options))
+        self._secrets = tuple(secrets_of(url, self._options))
+        self._requests = Requests(self._url, policy=policy, secrets=self._secrets)
         self._process = -1
         self._connect()
 
@@ -101,20 +61,16 @@ class FsspecStorage(Storage):
     @property
     @override
     def exclusive(self) -> bool:
-        return self._backend.creates
+        return bool(self._backend.creates)
+
+    @override
+    def statistics(self) -> dict[str, OperationStatistics]:
+        return self._requests.meter.statistics()
 
     @override
     def get(self, key: str) -> bytes:
         path = self._path(key)
-        with self._errors(key):
-            if not self._backend.reads_from_zero:
-                return bytes(self._fs.cat_file(path))
-            try:
-                return bytes(self._fs.cat_file(path, start=0))
-            except OSError as error:
-                if http_status(error) == 416:  # Nothing has no byte 0.
-                    return b""
-                raise
+        return self._requests.run("get", key, lambda: self._cat(path), sized=len)
 
     @override
     def get_ranges(self, key: str, ranges: Sequence[tuple[int, int]]) -> list[bytes]:
@@ -123,50 +79,39 @@ class FsspecStorage(Storage):
         if not asked:
             self.stat(key)
             return [b"" for _ in ranges]
-        with self._errors(key):
-            starts, stops = [start for start, _ in asked], [stop for _, stop in asked]
-            try:
-                found = iter(self._fs.cat_ranges([path] * len(asked), starts, stops, on_error="raise"))
-            except OSError as error:
-                if http_status(error) == 416:
-                    raise too_short(key=key, url=self._url, wanted_bytes=max(stops)) from None
-                raise
-        parts = [bytes(next(found)) if stop > start else b"" for start, stop in ranges]
-        for (start, stop), part in zip(ranges, parts, strict=True):
-            if len(part) != max(stop - start, 0):
-                raise too_short(key=key, url=self._url, wanted_bytes=stop)
-        return parts
+        parts = self._requests.run("get_ranges", key, lambda: self._cat_ranges(key, path, asked), sized=_total)
+        found = iter(parts)
+        return [next(found) if stop > start else b"" for start, stop in ranges]
 
     @override
     def read_into(self, key: str, start: int, target: Buffer) -> None:
         view = memoryview(target).cast("B")
-        view[:] = self.get_ranges(key, [(start, start + len(view))])[0]
+        if not view:
+            self.stat(key)
+            return
+        path, asked = self._path(key), [(start, start + len(view))]
+        found = self._requests.run("read_into", key, lambda: self._cat_ranges(key, path, asked), sized=_total)
+        view[:] = found[0]
 
     @override
     def put(self, key: str, *chunks: Buffer) -> None:
-        with self._errors(key, writing=True):
-            self._write(self._path(key), chunks)
+        path = self._path(key)
+        self._requests.run("put", key, lambda: self._write(path, chunks), sized=_total(chunks))
 
     @override
     def put_new(self, key: str, *chunks: Buffer) -> None:
-        path = self._path(key)
-        with self._errors(key, writing=True, creating=True):
-            if self._backend.creates:
-                self._create(path, _join(chunks))
-            elif self._is_file(path):
-                raise conflict(key=key, url=self._url)
-            else:
-                self._write(path, chunks)
+        path, data = self._path(key), _join(chunks)
+        self._requests.create(
+            key,
+            lambda: self._create(key, path, data),
+            size_bytes=len(data),
+            is_mine=lambda: self.get(key) == data,
+        )
 
     @override
     def list(self, folder: str = "") -> Iterator[Stat]:
         below = self._path(folder) if folder else self._root
-        with self._errors(folder):
-            self._fs.invalidate_cache()
-            try:
-                found = self._fs.find(below, detail=True)
-            except FileNotFoundError:
-                return
+        found = self._requests.run("list", folder, lambda: self._find(below))
         start = len(self._root) + 1
         for path, info in sorted(found.items()):
             name = path.rpartition("/")[2]
@@ -177,15 +122,12 @@ class FsspecStorage(Storage):
     @override
     def delete(self, key: str) -> None:
         path = self._path(key)
-        with self._errors(key, writing=True), suppress(FileNotFoundError, IsADirectoryError):
-            self._fs.rm_file(path)
+        self._requests.run("delete", key, lambda: self._remove(path))
 
     @override
     def stat(self, key: str) -> Stat:
         path = self._path(key)
-        with self._errors(key):
-            self._fs.invalidate_cache()
-            info = self._fs.info(path)
+        info = self._requests.run("stat", key, lambda: self._info(path))
         if info["type"] != "file":
             raise missing(key=key, url=self._url)
         return Stat(key=key, size_bytes=info["size"] or 0, modified=_modified(info))
@@ -202,7 +144,7 @@ class FsspecStorage(Storage):
             raise DependencyError(
                 "a package for this kind of URL is missing",
                 url=self._url,
-                hint=f"Run: pip install '{_EXTRAS.get(self._protocol, self._protocol)}'.",
+                hint=f"Run: pip install '{self._backend.requires or self._protocol}'.",
             ) from None
         except ValueError as error:
             if "not known" in str(error):
@@ -213,8 +155,10 @@ class FsspecStorage(Storage):
                     hint="Use a path, s3://, gs:// or the like.",
                 ) from None
             raise translate(error, key="", url=self._url, secrets=self._secrets) from None
+        if hasattr(self._filesystem, "retries"):  # s3fs: one layer that repeats requests is enough.
+            self._filesystem.retries = 1
         self._root = root.rstrip("/")
-        if not self._root and self._protocol in _BACKENDS:
+        if not self._root and self._backend.replaces:
             raise ConfigError("the URL names nothing", url=self._raw_url, hint=f"Write {self._protocol}://NAME.")
         self._process = os.getpid()
 
@@ -227,30 +171,65 @@ class FsspecStorage(Storage):
     def _path(self, key: str) -> str:
         return f"{self._root}/{check_key(key)}"
 
-    @contextmanager
-    def _errors(self, key: str, *, writing: bool = False, creating: bool = False) -> Iterator[None]:
-        """Turn what the backend raises inside the block into errors of ours."""
+    def _cat(self, path: str) -> bytes:
+        if not self._backend.reads_from_zero:
+            return bytes(self._fs.cat_file(path))
         try:
-            yield
-        except Exception as error:  # noqa: BLE001 - backends share no base class; it is raised again as ours
-            raise translate(
-                error, key=key, url=self._url, writing=writing, creating=creating, secrets=self._secrets
-            ) from None
+            return bytes(self._fs.cat_file(path, start=0))
+        except OSError as error:
+            if http_status(error) == 416:  # Nothing has no byte 0.
+                return b""
+            raise
 
-    def _is_file(self, path: str) -> bool:
+    def _cat_ranges(self, key: str, path: str, asked: Sequence[tuple[int, int]]) -> Sequence[bytes]:
+        """Return the bytes of each range, none of them empty or cut."""
+        starts, stops = [start for start, _ in asked], [stop for _, stop in asked]
+        try:
+            found = self._fs.cat_ranges([path] * len(asked), starts, stops, on_error="raise")
+        except OSError as error:
+            if http_status(error) == 416:
+                raise too_short(key=key, url=self._url, wanted_bytes=max(stops)) from None
+            raise
+        parts = [bytes(part) for part in found]
+        if all(len(part) == stop - start for (start, stop), part in zip(asked, parts, strict=True)):
+            return parts
+        if self._info(path)["size"] >= max(stops):
+            raise cut_short(key=key, url=self._url)
+        raise too_short(key=key, url=self._url, wanted_bytes=max(stops))
+
+    def _find(self, below: str) -> dict[str, Any]:
         self._fs.invalidate_cache()
         try:
-            return bool(self._fs.info(path)["type"] == "file")
+            return dict(self._fs.find(below, detail=True))
+        except FileNotFoundError:
+            return {}
+
+    def _remove(self, path: str) -> None:
+        with suppress(FileNotFoundError, IsADirectoryError):
+            self._fs.rm_file(path)
+
+    def _info(self, path: str) -> dict[str, Any]:
+        self._fs.invalidate_cache()
+        return dict(self._fs.info(path))
+
+    def _is_file(self, path: str) -> bool:
+        try:
+            return bool(self._info(path)["type"] == "file")
         except FileNotFoundError:
             return False
 
-    def _create(self, path: str, data: bytes) -> None:
-        if not self._backend.creates_in_one:
-            self._fs.pipe_file(path, data, mode="create")
-        elif len(data) < _LARGEST_PUT_BYTES:
-            self._fs.pipe_file(path, data, mode="create", chunksize=max(len(data), 1))
-        else:
+    def _create(self, key: str, path: str, data: bytes) -> None:
+        largest = self._backend.largest_put_bytes
+        if largest is not None and len(data) > largest:
             raise ConfigError("too large for one exclusive write", size_bytes=len(data), hint="Write it in pieces.")
+        if self._backend.creates_in_one:
+            self._fs.pipe_file(path, data, mode="create", chunksize=max(len(data), 1))
+        elif self._backend.creates:
+            self._fs.pipe_file(path, data, mode="create")
+        elif self._is_file(path):
+            raise conflict(key=key, url=self._url)
+        else:
+            self._write(path, [data])
 
     def _write(self, path: str, chunks: Sequence[Buffer]) -> None:
         if self._backend.replaces:
@@ -274,6 +253,10 @@ def _join(chunks: Sequence[Buffer]) -> bytes:
     return chunks[0] if len(chunks) == 1 and isinstance(chunks[0], bytes) else b"".join(chunks)
 
 
+def _total(parts: Sequence[Buffer]) -> int:
+    return sum(memoryview(part).nbytes for part in parts)
+
+
 def _modified(info: Mapping[str, Any]) -> float:
     """Return the time of writing: backends disagree on the key and on the type.
 
@@ -289,11 +272,3 @@ def _modified(info: Mapping[str, Any]) -> float:
             with suppress(ValueError):
                 return datetime.fromisoformat(value).timestamp() // 1
     return 0.0
-
-
-def _secrets(url: str, options: Mapping[str, Any]) -> Iterator[str]:
-    """Yield what must not show in a message, longest first."""
-    login = url.partition("://")[2].partition("/")[0].rpartition("@")[0]
-    found = {login, login.partition(":")[2], url.partition("?")[2]}
-    found |= {str(value) for name, value in options.items() if any(word in name.lower() for word in _SECRET_WORDS)}
-    yield from sorted((text for text in found if len(text) > 3), key=len, reverse=True)

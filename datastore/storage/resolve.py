@@ -15,6 +15,7 @@ from datastore.errors import ConfigError
 from datastore.storage.base import Stat, Storage, check_key
 from datastore.storage.local import LocalStorage
 from datastore.storage.memory import MemoryStorage
+from datastore.storage.statistics import OperationStatistics
 from datastore.storage.urls import join_url, split_url, strip_credentials
 
 __all__ = ["Subfolder", "join_url", "open_storage", "strip_credentials"]
@@ -131,6 +132,10 @@ class Subfolder(Storage):
     @override
     def local_path(self, key: str) -> Path | None:
         return self._storage.local_path(self._full(key))
+
+    @override
+    def statistics(self) -> dict[str, OperationStatistics]:
+        return self._storage.statistics()
 
     def _full(self, key: str) -> str:
         return f"{self._prefix}/{check_key(key)}"

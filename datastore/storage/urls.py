@@ -2,12 +2,15 @@
 
 import os
 import re
+from collections.abc import Iterator, Mapping
 
-__all__ = ["join_url", "split_url", "strip_credentials"]
+__all__ = ["join_url", "secrets_of", "split_url", "strip_credentials"]
 
 _SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)://")
 _NAMED_LOGIN = {"abfs", "abfss", "arrow_hdfs", "ftp", "hdfs", "oci", "sftp", "smb", "ssh", "webhdfs"}
 """Schemes whose URL needs the name before `@` (a user, a container); in all others whatever stands there is a secret."""
+
+_SECRET_WORDS = ("key", "secret", "token", "password", "credential", "sas", "connection_string")
 
 
 def join_url(url: str | os.PathLike[str], *parts: str) -> str:
@@ -45,3 +48,18 @@ def split_url(url: str) -> tuple[str, str]:
     """Return the scheme in lower case ("" for a plain path) and what follows `://`."""
     found = _SCHEME.match(url)
     return (found[1].lower(), url[found.end() :]) if found else ("", url)
+
+
+def secrets_of(url: str, options: Mapping[str, object]) -> Iterator[str]:
+    """Yield what must not show in a message, longest first."""
+    login = url.partition("://")[2].partition("/")[0].rpartition("@")[0]
+    found = {login, login.partition(":")[2], url.partition("?")[2], *_secret_options(options)}
+    yield from sorted((text for text in found if len(text) > 3), key=len, reverse=True)
+
+
+def _secret_options(options: Mapping[str, object]) -> Iterator[str]:
+    for name, value in options.items():
+        if isinstance(value, Mapping):
+            yield from _secret_options(value)
+        elif any(word in name.lower() for word in _SECRET_WORDS):
+            yield str(value)

@@ -12,6 +12,7 @@ from moto.server import ThreadedMotoServer
 from datastore.errors import MissingError, StorageError
 from datastore.storage.base import Storage
 from datastore.storage.remote import FsspecStorage
+from datastore.storage.retry import RetryPolicy
 from datastore.testing.storage import StorageContract
 
 KEYS = {"key": "AKIAIOSFODNN7EXAMPLE", "secret": "wJalrXUtnFEMIEXAMPLEKEY"}
@@ -73,10 +74,10 @@ def copy(storage: Storage, source: str, target: str) -> None:
 
 
 def test_a_server_that_does_not_answer_is_worth_another_try() -> None:
-    options = KEYS | {"endpoint_url": "http://127.0.0.1:9", "config_kwargs": {"retries": {"max_attempts": 1}}}
-    storage = FsspecStorage("s3://bucket/x", options)
+    storage = FsspecStorage("s3://bucket/x", KEYS | {"endpoint_url": "http://127.0.0.1:9"})
     for call in (lambda: storage.get("k"), lambda: storage.put_new("k", b"x")):
         with pytest.raises(StorageError, match="Could not connect") as caught:
             call()
         assert caught.value.transient
+        assert storage.statistics().popitem()[1].requests == RetryPolicy().first_tries
         assert KEYS["secret"] not in str(caught.value)

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from datastore.errors import ConflictError, DatastoreError, MissingError, StorageError
 from datastore.storage.foreign import scrub, translate
 from datastore.storage.remote import FsspecStorage
+from datastore.storage.retry import RetryPolicy
 
 
 class HttpError(Exception):
@@ -46,6 +47,10 @@ READING = [
     (PermissionError("no"), StorageError, False),
     (OSError("Forbidden: bucket/k\nno"), StorageError, False),
     (HttpError(401), StorageError, False),
+    (caused(PermissionError("old"), "ExpiredToken", 400), StorageError, False),
+    (caused(PermissionError("clock"), "RequestTimeTooSkewed", 403), StorageError, False),
+    (caused(OSError(errno.EINVAL, "slow client"), "RequestTimeout", 400), StorageError, True),
+    (foreign("http.client", "HTTPException"), StorageError, True),
     (NoCredentialsError("Unable to locate credentials"), StorageError, False),
     (OSError(errno.EBUSY, "SlowDown"), StorageError, True),
     (OSError(errno.EREMOTEIO, "InternalError"), StorageError, True),
@@ -100,7 +105,33 @@ def test_after_a_doubtful_put_new_the_caller_is_told_to_read_back(error: Excepti
     assert found.transient
 
 
-@pytest.mark.parametrize("error", [PermissionError("no"), OSError(errno.ENOSPC, "full"), OSError(errno.EROFS, "ro")])
+@pytest.mark.parametrize(
+    ("error", "fact"),
+    [
+        (caused(OSError(errno.EIO, "x"), "ExpiredToken", 400), "have expired"),
+        (caused(PermissionError("x"), "ExpiredToken", 403), "have expired"),
+        (foreign("botocore.exceptions", "UnauthorizedSSOTokenError"), "have expired"),
+        (NoCredentialsError("Unable to locate credentials"), "no credentials were found"),
+        (caused(PermissionError("x"), "RequestTimeTooSkewed", 403), "clock is wrong"),
+        (caused(PermissionError("x"), "InvalidAccessKeyId", 403), "access denied"),
+    ],
+)
+@pytest.mark.parametrize("creating", [False, True])
+def test_credentials_that_have_expired_are_told_apart_from_wrong_ones(
+    error: Exception,
+    fact: str,
+    creating: bool,  # noqa: FBT001
+) -> None:
+    found = translate(error, key="k", url="s3://b", writing=creating, creating=creating)
+    assert isinstance(found, StorageError)
+    assert fact in str(found)
+    assert not found.transient
+    assert found.hint
+
+
+@pytest.mark.parametrize(
+    "error", [PermissionError("no"), HttpError(400), OSError(errno.ENOSPC, "full"), OSError(errno.EROFS, "ro")]
+)
 def test_a_put_new_that_surely_wrote_nothing_is_not_tried_again(error: Exception) -> None:
     found = translate(error, key="k", url="s3://b", writing=True, creating=True)
     assert isinstance(found, StorageError)
@@ -146,7 +177,9 @@ class Broken:
 
 def test_neither_url_nor_repr_nor_error_shows_what_opened_the_storage() -> None:
     secrets = {"key": "AKIDSECRETKEY", "secret": "wJalrXUtnFEMI/SECRET", "token": "FwoGZXIvSECRET"}
-    storage = FsspecStorage("s3://LOGINSECRET:PASSSECRET@bucket/x?sig=QUERYSECRET", secrets)
+    storage = FsspecStorage(
+        "s3://LOGINSECRET:PASSSECRET@bucket/x?sig=QUERYSECRET", secrets, policy=RetryPolicy(tries=1)
+    )
     storage._filesystem = Broken(
         OSError(errno.EIO, f"signed with {' '.join(secrets.values())} for LOGINSECRET:PASSSECRET")
     )

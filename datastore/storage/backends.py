@@ -1,0 +1,116 @@
+"""What each backend can do beyond what all can: one row per scheme, and a cautious one for schemes we do not know.
+
+A row that promises too little costs speed or the second writer; one that promises too much costs data. So a scheme that a
+plugin registers with fsspec gets the cautious row: a write goes to a hidden file that is moved over its target, and nobody is
+told that put-if-absent holds.
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+__all__ = ["BACKENDS", "CAUTIOUS", "Backend", "backend_of"]
+
+Listing = Literal["ordered", "any", "none"]
+
+
+@dataclass(frozen=True, slots=True)
+class Backend:
+    """What one scheme can do."""
+
+    creates: str = ""
+    """How put-if-absent is decided by the server, in its own words; "" if it is not: then a dataset has one writer."""
+
+    creates_in_one: bool = False
+    """The condition holds for a single request only: Ceph 16.2 ignores it at the end of an upload in parts."""
+
+    largest_put_bytes: int | None = None
+    """What fits into a single request, if there is a limit."""
+
+    part_bytes: int | None = None
+    """The size of a part where large values are sent in several requests; None: always one stream."""
+
+    replaces: bool = False
+    """A write shows the old bytes or the new, never a part; otherwise we write beside the key, and move."""
+
+    listing: Listing = "any"
+    """Whether a listing comes in the order of the keys' bytes, in any order (we sort), or not at all."""
+
+    ranges: bool = True
+    """A part of a value can be read without the rest; False: it depends on the server, and is asked once."""
+
+    reads_from_zero: bool = False
+    """The library reads a whole value in several requests, which may see two versions; "from byte 0 on" is one."""
+
+    writable: bool = True
+
+    requires: str = ""
+    """What pip installs for it; "" if this package can do it alone."""
+
+    options: tuple[tuple[str, object], ...] = ()
+    """Options for the constructor of fsspec's file system."""
+
+
+_UNCACHED = (("use_listings_cache", False),)
+_MIB = 2**20
+
+CAUTIOUS = Backend()
+
+# s3fs sends If-None-Match for what it writes in one request since 2025.7 (its #974), and reads large objects in several
+# requests since 2026.3 (its #1007). Both s3fs and botocore repeat requests; one layer, ours, is enough.
+_S3 = Backend(
+    creates="If-None-Match: *",
+    creates_in_one=True,
+    largest_put_bytes=5 * 2**30,
+    part_bytes=64 * _MIB,
+    replaces=True,
+    listing="ordered",
+    reads_from_zero=True,
+    requires="datastore[s3]",
+    options=(*_UNCACHED, ("config_kwargs", {"retries": {"total_max_attempts": 1, "mode": "standard"}})),
+)
+_GCS = Backend(
+    creates="ifGenerationMatch=0",
+    part_bytes=50 * _MIB,
+    replaces=True,
+    listing="ordered",
+    requires="gcsfs",
+    options=_UNCACHED,
+)
+_AZURE = Backend(
+    creates="If-None-Match: *",
+    part_bytes=4 * _MIB,
+    replaces=True,
+    listing="any",
+    requires="adlfs",
+    options=_UNCACHED,
+)
+_HDFS = Backend(requires="pyarrow, and Hadoop's libhdfs")
+_SFTP = Backend(requires="paramiko")
+_WEBDAV = Backend(requires="webdav4[fsspec]")
+_WEB = Backend(writable=False, listing="none", ranges=False)
+
+BACKENDS: dict[str, Backend] = {
+    "file": CAUTIOUS,
+    "memory": Backend(replaces=True),
+    "s3": _S3,
+    "s3a": _S3,
+    "gs": _GCS,
+    "gcs": _GCS,
+    "abfs": _AZURE,
+    "abfss": _AZURE,
+    "az": _AZURE,
+    "hdfs": _HDFS,
+    "sftp": _SFTP,
+    "ssh": _SFTP,
+    "webdav": _WEBDAV,
+    "http": _WEB,
+    "https": _WEB,
+    "zip": Backend(writable=False, listing="ordered"),
+}
+"""Scheme -> what it can do through fsspec. `file`, `memory`, `s3`, `http` and `zip` have implementations of their own here,
+which do more: fsspec's for files and memory look first and write then, so that two writers can both win."""
+
+
+def backend_of(scheme: str) -> Backend:
+    """Return the row of a scheme; the cautious one if it has none."""
+    return BACKENDS.get(scheme, CAUTIOUS)
