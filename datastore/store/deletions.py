@@ -6,7 +6,7 @@ know what is missing in it. The price is that readers must look here, and that t
 `compact` writes the shards anew.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any, cast
 
@@ -24,8 +24,10 @@ from datastore.store.manifest import Commit, DeletionRef
 __all__ = [
     "DELETIONS_SCHEMA",
     "Deletions",
+    "add_deletions",
     "decode_deletions",
     "deletions_key",
+    "drop_deletions",
     "encode_deletions",
     "load_deletion",
     "load_deletions",
@@ -47,6 +49,9 @@ DELETIONS_SCHEMA = pa.schema(
 )
 """One row per shard: its uid, the numbers of its deleted rows in ascending order, how many tokens those have, and which:
 first and one past the last of each run, in ascending order, runs that touch made one."""
+
+_MERGE_RATIO = 4
+"""A table is merged into the one added after it if it has less than this many times its documents."""
 
 _NONE: Rows = np.empty(0, np.int32)
 _NO_LENGTHS: Lengths = MappingProxyType({})
@@ -120,14 +125,17 @@ def encode_deletions(rows: Mapping[str, Rows], *, lengths: Lengths = _NO_LENGTHS
 
     `lengths[uid]` are the tokens of every row of that shard, deleted or not; records have none.
     """
+    unique = {uid: np.unique(numbers).astype(np.int32) for uid, numbers in rows.items()}
+    return _encode(unique, {uid: _token_spans(numbers, lengths.get(uid)) for uid, numbers in unique.items()})
+
+
+def _encode(rows: Mapping[str, Rows], spans: Mapping[str, I64]) -> bytes:
     uids = sorted(rows)
-    lists = [np.unique(rows[uid]).astype(np.int32) for uid in uids]
-    spans = [_token_spans(numbers, lengths.get(uid)) for uid, numbers in zip(uids, lists, strict=True)]
     columns: list[Any] = [
         pa.array([bytes.fromhex(uid) for uid in uids], DELETIONS_SCHEMA.field("uid").type),
-        pa.array(lists, DELETIONS_SCHEMA.field("rows").type),
-        pa.array([int((found[:, 1] - found[:, 0]).sum()) for found in spans], pa.int64()),
-        pa.array([found.reshape(-1).astype(np.int32) for found in spans], DELETIONS_SCHEMA.field("spans").type),
+        pa.array([rows[uid] for uid in uids], DELETIONS_SCHEMA.field("rows").type),
+        pa.array([int((spans[uid][:, 1] - spans[uid][:, 0]).sum()) for uid in uids], pa.int64()),
+        pa.array([spans[uid].reshape(-1).astype(np.int32) for uid in uids], DELETIONS_SCHEMA.field("spans").type),
     ]
     sink = pa.BufferOutputStream()
     with pa.ipc.new_file(sink, DELETIONS_SCHEMA) as writer:
@@ -183,15 +191,49 @@ def _adds_up(table: pa.RecordBatch) -> bool:
 
 def store_deletions(storage: Storage, rows: Mapping[str, Rows], *, lengths: Lengths = _NO_LENGTHS) -> DeletionRef:
     """Store the table that `encode_deletions` makes, and return how a commit names it."""
-    raw = encode_deletions(rows, lengths=lengths)
+    return _store(storage, encode_deletions(rows, lengths=lengths))
+
+
+def add_deletions(
+    storage: Storage, refs: Sequence[DeletionRef], rows: Mapping[str, Rows], *, lengths: Lengths = _NO_LENGTHS
+) -> tuple[DeletionRef, ...]:
+    """Return `refs` with what `encode_deletions` would say of `rows`, none of which they have; stored.
+
+    Small tables at their end are merged into the new one, so that there are never more than some ten of them, and
+    each is written again a few times at most.
+    """
+    merged, total = 0, sum(len(numbers) for numbers in rows.values())
+    for ref in reversed(refs):
+        if ref.documents >= _MERGE_RATIO * total:
+            break
+        merged, total = merged + 1, total + ref.documents
+    kept = len(refs) - merged
+    tables = [load_deletion(storage, ref) for ref in refs[kept:]]
+    tables.append(decode_deletions(encode_deletions(rows, lengths=lengths), where="memory"))
+    return (*refs[:kept], _store(storage, _encode_all(Deletions(tables), without=())))
+
+
+def drop_deletions(storage: Storage, deletions: Deletions, *, uids: Collection[str]) -> tuple[DeletionRef, ...]:
+    """Return, stored as one table, what `deletions` say of other shards than `uids`; nothing, if that is nothing."""
+    if deletions.uids <= frozenset(uids):
+        return ()
+    return (_store(storage, _encode_all(deletions, without=uids)),)
+
+
+def _encode_all(deletions: Deletions, *, without: Collection[str]) -> bytes:
+    rows = {uid: deletions.rows(uid) for uid in deletions.uids.difference(without)}
+    return _encode(rows, {uid: deletions.spans(uid) for uid in rows})
+
+
+def _store(storage: Storage, raw: bytes) -> DeletionRef:
     table = decode_deletions(raw, where="memory")
     digest = digest_hex(raw)
     storage.put(deletions_key(digest), raw)
     return DeletionRef(
         digest=digest,
         file_bytes=len(raw),
-        shards=len(rows),
-        documents=sum(np.unique(numbers).size for numbers in rows.values()),
+        shards=table.num_rows,
+        documents=_lists(table, "rows")[0].size,
         tokens=int(np.asarray(table.column("tokens")).sum()),
     )
 
