@@ -25,7 +25,7 @@ from datastore.digest import sha256_hex
 from datastore.document import seal, unseal
 from datastore.errors import ConflictError, CorruptError, FormatError, MissingError, StorageError
 from datastore.storage.base import Storage
-from datastore.store.manifest import READABLE_FEATURES, Commit, Hint, commit_key
+from datastore.store.manifest import READABLE_FEATURES, Commit, DatasetInfo, Hint, commit_key, oldest_readable
 from datastore.store.single_writer import single_writer
 
 __all__ = ["HINT_KEY", "CommitLog", "StoredCommit", "utc_now", "writer_name"]
@@ -66,6 +66,25 @@ class CommitLog:
     def read(self, version: int) -> Commit:
         """Return one version; as `stored`."""
         return self.stored(version).commit
+
+    def readable(self, commit: Commit, *, info: DatasetInfo | None = None) -> Commit:
+        """Return `commit` if its files are still kept: those of a dataset, or of what `info` says of it. Three requests.
+
+        Raises:
+            MissingError: it has expired; the message names what can be read.
+        """
+        newest = self.newest() or commit
+        oldest = oldest_readable(info, newest) if info else newest.min_version
+        if commit.version < oldest:
+            raise MissingError(
+                "this version has expired",
+                url=self.storage.url,
+                version=commit.version,
+                oldest=oldest,
+                newest=newest.version,
+                hint="Name one from the oldest to the newest; a tag keeps a version from expiring.",
+            )
+        return commit
 
     def stored(self, version: int) -> StoredCommit:
         """Return one version and the sha256 of its file.
@@ -248,11 +267,12 @@ class _Patience:
 
 
 def _after(newest: StoredCommit | None, draft: Commit) -> Commit:
-    """Return `draft` as the version that follows `newest`, as it will be read back."""
+    """Return `draft` as the version that follows `newest`, as it will be read back; what has expired stays so."""
     commit = msgspec.structs.replace(
         draft,
         version=newest.commit.version + 1 if newest else 1,
         parent_sha256=newest.sha256 if newest else "",
+        min_version=max(draft.min_version, newest.commit.min_version) if newest else draft.min_version,
     )
     return unseal(Commit, seal(commit), where=commit_key(commit.version))
 

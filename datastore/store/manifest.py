@@ -19,11 +19,13 @@ __all__ = [
     "DeletionRef",
     "Hint",
     "Kind",
+    "Origin",
     "SegmentRef",
     "Tag",
     "TokenizerRef",
     "Totals",
     "commit_key",
+    "oldest_readable",
     "sum_refs",
     "tag_key",
     "tokenizer_key",
@@ -31,7 +33,7 @@ __all__ = [
 
 INFO_KEY = "datastore.json"
 
-READABLE_FEATURES: frozenset[str] = frozenset({"deletions", "layout"})
+READABLE_FEATURES: frozenset[str] = frozenset({"deletions", "layout", "references"})
 """Features that this package knows; a dataset or a version with any other one is refused, not misread."""
 
 Kind = Literal["tokens", "records"]
@@ -56,6 +58,9 @@ class DatasetInfo(Sealed, frozen=True, kw_only=True):
 
     features: tuple[str, ...] = ()
     """Names of what a reader must know beyond this format version."""
+
+    oldest_version: Version = 1
+    """The oldest version whose files are all here: a copy may have brought no older one."""
 
 
 class SegmentRef(Document, frozen=True, kw_only=True):
@@ -108,6 +113,16 @@ class TokenizerRef(Document, frozen=True, kw_only=True):
     """The id that ends each document."""
 
 
+class Origin(Document, frozen=True, kw_only=True):
+    """The version of another dataset that a clone was made of."""
+
+    url: str
+    """As it was named, without credentials."""
+
+    uuid: Hex32
+    version: Version
+
+
 class Commit(Sealed, frozen=True, kw_only=True):
     """`_log/<version>.json`: one version of the dataset, whole."""
 
@@ -149,6 +164,9 @@ class Commit(Sealed, frozen=True, kw_only=True):
     deletions: tuple[DeletionRef, ...] = ()
     """Which documents of the shards are deleted: the union of these tables."""
 
+    origin: Origin | None = None
+    """What this dataset was cloned from, until it is overwritten."""
+
 
 class Tag(Sealed, frozen=True, kw_only=True):
     """`refs/tags/<name>.json`: a name for one version."""
@@ -177,6 +195,11 @@ def sum_refs(refs: tuple[SegmentRef, ...], deletions: tuple[DeletionRef, ...] = 
         deleted_documents=sum(ref.documents for ref in deletions),
         deleted_tokens=sum(ref.tokens for ref in deletions),
     )
+
+
+def oldest_readable(info: DatasetInfo, newest: Commit) -> int:
+    """Return the oldest version whose files are kept: this one and all after it can be opened."""
+    return min(newest.version, max(newest.min_version, info.oldest_version))
 
 
 def commit_key(version: int) -> str:

@@ -15,21 +15,20 @@ _FOLDER = "refs/tags"
 
 
 def set_tag(storage: Storage, name: str, commit: Commit, *, replace: bool = False) -> Tag:
-    """Give `commit` the name `name`.
+    """Give `commit` the name `name`; from then on it does not expire.
 
     Raises:
         ConfigError: not a valid name.
+        MissingError: that version has expired, maybe in the same moment.
         ConflictError: the tag names another version, and `replace` is not set.
     """
     key = tag_key(_checked(name))
-    stored = CommitLog(storage).stored(commit.version)
+    log = CommitLog(storage)
+    stored = log.stored(log.readable(commit).version)
     raw = seal(Tag(name=name, version=commit.version, commit_sha256=stored.sha256, time=utc_now()))
     tag = unseal(Tag, raw, where=key)
-    if replace:
-        storage.put(key, raw)
-        return tag
     try:
-        storage.put_new(key, raw)
+        storage.put(key, raw) if replace else storage.put_new(key, raw)
     except ConflictError:
         present = read_tag(storage, name)
         if (present.version, present.commit_sha256) != (tag.version, tag.commit_sha256):
@@ -40,6 +39,11 @@ def set_tag(storage: Storage, name: str, commit: Commit, *, replace: bool = Fals
                 hint="Choose another name, or replace it on purpose.",
             ) from None
         return present
+    try:
+        log.readable(commit)
+    except MissingError:
+        storage.delete(key)  # An expire came between: it did not see this tag.
+        raise
     return tag
 
 
