@@ -316,6 +316,28 @@ class Segments:
                 found[row["uid"].hex()] = row["digest"]
         return found
 
+    @cached_property
+    def columns(self) -> tuple[ColumnLayout, ...]:
+        """The columns that all token shards have beside `tokens`; where they start is that of the first shard's."""
+        return self.shard(0).layout.columns if len(self) else ()
+
+    def column_start(self, name: str) -> npt.NDArray[np.int64]:
+        """Return the byte position of the first value of column `name` in each shard's file. O(shards), 1 us each.
+
+        Raises:
+            CorruptError: a shard does not have it.
+        """
+        starts = np.empty(len(self), np.int64)
+        at = 0
+        for batch in self.batches:
+            for raw, path in zip(batch.column("layout").to_pylist(), batch.column("path").to_pylist(), strict=True):
+                found = next((column for column in _layout(raw, path).columns if column.name == name), None)
+                if found is None:
+                    raise CorruptError("a shard lacks a column of the dataset", shard=path, column=name)
+                starts[at] = found.values_start
+                at += 1
+        return starts
+
     def find(self, uids: Sequence[str]) -> npt.NDArray[np.int64]:
         """Return the index of the shard that each of `uids` names, -1 where there is none. O(shards), without objects."""
         wanted = pa.array([bytes.fromhex(uid) for uid in uids], _BINARY16)
