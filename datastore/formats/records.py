@@ -1,100 +1,262 @@
-"""A record shard: an Arrow IPC file of any schema, in record batches of 2 MiB or a little more.
+"""A record shard: rows of any schema in batches that are worth a request, as an Arrow IPC or a Parquet file.
 
-A batch is what a reader asks for at a time. The price of plain Arrow over Parquet is size (text is not compressed);
-what it buys is that a shard on disk is mapped, and that one batch of a remote shard is one byte range.
+Each batch (a record batch, or a row group) is one byte range of the file, at least 2 MiB unless it is the last; what
+is before, between and after the batches is the file's *frame*. Frame and batch are all that a reader of one batch
+needs. Arrow is mapped, and costs nothing to decode; Parquet takes less space, and CPU time to decode.
 """
 
-from collections.abc import Iterable, Iterator
-from typing import Any
+import io
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
 
 import pyarrow as pa
+import pyarrow.parquet as pq
 from typing_extensions import Buffer
 
 from datastore.errors import ConfigError, CorruptError
+from datastore.formats.schema import check_names
 
-__all__ = ["BATCH_BYTES", "check_schema", "decode_records", "decode_schema", "encode_records", "encode_schema"]
+__all__ = [
+    "BATCH_BYTES",
+    "BatchSpan",
+    "EncodedRecords",
+    "RecordFormat",
+    "check_format",
+    "decode_batch",
+    "decode_records",
+    "encode_records",
+    "read_frame",
+]
 
 BATCH_BYTES = 2 * 2**20
-"""What a record batch holds at least, unless it is the last of its shard; the row that reaches it ends the batch."""
+"""What a batch holds at least, unless it is the last of its shard; the row that reaches it ends the batch."""
+
+_MOST_COMPRESSED = 4.0
+"""A row group has at most this many times `BATCH_BYTES` before it is compressed: what a reader needs in memory."""
+
+_SHORT_BYTES = 64
+"""Row groups state the least and the largest value of a column of texts only if these are shorter on the average."""
+
+_MAGIC_BYTES = 8
+"""Before the first message of an Arrow file."""
+
+RecordFormat = Literal["arrow", "parquet"]
 
 
-def encode_records(table: pa.Table) -> bytes:
+class BatchSpan(NamedTuple):
+    """Bytes `[start, stop)` of the file hold `rows` rows."""
+
+    start: int
+    stop: int
+    rows: int
+
+
+@dataclass(frozen=True, slots=True)
+class EncodedRecords:
+    """A record shard as it is stored, and where its batches lie."""
+
+    data: memoryview
+    batches: tuple[BatchSpan, ...]
+
+
+def encode_records(
+    table: pa.Table,
+    *,
+    format: RecordFormat = "arrow",  # noqa: A002 - what it is called everywhere
+    batch_bytes: int = BATCH_BYTES,
+) -> EncodedRecords:
     """Return the shard that holds the rows of `table`."""
-    sink = pa.BufferOutputStream()
-    with pa.ipc.new_file(sink, table.schema) as writer:
-        for part in _cut(table.combine_chunks()):
-            for batch in part.to_batches():
-                writer.write_batch(batch)
-    return sink.getvalue().to_pybytes()
+    whole = table.combine_chunks()
+    return _encode_parquet(whole, batch_bytes) if format == "parquet" else _encode_arrow(whole, batch_bytes)
 
 
-def decode_records(raw: Buffer) -> pa.Table:
-    """Return the rows of a record shard, without a copy of `raw`.
+def check_format(schema: pa.Schema, *, format: RecordFormat) -> None:  # noqa: A002
+    """Refuse columns that a file of that format does not give back as they were.
 
     Raises:
-        CorruptError: not an Arrow file, or its buffers do not fit its schema.
+        ConfigError: there is one; the message names it.
+    """
+    if format == "arrow":
+        return
+    for field in schema:
+        try:
+            rows = pa.table([pa.nulls(1, field.type)], schema=pa.schema([field.with_nullable(True)]))
+            decode_records(encode_records(rows, format=format).data, format=format).cast(rows.schema)
+        except (pa.ArrowException, OSError, CorruptError, ValueError) as error:
+            raise ConfigError(
+                f"a column cannot be stored as Parquet: {str(error).splitlines()[0]}",
+                column=field.name,
+                type=str(field.type),
+                hint="Store the records as Arrow, or the column as another type.",
+            ) from None
+
+
+def decode_records(raw: Buffer, *, format: RecordFormat = "arrow") -> pa.Table:  # noqa: A002
+    """Return the rows of a record shard; of an Arrow file without a copy of `raw`.
+
+    Raises:
+        CorruptError: not a file of that format, or its buffers do not fit its schema.
     """
     try:
-        table = pa.ipc.open_file(pa.py_buffer(raw)).read_all()
+        source = pa.BufferReader(pa.py_buffer(raw))
+        if format == "parquet":
+            table = pq.ParquetFile(source).read(use_threads=False)
+        else:
+            table = pa.ipc.open_file(source).read_all()
         table.validate(full=True)
-        _check_names(table.schema)
+        check_names(table.schema)
     except (pa.ArrowException, OSError, ValueError, MemoryError) as error:
-        raise CorruptError(
-            f"not a record shard: {str(error).splitlines()[0] if str(error) else type(error).__name__}",
-            hint="Restore this file from a copy, or write it again.",
-        ) from None
+        raise _not_a_shard(error) from None
     return table
 
 
-def encode_schema(schema: pa.Schema) -> bytes:
-    """Return `schema` as an encapsulated Arrow IPC message."""
-    return schema.serialize().to_pybytes()
-
-
-def decode_schema(raw: Buffer) -> pa.Schema:
-    """Return the schema that `encode_schema` wrote.
+def read_frame(raw: Buffer, *, format: RecordFormat) -> pa.Schema:  # noqa: A002
+    """Return the schema of a shard of which `raw` has the frame at least.
 
     Raises:
-        CorruptError: not an Arrow schema message.
+        CorruptError: it is not the frame of a file of that format.
     """
     try:
-        schema = pa.ipc.read_schema(pa.py_buffer(raw))
-        _check_names(schema)
-    except (pa.ArrowException, OSError, ValueError) as error:
-        raise CorruptError(f"not an Arrow schema: {error}", hint="Restore this file from a copy.") from None
+        source = pa.BufferReader(pa.py_buffer(raw))
+        schema = pq.ParquetFile(source).schema_arrow if format == "parquet" else pa.ipc.open_file(source).schema
+        check_names(schema)
+    except (pa.ArrowException, OSError, ValueError, MemoryError) as error:
+        raise _not_a_shard(error) from None
     return schema
 
 
-def _check_names(fields: Iterable["pa.Field[Any]"]) -> None:
-    """Raise UnicodeDecodeError for a name that is not UTF-8, at any depth; pyarrow decodes names when they are used."""
-    for field in fields:
-        _ = field.name
-        _check_names(field.type.field(index) for index in range(field.type.num_fields))
-
-
-def _cut(table: pa.Table) -> Iterator[pa.Table]:
-    """Yield `table` in parts of about `BATCH_BYTES`; at least one, so that an empty shard keeps its schema."""
-    if not table.num_rows:
-        return
-    # Rows vary in size: halve a part until it is small enough, so a few huge rows do not make all batches tiny.
-    pending = [table]
-    while pending:
-        part = pending.pop()
-        if part.num_rows == 1 or part.get_total_buffer_size() == 0 or part.nbytes < 2 * BATCH_BYTES:
-            yield part
-            continue
-        middle = part.num_rows // 2
-        pending += [part.slice(middle), part.slice(0, middle)]
-
-
-def check_schema(table: pa.Table, schema: pa.Schema) -> pa.Table:
-    """Return `table` with exactly the columns of `schema`, in its order.
+def decode_batch(
+    raw: Buffer,
+    index: int,
+    *,
+    format: RecordFormat,  # noqa: A002 - what it is called everywhere
+    columns: Sequence[str] | None = None,
+) -> pa.RecordBatch:
+    """Return batch `index` of a shard of which `raw` has the frame and this batch at least, each at its place.
 
     Raises:
-        ConfigError: a column is missing, unexpected, or of a type that cannot become the other without loss.
+        CorruptError: as `decode_records`; or there is no such batch.
     """
     try:
-        ordered = table.select(schema.names) if set(table.column_names) == set(schema.names) else table
-        return ordered.cast(schema)
-    except (pa.ArrowException, ValueError) as error:
-        raise ConfigError(f"rows do not fit the schema: {error}", hint="Write rows of the dataset's schema.") from None
+        source = pa.BufferReader(pa.py_buffer(raw))
+        if format == "parquet":
+            batch = _row_group(pq.ParquetFile(source), index, columns)
+        else:
+            batch = pa.ipc.open_file(source).get_batch(index)
+        if columns is not None:
+            batch = batch.select(list(columns))
+        batch.validate(full=True)
+    except (pa.ArrowException, OSError, ValueError, KeyError, IndexError, MemoryError) as error:
+        raise _not_a_shard(error) from None
+    return batch
+
+
+def _encode_arrow(table: pa.Table, batch_bytes: int) -> EncodedRecords:
+    sink = pa.BufferOutputStream()
+    rows = []
+    with pa.ipc.new_file(sink, table.schema) as writer:
+        start = 0
+        while start < table.num_rows:
+            part = table.slice(start, _rows_for(table, start, batch_bytes))
+            # More than one where a column has more than fits one array.
+            for batch in part.to_batches():
+                writer.write_batch(batch)
+                rows.append(batch.num_rows)
+            start += part.num_rows
+    data = sink.getvalue()
+    spans = _record_batches(data)
+    return EncodedRecords(
+        memoryview(data), tuple(BatchSpan(*span, count) for span, count in zip(spans, rows, strict=True))
+    )
+
+
+def _record_batches(data: pa.Buffer) -> Iterator[tuple[int, int]]:
+    """Yield where the messages lie that are record batches; what they need comes before all of them."""
+    reader = pa.BufferReader(data)
+    reader.seek(_MAGIC_BYTES)
+    while True:
+        start = reader.tell()
+        try:
+            message = pa.ipc.read_message(reader)
+        except EOFError:
+            return
+        if message.type == "record batch":
+            yield start, reader.tell()
+
+
+def _encode_parquet(table: pa.Table, batch_bytes: int) -> EncodedRecords:
+    sink = io.BytesIO()
+    with pq.ParquetWriter(
+        sink,
+        table.schema,
+        compression="zstd",
+        version="2.6",
+        data_page_version="1.0",
+        write_statistics=_short_columns(table),
+        # The names that the schema has, not those that the standard recommends: rows come back as they were.
+        use_compliant_nested_type=False,
+    ) as writer:
+        start, ratio = 0, 1.0
+        while start < table.num_rows:
+            count = _rows_for(table, start, int(batch_bytes * ratio))
+            part = table.slice(start, count)
+            before = sink.tell()
+            writer.write_table(part, row_group_size=count)
+            ratio = min(max(part.nbytes / max(1, sink.tell() - before), 1.0), _MOST_COMPRESSED)
+            start += count
+    data = sink.getbuffer()
+    return EncodedRecords(data, tuple(_row_groups(pq.read_metadata(pa.BufferReader(pa.py_buffer(data))))))
+
+
+def _short_columns(table: pa.Table) -> list[str]:
+    """Return the columns whose extremes say something to a reader, and are small beside a row group."""
+    return [
+        name
+        for name, column in zip(table.column_names, table.columns, strict=True)
+        if not column.type.num_fields and column.nbytes <= _SHORT_BYTES * max(1, table.num_rows)
+    ]
+
+
+def _row_groups(metadata: pq.FileMetaData) -> Iterator[BatchSpan]:
+    for index in range(metadata.num_row_groups):
+        group = metadata.row_group(index)
+        chunks = [group.column(column) for column in range(group.num_columns)]
+        starts = [chunk.dictionary_page_offset or chunk.data_page_offset for chunk in chunks]
+        stops = [start + chunk.total_compressed_size for start, chunk in zip(starts, chunks, strict=True)]
+        yield BatchSpan(min(starts), max(stops), group.num_rows)
+
+
+def _row_group(file: pq.ParquetFile, index: int, columns: Sequence[str] | None) -> pa.RecordBatch:
+    if not 0 <= index < file.num_row_groups:
+        raise IndexError(f"no row group {index}")
+    # Names are prefixes of dotted paths here: further columns may come along, and are dropped by the caller.
+    table = file.read_row_group(index, columns=None if columns is None else list(columns), use_threads=False)
+    batches = table.combine_chunks().to_batches()
+    if len(batches) > 1:
+        raise ValueError("a row group is larger than an array")
+    return batches[0] if batches else pa.RecordBatch.from_pylist([], schema=table.schema)
+
+
+def _rows_for(table: pa.Table, start: int, size_bytes: int) -> int:
+    """Return how many rows from `start` on reach `size_bytes`, or how many there are."""
+    # What an empty slice has belongs to all rows: a dictionary.
+    shared = table.slice(start, 0).nbytes
+    low, high = 1, table.num_rows - start
+    # Gallop, then bisect: each look is a few sums, however many rows there are.
+    step = 1
+    while step < high and table.slice(start, step).nbytes - shared < size_bytes:
+        low, step = step, 2 * step
+    high = min(high, step)
+    while low < high:
+        middle = (low + high) // 2
+        if table.slice(start, middle).nbytes - shared < size_bytes:
+            low = middle + 1
+        else:
+            high = middle
+    return low
+
+
+def _not_a_shard(error: BaseException) -> CorruptError:
+    reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+    return CorruptError(f"not a record shard: {reason}", hint="Restore this file from a copy, or write it again.")

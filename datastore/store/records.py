@@ -1,7 +1,7 @@
 """Writing records: rows are collected into shards, and the end of the `with` block commits them all or none.
 
-    with writer("data/new", schema=schema) as out:
-        out.write({"text": "one row"})
+    with writer("data/new", schema={"text": "string", "image": "image/jpeg"}) as out:
+        out.write({"text": "one row", "image": jpeg})
 
 If the block raises, or is interrupted, what was written is removed and nothing is committed. A process that is
 killed leaves shards that no version names: nobody reads them.
@@ -17,7 +17,9 @@ from typing import Any, Self
 import pyarrow as pa
 
 from datastore.errors import ConfigError, StorageError
-from datastore.formats.records import check_schema, decode_schema
+from datastore.formats.evolution import without_numbers
+from datastore.formats.records import RecordFormat, check_format
+from datastore.formats.schema import SchemaLike, check_rows, check_storable, decode_schema, record_schema
 from datastore.storage.base import Storage
 from datastore.storage.resolve import open_storage
 from datastore.store.commits import CommitLog
@@ -37,40 +39,56 @@ Rows = pa.Table | pa.RecordBatch | Mapping[str, Any] | Iterable[Mapping[str, Any
 
 
 def writer(
-    url: str | os.PathLike[str] | Storage, *, schema: pa.Schema | None = None, operation: Operation = "append"
+    url: str | os.PathLike[str] | Storage,
+    *,
+    schema: SchemaLike | None = None,
+    operation: Operation = "append",
+    format: RecordFormat = "arrow",  # noqa: A002 - what it is called everywhere
 ) -> "RecordWriter":
     """Return a writer of records to the dataset at `url`, which is made if it is not there.
 
-    Without `schema`, the dataset's own holds; if it is new, that of the first rows written.
+    `schema` is an Arrow schema, or maps column names to types as `parse_field` reads them; without one, the dataset's
+    own holds; if it is new, that of the first rows written. `format` is that of the new shards: Arrow is mapped,
+    Parquet is smaller. A dataset may hold both.
 
     Raises:
-        ConfigError: the place holds something else, tokens, or records of another schema.
+        ConfigError: the place holds something else, tokens, or records of another schema; or a column cannot be stored.
     """
+    given = None if schema is None else record_schema(schema)
     storage = url if isinstance(url, Storage) else open_storage(url)
     info = create_dataset(storage)
     newest = CommitLog(storage, exclusive=info.exclusive).newest()
     if newest is None or operation == "overwrite":
-        return RecordWriter(storage, schema=schema, operation=operation)
+        fresh = None if given is None else _checked(without_numbers(given), format)
+        return RecordWriter(storage, schema=fresh, operation=operation, format=format)
     if newest.kind != "records":
         raise ConfigError("the dataset holds tokens, not records", url=storage.url, hint="Name another URL.")
     stored = decode_schema(newest.record_schema)
-    if schema is not None and not schema.equals(stored):
+    if given is not None and not given.equals(stored):
         raise ConfigError(
             "the dataset has another schema",
             url=storage.url,
             columns=stored.names,
             hint="Leave out the schema to write rows of the dataset's own, or name another URL.",
         )
-    return RecordWriter(storage, schema=stored, operation=operation)
+    return RecordWriter(storage, schema=_checked(stored, format), operation=operation, format=format)
 
 
 class RecordWriter:
     """Collects rows into shards of about 64 MiB. Not safe for several threads."""
 
-    def __init__(self, storage: Storage, *, schema: pa.Schema | None, operation: Operation) -> None:
+    def __init__(
+        self,
+        storage: Storage,
+        *,
+        schema: pa.Schema | None,
+        operation: Operation,
+        format: RecordFormat = "arrow",  # noqa: A002
+    ) -> None:
         self.storage = storage
         self.schema = schema
         self.operation: Operation = operation
+        self.format: RecordFormat = format
         self.commit: Commit | None = None
         """The version that was committed, once the block has ended."""
         self._task_id = uuid.uuid4().hex
@@ -111,7 +129,12 @@ class RecordWriter:
                 url=self.storage.url,
                 hint="Write a row, or give a schema.",
             )
-        self.commit = commit_records(self.storage, self._shards, schema=self.schema, operation=self.operation)
+        try:
+            self.commit = commit_records(self.storage, self._shards, schema=self.schema, operation=self.operation)
+        except ConfigError:
+            # Somebody changed the dataset's schema meanwhile. Nothing is committed, for certain.
+            self._withdraw()
+            raise
 
     def _table_of(self, rows: Rows) -> pa.Table | None:
         if isinstance(rows, pa.RecordBatch):
@@ -122,13 +145,14 @@ class RecordWriter:
                 return None
             rows = _table_from(listed, self.schema)
         if self.schema is None:
-            self.schema = rows.schema.remove_metadata()
-        return check_schema(rows, self.schema)
+            self.schema = _checked(without_numbers(rows.schema.remove_metadata()), self.format)
+        return check_rows(rows, self.schema)
 
     def _store_shard(self) -> None:
         if self._parts:
             uid = shard_uid(self._task_id, len(self._shards))
-            self._shards.append(write_record_shard(self.storage, uid=uid, table=pa.concat_tables(self._parts)))
+            table = pa.concat_tables(self._parts)
+            self._shards.append(write_record_shard(self.storage, uid=uid, table=table, format=self.format))
             self._parts, self._bytes = [], 0
 
     def _withdraw(self) -> None:
@@ -138,6 +162,12 @@ class RecordWriter:
                 self.storage.delete(shard.path)
             except StorageError as error:
                 _LOGGER.warning("an unused shard is left behind: %s", error)
+
+
+def _checked(schema: pa.Schema, format: RecordFormat) -> pa.Schema:  # noqa: A002
+    check_storable(schema)
+    check_format(schema, format=format)
+    return schema
 
 
 def _table_from(rows: list[Mapping[str, Any]], schema: pa.Schema | None) -> pa.Table:

@@ -33,6 +33,7 @@ __all__ = [
     "ShardLayout",
     "decode_segment",
     "encode_segment",
+    "frame_ranges",
     "merge_tail",
     "segment_key",
     "segment_of",
@@ -66,12 +67,14 @@ class ColumnLayout(Document, frozen=True, kw_only=True):
     """Where its values start."""
 
 
-class BatchRange(Document, frozen=True, kw_only=True):
-    """A record batch or row group: file bytes `[start, stop)` hold `rows` rows."""
+class BatchRange(Document, frozen=True, array_like=True):
+    """A record batch or row group: file bytes `[start, stop)` hold `rows` rows. An array in JSON: there are many."""
 
     start: Count
     stop: Count
     rows: Count
+    digest: bytes
+    """xxh3_128 of these bytes."""
 
 
 class ShardLayout(Document, frozen=True, kw_only=True):
@@ -79,10 +82,31 @@ class ShardLayout(Document, frozen=True, kw_only=True):
 
     columns: tuple[ColumnLayout, ...] = ()
     batches: tuple[BatchRange, ...] = ()
+    """The batches of a record shard, in the order of its rows and of its file; they do not overlap."""
+
+    frame_digest: bytes = b""
+    """xxh3_128 of what is before, between and after the batches, end to end."""
+
     format: Literal["arrow", "parquet"] = "arrow"
 
 
 _PLAIN = ShardLayout()
+
+
+def frame_ranges(batches: Sequence[BatchRange], size_bytes: int) -> list[tuple[int, int]]:
+    """Return the byte ranges of a file of `size_bytes` that belong to none of its `batches`: its frame.
+
+    Raises:
+        CorruptError: the batches overlap, or reach beyond the file.
+    """
+    ranges, at = [], 0
+    for batch in batches:
+        if not at <= batch.start <= batch.stop <= size_bytes:
+            raise CorruptError("the batches of a shard do not fit into its file", hint="Restore it from a copy.")
+        if at < batch.start:
+            ranges.append((at, batch.start))
+        at = batch.stop
+    return [*ranges, (at, size_bytes)] if at < size_bytes else ranges
 
 
 class ShardInfo(Document, frozen=True, kw_only=True):

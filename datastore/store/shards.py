@@ -8,11 +8,11 @@ import pyarrow as pa
 from datastore.digest import block_digests, digest_bytes, digest_hex
 from datastore.errors import ConfigError
 from datastore.formats.documents import DOCUMENTS_SCHEMA, decode_documents, encode_documents
-from datastore.formats.records import decode_records, encode_records
+from datastore.formats.records import RecordFormat, decode_records, encode_records
 from datastore.formats.tokens import Offsets, Tokens, decode_tokens, encode_tokens
 from datastore.storage.base import Storage
 from datastore.store.checked import read_checked
-from datastore.store.segment import BLOCK_BYTES, ShardInfo
+from datastore.store.segment import BLOCK_BYTES, BatchRange, ShardInfo, ShardLayout, frame_ranges
 
 __all__ = [
     "read_documents",
@@ -79,11 +79,25 @@ def write_token_shard(
     )
 
 
-def write_record_shard(storage: Storage, *, uid: str, table: pa.Table) -> ShardInfo:
-    """Store the rows of `table` as a record shard; return what a commit needs to know of it."""
-    data = encode_records(table)
-    path = _shard_path(uid)
+def write_record_shard(
+    storage: Storage,
+    *,
+    uid: str,
+    table: pa.Table,
+    format: RecordFormat = "arrow",  # noqa: A002 - what it is called everywhere
+    name: str = "",
+) -> ShardInfo:
+    """Store the rows of `table` as a record shard; return what a commit needs to know of it.
+
+    Its schema, with all that is noted in it, must be that of the version that will have it. The file is called after
+    the uid, or `name`.
+    """
+    encoded = encode_records(table, format=format)
+    data = encoded.data
+    path = _shard_path(name or uid, format)
     storage.put(path, data)
+    batches = tuple(BatchRange(*span, digest_bytes(data[span.start : span.stop])) for span in encoded.batches)
+    frame = [data[start:stop] for start, stop in frame_ranges(batches, len(data))]
     return ShardInfo(
         uid=uid,
         path=path,
@@ -103,6 +117,7 @@ def write_record_shard(storage: Storage, *, uid: str, table: pa.Table) -> ShardI
         docs_digest=bytes(16),
         source_first="",
         source_last="",
+        layout=ShardLayout(batches=batches, frame_digest=digest_bytes(*frame), format=format),
     )
 
 
@@ -123,7 +138,8 @@ def read_record_shard(storage: Storage, shard: ShardInfo) -> pa.Table:
         MissingError: its file is gone.
         CorruptError: its file is damaged.
     """
-    return decode_records(read_checked(storage, shard.path, size_bytes=shard.size_bytes, digest=shard.digest))
+    raw = read_checked(storage, shard.path, size_bytes=shard.size_bytes, digest=shard.digest)
+    return decode_records(raw, format=shard.layout.format)
 
 
 def read_documents(storage: Storage, shard: ShardInfo, *, columns: Sequence[str] = DOCUMENTS_SCHEMA.names) -> pa.Table:
@@ -137,5 +153,5 @@ def read_documents(storage: Storage, shard: ShardInfo, *, columns: Sequence[str]
     return decode_documents(raw, columns=columns)
 
 
-def _shard_path(uid: str) -> str:
-    return f"shards/{uid[:2]}/{uid}.arrow"
+def _shard_path(name: str, suffix: str = "arrow") -> str:
+    return f"shards/{name[:2]}/{name}.{suffix}"

@@ -13,7 +13,7 @@ import msgspec
 import pyarrow as pa
 
 from datastore.errors import ConfigError, ConflictError, StorageError
-from datastore.formats.records import encode_schema
+from datastore.formats.schema import decode_schema, encode_schema
 from datastore.storage.base import Storage
 from datastore.store.card import write_card
 from datastore.store.commits import CommitLog, utc_now, writer_name
@@ -183,11 +183,19 @@ def _check_fits(storage: Storage, newest: Commit, draft: Commit) -> None:
             given=draft.tokenizer.sha256[:16] if draft.tokenizer else None,
             hint="Use the dataset's tokenizer, or name another URL.",
         )
-    if newest.record_schema != draft.record_schema:
+    if newest.kind == "records":
+        _check_schema(storage, decode_schema(newest.record_schema), decode_schema(draft.record_schema))
+
+
+def _check_schema(storage: Storage, stored: pa.Schema, given: pa.Schema) -> None:
+    # With all that is noted in them: rows of a schema from before a change do not say which columns they have.
+    if not stored.equals(given, check_metadata=True):
         raise ConfigError(
-            "the records have another schema than the dataset",
+            "the records have another schema than the dataset has now",
             url=storage.url,
-            hint="Write rows of the dataset's schema, or name another URL.",
+            dataset=stored.names,
+            given=given.names,
+            hint="Write the rows again with the dataset's schema, which may have changed meanwhile; or name another URL.",
         )
 
 

@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 
 from datastore.errors import CorruptError
 from datastore.formats.documents import DOCUMENTS_SCHEMA, decode_documents, encode_documents
-from datastore.formats.records import decode_records, decode_schema, encode_records, encode_schema
+from datastore.formats.records import decode_records, encode_records
+from datastore.formats.schema import decode_schema, encode_schema
 from datastore.storage.memory import MemoryStorage
 from datastore.store.segment import Segments, decode_segment, encode_segment, segment_of
 from datastore.testing.datasets import documents_of, make_shard
@@ -55,7 +56,7 @@ def read_schema(raw: bytes) -> None:
 DECODERS = {
     "segment": (read_segment, encode_segment(segment_of(SHARDS))),
     "documents": (read_documents, encode_documents(documents_of("0" * 32, [1, 2, 3]))),
-    "records": (read_records, encode_records(RECORDS)),
+    "records": (read_records, bytes(encode_records(RECORDS).data)),
     "schema": (read_schema, encode_schema(RECORDS.schema)),
 }
 

@@ -325,7 +325,7 @@ class TestDamage:
     def test_records_are_not_read_from_tokens(self, storage: Storage) -> None:
         dataset = make_dataset(storage, [[1]])
         with pytest.raises(ConfigError, match="holds tokens, not records"):
-            dataset.to_arrow()
+            list(dataset.iter_records())
 
 
 def test_segments_stay_few_over_many_commits(storage: Storage) -> None:

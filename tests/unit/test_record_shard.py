@@ -4,14 +4,8 @@ import pyarrow as pa
 import pytest
 
 from datastore.errors import ConfigError, CorruptError
-from datastore.formats.records import (
-    BATCH_BYTES,
-    check_schema,
-    decode_records,
-    decode_schema,
-    encode_records,
-    encode_schema,
-)
+from datastore.formats.records import BATCH_BYTES, decode_records, encode_records
+from datastore.formats.schema import check_rows, decode_schema, encode_schema
 
 NESTED = pa.schema(
     {
@@ -26,16 +20,16 @@ NESTED = pa.schema(
 def test_rows_of_any_schema_come_back() -> None:
     row = {"text": "ä", "messages": [{"role": "user", "content": None}], "image": b"\0\1", "vector": [0.5, 1, 2, 3]}
     table = pa.Table.from_pylist([row, dict.fromkeys(NESTED.names)], schema=NESTED)
-    assert decode_records(encode_records(table)).equals(table)
+    assert decode_records(encode_records(table).data).equals(table)
 
 
 def test_an_empty_shard_keeps_its_schema() -> None:
-    assert decode_records(encode_records(NESTED.empty_table())).schema.equals(NESTED)
+    assert decode_records(encode_records(NESTED.empty_table()).data).schema.equals(NESTED)
 
 
 def test_batches_are_a_few_megabytes_each_and_rows_keep_their_order() -> None:
     rows = pa.table({"text": [f"{index:06d}" + "x" * 1000 for index in range(20_000)]})
-    raw = encode_records(rows)
+    raw = encode_records(rows).data
     reader = pa.ipc.open_file(pa.py_buffer(raw))
     sizes = [reader.get_batch(index).nbytes for index in range(reader.num_record_batches)]
     assert all(BATCH_BYTES / 2 < size < 2 * BATCH_BYTES for size in sizes)
@@ -44,13 +38,13 @@ def test_batches_are_a_few_megabytes_each_and_rows_keep_their_order() -> None:
 
 def test_one_row_larger_than_a_batch_does_not_make_the_others_small() -> None:
     rows = pa.table({"text": ["x" * 8 * BATCH_BYTES] + ["y"] * 1000})
-    reader = pa.ipc.open_file(pa.py_buffer(encode_records(rows)))
+    reader = pa.ipc.open_file(pa.py_buffer(encode_records(rows).data))
     assert reader.num_record_batches < 15
 
 
 def test_a_slice_stores_its_own_rows_only() -> None:
     rows = pa.table({"text": ["x" * 1000] * 1000})
-    assert len(encode_records(rows.slice(10, 2))) < 10_000
+    assert len(encode_records(rows.slice(10, 2)).data) < 10_000
 
 
 def test_a_schema_survives_its_bytes() -> None:
@@ -67,11 +61,11 @@ def test_what_is_not_a_record_shard_is_said_to_be_none(raw: bytes) -> None:
 
 def test_rows_of_another_schema_are_refused() -> None:
     with pytest.raises(ConfigError, match="do not fit the schema"):
-        check_schema(pa.table({"n": ["no number"]}), pa.schema({"n": pa.int64()}))
+        check_rows(pa.table({"n": ["no number"]}), pa.schema({"n": pa.int64()}))
     with pytest.raises(ConfigError, match="do not fit the schema"):
-        check_schema(pa.table({"m": [1]}), pa.schema({"n": pa.int64()}))
+        check_rows(pa.table({"m": [1]}), pa.schema({"n": pa.int64()}))
 
 
 def test_columns_in_another_order_are_brought_into_the_schema_s() -> None:
     schema = pa.schema({"a": pa.int64(), "b": pa.string()})
-    assert check_schema(pa.table({"b": ["x"], "a": [1]}), schema).schema.equals(schema)
+    assert check_rows(pa.table({"b": ["x"], "a": [1]}), schema).schema.equals(schema)
