@@ -15,7 +15,7 @@ Promise 2 is what commits rest on. POSIX gives it through `link(2)`, S3 through 
 """
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol, runtime_checkable
@@ -118,6 +118,25 @@ class Storage(Protocol):
     def statistics(self) -> dict[str, OperationStatistics]:
         """Return what each kind of operation ("get", "put", ...) has cost since this object was made; by default nothing."""
         return {}
+
+    def copies(self, key: str) -> "Sequence[Storage]":
+        """Return the places that should each hold all of `key`, the one to read first first; by default this one.
+
+        Who finds that the bytes are not what was written asks the others, then calls `heal`.
+        """
+        check_key(key)
+        return (self,)
+
+    def heal(self, key: str, is_good: Callable[[bytes], bool]) -> None:
+        """Have the copies of `key` that are not good written anew from one that is, if there is one, some time soon."""
+
+    def clear_unfinished(self, *, before: float, dry_run: bool = False) -> "Sequence[Stat]":
+        """Remove what writers left unfinished that began before `before` (seconds since the epoch) and died; return it.
+
+        With `dry_run` nothing is removed. The default is for backends on which nothing is left: it finds nothing.
+        """
+        del before, dry_run
+        return ()
 
 
 def check_key(key: str) -> str:

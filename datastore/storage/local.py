@@ -142,6 +142,14 @@ class LocalStorage(Storage):
         return path if path.is_file() else None
 
     @override
+    def clear_unfinished(self, *, before: float, dry_run: bool = False) -> Sequence[Stat]:
+        found = [stat for stat in self._walk("", unfinished=True) if stat.modified < before]
+        for left in found if not dry_run else ():
+            with self._errors(left.key, writing=True), suppress(FileNotFoundError):
+                os.unlink(f"{self._base}/{left.key}")
+        return found
+
+    @override
     def statistics(self) -> dict[str, OperationStatistics]:
         return self._meter.statistics()
 
@@ -192,8 +200,11 @@ class LocalStorage(Storage):
                 raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), path) from None
             os.replace(staged, path)
 
-    def _walk(self, prefix: str) -> Iterator[Stat]:
-        """Yield the keys below `prefix` ("" or ending in "/"): `a.txt` sorts before `a/b`, as whole keys do."""
+    def _walk(self, prefix: str, *, unfinished: bool = False) -> Iterator[Stat]:
+        """Yield the keys below `prefix` ("" or ending in "/"): `a.txt` sorts before `a/b`, as whole keys do.
+
+        With `unfinished`, only the hidden files that killed writers left.
+        """
         try:
             with os.scandir(f"{self._base}/{prefix}") as entries:
                 found = sorted((f"{entry.name}/" if entry.is_dir() else entry.name, entry) for entry in entries)
@@ -203,8 +214,8 @@ class LocalStorage(Storage):
             raise explain(error, key=prefix, url=self._base) from None
         for name, entry in found:
             if name.endswith("/"):
-                yield from self._walk(prefix + name)
-            elif not (name.startswith(".") and name.endswith(".tmp")):
+                yield from self._walk(prefix + name, unfinished=unfinished)
+            elif (name.startswith(".") and name.endswith(".tmp")) == unfinished:
                 with suppress(FileNotFoundError):  # Deleted since.
                     facts = entry.stat()
                     yield Stat(key=prefix + name, size_bytes=facts.st_size, modified=facts.st_mtime)

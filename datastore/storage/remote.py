@@ -11,7 +11,6 @@ import os
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
-from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +24,7 @@ from datastore.storage.foreign import http_status, translate
 from datastore.storage.reasons import conflict, cut_short, missing, too_short
 from datastore.storage.retry import Requests, RetryPolicy
 from datastore.storage.statistics import OperationStatistics
+from datastore.storage.unfinished import find_hidden, find_uploads, time_of
 from datastore.storage.urls import secrets_of, strip_credentials
 
 __all__ = ["FsspecStorage"]
@@ -117,7 +117,7 @@ class FsspecStorage(Storage):
             name = path.rpartition("/")[2]
             hidden = not name or (name.startswith(".") and name.endswith(".tmp"))
             if path.startswith(f"{below}/") and info["type"] == "file" and not hidden:
-                yield Stat(key=path[start:], size_bytes=info["size"] or 0, modified=_modified(info))
+                yield Stat(key=path[start:], size_bytes=info["size"] or 0, modified=time_of(info))
 
     @override
     def delete(self, key: str) -> None:
@@ -130,7 +130,16 @@ class FsspecStorage(Storage):
         info = self._requests.run("stat", key, lambda: self._info(path))
         if info["type"] != "file":
             raise missing(key=key, url=self._url)
-        return Stat(key=key, size_bytes=info["size"] or 0, modified=_modified(info))
+        return Stat(key=key, size_bytes=info["size"] or 0, modified=time_of(info))
+
+    @override
+    def clear_unfinished(self, *, before: float, dry_run: bool = False) -> Sequence[Stat]:
+        left = find_uploads if hasattr(self._fs, "call_s3") else find_hidden
+        found = self._requests.run("list", "", lambda: left(self._fs, self._root))
+        old = [unfinished for unfinished in found if unfinished.stat.modified < before]
+        for unfinished in old if not dry_run else ():
+            self._requests.run("delete", unfinished.stat.key, unfinished.remove)
+        return [unfinished.stat for unfinished in old]
 
     @override
     def local_path(self, key: str) -> Path | None:
@@ -255,20 +264,3 @@ def _join(chunks: Sequence[Buffer]) -> bytes:
 
 def _total(parts: Sequence[Buffer]) -> int:
     return sum(memoryview(part).nbytes for part in parts)
-
-
-def _modified(info: Mapping[str, Any]) -> float:
-    """Return the time of writing: backends disagree on the key and on the type.
-
-    Whole seconds: a HEAD of S3 gives no more, and where a listing does (Ceph's), both must say the same.
-    """
-    for name in ("mtime", "LastModified", "last_modified", "updated", "modified", "created"):
-        value = info.get(name)
-        if isinstance(value, datetime):
-            return value.timestamp() // 1
-        if isinstance(value, int | float):
-            return float(value) // 1
-        if isinstance(value, str) and value:
-            with suppress(ValueError):
-                return datetime.fromisoformat(value).timestamp() // 1
-    return 0.0

@@ -5,7 +5,8 @@ scheme goes to fsspec, which is imported only then. A URL below another one alwa
 """
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from urllib.parse import unquote
 
@@ -136,6 +137,18 @@ class Subfolder(Storage):
     @override
     def statistics(self) -> dict[str, OperationStatistics]:
         return self._storage.statistics()
+
+    @override
+    def copies(self, key: str) -> Sequence[Storage]:
+        return [Subfolder(copy, self._prefix) for copy in self._storage.copies(self._full(key))]
+
+    @override
+    def heal(self, key: str, is_good: Callable[[bytes], bool]) -> None:
+        self._storage.heal(self._full(key), is_good)
+
+    @override
+    def clear_unfinished(self, *, before: float, dry_run: bool = False) -> Sequence[Stat]:
+        return ()  # Who clears up does so at the root.
 
     def _full(self, key: str) -> str:
         return f"{self._prefix}/{check_key(key)}"
