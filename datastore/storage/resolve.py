@@ -54,8 +54,14 @@ def open_storage(url: str | os.PathLike[str]) -> Storage:
             url=strip_credentials(text),
             hint="Put keys where the library looks for them (for S3: AWS_ACCESS_KEY_ID or ~/.aws/credentials).",
         )
-    from datastore.storage.remote import FsspecStorage  # noqa: PLC0415 - fsspec takes 50 ms to import
+    from datastore.storage.remote import FsspecStorage, configured  # noqa: PLC0415 - fsspec takes 50 ms to import
 
+    if scheme in {"s3", "s3a"} and find_spec("botocore") and not rest.startswith("arn:"):
+        from datastore.storage.s3 import S3Storage, understands  # noqa: PLC0415 - only where it is needed
+
+        options = configured(scheme)
+        if understands(options):
+            return S3Storage(text, options)
     return FsspecStorage(text)
 
 
