@@ -81,6 +81,10 @@ class TokenBlocks(Protocol):
         """Return the flat tokens of a shard, read-only, one item per token; only those in held blocks are there."""
         ...
 
+    def data(self, shard: int) -> memoryview:
+        """Return the bytes of a shard's file, read-only; only those of held blocks are there."""
+        ...
+
     def stats(self) -> BlockStats:
         """Return counts since the start."""
         ...

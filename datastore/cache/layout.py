@@ -2,6 +2,9 @@
 
 A block is a range of bytes of a shard's file, with a digest in the manifest. Numbers, not objects: whether a batch is
 in memory is one look into an array, and a million shards cost 16 bytes each.
+
+A shard holds its tokens end to end, and beside them perhaps other columns of so many bytes for each token. Each such
+stretch of the file is a track: blocks know no more of what they hold.
 """
 
 from dataclasses import dataclass
@@ -11,7 +14,7 @@ import numpy.typing as npt
 
 from datastore.store.segment import Segments
 
-__all__ = ["I64", "BlockLayout", "BlockRange"]
+__all__ = ["I64", "BlockLayout", "BlockRange", "Track"]
 
 I64 = npt.NDArray[np.int64]
 
@@ -26,11 +29,24 @@ class BlockRange:
     stop: int
 
 
+@dataclass(frozen=True, slots=True)
+class Track:
+    """Values that lie end to end in each shard, some bytes for each token."""
+
+    start: I64
+    """[S] byte position of the first value in each shard's file."""
+
+    token_bytes: I64
+    """[S] bytes for each token."""
+
+
 class BlockLayout:
     """Translates between shards, tokens, bytes and block numbers; a pure function of the manifest."""
 
     def __init__(self, segments: Segments) -> None:
         self._segments = segments
+        self.tokens = Track(segments.values_start, segments.itemsize)
+        """Where the tokens lie."""
         per_shard = -(-segments.size_bytes // segments.block_bytes)
         self._first = np.zeros(len(segments) + 1, np.int64)
         np.cumsum(per_shard, out=self._first[1:])
@@ -48,13 +64,16 @@ class BlockLayout:
         segments = self._segments
         return int(np.minimum(segments.block_bytes, segments.size_bytes).max(initial=0))
 
-    def of_tokens(self, shards: I64, start: I64, stop: I64) -> tuple[I64, I64]:
-        """Return the first and the last block of tokens `[start, stop)` of each shard; no range is empty."""
-        segments = self._segments
-        origin, itemsize = segments.values_start[shards], segments.itemsize[shards]
-        block_bytes, first = segments.block_bytes[shards], self._first[shards]
-        low: I64 = first + np.floor_divide(origin + start * itemsize, block_bytes)
-        high: I64 = first + np.floor_divide(origin + stop * itemsize - 1, block_bytes)
+    def of_tokens(self, shards: I64, start: I64, stop: I64, *, track: Track | None = None) -> tuple[I64, I64]:
+        """Return the first and the last block of tokens `[start, stop)` of each shard; no range is empty.
+
+        With `track`: of the values there that go with them.
+        """
+        place = track or self.tokens
+        origin, token_bytes = place.start[shards], place.token_bytes[shards]
+        block_bytes, first = self._segments.block_bytes[shards], self._first[shards]
+        low: I64 = first + np.floor_divide(origin + start * token_bytes, block_bytes)
+        high: I64 = first + np.floor_divide(origin + stop * token_bytes - 1, block_bytes)
         return low, high
 
     def is_narrow(self, shards: I64) -> npt.NDArray[np.bool_]:

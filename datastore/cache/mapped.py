@@ -98,6 +98,11 @@ class MappedBlocks(TokenBlocks):
         return found.tokens if found is not None else self._map(shard).tokens
 
     @override
+    def data(self, shard: int) -> memoryview:
+        found = self._maps.get(shard)
+        return (found if found is not None else self._map(shard)).data
+
+    @override
     def stats(self) -> BlockStats:
         return BlockStats(self._hits, self._fills, self._filled_bytes, evictions=self._evictions)
 

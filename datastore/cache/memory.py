@@ -101,6 +101,10 @@ class BlockCache(TokenBlocks):
         return self._regions[shard].tokens
 
     @override
+    def data(self, shard: int) -> memoryview:
+        return self._regions[shard].data
+
+    @override
     def stats(self) -> BlockStats:
         with self._changed:
             return BlockStats(

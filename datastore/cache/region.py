@@ -25,9 +25,10 @@ class Region:
         self._info = info
         # Private: pages of a shared map would not go away by MADV_DONTNEED.
         self._map = mmap.mmap(-1, info.size_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        self.data = memoryview(self._map).toreadonly()
         itemsize = np.dtype(info.dtype).itemsize
-        values = memoryview(self._map)[info.values_start : info.values_start + info.tokens * itemsize]
-        self.tokens = values.toreadonly().cast("H" if itemsize == 2 else "I")
+        values = self.data[info.values_start : info.values_start + info.tokens * itemsize]
+        self.tokens = values.cast("H" if itemsize == 2 else "I")
 
     def fill(self, block: BlockRange) -> int:
         """Fetch a block and check it; return how many times it had to be fetched again.

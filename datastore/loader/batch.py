@@ -1,15 +1,17 @@
 """One rank's part of a global batch, and what it can say about itself."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import numpy as np
 import numpy.typing as npt
 import xxhash
 
-from datastore.loader.gather import TokenArray
+from datastore.loader.gather import AnyArray, TokenArray
 from datastore.loader.lanes import I64
 from datastore.loader.mix import mix64
 from datastore.loader.plan import NO_SAMPLE
+from datastore.loader.settings import LOSS_MASK, DeletionMode
 from datastore.loader.trace import DocumentSpan, locate
 from datastore.store.dataset import Dataset
 
@@ -33,6 +35,17 @@ class Batch:
     """First position of the global batch: how many samples all ranks had been given before it."""
 
     dataset: Dataset = field(repr=False)
+    columns: Mapping[str, AnyArray]
+    """What the tokens bring along, [B, seq_len + 1] or [B, seq_len + 1, width] each: 0 where a document is deleted, and
+    in rows that hold no sample."""
+
+    deletions: DeletionMode = "mask"
+
+    @property
+    def loss_mask(self) -> npt.NDArray[np.bool_] | None:
+        """[B, seq_len + 1] whether each token is to be learned; None: all are. `loss_mask[:, 1:]` is that of the targets."""
+        found = self.columns.get(LOSS_MASK)
+        return None if found is None else np.not_equal(found, 0)
 
     @property
     def valid(self) -> npt.NDArray[np.bool_]:
@@ -40,7 +53,7 @@ class Batch:
         return np.not_equal(self.positions, NO_SAMPLE)
 
     def fingerprint(self) -> int:
-        """Return 64 bits that name which samples are here, at which positions, with which tokens.
+        """Return 64 bits that name which samples are here, at which positions, with which tokens; columns are not in it.
 
         Fingerprints of the parts of a global batch add up (mod 2^64) to that of the whole, for any number of ranks.
         """
@@ -49,7 +62,8 @@ class Batch:
     def documents(self) -> list[DocumentSpan]:
         """Return the stretches of documents that the valid rows are made of, row by row. Reads whole shards."""
         seq_len = self.tokens.shape[1] - 1
-        origins = locate(self.dataset, seq_len=seq_len, samples=self.samples[self.valid].tolist())
+        wanted = self.samples[self.valid].tolist()
+        origins = locate(self.dataset, seq_len=seq_len, samples=wanted, deletions=self.deletions)
         return [span for origin in origins for span in origin.spans]
 
 

@@ -1,9 +1,10 @@
 """Samples as stretches of the token stream: which tokens a sample has, and in which shards they lie.
 
-The stream is the shards of a version laid end to end, in the order of the manifest. Sample k is the tokens
-[k * seq_len, (k + 1) * seq_len + 1): inputs and, one further, targets. So nothing is lost but the last few tokens of
-the whole dataset, `seq_len` may exceed a shard, and an append leaves earlier samples as they were. The price: a sample
-may cross from one shard into the next ones.
+The stream is the shards of a version laid end to end, in the order of the manifest. The line that samples are cut from
+is the stream itself, or, if deleted tokens are left out, what remains of it. Sample k is the tokens
+[k * seq_len, (k + 1) * seq_len + 1) of the line: inputs and, one further, targets. So nothing is lost but the last few
+tokens of the whole dataset, `seq_len` may exceed a shard, and an append leaves earlier samples as they were. The price:
+a sample may cross from one shard into the next ones.
 
 A sample belongs to the shard that holds its first token; the samples of a shard are one run of numbers.
 """
@@ -16,7 +17,7 @@ import numpy.typing as npt
 
 from datastore.errors import ConfigError
 
-__all__ = ["SampleGrid", "Span", "sample_grid"]
+__all__ = ["Gaps", "SampleGrid", "Span", "sample_grid"]
 
 I64 = npt.NDArray[np.int64]
 
@@ -30,16 +31,54 @@ class Span:
     stop: int
 
 
+class Gaps:
+    """Stretches [K, 2] of the stream that are deleted: in order, none empty, none touching. Memory: 32 bytes each.
+
+    A place of the stream counts all tokens, one of the line only those that are left.
+    """
+
+    def __init__(self, spans: I64) -> None:
+        self.start: I64 = np.ascontiguousarray(spans[:, 0])
+        self.stop: I64 = np.ascontiguousarray(spans[:, 1])
+        self._before: I64 = np.zeros(len(spans) + 1, np.int64)
+        np.cumsum(self.stop - self.start, out=self._before[1:])
+        self._line: I64 = self.start - self._before[:-1]
+
+    def stream_of(self, places: I64) -> I64:
+        """Return where in the stream each place of the line is; O(log gaps) each."""
+        found: I64 = places + self._before[np.searchsorted(self._line, places, side="right")]
+        return found
+
+    def line_of(self, places: I64) -> I64:
+        """Return how many tokens of the line come before each place of the stream."""
+        after = np.searchsorted(self.start, places, side="left")
+        inside = np.maximum(0, self.stop[np.maximum(after, 1) - 1] - places) * (after > 0)
+        found: I64 = places - self._before[after] + inside
+        return found
+
+    def between(self, start: int, stop: int) -> Iterator[tuple[int, int]]:
+        """Yield the stretches of the stream that make up the places [start, stop) of the line."""
+        at = int(np.searchsorted(self._line, start, side="right"))
+        while start < stop:
+            end = min(stop, int(self._line[at])) if at < len(self._line) else stop
+            yield start + int(self._before[at]), end + int(self._before[at])
+            start, at = end, at + 1
+
+    def touched(self, start: I64, stop: I64) -> tuple[I64, I64]:
+        """Return the first gap and one past the last that each stretch of the stream shares tokens with."""
+        return np.searchsorted(self.stop, start, side="right"), np.searchsorted(self.start, stop, side="left")
+
+
 @dataclass(frozen=True, slots=True)
 class SampleGrid:
-    """The samples of `seq_len + 1` tokens of a stream. Memory: 24 bytes a shard."""
+    """The samples of `seq_len + 1` tokens of a line. Memory: 24 bytes a shard, 8 more if anything is left out."""
 
     seq_len: int
     samples: int
     """N, all samples of the dataset."""
 
     token_start: I64
-    """[S + 1] place in the stream of each shard's first token; the last is the length of the stream."""
+    """[S + 1] place on the line of each shard's first token; the last is the length of the line."""
 
     run_start: I64
     """[S] number of each shard's first sample."""
@@ -47,37 +86,61 @@ class SampleGrid:
     run_length: I64
     """[S] samples of each shard."""
 
+    stored_start: I64
+    """[S + 1] place in the stream of each shard's first token; `token_start` itself if nothing is left out."""
+
+    gaps: Gaps | None = None
+    """What is left out; None if nothing is."""
+
     def owner(self, samples: I64) -> I64:
         """Return the shard that each sample belongs to; O(log shards) each."""
         return np.searchsorted(self.token_start, samples * self.seq_len, side="right") - 1
 
     def start_in(self, shards: I64, samples: I64) -> I64:
         """Return where each sample starts in its shard."""
-        return samples * self.seq_len - self.token_start[shards]
+        return self._stream_of(samples * self.seq_len) - self.stored_start[shards]
+
+    def is_broken(self, samples: I64) -> npt.NDArray[np.bool_]:
+        """Return whether something is left out between the first and the last token of each sample."""
+        if self.gaps is None:
+            return np.zeros(samples.shape, np.bool_)
+        first = samples * self.seq_len
+        reach: I64 = self._stream_of(first + self.seq_len) - self._stream_of(first)
+        broken: npt.NDArray[np.bool_] = reach != self.seq_len
+        return broken
 
     def spans(self, sample: int) -> Iterator[Span]:
         """Yield the stretches that make up `sample`, in order; none is empty."""
-        at = sample * self.seq_len
-        end = at + self.seq_len + 1
-        shard = int(np.searchsorted(self.token_start, at, side="right")) - 1
+        start = sample * self.seq_len
+        whole = (start, start + self.seq_len + 1)
+        for at, end in [whole] if self.gaps is None else self.gaps.between(*whole):
+            yield from self._spans(at, end)
+
+    def _spans(self, at: int, end: int) -> Iterator[Span]:
+        """Yield the parts of the shards that make up the places [at, end) of the stream."""
+        shard = int(np.searchsorted(self.stored_start, at, side="right")) - 1
         while at < end:
-            first, last = int(self.token_start[shard]), int(self.token_start[shard + 1])
+            first, last = int(self.stored_start[shard]), int(self.stored_start[shard + 1])
             if last > at:
                 yield Span(shard, at - first, min(end, last) - first)
                 at = min(end, last)
             shard += 1
 
+    def _stream_of(self, places: I64) -> I64:
+        return places if self.gaps is None else self.gaps.stream_of(places)
 
-def sample_grid(tokens: I64, *, seq_len: int) -> SampleGrid:
-    """Return the samples of shards with `tokens` [S] tokens each.
+
+def sample_grid(tokens: I64, *, seq_len: int, gaps: Gaps | None = None) -> SampleGrid:
+    """Return the samples of shards with `tokens` [S] tokens each, of which `gaps` are left out.
 
     Raises:
         ConfigError: `seq_len` is below 1, or the dataset has no sample of that length.
     """
     if seq_len < 1:
         raise ConfigError("seq_len must be at least 1", seq_len=seq_len, hint="Set seq_len to 1 or more.")
-    token_start = np.zeros(len(tokens) + 1, np.int64)
-    np.cumsum(tokens, out=token_start[1:])
+    stored_start = np.zeros(len(tokens) + 1, np.int64)
+    np.cumsum(tokens, out=stored_start[1:])
+    token_start = stored_start if gaps is None else gaps.line_of(stored_start)
     total = int(token_start[-1])
     samples = max(0, total - 1) // seq_len
     if samples == 0:
@@ -88,4 +151,4 @@ def sample_grid(tokens: I64, *, seq_len: int) -> SampleGrid:
             hint="Use a smaller seq_len (a sample has seq_len + 1 tokens), or add data.",
         )
     run_end = np.minimum(-(-token_start // seq_len), samples)
-    return SampleGrid(seq_len, samples, token_start, run_end[:-1], np.diff(run_end))
+    return SampleGrid(seq_len, samples, token_start, run_end[:-1], np.diff(run_end), stored_start, gaps)

@@ -20,13 +20,13 @@ from datastore.cache.opening import is_local, open_blocks
 from datastore.cache.prefetch import Prefetcher
 from datastore.errors import ConfigError
 from datastore.loader.batch import Batch
-from datastore.loader.gather import Gatherer, TokenArray
+from datastore.loader.gather import AnyArray, Column, Gatherer, TokenArray, blank_out
 from datastore.loader.lanes import I64
-from datastore.loader.opening import open_stream
+from datastore.loader.opening import columns_of, end_of_text_of, open_stream
 from datastore.loader.place import Place
 from datastore.loader.plan import BatchPlan, Planner
-from datastore.loader.reads import Reads, reads_of
-from datastore.loader.settings import LoaderOptions, checked_options
+from datastore.loader.reads import Reads, blanks_of, reads_of
+from datastore.loader.settings import LOSS_MASK, LoaderOptions, checked_options
 from datastore.loader.state import LoaderState, read_state
 from datastore.store.dataset import Dataset
 from datastore.units import format_bytes
@@ -47,8 +47,8 @@ class Loader:
     not divide the batch. Not thread-safe. Safe to use in a forked child: it starts its own threads there.
 
     Raises:
-        ConfigError: a value is out of range, the dataset holds records or is shorter than one sample, or
-            `global_batch` is smaller than the world.
+        ConfigError: a value is out of range, the dataset holds records or is shorter than one sample, `global_batch` is
+            smaller than the world, or documents are deleted and nobody says what end-of-text is.
     """
 
     def __init__(
@@ -68,6 +68,9 @@ class Loader:
         self._stream = open_stream(dataset, seq_len=seq_len, seed=seed, options=self.options)
         itemsize = int(dataset.segments.itemsize.max())
         self.dtype: np.dtype[Any] = np.dtype("uint16" if itemsize == 2 else "uint32")
+        self.columns: Mapping[str, Column] = columns_of(self._stream, self.options)
+        """What batches bring along beside their tokens, by name."""
+        self._end_of_text = end_of_text_of(self._stream, self.options)
         self._local = is_local(dataset)
         self._pid = os.getpid()
         self._blocks: TokenBlocks | None = None
@@ -117,8 +120,10 @@ class Loader:
         """Steps of one finite pass; an endless one does not stop there, its batches straddle epochs."""
         return -(-self.samples_per_epoch // self.global_batch)
 
-    def next_into(self, out: TokenArray) -> Batch:
+    def next_into(self, out: TokenArray, *, columns: Mapping[str, AnyArray] | None = None) -> Batch:
         """Return the next batch with its tokens in `out` [rows, seq_len + 1], which the caller may use again later.
+
+        Its columns come in the arrays `columns`, one for each of `Loader.columns`, or by default in new ones.
 
         Raises:
             StopIteration: a finite pass is over.
@@ -132,24 +137,45 @@ class Loader:
                 dtype=out.dtype.name,
                 hint=f"Pass a contiguous {self.dtype.name} array of shape {(self.rows, self.seq_len + 1)}.",
             )
+        into = self.empty_columns() if columns is None else columns
+        if columns is not None:
+            self._check_columns(columns)
         blocks = self._ready()
         self._look_ahead(blocks)
         if not self._planned:
             raise StopIteration
         plan, reads = self._planned[0]
-        Gatherer(blocks, width=self.seq_len + 1).gather(reads, out)
+        gatherer = Gatherer(blocks, width=self.seq_len + 1, columns=tuple(self.columns.values()))
+        gatherer.gather(reads, out, columns=into)
+        if self._stream.blanks is not None:
+            if self.columns[LOSS_MASK].track is None:
+                into[LOSS_MASK][:] = plan.valid[:, None]
+            blanks = blanks_of(plan.samples, seq_len=self.seq_len, gaps=self._stream.blanks)
+            blank_out(blanks, out, columns=into, token=self._end_of_text)
         self._planned.popleft()
         self._requested = max(0, self._requested - 1)
         self._batches += 1
         self._state = msgspec.structs.replace(self._state, cursor=self._after(plan.cursor))
-        return Batch(out, plan.positions, plan.samples, plan.cursor, self.dataset)
+        return Batch(
+            out, plan.positions, plan.samples, plan.cursor, self.dataset, into, deletions=self.options.deletions
+        )
+
+    def empty_columns(self) -> dict[str, AnyArray]:
+        """Return arrays for the columns of one batch; what is in them is undefined."""
+        return {
+            name: np.empty(column.shape(self.rows, self.seq_len + 1), column.dtype)
+            for name, column in self.columns.items()
+        }
 
     def state_dict(self) -> dict[str, Any]:
         """Return where the loader stands, as JSON values: under 1 KB, the same on every rank."""
         return msgspec.structs.asdict(self._state)
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from `state`, saved by a loader of the same dataset version, on any world and any batch size.
+        """Go on from `state`, on any world and any batch size.
+
+        It was saved by a loader of the same dataset version; or, where deleted tokens are masked, of an earlier one that has
+        the same shards: what has been deleted since is masked from now on.
 
         Raises:
             ResumeError: `state` belongs to another order; the message names the keys that differ.
@@ -180,6 +206,19 @@ class Loader:
             self._blocks.close()
         self._prefetcher = self._blocks = None
         self._start_at(self._state)
+
+    def _check_columns(self, columns: Mapping[str, AnyArray]) -> None:
+        wanted = {
+            name: (column.shape(self.rows, self.seq_len + 1), column.dtype) for name, column in self.columns.items()
+        }
+        found = {name: (array.shape, array.dtype) for name, array in columns.items() if array.flags.c_contiguous}
+        if found != wanted or found.keys() != columns.keys():
+            raise ConfigError(
+                "the buffers do not fit the columns of the batch",
+                columns=sorted(columns),
+                wanted=sorted(wanted),
+                hint="Pass contiguous arrays as `empty_columns` returns them.",
+            )
 
     @property
     def _total(self) -> int | None:
@@ -230,7 +269,10 @@ class Loader:
             if not plans:
                 break
             self._next_cursor = self._after(plans[-1].cursor)
-            self._planned.extend(zip(plans, reads_of(plans, grid=self._stream.grid, layout=blocks.layout), strict=True))
+            stored = [column.track for column in self.columns.values() if column.track is not None]
+            tracks = [blocks.layout.tokens, *stored]
+            reads = reads_of(plans, grid=self._stream.grid, layout=blocks.layout, tracks=tracks)
+            self._planned.extend(zip(plans, reads, strict=True))
         assert self._prefetcher is not None
         for index in range(self._requested, min(ahead + 1, len(self._planned)) if ahead else 0):
             absent = blocks.absent(self._planned[index][1].blocks)
@@ -240,7 +282,8 @@ class Loader:
 
     def _warn_if_memory_is_short(self, blocks: TokenBlocks) -> None:
         lanes = -(-self._state.lanes // self.place.world)
-        needed = min(lanes * blocks.layout.largest_bytes, int(self.dataset.segments.size_bytes.sum()))
+        tracks = 1 + sum(column.track is not None for column in self.columns.values())
+        needed = min(lanes * tracks * blocks.layout.largest_bytes, int(self.dataset.segments.size_bytes.sum()))
         if needed > self.options.memory_bytes:
             warnings.warn(
                 f"memory_bytes ({format_bytes(self.options.memory_bytes)}) cannot hold one block of each of this rank's "

@@ -2,6 +2,9 @@
 
 It names the dataset version and everything the order depends on, so a state that means another order is refused, key
 by key. Neither world nor batch size is in it: the cursor counts samples over all ranks.
+
+A later version whose line of samples is the same one is no other order: where deleted tokens are masked, documents may be
+deleted while a run goes on.
 """
 
 from collections.abc import Mapping
@@ -12,6 +15,8 @@ import msgspec
 from datastore.digest import digest_hex
 from datastore.document import Document
 from datastore.errors import ResumeError
+from datastore.loader.geometry import Gaps
+from datastore.loader.settings import DeletionMode
 from datastore.store.segment import Segments
 
 __all__ = ["LoaderState", "dataset_fingerprint", "read_state"]
@@ -19,7 +24,7 @@ __all__ = ["LoaderState", "dataset_fingerprint", "read_state"]
 Count = Annotated[int, msgspec.Meta(ge=0)]
 Lanes = Annotated[int, msgspec.Meta(ge=1, le=65_536)]
 
-_MAY_DIFFER = {"cursor", "lanes", "window"}
+_MAY_DIFFER = {"cursor", "lanes", "window", "version"}
 """Keys that a state brings along, rather than having to match."""
 
 
@@ -31,7 +36,7 @@ class LoaderState(Document, frozen=True, kw_only=True):
 
     version: int
     fingerprint: str
-    """Of the uid and length of every shard: the data itself, whatever it is called."""
+    """Of the uid and length of every shard, and of what is left out of them: the line that samples are cut from."""
 
     seq_len: int
     seed: int
@@ -43,14 +48,19 @@ class LoaderState(Document, frozen=True, kw_only=True):
     cursor: Count
     """Samples delivered so far, over all ranks and epochs; not those prefetched."""
 
+    deletions: DeletionMode = "mask"
 
-def dataset_fingerprint(segments: Segments) -> str:
-    """Return 16 hex digits that name the shards of a version, in order."""
-    return digest_hex(segments.uid64.tobytes(), segments.tokens.tobytes())[:16]
+
+def dataset_fingerprint(segments: Segments, *, gaps: Gaps | None = None) -> str:
+    """Return 16 hex digits that name the shards of a version, in order, and what is left out of them."""
+    parts = [segments.uid64, segments.tokens] + ([gaps.start, gaps.stop] if gaps is not None else [])
+    return digest_hex(*(part.tobytes() for part in parts))[:16]
 
 
 def read_state(saved: Mapping[str, Any], *, here: LoaderState) -> LoaderState:
-    """Return `saved` as a state, if it is one of the order of `here`. Lanes and window are taken from it.
+    """Return `saved` as a state of the version of `here`, if it is one of its order. Lanes and window are taken from it.
+
+    A later version of the same line will do; an earlier one not: what was deleted does not come back into a run.
 
     Raises:
         ResumeError: it is no such state; the message names the keys that differ.
@@ -64,11 +74,23 @@ def read_state(saved: Mapping[str, Any], *, here: LoaderState) -> LoaderState:
         for name in LoaderState.__struct_fields__
         if name not in _MAY_DIFFER and getattr(state, name) != getattr(here, name)
     ]
+    if state.version != here.version and (state.version > here.version or "fingerprint" in differing):
+        differing.insert(0, "version")
     if differing:
         values = {f"{name}": f"saved {getattr(state, name)}, here {getattr(here, name)}" for name in differing}
         raise ResumeError(
             f"the saved state belongs to another order of samples: {', '.join(differing)} differ",
-            hint="Open the same dataset version with the same seed and seq_len, or start a new run.",
+            hint=_way_out(state, differing),
             **values,
         )
-    return state
+    return msgspec.structs.replace(state, version=here.version)
+
+
+def _way_out(state: LoaderState, differing: list[str]) -> str:
+    if "version" not in differing or "dataset" in differing:
+        return "Open the same dataset version with the same seed, seq_len and deletions, or start a new run."
+    if state.deletions == "compact":
+        return (
+            f"Open version {state.version}: a run that leaves out deleted documents stays with it. Or start a new run."
+        )
+    return f"Open version {state.version}, or a later one that has the same shards; or start a new run."

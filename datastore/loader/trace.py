@@ -10,11 +10,11 @@ import pyarrow as pa
 
 from datastore.errors import ConfigError
 from datastore.formats.tokens import Offsets, Tokens
-from datastore.loader.geometry import Span, sample_grid
+from datastore.loader.geometry import Gaps, Span, sample_grid
 from datastore.loader.opening import open_stream
 from datastore.loader.place import Place
 from datastore.loader.plan import BatchPlan, Planner
-from datastore.loader.settings import LoaderOptions
+from datastore.loader.settings import DeletionMode, LoaderOptions
 from datastore.loader.state import read_state
 from datastore.loader.tokentext import TokenText
 from datastore.store.dataset import Dataset
@@ -48,6 +48,9 @@ class DocumentSpan:
     shard_tokens: tuple[int, int]
     """Where they stand in their shard."""
 
+    deleted: bool = False
+    """Whether the document is deleted: the sample has end-of-text in its place."""
+
 
 @dataclass(frozen=True, slots=True)
 class SampleOrigin:
@@ -57,14 +60,16 @@ class SampleOrigin:
     spans: tuple[DocumentSpan, ...]
 
 
-def locate(dataset: Dataset, *, seq_len: int, samples: Iterable[int]) -> list[SampleOrigin]:
+def locate(
+    dataset: Dataset, *, seq_len: int, samples: Iterable[int], deletions: DeletionMode = "mask"
+) -> list[SampleOrigin]:
     """Return where each of `samples` comes from. Reads whole shards, so it is for looking, not for training.
 
     Raises:
         ConfigError: a sample is not one of the dataset's.
         CorruptError: a shard or its documents are damaged.
     """
-    return Tracer(dataset, seq_len=seq_len).locate(samples)
+    return Tracer(dataset, seq_len=seq_len, deletions=deletions).locate(samples)
 
 
 def plan_step(
@@ -76,18 +81,21 @@ def plan_step(
         ResumeError: `state` is not one of this dataset version.
     """
     seq_len, seed = int(state.get("seq_len", 1)), int(state.get("seed", 0))
-    stream = open_stream(dataset, seq_len=seq_len, seed=seed, options=LoaderOptions())
+    options = LoaderOptions(deletions=state.get("deletions", "mask"))
+    stream = open_stream(dataset, seq_len=seq_len, seed=seed, options=options)
     saved = read_state(state, here=stream.start)
     planner = Planner(stream.order(saved), place=place or Place(), global_batch=global_batch, total=None)
     return planner.plan(saved.cursor, batches=1)[0]
 
 
 class Tracer:
-    """Looks up samples of `seq_len + 1` tokens; keeps the shards it read last."""
+    """Looks up samples of `seq_len + 1` tokens, as a loader with `deletions` cuts them; keeps the shards it read last."""
 
-    def __init__(self, dataset: Dataset, *, seq_len: int) -> None:
+    def __init__(self, dataset: Dataset, *, seq_len: int, deletions: DeletionMode = "mask") -> None:
         self._dataset = dataset
-        self._grid = sample_grid(dataset.segments.tokens, seq_len=seq_len)
+        left_out = deletions == "compact" and dataset.deleted_spans.size
+        gaps = Gaps(dataset.deleted_spans) if left_out else None
+        self._grid = sample_grid(dataset.segments.tokens, seq_len=seq_len, gaps=gaps)
         self._tokens = lru_cache(_SHARDS_KEPT)(dataset.token_shard)
         self._documents = lru_cache(_SHARDS_KEPT)(dataset.documents)
         raw = dataset.tokenizer()
@@ -108,13 +116,15 @@ class Tracer:
         return [found[sample] for sample in wanted]
 
     def text(self, span: DocumentSpan) -> str:
-        """Return the text of a span; bytes that are part of a character show as U+FFFD.
+        """Return the text of a span; bytes that are part of a character show as U+FFFD. A deleted one has none.
 
         Raises:
             ConfigError: the dataset names no tokenizer.
         """
         if self._text is None:
             raise ConfigError("the dataset names no tokenizer", url=self._dataset.url, hint="Ingest with --tokenizer.")
+        if span.deleted:
+            return ""
         return self._text.decode(self._span_tokens(span, span.shard_tokens))
 
     def text_range(self, span: DocumentSpan) -> tuple[int, int] | None:
@@ -122,7 +132,7 @@ class Tracer:
 
         For a document that is a file, `offset + start` is the position in that file.
         """
-        if self._text is None or not self._text.exact:
+        if self._text is None or not self._text.exact or span.deleted:
             return None
         first = span.shard_tokens[0] - span.document_tokens[0]
         start = self._text.bytes_in(self._span_tokens(span, (first, span.shard_tokens[0])))
@@ -142,6 +152,7 @@ class Tracer:
     def _document_spans(self, stretch: Span, at: int) -> Iterable[DocumentSpan]:
         offsets: Offsets = self._tokens(stretch.shard)[1]
         table: pa.Table = self._documents(stretch.shard)
+        live = self._dataset.live_rows(stretch.shard)
         # `right` skips documents without tokens at the start; those in between are skipped below.
         first = int(np.searchsorted(offsets, stretch.start, side="right")) - 1
         last = int(np.searchsorted(offsets, stretch.stop, side="left"))
@@ -158,4 +169,5 @@ class Tracer:
                     sample_tokens=(at + start - stretch.start, at + stop - stretch.start),
                     shard=stretch.shard,
                     shard_tokens=(start, stop),
+                    deleted=live is not None and not live[number],
                 )

@@ -35,7 +35,7 @@ def test_the_blocks_of_a_batch_are_those_that_its_tokens_lie_in(
         shards = np.where(samples == NO_SAMPLE, 0, grid.owner(np.maximum(samples, 0)))
         plans.append(BatchPlan(0, samples, samples, shards))
     starts = np.concatenate([[0], np.cumsum(segments.tokens)])
-    for batch, reads in zip(batches, reads_of(plans, grid=grid, layout=layout), strict=True):
+    for batch, reads in zip(batches, reads_of(plans, grid=grid, layout=layout, tracks=[layout.tokens]), strict=True):
         wanted = set()
         for sample in batch:
             for token in range(sample * seq_len, sample * seq_len + seq_len + 1) if sample != NO_SAMPLE else ():

@@ -95,6 +95,7 @@ def test_the_state_is_small_plain_and_names_the_order(dataset: Dataset) -> None:
         "window": 256,
         "order": 1,
         "cursor": 8,
+        "deletions": "mask",
     }
 
 
