@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from datastore.storage.resolve import open_storage
     from datastore.store.dataset import Dataset
     from datastore.store.dataset import open_dataset as open  # noqa: A004 - `ds.open` is what it is
+    from datastore.store.evolve import evolve
     from datastore.store.records import writer
     from datastore.store.tags import set_tag
     from datastore.store.verify import verify
@@ -71,6 +72,7 @@ _HOMES = {
     "TokenizerSettings": ("datastore.ingest.tokenizer", "TokenizerSettings"),
     "WaitError": ("datastore.errors", "WaitError"),
     "evaluate": ("datastore.train.validation", "evaluate"),
+    "evolve": ("datastore.store.evolve", "evolve"),
     "export_model": ("datastore.train.export", "export"),
     "generate": ("datastore.train.generate", "generate"),
     "ingest_files": ("datastore.ingest.ingest", "ingest"),
@@ -111,6 +113,7 @@ __all__ = [
     "TokenizerSettings",
     "WaitError",
     "evaluate",
+    "evolve",
     "export_model",
     "generate",
     "ingest_files",

@@ -16,7 +16,16 @@ import pyarrow as pa
 from datastore.errors import ConfigError, CorruptError
 from datastore.formats.schema import SchemaLike, parse_field, record_schema
 
-__all__ = ["SchemaChange", "adapt", "changed", "column_ids", "is_numbered", "source_names", "without_numbers"]
+__all__ = [
+    "SchemaChange",
+    "adapt",
+    "changed",
+    "column_ids",
+    "is_numbered",
+    "schema_id",
+    "source_names",
+    "without_numbers",
+]
 
 FIELD_ID = b"PARQUET:field_id"
 DEFAULT = b"datastore:default"
@@ -38,6 +47,9 @@ _WIDER: dict[str, tuple[str, ...]] = {
     "binary": ("large_binary",),
 }
 """Types that hold every value of another, exactly."""
+
+SCHEMA_ID = b"datastore:schema_id"
+"""Key in a numbered schema's metadata: how many changes it is made of. Shards of it are noted with that number."""
 
 Rows = TypeVar("Rows", pa.Table, pa.RecordBatch)
 
@@ -61,6 +73,11 @@ def is_numbered(schema: pa.Schema) -> bool:
     return NEXT_ID in (schema.metadata or {})
 
 
+def schema_id(schema: pa.Schema) -> int:
+    """Return how many changes `schema` is made of."""
+    return int((schema.metadata or {}).get(SCHEMA_ID, 0))
+
+
 def column_ids(schema: pa.Schema) -> list[int]:
     """Return the number of each column.
 
@@ -81,7 +98,7 @@ def column_ids(schema: pa.Schema) -> list[int]:
 def without_numbers(schema: pa.Schema) -> pa.Schema:
     """Return `schema` as that of a new dataset: what was noted of its changes, here or elsewhere, left out."""
     fields = [_noted(each, {FIELD_ID: None, DEFAULT: None}) for each in schema]
-    return pa.schema(fields, metadata=_merged(schema.metadata, {NEXT_ID: None}))
+    return pa.schema(fields, metadata=_merged(schema.metadata, {NEXT_ID: None, SCHEMA_ID: None}))
 
 
 def changed(schema: pa.Schema, change: SchemaChange) -> pa.Schema:
@@ -109,7 +126,8 @@ def changed(schema: pa.Schema, change: SchemaChange) -> pa.Schema:
         raise ConfigError("a default is given for a column that is not added", columns=unused, hint="Leave it out.")
     if not columns:
         raise ConfigError("no column would be left", hint="Keep one.")
-    return pa.schema(list(columns.values()), metadata=_merged(schema.metadata, {NEXT_ID: b"%d" % following}))
+    notes = {NEXT_ID: b"%d" % following, SCHEMA_ID: b"%d" % (schema_id(schema) + 1)}
+    return pa.schema(list(columns.values()), metadata=_merged(schema.metadata, notes))
 
 
 def source_names(stored: pa.Schema, wanted: pa.Schema) -> list[str]:

@@ -20,6 +20,9 @@ __all__ = [
     "Hint",
     "Kind",
     "Origin",
+    "ParityRef",
+    "Placement",
+    "RootRef",
     "SegmentRef",
     "Tag",
     "TokenizerRef",
@@ -33,7 +36,7 @@ __all__ = [
 
 INFO_KEY = "datastore.json"
 
-READABLE_FEATURES: frozenset[str] = frozenset({"deletions", "layout", "references"})
+READABLE_FEATURES: frozenset[str] = frozenset({"deletions", "evolution", "layout", "placement", "references"})
 """Features that this package knows; a dataset or a version with any other one is refused, not misread."""
 
 Kind = Literal["tokens", "records"]
@@ -44,8 +47,31 @@ Sha256 = Annotated[str, msgspec.Meta(pattern="^[0-9a-f]{64}$")]
 Sha256OrNone = Annotated[str, msgspec.Meta(pattern="^([0-9a-f]{64})?$")]
 
 
+class RootRef(Document, frozen=True, kw_only=True):
+    """One of the places that a dataset lies on."""
+
+    id: Hex32
+    """Decides, with a key, whether that key lies here; it stays when the place gets another address or a new disk."""
+
+    url: str
+    """Where it is, without credentials."""
+
+
+class Placement(Document, frozen=True, kw_only=True):
+    """The places of a dataset that has several, and how many copies of a file there are."""
+
+    roots: tuple[RootRef, ...]
+    """The first one decides what is committed."""
+
+    copies: Annotated[int, msgspec.Meta(ge=1)]
+    """Of shards, documents and parity files; everything else lies on all roots."""
+
+    generation: Annotated[int, msgspec.Meta(ge=1)] = 1
+    """Goes up with each change of the roots: what the highest one says counts."""
+
+
 class DatasetInfo(Sealed, frozen=True, kw_only=True):
-    """`datastore.json`: written once, when the dataset is created."""
+    """`datastore.json`: written when the dataset is created, and again only when its places change."""
 
     uuid: Hex32
     """Names the dataset for good, wherever it is moved or copied to."""
@@ -61,6 +87,9 @@ class DatasetInfo(Sealed, frozen=True, kw_only=True):
 
     oldest_version: Version = 1
     """The oldest version whose files are all here: a copy may have brought no older one."""
+
+    placement: Placement | None = None
+    """Where it lies, if not only here."""
 
 
 class SegmentRef(Document, frozen=True, kw_only=True):
@@ -87,6 +116,21 @@ class DeletionRef(Document, frozen=True, kw_only=True):
     shards: Count
     documents: Count
     tokens: Count
+
+
+class ParityRef(Document, frozen=True, kw_only=True):
+    """A table of parity groups as its commit names it."""
+
+    digest: Hex32
+    """xxh3_128 of the file `_parity/<digest>.arrow`."""
+
+    file_bytes: Count
+    groups: Count
+    files: Count
+    """Files of shards and documents that its groups protect."""
+
+    size_bytes: Count
+    """Size of its parity files."""
 
 
 class Totals(Document, frozen=True, kw_only=True):
@@ -163,6 +207,9 @@ class Commit(Sealed, frozen=True, kw_only=True):
 
     deletions: tuple[DeletionRef, ...] = ()
     """Which documents of the shards are deleted: the union of these tables."""
+
+    parity: tuple[ParityRef, ...] = ()
+    """From what damaged files can be made again; readers need not know. A group may name files that left the version."""
 
     origin: Origin | None = None
     """What this dataset was cloned from, until it is overwritten."""

@@ -31,6 +31,14 @@ def scan_shards(dataset: "Views", part: "Part", *, ignore_deletions: bool) -> py
             deleted=dataset.deletions.documents,
             hint="Use to_batches() or sql(), compact the dataset first, or pass ignore_deletions=True.",
         )
+    older = dataset.older_shards()
+    if older:
+        raise ConfigError(
+            "a scan of files would show the columns of an older schema",
+            url=dataset.url,
+            shards=len(older),
+            hint="Use to_batches() or sql(), or compact the dataset first.",
+        )
     return scan_files(dataset, part, dataset.segments)
 
 

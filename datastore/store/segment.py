@@ -88,6 +88,8 @@ class ShardLayout(Document, frozen=True, kw_only=True):
     """xxh3_128 of what is before, between and after the batches, end to end."""
 
     format: Literal["arrow", "parquet"] = "arrow"
+    schema_id: Count = 0
+    """Which schema a record shard has: that of the versions whose `record_schema` is noted with this number."""
 
 
 _PLAIN = ShardLayout()

@@ -8,6 +8,7 @@ import pyarrow as pa
 from datastore.digest import block_digests, digest_bytes, digest_hex
 from datastore.errors import ConfigError
 from datastore.formats.documents import DOCUMENTS_SCHEMA, decode_documents, encode_documents
+from datastore.formats.evolution import schema_id
 from datastore.formats.records import RecordFormat, decode_records, encode_records
 from datastore.formats.tokens import Offsets, Tokens, decode_tokens, encode_tokens
 from datastore.storage.base import Storage
@@ -98,6 +99,9 @@ def write_record_shard(
     storage.put(path, data)
     batches = tuple(BatchRange(*span, digest_bytes(data[span.start : span.stop])) for span in encoded.batches)
     frame = [data[start:stop] for start, stop in frame_ranges(batches, len(data))]
+    layout = ShardLayout(
+        batches=batches, frame_digest=digest_bytes(*frame), format=format, schema_id=schema_id(table.schema)
+    )
     return ShardInfo(
         uid=uid,
         path=path,
@@ -117,7 +121,7 @@ def write_record_shard(
         docs_digest=bytes(16),
         source_first="",
         source_last="",
-        layout=ShardLayout(batches=batches, frame_digest=digest_bytes(*frame), format=format),
+        layout=layout,
     )
 
 

@@ -1,8 +1,8 @@
 """SQL over one version, by DuckDB: columns and predicates go down to the files, deleted rows are not there.
 
-Shards without deletions are scanned as files. Those with some are read and filtered first, into a temporary table that
-DuckDB keeps on disk where memory is short: a scan of a file does not say which row is which. The query sees these
-tables and nothing else; no file, network or extension can be reached from it.
+Shards without deletions are scanned as files. Those with some, or of an older schema, are read first, into a temporary
+table that DuckDB keeps on disk where memory is short: a scan of a file does not say which row is which. The query sees
+these tables and nothing else; no file, network or extension can be reached from it.
 """
 
 import tempfile
@@ -42,25 +42,25 @@ def run_query(dataset: "Views", query: str) -> pa.Table:
 
 def _register(connection: duckdb.DuckDBPyConnection, dataset: "Views", name: str) -> None:
     """Make the view `name`: the files of untouched shards, and the live rows of the others."""
-    touched = dataset.deletions.uids
+    touched = dataset.deletions.uids | dataset.older_shards()
     untouched = (shard for shard in dataset.segments if shard.uid not in touched)
     connection.register("_files", scan_files(dataset, "rows" if name == "records" else "documents", untouched))
     union = "SELECT * FROM _files"
     if touched:
-        connection.register("_reader", _live_rows(dataset, name))
+        connection.register("_reader", _live_rows(dataset, name, touched))
         connection.execute("CREATE TEMP TABLE _live AS SELECT * FROM _reader")
         connection.unregister("_reader")
         union += " UNION ALL SELECT * FROM _live"
     connection.execute(f"CREATE VIEW {name} AS {union}")
 
 
-def _live_rows(dataset: "Views", name: str) -> pa.RecordBatchReader:
+def _live_rows(dataset: "Views", name: str, uids: frozenset[str]) -> pa.RecordBatchReader:
     schema = dataset.schema if name == "records" else DOCUMENTS_SCHEMA
     read = dataset.live_records if name == "records" else dataset.live_documents
 
     def batches() -> Iterator[pa.RecordBatch]:
         for index, shard in enumerate(dataset.segments):
-            if shard.uid in dataset.deletions.uids:
+            if shard.uid in uids:
                 yield from read(index).to_batches()
 
     return pa.RecordBatchReader.from_batches(schema, batches())

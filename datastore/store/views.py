@@ -14,6 +14,7 @@ import pyarrow as pa
 
 from datastore.errors import ConfigError, DependencyError
 from datastore.formats.documents import DOCUMENTS_SCHEMA
+from datastore.formats.evolution import schema_id
 from datastore.formats.tokens import Offsets, Tokens, token_schema
 from datastore.storage.base import Storage
 
@@ -63,6 +64,12 @@ class Views(_Shards):
             return self.schema
         at = DOCUMENTS_SCHEMA.get_field_index("tokens")
         return DOCUMENTS_SCHEMA.set(at, token_schema(self.token_dtype).field("tokens"))
+
+    def older_shards(self) -> frozenset[str]:
+        """Return the uids of the record shards that have an older schema: their files have other columns than `rows`."""
+        if self.kind != "records" or not schema_id(self.schema):
+            return frozenset()
+        return frozenset(shard.uid for shard in self.segments if shard.layout.schema_id != schema_id(self.schema))
 
     def rows(self, index: int) -> pa.Table:
         """Return the rows of shard `index` that are not deleted, as `row_schema`; the whole shard is read and checked.
@@ -167,7 +174,8 @@ class Views(_Shards):
         scanned, column by column, without a check of their digests.
 
         Raises:
-            ConfigError: a scan of files would show deleted rows; or a record dataset is asked for documents.
+            ConfigError: a scan of files would show deleted rows or columns of an older schema; or a record dataset is
+                asked for documents.
         """
         from datastore.store.scan import scan_shards  # noqa: PLC0415 - pyarrow.dataset takes 30 ms to load
 
