@@ -14,6 +14,8 @@ from pathlib import Path
 import hypothesis
 import pytest
 
+from datastore.storage.s3_client import forget_clients
+
 pytest.register_assert_rewrite("datastore.testing.storage")
 # A law does not fail because the machine is busy.
 hypothesis.settings.register_profile("laws", deadline=None)
@@ -51,8 +53,10 @@ def s3_bucket(request: pytest.FixtureRequest) -> Iterator[str]:
             patch.setenv(name, value)
         # Connections are kept by their arguments, of which the environment is none.
         s3fs.S3FileSystem.clear_instance_cache()
+        forget_clients()
         yield found[1]
         s3fs.S3FileSystem.clear_instance_cache()
+        forget_clients()
 
 
 @pytest.fixture

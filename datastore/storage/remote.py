@@ -27,7 +27,7 @@ from datastore.storage.statistics import OperationStatistics
 from datastore.storage.unfinished import find_hidden, find_uploads, time_of
 from datastore.storage.urls import secrets_of, strip_credentials
 
-__all__ = ["FsspecStorage"]
+__all__ = ["FsspecStorage", "configured"]
 
 
 class FsspecStorage(Storage):
@@ -260,6 +260,11 @@ class FsspecStorage(Storage):
 
 def _join(chunks: Sequence[Buffer]) -> bytes:
     return chunks[0] if len(chunks) == 1 and isinstance(chunks[0], bytes) else b"".join(chunks)
+
+
+def configured(scheme: str) -> dict[str, Any]:
+    """Return the options that fsspec's own configuration (its files and variables) holds for a scheme."""
+    return dict(fsspec.config.conf.get(scheme, {}))
 
 
 def _total(parts: Sequence[Buffer]) -> int:

@@ -21,9 +21,6 @@ from datastore.storage.urls import join_url, split_url, strip_credentials
 
 __all__ = ["Subfolder", "join_url", "open_storage", "strip_credentials"]
 
-_BARE = {"s3", "s3a", "gs", "gcs"}
-"""Schemes whose library takes `key:secret@` and `?query` for a part of the name, and would write to another place."""
-
 
 def open_storage(url: str | os.PathLike[str]) -> Storage:
     """Return the storage that `url` names; nothing is read, written or connected to yet.
@@ -42,27 +39,38 @@ def open_storage(url: str | os.PathLike[str]) -> Storage:
             hint="Name the store itself: caching is built in.",
         )
     scheme, rest = split_url(text)
-    if scheme == "":
-        return LocalStorage(Path(text).expanduser())
-    if scheme in {"file", "local"}:
-        return LocalStorage(_file_path(text, rest))
-    if scheme == "memory":
-        return _open_memory(text, rest)
-    if scheme in _BARE and strip_credentials(text) != text:
+    return _OPENERS.get(scheme, _open_fsspec)(text, rest)
+
+
+def _open_local(url: str, rest: str) -> Storage:
+    return LocalStorage(_file_path(url, rest) if "://" in url else Path(url).expanduser())
+
+
+def _open_bucket(url: str, rest: str) -> Storage:
+    if strip_credentials(url) != url:
         raise ConfigError(
             "the URL holds more than a bucket and a path",
-            url=strip_credentials(text),
+            url=strip_credentials(url),
             hint="Put keys where the library looks for them (for S3: AWS_ACCESS_KEY_ID or ~/.aws/credentials).",
         )
-    from datastore.storage.remote import FsspecStorage, configured  # noqa: PLC0415 - fsspec takes 50 ms to import
+    return _open_s3(url, rest) or _open_fsspec(url, rest)
 
-    if scheme in {"s3", "s3a"} and find_spec("botocore") and not rest.startswith("arn:"):
-        from datastore.storage.s3 import S3Storage, understands  # noqa: PLC0415 - only where it is needed
 
-        options = configured(scheme)
-        if understands(options):
-            return S3Storage(text, options)
-    return FsspecStorage(text)
+def _open_s3(url: str, rest: str) -> Storage | None:
+    """Return our own way to S3 if that is what the URL names and it knows all that s3fs is configured for."""
+    if not url.lower().startswith("s3") or rest.startswith("arn:") or not find_spec("botocore"):
+        return None
+    from datastore.storage.remote import configured  # noqa: PLC0415 - fsspec takes 50 ms to import
+    from datastore.storage.s3 import S3Storage, understands  # noqa: PLC0415 - botocore comes with an extra
+
+    options = configured("s3")
+    return S3Storage(url, options) if understands(options) else None
+
+
+def _open_fsspec(url: str, _: str) -> Storage:
+    from datastore.storage.remote import FsspecStorage  # noqa: PLC0415 - fsspec takes 50 ms to import
+
+    return FsspecStorage(url)
 
 
 def _file_path(url: str, rest: str) -> Path:
@@ -78,6 +86,17 @@ def _open_memory(url: str, rest: str) -> Storage:
         raise ConfigError("the URL names nothing", url=url, hint="Write memory://NAME.")
     storage = MemoryStorage(name)
     return Subfolder(storage, path.strip("/")) if path.strip("/") else storage
+
+
+_OPENERS: dict[str, Callable[[str, str], Storage]] = {
+    "": _open_local,
+    "file": _open_local,
+    "local": _open_local,
+    "memory": _open_memory,
+    # Their libraries take `key:secret@` and `?query` for a part of the name, and would write to another place.
+    **dict.fromkeys(("s3", "s3a", "gs", "gcs"), _open_bucket),
+}
+"""Scheme -> what opens the URL, given whole and without its scheme."""
 
 
 class Subfolder(Storage):

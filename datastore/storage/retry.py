@@ -77,7 +77,11 @@ class Requests:
                     timed.bytes = sized if isinstance(sized, int) else sized(found)
                     return found
 
-    def create(self, key: str, call: Callable[[], None], *, size_bytes: int, is_mine: Callable[[], bool]) -> None:
+    def conceal(self, secrets: Iterable[str]) -> None:
+        """Let no message show these, either."""
+        self._secrets = tuple(dict.fromkeys((*self._secrets, *secrets)))
+
+    def create(self, key: str, call: Callable[[], object], *, size_bytes: int, is_mine: Callable[[], bool]) -> None:
         """Let `call` write `key` unless it is there.
 
         An answer that was lost says nothing. The same conditional write is sent again, which can overwrite nobody; if it

@@ -15,6 +15,8 @@ from datastore.errors import StorageError
 from datastore.storage.base import Storage
 from datastore.storage.remote import FsspecStorage
 from datastore.storage.resolve import open_storage
+from datastore.storage.s3 import S3Storage
+from datastore.storage.s3_client import forget_clients
 from datastore.testing.datasets import make_dataset
 
 pytestmark = pytest.mark.s3
@@ -38,8 +40,10 @@ def wrong_environment(s3_bucket: str, monkeypatch: pytest.MonkeyPatch) -> Iterat
     monkeypatch.setenv("AWS_ACCESS_KEY_ID", WRONG_KEY)
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", WRONG_SECRET)
     s3fs.S3FileSystem.clear_instance_cache()
+    forget_clients()
     yield
     s3fs.S3FileSystem.clear_instance_cache()
+    forget_clients()
 
 
 def operations(storage: Storage) -> list[Callable[[], object]]:
@@ -76,8 +80,9 @@ def test_wrong_keys_of_the_environment_are_told_apart_and_not_shown(
         assert secret not in shown + caplog.text
 
 
-def test_wrong_keys_among_the_options_are_not_shown(s3_url: str) -> None:
-    shown = told(FsspecStorage(s3_url, {"key": WRONG_KEY, "secret": WRONG_SECRET}))
+@pytest.mark.parametrize("kind", [S3Storage, FsspecStorage])
+def test_wrong_keys_among_the_options_are_not_shown(s3_url: str, kind: type[S3Storage | FsspecStorage]) -> None:
+    shown = told(kind(s3_url, {"key": WRONG_KEY, "secret": WRONG_SECRET}))
     for secret in (WRONG_KEY, WRONG_SECRET):
         assert secret not in shown
 

@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from datastore.errors import ConfigError, DependencyError
 from datastore.storage.local import LocalStorage
 from datastore.storage.memory import MemoryStorage
-from datastore.storage.remote import FsspecStorage
 from datastore.storage.resolve import Subfolder, join_url, open_storage, strip_credentials
+from datastore.storage.s3 import S3Storage
 
 ROOTS = st.sampled_from(
     ["s3://bucket", "s3://bucket/books/", "/", "/data/", "data", "file:///data", "memory://x", "memory://x/y/"]
@@ -143,7 +143,7 @@ def test_each_scheme_gets_its_backend(tmp_path: Path) -> None:
     assert isinstance(open_storage(tmp_path), LocalStorage)
     assert isinstance(open_storage("memory://x"), MemoryStorage)
     assert isinstance(open_storage("memory://x/y"), Subfolder)
-    assert isinstance(open_storage("s3://bucket/x"), FsspecStorage)
+    assert isinstance(open_storage("s3://bucket/x"), S3Storage)
 
 
 def test_opening_a_path_imports_no_fsspec() -> None:
