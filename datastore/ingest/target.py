@@ -14,9 +14,9 @@ from datastore.ingest.tokens import TextEncoder
 from datastore.storage.base import Storage
 from datastore.storage.resolve import open_storage, strip_credentials
 from datastore.store.commits import CommitLog
-from datastore.store.create import read_info
 from datastore.store.dataset import split_reference
 from datastore.store.manifest import Commit, TokenizerRef
+from datastore.store.roots import open_roots
 from datastore.store.tokenizers import read_tokenizer
 
 __all__ = ["Target", "TokenizerChoice", "open_target"]
@@ -91,11 +91,10 @@ def open_target(to: str) -> Target:
         raise ConfigError(
             "a version cannot be added to", url=strip_credentials(to), version=name, hint="Name the dataset without it."
         )
-    storage = open_storage(to)
     try:
-        info = read_info(storage)
+        storage, info = open_roots(to)
     except MissingError:
-        return Target(storage, None)
+        return Target(open_storage(to), None)
     return Target(storage, CommitLog(storage, exclusive=info.exclusive).newest())
 
 

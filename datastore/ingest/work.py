@@ -25,6 +25,7 @@ from datastore.ingest.tokens import TextEncoder
 from datastore.storage.base import Storage
 from datastore.storage.resolve import open_storage
 from datastore.store.manifest import TokenizerRef
+from datastore.store.roots import open_roots
 from datastore.store.tokenizers import read_tokenizer
 
 __all__ = ["Advance", "Job", "Workbench"]
@@ -63,7 +64,7 @@ class Workbench:
 
     def __init__(self, job: Job) -> None:
         self.job = job
-        self.storage = open_storage(job.to)
+        self.storage = open_roots(job.to)[0]
         self.journal = Journal(self.storage, job.ingest_id)
         self._folders: dict[str, Storage] = {}
 

@@ -170,7 +170,9 @@ class PlacedStorage(Storage):
 
     @override
     def copies(self, key: str) -> Sequence[Storage]:
-        return [root.storage for root in self.homes(check_key(key))]
+        homes = self.homes(check_key(key))
+        late = [] if is_data(key) else [root for root in self.roots if root not in homes]
+        return [root.storage for root in (*homes, *late)]
 
     @override
     def heal(self, key: str, is_good: Callable[[bytes], bool]) -> None:

@@ -1,18 +1,24 @@
 """Files that a manifest names by size and digest: nothing of them is handed out unchecked.
 
+Where a dataset lies on several disks a copy that is wrong is passed over for one that is right, and written anew.
+
 A file of this machine is read once through a small buffer, for its digest, and then mapped. Taking the digest of
 the mapping would save nothing, and a bad sector would end the process with SIGBUS where a read is an error to catch.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import TypeVar
 
 import pyarrow as pa
+from typing_extensions import Buffer
 
-from datastore.digest import check_digest, digest_of, require_digest
-from datastore.errors import CorruptError
+from datastore.digest import check_digest, digest_bytes, digest_of, require_digest
+from datastore.errors import CorruptError, MissingError, StorageError
 from datastore.storage.base import Storage
 
-__all__ = ["read_checked"]
+__all__ = ["first_sound", "has_digest", "read_checked"]
+
+T = TypeVar("T")
 
 _PIECE_BYTES = 2**20
 
@@ -24,6 +30,43 @@ def read_checked(storage: Storage, key: str, *, size_bytes: int, digest: bytes |
         MissingError: there is no such key.
         CorruptError: its size or its digest differs.
     """
+    return first_sound(
+        storage,
+        key,
+        lambda place: _read(place, key, size_bytes=size_bytes, digest=digest),
+        is_good=has_digest(digest),
+    )
+
+
+def first_sound(storage: Storage, key: str, read: Callable[[Storage], T], *, is_good: Callable[[bytes], bool]) -> T:
+    """Return what `read` makes of `key`, from the first of its copies that it does not find corrupt; have those healed.
+
+    `is_good` tells from all bytes of `key` whether they are those that were written.
+    """
+    try:
+        return read(storage)
+    except CorruptError as error:
+        copies = storage.copies(key)
+        if len(copies) < 2:
+            raise
+        damage = error
+    for place in copies:
+        try:
+            found = read(place)
+        except (CorruptError, MissingError, StorageError):
+            continue
+        storage.heal(key, is_good)
+        return found
+    raise damage
+
+
+def has_digest(digest: bytes | str) -> Callable[[Buffer], bool]:
+    """Return a function that tells whether bytes have `digest` (16 bytes, or 32 hex digits)."""
+    wanted = digest if isinstance(digest, bytes) else bytes.fromhex(digest)
+    return lambda raw: digest_bytes(raw) == wanted
+
+
+def _read(storage: Storage, key: str, *, size_bytes: int, digest: bytes | str) -> pa.Buffer:
     path = storage.local_path(key)
     if path is None or not size_bytes:
         raw = pa.py_buffer(storage.get(key))

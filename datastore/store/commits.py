@@ -25,10 +25,11 @@ from datastore.digest import sha256_hex
 from datastore.document import seal, unseal
 from datastore.errors import ConflictError, CorruptError, FormatError, MissingError, StorageError
 from datastore.storage.base import Storage
+from datastore.store.checked import first_sound
 from datastore.store.manifest import READABLE_FEATURES, Commit, DatasetInfo, Hint, commit_key, oldest_readable
 from datastore.store.single_writer import single_writer
 
-__all__ = ["HINT_KEY", "CommitLog", "StoredCommit", "utc_now", "writer_name"]
+__all__ = ["HINT_KEY", "CommitLog", "StoredCommit", "is_commit", "utc_now", "writer_name"]
 
 HINT_KEY = "_log/_last"
 
@@ -208,28 +209,15 @@ class CommitLog:
         return newest
 
     def _find(self, version: int) -> StoredCommit | None:
-        key = commit_key(version)
         try:
-            raw = self.storage.get(key)
+            return first_sound(
+                self.storage,
+                commit_key(version),
+                lambda place: _unsealed(place.get(commit_key(version)), version),
+                is_good=lambda raw: is_commit(raw, version),
+            )
         except MissingError:
             return None
-        commit = unseal(Commit, raw, where=key)
-        if commit.version != version:
-            raise CorruptError(
-                "a commit lies under another version's name",
-                where=key,
-                version=commit.version,
-                hint="Restore this file from a copy.",
-            )
-        unknown = sorted(set(commit.features) - READABLE_FEATURES)
-        if unknown:
-            raise FormatError(
-                "this version uses features that this package does not know",
-                where=key,
-                unknown=unknown,
-                hint="Install a newer datastore.",
-            )
-        return StoredCommit(commit, sha256_hex(raw))
 
     def _hinted(self) -> int:
         """Return where the hint says to start; 0 if there is none or it is damaged, which costs a few more reads."""
@@ -275,6 +263,35 @@ def _after(newest: StoredCommit | None, draft: Commit) -> Commit:
         min_version=max(draft.min_version, newest.commit.min_version) if newest else draft.min_version,
     )
     return unseal(Commit, seal(commit), where=commit_key(commit.version))
+
+
+def _unsealed(raw: bytes, version: int) -> StoredCommit:
+    key = commit_key(version)
+    commit = unseal(Commit, raw, where=key)
+    if commit.version != version:
+        raise CorruptError(
+            "a commit lies under another version's name",
+            where=key,
+            version=commit.version,
+            hint="Restore this file from a copy.",
+        )
+    unknown = sorted(set(commit.features) - READABLE_FEATURES)
+    if unknown:
+        raise FormatError(
+            "this version uses features that this package does not know",
+            where=key,
+            unknown=unknown,
+            hint="Install a newer datastore.",
+        )
+    return StoredCommit(commit, sha256_hex(raw))
+
+
+def is_commit(raw: bytes, version: int) -> bool:
+    """Return whether `raw` is the file of a commit of `version`, undamaged."""
+    try:
+        return _unsealed(raw, version).commit.version == version
+    except (CorruptError, FormatError):
+        return False
 
 
 def utc_now() -> str:

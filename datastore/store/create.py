@@ -10,14 +10,15 @@ from datastore.errors import ConfigError, ConflictError, FormatError, MissingErr
 from datastore.storage.base import Storage
 from datastore.storage.probe import probe_exclusive
 from datastore.storage.resolve import Subfolder
+from datastore.store.checked import first_sound
 from datastore.store.commits import utc_now
 from datastore.store.manifest import INFO_KEY, READABLE_FEATURES, DatasetInfo
 
-__all__ = ["create_dataset", "read_info"]
+__all__ = ["PROBE_FOLDER", "create_dataset", "read_info"]
 
-_PROBE_FOLDER = "_probe"
+PROBE_FOLDER = "_probe"
 
-_EARLY = {"shards", "docs", "tokenizers", "ingests", _PROBE_FOLDER}
+_EARLY = {"shards", "docs", "tokenizers", "ingests", PROBE_FOLDER}
 """Folders of ours that may be there before the dataset is: writers fill them first, or died before they made it."""
 
 _LOOK_AT_KEYS = 1000
@@ -26,11 +27,13 @@ _LOOK_AT_KEYS = 1000
 _LOGGER = logging.getLogger(__name__)
 
 
-def create_dataset(storage: Storage) -> DatasetInfo:
+def create_dataset(storage: Storage, *, whole: bool = True) -> DatasetInfo:
     """Return the dataset's identity, made now if there is none. Safe to call from several processes at once.
 
+    `storage` must be `whole`: all places of the dataset, as `open_roots` gives them, if it has several.
+
     Raises:
-        ConfigError: the place holds something that is not a dataset.
+        ConfigError: the place holds something that is not a dataset, or is only one of the places of one.
         FormatError, CorruptError: the dataset that is there cannot be written by this version, or is damaged.
         StorageError: the place cannot be written.
     """
@@ -40,7 +43,7 @@ def create_dataset(storage: Storage) -> DatasetInfo:
         # It may be the dataset that another process has made since.
         info = _read(storage)
     if info is not None:
-        return info
+        return _checked(storage, info) if whole else info
     if foreign:
         raise ConfigError(
             "the place holds something that is not a dataset",
@@ -48,7 +51,7 @@ def create_dataset(storage: Storage) -> DatasetInfo:
             found=foreign,
             hint="Name an empty or a new folder.",
         )
-    exclusive = probe_exclusive(Subfolder(storage, _PROBE_FOLDER))
+    exclusive = probe_exclusive(Subfolder(storage, PROBE_FOLDER))
     if not exclusive:
         _LOGGER.warning(
             "%s does not keep put-if-absent: this dataset allows one writer at a time, and cannot enforce it",
@@ -59,6 +62,17 @@ def create_dataset(storage: Storage) -> DatasetInfo:
     with suppress(ConflictError):
         storage.put_new(INFO_KEY, seal(info))
     return read_info(storage)
+
+
+def _checked(storage: Storage, info: DatasetInfo) -> DatasetInfo:
+    """Refuse to write to one place of several."""
+    if info.placement is not None and len(storage.copies(INFO_KEY)) < len(info.placement.roots):
+        raise ConfigError(
+            "this is one of several places of the dataset, and must not be written to alone",
+            url=storage.url,
+            hint="Give the URL, or the storage of the dataset that `datastore.open` returns.",
+        )
+    return info
 
 
 def read_info(storage: Storage) -> DatasetInfo:
@@ -87,10 +101,11 @@ def read_info(storage: Storage) -> DatasetInfo:
 
 def _read(storage: Storage) -> DatasetInfo | None:
     try:
-        raw = storage.get(INFO_KEY)
+        info = first_sound(
+            storage, INFO_KEY, lambda place: unseal(DatasetInfo, place.get(INFO_KEY), where=INFO_KEY), is_good=bool
+        )
     except MissingError:
         return None
-    info = unseal(DatasetInfo, raw, where=INFO_KEY)
     unknown = sorted(set(info.features) - READABLE_FEATURES)
     if unknown:
         raise FormatError(

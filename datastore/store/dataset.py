@@ -15,13 +15,12 @@ from datastore.formats.evolution import adapt
 from datastore.formats.schema import decode_schema
 from datastore.formats.tokens import Offsets, Tokens
 from datastore.storage.base import Storage
-from datastore.storage.resolve import open_storage
 from datastore.store.batches import BatchReader
 from datastore.store.commits import CommitLog
-from datastore.store.create import read_info
 from datastore.store.deletions import Deletions, load_deletions, merge_spans
 from datastore.store.manifest import Commit, DatasetInfo, Kind, Totals
 from datastore.store.opening import load_segments
+from datastore.store.roots import open_roots
 from datastore.store.segment import Segments
 from datastore.store.shards import read_documents, read_record_shard, read_token_shard
 from datastore.store.tags import read_tagged
@@ -244,16 +243,18 @@ def open_dataset(
             version = int(name)
         elif name:
             tag = name
-        url = open_storage(base)
+        url = base
     if version is not None and tag is not None:
         raise ConfigError("a version and a tag are named", version=version, tag=tag, hint="Name one of them.")
-    info = read_info(url)
-    commit = _commit(url, info, version, tag)
+    storage, info = open_roots(url)
+    commit = _commit(storage, info, version, tag)
     if commit is None:
         raise MissingError(
-            "the dataset has no version yet", url=url.url, hint="Finish the ingest that was begun, by running it again."
+            "the dataset has no version yet",
+            url=storage.url,
+            hint="Finish the ingest that was begun, by running it again.",
         )
-    return Dataset(url, info=info, commit=commit)
+    return Dataset(storage, info=info, commit=commit)
 
 
 def _commit(storage: Storage, info: DatasetInfo, version: int | None, tag: str | None) -> Commit | None:

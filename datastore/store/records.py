@@ -21,10 +21,9 @@ from datastore.formats.evolution import without_numbers
 from datastore.formats.records import RecordFormat, check_format
 from datastore.formats.schema import SchemaLike, check_rows, check_storable, decode_schema, record_schema
 from datastore.storage.base import Storage
-from datastore.storage.resolve import open_storage
 from datastore.store.commits import CommitLog
-from datastore.store.create import create_dataset
 from datastore.store.manifest import Commit
+from datastore.store.roots import create_at
 from datastore.store.segment import ShardInfo
 from datastore.store.shards import shard_uid, write_record_shard
 from datastore.store.writer import Operation, commit_records
@@ -55,8 +54,7 @@ def writer(
         ConfigError: the place holds something else, tokens, or records of another schema; or a column cannot be stored.
     """
     given = None if schema is None else record_schema(schema)
-    storage = url if isinstance(url, Storage) else open_storage(url)
-    info = create_dataset(storage)
+    storage, info = create_at(url)
     newest = CommitLog(storage, exclusive=info.exclusive).newest()
     if newest is None or operation == "overwrite":
         fresh = None if given is None else _checked(without_numbers(given), format)

@@ -5,6 +5,7 @@ import re
 from datastore.document import seal, unseal
 from datastore.errors import ConfigError, ConflictError, CorruptError, MissingError
 from datastore.storage.base import Storage
+from datastore.store.checked import first_sound
 from datastore.store.commits import CommitLog, utc_now
 from datastore.store.manifest import Commit, Tag, tag_key
 
@@ -57,7 +58,7 @@ def read_tag(storage: Storage, name: str) -> Tag:
     """
     key = tag_key(_checked(name))
     try:
-        tag = unseal(Tag, storage.get(key), where=key)
+        tag = first_sound(storage, key, lambda place: unseal(Tag, place.get(key), where=key), is_good=bool)
     except MissingError:
         raise MissingError(
             "no such tag", url=storage.url, tag=name, tags=list_tags(storage)[:10], hint="Name a version or a tag."

@@ -5,6 +5,7 @@ from typing_extensions import Buffer
 from datastore.digest import sha256_hex
 from datastore.errors import CorruptError
 from datastore.storage.base import Storage
+from datastore.store.checked import first_sound
 from datastore.store.manifest import TokenizerRef, tokenizer_key
 
 __all__ = ["put_tokenizer", "read_tokenizer"]
@@ -25,12 +26,17 @@ def read_tokenizer(storage: Storage, ref: TokenizerRef) -> bytes:
         CorruptError: its sha256 differs.
     """
     key = tokenizer_key(ref.sha256)
-    raw = storage.get(key)
+    return first_sound(
+        storage, key, lambda place: _checked(place.get(key), ref), is_good=lambda raw: sha256_hex(raw) == ref.sha256
+    )
+
+
+def _checked(raw: bytes, ref: TokenizerRef) -> bytes:
     found = sha256_hex(raw)
     if found != ref.sha256:
         raise CorruptError(
             "tokenizer does not match its sha256",
-            where=key,
+            where=tokenizer_key(ref.sha256),
             expected=ref.sha256,
             found=found,
             hint="Restore this file from a copy.",
