@@ -1,0 +1,141 @@
+"""A column as one piece of bytes per row, which is how row-wise formats store it, and back.
+
+Numbers and lists of numbers are their little-endian bytes, text is UTF-8, and whatever has no such form (structs, lists
+of text, dates) is JSON. The bytes of a column are cut, never built value by value.
+"""
+
+import datetime as dt
+import decimal
+from collections.abc import Sequence
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+import orjson
+import pyarrow as pa
+import pyarrow.types as kinds
+
+from datastore.errors import ConfigError, CorruptError
+
+__all__ = ["Cell", "as_json", "from_cells", "is_binary", "is_text", "number_of", "to_cells"]
+
+Cell = bytes | memoryview
+
+
+def is_text(kind: pa.DataType) -> bool:
+    """Return whether values of `kind` are text."""
+    return kinds.is_string(kind) or kinds.is_large_string(kind) or kinds.is_string_view(kind)
+
+
+def is_binary(kind: pa.DataType) -> bool:
+    """Return whether values of `kind` are bytes."""
+    return kinds.is_binary(kind) or kinds.is_large_binary(kind) or kinds.is_fixed_size_binary(kind)
+
+
+def number_of(kind: pa.DataType) -> np.dtype[Any] | None:
+    """Return the NumPy type of a number, or of the numbers in a list; None for anything else."""
+    inner: Any = kind.field(0).type if _is_list(kind) else kind
+    if kinds.is_integer(inner) or kinds.is_floating(inner):
+        return np.dtype(inner.to_pandas_dtype())
+    return None
+
+
+def to_cells(column: "pa.ChunkedArray[Any]", *, name: str, where: str) -> Sequence[Cell]:
+    """Return the bytes of each row of the column `name`; `where` is the format that takes no nulls.
+
+    Raises:
+        ConfigError: a value is null, and the column is not one that becomes JSON.
+    """
+    array: Any = column.combine_chunks()
+    kind = array.type
+    if isinstance(array, pa.ChunkedArray):  # Several chunks of more than 2 GiB of text.
+        return [cell for chunk in array.chunks for cell in to_cells(pa.chunked_array([chunk]), name=name, where=where)]
+    number = number_of(kind)
+    if number is None and not (is_text(kind) or is_binary(kind) or kinds.is_boolean(kind)):
+        return [as_json(value) for value in array.to_pylist()]
+    if array.null_count:
+        raise ConfigError(
+            f"{where} has no null",
+            column=name,
+            nulls=array.null_count,
+            hint="Leave out the column, or export to parquet, hf or jsonl.",
+        )
+    if is_text(kind) or is_binary(kind):
+        offsets, values = _binary_parts(array)
+        return [values[start:stop] for start, stop in pairwise(offsets)]
+    if kinds.is_boolean(kind):
+        return _cut(array.to_numpy(zero_copy_only=False).astype(np.uint8), np.arange(len(array) + 1))
+    if not _is_list(kind):
+        return _cut(array.to_numpy(zero_copy_only=False), np.arange(len(array) + 1))
+    lists = array.cast(pa.list_(kind.value_type)) if kinds.is_fixed_size_list(kind) else array
+    bounds = lists.offsets.to_numpy()
+    if lists.values.slice(int(bounds[0]), int(bounds[-1] - bounds[0])).null_count:
+        raise ConfigError(f"{where} has no null", column=name, hint="Leave out the column, or fill its nulls.")
+    return _cut(lists.values.to_numpy(zero_copy_only=False), bounds)
+
+
+def from_cells(cells: Sequence[Cell], kind: pa.DataType, *, where: str) -> "pa.Array[Any]":
+    """Return the column whose rows have the bytes `cells`.
+
+    Raises:
+        CorruptError: text is no UTF-8, or the bytes do not make whole numbers.
+    """
+    number = number_of(kind)
+    if number is None and not kinds.is_boolean(kind):
+        found = pa.array([bytes(cell) for cell in cells], pa.binary())
+        try:
+            return found.cast(kind)
+        except pa.ArrowInvalid as error:
+            raise CorruptError(f"not text: {error}", where=where, hint="Restore this file from a copy.") from None
+    number = number or np.dtype(np.uint8)
+    sizes = np.fromiter(map(len, cells), np.int64, len(cells))
+    if (sizes % number.itemsize).any() or (not _is_list(kind) and (sizes != number.itemsize).any()):
+        raise CorruptError("a value has another size", where=where, hint="Restore this file from a copy.")
+    values = np.frombuffer(b"".join(cells), number.newbyteorder("<")).astype(number, copy=False)
+    if kinds.is_boolean(kind):
+        return pa.array(values.astype(np.bool_))
+    if not _is_list(kind):
+        return pa.array(values, kind)
+    offsets = np.zeros(len(cells) + 1, np.int32)
+    np.cumsum(sizes // number.itemsize, out=offsets[1:])
+    lists: Any = pa.ListArray
+    made: pa.Array[Any] = lists.from_arrays(pa.array(offsets), pa.array(values), type=kind)
+    return made
+
+
+def as_json(value: object) -> bytes:
+    """Return `value` as JSON; bytes as base64 text.
+
+    Raises:
+        ConfigError: it has no JSON form.
+    """
+    try:
+        return orjson.dumps(value, default=_plain, option=orjson.OPT_NON_STR_KEYS)
+    except TypeError as error:
+        raise ConfigError(f"a value has no JSON form: {error}", hint="Leave out its column.") from None
+
+
+def _plain(value: object) -> object:
+    if isinstance(value, bytes):
+        import base64  # noqa: PLC0415 - rare
+
+        return base64.b64encode(value).decode()
+    if isinstance(value, decimal.Decimal | dt.timedelta):
+        return str(value)
+    raise TypeError(type(value).__name__)
+
+
+def _is_list(kind: pa.DataType) -> bool:
+    return kinds.is_list(kind) or kinds.is_large_list(kind) or kinds.is_fixed_size_list(kind)
+
+
+def _binary_parts(array: Any) -> tuple[list[int], memoryview]:
+    """Return the offsets of all values and the buffer that they are in."""
+    plain = array.cast(pa.large_binary())
+    offsets = np.frombuffer(plain.buffers()[1], np.int64)[plain.offset : plain.offset + len(plain) + 1]
+    return offsets.tolist(), memoryview(plain.buffers()[2] or b"")
+
+
+def _cut(values: Any, bounds: Any) -> list[memoryview]:
+    raw = np.ascontiguousarray(values, values.dtype.newbyteorder("<")).data.cast("B")
+    return [raw[start:stop] for start, stop in pairwise((bounds * values.dtype.itemsize).tolist())]

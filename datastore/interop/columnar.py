@@ -1,0 +1,218 @@
+"""The formats that hold columns already: Parquet, the Arrow folders of Hugging Face `datasets`, and CSV; and JSON lines.
+
+Rows pass through as Arrow, so every type survives (in JSON lines: as far as JSON has it; bytes become base64).
+
+Source: https://huggingface.co/docs/datasets/about_arrow (a saved folder is Arrow streams beside `state.json`)
+"""
+
+from collections.abc import Iterator
+from typing import Any
+
+import orjson
+import pyarrow as pa
+import pyarrow.csv
+import pyarrow.parquet as pq
+from typing_extensions import override
+
+from datastore.errors import ConfigError, CorruptError
+from datastore.interop.base import Exporter, Format, Span, below, read_json, whole_files
+from datastore.interop.cells import as_json
+from datastore.interop.folders import Folder
+from datastore.storage.base import Storage
+from datastore.storage.readonly import ReadOnlyFileSystem
+
+__all__ = ["CSV", "HF", "PARQUET", "HfExporter", "JsonLinesExporter", "ParquetExporter"]
+
+_STATE = "state.json"
+_BATCH_ROWS = 8192
+_GROUP_BYTES = 16 * 2**20
+
+
+class _Tables(Exporter):
+    """Collects rows until they are a file."""
+
+    @override
+    def __init__(self, folder: Folder, schema: pa.Schema, *, shard_bytes: int) -> None:
+        self._folder = folder
+        self._schema = schema.remove_metadata()
+        self._shard_bytes = shard_bytes
+        self._parts: list[pa.Table] = []
+        self._bytes = 0
+        self._files: list[str] = []
+
+    @override
+    def write(self, rows: pa.Table) -> None:
+        step = max(1, rows.num_rows * self._shard_bytes // max(1, rows.nbytes))
+        for start in range(0, rows.num_rows, step):
+            part = rows.slice(start, step)
+            if self._bytes and self._bytes + part.nbytes > self._shard_bytes:
+                self._flush()
+            self._parts.append(part)
+            self._bytes += part.nbytes
+
+    @override
+    def close(self) -> None:
+        if self._parts or not self._files:
+            self._flush()
+        self._folder.mark()
+
+    def _flush(self) -> None:
+        table = pa.concat_tables([self._schema.empty_table(), *(part.cast(self._schema) for part in self._parts)])
+        self._files.append(self._store(len(self._files), table))
+        self._parts, self._bytes = [], 0
+
+    def _store(self, number: int, table: pa.Table) -> str:
+        """Store `table` as file `number`, and return its name."""
+        raise NotImplementedError
+
+
+class ParquetExporter(_Tables):
+    """Writes `part-00000.parquet` and so on, compressed with zstd."""
+
+    @override
+    def _store(self, number: int, table: pa.Table) -> str:
+        sink = pa.BufferOutputStream()
+        rows = max(1, table.num_rows * _GROUP_BYTES // max(1, table.nbytes))
+        pq.write_table(table, sink, compression="zstd", row_group_size=rows)
+        name = f"part-{number:05}.parquet"
+        self._folder.put(name, sink.getvalue())
+        return name
+
+
+class HfExporter(_Tables):
+    """Writes what `datasets.load_from_disk` opens."""
+
+    @override
+    def _store(self, number: int, table: pa.Table) -> str:
+        sink = pa.BufferOutputStream()
+        with pa.ipc.new_stream(sink, table.schema) as writer:
+            writer.write_table(table, max_chunksize=1000)
+        name = f"data-{number:05}.arrow"
+        self._folder.put(name, sink.getvalue())
+        return name
+
+    @override
+    def close(self) -> None:
+        if self._parts or not self._files:
+            self._flush()
+        self._folder.put("dataset_info.json", b"{}")
+        state: dict[str, Any] = {
+            "_data_files": [{"filename": name} for name in self._files],
+            "_fingerprint": "datastore",
+            "_format_columns": None,
+            "_format_kwargs": {},
+            "_format_type": None,
+            "_output_all_columns": False,
+            "_split": None,
+        }
+        self._folder.put(_STATE, orjson.dumps(state))
+
+
+class JsonLinesExporter(_Tables):
+    """Writes `part-00000.jsonl` and so on, one object per row."""
+
+    @override
+    def _store(self, number: int, table: pa.Table) -> str:
+        name = f"part-{number:05}.jsonl"
+        with self._folder.open(name) as file:
+            for batch in table.to_batches(max_chunksize=_BATCH_ROWS):
+                file.write(b"".join(as_json(row) + b"\n" for row in batch.to_pylist()))
+        return name
+
+
+def _open(storage: Storage, key: str) -> Any:
+    return ReadOnlyFileSystem(storage).open(key)
+
+
+def _damaged(error: Exception, key: str, what: str) -> CorruptError:
+    reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+    return CorruptError(f"not {what}: {reason}", where=key, hint="Restore this file from a copy.")
+
+
+def _parquet_schema(storage: Storage, key: str) -> pa.Schema:
+    try:
+        return pq.read_schema(_open(storage, key)).remove_metadata()
+    except (pa.ArrowException, OSError) as error:
+        raise _damaged(error, key, "Parquet") from None
+
+
+def _read_parquet(storage: Storage, key: str, span: Span) -> Iterator[pa.Table]:
+    """Yield the row groups that begin in `span`."""
+    try:
+        with pq.ParquetFile(_open(storage, key)) as file:
+            facts = file.metadata
+            groups = [i for i in range(facts.num_row_groups) if span[0] <= _start(facts.row_group(i)) < span[1]]
+            for batch in file.iter_batches(_BATCH_ROWS, row_groups=groups) if groups else ():
+                yield pa.Table.from_batches([batch]).replace_schema_metadata()
+    except (pa.ArrowException, OSError) as error:
+        raise _damaged(error, key, "Parquet") from None
+
+
+def _start(group: Any) -> int:
+    if not group.num_columns:
+        return 0
+    first = group.column(0)
+    return int(first.dictionary_page_offset or first.data_page_offset)
+
+
+def _hf_files(storage: Storage) -> list[str]:
+    keys = {stat.key for stat in storage.list()}
+    if "dataset_dict.json" in keys:
+        splits = read_json(storage, "dataset_dict.json", what="datasets").get("splits")
+        raise ConfigError(
+            "the source holds several datasets", source=storage.url, splits=splits, hint="Name the folder of one split."
+        )
+    state = read_json(storage, _STATE, what="saved datasets")
+    files = state.get("_data_files")
+    if not isinstance(files, list) or state.get("_indices_data_files"):
+        raise ConfigError(
+            "the saved dataset is a selection of another", source=storage.url, hint="Save it with flatten_indices()."
+        )
+    return [below(_STATE, each.get("filename") if isinstance(each, dict) else None) for each in files]
+
+
+def _hf_schema(storage: Storage, key: str) -> pa.Schema:
+    try:
+        with _open(storage, key) as file, pa.ipc.open_stream(file) as reader:
+            return reader.schema.remove_metadata()
+    except (pa.ArrowException, OSError) as error:
+        raise _damaged(error, key, "an Arrow stream") from None
+
+
+def _read_hf(storage: Storage, key: str, _span: Span) -> Iterator[pa.Table]:
+    try:
+        with _open(storage, key) as file, pa.ipc.open_stream(file) as reader:
+            for batch in reader:
+                batch.validate(full=True)
+                yield pa.Table.from_batches([batch]).replace_schema_metadata()
+    except (pa.ArrowException, OSError) as error:
+        raise _damaged(error, key, "an Arrow stream") from None
+
+
+def _csv_schema(storage: Storage, key: str) -> pa.Schema:
+    try:
+        with _open(storage, key) as file, pyarrow.csv.open_csv(file) as reader:
+            return pa.schema([(name, pa.string()) for name in reader.schema.names])
+    except (pa.ArrowException, OSError) as error:
+        raise _damaged(error, key, "CSV") from None
+
+
+def _read_csv(storage: Storage, key: str, _span: Span) -> Iterator[pa.Table]:
+    """Yield all columns as text: what looks like a number in one part of a file may be none in another."""
+    schema = _csv_schema(storage, key)
+    parse = pyarrow.csv.ParseOptions(newlines_in_values=True)
+    convert = pyarrow.csv.ConvertOptions(column_types=schema, strings_can_be_null=False)
+    try:
+        with (
+            _open(storage, key) as file,
+            pyarrow.csv.open_csv(file, parse_options=parse, convert_options=convert) as reader,
+        ):
+            for batch in reader:
+                yield pa.Table.from_batches([batch])
+    except (pa.ArrowException, OSError) as error:
+        raise _damaged(error, key, "CSV") from None
+
+
+PARQUET = Format(files=whole_files(".parquet"), schema=_parquet_schema, read=_read_parquet, can_be_cut=True)
+HF = Format(files=_hf_files, schema=_hf_schema, read=_read_hf)
+CSV = Format(files=whole_files(".csv"), schema=_csv_schema, read=_read_csv)

@@ -1,0 +1,274 @@
+"""WebDataset: plain tar files; the members of one sample have one name, up to its first dot, and one suffix each.
+
+Written: a column of text as `<column>.txt`, bytes as `<column>.bin` or with the suffix of their media type, tokens and
+other lists of numbers as `<column>.npy`, and all other columns in one `json`. Read: these, and what others write: `txt`
+is text, `cls` a number, `npy` a list of numbers, `json` the text of it, and everything else bytes. Nothing is ever
+unpacked to disk, so the names in a tar lead nowhere.
+
+Source: https://github.com/webdataset/webdataset (its README and `tariterators.py` define the grouping)
+"""
+
+import io
+import tarfile
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import numpy as np
+import pyarrow as pa
+from typing_extensions import override
+
+from datastore.errors import ConfigError, CorruptError
+from datastore.interop.base import Exporter, Format, Span, whole_files
+from datastore.interop.cells import as_json, from_cells, is_binary, is_text, number_of, to_cells
+from datastore.interop.folders import Folder
+from datastore.storage.base import Storage
+
+__all__ = ["WEBDATASET", "WebDatasetExporter"]
+
+_SAMPLED = 256
+"""Samples at the beginning of a file that decide which columns there are."""
+
+_BATCH_BYTES = 8 * 2**20
+_MAX_MEMBER_BYTES = 2**30
+_TEXT = {"txt", "text", "transcript", "json"}
+_INTEGERS = {"cls", "cls2", "class", "count", "index", "inx", "id"}
+_SUFFIXES = {"image/jpeg": "jpg", "image/png": "png", "image/webp": "webp", "audio/flac": "flac", "audio/wav": "wav"}
+
+
+class WebDatasetExporter(Exporter):
+    """Writes `shard-000000.tar` and so on."""
+
+    @override
+    def __init__(self, folder: Folder, schema: pa.Schema, *, shard_bytes: int) -> None:
+        self._folder = folder
+        self._shard_bytes = shard_bytes
+        self._suffixes = {field.name: suffix for field in schema if (suffix := _suffix(field))}
+        self._others = [name for name in schema.names if name not in self._suffixes]
+        self._files = 0
+        self._samples = 0
+        self._buffer = io.BytesIO()
+        self._tar = tarfile.open(fileobj=self._buffer, mode="w", format=tarfile.PAX_FORMAT)  # noqa: SIM115 - a state
+
+    @override
+    def write(self, rows: pa.Table) -> None:
+        cells = {name: to_cells(rows.column(name), name=name, where="WebDataset") for name in self._suffixes}
+        types = {name: rows.schema.field(name).type for name in self._suffixes}
+        others = rows.select(self._others).to_pylist() if self._others else []
+        for row in range(rows.num_rows):
+            key = f"{self._samples:012}"
+            for name, suffix in self._suffixes.items():
+                data = bytes(cells[name][row])
+                self._add(f"{key}.{suffix}", _npy(data, types[name]) if suffix.endswith("npy") else data)
+            if others:
+                self._add(f"{key}.json", as_json(others[row]))
+            self._samples += 1
+            if self._buffer.tell() >= self._shard_bytes:
+                self._flush()
+
+    @override
+    def close(self) -> None:
+        self._flush()
+        self._folder.mark()
+
+    def _add(self, name: str, data: bytes) -> None:
+        member = tarfile.TarInfo(name)
+        member.size = len(data)
+        member.mode = 0o444
+        self._tar.addfile(member, io.BytesIO(data))
+
+    def _flush(self) -> None:
+        if not self._buffer.tell():
+            return
+        self._tar.close()
+        self._folder.put(f"shard-{self._files:06}.tar", self._buffer.getbuffer())
+        self._files += 1
+        self._buffer = io.BytesIO()
+        self._tar = tarfile.open(fileobj=self._buffer, mode="w", format=tarfile.PAX_FORMAT)  # noqa: SIM115 - a state
+
+
+def _suffix(field: "pa.Field[Any]") -> str:
+    """Return the suffix under which a column is a member of its own, or an empty one if it goes into the JSON."""
+    # The short columns of our documents would be hundreds of bytes of tar each.
+    if is_text(field.type):
+        return "" if field.name in {"id", "source"} else f"{field.name}.txt"
+    if is_binary(field.type):
+        media = ((field.metadata or {}).get(b"media_type") or b"").decode()
+        return "" if field.name == "digest" else f"{field.name}.{_SUFFIXES.get(media, 'bin')}"
+    is_list = number_of(field.type) is not None and field.type.num_fields
+    return f"{field.name}.npy" if is_list else ""
+
+
+def _npy(data: bytes, kind: Any) -> bytes:
+    out = io.BytesIO()
+    np.lib.format.write_array(out, np.frombuffer(data, number_of(kind.value_type)), allow_pickle=False)
+    return out.getvalue()
+
+
+class _Sample(NamedTuple):
+    """The members of one sample by suffix."""
+
+    key: str
+    members: dict[str, bytes]
+
+
+def _samples(storage: Storage, key: str) -> Iterator[_Sample]:
+    """Yield the samples of a tar, one after the other."""
+    stream: Any = _Chunks(storage, key)
+    current = _Sample("", {})
+    try:
+        with tarfile.open(fileobj=stream, mode="r|gz" if key.endswith("gz") else "r|") as tar:
+            for member in tar:
+                prefix, dot, suffix = member.name.rpartition("/")[2].partition(".")
+                if not member.isfile() or not prefix or not dot or member.name.startswith("__"):
+                    continue
+                name = member.name[: len(member.name) - len(suffix) - 1]
+                if name != current.key or suffix in current.members:
+                    if current.members:
+                        yield current
+                    current = _Sample(name, {})
+                current.members[suffix.lower()] = _content(tar, member, key)
+    except (tarfile.TarError, EOFError, OSError, ValueError) as error:
+        if isinstance(error, ConfigError | CorruptError):
+            raise
+        raise CorruptError(f"not a tar file: {error}", where=key, hint="Restore this file from a copy.") from None
+    if current.members:
+        yield current
+
+
+def _content(tar: tarfile.TarFile, member: tarfile.TarInfo, key: str) -> bytes:
+    if member.size > _MAX_MEMBER_BYTES:
+        raise ConfigError(
+            "a member is too large", file=key, member=member.name, bytes=member.size, hint="Leave it out."
+        )
+    file = tar.extractfile(member)
+    data = file.read() if file is not None else b""
+    if len(data) != member.size:
+        raise CorruptError("a tar file ends within a member", where=key, member=member.name)
+    return data
+
+
+class _Chunks:
+    """What tarfile needs of a file to read it as a stream."""
+
+    def __init__(self, storage: Storage, key: str) -> None:
+        self._storage = storage
+        self._key = key
+        self._size = storage.stat(key).size_bytes
+        self._at = 0
+        self._ahead = b""
+
+    def read(self, size: int) -> bytes:
+        """Return the next `size` bytes, fewer at the end."""
+        while len(self._ahead) < size and self._at < self._size:
+            stop = min(self._size, self._at + max(size, 4 * 2**20))
+            self._ahead += self._storage.get_ranges(self._key, [(self._at, stop)])[0]
+            self._at = stop
+        data, self._ahead = self._ahead[:size], self._ahead[size:]
+        return data
+
+
+def _schema(storage: Storage, key: str) -> pa.Schema:
+    suffixes: dict[str, bytes] = {}
+    for number, sample in enumerate(_samples(storage, key)):
+        for suffix, data in sample.members.items():
+            suffixes.setdefault(suffix, data)
+        if number + 1 == _SAMPLED:
+            break
+    if not suffixes:
+        raise ConfigError("the tar file has no sample", file=key, hint="Name a folder of WebDataset tars.")
+    fields: list[Any] = [pa.field("__key__", pa.string(), nullable=False)]
+    fields += [pa.field(suffix, _type(suffix, data, key)) for suffix, data in sorted(suffixes.items())]
+    return pa.schema(_plain_names(fields))
+
+
+def _plain_names(fields: list[Any]) -> list[Any]:
+    """Call `tokens.npy` after its column where no other has that name; the suffix is kept as metadata."""
+    short = [field.name.rpartition(".")[0] or field.name for field in fields]
+    return [
+        field.with_name(name if short.count(name) == 1 else field.name).with_metadata({"suffix": field.name})
+        for field, name in zip(fields, short, strict=True)
+    ]
+
+
+def _type(suffix: str, data: bytes, key: str) -> pa.DataType:
+    last = suffix.rpartition(".")[2]
+    if last in _TEXT:
+        return pa.string()
+    if last in _INTEGERS:
+        return pa.int64()
+    if last in {"pkl", "pickle", "pth", "pyd"}:
+        raise ConfigError(
+            "a column of pickles is not read: that would run the code in them",
+            column=suffix,
+            hint="Write the source again with another suffix for it.",
+        )
+    if last == "npy":
+        array = _array(data, key)
+        if array.ndim == 1 and array.dtype.kind in "iuf":
+            return pa.list_(pa.from_numpy_dtype(array.dtype.newbyteorder("=")))
+    return pa.binary()
+
+
+def _array(data: bytes, key: str) -> "np.ndarray[Any, Any]":
+    try:
+        found: np.ndarray[Any, Any] = np.lib.format.read_array(io.BytesIO(data), allow_pickle=False)
+    except (ValueError, EOFError, OSError, SyntaxError) as error:
+        raise CorruptError(f"not a .npy: {error}", where=key, hint="Restore this file from a copy.") from None
+    return found
+
+
+def _read(storage: Storage, key: str, _span: Span) -> Iterator[pa.Table]:
+    schema = _schema(storage, key)
+    batch: list[_Sample] = []
+    size = 0
+    for sample in _samples(storage, key):
+        batch.append(sample)
+        size += sum(map(len, sample.members.values()))
+        if size >= _BATCH_BYTES:
+            yield _table(batch, schema, key)
+            batch, size = [], 0
+    if batch:
+        yield _table(batch, schema, key)
+
+
+def _table(batch: list[_Sample], schema: pa.Schema, key: str) -> pa.Table:
+    suffixes = [(field.metadata or {})[b"suffix"].decode() for field in schema]
+    unknown = set().union(*(sample.members for sample in batch)) - set(suffixes)
+    if unknown:
+        raise ConfigError(
+            "a sample has a member that the first ones have not",
+            file=key,
+            suffixes=sorted(unknown),
+            known=suffixes[1:],
+            hint="Sort the tars by what their samples hold, and import each kind by itself.",
+        )
+    arrays = [_column([sample.key for sample in batch] if suffix == "__key__" else
+                      [sample.members.get(suffix) for sample in batch], field, key)
+              for suffix, field in zip(suffixes, schema, strict=True)]  # fmt: skip
+    return pa.table(arrays, schema=schema)
+
+
+def _column(values: list[Any], field: "pa.Field[Any]", key: str) -> "pa.Array[Any]":
+    if field.name == "__key__":
+        return pa.array(values, pa.string())
+    present = [value for value in values if value is not None]
+    kind: Any = field.type
+    if pa.types.is_int64(kind):
+        try:
+            return pa.array([None if value is None else int(value) for value in values], kind)
+        except ValueError as error:
+            raise CorruptError(f"not a whole number: {error}", where=key) from None
+    if pa.types.is_list(kind):
+        arrays = [_array(value, key) for value in present]
+        wanted = number_of(kind)
+        if any(array.ndim != 1 or array.dtype.newbyteorder("=") != wanted for array in arrays):
+            raise CorruptError("an array has another type or shape than the first", where=key, column=field.name)
+        present = [array.astype(wanted, copy=False).tobytes() for array in arrays]
+    made = from_cells(present, kind, where=key)
+    if len(present) == len(values):
+        return made
+    places = np.cumsum([value is not None for value in values]) - 1
+    return made.take(pa.array(places, mask=np.array([value is None for value in values])))
+
+
+WEBDATASET = Format(files=whole_files(".tar", ".tar.gz", ".tgz"), schema=_schema, read=_read)
