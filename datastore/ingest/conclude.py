@@ -87,6 +87,7 @@ def _check_limit(documents: int, rejected: Counter[str], settings: IngestSetting
 
 
 def _commit(target: Target, plan: Plan, shards: Sequence[ShardInfo], tokenizer: TokenizerRef | None) -> Commit:
+    Journal(target.storage, plan.ingest_id).require_plan()
     if tokenizer is None:
         return commit_records(
             target.storage,

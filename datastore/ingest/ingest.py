@@ -47,8 +47,7 @@ def ingest(
     if not prepared.plan.tasks:
         outcome = Outcome(prepared.target.newest, (), Counter())
         return _report(prepared, {}, outcome, resumed=0, started=started)
-    journal = _begin(prepared)
-    resumed = journal.done()
+    resumed = _begin(prepared)
     done = _run(prepared, to, resumed, progress)
     outcome = conclude(
         prepared.target,
@@ -60,15 +59,13 @@ def ingest(
     return _report(prepared, done, outcome, resumed=len(resumed), started=started)
 
 
-def _begin(prepared: Prepared) -> Journal:
-    """Store what the workers and the next run rely on."""
+def _begin(prepared: Prepared) -> dict[str, TaskDone]:
+    """Store what the workers and the next run rely on; return the tasks that an earlier run has done."""
     storage, choice = prepared.target.storage, prepared.tokenizer
     create_dataset(storage)
     if choice is not None:
         put_tokenizer(storage, choice.raw, vocab_size=choice.ref.vocab_size, end_of_text=choice.ref.end_of_text)
-    journal = Journal(storage, prepared.plan.ingest_id)
-    journal.keep_plan(prepared.plan)
-    return journal
+    return Journal(storage, prepared.plan.ingest_id).begin(prepared.plan)
 
 
 def _run(

@@ -18,7 +18,9 @@ from datastore.document import Sealed, seal, unseal
 from datastore.errors import ConflictError, MissingError
 from datastore.ingest.plan import Plan
 from datastore.ingest.records import Reject
-from datastore.storage.base import Storage
+from datastore.storage.base import Stat, Storage
+from datastore.store.commits import utc_now
+from datastore.store.parallel import in_parallel
 from datastore.store.segment import ShardInfo
 
 __all__ = ["Journal", "TaskDone", "encode_rejects"]
@@ -75,13 +77,40 @@ class Journal:
             return self.find_plan() or plan
         return plan
 
+    def begin(self, plan: Plan) -> dict[str, TaskDone]:
+        """Say that the ingest goes on, store `plan` unless there is one, and return the tasks that are done.
+
+        A vacuum keeps what an ingest has written that said so within a day.
+        """
+        self.storage.put(f"{self.folder}/running", utc_now().encode())
+        self.keep_plan(plan)
+        return self.done()
+
     def done(self) -> dict[str, TaskDone]:
-        """Return the tasks that are done, by id. One request each."""
-        return {
-            found.task_id: found
-            for stat in self.storage.list(f"{self.folder}/done")
-            for found in (unseal(TaskDone, self.storage.get(stat.key), where=stat.key),)
-        }
+        """Return the tasks that are done and whose files are all there, by id: a purge or a vacuum may have removed some.
+
+        One request each, and one for each file.
+        """
+
+        def load(stat: Stat) -> TaskDone | None:
+            found = unseal(TaskDone, self.storage.get(stat.key), where=stat.key)
+            return found if all(self._is_there(shard) for shard in found.shards) else None
+
+        tasks = in_parallel(load, self.storage.list(f"{self.folder}/done"))
+        return {task.task_id: task for task in tasks if task is not None}
+
+    def require_plan(self) -> None:
+        """Raise unless the plan is still there: it is the last of an abandoned ingest that a vacuum removes.
+
+        Raises:
+            ConflictError: it is gone, and some of what was done may be, too.
+        """
+        if self.find_plan() is None:
+            raise ConflictError(
+                "a vacuum took this ingest for abandoned while it went on",
+                where=self.folder,
+                hint="Nothing was committed. Run the same command again.",
+            )
 
     def finish(self, done: TaskDone, *, rejects: bytes, ids: bytes) -> TaskDone:
         """Mark a task done, its shards being stored; return what is on record, the first one to finish it counting."""
@@ -121,6 +150,12 @@ class Journal:
         for stat in self.storage.list(f"{self.folder}/rejects"):
             for line in self.storage.get(stat.key).splitlines():
                 yield Reject(**orjson.loads(line))
+
+    def _is_there(self, shard: ShardInfo) -> bool:
+        try:
+            return all(self.storage.stat(key).size_bytes for key in (shard.path, shard.docs_path) if key)
+        except MissingError:
+            return False
 
     def _rejects_key(self, name: str) -> str:
         return f"{self.folder}/rejects/{name}.jsonl"
