@@ -19,7 +19,8 @@ from typing_extensions import Buffer
 
 from datastore.digest import digest_hex
 from datastore.document import Document, decode
-from datastore.errors import CorruptError
+from datastore.errors import ConfigError, CorruptError
+from datastore.storage.base import check_key
 from datastore.store.manifest import Kind, SegmentRef
 
 __all__ = [
@@ -119,8 +120,8 @@ class ShardInfo(Document, frozen=True, kw_only=True):
 
     path: str
     kind: Kind
-    dtype: str
-    """`uint16` or `uint32`; empty for records."""
+    dtype: Literal["uint16", "uint32", ""]
+    """Empty for records."""
 
     documents: Count
     """Rows."""
@@ -133,7 +134,7 @@ class ShardInfo(Document, frozen=True, kw_only=True):
     offsets_start: Count
     """Where the `documents + 1` offsets start."""
 
-    offsets_dtype: str
+    offsets_dtype: Literal["int32", ""]
     block_bytes: Annotated[int, msgspec.Meta(ge=1)]
     digest: bytes
     """xxh3_128 of the file."""
@@ -220,11 +221,29 @@ def decode_segment(raw: Buffer | pa.Buffer, *, where: str) -> pa.RecordBatch:
             raise _not_a_segment("not one record batch", where)
         batch = _completed(reader.get_batch(0)).select(SEGMENT_SCHEMA.names)
         batch.validate()
+        if not batch.schema.equals(SEGMENT_SCHEMA):
+            raise _not_a_segment("a column has another type", where)
+        _check_columns(batch)
     except (pa.ArrowException, OSError, KeyError, ValueError, MemoryError) as error:
         raise _not_a_segment(str(error), where) from None
-    if not batch.schema.equals(SEGMENT_SCHEMA):
-        raise _not_a_segment("a column has another type", where)
     return batch
+
+
+def _check_columns(batch: pa.RecordBatch) -> None:
+    """Raise ArrowInvalid for a null, a number below its least, or a text beyond its column: 0.5 ms for 65,536 rows.
+
+    That texts are UTF-8 is checked where they are read, which takes ten times as long.
+    """
+    for name, kind in _TYPES.items():
+        column = batch.column(name)
+        if column.null_count:
+            raise pa.ArrowInvalid(f"a null in the column {name}")
+        if kind == pa.int64():
+            least = 1 if name == "block_bytes" else 0
+            if batch.num_rows and int(_numbers(batch, name).min()) < least:
+                raise pa.ArrowInvalid(f"a number below {least} in the column {name}")
+        elif kind != _BINARY16:
+            column.view(pa.binary()).validate(full=True)
 
 
 def _completed(batch: pa.RecordBatch) -> pa.RecordBatch:
@@ -356,10 +375,10 @@ class Segments:
         starts = np.empty(len(self), np.int64)
         at = 0
         for batch in self.batches:
-            for raw, path in zip(batch.column("layout").to_pylist(), batch.column("path").to_pylist(), strict=True):
-                found = next((column for column in _layout(raw, path).columns if column.name == name), None)
+            for raw in batch.column("layout").to_pylist():
+                found = next((column for column in _layout(raw).columns if column.name == name), None)
                 if found is None:
-                    raise CorruptError("a shard lacks a column of the dataset", shard=path, column=name)
+                    raise CorruptError("a shard lacks a column of the dataset", shard=self.shard(at).path, column=name)
                 starts[at] = found.values_start
                 at += 1
         return starts
@@ -391,16 +410,25 @@ def _infos(rows: pa.RecordBatch) -> list[ShardInfo]:
     """Return `rows` as objects; their strings are checked here, where they are read, not when the segment is opened."""
     try:
         rows.validate(full=True)
-    except pa.ArrowInvalid as error:
+        return [_info(row) for row in rows.to_pylist()]
+    except (pa.ArrowInvalid, msgspec.ValidationError) as error:
         raise _not_a_segment(str(error), "a row of it") from None
-    return [
-        ShardInfo(**{**row, "uid": row["uid"].hex(), "layout": _layout(row["layout"], row["path"])})
-        for row in rows.to_pylist()
-    ]
 
 
-def _layout(raw: bytes, path: str) -> ShardLayout:
-    return decode(ShardLayout, raw, where=f"the segment's row of {path}") if raw else _PLAIN
+def _info(row: dict[str, Any]) -> ShardInfo:
+    found = msgspec.convert({**row, "uid": row["uid"].hex(), "layout": _layout(row["layout"])}, ShardInfo)
+    for path in (found.path, *filter(None, [found.docs_path])):
+        # The places of other datasets are whole URLs or paths: whether they may be named here, the storage knows.
+        if not (path.startswith("/") or "://" in path):
+            try:
+                check_key(path)
+            except ConfigError:
+                raise _not_a_segment(f"{path!r} leads out of the dataset", "a row of it") from None
+    return found
+
+
+def _layout(raw: bytes) -> ShardLayout:
+    return decode(ShardLayout, raw, where="a segment's column layout") if raw else _PLAIN
 
 
 def _numbers(batch: pa.RecordBatch, name: str) -> npt.NDArray[np.int64]:

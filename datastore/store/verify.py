@@ -159,11 +159,22 @@ def _checks(dataset: Dataset, draw: Draw, look: DeepCheck | None) -> Iterator[Ca
         segments: list[Segments] = []
         found = _one(segment_key(ref.digest), partial(_check_segment, storage, ref, segments))
         yield partial(_Found, found.files, found.size_bytes, found.bad)
-        for shard in segments[0] if segments else ():
+        unread: list[BadBlock] = []
+        for shard in _rows(segments, segment_key(ref.digest), unread):
             drawn = [(blocks, draw.of(len(blocks)) if blocks.sound else ()) for blocks in _files_of(shard)]
             wanted = [(blocks, chosen) for blocks, chosen in drawn if chosen or not blocks.sound]
             if wanted:
                 yield partial(_check_shard, storage, wanted, room, partial(look.shard, shard) if look else None)
+        yield partial(_Found, 0, 0, unread)
+
+
+def _rows(segments: Iterable[Segments], key: str, unread: list[BadBlock]) -> Iterator[ShardInfo]:
+    """Yield the shards of `segments` up to the first that makes no sense; say so in `unread`."""
+    for segment in segments:
+        try:
+            yield from segment
+        except DatastoreError as error:
+            unread.append(BadBlock(key, None, error.fact))
 
 
 def _one(path: str, check: Callable[[], object]) -> _Found:

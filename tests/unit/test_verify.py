@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from typing_extensions import Buffer, override
 
 from datastore.document import seal
-from datastore.errors import ConfigError, StorageError
+from datastore.errors import ConfigError, CorruptError, StorageError
 from datastore.storage.base import Storage
 from datastore.storage.local import LocalStorage
 from datastore.storage.memory import MemoryStorage
@@ -307,6 +307,17 @@ def test_a_manifest_with_monstrous_sizes_costs_no_memory(block_bytes: int) -> No
     assert len(found) <= 2
 
 
-def test_a_path_that_leaves_the_dataset_is_named_and_not_followed(storage: Storage) -> None:
-    dataset = forged(storage, path="../../secret")
-    assert [(bad.path, bad.reason) for bad in verify(dataset).bad] == [("../../secret", "not a valid key")]
+@pytest.mark.parametrize("change", [{"path": "../../secret"}, {"docs_path": "docs/../../secret"}, {"path": ""}])
+def test_a_segment_that_leads_out_of_the_dataset_is_named_and_not_followed(
+    storage: Storage, change: dict[str, str]
+) -> None:
+    dataset = forged(storage, **change)
+    (found,) = verify(dataset).bad
+    assert found.path.startswith("_segments/")
+    with pytest.raises(CorruptError):
+        dataset.token_shard(0)
+
+
+def test_a_whole_path_is_no_place_of_a_dataset_that_refers_to_no_other(storage: Storage) -> None:
+    dataset = forged(storage, path="/etc/passwd")
+    assert [(bad.path, bad.reason) for bad in verify(dataset).bad] == [("/etc/passwd", "not a valid key")]
