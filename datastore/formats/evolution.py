@@ -164,7 +164,8 @@ def adapt(rows: Rows, schema: pa.Schema, *, stored: pa.Schema | None = None) -> 
 def _column(rows: pa.Table | pa.RecordBatch, name: str | None, wanted: "pa.Field[Any]") -> Any:
     if name is not None:
         column = rows.column(name)
-        return column if column.type.equals(wanted.type, check_metadata=True) else column.cast(wanted.type)
+        # The names of the items of lists and maps, which Parquet changes, are no part of what types are compared by.
+        return column if column.type.equals(wanted.type) else column.cast(wanted.type)
     note = (wanted.metadata or {}).get(DEFAULT)
     if note is None:
         if not wanted.nullable:

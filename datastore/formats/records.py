@@ -8,7 +8,7 @@ needs. Arrow is mapped, and costs nothing to decode; Parquet takes less space, a
 import io
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -81,6 +81,7 @@ def check_format(schema: pa.Schema, *, format: RecordFormat) -> None:  # noqa: A
         return
     for field in schema:
         try:
+            _check_parquet_type(field.type)
             rows = pa.table([pa.nulls(1, field.type)], schema=pa.schema([field.with_nullable(True)]))
             decode_records(encode_records(rows, format=format).data, format=format).cast(rows.schema)
         except (pa.ArrowException, OSError, CorruptError, ValueError) as error:
@@ -90,6 +91,17 @@ def check_format(schema: pa.Schema, *, format: RecordFormat) -> None:  # noqa: A
                 type=str(field.type),
                 hint="Store the records as Arrow, or the column as another type.",
             ) from None
+
+
+def _check_parquet_type(kind: Any) -> None:
+    """Raise ValueError for a type that pyarrow 26 writes without complaint, and cannot read."""
+    if pa.types.is_fixed_size_list(kind) and not kind.list_size:
+        raise ValueError("lists of no items")
+    for index in range(kind.num_fields):
+        inner = kind.field(index).type
+        if pa.types.is_dictionary(inner):
+            raise ValueError("a dictionary inside of another type")
+        _check_parquet_type(inner)
 
 
 def decode_records(raw: Buffer, *, format: RecordFormat = "arrow") -> pa.Table:  # noqa: A002
