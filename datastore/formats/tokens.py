@@ -5,13 +5,16 @@ the document index. Both start at multiples of 64 bytes and are not compressed, 
 byte range of a remote object and a shard on disk is mapped, never parsed. The price: a shard is made in memory as a
 whole, and text that would compress well takes its full size.
 
-The bytes depend on the tokens alone: not on the library's version, nor on the machine.
+What goes with each token (a loss mask, a weight, the logits of a teacher) lies beside it in further columns of the same
+lists: of numbers, or of a fixed number of them. A shard without such columns is the same file, byte by byte, as before
+there were any.
 
-Source: https://arrow.apache.org/docs/format/Columnar.html (IPC file format; metadata version V5)
+The bytes depend on the tokens and columns alone: not on the library's version, nor on the machine.
 """
 
-import struct
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any, cast
 
 import numpy as np
@@ -20,13 +23,18 @@ import pyarrow as pa
 from typing_extensions import Buffer
 
 from datastore.errors import ConfigError, CorruptError
-from datastore.formats.flatbuffer import Int, Structs, Table, encode_flatbuffer
+from datastore.formats.flatbuffer import ALIGNMENT_BYTES, ListColumn, encode_lists
 
 __all__ = [
     "ALIGNMENT_BYTES",
+    "COLUMN_DTYPES",
     "MAX_SHARD_TOKENS",
+    "ColumnType",
     "EncodedShard",
     "TokenLayout",
+    "TokenTable",
+    "column_type",
+    "decode_token_table",
     "decode_tokens",
     "encode_tokens",
     "narrow_tokens",
@@ -34,25 +42,37 @@ __all__ = [
     "token_schema",
 ]
 
-ALIGNMENT_BYTES = 64
-"""Start of the file's two buffers, and their padded length: a cache line, and what Arrow recommends."""
-
 MAX_SHARD_TOKENS = 2**31 - 1
 """The largest int32 offset of an Arrow `list`."""
 
-_MAGIC = b"ARROW1"
-_CONTINUES = b"\xff\xff\xff\xff"
-_V5 = Int("h", 4)
-_SCHEMA, _BATCH = Int("B", 1), Int("B", 3)
-_INT, _LIST = Int("B", 2), Int("B", 12)
+COLUMN_DTYPES = tuple(
+    f"{kind}{bits}"
+    for kind, sizes in (("uint", (8, 16, 32, 64)), ("int", (8, 16, 32, 64)), ("float", (16, 32, 64)))
+    for bits in sizes
+)
+"""Types of the values of a column; bools are stored as uint8."""
+
+_ARROW_NAMES = {"halffloat": "float16", "float": "float32", "double": "float64"}
+_LOSS_MASK = "loss_mask"
 
 Tokens = npt.NDArray[np.uint16] | npt.NDArray[np.uint32]
 Offsets = npt.NDArray[np.int64]
+Columns = Mapping[str, npt.NDArray[Any]]
+_NO_COLUMNS: Columns = MappingProxyType({})
+
+
+@dataclass(frozen=True, slots=True)
+class ColumnType:
+    """What a column holds: `width` values of `dtype` for each token."""
+
+    name: str
+    dtype: str
+    width: int = 1
 
 
 @dataclass(frozen=True, slots=True)
 class TokenLayout:
-    """Where the two buffers of a token shard lie in its file."""
+    """Where the buffers of a token shard lie in its file."""
 
     dtype: str
     """`uint16` or `uint32`, little-endian."""
@@ -66,6 +86,8 @@ class TokenLayout:
     """Byte position of offset 0; there are `documents + 1` of them, the last equals `tokens`."""
 
     offsets_dtype: str = "int32"
+    columns: tuple[tuple[ColumnType, int], ...] = ()
+    """The columns beside the tokens, and the byte position of the first value of each."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,15 +98,31 @@ class EncodedShard:
     layout: TokenLayout
 
 
+@dataclass(frozen=True, slots=True)
+class TokenTable:
+    """All that a token shard holds: document `i` is tokens `[offsets[i], offsets[i + 1])`."""
+
+    values: Tokens
+    offsets: Offsets
+    columns: Columns
+    """[T] or [T, width] each: what goes with each token."""
+
+
 def token_dtype(vocab_size: int) -> str:
     """Return the narrowest dtype that holds every id below `vocab_size`: `uint16` up to 65,536, else `uint32`."""
     return "uint16" if vocab_size <= 2**16 else "uint32"
 
 
-def token_schema(dtype: str) -> pa.Schema:
+def token_schema(dtype: str, *, columns: Sequence[ColumnType] = ()) -> pa.Schema:
     """Return the Arrow schema of a token shard of `dtype`: nothing in it is nullable, and it has no metadata."""
-    item = pa.field("item", pa.from_numpy_dtype(np.dtype(dtype)), nullable=False)
-    return pa.schema([pa.field("tokens", pa.list_(item), nullable=False)])
+
+    def lists(column: ColumnType) -> "pa.Field[Any]":
+        item = pa.field("item", pa.from_numpy_dtype(np.dtype(column.dtype)), nullable=False)
+        if column.width > 1:
+            item = pa.field("item", pa.list_(item, column.width), nullable=False)
+        return pa.field(column.name, pa.list_(item), nullable=False)
+
+    return pa.schema([lists(column) for column in (ColumnType("tokens", dtype), *columns)])
 
 
 def narrow_tokens(values: npt.NDArray[np.integer], dtype: str) -> Tokens:
@@ -105,12 +143,39 @@ def narrow_tokens(values: npt.NDArray[np.integer], dtype: str) -> Tokens:
     return values.astype(dtype, copy=False)
 
 
-def encode_tokens(values: Tokens, offsets: Offsets) -> EncodedShard:
-    """Return the shard whose document `i` is `values[offsets[i]:offsets[i + 1]]`.
+def column_type(name: str, dtype: str, *, width: int = 1) -> ColumnType:
+    """Return the type of a column, checked; `bool` is `uint8`.
+
+    Raises:
+        ConfigError: the name is no identifier or taken, the dtype is unknown, `width` below 1; or a loss mask is
+            anything but one bool or uint8.
+    """
+    found = ColumnType(name, "uint8" if dtype == "bool" else dtype, width)
+    if not name.isidentifier() or name == "tokens":
+        raise ConfigError("not a name for a column", column=name, hint="Use letters, digits and _; `tokens` is taken.")
+    if found.dtype not in COLUMN_DTYPES or width < 1:
+        raise ConfigError(
+            "not a type for a column",
+            column=name,
+            dtype=dtype,
+            width=width,
+            hint=f"Use one of bool, {', '.join(COLUMN_DTYPES)}, and a width of 1 or more.",
+        )
+    if name == _LOSS_MASK and (found.dtype, width) != ("uint8", 1):
+        raise ConfigError(
+            "a loss mask has one bool for each token", dtype=dtype, width=width, hint="Call it by another name."
+        )
+    return found
+
+
+def encode_tokens(values: Tokens, offsets: Offsets, *, columns: Columns = _NO_COLUMNS) -> EncodedShard:
+    """Return the shard whose document `i` is `values[offsets[i]:offsets[i + 1]]`, with what goes with each token beside it.
+
+    `columns` are [T] or [T, width] each; they are stored in the order of their names.
 
     Raises:
         ConfigError: `values` is not a flat uint16 or uint32 array, `offsets` do not run from 0 to its end without
-            a step back, or there are more tokens than one shard can hold.
+            a step back, there are more tokens than one shard can hold, or a column does not go with them.
     """
     dtype = values.dtype.name
     if dtype not in {"uint16", "uint32"} or values.ndim != 1:
@@ -129,47 +194,29 @@ def encode_tokens(values: Tokens, offsets: Offsets) -> EncodedShard:
         )
     if values.size > MAX_SHARD_TOKENS:
         raise ConfigError("too many tokens for one shard", tokens=values.size, hint="Write several shards.")
-    documents = offsets.size - 1
     index = np.ascontiguousarray(offsets, dtype="<i4").data.cast("B")
-    stream = np.ascontiguousarray(values, dtype=values.dtype.newbyteorder("<")).data.cast("B")
-    index_bytes, stream_bytes = _padded(len(index)), _padded(len(stream))
-    schema = _schema_table(values.dtype.itemsize * 8)
-    batch = Table(
-        (
-            Int("q", documents),
-            Structs((struct.pack("<qq", documents, 0), struct.pack("<qq", values.size, 0))),
-            # Validity of the lists, offsets, validity of the items, values. Nothing is null, so validity is empty.
-            Structs(
-                (
-                    struct.pack("<qq", 0, 0),
-                    struct.pack("<qq", 0, len(index)),
-                    struct.pack("<qq", index_bytes, 0),
-                    struct.pack("<qq", index_bytes, len(stream)),
-                )
-            ),
-        )
-    )
-    head = _MAGIC + b"\0\0" + _message(_SCHEMA, schema)
-    frame = _message(_BATCH, batch, start=len(head), body_bytes=index_bytes + stream_bytes)
-    block = struct.pack("<qi4xq", len(head), len(frame), index_bytes + stream_bytes)
-    footer = encode_flatbuffer(Table((_V5, schema, Structs(()), Structs((block,)))))
-    body = len(head) + len(frame)
-    data = b"".join(
-        (
-            *(head, frame),
-            *(index, bytes(index_bytes - len(index))),
-            *(stream, bytes(stream_bytes - len(stream))),
-            *(_CONTINUES, bytes(4), footer, struct.pack("<i", len(footer)), _MAGIC),
-        )
-    )
+    types = {name: _type_of(name, columns[name], tokens=values.size) for name in sorted(columns)}
+    stored = [(ColumnType("tokens", dtype), values), *((types[name], columns[name]) for name in types)]
+    data, places = encode_lists([_lists(*column, index) for column in stored], rows=offsets.size - 1)
     layout = TokenLayout(
-        dtype=dtype, tokens=values.size, documents=documents, values_start=body + index_bytes, offsets_start=body
+        dtype=dtype,
+        tokens=values.size,
+        documents=offsets.size - 1,
+        values_start=places[0][1],
+        offsets_start=places[0][0],
+        columns=tuple((kind, start) for kind, (_, start) in zip(types.values(), places[1:], strict=True)),
     )
     return EncodedShard(data=data, layout=layout)
 
 
 def decode_tokens(raw: Buffer) -> tuple[Tokens, Offsets]:
-    """Return the flat tokens (a view of `raw`) and the int64 document offsets of a token shard.
+    """Return the flat tokens (a view of `raw`) and the int64 document offsets of a token shard; as `decode_token_table`."""
+    table = decode_token_table(raw)
+    return table.values, table.offsets
+
+
+def decode_token_table(raw: Buffer) -> TokenTable:
+    """Return what a token shard holds, as views of `raw`.
 
     Raises:
         CorruptError: not an Arrow file with one record batch of the schema of token shards, or its offsets do not
@@ -177,7 +224,8 @@ def decode_tokens(raw: Buffer) -> tuple[Tokens, Offsets]:
     """
     try:
         reader = pa.ipc.open_file(pa.py_buffer(raw))
-        if reader.num_record_batches != 1 or reader.schema not in (token_schema("uint16"), token_schema("uint32")):
+        types = _types_of(reader.schema)
+        if reader.num_record_batches != 1 or types is None:
             raise _not_a_shard("its schema or number of record batches differs")
         batch = reader.get_batch(0)
         batch.validate(full=True)
@@ -188,7 +236,56 @@ def decode_tokens(raw: Buffer) -> tuple[Tokens, Offsets]:
     offsets = column.offsets.to_numpy(zero_copy_only=False).astype(np.int64)
     if not _offsets_fit(offsets, values.size):
         raise _not_a_shard("its offsets do not cut up its tokens")
-    return values, offsets
+    columns = {kind.name: _values_of(batch.column(kind.name), kind, offsets) for kind in types}
+    return TokenTable(values, offsets, columns)
+
+
+def _type_of(name: str, values: npt.NDArray[Any], *, tokens: int) -> ColumnType:
+    """Return the type of a column, if `values` go with so many tokens."""
+    if values.ndim not in {1, 2} or len(values) != tokens:
+        raise ConfigError(
+            "a column does not go with the tokens",
+            column=name,
+            shape=values.shape,
+            tokens=tokens,
+            hint="Give it one value, or one row of values, for each token.",
+        )
+    found = column_type(name, values.dtype.name, width=1 if values.ndim == 1 else values.shape[1])
+    if name == _LOSS_MASK and values.size and int(values.max()) > 1:
+        raise ConfigError("a loss mask holds 0 and 1", largest=int(values.max()), hint="1 is a token to be learned.")
+    return found
+
+
+def _lists(kind: ColumnType, values: npt.NDArray[Any], index: memoryview) -> ListColumn:
+    dtype = np.dtype(kind.dtype)
+    stored = np.ascontiguousarray(values, dtype=dtype.newbyteorder("<")).reshape(-1).view(np.uint8).data
+    return ListColumn(kind.name, dtype.kind, dtype.itemsize, kind.width, index, stored)
+
+
+def _types_of(schema: pa.Schema) -> list[ColumnType] | None:
+    """Return the types of the columns beside the tokens; None if it is not the schema of a token shard."""
+    if not schema.names or schema.names[0] != "tokens" or len(set(schema.names)) != len(schema.names):
+        return None
+    types = []
+    for one in schema:
+        item = one.type.value_type if pa.types.is_list(one.type) else one.type
+        width = 1
+        if pa.types.is_fixed_size_list(item):
+            item, width = item.value_type, item.list_size
+        types.append(ColumnType(one.name, _ARROW_NAMES.get(str(item), str(item)), width))
+    tokens, *columns = types
+    known = tokens.dtype in {"uint16", "uint32"} and all(kind.dtype in COLUMN_DTYPES for kind in columns)
+    return columns if known and schema.equals(token_schema(tokens.dtype, columns=columns)) else None
+
+
+def _values_of(column: "pa.Array[Any]", kind: ColumnType, offsets: Offsets) -> npt.NDArray[Any]:
+    lists = cast("pa.ListArray[Any]", column)
+    if not np.array_equal(lists.offsets.to_numpy(zero_copy_only=False), offsets):
+        raise _not_a_shard(f"its column {kind.name} is cut up otherwise than its tokens")
+    values: Any = lists.values
+    if kind.width == 1:
+        return cast("npt.NDArray[Any]", values.to_numpy(zero_copy_only=True))
+    return cast("npt.NDArray[Any]", values.values.to_numpy(zero_copy_only=True).reshape(-1, kind.width))
 
 
 def _offsets_fit(offsets: Offsets, tokens: int) -> bool:
@@ -196,26 +293,6 @@ def _offsets_fit(offsets: Offsets, tokens: int) -> bool:
     if offsets.ndim != 1 or offsets.size == 0 or not np.issubdtype(offsets.dtype, np.integer):
         return False
     return bool(offsets[0] == 0 and offsets[-1] == tokens and (np.diff(offsets) >= 0).all())
-
-
-def _schema_table(bits: int) -> Table:
-    def field(name: str, code: Int, kind: Table, children: list[Table]) -> Table:
-        return Table((name, Int("B", 0), code, kind, None, children))
-
-    item = field("item", _INT, Table((Int("i", bits), Int("B", 0))), [])
-    return Table((Int("h", 0), [field("tokens", _LIST, Table(()), [item])]))
-
-
-def _message(kind: Int, header: Table, *, start: int = 0, body_bytes: int = 0) -> bytes:
-    """Return an encapsulated message; one that has a body is padded so that the body starts aligned."""
-    metadata = encode_flatbuffer(Table((_V5, kind, header, Int("q", body_bytes))))
-    if body_bytes:
-        metadata += bytes(-(start + 8 + len(metadata)) % ALIGNMENT_BYTES)
-    return _CONTINUES + struct.pack("<i", len(metadata)) + metadata
-
-
-def _padded(size_bytes: int) -> int:
-    return size_bytes + -size_bytes % ALIGNMENT_BYTES
 
 
 def _not_a_shard(reason: str) -> CorruptError:

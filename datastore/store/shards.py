@@ -1,8 +1,11 @@
 """Shards on their way in and out of storage: each is written once, with its digests, and read against them."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
 
 from datastore.digest import block_digests, digest_bytes, digest_hex
@@ -10,19 +13,23 @@ from datastore.errors import ConfigError
 from datastore.formats.documents import DOCUMENTS_SCHEMA, decode_documents, encode_documents
 from datastore.formats.evolution import schema_id
 from datastore.formats.records import RecordFormat, decode_records, encode_records
-from datastore.formats.tokens import Offsets, Tokens, decode_tokens, encode_tokens
+from datastore.formats.tokens import Offsets, Tokens, TokenTable, decode_token_table, decode_tokens, encode_tokens
 from datastore.storage.base import Storage
 from datastore.store.checked import read_checked
-from datastore.store.segment import BLOCK_BYTES, BatchRange, ShardInfo, ShardLayout, frame_ranges
+from datastore.store.segment import BLOCK_BYTES, BatchRange, ColumnLayout, ShardInfo, ShardLayout, frame_ranges
 
 __all__ = [
     "read_documents",
     "read_record_shard",
     "read_token_shard",
+    "read_token_table",
     "shard_uid",
     "write_record_shard",
     "write_token_shard",
 ]
+
+
+_NO_COLUMNS: Mapping[str, npt.NDArray[Any]] = MappingProxyType({})
 
 
 def shard_uid(task_id: str, index: int) -> str:
@@ -31,17 +38,23 @@ def shard_uid(task_id: str, index: int) -> str:
 
 
 def write_token_shard(
-    storage: Storage, *, uid: str, values: Tokens, offsets: Offsets, documents: pa.Table
+    storage: Storage,
+    *,
+    uid: str,
+    values: Tokens,
+    offsets: Offsets,
+    documents: pa.Table,
+    columns: Mapping[str, npt.NDArray[Any]] = _NO_COLUMNS,
 ) -> ShardInfo:
     """Store a token shard and its documents; return what a commit needs to know of it. Nothing shows before that.
 
-    Row `i` of `documents` (as `DOCUMENTS_SCHEMA`) describes `values[offsets[i]:offsets[i + 1]]`. Writing the same
-    shard again is no error: it has the same bytes.
+    Row `i` of `documents` (as `DOCUMENTS_SCHEMA`) describes `values[offsets[i]:offsets[i + 1]]`; `columns`, [T] or
+    [T, width] each, lie beside the tokens. Writing the same shard again is no error: it has the same bytes.
 
     Raises:
         ConfigError: the rows do not match the offsets, or as `encode_tokens` and `encode_documents`.
     """
-    encoded = encode_tokens(values, offsets)
+    encoded = encode_tokens(values, offsets, columns=columns)
     counts = np.diff(offsets)
     if not np.array_equal(documents.column("tokens").to_numpy(), counts):
         raise ConfigError(
@@ -77,6 +90,12 @@ def write_token_shard(
         docs_digest=digest_bytes(docs),
         source_first=str(sources[0]) if layout.documents else "",
         source_last=str(sources[-1]) if layout.documents else "",
+        layout=ShardLayout(
+            columns=tuple(
+                ColumnLayout(name=kind.name, dtype=kind.dtype, width=kind.width, values_start=start)
+                for kind, start in layout.columns
+            )
+        ),
     )
 
 
@@ -133,6 +152,16 @@ def read_token_shard(storage: Storage, shard: ShardInfo) -> tuple[Tokens, Offset
         CorruptError: its file is damaged.
     """
     return decode_tokens(read_checked(storage, shard.path, size_bytes=shard.size_bytes, digest=shard.digest))
+
+
+def read_token_table(storage: Storage, shard: ShardInfo) -> TokenTable:
+    """Return all that a token shard holds, its columns too; what `write_token_shard` was given.
+
+    Raises:
+        MissingError: its file is gone.
+        CorruptError: its file is damaged.
+    """
+    return decode_token_table(read_checked(storage, shard.path, size_bytes=shard.size_bytes, digest=shard.digest))
 
 
 def read_record_shard(storage: Storage, shard: ShardInfo) -> pa.Table:

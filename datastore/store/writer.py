@@ -23,6 +23,7 @@ from datastore.store.opening import load_segment, load_segments
 from datastore.store.segment import (
     MAX_SEGMENT_SHARDS,
     SEGMENT_SCHEMA,
+    ColumnLayout,
     ShardInfo,
     ShardLayout,
     encode_segment,
@@ -111,6 +112,8 @@ def _add(storage: Storage, shards: Sequence[ShardInfo], draft: Commit) -> Commit
         raise ConfigError("the same shard is given twice", hint="Give each task its own id.")
     if any(shard.kind != draft.kind for shard in shards):
         raise ConfigError("shards of another kind", kind=draft.kind, hint="Commit tokens and records separately.")
+    if len({_columns_of(shard.layout.columns) for shard in shards}) > 1:
+        raise ConfigError("shards with different columns", hint="Give each token of a dataset the same columns.")
     info = create_dataset(storage)
 
     def build(newest: Commit | None) -> Commit:
@@ -199,9 +202,22 @@ def _check_schema(storage: Storage, stored: pa.Schema, given: pa.Schema) -> None
         )
 
 
+def _columns_of(layouts: Sequence[ColumnLayout]) -> tuple[tuple[str, str, int], ...]:
+    return tuple((layout.name, layout.dtype, layout.width) for layout in layouts)
+
+
 def _without_present(storage: Storage, newest: Commit, shards: Sequence[ShardInfo]) -> list[ShardInfo]:
     """Return those of `shards` that `newest` does not have."""
-    present = load_segments(storage, newest).digests_of([shard.uid for shard in shards])
+    segments = load_segments(storage, newest)
+    if len(segments) and shards and _columns_of(segments.columns) != _columns_of(shards[0].layout.columns):
+        raise ConfigError(
+            "the tokens have other columns beside them than the dataset's",
+            url=storage.url,
+            dataset=[column[0] for column in _columns_of(segments.columns)],
+            given=[column[0] for column in _columns_of(shards[0].layout.columns)],
+            hint="Write the same columns, of the same types, or name another URL.",
+        )
+    present = segments.digests_of([shard.uid for shard in shards])
     for shard in shards:
         if present.get(shard.uid, shard.digest) != shard.digest:
             raise ConflictError(

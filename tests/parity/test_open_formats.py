@@ -10,8 +10,10 @@ import pyarrow.dataset
 import pyarrow.parquet
 import pytest
 
+from datastore.storage.resolve import open_storage
 from datastore.store.dataset import Dataset
-from datastore.testing.datasets import make_dataset
+from datastore.store.shards import shard_uid, write_token_shard
+from datastore.testing.datasets import documents_of, make_dataset
 
 
 @pytest.fixture(params=["uint16", "uint32"])
@@ -82,3 +84,32 @@ def test_duckdb_queries_the_documents(dataset: Dataset) -> None:
 
 def test_document_rows_say_where_the_shard_rows_come_from(dataset: Dataset) -> None:
     assert [row["tokens"] for row in rows(dataset)] == [len(tokens) for tokens in ours(dataset)]
+
+
+def test_other_libraries_read_the_columns_beside_the_tokens(tmp_path: Path) -> None:
+    storage = open_storage(tmp_path / "columns")
+    values = np.arange(8, dtype=np.uint16)
+    logits = np.arange(16, dtype=np.float16).reshape(8, 2)
+    columns = {"loss_mask": values > 3, "weight": values / np.float32(2), "logits": logits}
+    lengths = [5, 0, 3]
+    info = write_token_shard(
+        storage,
+        uid=shard_uid("columns", 0),
+        values=values,
+        offsets=np.array([0, 5, 5, 8]),
+        documents=documents_of(shard_uid("columns", 0), lengths),
+        columns=columns,
+    )
+    path = str(tmp_path / "columns" / info.path)
+    table = pa.ipc.open_file(pa.memory_map(path)).read_all()
+    frame = pl.read_ipc(path)
+    for name, wanted in {"tokens": values, **columns}.items():
+        split = [part.tolist() for part in np.split(wanted, [5, 5])]
+        assert table.column(name).to_pylist() == split
+        assert frame[name].to_list() == split
+    # DuckDB knows no half precision; a column of it is left out before DuckDB sees the table.
+    known = table.drop_columns("logits")  # noqa: F841 - named in the query
+    found = duckdb.sql("SELECT tokens, loss_mask, weight FROM known").fetchall()
+    assert found == [
+        tuple(table.column(name)[row].as_py() for name in ("tokens", "loss_mask", "weight")) for row in range(3)
+    ]

@@ -8,6 +8,8 @@ from datastore.digest import digest_hex
 from datastore.errors import ConfigError, CorruptError
 from datastore.formats.flatbuffer import Int, Structs, Table, encode_flatbuffer
 from datastore.formats.tokens import (
+    ColumnType,
+    decode_token_table,
     decode_tokens,
     encode_tokens,
     narrow_tokens,
@@ -95,6 +97,48 @@ def test_ids_at_the_edge_of_the_range_fit() -> None:
 
 def test_the_dtype_follows_from_the_vocabulary() -> None:
     assert [token_dtype(size) for size in (1, 65_536, 65_537)] == ["uint16", "uint16", "uint32"]
+
+
+def test_a_shard_with_columns_has_frozen_bytes_too() -> None:
+    values, offsets = ascending([5, 0, 60])
+    columns = {"loss_mask": values % 2 == 0, "logits": np.arange(260, dtype=np.float16).reshape(65, 4)}
+    encoded = encode_tokens(values, offsets, columns=columns).data
+    assert digest_hex(encoded) == "57c5475317fe8aaa582620653bd49856"
+    assert encode_tokens(values, offsets, columns=dict(reversed(columns.items()))).data == encoded
+
+
+def test_bools_are_stored_as_bytes_of_0_and_1() -> None:
+    values, offsets = ascending([4])
+    mask = np.array([True, False, True, True])
+    found = decode_token_table(encode_tokens(values, offsets, columns={"loss_mask": mask}).data).columns["loss_mask"]
+    assert found.dtype == np.uint8
+    assert np.array_equal(found, mask)
+
+
+@pytest.mark.parametrize(
+    ("column", "fact"),
+    [
+        ({"w": np.zeros(3)}, "does not go with the tokens"),
+        ({"w": np.zeros((4, 2, 2))}, "does not go with the tokens"),
+        ({"w": np.zeros(4, np.complex64)}, "not a type for a column"),
+        ({"w": np.zeros((4, 0))}, "not a type for a column"),
+        ({"w": np.array(["a"] * 4)}, "not a type for a column"),
+        ({"tokens": np.zeros(4)}, "not a name for a column"),
+        ({"a b": np.zeros(4)}, "not a name for a column"),
+        ({"loss_mask": np.zeros(4, np.float32)}, "one bool for each token"),
+        ({"loss_mask": np.full(4, 2, np.uint8)}, "holds 0 and 1"),
+    ],
+)
+def test_a_column_that_does_not_go_with_the_tokens_is_refused(column: dict[str, np.ndarray], fact: str) -> None:
+    with pytest.raises(ConfigError, match=fact):
+        encode_tokens(*ascending([4]), columns=column)
+
+
+def test_a_column_that_is_cut_up_otherwise_than_the_tokens_is_damage() -> None:
+    schema = token_schema("uint16", columns=[ColumnType("w", "float32")])
+    batch = pa.record_batch([pa.array([[1], [2, 3]], schema.field(0).type), [[0.5, 1.5], [2.5]]], schema=schema)
+    with pytest.raises(CorruptError, match="its column w is cut up otherwise"):
+        decode_tokens(arrow_file(batch))
 
 
 def arrow_file(*batches: pa.RecordBatch, compression: str | None = None) -> bytes:
