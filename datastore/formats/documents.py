@@ -66,12 +66,14 @@ def decode_documents(raw: Buffer, *, columns: Sequence[str] = DOCUMENTS_SCHEMA.n
     """
     try:
         table = pq.read_table(pa.BufferReader(pa.py_buffer(raw)), columns=list(columns), use_threads=False)
-        return table.cast(pa.schema([DOCUMENTS_SCHEMA.field(name) for name in columns]))
+        table = table.cast(pa.schema([DOCUMENTS_SCHEMA.field(name) for name in columns]))
+        table.validate(full=True)  # Parquet may hold texts that are no UTF-8.
     except (pa.ArrowException, OSError, ValueError, MemoryError) as error:
         raise CorruptError(
             f"not a documents file: {str(error).splitlines()[0] if str(error) else type(error).__name__}",
             hint="Restore this file from a copy, or ingest it again.",
         ) from None
+    return table
 
 
 def _wrong_columns(reason: str) -> ConfigError:
