@@ -132,9 +132,9 @@ def changed(schema: pa.Schema, change: SchemaChange) -> pa.Schema:
 
 def source_names(stored: pa.Schema, wanted: pa.Schema) -> list[str]:
     """Return the columns of `stored` that rows of `wanted` are made of."""
-    ids = set(column_ids(wanted)) if is_numbered(wanted) else None
-    if ids is None:
+    if not is_numbered(wanted):
         return [name for name in stored.names if name in set(wanted.names)]
+    ids = set(column_ids(wanted))
     return [each.name for each, number in zip(stored, column_ids(stored), strict=True) if number in ids]
 
 
@@ -147,11 +147,12 @@ def adapt(rows: Rows, schema: pa.Schema, *, stored: pa.Schema | None = None) -> 
     if rows.schema.equals(schema, check_metadata=True):
         return rows
     stored = rows.schema if stored is None else stored
+    names: list[str | None]
     if is_numbered(schema):
         present = dict(zip(column_ids(stored), stored.names, strict=True))
         names = [present.get(number) for number in column_ids(schema)]
     else:
-        names = [name if name in stored.names else None for name in schema.names]
+        names = list(schema.names)
     try:
         columns = [_column(rows, name, each) for name, each in zip(names, schema, strict=True)]
         return type(rows).from_arrays(columns, schema=schema)

@@ -62,7 +62,7 @@ def nested(inner: st.SearchStrategy[pa.DataType]) -> st.SearchStrategy[pa.DataTy
     item = st.builds(
         lambda kind, null: pa.field("item", kind, nullable=null or kind == pa.null()), inner, st.booleans()
     )
-    named = st.builds(lambda name, kind: pa.field(name, kind), NAMES, inner)
+    named = st.builds(pa.field, NAMES, inner)
     return st.one_of(
         st.builds(pa.list_, item),
         st.builds(pa.large_list, item),

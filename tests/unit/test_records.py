@@ -3,6 +3,7 @@
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Literal
 
 import pyarrow as pa
 import pytest
@@ -154,3 +155,47 @@ def test_a_place_that_holds_something_else_is_refused(storage: Storage) -> None:
     storage.put("notes.txt", b"x")
     with pytest.raises(ConfigError, match="not a dataset"):
         writer(storage, schema=SCHEMA)
+
+
+@pytest.mark.parametrize("kind", ["arrow", "parquet"])
+def test_a_schema_may_be_written_as_texts(storage: Storage, kind: Literal["arrow", "parquet"]) -> None:
+    row = {"text": "a cat", "image": b"\xff\xd8", "vector": [0.5, 1.0], "label": "cat"}
+    schema = {
+        "text": "string",
+        "image": "image/jpeg",
+        "vector": "fixed_size_list<float>[2]",
+        "label": "dictionary<string>",
+    }
+    with writer(storage, schema=schema, format=kind) as out:
+        out.write(row)
+    dataset = open_dataset(storage)
+    assert list(dataset.iter_records()) == [row]
+    assert dataset.schema.field("image").metadata == {b"media_type": b"image/jpeg"}
+    assert dataset.segments.shard(0).layout.format == kind
+
+
+def test_a_dataset_may_hold_both_formats(storage: Storage) -> None:
+    for kind in ("arrow", "parquet", "arrow"):
+        with writer(storage, schema=SCHEMA, format=kind) as out:  # type: ignore[arg-type]
+            out.write(ROWS)
+    dataset = open_dataset(storage)
+    assert [shard.path.rpartition(".")[2] for shard in dataset.segments] == ["arrow", "parquet", "arrow"]
+    assert list(dataset.iter_records()) == dataset.to_arrow().to_pylist() == ROWS * 3
+    assert verify(dataset).ok
+
+
+def test_a_column_that_the_format_cannot_keep_is_refused_before_any_row(storage: Storage) -> None:
+    schema = pa.schema({"x": pa.month_day_nano_interval()})
+    with pytest.raises(ConfigError, match="cannot be stored as Parquet"):
+        writer(storage, schema=schema, format="parquet")
+    with writer(storage, schema=schema) as out:
+        out.write({"x": None})
+    with pytest.raises(ConfigError, match="cannot be stored as Parquet"):
+        writer(storage, format="parquet")
+
+
+def test_a_schema_read_from_a_parquet_file_with_numbered_columns_is_taken_without_the_numbers(storage: Storage) -> None:
+    field = pa.field("n", pa.int64(), metadata={"PARQUET:field_id": "7", "unit": "m"})
+    with writer(storage, schema=pa.schema([field])) as out:
+        out.write({"n": 1})
+    assert open_dataset(storage).schema.field("n").metadata == {b"unit": b"m"}
