@@ -8,7 +8,7 @@ Source: msgspec, https://jcristharif.com/msgspec (validates 100,000 shards three
 """
 
 import threading
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, ClassVar, TypeVar
 
 import msgspec
@@ -17,7 +17,7 @@ from typing_extensions import Buffer
 from datastore.digest import digest_hex
 from datastore.errors import ConfigError, CorruptError, FormatError
 
-__all__ = ["Document", "Sealed", "convert", "decode", "encode", "json_schema", "seal", "unseal"]
+__all__ = ["Document", "Sealed", "convert", "decode", "encode", "json_schema", "reseal", "seal", "unseal"]
 
 T = TypeVar("T")
 D = TypeVar("D", bound="Document")
@@ -128,6 +128,20 @@ def unseal(kind: type[S], raw: Buffer, *, where: str) -> S:
     if not _holds(raw, document.digest):
         raise CorruptError("document does not match its digest", where=where, hint="Restore this file from a copy.")
     return document
+
+
+def reseal(raw: Buffer, change: Callable[[dict[str, Any]], None]) -> bytes:
+    """Return the stored document `raw`, whatever its class, as `change` leaves its fields, with a digest that fits.
+
+    It is for those who have to take something out of a document that another layer owns.
+    """
+    value = msgspec.json.decode(raw)
+    change(value)
+
+    def encoded(digest: str) -> bytes:
+        return msgspec.json.format(msgspec.json.encode(value | {"digest": digest}), indent=2) + b"\n"
+
+    return encoded(digest_hex(encoded("")))
 
 
 def _holds(raw: Buffer, digest: str) -> bool:

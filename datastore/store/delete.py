@@ -24,7 +24,7 @@ from datastore.store.dataset import Dataset
 from datastore.store.deletions import add_deletions
 from datastore.store.manifest import Commit, sum_refs
 from datastore.store.parallel import in_parallel
-from datastore.store.replace import Target, open_to_change, require_unchanged
+from datastore.store.replace import Target, changing, open_to_change, require_unchanged
 from datastore.store.segment import ShardInfo
 from datastore.store.select import Matcher, Selection
 from datastore.store.shards import read_documents
@@ -119,7 +119,8 @@ def delete(
     started = time.monotonic()
     selection = Selection.of(ids=ids, sources=sources, where=where)
     dataset = open_to_change(target)
-    found = find_documents(dataset, selection)
+    with changing(dataset, operation="delete"):
+        found = find_documents(dataset, selection)
     if found.missing and not allow_missing:
         raise MissingError(
             f"{len(found.missing):,} of the ids are those of no document, so nothing was deleted",

@@ -6,7 +6,8 @@ to any other shard meanwhile does not matter. Only segments that name a replaced
 """
 
 import os
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from itertools import chain
 from typing import cast
 
@@ -14,9 +15,10 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from datastore.errors import ConfigError, ConflictError
+from datastore.errors import ConfigError, ConflictError, MissingError
 from datastore.storage.base import Storage
 from datastore.storage.resolve import strip_credentials
+from datastore.store.commits import CommitLog
 from datastore.store.dataset import Dataset, open_dataset, split_reference
 from datastore.store.manifest import Commit, SegmentRef
 from datastore.store.opening import load_segment
@@ -30,7 +32,7 @@ from datastore.store.segment import (
     segment_ref,
 )
 
-__all__ = ["Target", "open_to_change", "replace_shards", "require_unchanged"]
+__all__ = ["Target", "changing", "open_to_change", "replace_shards", "require_unchanged"]
 
 Target = str | os.PathLike[str] | Storage | Dataset
 """A dataset to change: its URL, its storage, or a version of it that was opened before."""
@@ -53,6 +55,28 @@ def open_to_change(target: Target) -> Dataset:
             hint="Name the dataset without it: what is done makes a new version.",
         )
     return open_dataset(target)
+
+
+@contextmanager
+def changing(dataset: Dataset, *, operation: str) -> Iterator[None]:
+    """Say that another was faster if the block misses a file because `dataset` has expired since it was opened.
+
+    Raises:
+        ConflictError: it has.
+    """
+    try:
+        yield
+    except MissingError as error:
+        newest = CommitLog(dataset.storage).newest()
+        if newest is None or newest.min_version <= dataset.version:
+            raise
+        raise ConflictError(
+            f"the version that this {operation} started from has expired meanwhile",
+            url=dataset.url,
+            started_from=dataset.version,
+            newest=newest.version,
+            hint=f"Nothing was lost. Give the same {operation} again: it starts from the newest version.",
+        ) from error
 
 
 def require_unchanged(base: Dataset, newest: Commit | None, *, uids: Collection[str], operation: str) -> Dataset:
