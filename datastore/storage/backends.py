@@ -41,6 +41,10 @@ class Backend:
     reads_from_zero: bool = False
     """The library reads a whole value in several requests, which may see two versions; "from byte 0 on" is one."""
 
+    repeats: bool = False
+    """Below the library a request may be sent again unseen, as aiohttp does when a connection was lost: then the server may
+    refuse a conditional write for what its first sending wrote, and only the bytes stored tell."""
+
     writable: bool = True
 
     requires: str = ""
@@ -65,6 +69,7 @@ _S3 = Backend(
     replaces=True,
     listing="ordered",
     reads_from_zero=True,
+    repeats=True,
     requires="datastore[s3]",
     options=(*_UNCACHED, ("config_kwargs", {"retries": {"total_max_attempts": 1, "mode": "standard"}})),
 )
@@ -73,6 +78,7 @@ _GCS = Backend(
     part_bytes=50 * _MIB,
     replaces=True,
     listing="ordered",
+    repeats=True,
     requires="gcsfs",
     options=_UNCACHED,
 )
@@ -80,7 +86,7 @@ _AZURE = Backend(
     creates="If-None-Match: *",
     part_bytes=4 * _MIB,
     replaces=True,
-    listing="any",
+    repeats=True,
     requires="adlfs",
     options=_UNCACHED,
 )

@@ -69,6 +69,7 @@ _CERTAIN = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.ENAMETOOLONG}
 """After these nothing was written, and trying again does not help."""
 
 _BUSY = {408, 409, 425, 429}
+_NOISE = re.compile(r" \(reached max retries: \d+\)")
 _CREDENTIAL = re.compile(
     r"([\w-]*(?:signature|sig|token|secret|password|credential|key(?:id)?)=)[^&\s'\")]+", re.IGNORECASE
 )
@@ -180,4 +181,6 @@ def _names(error: BaseException) -> set[str]:
 
 
 def _reason(error: Exception, secrets: Iterable[str]) -> str:
-    return f"the backend failed: {type(error).__name__}: {scrub(str(error), secrets)}".removesuffix(": ")
+    return f"the backend failed: {type(error).__name__}: {scrub(_NOISE.sub('', str(error)), secrets)}".removesuffix(
+        ": "
+    )

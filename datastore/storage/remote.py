@@ -11,6 +11,7 @@ import os
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -79,7 +80,8 @@ class FsspecStorage(Storage):
         if not asked:
             self.stat(key)
             return [b"" for _ in ranges]
-        parts = self._requests.run("get_ranges", key, lambda: self._cat_ranges(key, path, asked), sized=_total)
+        got: dict[int, bytes] = {}
+        parts = self._requests.run("get_ranges", key, lambda: self._cat_ranges(key, path, asked, got), sized=_total)
         found = iter(parts)
         return [next(found) if stop > start else b"" for start, stop in ranges]
 
@@ -90,7 +92,7 @@ class FsspecStorage(Storage):
             self.stat(key)
             return
         path, asked = self._path(key), [(start, start + len(view))]
-        found = self._requests.run("read_into", key, lambda: self._cat_ranges(key, path, asked), sized=_total)
+        found = self._requests.run("read_into", key, lambda: self._cat_ranges(key, path, asked, {}), sized=_total)
         view[:] = found[0]
 
     @override
@@ -106,6 +108,7 @@ class FsspecStorage(Storage):
             lambda: self._create(key, path, data),
             size_bytes=len(data),
             is_mine=lambda: self.get(key) == data,
+            repeated=self._backend.repeats,
         )
 
     @override
@@ -134,8 +137,9 @@ class FsspecStorage(Storage):
 
     @override
     def clear_unfinished(self, *, before: float, dry_run: bool = False) -> Sequence[Stat]:
-        left = find_uploads if hasattr(self._fs, "call_s3") else find_hidden
-        found = self._requests.run("list", "", lambda: left(self._fs, self._root))
+        call = getattr(self._fs, "call_s3", None)
+        find = partial(find_uploads, call) if call else partial(find_hidden, self._fs)
+        found = self._requests.run("list", "", lambda: find(self._root))
         old = [unfinished for unfinished in found if unfinished.stat.modified < before]
         for unfinished in old if not dry_run else ():
             self._requests.run("delete", unfinished.stat.key, unfinished.remove)
@@ -190,18 +194,23 @@ class FsspecStorage(Storage):
                 return b""
             raise
 
-    def _cat_ranges(self, key: str, path: str, asked: Sequence[tuple[int, int]]) -> Sequence[bytes]:
-        """Return the bytes of each range, none of them empty or cut."""
-        starts, stops = [start for start, _ in asked], [stop for _, stop in asked]
-        try:
-            found = self._fs.cat_ranges([path] * len(asked), starts, stops, on_error="raise")
-        except OSError as error:
-            if http_status(error) == 416:
-                raise too_short(key=key, url=self._url, wanted_bytes=max(stops)) from None
-            raise
-        parts = [bytes(part) for part in found]
-        if all(len(part) == stop - start for (start, stop), part in zip(asked, parts, strict=True)):
-            return parts
+    def _cat_ranges(
+        self, key: str, path: str, asked: Sequence[tuple[int, int]], got: dict[int, bytes]
+    ) -> Sequence[bytes]:
+        """Return the bytes of each range, none of them empty or cut; what another try `got` is not asked for again."""
+        left = [index for index in range(len(asked)) if index not in got]
+        starts, stops = [asked[index][0] for index in left], [asked[index][1] for index in left]
+        found = self._fs.cat_ranges([path] * len(left), starts, stops, on_error="return")
+        failed = None
+        for index, start, stop, part in zip(left, starts, stops, found, strict=True):
+            if isinstance(part, Exception):
+                failed = failed or part
+            elif len(part) == stop - start:
+                got[index] = bytes(part)
+        if failed is not None and http_status(failed) != 416:
+            raise failed
+        if len(got) == len(asked):
+            return [got[index] for index in range(len(asked))]
         if self._info(path)["size"] >= max(stops):
             raise cut_short(key=key, url=self._url)
         raise too_short(key=key, url=self._url, wanted_bytes=max(stops))

@@ -81,17 +81,25 @@ class Requests:
         """Let no message show these, either."""
         self._secrets = tuple(dict.fromkeys((*self._secrets, *secrets)))
 
-    def create(self, key: str, call: Callable[[], object], *, size_bytes: int, is_mine: Callable[[], bool]) -> None:
+    def create(
+        self,
+        key: str,
+        call: Callable[[], object],
+        *,
+        size_bytes: int,
+        is_mine: Callable[[], bool],
+        repeated: bool = False,
+    ) -> None:
         """Let `call` write `key` unless it is there.
 
         An answer that was lost says nothing. The same conditional write is sent again, which can overwrite nobody; if it
-        is refused, the bytes that are stored decide (`is_mine`): mine, so the first one had succeeded, or another's.
+        is refused, the bytes that are stored decide (`is_mine`): mine, so the first one had succeeded, or another's. With `repeated` any request may be sent twice unseen.
 
         Raises:
             ConflictError: the key held, or now holds, other bytes.
             StorageError: nothing was written; or, if it is `transient`, nobody knows.
         """
-        doubtful = False
+        doubtful = repeated
         with self.meter.time("put_new") as timed:
             tries = _Tries(self._policy, timed)
             while True:

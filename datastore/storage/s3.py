@@ -30,6 +30,7 @@ from datastore.storage.reasons import cut_short, too_short
 from datastore.storage.retry import Requests, RetryPolicy
 from datastore.storage.s3_client import s3_client, understands
 from datastore.storage.statistics import OperationStatistics
+from datastore.storage.unfinished import find_uploads
 from datastore.storage.urls import secrets_of, split_url, strip_credentials
 
 __all__ = ["S3Storage", "understands"]
@@ -154,6 +155,20 @@ class S3Storage(Storage):
         return Stat(key=key, size_bytes=found["ContentLength"], modified=found["LastModified"].timestamp() // 1)
 
     @override
+    def clear_unfinished(self, *, before: float, dry_run: bool = False) -> Sequence[Stat]:
+        def call(operation: str, **arguments: object) -> dict[str, Any]:
+            del arguments["Bucket"]
+            return self._requests.run(
+                "list", "", partial(self._ask, operation, arguments.pop("Key", None), **arguments)
+            )
+
+        found = find_uploads(call, f"{self._bucket}/{self._prefix}".rstrip("/"))
+        old = [unfinished for unfinished in found if unfinished.stat.modified < before]
+        for unfinished in old if not dry_run else ():
+            unfinished.remove()
+        return [unfinished.stat for unfinished in old]
+
+    @override
     def local_path(self, key: str) -> Path | None:
         check_key(key)
         return None
@@ -161,7 +176,7 @@ class S3Storage(Storage):
     def _name(self, key: str) -> str:
         return f"{self._prefix}/{check_key(key)}" if self._prefix else check_key(key)
 
-    def _ask(self, operation: str, name: str | None = None, **arguments: object) -> dict[str, Any]:
+    def _ask(self, operation: str, name: object = None, **arguments: object) -> dict[str, Any]:
         """Send one request; raise what botocore raises."""
         found = s3_client(self._options)
         self._requests.conceal(found.secrets)
@@ -222,8 +237,8 @@ class S3Storage(Storage):
             )
             send(lambda: self._complete(name, upload, tags, size))
         except BaseException:
-            with suppress(DatastoreError):
-                send(lambda: self._ask("abort_multipart_upload", name, UploadId=upload))
+            with suppress(DatastoreError):  # As a listing: what is gone is missing, and not worth another try.
+                self._requests.run("list", key, lambda: self._ask("abort_multipart_upload", name, UploadId=upload))
             raise
 
     def _complete(self, name: str, upload: str, parts: Parts, size: int) -> None:

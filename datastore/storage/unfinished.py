@@ -40,19 +40,22 @@ def find_hidden(fs: Any, root: str) -> list[Unfinished]:
     return left
 
 
-def find_uploads(fs: Any, root: str) -> list[Unfinished]:
-    """Return the uploads in parts below `root` that nobody has completed, with the bytes they hold; `fs` is s3fs's."""
+def find_uploads(call: Callable[..., dict[str, Any]], root: str) -> list[Unfinished]:
+    """Return the uploads in parts below `root` that nobody has completed, with the bytes they hold.
+
+    `call` sends the named request to S3 and raises FileNotFoundError for what is not there.
+    """
     bucket, _, prefix = root.partition("/")
     below = {"Bucket": bucket, "Prefix": f"{prefix}/" if prefix else ""}
     left = []
     page: dict[str, Any] = {}
     while True:
-        page = fs.call_s3("list_multipart_uploads", **below, **page)
+        page = call("list_multipart_uploads", **below, **page)
         for upload in page.get("Uploads", []):
             one = {"Bucket": bucket, "Key": upload["Key"], "UploadId": upload["UploadId"]}
             key = upload["Key"].removeprefix(below["Prefix"])
-            stat = Stat(key=key, size_bytes=_uploaded_bytes(fs, one), modified=upload["Initiated"].timestamp())
-            left.append(Unfinished(stat, partial(_abort, fs, one)))
+            stat = Stat(key=key, size_bytes=_uploaded_bytes(call, one), modified=upload["Initiated"].timestamp())
+            left.append(Unfinished(stat, partial(_abort, call, one)))
         if not page.get("IsTruncated"):
             return left
         page = {"KeyMarker": page["NextKeyMarker"], "UploadIdMarker": page["NextUploadIdMarker"]}
@@ -75,17 +78,17 @@ def time_of(info: Mapping[str, Any]) -> float:
     return 0.0
 
 
-def _uploaded_bytes(fs: Any, upload: Mapping[str, str]) -> int:
+def _uploaded_bytes(call: Callable[..., dict[str, Any]], upload: Mapping[str, str]) -> int:
     """Return the size of the first thousand parts, which are all that writers of ours make."""
     try:
-        return sum(part["Size"] for part in fs.call_s3("list_parts", **upload).get("Parts", []))
+        return sum(part["Size"] for part in call("list_parts", **upload).get("Parts", []))
     except FileNotFoundError:  # Completed or aborted since.
         return 0
 
 
-def _abort(fs: Any, upload: Mapping[str, str]) -> None:
+def _abort(call: Callable[..., dict[str, Any]], upload: Mapping[str, str]) -> None:
     with suppress(FileNotFoundError):
-        fs.call_s3("abort_multipart_upload", **upload)
+        call("abort_multipart_upload", **upload)
 
 
 def _remove(fs: Any, path: str) -> None:

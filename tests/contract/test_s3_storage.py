@@ -1,5 +1,6 @@
 """The contract, kept our own way and over s3fs against moto, a mock of S3 on loopback that honours If-None-Match."""
 
+import faulthandler
 import logging
 import multiprocessing
 import uuid
@@ -95,6 +96,7 @@ class TestS3StorageThroughS3fs(TestS3Storage):
 
 
 def copy(storage: Storage, source: str, target: str) -> None:
+    faulthandler.dump_traceback_later(25, exit=True)
     storage.put_new(target, storage.get(source))
 
 
