@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from datastore.errors import ConfigError, RejectedError
+from datastore.formats.schema import decode_schema
 from datastore.ingest.duplicates import without_duplicates
 from datastore.ingest.journal import Journal, TaskDone
 from datastore.ingest.plan import Plan
@@ -88,11 +89,11 @@ def _check_limit(documents: int, rejected: Counter[str], settings: IngestSetting
 
 def _commit(target: Target, plan: Plan, shards: Sequence[ShardInfo], tokenizer: TokenizerRef | None) -> Commit:
     Journal(target.storage, plan.ingest_id).require_plan()
-    if tokenizer is None:
+    if plan.kind == "records":
         return commit_records(
             target.storage,
             shards,
-            schema=RECORDS_SCHEMA,
+            schema=decode_schema(plan.record_schema) if plan.record_schema else RECORDS_SCHEMA,
             ingest_id=plan.ingest_id,
             config_digest=plan.reading_digest,
         )

@@ -36,7 +36,7 @@ class TaskDone(Sealed, frozen=True, kw_only=True):
     documents: Count
     tokens: Count
     text_bytes: Count
-    """UTF-8 bytes of the documents' texts."""
+    """UTF-8 bytes of the documents' texts, or bytes of the rows that were taken over."""
 
     rejected: dict[str, Count]
     skipped: dict[str, Count]

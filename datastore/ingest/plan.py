@@ -16,6 +16,7 @@ from datastore.ingest.read import separator_of
 from datastore.ingest.settings import IngestSettings, Kind
 from datastore.ingest.sources import Listing, SourceFile
 from datastore.ingest.split import can_be_cut, cut_evenly
+from datastore.ingest.tables import is_cuttable
 
 __all__ = ["Order", "Part", "Plan", "Task", "ingest_id_of", "make_plan", "orders", "source_bytes"]
 
@@ -64,6 +65,8 @@ class Plan(Sealed, frozen=True, kw_only=True):
 
     files: tuple[SourceFile, ...]
     tasks: tuple[Task, ...]
+    record_schema: bytes = b""
+    """The columns of records that are taken over, as an encapsulated IPC message; empty if there are none."""
 
 
 class Order(Document, frozen=True, kw_only=True):
@@ -80,7 +83,13 @@ def ingest_id_of(files: Iterable[SourceFile], *, kind: Kind, reading_digest: str
 
 
 def make_plan(
-    listing: Listing, *, settings: IngestSettings, kind: Kind, reading_digest: str, known: frozenset[str] = frozenset()
+    listing: Listing,
+    *,
+    settings: IngestSettings,
+    kind: Kind,
+    reading_digest: str,
+    known: frozenset[str] = frozenset(),
+    record_schema: bytes = b"",
 ) -> Plan:
     """Return the plan for the files whose fingerprints are not `known`."""
     files = tuple(file for file in listing.files if file.fingerprint not in known)
@@ -101,6 +110,7 @@ def make_plan(
         known=len(listing.files) - len(files),
         files=files,
         tasks=tuple(tasks),
+        record_schema=record_schema,
     )
 
 
@@ -122,7 +132,7 @@ def _parts(files: tuple[SourceFile, ...], settings: IngestSettings) -> Iterator[
     """Yield every part of every file with its weight."""
     for index, file in enumerate(files):
         ranges = [(0, file.size_bytes)]
-        if not file.codec and can_be_cut(separator_of(file, settings)):
+        if not file.codec and (can_be_cut(separator_of(file, settings)) or is_cuttable(file)):
             ranges = cut_evenly(file.size_bytes, settings.task_bytes)
         growth = _TYPICAL_EXPANSION if file.codec else 1
         for start, stop in ranges:

@@ -5,11 +5,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from datastore.errors import ConfigError
+from datastore.formats.schema import check_storable, encode_schema
 from datastore.ingest.plan import Plan, make_plan
-from datastore.ingest.settings import IngestSettings, reading_digest
-from datastore.ingest.sources import Roots, list_sources
+from datastore.ingest.settings import IngestSettings, Kind, reading_digest
+from datastore.ingest.sources import Listing, Roots, list_sources
 from datastore.ingest.target import Target, TokenizerChoice, open_target
 from datastore.ingest.work import Job
+from datastore.interop.formats import FORMATS
+from datastore.storage.resolve import open_storage
 
 __all__ = ["Prepared", "prepare"]
 
@@ -47,6 +50,7 @@ class Prepared:
             roots=self.roots,
             settings=self.settings,
             tokenizer=self.tokenizer.ref if self.tokenizer else None,
+            record_schema=self.plan.record_schema,
             parallel=workers == 1,
         )
 
@@ -59,15 +63,29 @@ def prepare(sources: Sequence[str], to: str, settings: IngestSettings) -> Prepar
     """
     listing, roots = list_sources(sources, settings)
     target = open_target(to)
-    tokenizer = target.choose_tokenizer(settings)
+    tokenizer = target.choose_tokenizer(settings) if settings.take != "rows" else None
+    kind: Kind = "tokens" if tokenizer or settings.take == "tokens" else "records"
+    target.require_kind(kind)
     plan = make_plan(
         listing,
         settings=settings,
-        kind="tokens" if tokenizer else "records",
+        kind=kind,
         reading_digest=reading_digest(settings, tokenizer_sha256=tokenizer.ref.sha256 if tokenizer else ""),
         known=target.known_files(),
+        record_schema=_record_schema(listing, roots, target) if settings.take == "rows" else b"",
     )
     return Prepared(settings=settings, roots=roots, target=target, tokenizer=tokenizer, plan=plan)
+
+
+def _record_schema(listing: Listing, roots: Roots, target: Target) -> bytes:
+    """Return the columns that all files must have: those of the dataset, or in a new one those of the first file."""
+    if target.newest is not None:
+        return target.newest.record_schema
+    first = listing.files[0]
+    url, key = roots.locate(first.path)
+    schema = FORMATS[first.format].schema(open_storage(url), key).remove_metadata()
+    check_storable(schema)
+    return encode_schema(schema)
 
 
 def _cores() -> int:

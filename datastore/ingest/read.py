@@ -13,9 +13,10 @@ from datastore.ingest.settings import IngestSettings
 from datastore.ingest.sources import SourceFile
 from datastore.ingest.split import Piece, lookback, split_records
 from datastore.ingest.streams import Stream, open_stream, read_chunks
+from datastore.ingest.tables import is_table, read_texts
 from datastore.storage.base import Storage
 
-__all__ = ["read_part", "separator_of"]
+__all__ = ["check_unchanged", "read_part", "separator_of"]
 
 _PROBE_BYTES = 8192
 """Where a NUL makes a file of a folder binary; git looks about as far."""
@@ -40,6 +41,10 @@ def read_part(
     """
     separator = separator_of(file, settings)
     start, stop = span
+    if is_table(file):
+        yield from read_texts(storage, key, file=file, span=span, settings=settings)
+        check_unchanged(storage, key, file=file)
+        return
     try:
         if separator and _may_be_binary(file) and _is_binary(storage, key, file):
             yield "binary"
@@ -54,10 +59,22 @@ def read_part(
             limit_bytes=settings.max_document_bytes,
         )
         yield from _parsed(pieces, stream, file=file, settings=settings)
-        found = storage.stat(key)
     except (MissingError, StorageError) as error:
         if isinstance(error, StorageError) and error.fact != "the object ends too early":
             raise
+        raise _changed(file) from None
+    check_unchanged(storage, key, file=file)
+
+
+def check_unchanged(storage: Storage, key: str, *, file: SourceFile) -> None:
+    """Raise unless `file` still is what was planned.
+
+    Raises:
+        ConflictError: it is not.
+    """
+    try:
+        found = storage.stat(key)
+    except MissingError:
         raise _changed(file) from None
     if (found.size_bytes, found.modified) != (file.size_bytes, file.modified):
         raise _changed(file)

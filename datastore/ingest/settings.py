@@ -11,8 +11,9 @@ import msgspec
 
 from datastore.digest import digest_hex
 from datastore.document import Document, encode
+from datastore.interop.formats import ImportFormat
 
-__all__ = ["CODE_VERSION", "IngestSettings", "Kind", "OnError", "SpecialTokens", "reading_digest"]
+__all__ = ["CODE_VERSION", "IngestSettings", "Kind", "OnError", "SpecialTokens", "Take", "reading_digest"]
 
 CODE_VERSION = 1
 """Raised whenever the same source and settings would give other shard bytes than before."""
@@ -20,6 +21,7 @@ CODE_VERSION = 1
 Kind = Literal["tokens", "records"]
 OnError = Literal["quarantine", "skip", "fail"]
 SpecialTokens = Literal["escape", "allow", "reject"]
+Take = Literal["text", "rows", "tokens"]
 Encoder = Literal["auto", "tokenizers", "gigatoken"]
 
 Positive = Annotated[int, msgspec.Meta(ge=1)]
@@ -42,6 +44,12 @@ class IngestSettings(Document, frozen=True, kw_only=True):
     encoder: Encoder = "auto"
     """Who encodes; the ids are the same. `auto`: gigatoken where it is installed and knows the tokenizer."""
 
+    format: Literal["", ImportFormat] = ""
+    """Read all files as those of this format. Empty: text and JSON lines, told by their names."""
+
+    take: Take = "text"
+    """What of a row of such a format becomes a document: the text under `text_key`, all its columns, or its tokens."""
+
     include: tuple[Name, ...] = ()
     """Take only files of a folder that match one of these globs (a name, or with `/` the path in the folder)."""
 
@@ -50,7 +58,10 @@ class IngestSettings(Document, frozen=True, kw_only=True):
 
     text_key: Name = "text"
     id_key: Name = "id"
-    """Keys of a JSON line; without an id, a document is called after its file and byte offset."""
+    """Keys of a JSON line, or columns; without an id, a document is called after its file and place in it."""
+
+    tokens_key: Name = "tokens"
+    """The column of token ids, if tokens are taken over."""
 
     separator: str = ""
     """What parts the documents of a text file, such as `<|endoftext|>`. Empty: a file is one document."""

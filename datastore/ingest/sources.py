@@ -20,6 +20,7 @@ from datastore.ingest.names import Globs, SkipReason, kind_of, odd_name
 from datastore.ingest.settings import IngestSettings
 from datastore.ingest.streams import Codec
 from datastore.ingest.walk import walk
+from datastore.interop.formats import FORMATS, ImportFormat
 from datastore.storage.base import Stat, Storage
 from datastore.storage.reasons import ABSENT, explain
 from datastore.storage.resolve import open_storage, strip_credentials
@@ -40,7 +41,7 @@ class SourceFile(Document, frozen=True, kw_only=True):
     modified: float
     """Seconds since the epoch, by the clock of its storage; 0.0 if unknown."""
 
-    format: Literal["text", "jsonl"]
+    format: Literal["text", "jsonl", ImportFormat]
     codec: Codec
     lone: bool
     """Whether the user named this very file, so that nothing about it is skipped."""
@@ -101,7 +102,8 @@ def list_sources(sources: Sequence[str], settings: IngestSettings) -> tuple[List
             skipped=dict(skipped),
             hint="Name a folder with text in it, and check include and exclude; links in it are not followed.",
         )
-    files.sort(key=lambda file: file.path)
+    if not settings.format:  # Another format says itself in which order its files are.
+        files.sort(key=lambda file: file.path)
     listing = Listing(files=tuple(files), skipped=dict(sorted((+skipped).items())), shown=shown)
     return listing, Roots(folders=folders)
 
@@ -121,6 +123,8 @@ def read_url(url: str) -> bytes:
 
 def _open(source: str, settings: IngestSettings, skipped: Counter[str]) -> tuple[str, str, list[SourceFile]]:
     """Return the name of a source, the URL below which its files lie, and these."""
+    if settings.format:
+        return _tables(source, settings)
     storage = open_storage(source)
     local = Path(storage.url) if "://" not in storage.url else None
     if _is_file(source) if local is None else _is_local_file(local):
@@ -140,6 +144,41 @@ def _open(source: str, settings: IngestSettings, skipped: Counter[str]) -> tuple
         else:
             files.append(_source_file(f"{name}/{stat.key}", stat, kind, settings))
     return name, source if local is None else str(local), files
+
+
+def _tables(source: str, settings: IngestSettings) -> tuple[str, str, list[SourceFile]]:
+    """Return name, URL and files of a source in the format of another library."""
+    if settings.format == "megatron":  # It calls a pair of files by what their names have in common.
+        source = f"{source.removesuffix('.idx').removesuffix('.bin')}.bin" if not _is_folder(source) else source
+    if _is_file(source):
+        url, name = _parent(source)
+        storage, keys, folder = open_storage(url), [name], ""
+    else:
+        url = str(Path(source).expanduser().resolve()) if "://" not in source else source
+        storage = open_storage(url)
+        keys = FORMATS[settings.format].files(storage)
+        folder = url.rstrip("/").rpartition("/")[2] or "root"
+    found = []
+    for key in keys:
+        stat = storage.stat(key)
+        facts = (stat.size_bytes, stat.modified, settings.format, settings.take, settings.text_key, settings.tokens_key)
+        path = f"{folder}/{key}" if folder else key
+        found.append(
+            SourceFile(
+                path=path,
+                size_bytes=stat.size_bytes,
+                modified=stat.modified,
+                format=settings.format or "text",
+                codec="",
+                lone=not folder,
+                fingerprint=digest_hex(msgspec.json.encode((path, *facts))),
+            )
+        )
+    return folder or keys[0], url, found
+
+
+def _is_folder(url: str) -> bool:
+    return next(iter(open_storage(url).list()), None) is not None if not _is_file(url) else False
 
 
 def _lone_file(source: str, settings: IngestSettings) -> tuple[str, str, list[SourceFile]]:

@@ -15,7 +15,7 @@ from datastore.storage.base import Storage
 from datastore.storage.resolve import open_storage, strip_credentials
 from datastore.store.commits import CommitLog
 from datastore.store.dataset import split_reference
-from datastore.store.manifest import Commit, TokenizerRef
+from datastore.store.manifest import Commit, Kind, TokenizerRef
 from datastore.store.roots import open_roots
 from datastore.store.tokenizers import read_tokenizer
 
@@ -52,6 +52,17 @@ class Target:
         """Return the fingerprints of all source files that are in the dataset."""
         return frozenset(file.fingerprint for plan in self.ingests() for file in plan.files)
 
+    def require_kind(self, kind: Kind) -> None:
+        """Raise unless documents of `kind` can be added.
+
+        Raises:
+            ConfigError: the dataset holds the other kind.
+        """
+        if self.newest is not None and self.newest.kind != kind:
+            raise ConfigError(
+                f"the dataset holds {self.newest.kind}, not {kind}", url=self.storage.url, hint="Name another URL."
+            )
+
     def choose_tokenizer(self, settings: IngestSettings) -> TokenizerChoice | None:
         """Return the tokenizer that `settings` name, or else the dataset's own; None if text stays text.
 
@@ -70,13 +81,17 @@ class Target:
         ref = TokenizerRef(sha256=facts.sha256, vocab_size=facts.vocab_size, end_of_text=facts.end_of_text)
         if self.newest is not None and ref != present:
             raise ConfigError(
-                "the dataset has another tokenizer" if present else "the dataset holds text, not tokens",
+                "the dataset has another tokenizer" if present else f"the dataset holds {self._held()}",
                 url=self.storage.url,
                 dataset=_shown(present),
                 given=_shown(ref),
                 hint="Leave out the tokenizer to use what the dataset has, or name another URL.",
             )
         return TokenizerChoice(raw, ref)
+
+    def _held(self) -> str:
+        is_text = self.newest is not None and self.newest.kind == "records"
+        return "text, not tokens" if is_text else "tokens of a tokenizer that it does not name"
 
 
 def open_target(to: str) -> Target:

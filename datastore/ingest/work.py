@@ -13,14 +13,17 @@ import xxhash
 
 from datastore.document import Document
 from datastore.errors import RejectedError
+from datastore.formats.schema import decode_schema
+from datastore.ingest.copying import CopiedRows, CopiedTokens, CopySink
 from datastore.ingest.journal import Journal, TaskDone, encode_rejects
 from datastore.ingest.names import SkipReason
 from datastore.ingest.plan import Order, source_bytes
-from datastore.ingest.read import read_part
+from datastore.ingest.read import check_unchanged, read_part
 from datastore.ingest.records import Record, Reject
 from datastore.ingest.settings import IngestSettings, Kind, OnError
 from datastore.ingest.shards import RecordShards, ShardSink, TokenShards
 from datastore.ingest.sources import Roots
+from datastore.ingest.tables import read_rows
 from datastore.ingest.tokens import TextEncoder
 from datastore.storage.base import Storage
 from datastore.storage.resolve import open_storage
@@ -43,6 +46,9 @@ class Job(Document, frozen=True, kw_only=True):
     roots: Roots
     settings: IngestSettings
     tokenizer: TokenizerRef | None
+    record_schema: bytes = b""
+    """The columns, if rows are taken over."""
+
     parallel: bool
     """Whether the encoder may use all cores."""
 
@@ -84,6 +90,8 @@ class Workbench:
             ConflictError: a source file changed.
             StorageError: a source cannot be read, or the dataset not be written.
         """
+        if self.job.settings.take != "text":
+            return self._copy(order, report)
         run = _Run(self._sink(order), report, on_error=self.job.settings.on_error, stored_bytes=source_bytes(order))
         for file, start, stop in order.parts:
             url, key = self.job.roots.locate(file.path)
@@ -104,6 +112,47 @@ class Workbench:
             encoder=self.encoder.name if self.encoder else "",
         )
         return self.journal.finish(done, rejects=encode_rejects(run.kept), ids=run.ids() if run.named else b"")
+
+    def _copy(self, order: Order, report: Report) -> TaskDone:
+        """Take over rows or tokens; otherwise as `work`."""
+        sink = self._copy_sink(order)
+        copied = 0
+        left = source_bytes(order)
+        for file, start, stop in order.parts:
+            url, key = self.job.roots.locate(file.path)
+            folder = self._folders.setdefault(url, open_storage(url))
+            for first, rows in read_rows(folder, key, file=file, span=(start, stop)):
+                before = sink.tokens
+                sink.add(first, rows, source=file.path)
+                copied += rows.nbytes
+                step = min(rows.nbytes, left)
+                left -= step
+                report(Advance(source_bytes=step, documents=rows.num_rows, tokens=sink.tokens - before))
+            check_unchanged(folder, key, file=file)
+        sink.flush()
+        report(Advance(source_bytes=left))
+        done = TaskDone(
+            task_id=order.task_id,
+            shards=tuple(sink.shards),
+            documents=sink.documents,
+            tokens=sink.tokens,
+            text_bytes=copied,
+            rejected={},
+            skipped={},
+            rejects_digest="",
+            ids_digest="",
+            encoder="",
+        )
+        return self.journal.finish(done, rejects=b"", ids=b"")
+
+    def _copy_sink(self, order: Order) -> CopySink:
+        job = self.job
+        size = job.settings.shard_bytes
+        if job.settings.take == "rows":
+            schema = decode_schema(job.record_schema)
+            return CopiedRows(self.storage, order.task_id, schema=schema, shard_bytes=size)
+        key = job.settings.tokens_key
+        return CopiedTokens(self.storage, order.task_id, key=key, tokenizer=job.tokenizer, shard_bytes=size)
 
     def _sink(self, order: Order) -> ShardSink:
         size = self.job.settings.shard_bytes

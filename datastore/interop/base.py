@@ -1,7 +1,7 @@
 """What every foreign format has: a way to write rows, a way to read them, or both."""
 
 import posixpath
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -12,10 +12,13 @@ from datastore.errors import ConfigError, CorruptError, MissingError
 from datastore.interop.folders import Folder
 from datastore.storage.base import Storage, check_key
 
-__all__ = ["Exporter", "Format", "Span", "below", "read_json", "whole_files"]
+__all__ = ["Exporter", "Format", "Rows", "Span", "below", "numbered", "read_json", "whole_files"]
 
 Span = tuple[int, int]
 """A byte range of a file: what begins in it belongs to it."""
+
+Rows = tuple[int, pa.Table]
+"""Rows, and which row of its file the first of them is."""
 
 
 class Exporter(Protocol):
@@ -46,7 +49,7 @@ class Format:
     schema: Callable[[Storage, str], pa.Schema]
     """The columns of a file. It reads no more than it must."""
 
-    read: Callable[[Storage, str, Span], Iterator[pa.Table]]
+    read: Callable[[Storage, str, Span], Iterator[Rows]]
     """The rows that begin in a byte range of a file, in order, some megabytes at a time.
 
     Raises CorruptError for a damaged file, and ConfigError for what is not supported or not safe to read.
@@ -54,6 +57,14 @@ class Format:
 
     can_be_cut: bool = False
     """Whether a file can be read in several ranges."""
+
+
+def numbered(tables: Iterable[pa.Table]) -> Iterator[Rows]:
+    """Yield `tables`, which are a file from its first row on, with the number of each one's first row."""
+    first = 0
+    for table in tables:
+        yield first, table
+        first += table.num_rows
 
 
 def whole_files(*suffixes: str) -> Callable[[Storage], list[str]]:

@@ -14,8 +14,8 @@ import pyarrow.csv
 import pyarrow.parquet as pq
 from typing_extensions import override
 
-from datastore.errors import ConfigError, CorruptError
-from datastore.interop.base import Exporter, Format, Span, below, read_json, whole_files
+from datastore.errors import ConfigError, CorruptError, DatastoreError
+from datastore.interop.base import Exporter, Format, Rows, Span, below, numbered, read_json, whole_files
 from datastore.interop.cells import as_json
 from datastore.interop.folders import Folder
 from datastore.storage.base import Storage
@@ -124,7 +124,9 @@ def _open(storage: Storage, key: str) -> Any:
     return ReadOnlyFileSystem(storage).open(key)
 
 
-def _damaged(error: Exception, key: str, what: str) -> CorruptError:
+def _damaged(error: Exception, key: str, what: str) -> DatastoreError:
+    if isinstance(error, DatastoreError):  # Of the storage: they are OSErrors, too.
+        return error
     reason = str(error).splitlines()[0] if str(error) else type(error).__name__
     return CorruptError(f"not {what}: {reason}", where=key, hint="Restore this file from a copy.")
 
@@ -132,19 +134,23 @@ def _damaged(error: Exception, key: str, what: str) -> CorruptError:
 def _parquet_schema(storage: Storage, key: str) -> pa.Schema:
     try:
         return pq.read_schema(_open(storage, key)).remove_metadata()
-    except (pa.ArrowException, OSError) as error:
+    except (pa.ArrowException, OSError, ValueError) as error:
         raise _damaged(error, key, "Parquet") from None
 
 
-def _read_parquet(storage: Storage, key: str, span: Span) -> Iterator[pa.Table]:
+def _read_parquet(storage: Storage, key: str, span: Span) -> Iterator[Rows]:
     """Yield the row groups that begin in `span`."""
+    first = 0
     try:
         with pq.ParquetFile(_open(storage, key)) as file:
-            facts = file.metadata
-            groups = [i for i in range(facts.num_row_groups) if span[0] <= _start(facts.row_group(i)) < span[1]]
-            for batch in file.iter_batches(_BATCH_ROWS, row_groups=groups) if groups else ():
-                yield pa.Table.from_batches([batch]).replace_schema_metadata()
-    except (pa.ArrowException, OSError) as error:
+            for index in range(file.metadata.num_row_groups):
+                group = file.metadata.row_group(index)
+                if span[0] <= _start(group) < span[1]:
+                    parts = file.iter_batches(_BATCH_ROWS, row_groups=[index])
+                    for start, table in numbered(pa.Table.from_batches([part]) for part in parts):
+                        yield first + start, table
+                first += group.num_rows
+    except (pa.ArrowException, OSError, ValueError) as error:
         raise _damaged(error, key, "Parquet") from None
 
 
@@ -175,29 +181,32 @@ def _hf_schema(storage: Storage, key: str) -> pa.Schema:
     try:
         with _open(storage, key) as file, pa.ipc.open_stream(file) as reader:
             return reader.schema.remove_metadata()
-    except (pa.ArrowException, OSError) as error:
+    except (pa.ArrowException, OSError, ValueError) as error:
         raise _damaged(error, key, "an Arrow stream") from None
 
 
-def _read_hf(storage: Storage, key: str, _span: Span) -> Iterator[pa.Table]:
+def _read_hf(storage: Storage, key: str, _span: Span) -> Iterator[Rows]:
     try:
         with _open(storage, key) as file, pa.ipc.open_stream(file) as reader:
-            for batch in reader:
-                batch.validate(full=True)
-                yield pa.Table.from_batches([batch]).replace_schema_metadata()
-    except (pa.ArrowException, OSError) as error:
+            yield from numbered(pa.Table.from_batches([_valid(batch)]) for batch in reader)
+    except (pa.ArrowException, OSError, ValueError) as error:
         raise _damaged(error, key, "an Arrow stream") from None
+
+
+def _valid(batch: pa.RecordBatch) -> pa.RecordBatch:
+    batch.validate(full=True)
+    return batch
 
 
 def _csv_schema(storage: Storage, key: str) -> pa.Schema:
     try:
         with _open(storage, key) as file, pyarrow.csv.open_csv(file) as reader:
             return pa.schema([(name, pa.string()) for name in reader.schema.names])
-    except (pa.ArrowException, OSError) as error:
+    except (pa.ArrowException, OSError, ValueError) as error:
         raise _damaged(error, key, "CSV") from None
 
 
-def _read_csv(storage: Storage, key: str, _span: Span) -> Iterator[pa.Table]:
+def _read_csv(storage: Storage, key: str, _span: Span) -> Iterator[Rows]:
     """Yield all columns as text: what looks like a number in one part of a file may be none in another."""
     schema = _csv_schema(storage, key)
     parse = pyarrow.csv.ParseOptions(newlines_in_values=True)
@@ -207,9 +216,8 @@ def _read_csv(storage: Storage, key: str, _span: Span) -> Iterator[pa.Table]:
             _open(storage, key) as file,
             pyarrow.csv.open_csv(file, parse_options=parse, convert_options=convert) as reader,
         ):
-            for batch in reader:
-                yield pa.Table.from_batches([batch])
-    except (pa.ArrowException, OSError) as error:
+            yield from numbered(pa.Table.from_batches([batch]) for batch in reader)
+    except (pa.ArrowException, OSError, ValueError) as error:
         raise _damaged(error, key, "CSV") from None
 
 

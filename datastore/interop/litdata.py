@@ -17,7 +17,7 @@ import pyarrow.types as kinds
 from typing_extensions import override
 
 from datastore.errors import ConfigError, CorruptError
-from datastore.interop.base import Exporter, Format, Span, below, read_json
+from datastore.interop.base import Exporter, Format, Rows, Span, below, read_json
 from datastore.interop.cells import Cell, as_json, from_cells, is_binary, is_text, number_of, to_cells
 from datastore.interop.folders import Folder
 from datastore.interop.packed import MAX_FILE_BYTES, Packed, SampleShards, pack, pack_cells, unpack_cells
@@ -191,7 +191,7 @@ def _type(name: str, leaf: str) -> pa.DataType:
     return _LEAVES[base]
 
 
-def _read(storage: Storage, key: str, _span: Span) -> Iterator[pa.Table]:
+def _read(storage: Storage, key: str, _span: Span) -> Iterator[Rows]:
     chunks, config = _index(storage)
     chunk = next((each for each in chunks if each.get("filename") == key), {})
     schema = _columns(config)
@@ -199,10 +199,10 @@ def _read(storage: Storage, key: str, _span: Span) -> Iterator[pa.Table]:
     size = chunk.get("chunk_bytes")
     packed = Packed(storage, key, codec=codec, raw_bytes=size if isinstance(size, int) else MAX_FILE_BYTES)
     tokens_alone = config.get("item_loader") == "TokensLoader"
-    for _, samples in packed.pieces():
+    for first, samples in packed.pieces():
         columns = [samples] if tokens_alone else unpack_cells(packed, samples, [None] * len(schema))
         arrays = [from_cells(cells, field.type, where=key) for cells, field in zip(columns, schema, strict=True)]
-        yield pa.table(arrays, schema=schema)
+        yield first, pa.table(arrays, schema=schema)
 
 
 LITDATA = Format(files=_files, schema=_schema, read=_read)

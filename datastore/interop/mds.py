@@ -16,7 +16,7 @@ import pyarrow.types as kinds
 from typing_extensions import override
 
 from datastore.errors import ConfigError, CorruptError
-from datastore.interop.base import Exporter, Format, Span, below, read_json
+from datastore.interop.base import Exporter, Format, Rows, Span, below, read_json
 from datastore.interop.cells import Cell, from_cells, is_binary, is_text, number_of, to_cells
 from datastore.interop.folders import Folder
 from datastore.interop.packed import MAX_FILE_BYTES, Packed, SampleShards, pack, pack_cells, unpack_cells
@@ -181,17 +181,17 @@ def _type(name: str, encoding: str) -> pa.DataType:
     return found
 
 
-def _read(storage: Storage, key: str, _span: Span) -> Iterator[pa.Table]:
+def _read(storage: Storage, key: str, _span: Span) -> Iterator[Rows]:
     packed, encodings, sizes = _open(storage, key)
     schema = pa.schema([(name, _type(name, encoding)) for name, encoding in encodings.items()])
-    for _, samples in packed.pieces():
+    for first, samples in packed.pieces():
         columns = unpack_cells(packed, samples, sizes)
         arrays = []
         for cells, encoding, field in zip(columns, encodings.values(), schema, strict=True):
             shaped = encoding.startswith("ndarray") and encoding.count(":") < 2
             values: Sequence[Cell] = [_without_shape(packed, cell) for cell in cells] if shaped else cells
             arrays.append(from_cells(values, field.type, where=key))
-        yield pa.table(arrays, schema=schema)
+        yield first, pa.table(arrays, schema=schema)
 
 
 def _without_shape(packed: Packed, cell: memoryview) -> memoryview:

@@ -19,7 +19,7 @@ import pyarrow as pa
 from typing_extensions import override
 
 from datastore.errors import ConfigError, CorruptError
-from datastore.interop.base import Exporter, Format, Span, whole_files
+from datastore.interop.base import Exporter, Format, Rows, Span, whole_files
 from datastore.interop.folders import Folder
 from datastore.storage.base import Storage
 
@@ -156,7 +156,7 @@ def _schema(storage: Storage, key: str) -> pa.Schema:
     return pa.schema([("tokens", pa.list_(pa.from_numpy_dtype(_Index(storage, key).dtype)))])
 
 
-def _read(storage: Storage, key: str, span: Span) -> Iterator[pa.Table]:
+def _read(storage: Storage, key: str, span: Span) -> Iterator[Rows]:
     index = _Index(storage, key)
     size = storage.stat(key).size_bytes
     first, last = index.first_from(span[0], size), index.first_from(span[1], size)
@@ -168,7 +168,7 @@ def _read(storage: Storage, key: str, span: Span) -> Iterator[pa.Table]:
         bounds = index.bounds(first, stop)
         begin, offsets = _places(index, bounds, size)
         taken = min(len(offsets) - 1, max(1, int(np.searchsorted(offsets, _PIECE_BYTES // index.dtype.itemsize))))
-        yield _table(storage, key, index.dtype, begin, offsets[: taken + 1])
+        yield first, _table(storage, key, index.dtype, begin, offsets[: taken + 1])
         step = max(64, 2 * taken)
         first += taken
 

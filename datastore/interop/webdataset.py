@@ -18,7 +18,7 @@ import pyarrow as pa
 from typing_extensions import override
 
 from datastore.errors import ConfigError, CorruptError
-from datastore.interop.base import Exporter, Format, Span, whole_files
+from datastore.interop.base import Exporter, Format, Rows, Span, numbered, whole_files
 from datastore.interop.cells import as_json, from_cells, is_binary, is_text, number_of, to_cells
 from datastore.interop.folders import Folder
 from datastore.storage.base import Storage
@@ -217,7 +217,11 @@ def _array(data: bytes, key: str) -> "np.ndarray[Any, Any]":
     return found
 
 
-def _read(storage: Storage, key: str, _span: Span) -> Iterator[pa.Table]:
+def _read(storage: Storage, key: str, _span: Span) -> Iterator[Rows]:
+    return numbered(_tables(storage, key))
+
+
+def _tables(storage: Storage, key: str) -> Iterator[pa.Table]:
     schema = _schema(storage, key)
     batch: list[_Sample] = []
     size = 0

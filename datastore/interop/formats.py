@@ -1,0 +1,24 @@
+"""The formats that can be read, by name."""
+
+from typing import Literal
+
+from datastore.interop.base import Format
+from datastore.interop.columnar import CSV, HF, PARQUET
+from datastore.interop.litdata import LITDATA
+from datastore.interop.mds import MDS
+from datastore.interop.megatron import MEGATRON
+from datastore.interop.webdataset import WEBDATASET
+
+__all__ = ["FORMATS", "ImportFormat"]
+
+ImportFormat = Literal["parquet", "csv", "hf", "mds", "litdata", "megatron", "webdataset"]
+
+FORMATS: dict[str, Format] = {
+    "parquet": PARQUET,
+    "csv": CSV,
+    "hf": HF,
+    "mds": MDS,
+    "litdata": LITDATA,
+    "megatron": MEGATRON,
+    "webdataset": WEBDATASET,
+}
