@@ -219,9 +219,8 @@ class PlacedStorage(Storage):
     def _heal(self, key: str, is_good: Callable[[bytes], bool]) -> None:
         try:
             urls = self.heal_now(key, is_good)
-            _LOGGER.warning(
-                "%s was damaged or gone at %s; it was written anew", key, urls or "all roots, or is not ours"
-            )
+            if urls:
+                _LOGGER.warning("%s was damaged or gone at %s; it was written anew", key, ", ".join(urls))
         except DatastoreError as error:
             _LOGGER.warning("%s is damaged, and could not be written anew: %s", key, error)
         finally:

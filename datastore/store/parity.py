@@ -187,7 +187,7 @@ def _place_for(storage: Storage, members: Sequence[Member]) -> str:
         shared = sum(taken.count(copy.url) for copy in storage.copies(path))
         if shared < fewest:
             best, fewest = path, shared
-        if not shared or len(set(taken)) < 2:
+        if not shared:
             break
     return best
 

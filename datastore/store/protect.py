@@ -1,5 +1,6 @@
 """`protect`: parity files for what has none yet, and one commit that names them."""
 
+import logging
 import os
 import time
 from collections.abc import Callable, Collection, Sequence
@@ -8,16 +9,27 @@ from functools import partial
 
 import msgspec
 
-from datastore.errors import ConfigError, ConflictError
+from datastore.errors import ConfigError, ConflictError, CorruptError, MissingError
 from datastore.storage.base import Storage
 from datastore.store.dataset import Dataset
 from datastore.store.manifest import INFO_KEY, Commit, ParityRef
 from datastore.store.parallel import in_parallel
-from datastore.store.parity import Group, Member, choose_groups, load_groups, members_of, store_groups, write_group
+from datastore.store.parity import (
+    Group,
+    Member,
+    choose_groups,
+    load_groups,
+    members_of,
+    parity_table_key,
+    store_groups,
+    write_group,
+)
 from datastore.store.replace import Target, open_to_change
 from datastore.store.writer import draft_commit, publish
 
 __all__ = ["ProtectReport", "protect", "unprotected"]
+
+_LOGGER = logging.getLogger(__name__)
 
 _MAX_TABLES = 16
 """With more tables than this a commit gets a single one in their place."""
@@ -120,12 +132,22 @@ def _whole_groups(
     dataset: Dataset, wanted: dict[str, Member], *, width: int
 ) -> tuple[list[Group], list[tuple[ParityRef, list[Group]]]]:
     """Return the groups to keep, and by table those to keep of it; short groups stay only if there is nothing new."""
-    tables = [(ref, load_groups(dataset.storage, ref)) for ref in dataset.commit.parity]
+    tables = [(ref, _readable(dataset.storage, ref)) for ref in dataset.commit.parity]
     live = [group for _, groups in tables for group in groups if _is_live(group, wanted)]
     fresh = {_class(member) for member in unprotected(dataset, live)}
     kept = {group.path for group in live if len(group.members) >= width or _class(group.members[0]) not in fresh}
     by_table = [(ref, [group for group in groups if group.path in kept]) for ref, groups in tables]
     return [group for _, groups in by_table for group in groups], by_table
+
+
+def _readable(storage: Storage, ref: ParityRef) -> list[Group]:
+    """Return the groups of a table; none if it is lost: what it names is protected anew."""
+    try:
+        return load_groups(storage, ref)
+    except (CorruptError, MissingError) as error:
+        _LOGGER.warning("a table of parity groups is lost, its files are protected anew: %s", error)
+        storage.delete(parity_table_key(ref.digest))
+        return []
 
 
 def _class(member: Member) -> str:

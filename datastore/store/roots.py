@@ -7,8 +7,9 @@ lower one has missed something, and its word on where the dataset lies does not 
 import logging
 import os
 import uuid
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -19,12 +20,13 @@ from datastore.errors import ConfigError, ConflictError, FormatError, MissingErr
 from datastore.storage.attempts import Answers, all_answers
 from datastore.storage.base import Storage
 from datastore.storage.placed import PlacedStorage
-from datastore.storage.placement import BEHIND_FOLDER, Root
-from datastore.storage.resolve import open_storage
-from datastore.store.create import create_dataset, read_info
-from datastore.store.manifest import INFO_KEY, DatasetInfo, Placement, RootRef
+from datastore.storage.placement import BEHIND_FOLDER, Root, behind_key
+from datastore.storage.probe import probe_exclusive
+from datastore.storage.resolve import Subfolder, open_storage
+from datastore.store.create import PROBE_FOLDER, create_dataset, read_info
+from datastore.store.manifest import INFO_KEY, DatasetInfo, Placement, RootRef, commit_key
 
-__all__ = ["create_at", "open_roots", "place_dataset", "same_place", "store_info"]
+__all__ = ["RootChange", "change_roots", "create_at", "open_roots", "place_dataset", "same_place", "store_info"]
 
 _LOGGER = logging.getLogger(__name__)
 
@@ -68,7 +70,7 @@ def _assemble(storage: Storage, info: DatasetInfo) -> tuple[Storage, DatasetInfo
     ]
     found = _infos(roots)
     newest = max([info, *found.values.values()], key=lambda info: _placement(info).generation)
-    if _placement(newest).roots != placement.roots:
+    if _placement(newest) != placement:
         return _assemble(storage, newest)
     if not any(root.storage is storage for root in roots):
         raise ConfigError(
@@ -77,7 +79,7 @@ def _assemble(storage: Storage, info: DatasetInfo) -> tuple[Storage, DatasetInfo
             roots=[ref.url for ref in placement.roots],
             hint="If one was moved, run `datastore repair URL --root OLD=NEW`; to make a copy, use `datastore copy`.",
         )
-    behind = {roots[index].id for index, one in found.values.items() if _placement(one) != _placement(newest)}
+    behind = {roots[index].id for index, one in found.values.items() if _placement(one) != placement}
     marks = all_answers([partial(_marks, roots[index].storage) for index in found.values], _OPEN_S)
     behind.update(*marks.values.values())
     placed = PlacedStorage(roots, copies=placement.copies, url=storage.url, guard=INFO_KEY, behind=behind)
@@ -138,6 +140,96 @@ def place_dataset(url: str | os.PathLike[str], *, roots: Sequence[str], copies: 
         else:
             store_info(place, info)
     return info
+
+
+@dataclass(frozen=True, slots=True)
+class RootChange:
+    """What `change_roots` has done."""
+
+    url: str
+    """A root by which the dataset can be opened."""
+
+    info: DatasetInfo
+    filled: frozenset[str]
+    """Ids of the roots that are new, and have to be filled."""
+
+    late: Storage | None
+    """The first root, if it is one of those: it counts only once `info` is stored there, after all commits."""
+
+
+def change_roots(url: str, moves: Mapping[str, str], *, promote: bool, dry_run: bool) -> RootChange:
+    """Let the roots that `moves` names be where it says, and the first that is there be the first of all if `promote`.
+
+    Raises:
+        ConfigError: a root is not one of the dataset's, or what is to be a root holds something else.
+        DatastoreError: there is no dataset at `url`, nor anywhere it was moved to.
+    """
+    start = open_storage(url)
+    info = read_info(start)
+    if info.placement is None:
+        if moves or promote:
+            raise ConfigError("the dataset lies in one place", url=start.url, hint="See `datastore place`.")
+        return RootChange(url, info, frozenset(), None)
+    refs = _moved(info.placement.roots, {old: open_storage(new) for old, new in moves.items()})
+    roots = [Root(ref.id, open_storage(ref.url)) for ref in refs]
+    there = _infos(roots)
+    info = max([info, *there.values.values()], key=lambda one: _placement(one).generation)
+    present = [root for index, root in enumerate(roots) if index in there.values]
+    named = {ref.id for ref in refs if any(same_place(open_storage(new), ref.url) for new in moves.values())}
+    absent = [root for root in roots if root not in present]
+    filled = [root for root in absent if root.id in named or (present and _same_log(root, present[0]))]
+    if promote:
+        refs = _promoted(refs, present)
+    old = _placement(info)
+    if refs[0] != old.roots[0] and present and not dry_run:
+        info = msgspec.structs.replace(info, exclusive=probe_exclusive(Subfolder(present[0].storage, PROBE_FOLDER)))
+    if refs != old.roots:
+        info = _placed(info, Placement(roots=refs, copies=old.copies, generation=old.generation + 1))
+    change = RootChange(
+        url=present[0].storage.url if present else url,
+        info=info,
+        filled=frozenset(root.id for root in filled),
+        late=next((root.storage for root in filled if root.id == refs[0].id), None),
+    )
+    if not dry_run:
+        _store(change, present, filled)
+    return change
+
+
+def _moved(refs: tuple[RootRef, ...], moves: Mapping[str, Storage]) -> tuple[RootRef, ...]:
+    places = {ref.id: place for ref in refs for old, place in moves.items() if same_place(open_storage(old), ref.url)}
+    if len(places) < len(moves):
+        raise ConfigError(
+            "a root is none of those that the dataset names",
+            named=sorted(moves),
+            roots=[ref.url for ref in refs],
+            hint="Write OLD=NEW, with OLD as the dataset names it.",
+        )
+    return tuple(RootRef(id=ref.id, url=places[ref.id].url) if ref.id in places else ref for ref in refs)
+
+
+def _same_log(root: Root, other: Root) -> bool:
+    """Return whether a root without `datastore.json` has the log of this dataset: then nothing but that file is lost."""
+    first = commit_key(1)
+    answers = all_answers([partial(root.storage.get, first), partial(other.storage.get, first)], _OPEN_S)
+    return len(answers.values) == 2 and answers.values[0] == answers.values[1]
+
+
+def _promoted(refs: tuple[RootRef, ...], present: Sequence[Root]) -> tuple[RootRef, ...]:
+    """Return `refs` with those that are there first, in their order."""
+    ids = {root.id for root in present}
+    return tuple(sorted(refs, key=lambda ref: ref.id not in ids))
+
+
+def _store(change: RootChange, present: Sequence[Root], filled: Sequence[Root]) -> None:
+    """Write what has changed: first that the new roots are behind, then where they are, to the first root first."""
+    for root in filled:
+        for other in present:
+            other.storage.put(behind_key(root.id), b"a new disk\n")
+    order = [ref.id for ref in _placement(change.info).roots]
+    for root in sorted([*present, *filled], key=lambda root: order.index(root.id)):
+        if root.storage is not change.late:
+            store_info(root.storage, change.info)
 
 
 def store_info(place: Storage, info: DatasetInfo) -> None:
