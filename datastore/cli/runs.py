@@ -122,6 +122,8 @@ def prove(*, run: str, as_json: bool) -> int:
     say(f"{proof.steps:,} steps, taken by {worlds}")
     epochs = proof.samples / proof.epoch_samples
     say(f"{proof.samples:,} samples consumed, {proof.distinct:,} different ones; an epoch has {proof.epoch_samples:,}")
+    if proof.purged:
+        say(f"purged since: tokens of {proof.purged:,} steps; their samples are known, their tokens no longer")
     for problem in proof.problems:
         say(f"differs: {problem}")
     if proof.holds:

@@ -19,7 +19,7 @@ from datastore.loader.geometry import Gaps
 from datastore.loader.settings import DeletionMode
 from datastore.store.segment import Segments
 
-__all__ = ["LoaderState", "dataset_fingerprint", "read_state"]
+__all__ = ["LoaderState", "dataset_fingerprint", "read_state", "shards_fingerprint"]
 
 Count = Annotated[int, msgspec.Meta(ge=0)]
 Lanes = Annotated[int, msgspec.Meta(ge=1, le=65_536)]
@@ -55,6 +55,11 @@ def dataset_fingerprint(segments: Segments, *, gaps: Gaps | None = None) -> str:
     """Return 16 hex digits that name the shards of a version, in order, and what is left out of them."""
     parts = [segments.uid64, segments.tokens] + ([gaps.start, gaps.stop] if gaps is not None else [])
     return digest_hex(*(part.tobytes() for part in parts))[:16]
+
+
+def shards_fingerprint(segments: Segments, *, shards: int) -> str:
+    """Return 16 hex digits that name the first `shards` shards of a version, in order."""
+    return digest_hex(segments.uid64[:shards].tobytes(), segments.tokens[:shards].tobytes())[:16]
 
 
 def read_state(saved: Mapping[str, Any], *, here: LoaderState) -> LoaderState:

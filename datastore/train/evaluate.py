@@ -1,21 +1,19 @@
-"""The validation loss: the mean over all targets of the same samples each time, whoever computes it.
+"""The validation loss: the mean over all targets that count of the same samples each time, whoever computes it.
 
 Each rank takes a part of them; sums are added in float64, so the number of ranks does not show in six digits.
 """
 
 import math
-from dataclasses import dataclass
-from typing import Any
 
-import numpy.typing as npt
 import torch
 from torch import nn
 
 from datastore.document import Document
 from datastore.train.objectives import Causal, MicroBatch
 from datastore.train.parallel import Ranks
+from datastore.train.split import ValidationSamples
 
-__all__ = ["Evaluation", "ValidationSamples", "autocast", "validation_loss"]
+__all__ = ["Evaluation", "autocast", "validation_loss"]
 
 
 class Evaluation(Document, frozen=True, kw_only=True):
@@ -39,17 +37,6 @@ def autocast(device: torch.device, precision: str) -> torch.autocast:
     return torch.autocast(device.type, dtype=torch.bfloat16, enabled=precision == "bf16")
 
 
-@dataclass(frozen=True, slots=True)
-class ValidationSamples:
-    """What is validated on, and this rank's part of it."""
-
-    mine: npt.NDArray[Any]
-    """[E, seq_len + 1]; a rank may have none."""
-
-    count: int
-    """Samples of all ranks."""
-
-
 @torch.no_grad()
 def validation_loss(
     model: nn.Module, samples: ValidationSamples, *, ranks: Ranks, precision: str, rows: int
@@ -58,14 +45,16 @@ def validation_loss(
     objective = Causal()
     was_training = model.training
     model.eval()
-    total = torch.zeros((), dtype=torch.float64, device=ranks.device)
+    sums = torch.zeros(2, dtype=torch.float64, device=ranks.device)
     for start in range(0, len(samples.mine), rows):
-        batch = MicroBatch(torch.from_numpy(samples.mine[start : start + rows]).to(ranks.device).long())
+        part = slice(start, start + rows)
+        mask = None if samples.loss_mask is None else torch.from_numpy(samples.loss_mask[part]).to(ranks.device)
+        batch = MicroBatch(torch.from_numpy(samples.mine[part]).to(ranks.device).long(), mask)
         with autocast(ranks.device, precision):
             loss = objective.loss(objective.outputs(model, batch), batch)
-        total += loss.double() * len(batch.tokens)
+        weight = torch.tensor(float(len(batch.tokens))) if batch.learned is None else batch.learned
+        sums += torch.stack((loss.double() * weight.to(loss.device), weight.double().to(loss.device)))
     model.train(was_training)
-    summed = float(ranks.sum(total)())
-    return Evaluation(
-        loss=summed / samples.count, samples=samples.count, tokens=samples.count * (samples.mine.shape[1] - 1)
-    )
+    total, weights = ranks.sum(sums)().tolist()
+    targets = samples.count * (samples.mine.shape[1] - 1) if samples.loss_mask is None else int(weights)
+    return Evaluation(loss=total / max(1.0, weights), samples=samples.count, tokens=targets)

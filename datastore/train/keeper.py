@@ -18,7 +18,7 @@ from datastore.checkpoint.checkpointer import Checkpointer
 from datastore.errors import ConflictError, DatastoreError
 from datastore.storage.base import Storage
 from datastore.train.assembly import Parts
-from datastore.train.evaluate import ValidationSamples, validation_loss
+from datastore.train.evaluate import validation_loss
 from datastore.train.hooks.base import RunState
 from datastore.train.lock import RunLock
 from datastore.train.loop import Outcome, Watcher
@@ -27,6 +27,7 @@ from datastore.train.model import parameter_count
 from datastore.train.progress import Progress
 from datastore.train.record import Record, StepEntry
 from datastore.train.speed import flops_per_token, peak_flops
+from datastore.train.split import ValidationSamples
 
 __all__ = ["Keeper", "Outputs"]
 

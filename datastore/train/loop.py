@@ -6,7 +6,8 @@
 
 The loss of a step is the mean over the global batch, whatever the number of ranks and micro-batches: a micro-batch counts
 by its rows, and what a rank adds is scaled so that the mean over ranks is the mean over rows, also if ranks have unequal
-numbers of them.
+numbers of them. Where a loss mask says which targets count, it is the mean over those: their number is summed over ranks
+before the first forward pass, and a micro-batch counts by its own.
 """
 
 import time
@@ -169,11 +170,12 @@ def seed_step(seed: int, step: int, rank: int) -> None:
 def _backward(run: RunState, work: Work, batch: Batch) -> Tensor:
     """Leave the gradient of the global mean in the parameters; return this rank's part of the mean."""
     total = torch.zeros((), device=run.device)
-    tokens = _to_device(batch, run.device)
-    pieces = torch.split(tokens, work.micro_rows)
-    for number, piece in enumerate(pieces, start=1):
-        micro = MicroBatch(piece.long())
-        share = len(piece) / work.rows
+    pieces = _pieces(batch, run.device, rows=work.micro_rows)
+    whole = _learned(batch, run.device, work.ranks)
+    for number, micro in enumerate(pieces, start=1):
+        counted = micro.learned
+        rows = len(micro.tokens) / work.rows
+        share = rows if whole is None or counted is None else (counted / whole).float()
         with work.ranks.accumulating(work.model, last=number == len(pieces)):
             with autocast(run.device, work.precision):
                 outputs = work.objective.outputs(work.model, micro)
@@ -185,10 +187,25 @@ def _backward(run: RunState, work: Work, batch: Batch) -> Tensor:
     return total
 
 
-def _to_device(batch: Batch, device: torch.device) -> Tensor:
-    """Copy the narrow token ids; they are widened there."""
-    tokens = torch.from_numpy(batch.tokens)
-    return tokens.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tokens
+def _pieces(batch: Batch, device: torch.device, *, rows: int) -> list[MicroBatch]:
+    """Return the micro-batches of a batch. What is copied to the device are narrow token ids; they are widened there."""
+    mask = batch.loss_mask
+    tokens = torch.split(_to_device(torch.from_numpy(batch.tokens), device), rows)
+    masks = torch.split(_to_device(torch.from_numpy(mask), device), rows) if mask is not None else [None] * len(tokens)
+    return [MicroBatch(piece.long(), masked) for piece, masked in zip(tokens, masks, strict=True)]
+
+
+def _learned(batch: Batch, device: torch.device, ranks: Ranks) -> Tensor | None:
+    """Return how many targets of the global batch count, at least 1, as float64; None: all do."""
+    mask = batch.loss_mask
+    if mask is None:
+        return None
+    mine = torch.tensor(int(mask[:, 1:].sum()), dtype=torch.float64, device=device)
+    return ranks.sum(mine)().clamp(min=1)
+
+
+def _to_device(tensor: Tensor, device: torch.device) -> Tensor:
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
 
 
 def _settle(late: Callable[[], Outcome], watcher: Watcher) -> bool:

@@ -1,4 +1,8 @@
-"""From a batch to a loss. An objective returns the mean over the tokens it was given; the loop weighs micro-batches and ranks."""
+"""From a batch to a loss. An objective returns the mean over the targets that count; the loop weighs micro-batches and ranks.
+
+Which ones count is said by the loss mask: those of deleted documents do not, nor those that the dataset has a 0 for. A batch
+in which none does has the loss 0.
+"""
 
 from dataclasses import dataclass
 from typing import Protocol
@@ -8,6 +12,8 @@ from torch.nn import functional
 
 __all__ = ["Causal", "MicroBatch", "Objective"]
 
+_IGNORED = -100
+
 
 @dataclass(frozen=True, slots=True)
 class MicroBatch:
@@ -15,6 +21,9 @@ class MicroBatch:
 
     tokens: Tensor
     """int64 [B, seq_len + 1]"""
+
+    loss_mask: Tensor | None = None
+    """bool [B, seq_len + 1]: whether each token is to be learned; None: all are."""
 
     @property
     def inputs(self) -> Tensor:
@@ -26,6 +35,11 @@ class MicroBatch:
         """The token that follows each input, [B, seq_len]."""
         return self.tokens[:, 1:]
 
+    @property
+    def learned(self) -> Tensor | None:
+        """How many targets count, a scalar; None: all do."""
+        return None if self.loss_mask is None else self.loss_mask[:, 1:].sum()
+
 
 class Objective(Protocol):
     """What is learned."""
@@ -35,7 +49,7 @@ class Objective(Protocol):
         ...
 
     def loss(self, outputs: Tensor, batch: MicroBatch) -> Tensor:
-        """Return the mean loss over the tokens of `batch`, a scalar."""
+        """Return the mean loss over the targets of `batch` that count, a scalar."""
         ...
 
 
@@ -48,4 +62,8 @@ class Causal(Objective):
 
     def loss(self, outputs: Tensor, batch: MicroBatch) -> Tensor:
         """Return the cross-entropy, computed in float32."""
-        return functional.cross_entropy(outputs.flatten(0, 1).float(), batch.targets.flatten())
+        logits, learned = outputs.flatten(0, 1).float(), batch.learned
+        if batch.loss_mask is None or learned is None:
+            return functional.cross_entropy(logits, batch.targets.flatten())
+        targets = batch.targets.masked_fill(~batch.loss_mask[:, 1:], _IGNORED).flatten()
+        return functional.cross_entropy(logits, targets, ignore_index=_IGNORED, reduction="sum") / learned.clamp(min=1)

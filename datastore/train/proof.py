@@ -3,17 +3,27 @@
 One process plans every step again from dataset, seed and settings, reads the tokens again, and compares: cursors follow
 each other from 0, every step's fingerprint is that of the samples and tokens that were planned, and within an epoch no
 sample comes twice. Neither the number of ranks nor the number of interruptions is known to it.
+
+Each step is read from the version of the dataset that its session read. If that version has been purged, the samples of a
+step are proven by the plan, which deletions do not change, and its tokens where none of them has been deleted since.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from itertools import groupby
 
+import msgspec
 import numpy as np
 
+from datastore.errors import MissingError
 from datastore.loader.batch import Batch
+from datastore.loader.geometry import Gaps
 from datastore.loader.loader import Loader
 from datastore.train.record import StepEntry
-from datastore.train.run import RunConfig, RunFolder, open_split
+from datastore.train.run import RunConfig, RunFolder, open_split, own_versions
 from datastore.train.trace import History, read_history
+from datastore.train.versions import Versions
 
 __all__ = ["Proof", "prove"]
 
@@ -40,6 +50,9 @@ class Proof:
     worlds: list[int]
     """How many ranks each of them had."""
 
+    purged: int = 0
+    """Steps with tokens that cannot be compared any more: their version is gone, and they have been deleted since."""
+
     problems: list[str] = field(default_factory=list)
     """Empty: every sample of the planned order was consumed exactly once."""
 
@@ -59,26 +72,34 @@ def prove(run: str) -> Proof:
     folder = RunFolder.open(run)
     config = folder.config()
     history = read_history(folder)
-    sessions = list(dict.fromkeys(session for session, _ in history.steps))
-    with _loader_of(config, history) as loader:
-        count = _Count(loader.samples_per_epoch)
-        problems = [problem for _, entry in history.steps for problem in _compare(entry, loader, count)]
-        return Proof(
-            steps=len(history.steps),
-            samples=count.samples,
-            distinct=int(count.ever.sum()),
-            epoch_samples=loader.samples_per_epoch,
-            sessions=len(sessions),
-            worlds=[folder.session(session).world for session in sessions],
-            problems=problems[:_SHOWN],
-        )
+    sessions = [folder.session(name) for name in dict.fromkeys(session for session, _ in history.steps)]
+    count: _Count | None = None
+    problems: list[str] = []
+    cursor = 0
+    for session, (_, steps) in zip(sessions, groupby(history.steps, key=lambda step: step[0]), strict=True):
+        with _reader_of(config, history, session.data or own_versions(config), cursor=cursor) as reader:
+            count = count or _Count(reader.loader.samples_per_epoch)
+            for _, entry in steps:
+                problems += _compare(entry, reader, count)
+            cursor = reader.loader.cursor
+    count = count or _Count(0)
+    return Proof(
+        steps=len(history.steps),
+        samples=count.samples,
+        distinct=int(count.ever.sum()),
+        epoch_samples=len(count.ever),
+        sessions=len(sessions),
+        worlds=[session.world for session in sessions],
+        purged=count.purged,
+        problems=problems[:_SHOWN],
+    )
 
 
 class _Count:
     """Which samples came, in this epoch and ever. Memory: two bytes for each sample of an epoch."""
 
     def __init__(self, epoch_samples: int) -> None:
-        self.samples = 0
+        self.samples = self.purged = 0
         self.ever = np.zeros(epoch_samples, np.bool_)
         self._epoch = -1
         self._seen = np.zeros(epoch_samples, np.bool_)
@@ -99,29 +120,55 @@ class _Count:
         return again
 
 
-def _loader_of(config: RunConfig, history: History) -> Loader:
-    """Return a loader of all samples of each step, at the first."""
+@dataclass(frozen=True, slots=True)
+class _Reader:
+    """A loader of all samples of each step."""
+
+    loader: Loader
+    later: Gaps | None
+    """What is deleted in the version that it reads, if that is a later one than was trained on."""
+
+    def hides(self, batch: Batch) -> bool:
+        """Return whether tokens of `batch` are deleted that may not have been when they were trained on."""
+        if self.later is None:
+            return False
+        begin = batch.samples * self.loader.seq_len
+        first, last = self.later.touched(begin, begin + self.loader.seq_len + 1)
+        return bool((last > first).any())
+
+
+@contextmanager
+def _reader_of(config: RunConfig, history: History, versions: Versions, *, cursor: int) -> Iterator[_Reader]:
+    """Yield a reader of the steps from `cursor` on, of a session that read `versions`."""
+    exact = True
+    try:
+        dataset = open_split(config, versions).training
+    except MissingError:
+        dataset, exact = open_split(config).training, False
     data = config.settings.data
-    loader = Loader(
-        open_split(config).training,
+    with Loader(
+        dataset,
         seq_len=data.seq_len,
         global_batch=data.global_batch,
         seed=data.seed,
         options=config.settings.loader,
-    )
-    loader.load_state_dict(history.loader | {"cursor": 0})
-    return loader
+    ) as loader:
+        loader.load_state_dict(history.loader | {"cursor": cursor, "version": dataset.version})
+        yield _Reader(loader, None if exact or not dataset.deleted_spans.size else Gaps(dataset.deleted_spans))
 
 
-def _compare(entry: StepEntry, loader: Loader, count: _Count) -> list[str]:
+def _compare(entry: StepEntry, reader: _Reader, count: _Count) -> list[str]:
     """Return what is wrong with one step."""
-    batch = next(loader)
+    batch = next(reader.loader)
     planned = StepEntry(
         step=entry.step,
         cursor=batch.cursor,
         samples=len(batch.samples),
         fingerprint=f"{batch.fingerprint():016x}",
     )
+    if reader.hides(batch):
+        count.purged += 1
+        planned = msgspec.structs.replace(planned, fingerprint=entry.fingerprint)
     again = count.add(batch)
     problems = [f"step {entry.step} has samples that came before in this epoch: {again}"] if again else []
     if entry != planned:

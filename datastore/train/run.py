@@ -13,17 +13,17 @@ from dataclasses import dataclass
 
 import msgspec
 
-from datastore.document import Document, Sealed, decode, encode, seal, unseal
+from datastore.document import Sealed, decode, encode, seal, unseal
 from datastore.errors import ConfigError, MissingError, ResumeError
 from datastore.storage.base import Storage
 from datastore.storage.resolve import open_storage, strip_credentials
-from datastore.store.dataset import Dataset, open_dataset, split_reference
+from datastore.store.dataset import open_dataset
 from datastore.train.settings import Settings, changed_keys
 from datastore.train.split import Split, make_split
+from datastore.train.versions import DatasetRef, Versions, open_at, ref_of, version_to_read
 
 __all__ = [
     "CONFIG_KEY",
-    "DatasetRef",
     "RunConfig",
     "RunFolder",
     "Session",
@@ -31,17 +31,12 @@ __all__ = [
     "encode_config",
     "new_session",
     "open_split",
+    "own_versions",
     "utc_now",
+    "versions_to_read",
 ]
 
 CONFIG_KEY = "config.json"
-
-
-class DatasetRef(Document, frozen=True, kw_only=True):
-    """A dataset at one version."""
-
-    uuid: str
-    version: int
 
 
 class RunConfig(Sealed, frozen=True, kw_only=True):
@@ -49,6 +44,8 @@ class RunConfig(Sealed, frozen=True, kw_only=True):
 
     settings: Settings
     dataset: DatasetRef
+    """What it began with."""
+
     validation: DatasetRef | None = None
     """The dataset named by `data.validation`."""
 
@@ -76,6 +73,9 @@ class Session(Sealed, frozen=True, kw_only=True):
     threads: int
     versions: dict[str, str]
     """Of datastore, torch and Python."""
+
+    data: Versions | None = None
+    """Versions of the datasets that it reads; None: those of the config."""
 
 
 def new_session() -> str:
@@ -179,16 +179,40 @@ def is_run(storage: Storage) -> bool:
         return False
 
 
-def open_split(config: RunConfig) -> Split:
-    """Return the datasets of a run, at the versions it is bound to.
+def own_versions(config: RunConfig) -> Versions:
+    """Return the versions that a run began with."""
+    return Versions(
+        training=config.dataset.version, validation=config.validation.version if config.validation is not None else 0
+    )
+
+
+def versions_to_read(config: RunConfig) -> Versions:
+    """Return which versions of its datasets a run reads when it goes on now; see `versions.py`.
+
+    Raises:
+        MissingError: a dataset is not there any more.
+    """
+    data, mode = config.settings.data, config.settings.loader.deletions
+    other = config.validation
+    return Versions(
+        training=version_to_read(data.url, config.dataset, deletions=mode),
+        validation=version_to_read(data.validation, other, deletions=mode) if other is not None else 0,
+    )
+
+
+def open_split(config: RunConfig, versions: Versions | None = None) -> Split:
+    """Return the datasets of a run, at `versions`, or at those that it reads when it goes on now.
 
     Raises:
         MissingError: a dataset or version is not there any more.
-        ResumeError: another dataset lies at its URL.
+        ResumeError: another dataset lies at its URL, or a version has other shards.
     """
-    data = config.settings.data
-    dataset = _open_exactly(data.url, config.dataset)
-    validation = _open_exactly(data.validation, config.validation) if config.validation is not None else None
+    data, other = config.settings.data, config.validation
+    versions = versions or versions_to_read(config)
+    dataset = open_at(data.url, config.dataset, version=versions.training)
+    validation = None
+    if other is not None:
+        validation = open_at(data.validation, other, version=versions.validation or other.version)
     return make_split(dataset, holdout=data.holdout, validation=validation)
 
 
@@ -222,8 +246,8 @@ def _new_config(settings: Settings) -> RunConfig:
         )
     return RunConfig(
         settings=_without_secrets(settings),
-        dataset=_ref(dataset),
-        validation=_ref(validation) if validation is not None else None,
+        dataset=ref_of(dataset),
+        validation=ref_of(validation) if validation is not None else None,
         vocab_size=vocab_size,
         end_of_text=tokenizer.end_of_text if tokenizer else None,
         created=utc_now(),
@@ -241,20 +265,3 @@ def _without_secrets(settings: Settings) -> Settings:
 def utc_now() -> str:
     """Return the time as documents store it."""
     return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
-
-
-def _ref(dataset: Dataset) -> DatasetRef:
-    return DatasetRef(uuid=dataset.uuid, version=dataset.version)
-
-
-def _open_exactly(url: str, ref: DatasetRef) -> Dataset:
-    dataset = open_dataset(split_reference(url)[0], version=ref.version)
-    if dataset.uuid != ref.uuid:
-        raise ResumeError(
-            "another dataset lies at this URL",
-            url=dataset.url,
-            expected_uuid=ref.uuid,
-            found_uuid=dataset.uuid,
-            hint="Put the dataset of the run back, or set data.url to where it lies now.",
-        )
-    return dataset

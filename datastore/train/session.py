@@ -14,11 +14,10 @@ from pathlib import Path
 
 from datastore.checkpoint.checkpointer import Checkpointer
 from datastore.checkpoint.settings import CheckpointOptions, Keep
-from datastore.document import Document
+from datastore.document import Document, decode, encode
 from datastore.errors import ConfigError
 from datastore.loader.place import Place
 from datastore.train.assembly import Parts, assemble, use_machine
-from datastore.train.evaluate import ValidationSamples
 from datastore.train.keeper import Keeper, Outputs
 from datastore.train.launch import Launch
 from datastore.train.lock import RunLock
@@ -37,10 +36,12 @@ from datastore.train.run import (
     new_session,
     open_split,
     utc_now,
+    versions_to_read,
 )
 from datastore.train.settings import Settings, check_world
 from datastore.train.signals import on_first_signal
-from datastore.train.split import Split
+from datastore.train.split import Split, ValidationSamples
+from datastore.train.versions import Versions
 
 __all__ = ["Task", "run_session"]
 
@@ -79,16 +80,17 @@ def run_session(task: Task, launch: Launch, report: Callable[[Progress], None]) 
             stack.enter_context(lock)
         config = _agree_on_config(task, folder, ranks)
         machine = use_machine(config.settings.train, ranks, threads=folder.threads_before(ranks.world))
-        split = open_split(config)
+        versions = _agree_on_versions(config, ranks)
+        split = open_split(config, versions)
         parts = assemble(config, split, ranks, machine=machine)
         stack.callback(parts.loader.close)
         checkpointer = stack.enter_context(_open_checkpointer(config.settings, folder, ranks, session=name))
         keeper = Keeper(parts, session=name, checkpointer=checkpointer, samples=_samples(split, parts), stop=stop)
-        note = keeper.restore()
+        note = "; ".join(filter(None, (keeper.restore(), _deletions_note(config, split, versions))))
         resumed_from = parts.run.step
         if ranks.rank == 0:
             folder.store(config)  # Not before: what does not work must not be in the way of what does.
-            folder.add_session(_session(name, parts))
+            folder.add_session(_session(name, parts, versions))
             metrics = MetricsWriter(
                 folder.storage, session=name, first_step=resumed_from + 1, tensorboard=_board(config.settings, folder)
             )
@@ -121,6 +123,22 @@ def _agree_on_config(task: Task, folder: RunFolder, ranks: Ranks) -> RunConfig:
     return decode_config(ranks.share("config", text))
 
 
+def _agree_on_versions(config: RunConfig, ranks: Ranks) -> Versions:
+    """Return which versions of the datasets all ranks read: those that rank 0 finds."""
+    text = encode(versions_to_read(config)).decode() if ranks.rank == 0 else ""
+    return decode(Versions, ranks.share("versions", text).encode(), where="rank 0")
+
+
+def _deletions_note(config: RunConfig, split: Split, versions: Versions) -> str:
+    """Return what to tell of documents that were deleted since the run began."""
+    if versions.training == config.dataset.version:
+        return ""
+    deleted = split.training.totals.deleted_documents
+    return (
+        f"reads version {versions.training} of the dataset, in which {deleted:,} documents are deleted: they are masked"
+    )
+
+
 def _open_checkpointer(settings: Settings, folder: RunFolder, ranks: Ranks, *, session: str) -> Checkpointer:
     return Checkpointer(
         folder.storage,
@@ -137,10 +155,10 @@ def _samples(split: Split, parts: Parts) -> ValidationSamples | None:
     if not settings.eval.every:
         return None
     place = Place(parts.ranks.rank, parts.ranks.world)
-    return ValidationSamples(*split.samples(settings.eval.samples, seq_len=settings.data.seq_len, place=place))
+    return split.samples(settings.eval.samples, seq_len=settings.data.seq_len, place=place, options=settings.loader)
 
 
-def _session(name: str, parts: Parts) -> Session:
+def _session(name: str, parts: Parts, versions: Versions) -> Session:
     return Session(
         session=name,
         started=utc_now(),
@@ -156,6 +174,7 @@ def _session(name: str, parts: Parts) -> Session:
             "python": platform.python_version(),
             "torch": version("torch"),
         },
+        data=versions,
     )
 
 

@@ -5,7 +5,7 @@
     [optim]  update rule and schedule
     [train]  how many steps, and how this machine takes them
     [checkpoint] [eval] [metrics]   what is kept and reported
-    [loader] memory and threads of the loader
+    [loader] memory and threads of the loader, and what becomes of deleted documents
     [[hooks]] use = "prune" ...     in the order in which they run; each hook owns its other keys
 
 Every value has a default except `data.url`. A value that depends on the machine may be "auto"; what it became is
@@ -41,6 +41,7 @@ _MAY_CHANGE = (
     "checkpoint.",
     "data.url",
     "eval.",
+    "loader.end_of_text",
     "loader.memory_bytes",
     "loader.prefetch_batches",
     "loader.threads",

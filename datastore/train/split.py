@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
+import msgspec
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
@@ -18,12 +19,14 @@ from typing_extensions import override
 from datastore.errors import ConfigError
 from datastore.loader.loader import Loader
 from datastore.loader.place import Place
+from datastore.loader.settings import LoaderOptions
 from datastore.store.dataset import Dataset
-from datastore.store.segment import SEGMENT_SCHEMA, Segments
+from datastore.store.segment import SEGMENT_SCHEMA, Segments, ShardLayout
 
-__all__ = ["Split", "Stretch", "make_split"]
+__all__ = ["Split", "Stretch", "ValidationSamples", "make_split"]
 
 _VALIDATION_SEED = 0
+_DEFAULTS = LoaderOptions()
 
 
 class Stretch(Dataset):
@@ -39,6 +42,26 @@ class Stretch(Dataset):
     def segments(self) -> Segments:
         return _cut(self._whole.segments, self._start, self._stop)
 
+    @cached_property
+    @override
+    def deleted_spans(self) -> npt.NDArray[np.int64]:
+        inside = np.clip(self._whole.deleted_spans, self._start, self._stop) - self._start
+        return inside[inside[:, 1] > inside[:, 0]]
+
+
+@dataclass(frozen=True, slots=True)
+class ValidationSamples:
+    """What is validated on, and this rank's part of it."""
+
+    mine: npt.NDArray[Any]
+    """[E, seq_len + 1]; a rank may have none."""
+
+    count: int
+    """Samples of all ranks."""
+
+    loss_mask: npt.NDArray[np.bool_] | None = None
+    """[E, seq_len + 1] which of the tokens count; None: all do."""
+
 
 @dataclass(frozen=True, slots=True)
 class Split:
@@ -47,15 +70,20 @@ class Split:
     training: Dataset
     validation: Dataset
 
-    def samples(self, count: int, *, seq_len: int, place: Place) -> tuple[npt.NDArray[Any], int]:
-        """Return this rank's part of `count` validation samples [E, seq_len + 1], and how many all ranks have together.
+    def samples(
+        self, count: int, *, seq_len: int, place: Place, options: LoaderOptions = _DEFAULTS
+    ) -> ValidationSamples:
+        """Return this rank's part of `count` validation samples.
 
-        They are spread over all of it, and the same each time for any number of ranks; a rank may have none.
+        They are spread over all of it, and the same each time for any number of ranks; a rank may have none. Deleted
+        documents are what `options` say.
 
         Raises:
             ConfigError: not even one sample fits.
         """
         held_out = int(self.validation.segments.tokens.sum())
+        if options.deletions == "compact":
+            held_out -= int(np.diff(self.validation.deleted_spans).sum())
         count = min(count, max(0, held_out - 1) // seq_len)
         if count < 1:
             raise ConfigError(
@@ -71,12 +99,13 @@ class Split:
             global_batch=count,
             seed=_VALIDATION_SEED,
             place=place if shared else Place(),
+            options=LoaderOptions(deletions=options.deletions, end_of_text=options.end_of_text),
         )
-        try:
-            tokens = next(loader).tokens.copy()
-        finally:
-            loader.close()
-        return (tokens if shared or place.rank == 0 else tokens[:0]), count
+        with loader:
+            batch = next(loader)
+        rows = len(batch.tokens) if shared or place.rank == 0 else 0
+        mask = batch.loss_mask
+        return ValidationSamples(batch.tokens[:rows], count, mask if mask is None else mask[:rows])
 
 
 def make_split(dataset: Dataset, *, holdout: float, validation: Dataset | None) -> Split:
@@ -124,9 +153,29 @@ def _shortened(batch: pa.RecordBatch, skipped: npt.NDArray[np.int64], kept: npt.
     moved = {
         "tokens": kept,
         "values_start": batch.column("values_start").to_numpy() + skipped * itemsize,
+        "layout": _moved_layouts(batch, skipped),
     }
     columns = [
         pa.array(moved[field.name], field.type) if field.name in moved else batch.column(field.name)
         for field in SEGMENT_SCHEMA
     ]
     return pa.record_batch(columns, schema=SEGMENT_SCHEMA)
+
+
+def _moved_layouts(batch: pa.RecordBatch, skipped: npt.NDArray[np.int64]) -> "pa.Array[Any]":
+    """Return the layouts of shards that begin `skipped` tokens later: so do the columns beside their tokens."""
+    layouts: list[Any] = batch.column("layout").to_pylist()
+    for shard in np.flatnonzero(skipped).tolist():
+        if layouts[shard]:
+            layout = msgspec.json.decode(layouts[shard], type=ShardLayout)
+            moved = tuple(
+                msgspec.structs.replace(
+                    column,
+                    values_start=column.values_start
+                    + int(skipped[shard]) * column.width * np.dtype(column.dtype).itemsize,
+                )
+                for column in layout.columns
+            )
+            layouts[shard] = msgspec.json.encode(msgspec.structs.replace(layout, columns=moved))
+    found: pa.Array[Any] = pa.array(layouts, SEGMENT_SCHEMA.field("layout").type)
+    return found

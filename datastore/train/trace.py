@@ -12,8 +12,9 @@ from datastore.checkpoint.checkpointer import Checkpointer
 from datastore.errors import ConfigError, MissingError
 from datastore.loader.place import Place
 from datastore.loader.trace import DocumentSpan, Tracer, plan_step
+from datastore.store.dataset import Dataset
 from datastore.train.record import Record, StepEntry, read_segments
-from datastore.train.run import RunFolder, open_split
+from datastore.train.run import RunConfig, RunFolder, Session, open_split, own_versions
 
 __all__ = ["History", "StepTrace", "TracedSample", "TracedSpan", "read_history", "trace"]
 
@@ -33,7 +34,10 @@ class TracedSpan:
 
     tokens: int
     text: str
-    """Empty if the dataset names no tokenizer."""
+    """Empty if the dataset names no tokenizer, or the document is deleted."""
+
+    deleted: bool = False
+    """Whether the document is deleted in the version that was read: the step saw end-of-text in its place."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,19 +122,20 @@ def trace(run: str, step: int, *, rank: int | None = None, limit: int = 0) -> St
             last=len(history.steps),
             hint="Name a step between 1 and the last.",
         )
-    session, entry = history.steps[step - 1]
-    world = folder.session(session).world
+    name, entry = history.steps[step - 1]
+    session = folder.session(name)
+    world = session.world
     if rank is not None and not 0 <= rank < world:
         raise ConfigError("no such rank took this step", rank=rank, world=world, hint=f"Name one below {world}.")
-    dataset = open_split(config).training
+    dataset = _dataset_of(config, session)
     plan = plan_step(
         dataset,
-        history.loader | {"cursor": entry.cursor},
+        history.loader | {"cursor": entry.cursor, "version": dataset.version},
         global_batch=entry.samples,
         place=Place() if rank is None else Place(rank, world),
     )
     chosen = np.argsort(plan.positions)[: limit or None]
-    tracer = Tracer(dataset, seq_len=config.settings.data.seq_len)
+    tracer = Tracer(dataset, seq_len=config.settings.data.seq_len, deletions=config.settings.loader.deletions)
     known = dataset.commit.tokenizer is not None
     origins = tracer.locate(plan.samples[chosen].tolist())
     return StepTrace(
@@ -139,13 +144,21 @@ def trace(run: str, step: int, *, rank: int | None = None, limit: int = 0) -> St
         rows=len(plan.positions),
         world=world,
         rank=rank,
-        session=session,
+        session=name,
         fingerprint=entry.fingerprint,
         samples=[
             TracedSample(position, origin.sample, [_traced(tracer, span, known=known) for span in origin.spans])
             for position, origin in zip(plan.positions[chosen].tolist(), origins, strict=True)
         ],
     )
+
+
+def _dataset_of(config: RunConfig, session: Session) -> Dataset:
+    """Return the training data as `session` read it; if that version is gone, as it is now, without what was purged."""
+    try:
+        return open_split(config, session.data or own_versions(config)).training
+    except MissingError:
+        return open_split(config).training
 
 
 def _traced(tracer: Tracer, span: DocumentSpan, *, known: bool) -> TracedSpan:
@@ -159,6 +172,7 @@ def _traced(tracer: Tracer, span: DocumentSpan, *, known: bool) -> TracedSpan:
         exact=found is not None,
         tokens=span.sample_tokens[1] - span.sample_tokens[0],
         text=tracer.text(span) if known else "",
+        deleted=span.deleted,
     )
 
 

@@ -5,7 +5,7 @@ import torch
 from datastore.errors import ConfigError
 from datastore.loader.place import Place
 from datastore.storage.resolve import open_storage
-from datastore.train.evaluate import Evaluation, ValidationSamples, validation_loss
+from datastore.train.evaluate import Evaluation, validation_loss
 from datastore.train.export import open_model
 from datastore.train.launch import Launch
 from datastore.train.parallel import Ranks
@@ -30,8 +30,10 @@ def evaluate(source: str, *, run: str = "", step: int | None = None, samples: in
     if not is_run(open_storage(run)):
         raise ConfigError("no run says what to validate on", source=source, hint="Name the run that the model is from.")
     config = RunFolder.open(run).config()
-    seq_len = config.settings.data.seq_len
-    tokens, count = open_split(config).samples(samples or config.settings.eval.samples, seq_len=seq_len, place=Place())
+    settings = config.settings
+    held_out = open_split(config).samples(
+        samples or settings.eval.samples, seq_len=settings.data.seq_len, place=Place(), options=settings.loader
+    )
     ranks = Ranks(Launch(), torch.device("cpu"), None)
     model = open_model(source, step=step).model
-    return validation_loss(model, ValidationSamples(tokens, count), ranks=ranks, precision="fp32", rows=_ROWS)
+    return validation_loss(model, held_out, ranks=ranks, precision="fp32", rows=_ROWS)

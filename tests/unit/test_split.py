@@ -49,11 +49,11 @@ def test_training_and_validation_share_no_token_and_lose_none(dataset: Dataset, 
 @pytest.mark.parametrize("world", [1, 2, 3, 20])
 def test_any_number_of_ranks_validates_on_the_same_samples(tmp_path: Path, world: int) -> None:
     split = make_split(make_language(tmp_path), holdout=0.1, validation=None)
-    alone, count = split.samples(16, seq_len=32, place=Place())
+    alone = split.samples(16, seq_len=32, place=Place())
     parts = [split.samples(16, seq_len=32, place=Place(rank, world)) for rank in range(world)]
-    together = np.concatenate([mine for mine, _ in parts])
-    assert {count for _, count in parts} == {count} == {16}
-    assert sorted(map(tuple, together.tolist())) == sorted(map(tuple, alone.tolist()))
+    together = np.concatenate([part.mine for part in parts])
+    assert {part.count for part in parts} == {alone.count} == {16}
+    assert sorted(map(tuple, together.tolist())) == sorted(map(tuple, alone.mine.tolist()))
 
 
 def test_what_cannot_be_validated_on_is_refused(tmp_path: Path) -> None:

@@ -1,0 +1,118 @@
+"""Which versions of its datasets a run reads: documents may be deleted while it goes on.
+
+A run is bound to the shards it began with. When it goes on, it reads the newest version that still begins with them, and
+what has been deleted in it is masked: every sample stays at its step, so nothing else changes. Each session records what it
+read, so that what it consumed can be computed again. A run stays with the version it began with if that version is named in
+`data.url`, or if deleted documents are left out (`loader.deletions = "compact"`), which moves every sample after them.
+
+The price: two runs of the same settings differ if documents were deleted in between, and one that was interrupted then
+differs from one that was not. That is what a delete asks for.
+"""
+
+from datastore.document import Document
+from datastore.errors import MissingError, ResumeError
+from datastore.loader.settings import DeletionMode
+from datastore.loader.state import shards_fingerprint
+from datastore.store.dataset import Dataset, open_dataset, split_reference
+from datastore.train.split import Stretch
+
+__all__ = ["DatasetRef", "Versions", "open_at", "ref_of", "version_to_read"]
+
+
+class DatasetRef(Document, frozen=True, kw_only=True):
+    """A dataset at one version."""
+
+    uuid: str
+    version: int
+    shards: int = 0
+    """How many it has; 0 if that was not noted yet."""
+
+    fingerprint: str = ""
+    """Names them."""
+
+
+class Versions(Document, frozen=True, kw_only=True):
+    """What a session reads."""
+
+    training: int
+    validation: int = 0
+    """0: there is no other dataset for it."""
+
+
+def ref_of(dataset: Dataset) -> DatasetRef:
+    """Return what binds a run to `dataset`."""
+    shards = len(dataset.segments)
+    fingerprint = shards_fingerprint(dataset.segments, shards=shards)
+    return DatasetRef(uuid=dataset.uuid, version=dataset.version, shards=shards, fingerprint=fingerprint)
+
+
+def version_to_read(url: str, ref: DatasetRef, *, deletions: DeletionMode) -> int:
+    """Return the newest version that differs from `ref` by deletions (and perhaps later shards) only, or `ref`'s own.
+
+    Raises:
+        MissingError: there is no dataset any more.
+    """
+    base, name = split_reference(url)
+    newest = open_dataset(base)
+    if name or deletions == "compact" or not ref.shards or newest.uuid != ref.uuid:
+        return ref.version
+    own = _readable(base, ref.version)
+    found, beyond = own or newest, newest.version
+    if _begins_with(newest, ref):
+        found = newest
+    else:
+        # The versions that begin with the run's shards follow each other: the last one before the shards were replaced.
+        low = ref.version
+        while beyond - low > 1:
+            middle = (low + beyond) // 2
+            one = _readable(base, middle)
+            if one is not None and not _begins_with(one, ref):
+                beyond = middle
+            else:
+                low, found = middle, one or found
+        if not _begins_with(found, ref):
+            return ref.version
+    unchanged = own is not None and own.commit.deletions == found.commit.deletions
+    return ref.version if unchanged else found.version
+
+
+def open_at(url: str, ref: DatasetRef, *, version: int) -> Dataset:
+    """Return the shards of `ref` as they are in `version`.
+
+    Raises:
+        MissingError: that version is not there any more.
+        ResumeError: another dataset lies at the URL, or that version has other shards.
+    """
+    dataset = open_dataset(split_reference(url)[0], version=version)
+    if dataset.uuid != ref.uuid:
+        raise ResumeError(
+            "another dataset lies at this URL",
+            url=dataset.url,
+            expected_uuid=ref.uuid,
+            found_uuid=dataset.uuid,
+            hint="Put the dataset of the run back, or set data.url to where it lies now.",
+        )
+    if not ref.shards or version == ref.version:
+        return dataset
+    if not _begins_with(dataset, ref):
+        raise ResumeError(
+            "the version does not have the shards of the run",
+            url=dataset.url,
+            version=version,
+            hint=f"Use version {ref.version}, or start a new run.",
+        )
+    if len(dataset.segments) == ref.shards:
+        return dataset
+    return Stretch(dataset, start=0, stop=int(dataset.segments.tokens[: ref.shards].sum()))
+
+
+def _begins_with(dataset: Dataset, ref: DatasetRef) -> bool:
+    segments = dataset.segments
+    return len(segments) >= ref.shards and shards_fingerprint(segments, shards=ref.shards) == ref.fingerprint
+
+
+def _readable(url: str, version: int) -> Dataset | None:
+    try:
+        return open_dataset(url, version=version)
+    except MissingError:
+        return None
