@@ -1,0 +1,256 @@
+"""Documents are deleted while a run goes on: nothing of them is learned any more, and all else comes when it would have."""
+
+from functools import partial
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch.nn import functional
+
+from datastore.errors import ConfigError, MissingError
+from datastore.loader.batch import Batch
+from datastore.storage.resolve import open_storage
+from datastore.store.dataset import Dataset, open_dataset
+from datastore.store.delete import delete
+from datastore.store.purge import purge
+from datastore.store.writer import Operation, commit_shards
+from datastore.testing.datasets import make_dataset, make_shard
+from datastore.testing.runs import make_language, tiny_settings
+from datastore.train.evaluate import validation_loss
+from datastore.train.launch import Launch
+from datastore.train.loop import Work, _backward
+from datastore.train.model import GPT
+from datastore.train.objectives import Causal, MicroBatch
+from datastore.train.parallel import Ranks
+from datastore.train.progress import Progress
+from datastore.train.proof import prove
+from datastore.train.run import RunFolder
+from datastore.train.settings import ModelSettings
+from datastore.train.split import ValidationSamples
+from datastore.train.trace import read_history, trace
+from datastore.train.trainer import resume, train
+
+CPU = torch.device("cpu")
+VOCABULARY = 50
+
+
+def small_model() -> GPT:
+    model = GPT(ModelSettings(layers=1, width=16, heads=2, vocab_size=VOCABULARY))
+    model.initialize(torch.Generator().manual_seed(1))
+    return model
+
+
+def batch_of(tokens: np.ndarray, mask: np.ndarray | None) -> Batch:
+    places = np.arange(len(tokens))
+    columns = {} if mask is None else {"loss_mask": mask.astype(np.uint8)}
+    return Batch(tokens, places, places, 0, None, columns)  # type: ignore[arg-type]
+
+
+class Together(Ranks):
+    """One of several ranks, whose sums are known beforehand."""
+
+    def __init__(self, *, world: int, sums: float) -> None:
+        super().__init__(Launch(), CPU, None)
+        self.world, self._sum = world, sums
+
+    def sum(self, values: torch.Tensor):  # noqa: ANN201
+        return lambda: torch.full_like(values, self._sum)
+
+
+def gradients(batches: list[Batch], *, micro_rows: int) -> list[torch.Tensor]:
+    """Mean over ranks of what each, with one of `batches`, leaves in the parameters."""
+    rows = sum(len(batch.tokens) for batch in batches)
+    learned = sum(int(batch.loss_mask[:, 1:].sum()) for batch in batches if batch.loss_mask is not None)
+    summed: list[torch.Tensor] = []
+    for batch in batches:
+        model = small_model()
+        work = Work(
+            model=model,
+            objective=Causal(),
+            hooks=(),
+            ranks=Together(world=len(batches), sums=learned),
+            batches=lambda: batch,  # noqa: B023
+            rows=rows,
+            micro_rows=micro_rows,
+            precision="fp32",
+            clip=0.0,
+            rate=lambda _: 0.0,
+            guard=None,  # type: ignore[arg-type]
+        )
+        run = type("Run", (), {"device": CPU, "world": len(batches)})()
+        _backward(run, work, batch)
+        found = [parameter.grad / len(batches) for parameter in model.parameters()]
+        summed = [a + b for a, b in zip(summed, found, strict=True)] if summed else found
+    return summed
+
+
+@pytest.mark.parametrize("ranks", [[6], [4, 2], [1, 2, 3]])
+@pytest.mark.parametrize("micro_rows", [1, 2, 6])
+def test_the_gradient_is_that_of_the_mean_over_the_targets_that_count(ranks: list[int], micro_rows: int) -> None:
+    generator = np.random.default_rng(0)
+    tokens = generator.integers(0, VOCABULARY, (6, 9)).astype(np.uint16)
+    mask = generator.integers(0, 2, (6, 9)).astype(np.bool_)
+    mask[1] = False  # A micro-batch of which nothing counts.
+    model = small_model()
+    logits = model(torch.from_numpy(tokens.astype(np.int64))[:, :-1])
+    chosen = torch.from_numpy(mask[:, 1:])
+    targets = torch.from_numpy(tokens.astype(np.int64))[:, 1:]
+    functional.cross_entropy(logits[chosen], targets[chosen]).backward()
+    borders = np.cumsum([0, *ranks])
+    parts = [batch_of(tokens[a:b], mask[a:b]) for a, b in pairwise(borders)]
+    for found, parameter in zip(gradients(parts, micro_rows=micro_rows), model.parameters(), strict=True):
+        torch.testing.assert_close(found, parameter.grad, rtol=1e-4, atol=1e-6)
+
+
+def test_a_mask_that_lets_everything_count_changes_nothing() -> None:
+    tokens = np.random.default_rng(0).integers(0, VOCABULARY, (4, 9)).astype(np.uint16)
+    for one, other in zip(
+        gradients([batch_of(tokens, None)], micro_rows=2),
+        gradients([batch_of(tokens, np.ones((4, 9), np.bool_))], micro_rows=2),
+        strict=True,
+    ):
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-7)
+
+
+def test_a_batch_of_which_nothing_counts_teaches_nothing() -> None:
+    tokens = np.zeros((2, 9), np.uint16)
+    found = gradients([batch_of(tokens, np.zeros((2, 9), np.bool_))], micro_rows=1)
+    assert all(not gradient.any() for gradient in found)
+    batch = MicroBatch(torch.zeros((2, 9), dtype=torch.int64), torch.zeros((2, 9), dtype=torch.bool))
+    assert Causal().loss(small_model()(batch.inputs), batch).item() == 0.0
+
+
+def test_the_validation_loss_is_the_mean_over_the_targets_that_count() -> None:
+    generator = np.random.default_rng(0)
+    tokens = generator.integers(0, VOCABULARY, (5, 9)).astype(np.uint16)
+    mask = generator.integers(0, 2, (5, 9)).astype(np.bool_)
+    ranks = Ranks(Launch(), CPU, None)
+    measure = partial(validation_loss, small_model(), ranks=ranks, precision="fp32")
+    found = measure(ValidationSamples(tokens, 5, mask), rows=2)
+    logits = small_model()(torch.from_numpy(tokens.astype(np.int64))[:, :-1])[torch.from_numpy(mask[:, 1:])]
+    wanted = functional.cross_entropy(logits, torch.from_numpy(tokens.astype(np.int64))[:, 1:][mask[:, 1:]])
+    assert found.loss == pytest.approx(wanted.item(), rel=1e-5)
+    assert found.tokens == mask[:, 1:].sum()
+    whole, all_count = measure(ValidationSamples(tokens, 5), rows=2), np.ones_like(mask)
+    assert measure(ValidationSamples(tokens, 5, all_count), rows=2).loss == pytest.approx(whole.loss, rel=1e-6)
+    assert whole.tokens == 40
+
+
+def ids_of(dataset: Dataset, shard: int, rows: range) -> list[str]:
+    return dataset.documents(shard).column("id").to_pylist()[rows.start : rows.stop]
+
+
+def begun(folder: Path, *overrides: str) -> tuple[Dataset, str]:
+    """A run that has taken four steps, and its dataset."""
+    dataset = make_language(folder / "data")
+    run = str(folder / "run")
+    train(tiny_settings(folder / "data", "train.steps=4", "eval.every=0", "checkpoint.every=0", *overrides), run)
+    return dataset, run
+
+
+def go_on(run: str, steps: int) -> list[Progress]:
+    seen: list[Progress] = []
+    resume(run, overrides=[f"train.steps={steps}"], on_progress=seen.append)
+    return seen
+
+
+def sessions(run: str) -> list[int]:
+    """The versions that the sessions of a run read."""
+    folder = RunFolder.open(run)
+    names = dict.fromkeys(name for name, _ in read_history(folder).steps)
+    found = [folder.session(name).data for name in names]
+    return [versions.training for versions in found if versions is not None]
+
+
+def test_a_run_goes_on_in_the_version_in_which_documents_were_deleted_and_says_so(tmp_path: Path) -> None:
+    dataset, run = begun(tmp_path)
+    delete(dataset.storage, ids=ids_of(dataset, 0, range(40)))
+    seen = go_on(run, 8)
+    assert "reads version 2 of the dataset, in which 40 documents are deleted: they are masked" in seen[0].note
+    # What is appended is not for this run; what is deleted after that is.
+    append(dataset)
+    go_on(run, 10)
+    delete(dataset.storage, ids=ids_of(dataset, 1, range(5)))
+    assert "reads version 4 of the dataset, in which 45 documents are deleted" in go_on(run, 12)[0].note
+    assert sessions(run) == [1, 2, 3, 4]
+    proof = prove(run)
+    assert (proof.holds, proof.purged, proof.steps, proof.distinct) == (True, 0, 12, 144)
+
+
+def append(dataset: Dataset, *, operation: Operation = "append") -> None:
+    info = make_shard(dataset.storage, f"{7:032x}", lengths=[500, 600])
+    commit_shards(dataset.storage, [info], tokenizer=dataset.commit.tokenizer, operation=operation)
+
+
+def test_samples_come_at_the_same_steps_whether_or_not_documents_were_deleted(tmp_path: Path) -> None:
+    dataset, run = begun(tmp_path)
+    delete(dataset.storage, ids=ids_of(dataset, 2, range(3)))
+    go_on(run, 8)
+    undisturbed = str(tmp_path / "undisturbed")
+    train(tiny_settings(f"{tmp_path / 'data'}@1", "train.steps=8", "eval.every=0", "checkpoint.every=0"), undisturbed)
+    for step in range(1, 9):
+        mine, other = trace(run, step), trace(undisturbed, step)
+        assert [sample.sample for sample in mine.samples] == [sample.sample for sample in other.samples]
+        for ours, theirs in zip(mine.samples, other.samples, strict=True):
+            for span, plain in zip(ours.spans, theirs.spans, strict=True):
+                assert span.text == ("" if span.deleted else plain.text)
+                assert span.document == plain.document
+    gone = set(ids_of(dataset, 2, range(3)))
+    spans = [span for step in range(1, 9) for sample in trace(run, step).samples for span in sample.spans]
+    assert any(span.document in gone for span in spans)
+    assert all(span.deleted <= (span.document in gone) for span in spans)
+
+
+def test_after_a_purge_the_samples_of_earlier_steps_are_still_proven_and_their_text_is_gone(tmp_path: Path) -> None:
+    dataset, run = begun(tmp_path)
+    first = trace(run, 1).samples[0].spans[0]
+    purge(dataset.storage, ids=[first.document])
+    with pytest.raises(MissingError):
+        open_dataset(dataset.storage, version=1)
+    proof = prove(run)
+    assert proof.holds
+    assert 1 <= proof.purged < 4
+    go_on(run, 6)
+    again = prove(run)
+    assert (again.holds, again.purged) == (True, proof.purged)
+    blank = trace(run, 1).samples[0].spans[0]
+    assert (blank.text, blank.deleted, blank.document) == ("", True, "")
+
+
+def test_a_named_version_and_leaving_out_stay_with_the_version_they_began_with(tmp_path: Path) -> None:
+    make_language(tmp_path / "data")
+    for name, url, mode in [
+        ("named", f"{tmp_path / 'data'}@1", "mask"),
+        ("left out", str(tmp_path / "data"), "compact"),
+    ]:
+        settings = tiny_settings(url, "train.steps=2", "eval.every=0", f'loader.deletions="{mode}"')
+        train(settings, str(tmp_path / name))
+    dataset = open_dataset(tmp_path / "data")
+    delete(dataset.storage, ids=ids_of(dataset, 0, range(2)))
+    for name in ("named", "left out"):
+        assert "version" not in go_on(str(tmp_path / name), 4)[0].note
+        assert sessions(str(tmp_path / name)) == [1, 1]
+        assert prove(str(tmp_path / name)).holds
+
+
+def test_a_run_stays_where_it_is_once_its_shards_were_replaced(tmp_path: Path) -> None:
+    dataset, run = begun(tmp_path)
+    delete(dataset.storage, ids=ids_of(dataset, 0, range(2)))
+    append(dataset, operation="overwrite")
+    assert open_dataset(dataset.storage).version == 3
+    assert "reads version 2" in go_on(run, 6)[0].note
+    assert sessions(run) == [1, 2]
+
+
+def test_a_dataset_without_a_tokenizer_asks_what_to_read_in_place_of_what_is_deleted(tmp_path: Path) -> None:
+    made = make_dataset(open_storage(tmp_path / "data"), [[900, 900]])
+    url, run = str(tmp_path / "data"), str(tmp_path / "run")
+    settings = tiny_settings(url, "train.steps=2", "eval.every=0", f"model.vocab_size={2**16}")
+    train(settings, run)
+    delete(made.storage, ids=ids_of(made, 0, range(1)))
+    with pytest.raises(ConfigError, match="no tokenizer says what to read in their place"):
+        go_on(run, 4)
+    resume(run, overrides=["train.steps=4", "loader.end_of_text=0"])
+    assert prove(run).holds
