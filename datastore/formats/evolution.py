@@ -17,6 +17,7 @@ from datastore.errors import ConfigError, CorruptError
 from datastore.formats.schema import SchemaLike, parse_field, record_schema
 
 __all__ = [
+    "DEFAULT",
     "SchemaChange",
     "adapt",
     "changed",

@@ -6,23 +6,50 @@ commits, and two changes at once are done one after the other, each to what the 
 """
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import msgspec
 import pyarrow as pa
 
 from datastore.errors import ConfigError
-from datastore.formats.evolution import SchemaChange, changed
+from datastore.formats.evolution import DEFAULT, SchemaChange, changed, column_ids
 from datastore.formats.records import check_format
-from datastore.formats.schema import SchemaLike, check_storable, decode_schema, encode_schema
+from datastore.formats.schema import MEDIA_TYPE, SchemaLike, check_storable, decode_schema, encode_schema
 from datastore.store.manifest import Commit
 from datastore.store.replace import Target, open_to_change
 from datastore.store.writer import draft_commit, publish
 
-__all__ = ["evolve"]
+__all__ = ["Column", "describe", "evolve"]
 
 FEATURE = "evolution"
 """What a reader has to know of a version whose shards may have an older schema."""
+
+
+@dataclass(frozen=True, slots=True)
+class Column:
+    """A column as people see it."""
+
+    name: str
+    type: str
+    nullable: bool
+    number: int
+    """Tells it from a column that had its name before."""
+
+    media_type: str | None
+    default: str | None
+    """What rows have that are older than it, as JSON; None for null."""
+
+
+def describe(schema: pa.Schema) -> list[Column]:
+    """Return the columns of a record dataset's schema."""
+    found = []
+    for field, number in zip(schema, column_ids(schema), strict=True):
+        notes = {key: value.decode() for key, value in (field.metadata or {}).items() if key in {MEDIA_TYPE, DEFAULT}}
+        found.append(
+            Column(field.name, str(field.type), field.nullable, number, notes.get(MEDIA_TYPE), notes.get(DEFAULT))
+        )
+    return found
 
 
 def evolve(

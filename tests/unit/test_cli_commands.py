@@ -32,6 +32,8 @@ FLAGS = {
     "log": "",
     "verify": "deep sample seed",
     "tag": "delete replace",
+    "schema": "",
+    "evolve": "add default drop rename widen",
     "train": "processes set take-over to",
     "resume": "processes set take-over",
     "prove": "",
@@ -84,6 +86,22 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     make_language(folder / "data")
     train(tiny_settings(folder / "data", "train.steps=6", "checkpoint.every=2"), str(folder / "run"))
     return folder
+
+
+@pytest.mark.parametrize("words", ["show data", "verify data", "ingest text --to added"])
+def test_json_tells_what_the_storage_was_asked_for(
+    run: Path, words: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(run)
+    Path("text").mkdir(exist_ok=True)
+    Path("text/a.txt").write_text("a document")
+    assert call(cli, [*words.split(), "--json"], Session()) == 0
+    storage = json.loads(capsys.readouterr().out)["storage"]
+    asked = storage["get" if "ingest" not in words else "put"]
+    assert set(asked) == {"requests", "bytes", "retries", "seconds"}
+    assert asked["requests"] > 0
+    assert asked["bytes"] > 0
+    assert asked["retries"] == 0
 
 
 @pytest.mark.parametrize(

@@ -2,7 +2,8 @@
 
 Blocks are told apart by their language: `sh` and `python` are run, `sql` goes through DuckDB, `toml` and `json` must
 parse, `text` is output or a drawing. A page whose first line holds `starts empty` runs in a folder with nothing but
-`src/`; any other finds there what the tutorial makes: `tok.json`, `data/code`, `run.toml` and `runs/first`.
+`src/`; any other finds there what the tutorial makes: `tok.json`, `data/code`, `run.toml` and `runs/first`; and
+`data/text`, the same files as records.
 """
 
 import contextlib
@@ -102,6 +103,7 @@ def finished(sources: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     with contextlib.chdir(folder):
         datastore("datastore tokenizer train src/ --vocab 1024 --to tok.json")
         datastore("datastore ingest src/ --to data/code --tokenizer tok.json")
+        datastore("datastore ingest src/ --to data/text")
         datastore("datastore train run.toml --to runs/first")
     return folder
 
