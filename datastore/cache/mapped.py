@@ -15,16 +15,20 @@ import pyarrow as pa
 from typing_extensions import override
 
 from datastore.cache.blocks import BlockStats, TokenBlocks, damaged
-from datastore.cache.layout import I64, BlockLayout
+from datastore.cache.layout import I64, BlockLayout, BlockRange
 from datastore.digest import DIGEST_BYTES, digest_bytes
-from datastore.errors import MissingError, StorageError
+from datastore.errors import CorruptError, MissingError, StorageError
 from datastore.storage.base import Storage
+from datastore.store.checked import has_digest
 from datastore.store.segment import Segments, ShardInfo
 
 __all__ = ["MAX_MAPS", "MappedBlocks"]
 
 MAX_MAPS = 32_768
 """Maps kept; half of what Linux allows a process by default (vm.max_map_count)."""
+
+_ROUNDS = 4
+"""How often other copies are mapped in one hold, before all are taken for damaged."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,6 +52,8 @@ class MappedBlocks(TokenBlocks):
         self._maps: dict[int, _Map] = {}
         # Zeroed memory that nobody touches costs nothing, so this is as large as the part that is read.
         self._checked = np.zeros(self._layout.blocks, np.bool_)
+        self._changes = 0
+        """How often another copy of a shard was mapped in place of one that is damaged."""
         self._hits = self._fills = self._filled_bytes = self._evictions = 0
 
     @property
@@ -65,8 +71,16 @@ class MappedBlocks(TokenBlocks):
     def hold(self, blocks: I64) -> Iterator[None]:
         absent = self.absent(blocks)
         self._hits += len(blocks) - len(absent)
-        for block in absent.tolist():
-            self.fetch(block)
+        for _ in range(_ROUNDS):
+            changes = self._changes
+            for block in absent.tolist():
+                self.fetch(block)
+            if self._changes == changes:
+                break
+            absent = self.absent(blocks)  # Another copy of a shard was mapped, and is to be checked from the start.
+        else:
+            place = self._layout.range_of(int(absent[0]))
+            raise damaged("no copy of the shard is whole", shard=self._segments.shard(place.shard), block=place)
         yield  # Nothing is given back: a map that is dropped lives on in the views that were handed out.
 
     @override
@@ -80,12 +94,13 @@ class MappedBlocks(TokenBlocks):
             return True
         place = self._layout.range_of(block)
         shard = self._map(place.shard)
-        data = shard.data[place.start : place.stop]
-        if len(data) < place.stop - place.start:
-            raise damaged("the shard's file is cut short", shard=shard.info, block=place, size_bytes=len(shard.data))
-        at = place.index * DIGEST_BYTES
-        if digest_bytes(data) != shard.info.block_digests[at : at + DIGEST_BYTES]:
-            raise damaged("a block does not match its digest", shard=shard.info, block=place)
+        try:
+            data = _checked(shard, place)
+        except CorruptError:
+            copy = self._from_another_copy(shard.info, place)
+            if copy is None:
+                raise
+            data = copy
         with self._lock:
             self._fills += 1
             self._filled_bytes += len(data)
@@ -112,6 +127,24 @@ class MappedBlocks(TokenBlocks):
             self._maps.clear()
             self._checked = np.zeros(self._layout.blocks, np.bool_)
 
+    def _from_another_copy(self, info: ShardInfo, place: BlockRange) -> memoryview | None:
+        """Map another copy of the shard, in which the block is right, and return it; None if there is none."""
+        copies = self._storage.copies(info.path)
+        for copy in copies if len(copies) > 1 else ():
+            try:
+                found = _open(copy, info)
+                data = _checked(found, place)
+            except (CorruptError, MissingError, StorageError):
+                continue
+            with self._lock:
+                self._maps[place.shard] = found
+                blocks = self._layout.of_shard(place.shard)
+                self._checked[blocks.start : blocks.stop] = False
+                self._changes += 1
+            self._storage.heal(info.path, has_digest(info.digest))
+            return data
+        return None
+
     def _map(self, shard: int) -> _Map:
         with self._lock:
             found = self._maps.get(shard)
@@ -125,6 +158,17 @@ class MappedBlocks(TokenBlocks):
                     self._checked[blocks.start : blocks.stop] = False
                 found = self._maps[shard] = _open(self._storage, self._segments.shard(shard))
             return found
+
+
+def _checked(shard: _Map, place: BlockRange) -> memoryview:
+    """Return a block of `shard` that has its digest."""
+    data = shard.data[place.start : place.stop]
+    if len(data) < place.stop - place.start:
+        raise damaged("the shard's file is cut short", shard=shard.info, block=place, size_bytes=len(shard.data))
+    at = place.index * DIGEST_BYTES
+    if digest_bytes(data) != shard.info.block_digests[at : at + DIGEST_BYTES]:
+        raise damaged("a block does not match its digest", shard=shard.info, block=place)
+    return data
 
 
 def _open(storage: Storage, info: ShardInfo) -> _Map:

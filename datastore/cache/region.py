@@ -1,14 +1,16 @@
 """One remote shard's place in memory: an anonymous map as large as its file, filled block by block."""
 
 import mmap
+from contextlib import suppress
 
 import numpy as np
 
 from datastore.cache.blocks import damaged
 from datastore.cache.layout import BlockRange
 from datastore.digest import DIGEST_BYTES, digest_bytes
-from datastore.errors import StorageError
+from datastore.errors import MissingError, StorageError
 from datastore.storage.base import Storage
+from datastore.store.checked import has_digest
 from datastore.store.segment import ShardInfo
 
 __all__ = ["Region"]
@@ -45,6 +47,8 @@ class Region:
             self._read(block, target)
             if digest_bytes(target) == wanted:
                 return attempt
+        if self._read_copy(block, target, wanted):
+            return _FETCHES
         raise damaged("a block does not match its digest", shard=self._info, block=block, fetched=f"{_FETCHES} times")
 
     def release(self, block: BlockRange) -> None:
@@ -67,3 +71,14 @@ class Region:
                     "the shard's file is cut short", shard=self._info, block=block, size_bytes=found
                 ) from None
             raise
+
+    def _read_copy(self, block: BlockRange, target: memoryview, wanted: bytes) -> bool:
+        """Fill `target` from the first copy that is right, and have the others healed; return whether there is one."""
+        copies = self._storage.copies(self._info.path)
+        for copy in copies if len(copies) > 1 else ():
+            with suppress(MissingError, StorageError):
+                copy.read_into(self._info.path, block.start, target)
+                if digest_bytes(target) == wanted:
+                    self._storage.heal(self._info.path, has_digest(self._info.digest))
+                    return True
+        return False

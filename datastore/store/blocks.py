@@ -16,7 +16,7 @@ from datastore.errors import ConfigError, MissingError, StorageError
 from datastore.storage.base import Storage
 from datastore.storage.reasons import explain, too_short
 
-__all__ = ["BadBlock", "Blocks", "Draw", "Room", "check_blocks"]
+__all__ = ["BadBlock", "Blocks", "Draw", "Room", "check_blocks", "check_copies"]
 
 Read = Callable[[int, memoryview], None]
 """Fills the target with the bytes from a position on, or raises MissingError or StorageError."""
@@ -127,6 +127,21 @@ def check_blocks(storage: Storage, blocks: Blocks, *, chosen: Sequence[int], roo
         return [BadBlock(blocks.path, None, "the file is missing")]
     except (ConfigError, StorageError) as error:  # A key that no storage takes is a file that cannot be read.
         return [BadBlock(blocks.path, None, error.fact)]
+
+
+def check_copies(storage: Storage, blocks: Blocks, *, chosen: Sequence[int], room: Room) -> list[BadBlock]:
+    """Return what `check_blocks` finds in all copies of the file, with the place of each if there are several."""
+    try:
+        copies = storage.copies(blocks.path)
+    except ConfigError:  # A key that no storage takes: told below.
+        copies = ()
+    if len(copies) < 2:
+        return check_blocks(storage, blocks, chosen=chosen, room=room)
+    return [
+        BadBlock(bad.path, bad.block, f"{bad.reason} (in {copy.url})")
+        for copy in copies
+        for bad in check_blocks(copy, blocks, chosen=chosen, room=room)
+    ]
 
 
 def _bad_blocks(blocks: Blocks, chosen: Sequence[int], read: Read, room: Room) -> Iterator[BadBlock]:

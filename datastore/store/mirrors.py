@@ -14,7 +14,7 @@ from datastore.errors import DatastoreError, MissingError
 from datastore.storage.base import Storage
 from datastore.storage.placement import BEHIND_FOLDER, Root, is_data, is_immutable
 from datastore.store.checked import has_digest
-from datastore.store.commits import is_commit
+from datastore.store.commits import HINT_KEY, is_commit
 
 __all__ = ["Finding", "equalize", "soundness"]
 
@@ -53,7 +53,7 @@ def soundness(key: str) -> Callable[[bytes], bool]:
     if found := _COMMIT.fullmatch(key):
         version = int(found[1])
         return lambda raw: is_commit(raw, version)
-    return _is_intact if key.endswith(".json") else _anything
+    return _is_intact if key.endswith(".json") or key == HINT_KEY else _anything
 
 
 def _anything(_: bytes) -> bool:

@@ -18,15 +18,25 @@ from functools import partial
 
 from datastore.errors import ConfigError, CorruptError, DatastoreError
 from datastore.storage.base import Storage
-from datastore.store.blocks import BadBlock, Blocks, Draw, Room, check_blocks
+from datastore.store.blocks import BadBlock, Blocks, Draw, Room, check_copies
 from datastore.store.commits import CommitLog
 from datastore.store.create import read_info
 from datastore.store.dataset import Dataset
 from datastore.store.deep import DeepCheck
 from datastore.store.deletions import deletions_key, load_deletion
-from datastore.store.manifest import INFO_KEY, Commit, SegmentRef, commit_key, sum_refs, tag_key, tokenizer_key
+from datastore.store.manifest import (
+    INFO_KEY,
+    Commit,
+    ParityRef,
+    SegmentRef,
+    commit_key,
+    sum_refs,
+    tag_key,
+    tokenizer_key,
+)
 from datastore.store.opening import load_segment
-from datastore.store.segment import Segments, ShardInfo, segment_key, segment_ref
+from datastore.store.parity import Group, load_groups, parity_table_key
+from datastore.store.segment import BLOCK_BYTES, Segments, ShardInfo, segment_key, segment_ref
 from datastore.store.tags import list_tags, read_tagged
 from datastore.store.tokenizers import read_tokenizer
 
@@ -50,7 +60,7 @@ class VerifyReport:
 
     files: int
     bytes: int
-    """Of shards and documents."""
+    """Of shards, documents and parity files."""
 
     bad: tuple[BadBlock, ...]
     blocks: int = 0
@@ -155,6 +165,7 @@ def _checks(dataset: Dataset, draw: Draw, look: DeepCheck | None) -> Iterator[Ca
     for deletion in commit.deletions:
         yield partial(_one, deletions_key(deletion.digest), partial(load_deletion, storage, deletion))
     room = Room()
+    yield from _parity_checks(storage, commit, draw, room)
     for ref in commit.segments:
         segments: list[Segments] = []
         found = _one(segment_key(ref.digest), partial(_check_segment, storage, ref, segments))
@@ -166,6 +177,22 @@ def _checks(dataset: Dataset, draw: Draw, look: DeepCheck | None) -> Iterator[Ca
             if wanted:
                 yield partial(_check_shard, storage, wanted, room, partial(look.shard, shard) if look else None)
         yield partial(_Found, 0, 0, unread)
+
+
+def _parity_checks(storage: Storage, commit: Commit, draw: Draw, room: Room) -> Iterator[Callable[[], _Found]]:
+    for table in commit.parity:
+        groups: list[Group] = []
+        found = _one(parity_table_key(table.digest), partial(_take_groups, storage, table, groups))
+        yield partial(_Found, found.files, found.size_bytes, found.bad)
+        for group in groups:
+            blocks = Blocks(group.path, group.size_bytes, BLOCK_BYTES, group.block_digests)
+            drawn = draw.of(len(blocks)) if blocks.sound else ()
+            if drawn or not blocks.sound:
+                yield partial(_check_shard, storage, [(blocks, drawn)], room, None)
+
+
+def _take_groups(storage: Storage, table: ParityRef, into: list[Group]) -> None:
+    into += load_groups(storage, table)
 
 
 def _rows(segments: Iterable[Segments], key: str, unread: list[BadBlock]) -> Iterator[ShardInfo]:
@@ -215,7 +242,7 @@ def _check_shard(
     """Check blocks of the files of one shard; if they are sound, `look` at what they hold."""
     bad: list[BadBlock] = []
     for blocks, chosen in files:
-        bad += check_blocks(storage, blocks, chosen=chosen, room=room)
+        bad += check_copies(storage, blocks, chosen=chosen, room=room)
     if look is not None and not bad:
         bad = look()
     return _Found(len(files), sum(blocks.bytes_in(chosen) for blocks, chosen in files), bad)
