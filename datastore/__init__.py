@@ -26,9 +26,11 @@ if TYPE_CHECKING:
         StorageError,
         WaitError,
     )
+    from datastore.ingest.importing import import_dataset
     from datastore.ingest.ingest import ingest as ingest_files
     from datastore.ingest.settings import IngestSettings
     from datastore.ingest.tokenizer import TokenizerSettings, train_tokenizer
+    from datastore.interop.export import export as export_dataset
     from datastore.loader.batch import Batch
     from datastore.loader.loader import Loader
     from datastore.loader.place import Place
@@ -73,8 +75,10 @@ _HOMES = {
     "WaitError": ("datastore.errors", "WaitError"),
     "evaluate": ("datastore.train.validation", "evaluate"),
     "evolve": ("datastore.store.evolve", "evolve"),
+    "export_dataset": ("datastore.interop.export", "export"),
     "export_model": ("datastore.train.export", "export"),
     "generate": ("datastore.train.generate", "generate"),
+    "import_dataset": ("datastore.ingest.importing", "import_dataset"),
     "ingest_files": ("datastore.ingest.ingest", "ingest"),
     "load_settings": ("datastore.config", "load_settings"),
     "open": ("datastore.store.dataset", "open_dataset"),
@@ -114,8 +118,10 @@ __all__ = [
     "WaitError",
     "evaluate",
     "evolve",
+    "export_dataset",
     "export_model",
     "generate",
+    "import_dataset",
     "ingest_files",
     "load_settings",
     "open",

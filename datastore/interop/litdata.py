@@ -47,6 +47,7 @@ _LEAVES: dict[str, pa.DataType] = {
     "float": pa.float64(),
     "bool": pa.bool_(),
 }
+_FOOTER = b"LDARW01\0"
 _LEAF_SPEC: dict[str, Any] = {"type": None, "context": None, "children_spec": []}
 
 
@@ -141,8 +142,10 @@ def _files(storage: Storage) -> list[str]:
     return [below(_INDEX, chunk.get("filename")) for chunk in _index(storage)[0]]
 
 
-def _schema(storage: Storage, _key: str) -> pa.Schema:
-    return _columns(_index(storage)[1])
+def _schema(storage: Storage, key: str) -> pa.Schema:
+    packed, config = _open(storage, key)
+    rows = _footer(packed)
+    return rows.schema if rows is not None else _columns(config)
 
 
 def _columns(config: dict[str, Any]) -> pa.Schema:
@@ -191,13 +194,47 @@ def _type(name: str, leaf: str) -> pa.DataType:
     return _LEAVES[base]
 
 
-def _read(storage: Storage, key: str, _span: Span) -> Iterator[Rows]:
+def _open(storage: Storage, key: str) -> tuple[Packed, dict[str, Any]]:
+    """Return a chunk, and the configuration of all of them."""
     chunks, config = _index(storage)
     chunk = next((each for each in chunks if each.get("filename") == key), {})
-    schema = _columns(config)
     codec = str(config.get("compression") or "").partition(":")[0]
     size = chunk.get("chunk_bytes")
     packed = Packed(storage, key, codec=codec, raw_bytes=size if isinstance(size, int) else MAX_FILE_BYTES)
+    if packed.samples != chunk.get("chunk_size"):
+        raise packed.damaged("it has another number of samples than its index says")
+    return packed, config
+
+
+def _footer(packed: Packed) -> pa.Table | None:
+    r"""Return the rows as the Arrow file that may follow the samples; these are then empty in newer versions.
+
+    An Arrow file | uint32 its size | "LDARW01\0"
+    """
+    end = packed.size_bytes - len(_FOOTER) - 4
+    if end < packed.offsets[-1] or packed.read(end + 4, packed.size_bytes) != _FOOTER:
+        return None
+    start = end - int.from_bytes(packed.read(end, end + 4), "little")
+    if start < packed.offsets[-1]:
+        raise packed.damaged("its rows lie outside")
+    try:
+        with pa.ipc.open_file(pa.py_buffer(packed.read(start, end))) as reader:
+            rows = reader.read_all()
+            rows.validate(full=True)
+    except (pa.ArrowException, OSError, ValueError) as error:
+        raise packed.damaged(str(error)) from None
+    if rows.num_rows != packed.samples:
+        raise packed.damaged("it has another number of rows than samples")
+    return rows.replace_schema_metadata()
+
+
+def _read(storage: Storage, key: str, _span: Span) -> Iterator[Rows]:
+    packed, config = _open(storage, key)
+    rows = _footer(packed)
+    if rows is not None:
+        yield 0, rows
+        return
+    schema = _columns(config)
     tokens_alone = config.get("item_loader") == "TokensLoader"
     for first, samples in packed.pieces():
         columns = [samples] if tokens_alone else unpack_cells(packed, samples, [None] * len(schema))

@@ -1,0 +1,175 @@
+"""The commands that speak to other tools: `sql`, `export` and `import`."""
+
+from decimal import Decimal
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from datastore.cli.output import fields, json_option, progress_bar, say, say_json, table
+from datastore.cli.shell import example
+
+if TYPE_CHECKING:
+    from datastore.ingest.report import IngestReport, Progress
+    from datastore.ingest.settings import IngestSettings
+    from datastore.interop.formats import ImportFormat
+
+__all__ = ["COMMANDS"]
+
+URL = click.argument("url")
+EXPORTS = ("parquet", "hf", "mds", "litdata", "megatron", "webdataset", "jsonl")
+IMPORTS = ("parquet", "csv", "hf", "mds", "litdata", "megatron", "webdataset")
+
+_WIDEST = 80
+"""Characters of a cell."""
+
+
+@click.command(
+    short_help="Ask a dataset in SQL.",
+    epilog=example(
+        'datastore sql data/code "SELECT source, sum(tokens) FROM documents GROUP BY 1 ORDER BY 2 DESC LIMIT 5"'
+    ),
+)
+@URL
+@click.argument("query")
+@json_option
+def sql(*, url: str, query: str, as_json: bool) -> None:
+    """Run one SELECT over the dataset at URL: over the table `documents`, or for a dataset of records `records`.
+
+    DuckDB runs it, and reads only the columns and row groups that it needs. Deleted rows are not there.
+    """
+    from datastore.store.dataset import open_dataset
+
+    found = open_dataset(url).sql(query)
+    if as_json:
+        say_json([{name: _exact(value) for name, value in row.items()} for row in found.to_pylist()])
+        return
+    columns = [[_shown(value) for value in column.to_pylist()] for column in found.columns]
+    table(found.column_names, list(zip(*columns, strict=True)))
+
+
+def _exact(value: Any) -> Any:
+    """Return a sum as a number: DuckDB adds whole numbers as decimals of 38 digits."""
+    if isinstance(value, Decimal):
+        return int(value) if value == value.to_integral_value() else float(value)
+    return value
+
+
+def _shown(value: Any) -> Any:
+    value = _exact(value)
+    if isinstance(value, int | float | None):
+        return value
+    text = " ".join((value.hex() if isinstance(value, bytes) else str(value)).split())
+    return text if len(text) <= _WIDEST else f"{text[: _WIDEST - 3]}..."
+
+
+@click.command(
+    short_help="Write a dataset in another format.",
+    epilog=example(
+        "datastore export data/code --format mds --to exports/code",
+        "datastore export data/code@1 --format parquet --to exports/v1",
+    ),
+)
+@URL
+@click.option("--format", "kind", type=click.Choice(EXPORTS), required=True, help="What to write.")
+@click.option("--to", required=True, metavar="DIR", help="A folder that does not exist: a path or URL.")
+@click.option("--column", "columns", multiple=True, metavar="NAME", help="Write only this column; may be repeated.")
+@click.option(
+    "--shard-bytes", metavar="SIZE", help="About how large a file is, such as 64MiB; by default as suits the format."
+)
+@json_option
+def export(*, url: str, kind: Any, to: str, columns: tuple[str, ...], shard_bytes: str | None, as_json: bool) -> None:
+    """Write what the dataset at URL holds, without what is deleted, in a format that another library reads.
+
+    parquet; hf (datasets.load_from_disk); mds (MosaicML Streaming); litdata; megatron (.bin and .idx); webdataset (tar);
+    jsonl. The folder appears when it is complete.
+    """
+    from datastore.interop.export import export as export_dataset
+    from datastore.store.dataset import open_dataset
+    from datastore.units import format_bytes, format_seconds, parse_bytes
+
+    dataset = open_dataset(url)
+    size = parse_bytes(shard_bytes) if shard_bytes else 0
+    with progress_bar("export") as bar:
+        report = export_dataset(dataset, to, format=kind, columns=columns or None, shard_bytes=size, progress=bar)
+    if as_json:
+        say_json(report)
+        return
+    rate = f"{format_bytes(report.bytes / max(report.seconds, 1e-3))}/s"
+    fields(
+        {
+            "written": f"{report.to} ({report.format})",
+            "from": f"{dataset.url}, version {report.version}",
+            "documents": f"{report.documents:,}",
+            "tokens": f"{report.tokens:,}" if report.tokens else None,
+            "files": f"{report.files:,}, {format_bytes(report.bytes)}",
+            "time": f"{format_seconds(report.seconds)}, {rate}",
+        }
+    )
+
+
+@click.command(
+    name="import",
+    short_help="Bring in a dataset of another format.",
+    epilog=example("datastore import exports/code --format mds --to data/moved"),
+)
+@click.argument("source")
+@click.option("--format", "kind", type=click.Choice(IMPORTS), required=True, help="What the source is.")
+@click.option("--to", required=True, metavar="URL", help="The dataset; it is made if it is not there.")
+@click.option(
+    "--tokenizer", metavar="FILE", help="The tokenizer.json that made the tokens, or that is to encode the text."
+)
+@click.option("--text-key", help="Column of the text, if a tokenizer encodes it.  [default: text]")
+@click.option("--tokens-key", help="Column of the token ids.  [default: tokens or input_ids]")
+@click.option("--workers", type=int, help="Processes; as many as there are cores if left out. They change no byte.")
+@click.option(
+    "--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Any other setting of ingest; may be repeated."
+)
+@json_option
+def import_(*, source: str, kind: Any, to: str, overrides: tuple[str, ...], as_json: bool, **options: Any) -> None:
+    """Add what SOURCE, a folder or file that another library wrote, holds to a dataset.
+
+    Token ids become tokens; with a tokenizer, text is encoded; all else becomes records with all their columns. A killed
+    import goes on when the same command is given again; given once more, it adds nothing. Columns of pickles are refused.
+    """
+    from datastore.config import settings_from
+    from datastore.ingest.settings import IngestSettings
+
+    given = {name: value for name, value in options.items() if value is not None}
+    settings = settings_from(IngestSettings, given, overrides=overrides, where="the options")
+    report = _import(source, to, kind, settings)
+    say_json(report) if as_json else _tell(report)
+
+
+def _import(source: str, to: str, kind: "ImportFormat", settings: "IngestSettings") -> "IngestReport":
+    from datastore.ingest.importing import import_dataset
+
+    with progress_bar("import") as bar:
+
+        def show(progress: "Progress") -> None:
+            if bar is not None:
+                bar(progress.source_bytes, progress.source_bytes_total)
+
+        return import_dataset(source, to, format=kind, settings=settings, progress=show)
+
+
+def _tell(report: "IngestReport") -> None:
+    from datastore.units import format_bytes, format_seconds
+
+    if not report.added:
+        say(f"nothing new: {report.url}, version {report.version}, has all {report.known_files:,} files")
+        return
+    fields(
+        {
+            "dataset": f"{report.url}, version {report.version}, of {report.kind}",
+            "added": f"{report.documents:,} documents" + (f", {report.tokens:,} tokens" if report.tokens else ""),
+            "from": f"{report.files:,} files",
+            "already there": f"{report.known_files:,} files" if report.known_files else None,
+            "rejected": f"{sum(report.rejected.values()):,}, see {report.rejects}" if report.rejected else None,
+            "shards": f"{report.shards:,}, {format_bytes(report.shard_bytes)}",
+            "time": f"{format_seconds(report.seconds)}, {format_bytes(report.shard_bytes / max(report.seconds, 1e-3))}/s",
+            "taken over": f"{report.tasks_resumed} of {report.tasks} tasks" if report.tasks_resumed else None,
+        }
+    )
+
+
+COMMANDS = (sql, export, import_)
