@@ -46,8 +46,14 @@ def show(*, url: str, as_json: bool) -> None:
     commit, totals, tokenizer = dataset.commit, dataset.totals, dataset.commit.tokenizer
     tags = _tags(dataset)
     if as_json:
-        facts = {"url": dataset.url, "uuid": dataset.uuid, "version": dataset.version, "kind": dataset.kind}
-        say_json(facts | {"totals": totals, "tokenizer": tokenizer, "tags": tags, "exclusive": dataset.info.exclusive})
+        facts: dict[str, object] = {
+            "url": dataset.url,
+            "uuid": dataset.uuid,
+            "version": dataset.version,
+            "kind": dataset.kind,
+        }
+        facts |= {"totals": totals, "tokenizer": tokenizer, "tags": tags, "exclusive": dataset.info.exclusive}
+        say_json(facts, storage=dataset.storage)
         return
     fields(
         {
@@ -173,7 +179,7 @@ def verify(*, url: str, sample: float, seed: int | None, deep: bool, as_json: bo
     with progress_bar("verify") as progress:
         report = verify_dataset(dataset, sample=sample, seed=seed, deep=deep, progress=progress)
     if as_json:
-        say_json(report)
+        say_json(report, storage=dataset.storage)
         return 1 if report.bad else 0
     for bad in report.bad:
         say(f"bad: {bad.path}{'' if bad.block is None else f', block {bad.block}'}: {bad.reason}")

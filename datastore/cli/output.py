@@ -3,11 +3,14 @@
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from datastore.cli.shell import BROKEN_PIPE, silence_stdout
+
+if TYPE_CHECKING:
+    from datastore.storage.base import Storage
 
 __all__ = ["fields", "json_option", "moment", "progress_bar", "say", "say_json", "table"]
 
@@ -25,10 +28,15 @@ def say(text: str = "") -> None:
         raise click.exceptions.Exit(BROKEN_PIPE) from None
 
 
-def say_json(value: object) -> None:
-    """Print `value` as one JSON document: plain values, documents and frozen dataclasses."""
+def say_json(value: object, *, storage: "Storage | None" = None) -> None:
+    """Print `value` as one JSON document: plain values, documents and frozen dataclasses.
+
+    With `storage` the document, an object, has one key more: what that storage was asked for.
+    """
     import msgspec
 
+    if storage is not None:
+        value = msgspec.to_builtins(value, enc_hook=_plain) | {"storage": storage.statistics()}
     say(msgspec.json.format(msgspec.json.encode(value, enc_hook=_plain), indent=2).decode())
 
 

@@ -7,6 +7,7 @@ number of workers; the commit happens once, and once it has happened the same ca
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 from datastore.ingest.conclude import Outcome, conclude
 from datastore.ingest.executor import run_orders
@@ -17,6 +18,7 @@ from datastore.ingest.report import IngestReport, Progress, Tally, skipped_in
 from datastore.ingest.settings import IngestSettings
 from datastore.ingest.work import Advance
 from datastore.storage.resolve import join_url
+from datastore.storage.statistics import add_statistics
 from datastore.store.create import create_dataset
 from datastore.store.tokenizers import put_tokenizer
 
@@ -48,7 +50,8 @@ def ingest(
         outcome = Outcome(prepared.target.newest, (), Counter())
         return _report(prepared, {}, outcome, resumed=0, started=started)
     resumed = _begin(prepared)
-    done = _run(prepared, to, resumed, progress)
+    tally = Tally(orders(prepared.plan), resumed, progress)
+    done = _run(prepared, to, resumed, tally)
     outcome = conclude(
         prepared.target,
         prepared.plan,
@@ -56,7 +59,8 @@ def ingest(
         settings=prepared.settings,
         tokenizer=prepared.tokenizer.ref if prepared.tokenizer else None,
     )
-    return _report(prepared, done, outcome, resumed=len(resumed), started=started)
+    report = _report(prepared, done, outcome, resumed=len(resumed), started=started)
+    return replace(report, storage=add_statistics((report.storage, tally.storage)))
 
 
 def _begin(prepared: Prepared) -> dict[str, TaskDone]:
@@ -68,12 +72,9 @@ def _begin(prepared: Prepared) -> dict[str, TaskDone]:
     return Journal(storage, prepared.plan.ingest_id).begin(prepared.plan)
 
 
-def _run(
-    prepared: Prepared, to: str, resumed: dict[str, TaskDone], progress: Callable[[Progress], None] | None
-) -> dict[str, TaskDone]:
+def _run(prepared: Prepared, to: str, resumed: dict[str, TaskDone], tally: Tally) -> dict[str, TaskDone]:
     """Do what is not done yet; return all tasks by id."""
     done = dict(resumed)
-    tally = Tally(orders(prepared.plan), done, progress)
 
     def take(step: Advance | TaskDone) -> None:
         if isinstance(step, TaskDone):
@@ -112,4 +113,5 @@ def _report(
         tasks_resumed=resumed,
         encoder=" and ".join(sorted({task.encoder for task in done.values()} - {""})),
         seconds=time.monotonic() - started,
+        storage=prepared.target.storage.statistics(),
     )

@@ -8,6 +8,7 @@ from datastore.ingest.journal import TaskDone
 from datastore.ingest.plan import Order, source_bytes
 from datastore.ingest.settings import Kind
 from datastore.ingest.work import Advance
+from datastore.storage.statistics import OperationStatistics, add_statistics
 
 __all__ = ["IngestReport", "Progress", "Tally", "rejected_in", "skipped_in"]
 
@@ -67,6 +68,9 @@ class IngestReport:
 
     seconds: float
 
+    storage: Mapping[str, OperationStatistics]
+    """What the storages of sources and dataset were asked for, in all processes, by kind of operation."""
+
 
 class Tally:
     """Adds up the steps of all tasks, and passes the sum on after each."""
@@ -76,6 +80,7 @@ class Tally:
     ) -> None:
         weights = {order.task_id: source_bytes(order) for order in tasks}
         self._tell = tell
+        self.storage: dict[str, OperationStatistics] = {}
         self._now = Progress(
             tasks_done=len(done),
             tasks=len(weights),
@@ -91,6 +96,7 @@ class Tally:
         """Count one step, or the end of a task, whose steps were counted before."""
         now = self._now
         advance = step if isinstance(step, Advance) else Advance()
+        self.storage = add_statistics((self.storage, advance.storage))
         self._now = Progress(
             tasks_done=now.tasks_done + isinstance(step, TaskDone),
             tasks=now.tasks,

@@ -8,6 +8,7 @@ from collections import Counter
 from collections.abc import Callable
 from functools import cached_property
 
+import msgspec
 import numpy as np
 import xxhash
 
@@ -27,6 +28,7 @@ from datastore.ingest.tables import read_rows
 from datastore.ingest.tokens import TextEncoder
 from datastore.storage.base import Storage
 from datastore.storage.resolve import open_storage
+from datastore.storage.statistics import OperationStatistics, add_statistics
 from datastore.store.manifest import TokenizerRef
 from datastore.store.roots import open_roots
 from datastore.store.tokenizers import read_tokenizer
@@ -60,6 +62,8 @@ class Advance(Document, frozen=True, kw_only=True, tag=True):
     documents: int = 0
     tokens: int = 0
     rejects: int = 0
+    storage: dict[str, OperationStatistics] = msgspec.field(default_factory=dict)
+    """What storages were asked for since the step that last said so; at the end of each task."""
 
 
 Report = Callable[[Advance], None]
@@ -73,6 +77,7 @@ class Workbench:
         self.storage = open_roots(job.to)[0]
         self.journal = Journal(self.storage, job.ingest_id)
         self._folders: dict[str, Storage] = {}
+        self._told: dict[str, OperationStatistics] = {}
 
     @cached_property
     def encoder(self) -> TextEncoder | None:
@@ -90,8 +95,19 @@ class Workbench:
             ConflictError: a source file changed.
             StorageError: a source cannot be read, or the dataset not be written.
         """
-        if self.job.settings.take != "text":
-            return self._copy(order, report)
+        done = self._encode(order, report) if self.job.settings.take == "text" else self._copy(order, report)
+        report(Advance(storage=self._spent()))
+        return done
+
+    def _spent(self) -> dict[str, OperationStatistics]:
+        """Return what storages were asked for since this was last asked."""
+        now = add_statistics(storage.statistics() for storage in (self.storage, *self._folders.values()))
+        spent = {name: found - self._told.get(name, OperationStatistics()) for name, found in now.items()}
+        self._told = now
+        return spent
+
+    def _encode(self, order: Order, report: Report) -> TaskDone:
+        """Take text; otherwise as `work`."""
         run = _Run(self._sink(order), report, on_error=self.job.settings.on_error, stored_bytes=source_bytes(order))
         for file, start, stop in order.parts:
             url, key = self.job.roots.locate(file.path)

@@ -45,6 +45,9 @@ class OperationStatistics:
             seconds=self.seconds + other.seconds,
         )
 
+    def __sub__(self, other: "OperationStatistics") -> "OperationStatistics":
+        return self + OperationStatistics(-other.requests, -other.bytes, -other.retries, -other.seconds)
+
 
 def total_statistics(statistics: Mapping[str, OperationStatistics]) -> OperationStatistics:
     """Return the sum over all kinds of operations."""

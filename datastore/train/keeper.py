@@ -9,7 +9,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from typing_extensions import override
@@ -17,6 +17,7 @@ from typing_extensions import override
 from datastore.checkpoint.checkpointer import Checkpointer
 from datastore.errors import ConflictError, DatastoreError
 from datastore.storage.base import Storage
+from datastore.storage.statistics import total_statistics
 from datastore.train.assembly import Parts
 from datastore.train.evaluate import validation_loss
 from datastore.train.hooks.base import RunState
@@ -228,6 +229,8 @@ class Keeper(Watcher):
             line["mfu"] = line["tokens_per_s"] * self._flops_per_token / (self._peak * self._parts.ranks.world)
         cache = self._parts.loader.stats()
         line |= {f"cache_{key}": cache[key] for key in ("hits", "fills", "evictions") if key in cache}
+        spent = total_statistics(self._parts.loader.dataset.storage.statistics())
+        line |= {f"storage_{name}": value for name, value in asdict(spent).items()}
         for hook in self._parts.hooks.values():
             line |= hook.metrics()
         return line
