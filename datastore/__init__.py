@@ -36,9 +36,12 @@ if TYPE_CHECKING:
     from datastore.loader.place import Place
     from datastore.loader.settings import LoaderOptions
     from datastore.storage.resolve import open_storage
+    from datastore.store.compact import compact
     from datastore.store.dataset import Dataset
     from datastore.store.dataset import open_dataset as open  # noqa: A004 - `ds.open` is what it is
+    from datastore.store.delete import delete
     from datastore.store.evolve import evolve
+    from datastore.store.purge import purge
     from datastore.store.records import writer
     from datastore.store.tags import set_tag
     from datastore.store.verify import verify
@@ -73,6 +76,8 @@ _HOMES = {
     "StorageError": ("datastore.errors", "StorageError"),
     "TokenizerSettings": ("datastore.ingest.tokenizer", "TokenizerSettings"),
     "WaitError": ("datastore.errors", "WaitError"),
+    "compact": ("datastore.store.compact", "compact"),
+    "delete": ("datastore.store.delete", "delete"),
     "evaluate": ("datastore.train.validation", "evaluate"),
     "evolve": ("datastore.store.evolve", "evolve"),
     "export_dataset": ("datastore.interop.export", "export"),
@@ -84,6 +89,7 @@ _HOMES = {
     "open": ("datastore.store.dataset", "open_dataset"),
     "open_storage": ("datastore.storage.resolve", "open_storage"),
     "prove_run": ("datastore.train.proof", "prove"),
+    "purge": ("datastore.store.purge", "purge"),
     "resume_run": ("datastore.train.trainer", "resume"),
     "set_tag": ("datastore.store.tags", "set_tag"),
     "trace_step": ("datastore.train.trace", "trace"),
@@ -116,6 +122,8 @@ __all__ = [
     "StorageError",
     "TokenizerSettings",
     "WaitError",
+    "compact",
+    "delete",
     "evaluate",
     "evolve",
     "export_dataset",
@@ -127,6 +135,7 @@ __all__ = [
     "open",
     "open_storage",
     "prove_run",
+    "purge",
     "resume_run",
     "set_tag",
     "trace_step",

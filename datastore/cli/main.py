@@ -9,10 +9,12 @@ import click
 
 from datastore.cli.checkpoints import checkpoint
 from datastore.cli.data import COMMANDS as DATA_COMMANDS
+from datastore.cli.deletion import COMMANDS as DELETION_COMMANDS
 from datastore.cli.doctor import doctor
 from datastore.cli.ingest import COMMANDS as INGEST_COMMANDS
 from datastore.cli.interop import COMMANDS as INTEROP_COMMANDS
 from datastore.cli.records import COMMANDS as RECORD_COMMANDS
+from datastore.cli.redundancy import COMMANDS as REDUNDANCY_COMMANDS
 from datastore.cli.runs import COMMANDS as RUN_COMMANDS
 from datastore.cli.shell import Group, Session, call, debug_option, example, last_words
 
@@ -36,8 +38,10 @@ def cli() -> None:
 for command in (
     *INGEST_COMMANDS,
     *DATA_COMMANDS,
+    *DELETION_COMMANDS,
     *INTEROP_COMMANDS,
     *RECORD_COMMANDS,
+    *REDUNDANCY_COMMANDS,
     *RUN_COMMANDS,
     checkpoint,
     doctor,

@@ -1,0 +1,223 @@
+"""The commands that take documents out of a dataset: hidden at once, gone for good, or dropped while shards are merged."""
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import click
+
+from datastore.cli.output import fields, json_option, say, say_json, table
+from datastore.cli.shell import example
+
+if TYPE_CHECKING:
+    from datastore.store.purge import PurgeReport
+
+__all__ = ["COMMANDS"]
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+URL = click.argument("url")
+
+_LISTED = 20
+"""Shards that are listed one by one."""
+
+
+def selection(command: F) -> F:
+    """Give a command the options that say which documents are meant."""
+    options = (
+        click.option("--id", "ids", metavar="ID", multiple=True, help="A document with this id; may be repeated."),
+        click.option(
+            "--ids-from", metavar="FILE", help="Documents with the ids in this file, one per line; - is stdin."
+        ),
+        click.option(
+            "--source",
+            "sources",
+            metavar="GLOB",
+            multiple=True,
+            help="Documents from such a source, * for any text; may be repeated.",
+        ),
+        click.option(
+            "--where", metavar="SQL", help="Documents for which this is true; over their columns, through DuckDB."
+        ),
+    )
+    for option in reversed(options):
+        command = option(command)
+    return command
+
+
+def _ids(ids: tuple[str, ...], ids_from: str | None) -> list[str] | None:
+    """Return the ids given one by one and those in a file; None if there are neither options."""
+    from datastore.store.select import read_ids
+
+    if not ids and ids_from is None:
+        return None
+    return [*ids, *(read_ids("/dev/stdin" if ids_from == "-" else ids_from) if ids_from is not None else ())]
+
+
+@click.command(
+    short_help="Delete documents; old versions keep them.",
+    epilog=example(
+        "datastore delete data/code --where \"source LIKE '%/json/%' AND tokens > 2000\" --dry-run",
+        "datastore delete data/code --source 'src/email/_*'",
+    ),
+)
+@URL
+@selection
+@click.option("--allow-missing", is_flag=True, help="Ids that no document has are no error.")
+@click.option("--dry-run", is_flag=True, help="Only say what would be deleted.")
+@json_option
+def delete(
+    *,
+    url: str,
+    ids: tuple[str, ...],
+    ids_from: str | None,
+    sources: tuple[str, ...],
+    where: str | None,
+    allow_missing: bool,
+    dry_run: bool,
+    as_json: bool,
+) -> None:
+    """Delete the documents of the dataset at URL that meet everything that is given.
+
+    One small commit: no shard is touched, and older versions keep the documents. For loaders the deleted tokens read as
+    end-of-text without loss, or are left out. To be rid of the bytes, `purge`; to get the space back, `compact`.
+    """
+    from datastore.store.delete import delete as delete_documents
+    from datastore.units import format_bytes, format_seconds
+
+    named = _ids(ids, ids_from)
+    report = delete_documents(
+        url, ids=named, sources=sources, where=where, allow_missing=allow_missing, dry_run=dry_run
+    )
+    if as_json:
+        say_json(report)
+        return
+    if report.shards:
+        shown = [(shard.path, shard.documents, shard.tokens) for shard in report.shards[:_LISTED]]
+        table(("shard", "documents", "tokens"), shown)
+    if len(report.shards) > _LISTED:
+        say(f"... and {len(report.shards) - _LISTED:,} more shards")
+    verb = "would be deleted" if dry_run else "deleted"
+    done = f" in version {report.version}" if report.committed else ""
+    say(f"{report.documents:,} documents ({report.tokens:,} tokens) in {len(report.shards):,} shards {verb}{done}")
+    if report.already:
+        say(f"{report.already:,} more are deleted already")
+    if report.missing:
+        say(f"{len(report.missing):,} ids are those of no document: {', '.join(report.missing[:5])}")
+    say(f"read {format_bytes(report.read_bytes)} in {format_seconds(report.seconds)}")
+
+
+@click.command(
+    short_help="Remove deleted documents for good, with a certificate.",
+    epilog=example("datastore purge data/code --source 'src/json/_*' --dry-run"),
+)
+@URL
+@selection
+@click.option("--drop-tags", is_flag=True, help="Let tags of versions that go, go with them.")
+@click.option("--dry-run", is_flag=True, help="Only say what would be purged.")
+@json_option
+def purge(
+    *,
+    url: str,
+    ids: tuple[str, ...],
+    ids_from: str | None,
+    sources: tuple[str, ...],
+    where: str | None,
+    drop_tags: bool,
+    dry_run: bool,
+    as_json: bool,
+) -> None:
+    """Remove for good what is deleted in the dataset at URL; first delete what the options name.
+
+    There is no way back. Shards are written again with those documents blank, older versions expire, and their files and
+    the journals of finished ingests, rejects included, are removed at once. Everything is read back, and a
+    certificate stored. Copies, backups, and the files that the text came from are yours to see to.
+    """
+    from datastore.store.purge import purge as purge_documents
+
+    named = _ids(ids, ids_from)
+    report = purge_documents(url, ids=named, sources=sources, where=where, drop_tags=drop_tags, dry_run=dry_run)
+    if as_json:
+        say_json(report)
+        return
+    for certificate in report.resumed:
+        say(f"finished the purge of version {certificate.version}, which had been cut off")
+    if dry_run:
+        fields(
+            {
+                "documents": f"{report.documents:,} at most, in {report.shards:,} shards that would be written again",
+                "tags": f"in the way: {', '.join(report.tags)}; --drop-tags lets them go" if report.tags else None,
+            }
+        )
+    elif report.committed:
+        _say_purged(report)
+    else:
+        say("nothing to purge: no version has a document that the newest does not have")
+
+
+def _say_purged(report: "PurgeReport") -> None:
+    from datastore.units import format_seconds
+
+    certificate = report.certificate
+    assert certificate is not None
+    fields(
+        {
+            "purged": f"{report.documents:,} documents ({report.tokens:,} tokens) in version {report.version}",
+            "written": f"{len(certificate.files_written):,} files, with them blank",
+            "removed": f"{len(certificate.files_removed):,} files that versions before {report.oldest} needed",
+            "tags removed": ", ".join(report.tags) or None,
+            "journals": f"of {len(certificate.ingests_cleared):,} ingests cleared, rejects included"
+            if certificate.ingests_cleared
+            else None,
+            "parity": f"{report.parity_files:,} files removed; `datastore protect` makes new ones"
+            if report.parity_files
+            else None,
+            "read back": f"{certificate.files_checked:,} files, in {format_seconds(report.seconds)} altogether",
+            "certificate": f"{report.url}/{report.certificate_key}",
+            "not looked at": f"{len(report.unfinished_ingests):,} unfinished ingests, {report.unnamed_files:,} files that"
+            " no version knows; `datastore vacuum` removes what was abandoned"
+            if report.unfinished_ingests or report.unnamed_files
+            else None,
+        }
+    )
+
+
+@click.command(
+    short_help="Merge small shards and drop deleted documents: a new generation.",
+    epilog=example("datastore compact data/code --target '8 MiB'"),
+)
+@URL
+@click.option("--target", metavar="SIZE", default="64 MiB", help="What a full shard holds.")
+@click.option("--dry-run", is_flag=True, help="Only say what would be merged.")
+@json_option
+def compact(*, url: str, target: str, dry_run: bool, as_json: bool) -> None:
+    """Merge small neighbouring shards of the dataset at URL into full ones, without the documents that are deleted.
+
+    Documents keep their order, but shards get new uids, and the order of samples follows from those: a new generation.
+    A run that is under way goes on with the version that it began with, until `vacuum` removes its files.
+    """
+    from datastore.store.compact import compact as compact_shards
+    from datastore.units import format_bytes, format_seconds, parse_bytes
+
+    report = compact_shards(url, target_bytes=parse_bytes(target), dry_run=dry_run)
+    if as_json:
+        say_json(report)
+        return
+    if not report.merged:
+        say(f"nothing to gain: {report.shards_before:,} shards stay as they are")
+        return
+    fields(
+        {
+            "shards": f"{report.shards_before:,} -> {report.shards_after:,}",
+            "written again": f"{report.merged:,} shards ({format_bytes(report.read_bytes)})",
+            "dropped": f"{report.dropped_documents:,} deleted documents ({report.dropped_tokens:,} tokens)"
+            if report.dropped_documents
+            else None,
+            "version": f"{report.version}, a new generation: runs on older versions go on there until `datastore vacuum`"
+            if report.committed
+            else f"{report.version} as before; without --dry-run, a new generation",
+            "time": format_seconds(report.seconds),
+        }
+    )
+
+
+COMMANDS = (delete, purge, compact)
