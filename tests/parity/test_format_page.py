@@ -6,6 +6,7 @@ It uses nothing of the package; only the comparison does.
 import base64
 import hashlib
 import json
+import random
 import re
 from collections.abc import Iterator
 from itertools import pairwise
@@ -19,6 +20,7 @@ import pytest
 import xxhash
 
 from datastore.store.dataset import open_dataset
+from datastore.store.evolve import evolve
 from datastore.store.records import writer
 from datastore.store.tags import set_tag
 from datastore.testing.datasets import make_dataset
@@ -146,3 +148,61 @@ def test_records(tmp_path: Path) -> None:
     schema = pa.ipc.read_schema(pa.py_buffer(base64.b64decode(reader.commit(1)["record_schema"])))
     shards = [pa.ipc.open_file(reader.root / shard["path"]).read_all() for shard in reader.shards(1)]
     assert pa.concat_tables(shards).cast(schema).to_pylist() == list(open_dataset(tmp_path / "set").iter_records())
+
+
+@pytest.mark.parametrize("kind", ["arrow", "parquet"])
+def test_one_batch_of_records_from_its_bytes_and_the_frame(tmp_path: Path, kind: Any) -> None:
+    with writer(tmp_path / "set", format=kind) as out:
+        out.write({"text": random.Random(index).randbytes(1000).hex(), "n": index} for index in range(5000))
+    reader = Reader(tmp_path / "set")
+    (shard,) = reader.shards(1)
+    assert "layout" in reader.commit(1)["features"]
+    layout = json.loads(shard["layout"])
+    raw = (reader.root / shard["path"]).read_bytes()
+    edges = [0, *(edge for start, stop, _, _ in layout["batches"] for edge in (start, stop)), len(raw)]
+    frame = b"".join(raw[start:stop] for start, stop in zip(edges[::2], edges[1::2], strict=True))
+    assert xxhash.xxh3_128_digest(frame) == base64.b64decode(layout["frame_digest"])
+    assert sum(rows for _, _, rows, _ in layout["batches"]) == shard["documents"] == 5000
+    for index, (start, stop, rows, digest) in enumerate(layout["batches"]):
+        assert xxhash.xxh3_128_digest(raw[start:stop]) == base64.b64decode(digest)
+        image = bytearray(len(raw))
+        for low, high in [*zip(edges[::2], edges[1::2], strict=True), (start, stop)]:
+            image[low:high] = raw[low:high]
+        if kind == "arrow":
+            found = pa.Table.from_batches([pa.ipc.open_file(pa.py_buffer(image)).get_batch(index)])
+        else:
+            found = pq.ParquetFile(pa.BufferReader(pa.py_buffer(image))).read_row_group(index)
+        assert found.num_rows == rows
+        assert found.equals(pa.Table.from_batches([open_dataset(tmp_path / "set").read_batch(0, index)]))
+
+
+def test_records_whose_schema_has_changed(tmp_path: Path) -> None:
+    root = tmp_path / "set"
+    with writer(root, schema={"a": "int32", "b": "string"}) as out:
+        out.write({"a": 1, "b": "x"})
+    evolve(root, drop=["b"], rename={"a": "c"}, widen={"c": "int64"}, add={"b": "string"}, defaults={"b": "y"})
+    with writer(root, format="parquet") as out:
+        out.write({"c": 2, "b": "z"})
+    evolve(root, add={"d": "list<int8>"}, rename={"b": "a"})
+    reader = Reader(root)
+    commit = reader.commit(4)
+    schema = pa.ipc.read_schema(pa.py_buffer(base64.b64decode(commit["record_schema"])))
+
+    def numbers(of: pa.Schema) -> list[int]:
+        named = [(field.metadata or {}).get(b"PARQUET:field_id") for field in of]
+        return [int(number) for number in named] if all(named) else list(range(1, len(of) + 1))  # type: ignore[arg-type]
+
+    rows = []
+    for shard in reader.shards(4):
+        path = reader.root / shard["path"]
+        table = pq.read_table(path) if path.suffix == ".parquet" else pa.ipc.open_file(path).read_all()
+        columns = dict(zip(numbers(table.schema), table.columns, strict=True))
+        arrays = []
+        for number, field in zip(numbers(schema), schema, strict=True):
+            default = json.loads((field.metadata or {}).get(b"datastore:default", b"null"))
+            missing = pa.array([default] * table.num_rows, field.type)
+            arrays.append(columns[number].cast(field.type) if number in columns else missing)
+        rows += pa.table(arrays, schema=schema).to_pylist()
+    assert commit["features"] == ["evolution", "layout"]
+    assert rows == list(open_dataset(root).iter_records())
+    assert rows == [{"c": 1, "a": "y", "d": None}, {"c": 2, "a": "z", "d": None}]
