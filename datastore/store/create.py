@@ -5,6 +5,8 @@ import logging
 import uuid
 from contextlib import suppress
 
+import msgspec
+
 from datastore.document import seal, unseal
 from datastore.errors import ConfigError, ConflictError, FormatError, MissingError
 from datastore.storage.base import Storage
@@ -14,7 +16,7 @@ from datastore.store.checked import first_sound
 from datastore.store.commits import utc_now
 from datastore.store.manifest import INFO_KEY, READABLE_FEATURES, DatasetInfo
 
-__all__ = ["PROBE_FOLDER", "create_dataset", "read_info"]
+__all__ = ["PROBE_FOLDER", "create_dataset", "read_info", "require_free"]
 
 PROBE_FOLDER = "_probe"
 
@@ -27,9 +29,10 @@ _LOOK_AT_KEYS = 1000
 _LOGGER = logging.getLogger(__name__)
 
 
-def create_dataset(storage: Storage, *, whole: bool = True) -> DatasetInfo:
+def create_dataset(storage: Storage, *, whole: bool = True, like: DatasetInfo | None = None) -> DatasetInfo:
     """Return the dataset's identity, made now if there is none. Safe to call from several processes at once.
 
+    What is made has the uuid of `like`, and all else that does not depend on the place; without it a new one.
     `storage` must be `whole`: all places of the dataset, as `open_roots` gives them, if it has several.
 
     Raises:
@@ -38,30 +41,43 @@ def create_dataset(storage: Storage, *, whole: bool = True) -> DatasetInfo:
         StorageError: the place cannot be written.
     """
     info = _read(storage)
-    foreign = _foreign_key(storage) if info is None else ""
-    if foreign:
-        # It may be the dataset that another process has made since.
-        info = _read(storage)
+    if info is None:
+        info = require_free(storage)
     if info is not None:
         return _checked(storage, info) if whole else info
-    if foreign:
-        raise ConfigError(
-            "the place holds something that is not a dataset",
-            url=storage.url,
-            found=foreign,
-            hint="Name an empty or a new folder.",
-        )
     exclusive = probe_exclusive(Subfolder(storage, PROBE_FOLDER))
     if not exclusive:
         _LOGGER.warning(
             "%s does not keep put-if-absent: this dataset allows one writer at a time, and cannot enforce it",
             storage.url,
         )
-    info = DatasetInfo(uuid=uuid.uuid4().hex, created=utc_now(), exclusive=exclusive)
+    if like is None:
+        info = DatasetInfo(uuid=uuid.uuid4().hex, created=utc_now(), exclusive=exclusive)
+    else:
+        info = msgspec.structs.replace(like, digest="", exclusive=exclusive)
     # If another process is faster, its uuid is the dataset's.
     with suppress(ConflictError):
         storage.put_new(INFO_KEY, seal(info))
     return read_info(storage)
+
+
+def require_free(storage: Storage) -> DatasetInfo | None:
+    """Return the identity of a dataset that was made there just now, or None if one can be.
+
+    Raises:
+        ConfigError: the place holds something that is not a dataset.
+    """
+    foreign = _foreign_key(storage)
+    # It may be the dataset that another process has made since.
+    info = _read(storage) if foreign else None
+    if foreign and info is None:
+        raise ConfigError(
+            "the place holds something that is not a dataset",
+            url=storage.url,
+            found=foreign,
+            hint="Name an empty or a new folder.",
+        )
+    return info
 
 
 def _checked(storage: Storage, info: DatasetInfo) -> DatasetInfo:

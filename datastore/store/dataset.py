@@ -15,10 +15,11 @@ from datastore.formats.evolution import adapt
 from datastore.formats.schema import decode_schema
 from datastore.formats.tokens import Offsets, Tokens
 from datastore.storage.base import Storage
+from datastore.storage.linked import LinkedStorage
 from datastore.store.batches import BatchReader
 from datastore.store.commits import CommitLog
 from datastore.store.deletions import Deletions, load_deletions, merge_spans
-from datastore.store.manifest import Commit, DatasetInfo, Kind, Totals
+from datastore.store.manifest import REFERENCES, Commit, DatasetInfo, Kind, Totals
 from datastore.store.opening import load_segments
 from datastore.store.roots import open_roots
 from datastore.store.segment import Segments
@@ -254,7 +255,7 @@ def open_dataset(
             url=storage.url,
             hint="Finish the ingest that was begun, by running it again.",
         )
-    return Dataset(storage, info=info, commit=commit)
+    return Dataset(LinkedStorage(storage) if REFERENCES in commit.features else storage, info=info, commit=commit)
 
 
 def _commit(storage: Storage, info: DatasetInfo, version: int | None, tag: str | None) -> Commit | None:

@@ -14,6 +14,7 @@ from datastore.document import Document, Sealed
 __all__ = [
     "INFO_KEY",
     "READABLE_FEATURES",
+    "REFERENCES",
     "Commit",
     "DatasetInfo",
     "DeletionRef",
@@ -36,7 +37,10 @@ __all__ = [
 
 INFO_KEY = "datastore.json"
 
-READABLE_FEATURES: frozenset[str] = frozenset({"deletions", "evolution", "layout", "placement", "references"})
+REFERENCES = "references"
+"""The feature of a version whose shards lie elsewhere: their paths are URLs."""
+
+READABLE_FEATURES: frozenset[str] = frozenset({"deletions", "evolution", "layout", "placement", REFERENCES})
 """Features that this package knows; a dataset or a version with any other one is refused, not misread."""
 
 Kind = Literal["tokens", "records"]

@@ -1,4 +1,4 @@
-"""Which files a version needs: what its commit names, and what its segments name in turn."""
+"""Which files a version needs: what its commit names, and what its segments and parity groups name in turn."""
 
 from collections.abc import Iterable, Iterator, Sequence
 
@@ -9,12 +9,13 @@ import xxhash
 
 from datastore.storage.base import Storage
 from datastore.store.deletions import deletions_key
-from datastore.store.manifest import Commit, tokenizer_key
+from datastore.store.manifest import Commit, ParityRef, SegmentRef, tokenizer_key
 from datastore.store.opening import load_segment
 from datastore.store.parallel import in_parallel
+from datastore.store.parity import Group, load_groups, parity_table_key
 from datastore.store.segment import segment_key
 
-__all__ = ["KeySet", "commit_files", "shard_files", "version_files"]
+__all__ = ["KeySet", "commit_files", "parity_files", "shard_files", "version_files"]
 
 Hashes = npt.NDArray[np.uint64]
 
@@ -23,6 +24,7 @@ def commit_files(commit: Commit) -> list[str]:
     """Return the keys that `commit` itself names: segments, tables of deletions, the tokenizer."""
     keys = [segment_key(ref.digest) for ref in commit.segments]
     keys += [deletions_key(ref.digest) for ref in commit.deletions]
+    keys += [parity_table_key(ref.digest) for ref in commit.parity]
     return keys if commit.tokenizer is None else [*keys, tokenizer_key(commit.tokenizer.sha256)]
 
 
@@ -31,17 +33,26 @@ def shard_files(batch: pa.RecordBatch) -> list[str]:
     return [key for name in ("path", "docs_path") for key in batch.column(name).to_pylist() if key]
 
 
+def parity_files(groups: Iterable[Group]) -> list[str]:
+    """Return the parity files of `groups`, and what they protect."""
+    return [key for group in groups for key in (group.path, *(member.path for member in group.members))]
+
+
 def version_files(storage: Storage, commits: Iterable[Commit]) -> Iterator[Sequence[str]]:
     """Yield, in parts, all keys that `commits` need; a segment that several of them name is read once.
 
+    The members of a parity group are needed, even by a version that has them no more: without them it saves nothing.
+
     Raises:
-        MissingError, CorruptError: a segment is gone or damaged.
+        MissingError, CorruptError: a segment or a table of parity groups is gone or damaged.
     """
-    refs = {}
+    segments, parity = dict[str, SegmentRef](), dict[str, ParityRef]()
     for commit in commits:
         yield commit_files(commit)
-        refs.update({ref.digest: ref for ref in commit.segments})
-    yield from in_parallel(lambda ref: shard_files(load_segment(storage, ref)), refs.values())
+        segments |= {ref.digest: ref for ref in commit.segments}
+        parity |= {ref.digest: ref for ref in commit.parity}
+    yield from in_parallel(lambda ref: shard_files(load_segment(storage, ref)), segments.values())
+    yield from in_parallel(lambda ref: parity_files(load_groups(storage, ref)), parity.values())
 
 
 class KeySet:

@@ -35,6 +35,8 @@ _KINDS = {
     "docs": "documents",
     "_segments": "segments",
     "deletions": "deletions",
+    "_parity": "parity",
+    "parity": "parity",
     "tokenizers": "tokenizers",
     PROBE_FOLDER: "probes",
 }
@@ -79,7 +81,7 @@ class VacuumReport:
     """Files looked at."""
 
     removed: dict[str, Amount]
-    """By kind: shards, documents, segments, deletions, tokenizers, ingests, probes, unfinished writes."""
+    """By kind: shards, documents, segments, deletions, parity, tokenizers, ingests, probes, unfinished writes."""
 
     young: Amount
     """Named by no version, but kept for their age."""
