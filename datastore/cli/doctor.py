@@ -17,6 +17,7 @@ from pathlib import Path
 import click
 
 from datastore.cli.output import fields, json_option, say, say_json, table
+from datastore.cli.redundancy import tell_exposure
 from datastore.cli.shell import example
 
 __all__ = ["doctor"]
@@ -47,12 +48,23 @@ class StorageProbe:
 
 
 @click.command(
-    short_help="Check this machine and a storage.", epilog=example("datastore doctor", "datastore doctor --url data/")
+    short_help="Check this machine, a storage, or what a lost disk would cost.",
+    epilog=example("datastore doctor", "datastore doctor --url data/", "datastore doctor data/code"),
 )
+@click.argument("dataset", required=False)
 @click.option("--url", help="Also write, read and remove a probe of 32 MiB there, and test put-if-absent.")
 @json_option
-def doctor(*, url: str | None, as_json: bool) -> None:
-    """Show versions, cores, memory, disk, devices and extras; with --url test a storage, too."""
+def doctor(*, dataset: str | None, url: str | None, as_json: bool) -> None:
+    """Show versions, cores, memory, disk, devices and extras; with --url test a storage, too.
+
+    With the URL of a DATASET, show instead what would be gone if one of its disks were lost.
+    """
+    if dataset is not None:
+        from datastore.store.exposure import exposure
+
+        found = exposure(dataset)
+        say_json(found) if as_json else tell_exposure(found)
+        return
     packages = {name: _version(name) for name in _REQUIRED}
     extras = {extra: {name: _version(name) for name in names} for extra, names in _EXTRAS.items()}
     machine = _machine()
