@@ -8,9 +8,6 @@ from datasets import Dataset
 from datasets.table import ConcatenationTable, InMemoryTable, MemoryMappedTable
 from typing_extensions import override
 
-from datastore.formats.tokens import token_schema
-from datastore.store.views import token_lists
-
 if TYPE_CHECKING:
     from datastore.store.views import Views
 
@@ -45,7 +42,7 @@ for _name, _member in vars(MemoryMappedTable).items():
 
 def mapped_dataset(dataset: "Views") -> Dataset:
     """Return what `Dataset.to_hf` promises."""
-    schema = dataset.schema if dataset.kind == "records" else token_schema(dataset.token_dtype)
+    schema = dataset.schema if dataset.kind == "records" else dataset.token_schema
     blocks: list[Any] = []
     live: list[np.ndarray[Any, Any]] = []
     start = 0
@@ -57,17 +54,12 @@ def mapped_dataset(dataset: "Views") -> Dataset:
         if path is not None and shard.layout.format == "arrow" and _map(str(path)).schema.equals(schema):
             blocks.append(MappedShard(_map(str(path)), str(path)))
         else:
-            blocks.append(InMemoryTable(_read(dataset, index, schema)))
+            blocks.append(
+                InMemoryTable(dataset.record_shard(index) if dataset.kind == "records" else dataset.token_lists(index))
+            )
     table = ConcatenationTable.from_tables(blocks or [InMemoryTable(schema.empty_table())])
     found = Dataset(table)
     return found.select(np.concatenate(live)) if dataset.deletions else found
-
-
-def _read(dataset: "Views", index: int, schema: pa.Schema) -> pa.Table:
-    if dataset.kind == "records":
-        return dataset.record_shard(index)
-    values, offsets = dataset.token_shard(index)
-    return pa.table([token_lists(values, offsets, dtype=dataset.token_dtype)], schema=schema)
 
 
 def _map(path: str) -> pa.Table:

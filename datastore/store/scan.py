@@ -9,7 +9,6 @@ import pyarrow.fs
 
 from datastore.errors import ConfigError
 from datastore.formats.documents import DOCUMENTS_SCHEMA
-from datastore.formats.tokens import token_schema
 from datastore.storage.base import Storage
 from datastore.storage.readonly import ReadOnlyFileSystem
 from datastore.store.segment import ShardInfo
@@ -56,7 +55,7 @@ def scan_files(dataset: "Views", part: "Part", shards: Iterable[ShardInfo]) -> p
         by_format["parquet"] = [shard.docs_path for shard in shards]
     else:
         # Tokens may be narrower in some shards; the scanner widens them.
-        schema = dataset.schema if dataset.kind == "records" else token_schema(dataset.token_dtype)
+        schema = dataset.schema if dataset.kind == "records" else dataset.token_schema
         for shard in shards:
             by_format.setdefault(shard.layout.format, []).append(shard.path)
     parts = [_scan(dataset.storage, keys, kind, schema) for kind, keys in by_format.items() if keys]

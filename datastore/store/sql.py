@@ -73,4 +73,5 @@ def _result(connection: duckdb.DuckDBPyConnection, query: str) -> pa.Table:
         raise ConfigError(
             "not one SELECT", statements=len(statements), hint="A dataset is read through SQL, never written."
         )
-    return connection.sql(query).to_arrow_table()
+    found: pa.Table = connection.sql(query).to_arrow_table()
+    return found

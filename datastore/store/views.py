@@ -10,13 +10,15 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
 
 from datastore.errors import ConfigError, DependencyError
 from datastore.formats.documents import DOCUMENTS_SCHEMA
 from datastore.formats.evolution import schema_id
-from datastore.formats.tokens import Offsets, Tokens, token_schema
+from datastore.formats.tokens import ColumnType, Offsets, token_schema
 from datastore.storage.base import Storage
+from datastore.store.shards import read_token_table
 
 if TYPE_CHECKING:
     import pyarrow.dataset
@@ -40,16 +42,16 @@ if TYPE_CHECKING:
         def segments(self) -> Segments: ...
         @cached_property
         def deletions(self) -> Deletions: ...
-        def token_shard(self, index: int) -> tuple[Tokens, Offsets]: ...
         def documents(self, index: int) -> pa.Table: ...
         def record_shard(self, index: int) -> pa.Table: ...
         def live_documents(self, index: int) -> pa.Table: ...
         def live_records(self, index: int) -> pa.Table: ...
-        def live_rows(self, index: int) -> np.ndarray[Any, Any] | None: ...
+        def live_rows(self, index: int) -> npt.NDArray[np.bool_] | None: ...
+        def iter_batches(self, *, columns: Sequence[str] | None = None) -> Iterator[pa.RecordBatch]: ...
 else:
     _Shards = object
 
-__all__ = ["Views", "missing_library", "token_lists"]
+__all__ = ["Views"]
 
 Part = Literal["rows", "documents"]
 
@@ -58,12 +60,20 @@ class Views(_Shards):
     """The part of `Dataset` that speaks to other libraries."""
 
     @property
+    def token_schema(self) -> pa.Schema:
+        """The columns of token shards: `tokens`, as wide as any shard needs, and what lies beside each token."""
+        itemsize = self.segments.itemsize
+        dtype = "uint32" if itemsize.size and int(itemsize.max()) == 4 else "uint16"
+        return token_schema(dtype, columns=[ColumnType(c.name, c.dtype, c.width) for c in self.segments.columns])
+
+    @property
     def row_schema(self) -> pa.Schema:
         """The columns of `rows`: those of the records; or of the documents, `tokens` being the tokens themselves."""
         if self.kind == "records":
             return self.schema
-        at = DOCUMENTS_SCHEMA.get_field_index("tokens")
-        return DOCUMENTS_SCHEMA.set(at, token_schema(self.token_dtype).field("tokens"))
+        tokens, *others = self.token_schema
+        columns = [tokens if field.name == "tokens" else field for field in DOCUMENTS_SCHEMA]
+        return pa.schema([*columns, *others])
 
     def older_shards(self) -> frozenset[str]:
         """Return the uids of the record shards that have an older schema: their files have other columns than `rows`."""
@@ -80,12 +90,23 @@ class Views(_Shards):
         """
         if self.kind == "records":
             return self.live_records(index)
-        values, offsets = self.token_shard(index)
-        column = token_lists(values, offsets, dtype=self.token_dtype)
-        table = self.documents(index)
-        joined = table.set_column(table.schema.get_field_index("tokens"), self.row_schema.field("tokens"), column)
+        columns = dict(zip(DOCUMENTS_SCHEMA.names, self.documents(index).columns, strict=True))
+        columns |= dict(zip(self.token_schema.names, self.token_lists(index).columns, strict=True))
+        joined = pa.table([columns[name] for name in self.row_schema.names], schema=self.row_schema)
         live = self.live_rows(index)
         return joined if live is None else joined.filter(pa.array(live))
+
+    def token_lists(self, index: int) -> pa.Table:
+        """Return all of token shard `index` as `token_schema`, deleted documents too.
+
+        Raises:
+            MissingError: the file is gone.
+            CorruptError: the file is damaged.
+        """
+        found = read_token_table(self.storage, self.segments.shard(index))
+        arrays = {"tokens": found.values, **found.columns}
+        schema = self.token_schema
+        return pa.table([_lists(arrays[field.name], found.offsets, field.type) for field in schema], schema=schema)
 
     def to_arrow(self, *, columns: Sequence[str] | None = None, tokens: bool = False) -> pa.Table:
         """Return everything as one table: all records; or all documents, with `tokens` together with their tokens.
@@ -103,18 +124,20 @@ class Views(_Shards):
         return pa.concat_tables([schema.empty_table().select(wanted), *parts])
 
     def to_batches(self, *, columns: Sequence[str] | None = None) -> pa.RecordBatchReader:
-        """Return all rows, as `row_schema`, as a stream with one shard in memory at a time; it can be read once.
+        """Return all rows, as `row_schema`, as a stream with at most one shard in memory; it can be read once.
 
         Raises:
             ConfigError: there is no such column.
         """
         wanted = _checked_names(self.row_schema, columns)
+        schema = pa.schema([self.row_schema.field(name) for name in wanted])
 
         def batches() -> Iterator[pa.RecordBatch]:
             for index in range(len(self.segments)):
                 yield from self.rows(index).select(wanted).to_batches()
 
-        return pa.RecordBatchReader.from_batches(self.row_schema.empty_table().select(wanted).schema, batches())
+        found = self.iter_batches(columns=columns) if self.kind == "records" else batches()
+        return pa.RecordBatchReader.from_batches(schema, (batch.select(wanted) for batch in found))
 
     def to_pandas(self, *, columns: Sequence[str] | None = None, tokens: bool = False) -> Any:
         """Return `to_arrow` of the same arguments as a pandas data frame, in memory.
@@ -133,11 +156,11 @@ class Views(_Shards):
         try:
             import polars as pl  # noqa: PLC0415 - an extra
         except ModuleNotFoundError:
-            raise missing_library("polars") from None
+            raise _missing_library("polars") from None
         return pl.from_arrow(self.to_arrow(columns=columns, tokens=tokens))
 
     def to_hf(self) -> Any:
-        """Return a `datasets.Dataset` of the records, or of the tokens: one column `tokens`, one row per document.
+        """Return a `datasets.Dataset` of the records, or of the tokens: a column `tokens`, one row per document.
 
         It maps the shards where they are on this machine, copies nothing, and goes through `map` and worker processes
         without a copy, too; elsewhere the shards are read into memory. Deleted rows are left out by an index.
@@ -148,7 +171,7 @@ class Views(_Shards):
         try:
             from datastore.store.hf import mapped_dataset  # noqa: PLC0415 - an extra
         except ModuleNotFoundError:
-            raise missing_library("datasets") from None
+            raise _missing_library("datasets") from None
         return mapped_dataset(self)
 
     def sql(self, query: str) -> pa.Table:
@@ -164,7 +187,7 @@ class Views(_Shards):
         try:
             from datastore.store.sql import run_query  # noqa: PLC0415 - an extra
         except ModuleNotFoundError:
-            raise missing_library("duckdb", extra="sql") from None
+            raise _missing_library("duckdb", extra="sql") from None
         return run_query(self, query)
 
     def arrow_dataset(self, part: Part = "rows", *, ignore_deletions: bool = False) -> "pyarrow.dataset.Dataset":
@@ -181,24 +204,21 @@ class Views(_Shards):
 
         return scan_shards(self, part, ignore_deletions=ignore_deletions)
 
-    @property
-    def token_dtype(self) -> str:
-        """`uint16`, or `uint32` if the tokens of any shard need it."""
-        itemsize = self.segments.itemsize
-        return "uint32" if itemsize.size and int(itemsize.max()) == 4 else "uint16"
 
-
-def missing_library(name: str, *, extra: str = "") -> DependencyError:
+def _missing_library(name: str, *, extra: str = "") -> DependencyError:
     """Return the error for an optional library that is not installed."""
     command = f"pip install 'datastore[{extra}]'" if extra else f"pip install {name}"
     return DependencyError(f"{name} is not installed", hint=f"Run {command}.")
 
 
-def token_lists(values: Tokens, offsets: Offsets, *, dtype: str) -> Any:
-    """Return document `i`, which is `values[offsets[i]:offsets[i + 1]]`, as list `i` of an Arrow array of `dtype`."""
+def _lists(values: "npt.NDArray[Any]", offsets: Offsets, kind: Any) -> Any:
+    """Return list `i`, which is `values[offsets[i]:offsets[i + 1]]`, for each `i` as an Arrow array of type `kind`."""
     lists: Any = pa.ListArray
-    kind = token_schema(dtype).field("tokens").type
-    return lists.from_arrays(pa.array(offsets.astype(np.int32)), pa.array(values.astype(dtype, copy=False)), type=kind)
+    fixed: Any = pa.FixedSizeListArray
+    inner = kind.value_type if values.ndim == 1 else kind.value_type.value_type
+    flat = pa.array(values.reshape(-1)).cast(inner)
+    items = flat if values.ndim == 1 else fixed.from_arrays(flat, type=kind.value_type)
+    return lists.from_arrays(pa.array(offsets.astype(np.int32)), items, type=kind)
 
 
 def _checked_names(schema: pa.Schema, columns: Sequence[str] | None) -> list[str]:
