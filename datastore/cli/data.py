@@ -62,6 +62,9 @@ def show(*, url: str, as_json: bool) -> None:
             "tags": ", ".join(f"{name} -> {version}" for name, version in tags.items()) or None,
             "holds": dataset.kind,
             "documents": f"{totals.documents:,}",
+            "deleted": f"{totals.deleted_documents:,} of them ({totals.deleted_tokens:,} tokens)"
+            if totals.deleted_documents
+            else None,
             "tokens": f"{totals.tokens:,} ({format_count(totals.tokens)})" if tokenizer else None,
             "vocabulary": f"{tokenizer.vocab_size:,} ids; {tokenizer.end_of_text} ends a document"
             if tokenizer
@@ -101,7 +104,8 @@ def ls(*, url: str, documents: bool, limit: int, as_json: bool) -> None:
         return
     if shown:
         table(tuple(shown[0]), [tuple(map(_brief, row.values())) for row in shown])
-    total = dataset.totals.documents if documents else dataset.totals.shards
+    totals = dataset.totals
+    total = totals.documents - totals.deleted_documents if documents else totals.shards
     if len(shown) < total:
         say(f"... and {total - len(shown):,} more; --limit 0 lists all")
 
@@ -133,7 +137,7 @@ def _document_rows(dataset: "Dataset") -> Iterator[dict[str, object]]:
         yield from dataset.iter_records()
         return
     for index in range(len(dataset.segments)):
-        yield from dataset.documents(index).drop_columns(["digest"]).to_pylist()
+        yield from dataset.live_documents(index).drop_columns(["digest"]).to_pylist()
 
 
 @click.command(short_help="List the versions of a dataset.", epilog=example("datastore log data/code"))

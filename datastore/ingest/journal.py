@@ -70,11 +70,18 @@ class Journal:
             return None
 
     def keep_plan(self, plan: Plan) -> Plan:
-        """Store `plan` unless there is one; return the one that holds."""
+        """Store `plan` unless there is one; return the one that holds.
+
+        One in which a purge has blanked names, which the same files and settings have brought back, gives way.
+        """
+        key = f"{self.folder}/plan.json"
         try:
-            self.storage.put_new(f"{self.folder}/plan.json", seal(plan))
+            self.storage.put_new(key, seal(plan))
         except ConflictError:
-            return self.find_plan() or plan
+            found = self.find_plan()
+            if found is not None and all(file.path for file in found.files):
+                return found
+            self.storage.put(key, seal(plan))
         return plan
 
     def begin(self, plan: Plan) -> dict[str, TaskDone]:

@@ -16,6 +16,7 @@ def card_text(info: DatasetInfo, commit: Commit) -> str:
         ("version", f"{commit.version} ({commit.operation}, {commit.time})"),
         ("holds", commit.kind),
         ("documents", f"{totals.documents:,}"),
+        *([("deleted of them", f"{totals.deleted_documents:,}")] if totals.deleted_documents else []),
         *([("tokens", f"{totals.tokens:,} ({format_count(totals.tokens)})")] if commit.kind == "tokens" else []),
         ("shards", f"{totals.shards:,}"),
         ("size", format_bytes(totals.size_bytes)),
