@@ -104,7 +104,7 @@ class RecordWriter:
         table = self._table_of(rows)
         if table is None:
             return
-        rows_per_shard = max(1, table.num_rows * _SHARD_BYTES // max(1, table.nbytes))
+        rows_per_shard = max(1, -(-table.num_rows * _SHARD_BYTES // max(1, table.nbytes)))
         for start in range(0, table.num_rows, rows_per_shard):
             self._parts.append(table.slice(start, rows_per_shard))
             self._bytes += self._parts[-1].nbytes
