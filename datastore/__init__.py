@@ -41,8 +41,12 @@ if TYPE_CHECKING:
     from datastore.store.dataset import open_dataset as open  # noqa: A004 - `ds.open` is what it is
     from datastore.store.delete import delete
     from datastore.store.evolve import evolve
+    from datastore.store.exposure import exposure
+    from datastore.store.protect import protect
     from datastore.store.purge import purge
     from datastore.store.records import writer
+    from datastore.store.repair import repair
+    from datastore.store.roots import place_dataset as place
     from datastore.store.tags import set_tag
     from datastore.store.verify import verify
     from datastore.train.export import export as export_model
@@ -82,14 +86,18 @@ _HOMES = {
     "evolve": ("datastore.store.evolve", "evolve"),
     "export_dataset": ("datastore.interop.export", "export"),
     "export_model": ("datastore.train.export", "export"),
+    "exposure": ("datastore.store.exposure", "exposure"),
     "generate": ("datastore.train.generate", "generate"),
     "import_dataset": ("datastore.ingest.importing", "import_dataset"),
     "ingest_files": ("datastore.ingest.ingest", "ingest"),
     "load_settings": ("datastore.config", "load_settings"),
     "open": ("datastore.store.dataset", "open_dataset"),
     "open_storage": ("datastore.storage.resolve", "open_storage"),
+    "place": ("datastore.store.roots", "place_dataset"),
+    "protect": ("datastore.store.protect", "protect"),
     "prove_run": ("datastore.train.proof", "prove"),
     "purge": ("datastore.store.purge", "purge"),
+    "repair": ("datastore.store.repair", "repair"),
     "resume_run": ("datastore.train.trainer", "resume"),
     "set_tag": ("datastore.store.tags", "set_tag"),
     "trace_step": ("datastore.train.trace", "trace"),
@@ -128,14 +136,18 @@ __all__ = [
     "evolve",
     "export_dataset",
     "export_model",
+    "exposure",
     "generate",
     "import_dataset",
     "ingest_files",
     "load_settings",
     "open",
     "open_storage",
+    "place",
+    "protect",
     "prove_run",
     "purge",
+    "repair",
     "resume_run",
     "set_tag",
     "trace_step",
