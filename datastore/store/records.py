@@ -108,7 +108,8 @@ class RecordWriter:
         for start in range(0, table.num_rows, rows_per_shard):
             self._parts.append(table.slice(start, rows_per_shard))
             self._bytes += self._parts[-1].nbytes
-            if self._bytes >= _SHARD_BYTES:
+            # Rows vary in size: what is nearly full would otherwise get as much again.
+            if self._bytes >= _SHARD_BYTES - _SHARD_BYTES // 8:
                 self._store_shard()
 
     def __enter__(self) -> Self:
