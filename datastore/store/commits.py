@@ -13,11 +13,13 @@ import secrets
 import time
 import uuid
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib.metadata import version as installed_version
 from threading import Event
+from typing import TypeVar
 
 import msgspec
 
@@ -30,6 +32,9 @@ from datastore.store.manifest import READABLE_FEATURES, Commit, DatasetInfo, Hin
 from datastore.store.single_writer import single_writer
 
 __all__ = ["HINT_KEY", "CommitLog", "StoredCommit", "is_commit", "utc_now", "writer_name"]
+
+A = TypeVar("A")
+B = TypeVar("B")
 
 HINT_KEY = "_log/_last"
 
@@ -56,7 +61,7 @@ class CommitLog:
         self.patience_s = patience_s
 
     def newest(self) -> Commit | None:
-        """Return the newest version, or None if there is none yet. Three requests if the hint is fresh.
+        """Return the newest version, or None if there is none yet. Three requests if the hint is fresh, two at once.
 
         Raises:
             CorruptError: a commit on the way is damaged, or the one that the hint names is gone.
@@ -128,11 +133,14 @@ class CommitLog:
             commit = parent.commit
             yield commit
 
-    def append(self, build: Callable[[Commit | None], Commit]) -> Commit:
+    def append(
+        self, build: Callable[[Commit | None], Commit], *, then: Callable[[Commit], None] = lambda _: None
+    ) -> Commit:
         """Commit what `build` makes of the newest version, and return it as committed.
 
         `build` is called again each time another writer was faster. It returns the next version without its
         `version`, `parent_sha256` and `commit_id`, which are filled in here; or its argument: nothing to commit.
+        `then` is called with what was committed, while the hint is being written.
 
         Raises:
             ConflictError: other writers were faster until patience ran out; or, on storage that cannot exclude a
@@ -142,19 +150,21 @@ class CommitLog:
         commit_id = uuid.uuid4().hex
         patience = _Patience(self.patience_s)
         with nullcontext() if self.exclusive else single_writer(self.storage):
+            newest = self._newest()
             while True:
-                newest = self._newest()
                 draft = build(newest.commit if newest else None)
                 if newest is not None and draft is newest.commit:
                     return newest.commit
                 commit = _after(newest, msgspec.structs.replace(draft, commit_id=commit_id))
-                if self._put(commit, patience):
-                    self._leave_hint(commit)
+                faster = self._put(commit, patience)
+                if faster is None:
+                    self._at_once(lambda: self._leave_hint(commit), lambda: then(commit))  # noqa: B023 - called right here
                     return commit
                 patience.wait(commit_key(commit.version))
+                newest = self._above(faster, self._find(commit.version + 1))
 
-    def _put(self, commit: Commit, patience: "_Patience") -> bool:
-        """Store `commit`; return whether it is the one that its version's key holds now."""
+    def _put(self, commit: Commit, patience: "_Patience") -> StoredCommit | None:
+        """Store `commit` and return None; or the other one that its version's key holds."""
         key, raw = commit_key(commit.version), seal(commit)
         while True:
             failure: ConflictError | StorageError | None = None
@@ -162,12 +172,12 @@ class CommitLog:
                 if self.exclusive or self._find(commit.version) is None:
                     self.storage.put_new(key, raw)
                     if self.exclusive:
-                        return True
+                        return None
             except (ConflictError, StorageError) as error:
                 failure = error
             stored = self._read_back(commit.version, patience)
             if stored is not None:
-                return stored.commit.commit_id == commit.commit_id
+                return None if stored.commit.commit_id == commit.commit_id else stored
             if isinstance(failure, StorageError) and not failure.transient:
                 raise failure
             patience.wait(key)
@@ -188,16 +198,23 @@ class CommitLog:
 
     def _newest(self) -> StoredCommit | None:
         low = self._hinted()
-        newest = self._find(low) if low else None
-        if low and newest is None:
+        if not low:
+            return self._above(None, self._find(1))
+        newest, found = self._at_once(lambda: self._find(low), lambda: self._find(low + 1))
+        if newest is None:
             raise CorruptError(
                 "a commit is gone",
                 where=commit_key(low),
                 hint=f"Restore it from a copy; or remove {HINT_KEY} to go on from the newest version that is left.",
             )
-        step = 1
-        while (found := self._find(low + step)) is not None:
+        return self._above(newest, found)
+
+    def _above(self, newest: StoredCommit | None, found: StoredCommit | None) -> StoredCommit | None:
+        """Return the newest version from `newest` upward; `found` is the one after it, if there is one."""
+        low, step = newest.commit.version if newest else 0, 1
+        while found is not None:
             newest, low, step = found, low + step, step * 2
+            found = self._find(low + step)
         high = low + step
         while high - low > 1:
             middle = (low + high) // 2
@@ -218,6 +235,14 @@ class CommitLog:
             )
         except MissingError:
             return None
+
+    def _at_once(self, first: Callable[[], A], second: Callable[[], B]) -> tuple[A, B]:
+        """Return what both return, called at once where each is a request to somewhere else."""
+        if self.storage.local_path(HINT_KEY) is not None:
+            return first(), second()
+        with ThreadPoolExecutor(1) as pool:
+            other = pool.submit(second)
+            return first(), other.result()
 
     def _hinted(self) -> int:
         """Return where the hint says to start; 0 if there is none or it is damaged, which costs a few more reads."""

@@ -10,26 +10,32 @@ from datastore.store.checked import read_checked
 from datastore.store.manifest import Commit, SegmentRef
 from datastore.store.segment import Segments, decode_segment, segment_key
 
-__all__ = ["load_segment", "load_segments"]
+__all__ = ["Loaded", "load_segment", "load_segments"]
+
+Loaded = dict[str, pa.RecordBatch]
+"""Segments by their digest, which stands for their bytes: one read once need not be read again."""
 
 _READERS = 8
 
 
-def load_segments(storage: Storage, commit: Commit) -> Segments:
-    """Return the shards of `commit`.
+def load_segments(storage: Storage, commit: Commit, *, loaded: Loaded | None = None) -> Segments:
+    """Return the shards of `commit`; segments that are `loaded` are not read again, and others are added to them.
 
     Raises:
         MissingError: a segment is gone.
         CorruptError: a segment is damaged, or does not hold what the commit says.
     """
     if len(commit.segments) < 2:
-        return Segments([load_segment(storage, ref) for ref in commit.segments])
+        return Segments([load_segment(storage, ref, loaded=loaded) for ref in commit.segments])
     with ThreadPoolExecutor(max_workers=min(_READERS, len(commit.segments))) as pool:
-        return Segments(list(pool.map(lambda ref: load_segment(storage, ref), commit.segments)))
+        return Segments(list(pool.map(lambda ref: load_segment(storage, ref, loaded=loaded), commit.segments)))
 
 
-def load_segment(storage: Storage, ref: SegmentRef) -> pa.RecordBatch:
-    """Return the rows of one segment."""
+def load_segment(storage: Storage, ref: SegmentRef, *, loaded: Loaded | None = None) -> pa.RecordBatch:
+    """Return the rows of one segment, those `loaded` before if they are there."""
+    found = loaded.get(ref.digest) if loaded is not None else None
+    if found is not None:
+        return found
     key = segment_key(ref.digest)
     batch = decode_segment(read_checked(storage, key, size_bytes=ref.file_bytes, digest=ref.digest), where=key)
     if batch.num_rows != ref.shards:
@@ -40,4 +46,6 @@ def load_segment(storage: Storage, ref: SegmentRef) -> pa.RecordBatch:
             found=batch.num_rows,
             hint="Restore this file from a copy.",
         )
+    if loaded is not None:
+        loaded[ref.digest] = batch
     return batch

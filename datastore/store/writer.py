@@ -19,7 +19,7 @@ from datastore.store.card import write_card
 from datastore.store.commits import CommitLog, utc_now, writer_name
 from datastore.store.create import create_dataset
 from datastore.store.manifest import Commit, DatasetInfo, SegmentRef, TokenizerRef, Totals, sum_refs
-from datastore.store.opening import load_segment, load_segments
+from datastore.store.opening import Loaded, load_segment, load_segments
 from datastore.store.segment import (
     MAX_SEGMENT_SHARDS,
     SEGMENT_SCHEMA,
@@ -115,6 +115,7 @@ def _add(storage: Storage, shards: Sequence[ShardInfo], draft: Commit) -> Commit
     if len({_columns_of(shard.layout.columns) for shard in shards}) > 1:
         raise ConfigError("shards with different columns", hint="Give each token of a dataset the same columns.")
     info = create_dataset(storage)
+    loaded: Loaded = {}  # Who must build again, because another writer was faster, has most segments already.
 
     def build(newest: Commit | None) -> Commit:
         if newest is None:
@@ -123,32 +124,41 @@ def _add(storage: Storage, shards: Sequence[ShardInfo], draft: Commit) -> Commit
             whole = msgspec.structs.replace(draft, min_version=newest.min_version)
             return with_shards(storage, whole, kept=(), shards=shards)
         _check_fits(storage, newest, draft)
-        fresh = _without_present(storage, newest, shards)
+        fresh = _without_present(storage, newest, shards, loaded)
         if not fresh:
             return newest
         added = draft_commit("append", parent=newest, ingest_id=draft.ingest_id, config_digest=draft.config_digest)
-        return with_shards(storage, added, kept=newest.segments, shards=fresh)
+        return with_shards(storage, added, kept=newest.segments, shards=fresh, loaded=loaded)
 
     return publish(storage, info, build)
 
 
 def publish(storage: Storage, info: DatasetInfo, build: Build) -> Commit:
     """Commit what `build` makes of the newest version, as `CommitLog.append`; then write the dataset's card."""
-    commit = CommitLog(storage, exclusive=info.exclusive).append(build)
-    try:
-        write_card(storage, info, commit)
-    except StorageError as error:
-        _LOGGER.warning("version %d is committed, but its card was not written: %s", commit.version, error)
-    return commit
+
+    def leave_card(commit: Commit) -> None:
+        try:
+            write_card(storage, info, commit)
+        except StorageError as error:
+            _LOGGER.warning("version %d is committed, but its card was not written: %s", commit.version, error)
+
+    return CommitLog(storage, exclusive=info.exclusive).append(build, then=leave_card)
 
 
-def with_shards(storage: Storage, draft: Commit, *, kept: Sequence[SegmentRef], shards: Sequence[ShardInfo]) -> Commit:
+def with_shards(
+    storage: Storage,
+    draft: Commit,
+    *,
+    kept: Sequence[SegmentRef],
+    shards: Sequence[ShardInfo],
+    loaded: Loaded | None = None,
+) -> Commit:
     """Return `draft` with the segments `kept`, those at their end merged, and stored new ones for `shards`.
 
-    Its totals and features are made to fit; its deletions stay what they are.
+    Its totals and features are made to fit; its deletions stay what they are. Segments that are `loaded` are not read.
     """
     merged = merge_tail([ref.shards for ref in kept], len(shards))
-    rows = [load_segment(storage, ref) for ref in kept[len(kept) - merged :]]
+    rows = [load_segment(storage, ref, loaded=loaded) for ref in kept[len(kept) - merged :]]
     if shards:
         rows.append(segment_of(shards))
     table = pa.Table.from_batches(rows, schema=SEGMENT_SCHEMA).combine_chunks()
@@ -206,9 +216,9 @@ def _columns_of(layouts: Sequence[ColumnLayout]) -> tuple[tuple[str, str, int], 
     return tuple((layout.name, layout.dtype, layout.width) for layout in layouts)
 
 
-def _without_present(storage: Storage, newest: Commit, shards: Sequence[ShardInfo]) -> list[ShardInfo]:
+def _without_present(storage: Storage, newest: Commit, shards: Sequence[ShardInfo], loaded: Loaded) -> list[ShardInfo]:
     """Return those of `shards` that `newest` does not have."""
-    segments = load_segments(storage, newest)
+    segments = load_segments(storage, newest, loaded=loaded)
     if len(segments) and shards and _columns_of(segments.columns) != _columns_of(shards[0].layout.columns):
         raise ConfigError(
             "the tokens have other columns beside them than the dataset's",
