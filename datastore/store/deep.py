@@ -9,18 +9,23 @@ from collections.abc import Callable, Iterator
 from contextlib import suppress
 from functools import partial
 from itertools import pairwise
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
 
+from datastore.digest import digest_bytes
 from datastore.errors import DatastoreError
-from datastore.formats.tokens import Offsets, Tokens
+from datastore.formats.evolution import adapt
+from datastore.formats.tokens import Offsets, TokenTable, decode_token_table
 from datastore.store.blocks import BadBlock
+from datastore.store.checked import read_checked
 from datastore.store.dataset import Dataset
 from datastore.store.deletions import Deletions, deletions_key, merge_spans
+from datastore.store.parity import Group, xor_files
 from datastore.store.segment import ShardInfo
-from datastore.store.shards import read_documents, read_record_shard, read_token_shard
+from datastore.store.shards import read_documents, read_record_shard
 
 __all__ = ["DeepCheck"]
 
@@ -30,10 +35,13 @@ T = TypeVar("T")
 class DeepCheck:
     """Decodes the shards of a version whose bytes are sound. Safe for several threads.
 
-    - A token shard has the dtype, documents and tokens that the manifest names, and no id beyond the vocabulary.
+    - A token shard has the dtype, documents, tokens and columns that the manifest names, at the positions that it
+      names, and no id beyond the vocabulary.
     - Its documents file has one row for each of its rows, which counts its tokens, and the named first and last source.
-    - A record shard has the rows that the manifest names, in the batches that it names, and the dataset's columns.
+    - A record shard has the rows that the manifest names, in the batches that it names, and can be read as the version's
+      schema.
     - Rows that are deleted are there, and have the tokens that the deletions name.
+    - A parity file is the XOR of its members.
     """
 
     def __init__(self, dataset: Dataset) -> None:
@@ -55,13 +63,23 @@ class DeepCheck:
             if table is not None:
                 _note(shard.path, self._record_faults(shard, table), bad)
             return bad
-        found = _tried(partial(read_token_shard, storage, shard), shard.path, bad)
+        found = _tried(partial(self._token_table, shard), shard.path, bad)
         documents = _tried(partial(read_documents, storage, shard), shard.docs_path, bad)
-        if found is not None:
-            _note(shard.path, self._token_faults(shard, *found), bad)
-        if found is not None and documents is not None:
-            _note(shard.docs_path, _document_faults(shard, documents, found[1]), bad)
+        if found is None:
+            return bad
+        raw, tokens = found
+        _note(shard.path, self._token_faults(shard, raw, tokens), bad)
+        if documents is not None:
+            _note(shard.docs_path, _document_faults(shard, documents, tokens.offsets), bad)
         return bad
+
+    def group(self, group: Group) -> list[BadBlock]:
+        """Return what is wrong with a parity file whose bytes, and those of its members, are sound."""
+        with suppress(DatastoreError):  # A member is damaged, and told where it is checked.
+            made = xor_files(self._dataset.storage, group.members, size_bytes=group.size_bytes)
+            if digest_bytes(made.data) != group.digest:
+                return [BadBlock(group.path, None, "it is not the XOR of its members")]
+        return []
 
     def rest(self) -> list[BadBlock]:
         """Return what is wrong with the deletions, once all shards have been looked at and found sound."""
@@ -77,9 +95,20 @@ class DeepCheck:
         if documents != self._deletions.documents:
             yield "it deletes what is deleted already"
 
-    def _token_faults(self, shard: ShardInfo, values: Tokens, offsets: Offsets) -> Iterator[str]:
+    def _token_table(self, shard: ShardInfo) -> tuple[pa.Buffer, TokenTable]:
+        raw = read_checked(self._dataset.storage, shard.path, size_bytes=shard.size_bytes, digest=shard.digest)
+        return raw, decode_token_table(raw)
+
+    def _token_faults(self, shard: ShardInfo, raw: pa.Buffer, table: TokenTable) -> Iterator[str]:
+        values, offsets = table.values, table.offsets
         if (values.dtype.name, offsets.size - 1, values.size) != (shard.dtype, shard.documents, shard.tokens):
             yield "its dtype, documents or tokens are not those that the manifest names"
+            return
+        columns = {column.name: column for column in shard.layout.columns}
+        placed = [(values, shard.values_start), (offsets.astype(shard.offsets_dtype), shard.offsets_start)]
+        placed += [(table.columns[name], columns[name].values_start) for name in columns.keys() & table.columns.keys()]
+        if columns.keys() != table.columns.keys() or not all(_lies_at(raw, start, found) for found, start in placed):
+            yield "its tokens, offsets or columns are not where the manifest says"
             return
         tokenizer = self._dataset.commit.tokenizer
         if tokenizer is not None and values.size and int(values.max()) >= tokenizer.vocab_size:
@@ -97,8 +126,10 @@ class DeepCheck:
     def _record_faults(self, shard: ShardInfo, table: pa.Table) -> Iterator[str]:
         if table.num_rows != shard.documents:
             yield f"it has {table.num_rows} rows, not {shard.documents}"
-        if not set(table.column_names) <= set(self._dataset.schema.names):
-            yield "it has columns that the dataset has not"
+        try:
+            adapt(table, self._dataset.schema)
+        except DatastoreError as error:
+            yield error.fact
         rows = self._deletions.rows(shard.uid)
         if rows.size and rows[-1] >= table.num_rows:
             yield f"row {rows[-1]} of it is deleted, it has {table.num_rows}"
@@ -111,13 +142,23 @@ class DeepCheck:
             yield "its batches do not cut it up"
 
 
+def _lies_at(raw: pa.Buffer, start: int, values: npt.NDArray[Any]) -> bool:
+    """Whether the bytes of `values` lie at `start` of `raw`."""
+    if start + values.nbytes > raw.size:
+        return False
+    return np.array_equal(
+        np.frombuffer(memoryview(raw), np.uint8, values.nbytes, start), values.reshape(-1).view(np.uint8)
+    )
+
+
 def _document_faults(shard: ShardInfo, documents: pa.Table, offsets: Offsets) -> Iterator[str]:
     if not np.array_equal(documents.column("tokens").to_numpy(), np.diff(offsets)):
         yield "its rows do not count the tokens of the shard's rows"
         return
-    sources = documents.column("source")
-    ends = (str(sources[0]), str(sources[-1])) if documents.num_rows else ("", "")
-    if ends != (shard.source_first, shard.source_last):
+    # A purged document has no source any more, and counts for none.
+    sources = [str(source) for source in documents.column("source")]
+    ends = {(found[0], found[-1]) for found in (sources, [source for source in sources if source]) if found}
+    if (shard.source_first, shard.source_last) not in (ends or {("", "")}):
         yield "its first and last source are not those that the manifest names"
 
 

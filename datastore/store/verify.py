@@ -165,7 +165,7 @@ def _checks(dataset: Dataset, draw: Draw, look: DeepCheck | None) -> Iterator[Ca
     for deletion in commit.deletions:
         yield partial(_one, deletions_key(deletion.digest), partial(load_deletion, storage, deletion))
     room = Room()
-    yield from _parity_checks(storage, commit, draw, room)
+    yield from _parity_checks(dataset, draw, room, look)
     for ref in commit.segments:
         segments: list[Segments] = []
         found = _one(segment_key(ref.digest), partial(_check_segment, storage, ref, segments))
@@ -179,8 +179,9 @@ def _checks(dataset: Dataset, draw: Draw, look: DeepCheck | None) -> Iterator[Ca
         yield partial(_Found, 0, 0, unread)
 
 
-def _parity_checks(storage: Storage, commit: Commit, draw: Draw, room: Room) -> Iterator[Callable[[], _Found]]:
-    for table in commit.parity:
+def _parity_checks(dataset: Dataset, draw: Draw, room: Room, look: DeepCheck | None) -> Iterator[Callable[[], _Found]]:
+    storage = dataset.storage
+    for table in dataset.commit.parity:
         groups: list[Group] = []
         found = _one(parity_table_key(table.digest), partial(_take_groups, storage, table, groups))
         yield partial(_Found, found.files, found.size_bytes, found.bad)
@@ -188,7 +189,9 @@ def _parity_checks(storage: Storage, commit: Commit, draw: Draw, room: Room) -> 
             blocks = Blocks(group.path, group.size_bytes, BLOCK_BYTES, group.block_digests)
             drawn = draw.of(len(blocks)) if blocks.sound else ()
             if drawn or not blocks.sound:
-                yield partial(_check_shard, storage, [(blocks, drawn)], room, None)
+                yield partial(
+                    _check_shard, storage, [(blocks, drawn)], room, partial(look.group, group) if look else None
+                )
 
 
 def _take_groups(storage: Storage, table: ParityRef, into: list[Group]) -> None:
