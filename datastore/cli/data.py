@@ -140,28 +140,6 @@ def _document_rows(dataset: "Dataset") -> Iterator[dict[str, object]]:
         yield from dataset.live_documents(index).drop_columns(["digest"]).to_pylist()
 
 
-@click.command(short_help="List the versions of a dataset.", epilog=example("datastore log data/code"))
-@URL
-@json_option
-def log(*, url: str, as_json: bool) -> None:
-    """List the versions of the dataset at URL, newest first; the chain of their sha256 is checked."""
-    from datastore.store.commits import CommitLog
-    from datastore.store.dataset import open_dataset
-
-    newest = open_dataset(url)
-    commits = list(CommitLog(newest.storage).history(newest.commit))
-    if as_json:
-        say_json(commits)
-        return
-    table(
-        ("version", "time", "operation", "documents", "tokens", "shards", "writer"),
-        [
-            (c.version, moment(c.time), c.operation, c.totals.documents, c.totals.tokens, c.totals.shards, c.writer)
-            for c in commits
-        ],
-    )
-
-
 @click.command(
     short_help="Read and check a dataset, every byte of it or a sample.",
     epilog=example(
@@ -218,4 +196,4 @@ def tag(*, url: str, name: str, replace: bool, delete: bool) -> None:
     say(f"{dataset.url}@{name} is version {dataset.version}")
 
 
-COMMANDS = (show, ls, log, verify, tag)
+COMMANDS = (show, ls, verify, tag)

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+import msgspec
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -103,6 +104,19 @@ def find_leftovers(storage: Storage, history: Sequence[Commit], new: Commit) -> 
 def data_paths(storage: Storage, refs: Iterable[SegmentRef]) -> Any:
     """Return the paths of all shards, and of their documents files, that the segments `refs` name."""
     return pa.chunked_array(list(in_parallel(lambda ref: _paths(storage, ref), refs)), pa.string())
+
+
+def journal_files(storage: Storage, history: Iterable[Commit]) -> set[str]:
+    """Return all files that the tasks of committed ingests have written, as far as their journals still say so.
+
+    One that found a document twice has written its shard again without it, and the first one is named by no version.
+    """
+    ingest_ids = {commit.ingest_id for commit in history}
+    keys = [stat.key for stat in storage.list("ingests")]
+    done = [key for key in keys if key.split("/")[1] in ingest_ids and key.split("/")[2] == "done"]
+    tasks = in_parallel(lambda key: msgspec.json.decode(storage.get(key)), done)
+    paths = (path for task in tasks for shard in task["shards"] for path in (shard["path"], shard["docs_path"]))
+    return {path for path in paths if path and not is_elsewhere(path)}
 
 
 def clear_journals(storage: Storage, ingest_ids: Collection[str], *, ids_sha256: Collection[str]) -> Journals:

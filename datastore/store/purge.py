@@ -38,7 +38,7 @@ from datastore.store.certificate import (
 from datastore.store.commits import CommitLog, writer_name
 from datastore.store.dataset import Dataset
 from datastore.store.delete import FoundDocuments, commit_deletion, find_documents
-from datastore.store.leftovers import find_leftovers, is_elsewhere, read_history
+from datastore.store.leftovers import data_paths, find_leftovers, is_elsewhere, journal_files, read_history
 from datastore.store.manifest import Commit, sum_refs
 from datastore.store.parallel import in_parallel
 from datastore.store.parity import drop_parity
@@ -260,9 +260,11 @@ def _planned(current: Dataset, blanked: Sequence[BlankedShard]) -> tuple[Commit,
     draft = msgspec.structs.replace(
         draft_commit("purge", parent=before), segments=segments, totals=sum_refs(segments, before.deletions)
     )
-    left = find_leftovers(storage, read_history(storage, before), draft)
+    history = read_history(storage, before)
+    left = find_leftovers(storage, history, draft)
     if not left.data:
         return draft, None
+    strays = journal_files(storage, history) - {str(path) for path in data_paths(storage, segments).to_pylist()}
     # The other files of a group, and its parity file, would give back what is removed.
     parity, parity_files = drop_parity(storage, before, left.data)
     plan = PurgeCertificate(
@@ -276,7 +278,7 @@ def _planned(current: Dataset, blanked: Sequence[BlankedShard]) -> tuple[Commit,
         tokens=sum(each.tokens for each in blanked),
         ids_sha256=tuple(sorted(sha256_hex(name.encode()) for each in blanked for name in each.ids)),
         files_written=tuple(sorted(files_of(each.shard for each in blanked))),
-        files_removed=(*left.data, *parity_files, *left.index),
+        files_removed=(*sorted(strays.union(left.data)), *parity_files, *left.index),
         tags_removed=tags_before(storage, left.oldest),
     )
     return msgspec.structs.replace(draft, parity=parity), plan
