@@ -36,11 +36,15 @@ if TYPE_CHECKING:
     from datastore.loader.place import Place
     from datastore.loader.settings import LoaderOptions
     from datastore.storage.resolve import open_storage
+    from datastore.store.clone import clone
     from datastore.store.compact import compact
+    from datastore.store.copy import copy
     from datastore.store.dataset import Dataset
     from datastore.store.dataset import open_dataset as open  # noqa: A004 - `ds.open` is what it is
     from datastore.store.delete import delete
+    from datastore.store.diff import diff
     from datastore.store.evolve import evolve
+    from datastore.store.expire import expire
     from datastore.store.exposure import exposure
     from datastore.store.protect import protect
     from datastore.store.purge import purge
@@ -48,6 +52,7 @@ if TYPE_CHECKING:
     from datastore.store.repair import repair
     from datastore.store.roots import place_dataset as place
     from datastore.store.tags import set_tag
+    from datastore.store.vacuum import vacuum
     from datastore.store.verify import verify
     from datastore.train.export import export as export_model
     from datastore.train.generate import generate
@@ -80,10 +85,14 @@ _HOMES = {
     "StorageError": ("datastore.errors", "StorageError"),
     "TokenizerSettings": ("datastore.ingest.tokenizer", "TokenizerSettings"),
     "WaitError": ("datastore.errors", "WaitError"),
+    "clone": ("datastore.store.clone", "clone"),
     "compact": ("datastore.store.compact", "compact"),
+    "copy": ("datastore.store.copy", "copy"),
     "delete": ("datastore.store.delete", "delete"),
+    "diff": ("datastore.store.diff", "diff"),
     "evaluate": ("datastore.train.validation", "evaluate"),
     "evolve": ("datastore.store.evolve", "evolve"),
+    "expire": ("datastore.store.expire", "expire"),
     "export_dataset": ("datastore.interop.export", "export"),
     "export_model": ("datastore.train.export", "export"),
     "exposure": ("datastore.store.exposure", "exposure"),
@@ -103,6 +112,7 @@ _HOMES = {
     "trace_step": ("datastore.train.trace", "trace"),
     "train_run": ("datastore.train.trainer", "train"),
     "train_tokenizer": ("datastore.ingest.tokenizer", "train_tokenizer"),
+    "vacuum": ("datastore.store.vacuum", "vacuum"),
     "verify": ("datastore.store.verify", "verify"),
     "writer": ("datastore.store.records", "writer"),
 }
@@ -130,10 +140,14 @@ __all__ = [
     "StorageError",
     "TokenizerSettings",
     "WaitError",
+    "clone",
     "compact",
+    "copy",
     "delete",
+    "diff",
     "evaluate",
     "evolve",
+    "expire",
     "export_dataset",
     "export_model",
     "exposure",
@@ -153,6 +167,7 @@ __all__ = [
     "trace_step",
     "train_run",
     "train_tokenizer",
+    "vacuum",
     "verify",
     "writer",
 ]

@@ -4,9 +4,10 @@ import re
 
 from datastore.errors import ConfigError
 
-__all__ = ["format_bytes", "format_count", "format_seconds", "parse_bytes"]
+__all__ = ["format_bytes", "format_count", "format_seconds", "parse_bytes", "parse_seconds"]
 
 _BINARY = {"B": 1, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40}
+_SECONDS = {"s": 1, "min": 60, "h": 3600, "d": 86_400, "w": 604_800}
 _SIZE = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]+)\s*")
 
 
@@ -26,6 +27,21 @@ def parse_bytes(text: str) -> int:
     if found is None or found[2] not in _BINARY:
         raise ConfigError("not a size in bytes", text=text, hint="Write a number and B, KiB, MiB, GiB or TiB.")
     return round(float(found[1]) * _BINARY[found[2]])
+
+
+def parse_seconds(text: str) -> float:
+    """Return the number of seconds that `text` names.
+
+    Raises:
+        ConfigError: `text` is not a number followed by s, min, h, d or w.
+
+    >>> parse_seconds("1.5 h")
+    5400.0
+    """
+    found = _SIZE.fullmatch(text)
+    if found is None or found[2] not in _SECONDS:
+        raise ConfigError("not a time", text=text, hint="Write a number and s, min, h, d or w: 30d.")
+    return float(found[1]) * _SECONDS[found[2]]
 
 
 def format_bytes(count: float) -> str:

@@ -17,6 +17,7 @@ from datastore.cli.records import COMMANDS as RECORD_COMMANDS
 from datastore.cli.redundancy import COMMANDS as REDUNDANCY_COMMANDS
 from datastore.cli.runs import COMMANDS as RUN_COMMANDS
 from datastore.cli.shell import Group, Session, call, debug_option, example, last_words
+from datastore.cli.versions import COMMANDS as VERSION_COMMANDS
 
 __all__ = ["cli", "main"]
 
@@ -38,6 +39,7 @@ def cli() -> None:
 for command in (
     *INGEST_COMMANDS,
     *DATA_COMMANDS,
+    *VERSION_COMMANDS,
     *DELETION_COMMANDS,
     *INTEROP_COMMANDS,
     *RECORD_COMMANDS,

@@ -1,0 +1,286 @@
+"""The commands about versions: list, compare, let expire and remove them; and take a dataset elsewhere."""
+
+from collections.abc import Callable
+from itertools import islice
+from typing import TYPE_CHECKING
+
+import click
+
+from datastore.cli.output import fields, json_option, moment, progress_bar, say, say_json, table
+from datastore.cli.shell import example
+
+if TYPE_CHECKING:  # pyarrow takes longer to load than a wrong option takes to find.
+    from datastore.store.dataset import Dataset
+    from datastore.store.diff import Diff
+    from datastore.store.vacuum import Amount, VacuumReport
+
+__all__ = ["COMMANDS"]
+
+URL = click.argument("url")
+SOURCE = click.argument("source")
+TARGET = click.argument("target")
+
+
+@click.command(
+    short_help="List the versions of a dataset.",
+    epilog=example("datastore log data/code", "datastore log data/code --limit 0"),
+)
+@URL
+@click.option("--limit", type=click.IntRange(min=0), default=20, help="How many, from the newest back; 0 for all.")
+@json_option
+def log(*, url: str, limit: int, as_json: bool) -> None:
+    """List the versions of the dataset at URL, newest first; the chain of their sha256 is checked."""
+    from datastore.store.commits import CommitLog
+    from datastore.store.dataset import open_dataset
+
+    newest = open_dataset(url)
+    commits = list(islice(CommitLog(newest.storage).history(newest.commit), limit or None))
+    if as_json:
+        say_json(commits)
+        return
+    notes = _notes(newest)
+    header = ("version", "time", "operation", "documents", "tokens", "shards", "writer", "")
+    table(
+        header,
+        [
+            (
+                c.version,
+                moment(c.time),
+                c.operation,
+                c.totals.documents - c.totals.deleted_documents,
+                c.totals.tokens - c.totals.deleted_tokens,
+                c.totals.shards,
+                c.writer,
+                notes(c.version),
+            )
+            for c in commits
+        ],
+    )
+    if len(commits) < newest.version:
+        say(f"... and {newest.version - len(commits):,} older; --limit 0 lists all")
+
+
+def _notes(newest: "Dataset") -> Callable[[int], str]:
+    """Return a function that gives what there is to say of a version: its tags, or that it has expired."""
+    from datastore.store.commits import CommitLog
+    from datastore.store.manifest import oldest_readable
+    from datastore.store.tags import list_tags, read_tag
+
+    tags: dict[int, list[str]] = {}
+    for name in list_tags(newest.storage):
+        tags.setdefault(read_tag(newest.storage, name).version, []).append(name)
+    oldest = oldest_readable(newest.info, CommitLog(newest.storage).newest() or newest.commit)
+
+    def notes(version: int) -> str:
+        return ", ".join(tags.get(version, [])) or ("expired" if version < oldest else "")
+
+    return notes
+
+
+@click.command(
+    short_help="Show what changed between two versions.",
+    epilog=example(
+        "datastore diff data/code@1 data/code", "datastore diff data/code@1 data/code --documents --limit 5"
+    ),
+)
+@click.argument("before")
+@click.argument("after")
+@click.option("--documents", is_flag=True, help="List the documents, too; reads the shards that changed.")
+@click.option("--limit", type=click.IntRange(min=0), default=20, help="How many documents; 0 for all.")
+@json_option
+def diff(*, before: str, after: str, documents: bool, limit: int, as_json: bool) -> None:
+    """Count the documents that AFTER has and BEFORE has not, and the other way round; each is a URL, URL@7 or URL@name.
+
+    The counts come from the manifests alone. Where shards were written anew (`compact`), a document stands on both
+    sides; --documents reads the shards that changed, and lists those that are in one of the two only.
+    """
+    from datastore.store.diff import diff as compare
+
+    found = compare(before, after)
+    listed = list(islice(found.documents(), limit or None)) if documents else []
+    if as_json:
+        facts = {
+            name: {"url": side.url, "version": side.version}
+            for name, side in (("before", found.before), ("after", found.after))
+        }
+        counts = {"added": found.added, "removed": found.removed, "rewritten": found.rewritten, "exact": found.exact}
+        say_json(facts | counts | ({"documents": listed} if documents else {}))
+        return
+    _tell_diff(found)
+    if listed:
+        columns = tuple(listed[0].row)
+        table(("", *columns), [(change.sign, *(_cell(change.row.get(name)) for name in columns)) for change in listed])
+    if documents and limit and len(listed) == limit:
+        say("... and maybe more; --limit 0 lists all")
+
+
+def _tell_diff(found: "Diff") -> None:
+    def shown(side: "Dataset") -> str:
+        return f"{side.url}, version {side.version} ({side.commit.operation}, {moment(side.commit.time)})"
+
+    tokens = "tokens" in (found.before.kind, found.after.kind)
+    counts = {
+        name: f"{side.documents:,} documents{f', {side.tokens:,} tokens' if tokens else ''}; {side.shards:,} shards"
+        for name, side in (("added", found.added), ("removed", found.removed))
+    }
+    anew = f"{found.rewritten:,} shards, the same documents in them" if found.rewritten else None
+    note = None if found.exact else "what was only moved stands on both sides; --documents tells it apart"
+    fields({"before": shown(found.before), "after": shown(found.after), **counts, "rewritten": anew, "note": note})
+
+
+def _cell(value: object) -> object:
+    if isinstance(value, bytes):
+        return f"{len(value):,} bytes"
+    line = " ".join(str(value).split())
+    return value if isinstance(value, int | float | None) else line if len(line) <= 80 else f"{line[:77]}..."
+
+
+@click.command(
+    short_help="Let old versions expire.",
+    epilog=example("datastore expire data/code --keep 10", "datastore expire data/code --older-than 30d --dry-run"),
+)
+@URL
+@click.option("--keep", type=click.IntRange(min=1), help="Keep that many versions, from the newest back.")
+@click.option("--older-than", metavar="TIME", help="Keep what was the newest at some time within it: 12h, 30d, 8w.")
+@click.option("--dry-run", is_flag=True, help="Only say what would expire; nothing is written.")
+@json_option
+def expire(*, url: str, keep: int | None, older_than: str | None, dry_run: bool, as_json: bool) -> None:
+    """Let old versions of the dataset at URL expire: they cannot be opened any more.
+
+    No file is removed; `datastore vacuum` does that. A version with a tag, and all after it, do not expire. With both
+    limits, a version goes only if both let it go.
+    """
+    from datastore.store.expire import expire as expire_versions
+    from datastore.units import parse_seconds
+
+    older_than_s = None if older_than is None else parse_seconds(older_than)
+    report = expire_versions(url, keep_last=keep, older_than_s=older_than_s, dry_run=dry_run)
+    if as_json:
+        say_json(report)
+        return
+    if report.held_by:
+        say(f"the tag {report.held_by} keeps version {report.oldest} and all after it")
+    gone = (
+        f"{report.expired:,} versions {'would expire' if dry_run else 'have expired'}"
+        if report.expired
+        else "nothing expires"
+    )
+    say(f"{gone}; from version {report.oldest} to {report.version} {'all could be' if dry_run else 'all can be'} read")
+
+
+@click.command(
+    short_help="Remove the files that no version needs.",
+    epilog=example("datastore vacuum data/code", "datastore vacuum data/code --delete"),
+)
+@URL
+@click.option("--delete", is_flag=True, help="Remove them; without it they are only counted.")
+@click.option(
+    "--older-than", default="24h", metavar="TIME", help="Leave younger files: somebody may be about to commit them."
+)
+@json_option
+def vacuum(*, url: str, delete: bool, older_than: str, as_json: bool) -> None:
+    """Count, or remove, the files of the dataset at URL that no version which can be read names.
+
+    Among them is what only expired versions had, and what killed writers left: shards of ingests that nobody went on
+    with for a day, hidden files, uploads to S3 without an end. Shallow clones are not known here: those that read what
+    is removed break.
+    """
+    from datastore.store.vacuum import vacuum as vacuum_dataset
+    from datastore.units import parse_seconds
+
+    with progress_bar("vacuum") as progress:
+        report = vacuum_dataset(url, dry_run=not delete, older_than_s=parse_seconds(older_than), progress=progress)
+    say_json(report) if as_json else _tell_vacuum(report)
+
+
+def _tell_vacuum(report: "VacuumReport") -> None:
+    from datastore.units import format_bytes
+
+    def shown(amount: "Amount") -> str | None:
+        return f"{amount.files:,} files, {format_bytes(amount.bytes)}" if amount.files else None
+
+    kept = f"versions {report.oldest} to {report.newest}, {report.listed:,} files listed"
+    fields(
+        {
+            "kept": kept,
+            "too young": shown(report.young),
+            "of ingests": shown(report.of_ingests),
+            **{kind: shown(amount) for kind, amount in report.removed.items()},
+        }
+    )
+    total = shown(report.total)
+    if total is None:
+        say("nothing to remove")
+    else:
+        say(f"would remove {total}; --delete does it" if report.dry_run else f"removed {total}")
+
+
+@click.command(
+    short_help="Make a new dataset of a version.",
+    epilog=example("datastore clone data/code@1 data/mine", "datastore clone data/code data/light --shallow"),
+)
+@SOURCE
+@TARGET
+@click.option("--shallow", is_flag=True, help="Copy no shards: read those of SOURCE, which must not remove them.")
+@json_option
+def clone(*, source: str, target: str, shallow: bool, as_json: bool) -> None:
+    """Make a new dataset at TARGET of one version of SOURCE: another uuid, one version, no history.
+
+    A killed clone goes on when the same command is given again. WARNING: a shallow clone reads the files of SOURCE. When
+    they are removed there (vacuum, purge), or SOURCE is moved, it breaks, and nothing tells SOURCE that it exists.
+    """
+    from datastore.store.clone import clone as clone_dataset
+    from datastore.units import format_bytes
+
+    with progress_bar("clone") as progress:
+        report = clone_dataset(source, target, shallow=shallow, progress=progress)
+    if as_json:
+        say_json(report)
+        return
+    brought = f"{report.files:,} files, {format_bytes(report.bytes)}"
+    fields(
+        {
+            "dataset": f"{report.url}, version 1",
+            "made of": f"{report.source}, version {report.source_version}: {report.shards:,} shards",
+            "copied": "no shards: it breaks when they are removed there" if report.shallow else brought,
+            "were there": f"{report.present:,} files" if report.present else None,
+            "uuid": report.uuid,
+        }
+    )
+
+
+@click.command(
+    short_help="Copy a dataset to another place, or bring a copy up to date.",
+    epilog=example("datastore copy data/code backup/code", "datastore copy data/code backup/all --all-versions"),
+)
+@SOURCE
+@TARGET
+@click.option("--all-versions", is_flag=True, help="All versions that can be read, not only the newest.")
+@json_option
+def copy(*, source: str, target: str, all_versions: bool, as_json: bool) -> None:
+    """Copy the dataset at SOURCE to TARGET: the same uuid, the same versions, the tags of those that are copied.
+
+    Every file is checked against its digest on its way. A killed copy goes on when the same command is given again, and
+    shows nothing new before it is complete; given once more later, it brings what is new. Do not write to a copy.
+    """
+    from datastore.store.copy import copy as copy_dataset
+    from datastore.units import format_bytes, format_seconds
+
+    with progress_bar("copy") as progress:
+        report = copy_dataset(source, target, all_versions=all_versions, progress=progress)
+    if as_json:
+        say_json(report)
+        return
+    rate = f"{format_bytes(report.bytes / max(report.seconds, 1e-3))}/s"
+    fields(
+        {
+            "dataset": f"{report.url}, version {report.version}",
+            "readable": f"versions {report.oldest} to {report.version}",
+            "copied": f"{report.files:,} files, {format_bytes(report.bytes)}, {report.commits:,} versions of the log",
+            "were there": f"{report.present:,} files" if report.present else None,
+            "time": f"{format_seconds(report.seconds)}, {rate}",
+        }
+    )
+
+
+COMMANDS = (log, diff, expire, vacuum, clone, copy)
