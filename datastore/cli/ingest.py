@@ -15,6 +15,7 @@ if TYPE_CHECKING:  # pyarrow takes longer to load than a wrong option takes to f
 
 __all__ = ["COMMANDS"]
 
+TABLES = ("parquet", "csv", "hf", "mds", "litdata", "webdataset")
 SOURCES = click.argument("sources", nargs=-1, required=True, metavar="SOURCE...")
 INCLUDE = click.option(
     "--include", multiple=True, metavar="GLOB", help="Take only such files of a folder; may be repeated."
@@ -33,7 +34,10 @@ EXCLUDE = click.option(
 @click.option("--tokenizer", metavar="FILE", help="A tokenizer.json; without it, in a new dataset, text stays text.")
 @INCLUDE
 @EXCLUDE
-@click.option("--text-key", help="Key of the text in a line of JSON.  [default: text]")
+@click.option(
+    "--format", "format", type=click.Choice(TABLES), help="Read all files as such; the text is in one column."
+)
+@click.option("--text-key", help="Key of the text in a line of JSON, or its column.  [default: text]")
 @click.option("--id-key", help="Key of the document's id in a line of JSON.  [default: id]")
 @click.option("--separator", help="What parts the documents of a text file; without it a file is one document.")
 @click.option("--workers", type=int, help="Processes; as many as there are cores if left out. They change no byte.")
@@ -45,7 +49,7 @@ EXCLUDE = click.option(
 def ingest(
     *, sources: tuple[str, ...], to: str, overrides: tuple[str, ...], dry_run: bool, as_json: bool, **options: Any
 ) -> None:
-    """Add the documents of each SOURCE to a dataset: folders of text or code, .jsonl, .jsonl.gz, .jsonl.zst.
+    """Add the documents of each SOURCE to a dataset: folders of text or code, .jsonl, .jsonl.gz, .jsonl.zst, .parquet.
 
     A killed ingest goes on when the same command is given again; given once more, it adds nothing. Bad documents are set
     aside and counted.

@@ -128,6 +128,8 @@ def _open(source: str, settings: IngestSettings, skipped: Counter[str]) -> tuple
     storage = open_storage(source)
     local = Path(storage.url) if "://" not in storage.url else None
     if _is_file(source) if local is None else _is_local_file(local):
+        if source.lower().endswith(".parquet"):
+            return _tables(source, msgspec.structs.replace(settings, format="parquet"))
         # Through a link a file keeps the link's name, which says what is in it; caches link to files named by digest.
         return _lone_file(source if local is None else str(local), settings)
     local = local.resolve() if local is not None else None
@@ -187,7 +189,9 @@ def _lone_file(source: str, settings: IngestSettings) -> tuple[str, str, list[So
     kind = kind_of(name)
     if kind is None:
         raise ConfigError(
-            "this kind of file cannot be read", file=shown, hint="Name a text file, .jsonl, .jsonl.gz or .jsonl.zst."
+            "this kind of file cannot be read",
+            file=shown,
+            hint="Name a text file, .jsonl, .jsonl.gz, .jsonl.zst or .parquet, or say its format.",
         )
     found = open_storage(parent).stat(name)
     if found.size_bytes == 0:

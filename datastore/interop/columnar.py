@@ -15,6 +15,7 @@ import pyarrow.parquet as pq
 from typing_extensions import override
 
 from datastore.errors import ConfigError, CorruptError, DatastoreError
+from datastore.formats.schema import check_names
 from datastore.interop.base import Exporter, Format, Rows, Span, below, numbered, read_json, whole_files
 from datastore.interop.cells import as_json
 from datastore.interop.folders import Folder
@@ -133,9 +134,11 @@ def _damaged(error: Exception, key: str, what: str) -> DatastoreError:
 
 def _parquet_schema(storage: Storage, key: str) -> pa.Schema:
     try:
-        return pq.read_schema(_open(storage, key)).remove_metadata()
+        schema = pq.read_schema(_open(storage, key)).remove_metadata()
+        check_names(schema)
     except (pa.ArrowException, OSError, ValueError) as error:
         raise _damaged(error, key, "Parquet") from None
+    return schema
 
 
 def _read_parquet(storage: Storage, key: str, span: Span) -> Iterator[Rows]:
@@ -143,6 +146,7 @@ def _read_parquet(storage: Storage, key: str, span: Span) -> Iterator[Rows]:
     first = 0
     try:
         with pq.ParquetFile(_open(storage, key)) as file:
+            check_names(file.schema_arrow)
             for index in range(file.metadata.num_row_groups):
                 group = file.metadata.row_group(index)
                 if span[0] <= _start(group) < span[1]:
@@ -180,9 +184,11 @@ def _hf_files(storage: Storage) -> list[str]:
 def _hf_schema(storage: Storage, key: str) -> pa.Schema:
     try:
         with _open(storage, key) as file, pa.ipc.open_stream(file) as reader:
-            return reader.schema.remove_metadata()
+            schema = reader.schema.remove_metadata()
+            check_names(schema)
     except (pa.ArrowException, OSError, ValueError) as error:
         raise _damaged(error, key, "an Arrow stream") from None
+    return schema
 
 
 def _read_hf(storage: Storage, key: str, _span: Span) -> Iterator[Rows]:
@@ -195,6 +201,7 @@ def _read_hf(storage: Storage, key: str, _span: Span) -> Iterator[Rows]:
 
 def _valid(batch: pa.RecordBatch) -> pa.RecordBatch:
     batch.validate(full=True)
+    check_names(batch.schema)
     return batch
 
 

@@ -17,6 +17,7 @@ import pyarrow.types as kinds
 from typing_extensions import override
 
 from datastore.errors import ConfigError, CorruptError
+from datastore.formats.schema import check_names
 from datastore.interop.base import Exporter, Format, Rows, Span, below, read_json
 from datastore.interop.cells import Cell, as_json, from_cells, is_binary, is_text, number_of, to_cells
 from datastore.interop.folders import Folder
@@ -221,6 +222,7 @@ def _footer(packed: Packed) -> pa.Table | None:
         with pa.ipc.open_file(pa.py_buffer(packed.read(start, end))) as reader:
             rows = reader.read_all()
             rows.validate(full=True)
+            check_names(rows.schema)
     except (pa.ArrowException, OSError, ValueError) as error:
         raise packed.damaged(str(error)) from None
     if rows.num_rows != packed.samples:
