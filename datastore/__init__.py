@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from datastore.ingest.settings import IngestSettings
     from datastore.ingest.tokenizer import TokenizerSettings, train_tokenizer
     from datastore.interop.export import export as export_dataset
+    from datastore.ingest.tokenwriter import token_writer
     from datastore.loader.batch import Batch
     from datastore.loader.loader import Loader
     from datastore.loader.place import Place
@@ -109,6 +110,7 @@ _HOMES = {
     "repair": ("datastore.store.repair", "repair"),
     "resume_run": ("datastore.train.trainer", "resume"),
     "set_tag": ("datastore.store.tags", "set_tag"),
+    "token_writer": ("datastore.ingest.tokenwriter", "token_writer"),
     "trace_step": ("datastore.train.trace", "trace"),
     "train_run": ("datastore.train.trainer", "train"),
     "train_tokenizer": ("datastore.ingest.tokenizer", "train_tokenizer"),
@@ -164,6 +166,7 @@ __all__ = [
     "repair",
     "resume_run",
     "set_tag",
+    "token_writer",
     "trace_step",
     "train_run",
     "train_tokenizer",

@@ -5,7 +5,8 @@ with memory of their own, both count only what they have delivered, and both sav
 
 Decision: no worker processes. Handing a batch from one process to another takes 40 us a sample, gathering it 1 us; the
 loader's own threads fetch ahead. On CUDA the copy to the device runs from pinned memory beside the computation, at
-two bytes a token, and a buffer is not filled again before its copy has ended.
+two bytes a token, and a buffer is not filled again before its copy has ended. Loss masks, and other columns that the
+loader reads, go the same way.
 """
 
 from collections.abc import Iterator, Mapping
@@ -21,9 +22,10 @@ from typing_extensions import override
 
 from datastore.errors import ConfigError
 from datastore.loader.batch import Batch
-from datastore.loader.gather import TokenArray
+from datastore.loader.gather import AnyArray, TokenArray
 from datastore.loader.loader import Loader
 from datastore.loader.place import Place
+from datastore.loader.settings import LOSS_MASK
 
 __all__ = ["MODEL_DIMENSIONS", "TensorBatch", "TensorStream", "TokenDataset", "place_of", "stream"]
 
@@ -44,8 +46,17 @@ class TensorBatch:
     valid: Tensor
     """[B] bool on the device: whether a row holds a sample; all do, except at the end of a finite pass."""
 
+    columns: Mapping[str, Tensor]
+    """What the loader reads beside the tokens, [B, seq_len + 1] or [B, seq_len + 1, width] each, on the device."""
+
     host: Batch
-    """Where it comes from. Its tokens lie in a reusable buffer: right until two more batches have been taken."""
+    """Where it comes from. Its arrays lie in a reusable buffer: right until two more batches have been taken."""
+
+    @property
+    def loss_mask(self) -> Tensor | None:
+        """[B, seq_len + 1] bool: whether each token is to be learned; None: all are. `[:, 1:]` is that of the targets."""
+        found = self.columns.get(LOSS_MASK)
+        return None if found is None else found.bool()
 
     @property
     def inputs(self) -> Tensor:
@@ -108,14 +119,17 @@ class TensorStream(Iterator[TensorBatch]):
     def __next__(self) -> TensorBatch:
         buffer = self._buffers[self._taken % BUFFERS]
         buffer.wait()
-        batch = self.loader.next_into(buffer.array)
+        batch = self.loader.next_into(buffer.array, columns=buffer.columns)
         self._taken += 1
         if self._device.type == "cuda":
-            tokens = buffer.copy_to(self._device).to(torch.int64)
+            narrow, columns = buffer.copy_to(self._device)
+            tokens = narrow.to(torch.int64)
         else:
             # NumPy widens a batch in 20 us; torch's conversion from uint16 wakes all its threads for it.
             tokens = torch.from_numpy(batch.tokens.astype(np.int64)).to(self._device)
-        return TensorBatch(tokens, torch.from_numpy(batch.valid).to(self._device, non_blocking=True), batch)
+            columns = {name: torch.from_numpy(values.copy()).to(self._device) for name, values in batch.columns.items()}
+        valid = torch.from_numpy(batch.valid).to(self._device, non_blocking=True)
+        return TensorBatch(tokens, valid, columns, batch)
 
     def state_dict(self) -> dict[str, Any]:
         """Return `Loader.state_dict`: it counts the batches that this iterator has returned."""
@@ -172,23 +186,33 @@ class TokenDataset(IterableDataset[TensorBatch]):
 
 
 class _Buffer:
-    """Host memory for the narrow tokens of one batch, and the copy that reads from it."""
+    """Host memory for the narrow tokens of one batch and what goes with them, and the copy that reads from it."""
 
     def __init__(self, loader: Loader, *, pinned: bool) -> None:
-        dtype = torch.uint16 if loader.dtype == np.uint16 else torch.uint32
-        self._tensor = torch.empty((loader.rows, loader.seq_len + 1), dtype=dtype, pin_memory=pinned)
+        self._tensor = _empty((loader.rows, loader.seq_len + 1), loader.dtype, pinned=pinned)
+        self._columns = {
+            name: _empty(column.shape(loader.rows, loader.seq_len + 1), column.dtype, pinned=pinned)
+            for name, column in loader.columns.items()
+        }
         self._copied: torch.cuda.Event | None = None
         self.array: TokenArray = self._tensor.numpy()
+        self.columns: dict[str, AnyArray] = {name: tensor.numpy() for name, tensor in self._columns.items()}
 
-    def copy_to(self, device: torch.device) -> Tensor:
-        """Start a copy to `device`, on its current CUDA stream."""
+    def copy_to(self, device: torch.device) -> tuple[Tensor, dict[str, Tensor]]:
+        """Start a copy of the tokens and of all columns to `device`, on its current CUDA stream."""
         copy = self._tensor.to(device, non_blocking=True)
+        columns = {name: tensor.to(device, non_blocking=True) for name, tensor in self._columns.items()}
         self._copied = torch.cuda.Event()  # type: ignore[no-untyped-call]
         self._copied.record(torch.cuda.current_stream(device))
-        return copy
+        return copy, columns
 
     def wait(self) -> None:
         """Wait until the buffer may be written again."""
         if self._copied is not None:
             self._copied.synchronize()
             self._copied = None
+
+
+def _empty(shape: tuple[int, ...], dtype: "np.dtype[Any]", *, pinned: bool) -> Tensor:
+    """Return memory of torch for an array of NumPy's `dtype`."""
+    return torch.empty(shape, dtype=getattr(torch, dtype.name), pin_memory=pinned)
