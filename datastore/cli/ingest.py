@@ -44,6 +44,9 @@ EXCLUDE = click.option(
 @click.option("--on-error", type=click.Choice(["quarantine", "skip", "fail"]), help="What becomes of a bad document.")
 @click.option("--max-reject-ratio", type=float, help="Above this share of bad documents nothing is committed.")
 @click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Any other setting; may be repeated.")
+@click.option(
+    "--overwrite", "operation", flag_value="overwrite", help="The new version holds nothing else; older ones stay."
+)
 @click.option("--dry-run", is_flag=True, help="Only estimate what there is to do; nothing is written.")
 @json_option
 def ingest(
@@ -53,6 +56,9 @@ def ingest(
 
     A killed ingest goes on when the same command is given again; given once more, it adds nothing. Bad documents are set
     aside and counted.
+
+    With --overwrite the new version holds the sources alone, with any tokenizer. What it held before is not removed: it
+    can be read as URL@VERSION until `datastore expire` and `datastore vacuum`.
     """
     from datastore.config import settings_from
     from datastore.ingest.settings import IngestSettings

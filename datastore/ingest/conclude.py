@@ -16,7 +16,7 @@ from datastore.ingest.target import Target
 from datastore.storage.resolve import join_url
 from datastore.store.manifest import Commit, TokenizerRef
 from datastore.store.segment import ShardInfo
-from datastore.store.writer import commit_records, commit_shards
+from datastore.store.writer import Operation, commit_records, commit_shards
 
 __all__ = ["Outcome", "conclude"]
 
@@ -60,14 +60,21 @@ def conclude(
             hint="Correct it, or set on_error to quarantine or skip.",
         )
     if not found.shards:
-        if target.newest is None:
+        if target.newest is None or settings.operation == "overwrite":
             raise ConfigError(
                 "the source is empty: there is no document in it",
                 sources=list(plan.sources),
                 hint="Name a folder with text in it.",
             )
         return Outcome(target.newest, (), rejected)
-    return Outcome(_commit(target, plan, found.shards, tokenizer), found.shards, rejected)
+    if settings.operation == "overwrite" and _is_all_of(target.newest, plan):
+        return Outcome(target.newest, (), rejected)
+    return Outcome(_commit(target, plan, found.shards, tokenizer, operation=settings.operation), found.shards, rejected)
+
+
+def _is_all_of(newest: Commit | None, plan: Plan) -> bool:
+    """Return whether the dataset holds this very ingest, and nothing else: overwriting it again changes nothing."""
+    return newest is not None and newest.ingest_id == plan.ingest_id and newest.operation in {"create", "overwrite"}
 
 
 def _check_limit(documents: int, rejected: Counter[str], settings: IngestSettings, *, where: str) -> None:
@@ -87,16 +94,24 @@ def _check_limit(documents: int, rejected: Counter[str], settings: IngestSetting
     )
 
 
-def _commit(target: Target, plan: Plan, shards: Sequence[ShardInfo], tokenizer: TokenizerRef | None) -> Commit:
+def _commit(
+    target: Target, plan: Plan, shards: Sequence[ShardInfo], tokenizer: TokenizerRef | None, *, operation: Operation
+) -> Commit:
     Journal(target.storage, plan.ingest_id).require_plan()
     if plan.kind == "records":
         return commit_records(
             target.storage,
             shards,
             schema=decode_schema(plan.record_schema) if plan.record_schema else RECORDS_SCHEMA,
+            operation=operation,
             ingest_id=plan.ingest_id,
             config_digest=plan.reading_digest,
         )
     return commit_shards(
-        target.storage, shards, tokenizer=tokenizer, ingest_id=plan.ingest_id, config_digest=plan.reading_digest
+        target.storage,
+        shards,
+        tokenizer=tokenizer,
+        operation=operation,
+        ingest_id=plan.ingest_id,
+        config_digest=plan.reading_digest,
     )

@@ -65,14 +65,15 @@ def prepare(sources: Sequence[str], to: str, settings: IngestSettings) -> Prepar
     target = open_target(to)
     tokenizer = target.choose_tokenizer(settings) if settings.take != "rows" else None
     kind: Kind = "tokens" if tokenizer or settings.take == "tokens" else "records"
-    target.require_kind(kind)
+    base = target if settings.operation == "append" else Target(target.storage, None)
+    base.require_kind(kind)
     plan = make_plan(
         listing,
         settings=settings,
         kind=kind,
         reading_digest=reading_digest(settings, tokenizer_sha256=tokenizer.ref.sha256 if tokenizer else ""),
-        known=target.known_files(),
-        record_schema=_record_schema(listing, roots, target) if settings.take == "rows" else b"",
+        known=base.known_files(),
+        record_schema=_record_schema(listing, roots, base) if settings.take == "rows" else b"",
     )
     return Prepared(settings=settings, roots=roots, target=target, tokenizer=tokenizer, plan=plan)
 

@@ -12,6 +12,7 @@ import msgspec
 from datastore.digest import digest_hex
 from datastore.document import Document, encode
 from datastore.interop.formats import ImportFormat
+from datastore.store.writer import Operation
 
 __all__ = ["CODE_VERSION", "IngestSettings", "Kind", "OnError", "SpecialTokens", "Take", "reading_digest"]
 
@@ -87,8 +88,11 @@ class IngestSettings(Document, frozen=True, kw_only=True):
     max_reject_ratio: Ratio = 0.001
     """Of all documents; above it nothing is committed."""
 
+    operation: Operation = "append"
+    """`overwrite`: the new version holds the sources and nothing else; what it held can be read in the versions before."""
 
-_NO_EFFECT = {"tokenizer", "encoder", "include", "exclude", "workers", "on_error", "max_reject_ratio"}
+
+_NO_EFFECT = {"tokenizer", "encoder", "include", "exclude", "workers", "on_error", "max_reject_ratio", "operation"}
 """Settings that change no shard byte (the tokenizer enters by its sha256, globs by the files they leave)."""
 
 

@@ -79,7 +79,7 @@ class Target:
             return None
         facts = TextEncoder(raw, msgspec.structs.replace(settings, encoder="tokenizers"))
         ref = TokenizerRef(sha256=facts.sha256, vocab_size=facts.vocab_size, end_of_text=facts.end_of_text)
-        if self.newest is not None and ref != present:
+        if self.newest is not None and ref != present and settings.operation != "overwrite":
             raise ConfigError(
                 "the dataset has another tokenizer" if present else f"the dataset holds {self._held()}",
                 url=self.storage.url,

@@ -25,7 +25,7 @@ COMMANDS = dict(commands(cli))
 REPORTING = [path for path in COMMANDS if path != ("tag",)]
 
 FLAGS = {
-    "ingest": "dry-run exclude id-key include max-reject-ratio on-error separator set text-key to tokenizer workers",
+    "ingest": "dry-run exclude id-key include max-reject-ratio on-error overwrite separator set text-key to tokenizer workers",
     "tokenizer train": "exclude include text-key to vocab",
     "show": "",
     "ls": "documents limit",
