@@ -4,28 +4,35 @@ Each batch has a digest of its own, and so has the frame around them (schema, di
 once. Blocks of a fixed size would do for checking, but a batch of 2 MiB lies across two or three of those: a reader
 would fetch twice what it needs. The price is some fifty bytes more per batch in the manifest.
 
-A batch is decoded where it lies in its file: in an image of the whole file of which only the frame and the batch are
-filled in. Memory that nobody touches costs nothing.
+A batch is decoded where it lies in its file. A file of this machine is read for the digest and then mapped, as whole
+shards are; of any other there is an image, of which only the frame and the batch are filled in: memory that nobody
+touches costs nothing.
 """
 
 import mmap
 import sys
 import threading
-from collections.abc import Iterator, Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, TypeVar
 
 import pyarrow as pa
+from typing_extensions import Buffer
 
 from datastore.digest import check_digest, digest_of, require_digest
-from datastore.errors import ConfigError, CorruptError
+from datastore.errors import ConfigError, CorruptError, StorageError
 from datastore.formats.evolution import adapt, source_names
 from datastore.formats.records import decode_batch, read_frame
 from datastore.storage.base import Storage
+from datastore.store.checked import check_range, first_sound, has_digest
 from datastore.store.parallel import in_parallel
-from datastore.store.segment import BatchRange, Segments, ShardInfo, frame_ranges
+from datastore.store.segment import Segments, ShardInfo, frame_ranges
 from datastore.store.shards import read_record_shard
 
 __all__ = ["BatchReader"]
+
+T = TypeVar("T")
+Frame = list[tuple[int, bytes]]
+"""The pieces of a file that belong to no batch, each with its place."""
 
 _FRAMES = 64
 """Shards whose frame is kept: some kilobytes each."""
@@ -128,7 +135,7 @@ class _Shard:
         self.info = info
         self._storage = storage
         self._lock = threading.Lock()
-        self._frame: tuple[list[tuple[int, bytes]], pa.Schema] | None = None
+        self._frame: tuple[Frame, pa.Schema] | None = None
 
     def read(self, batch: int, wanted: pa.Schema) -> pa.RecordBatch:
         """Return one batch as rows of `wanted`."""
@@ -137,8 +144,7 @@ class _Shard:
         names = source_names(stored, wanted)
         if not names:
             return adapt(pa.record_batch([pa.nulls(span.rows)], names=["-"]), wanted, stored=stored)
-        image = self._image(frame)
-        self._fill(image, span, batch)
+        image = self._sound(lambda place: self._filled(place, frame, batch))
         rows = decode_batch(image, batch, format=self.info.layout.format, columns=names)
         if rows.num_rows != span.rows:
             raise CorruptError(
@@ -150,29 +156,60 @@ class _Shard:
             )
         return adapt(rows, wanted, stored=stored)
 
-    def _framed(self) -> tuple[list[tuple[int, bytes]], pa.Schema]:
+    def _framed(self) -> tuple[Frame, pa.Schema]:
         """Return the pieces of the frame with their places, checked, and the schema in them."""
         with self._lock:
             if self._frame is None:
-                info = self.info
-                ranges = frame_ranges(info.layout.batches, info.size_bytes)
-                pieces = self._storage.get_ranges(info.path, ranges)
-                require_digest(digest_of(pieces), info.layout.frame_digest, where=f"{info.path}, its frame")
-                frame = [(start, piece) for (start, _), piece in zip(ranges, pieces, strict=True)]
-                self._frame = frame, read_frame(self._image(frame), format=info.layout.format)
+                frame = self._sound(self._read_frame)
+                self._frame = frame, read_frame(_image(self.info, frame), format=self.info.layout.format)
             return self._frame
 
-    def _image(self, frame: list[tuple[int, bytes]]) -> mmap.mmap:
-        """Return the file with its frame, and otherwise zeros."""
-        image = _zeros(self.info.size_bytes)
-        for start, piece in frame:
-            image[start : start + len(piece)] = piece
+    def _read_frame(self, place: Storage) -> Frame:
+        info = self.info
+        ranges = frame_ranges(info.layout.batches, info.size_bytes)
+        pieces = place.get_ranges(info.path, ranges)
+        require_digest(digest_of(pieces), info.layout.frame_digest, where=f"{info.path}, its frame")
+        return [(start, piece) for (start, _), piece in zip(ranges, pieces, strict=True)]
+
+    def _filled(self, place: Storage, frame: Frame, batch: int) -> Buffer:
+        """Return an image of the file, in which the frame and this batch are right."""
+        key, where = self.info.path, f"{self.info.path}, batch {batch}"
+        span = self.info.layout.batches[batch]
+        path = place.local_path(key)
+        if path is not None:
+            check_range(place, key, (span.start, span.stop), digest=span.digest, where=where)
+            with pa.memory_map(str(path)) as file:
+                return file.read_buffer()
+        image = _image(self.info, frame)
+        with memoryview(image) as whole, whole[span.start : span.stop] as target:
+            place.read_into(key, span.start, target)
+            check_digest(target, span.digest, where=where)
         return image
 
-    def _fill(self, image: mmap.mmap, span: BatchRange, batch: int) -> None:
-        with memoryview(image) as whole, whole[span.start : span.stop] as target:
-            self._storage.read_into(self.info.path, span.start, target)
-            check_digest(target, span.digest, where=f"{self.info.path}, batch {batch}")
+    def _sound(self, read: Callable[[Storage], T]) -> T:
+        """Return what `read` makes of the shard; a file that is too short is a damaged one."""
+        info = self.info
+        try:
+            return first_sound(self._storage, info.path, read, is_good=has_digest(info.digest))
+        except StorageError:
+            found_bytes = self._storage.stat(info.path).size_bytes
+            if found_bytes == info.size_bytes:
+                raise
+            raise CorruptError(
+                "file has another size than its manifest says",
+                where=info.path,
+                expected=info.size_bytes,
+                found=found_bytes,
+                hint="Restore this file from a copy.",
+            ) from None
+
+
+def _image(info: ShardInfo, frame: Frame) -> mmap.mmap:
+    """Return the file of a shard with its frame, and otherwise zeros."""
+    image = _zeros(info.size_bytes)
+    for start, piece in frame:
+        image[start : start + len(piece)] = piece
+    return image
 
 
 def _zeros(size_bytes: int) -> mmap.mmap:

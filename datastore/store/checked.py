@@ -6,7 +6,9 @@ A file of this machine is read once through a small buffer, for its digest, and 
 the mapping would save nothing, and a bad sector would end the process with SIGBUS where a read is an error to catch.
 """
 
+import mmap
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import TypeVar
 
 import pyarrow as pa
@@ -16,9 +18,11 @@ from datastore.digest import check_digest, digest_bytes, digest_of, require_dige
 from datastore.errors import CorruptError, MissingError, StorageError
 from datastore.storage.base import Storage
 
-__all__ = ["first_sound", "has_digest", "read_checked"]
+__all__ = ["Forget", "check_range", "first_sound", "has_digest", "map_checked", "read_checked"]
 
 T = TypeVar("T")
+
+Forget = Callable[[], None]
 
 _PIECE_BYTES = 2**20
 
@@ -29,6 +33,15 @@ def read_checked(storage: Storage, key: str, *, size_bytes: int, digest: bytes |
     Raises:
         MissingError: there is no such key.
         CorruptError: its size or its digest differs.
+    """
+    return map_checked(storage, key, size_bytes=size_bytes, digest=digest)[0]
+
+
+def map_checked(storage: Storage, key: str, *, size_bytes: int, digest: bytes | str) -> tuple[pa.Buffer, Forget]:
+    """Return as `read_checked`, and how to take mapped pages out of this process until they are touched again.
+
+    A page of a mapped file counts as memory of the process once it was touched, with the megabytes around it (Linux
+    maps a whole folio of its cache). Forgetting frees nothing but this count; the bytes stay in the kernel's cache.
     """
     return first_sound(
         storage,
@@ -66,25 +79,42 @@ def has_digest(digest: bytes | str) -> Callable[[Buffer], bool]:
     return lambda raw: digest_bytes(raw) == wanted
 
 
-def _read(storage: Storage, key: str, *, size_bytes: int, digest: bytes | str) -> pa.Buffer:
+def _read(storage: Storage, key: str, *, size_bytes: int, digest: bytes | str) -> tuple[pa.Buffer, Forget]:
     path = storage.local_path(key)
     if path is None or not size_bytes:
         raw = pa.py_buffer(storage.get(key))
         _check_size(raw.size, size_bytes, where=key)
         check_digest(raw, digest, where=key)
-        return raw
+        return raw, _nothing
     _check_size(storage.stat(key).size_bytes, size_bytes, where=key)
-    require_digest(digest_of(_pieces(storage, key, size_bytes)), digest, where=key)
-    with pa.memory_map(str(path)) as file:
-        return file.read_buffer()
+    check_range(storage, key, (0, size_bytes), digest=digest, where=key)
+    with path.open("rb") as file:
+        mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+    forget = partial(mapped.madvise, mmap.MADV_DONTNEED) if hasattr(mmap, "MADV_DONTNEED") else _nothing
+    return pa.py_buffer(mapped), forget
 
 
-def _pieces(storage: Storage, key: str, size_bytes: int) -> Iterator[memoryview]:
-    """Yield the bytes of `key` in order; each piece overwrites the one before."""
-    buffer = memoryview(bytearray(min(size_bytes, _PIECE_BYTES)))
-    for start in range(0, size_bytes, _PIECE_BYTES):
-        piece = buffer[: min(_PIECE_BYTES, size_bytes - start)]
-        storage.read_into(key, start, piece)
+def _nothing() -> None:
+    """There is nothing to forget."""
+
+
+def check_range(storage: Storage, key: str, span: tuple[int, int], *, digest: bytes | str, where: str) -> None:
+    """Read the bytes `span` of `key` through a small buffer, and raise unless they have that digest.
+
+    Raises:
+        MissingError: there is no such key.
+        CorruptError: the digest differs; `where` names the bytes.
+        StorageError: they cannot be read, or the file ends before.
+    """
+    require_digest(digest_of(_pieces(storage, key, *span)), digest, where=where)
+
+
+def _pieces(storage: Storage, key: str, start: int, stop: int) -> Iterator[memoryview]:
+    """Yield the bytes `[start, stop)` of `key` in order; each piece overwrites the one before."""
+    buffer = memoryview(bytearray(min(stop - start, _PIECE_BYTES)))
+    for at in range(start, stop, _PIECE_BYTES):
+        piece = buffer[: min(_PIECE_BYTES, stop - at)]
+        storage.read_into(key, at, piece)
         yield piece
 
 
