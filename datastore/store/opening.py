@@ -6,7 +6,7 @@ import pyarrow as pa
 
 from datastore.errors import CorruptError
 from datastore.storage.base import Storage
-from datastore.store.checked import read_checked
+from datastore.store.checked import Forget, map_checked
 from datastore.store.manifest import Commit, SegmentRef
 from datastore.store.segment import Segments, decode_segment, segment_key
 
@@ -25,19 +25,35 @@ def load_segments(storage: Storage, commit: Commit, *, loaded: Loaded | None = N
         MissingError: a segment is gone.
         CorruptError: a segment is damaged, or does not hold what the commit says.
     """
+    forgets: list[Forget] = []
+
+    def load(ref: SegmentRef) -> pa.RecordBatch:
+        return _load(storage, ref, loaded, forgets)
+
+    def forget() -> None:
+        for pages in forgets:
+            pages()
+
     if len(commit.segments) < 2:
-        return Segments([load_segment(storage, ref, loaded=loaded) for ref in commit.segments])
+        return Segments([load(ref) for ref in commit.segments])
     with ThreadPoolExecutor(max_workers=min(_READERS, len(commit.segments))) as pool:
-        return Segments(list(pool.map(lambda ref: load_segment(storage, ref, loaded=loaded), commit.segments)))
+        return Segments(list(pool.map(load, commit.segments)), forget=forget)
 
 
 def load_segment(storage: Storage, ref: SegmentRef, *, loaded: Loaded | None = None) -> pa.RecordBatch:
     """Return the rows of one segment, those `loaded` before if they are there."""
+    return _load(storage, ref, loaded, [])
+
+
+def _load(storage: Storage, ref: SegmentRef, loaded: Loaded | None, forgets: list[Forget]) -> pa.RecordBatch:
     found = loaded.get(ref.digest) if loaded is not None else None
     if found is not None:
         return found
     key = segment_key(ref.digest)
-    batch = decode_segment(read_checked(storage, key, size_bytes=ref.file_bytes, digest=ref.digest), where=key)
+    raw, forget = map_checked(storage, key, size_bytes=ref.file_bytes, digest=ref.digest)
+    batch = decode_segment(raw, where=key)
+    forget()
+    forgets.append(forget)
     if batch.num_rows != ref.shards:
         raise CorruptError(
             "a segment has another number of shards than its commit says",

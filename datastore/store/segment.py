@@ -6,7 +6,7 @@ about log4(65,536) = 8 small segments and N / 32,768 large ones at most.
 """
 
 import bisect
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import cached_property
 from typing import Annotated, Any, Literal, cast
 
@@ -291,7 +291,8 @@ class Segments:
     Columns are NumPy arrays over all shards: views of the mapped file when there is one segment.
     """
 
-    def __init__(self, batches: Sequence[pa.RecordBatch]) -> None:
+    def __init__(self, batches: Sequence[pa.RecordBatch], *, forget: Callable[[], None] = lambda: None) -> None:
+        self._forget = forget
         self.batches = tuple(batch for batch in batches if batch.num_rows)
         ends = np.cumsum([batch.num_rows for batch in self.batches], dtype=np.int64)
         self._ends: list[int] = ends.tolist()
@@ -399,7 +400,9 @@ class Segments:
     def _concat(self, parts: list[npt.NDArray[Any]], dtype: np.dtype[Any]) -> npt.NDArray[Any]:
         if len(parts) == 1:
             return parts[0]
-        return np.concatenate(parts) if parts else np.empty(0, dtype)
+        whole = np.concatenate(parts) if parts else np.empty(0, dtype)
+        self._forget()  # What was copied need not stay mapped as well.
+        return whole
 
 
 def _not_a_segment(reason: str, where: str) -> CorruptError:
