@@ -1,11 +1,11 @@
 """Kills operations on datasets, and looks at what is left: the old or the new version, whole, and a way on from there.
 
-    python crash_program.py FOLDER_OR_URL --kills 1000 [--seed N] [--only NAME,...]
+    python crash_program.py FOLDER_OR_URL [--kills N] [--seed N] [--only NAME,...]
 
 Each operation works on a fresh copy of a prepared workspace, in a forked child. Three kills of four are exact: the child
 ends itself with SIGKILL right before its n-th call that changes something (a system call on this machine, a request on
-an object store), so every state that a crash can leave is visited if there are enough kills for all n. The fourth comes
-from outside after a random time, which also hits the middle of such calls. Then, in another child:
+an object store). Without `--kills` there is one for each n, so every state that a crash can leave is visited. The fourth
+comes from outside after a random time, which also hits the middle of such calls. Then, in another child:
 
 1. every dataset of the workspace opens and verifies, decoded, or is not there if it was not there before;
 2. it holds exactly what it held before the operation or what it holds after one that nobody killed;
@@ -40,18 +40,28 @@ import numpy as np
 import pyarrow as pa
 
 from datastore.errors import MissingError
+from datastore.ingest.importing import import_dataset
 from datastore.ingest.ingest import ingest
 from datastore.ingest.settings import IngestSettings
+from datastore.interop.export import export
 from datastore.storage.base import Storage
 from datastore.storage.local import LocalStorage
 from datastore.storage.resolve import join_url, open_storage
+from datastore.store.compact import compact
 from datastore.store.dataset import Dataset, open_dataset
 from datastore.store.delete import delete
+from datastore.store.evolve import evolve
 from datastore.store.expire import expire
 from datastore.store.manifest import oldest_readable
+from datastore.store.parity import load_groups
+from datastore.store.protect import protect
+from datastore.store.purge import purge
 from datastore.store.records import writer
-from datastore.store.tags import list_tags, read_tag, set_tag
+from datastore.store.repair import repair
+from datastore.store.roots import create_at, place_dataset
+from datastore.store.tags import list_tags, read_tag, remove_tag, set_tag
 from datastore.store.tokenizers import put_tokenizer
+from datastore.store.vacuum import vacuum
 from datastore.store.verify import verify
 from datastore.store.writer import commit_shards
 from datastore.testing.datasets import make_shard
@@ -77,13 +87,25 @@ class Operation:
     repeatable: bool = True
     """Whether running it once more after it is done changes nothing."""
 
+    unseen: bool = False
+    """Whether readers see no difference: only files go that nobody can read, or come back that were lost."""
+
+    damaged: bool = False
+    """Whether the datasets do not verify before it."""
+
+    tags_last: bool = False
+    """Whether tags are dropped after the commit: until it is run again, they may name versions that have expired."""
+
+    local: bool = False
+    """Whether it needs disks of this machine."""
+
 
 def shards_of(storage: Storage, name: int, lengths: list[list[int]]) -> list[Any]:
     return [make_shard(storage, f"{name:016x}{index:016x}", lengths=each) for index, each in enumerate(lengths)]
 
 
 def add_tokens(url: str, name: int, *, operation: str = "append", lengths: list[list[int]] | None = None) -> None:
-    storage = open_storage(url)
+    storage, _ = create_at(url)
     tokenizer = put_tokenizer(storage, b'{"model": "tiny"}', vocab_size=2**16, end_of_text=0)
     shards = shards_of(storage, name, lengths or [[3, 5, 0, 40], [7, 2]])
     commit_shards(storage, shards, tokenizer=tokenizer, operation=operation)  # type: ignore[arg-type]
@@ -92,9 +114,8 @@ def add_tokens(url: str, name: int, *, operation: str = "append", lengths: list[
 def two_versions(workspace: str) -> None:
     add_tokens(join_url(workspace, "set"), 1)
     add_tokens(join_url(workspace, "set"), 2)
-    set_tag(
-        open_storage(join_url(workspace, "set")), "first", open_dataset(join_url(workspace, "set"), version=2).commit
-    )
+    dataset = open_dataset(join_url(workspace, "set"), version=2)
+    set_tag(dataset.storage, "first", dataset.commit)
 
 
 def some_deleted(workspace: str) -> None:
@@ -139,20 +160,87 @@ def nothing(workspace: str) -> None:
 
 
 def move_tag(url: str) -> None:
-    set_tag(open_storage(url), "first", open_dataset(url, version=1).commit, replace=True)
+    dataset = open_dataset(url, version=1)
+    set_tag(dataset.storage, "first", dataset.commit, replace=True)
+
+
+def expired(workspace: str) -> None:
+    two_versions(workspace)
+    url = join_url(workspace, "set")
+    add_tokens(url, 4, operation="overwrite")
+    remove_tag(open_storage(url), "first")
+    expire(url, keep_last=1)
+
+
+def protected(workspace: str) -> None:
+    two_versions(workspace)
+    protect(join_url(workspace, "set"), width=3)
+
+
+def damaged(workspace: str) -> None:
+    """One file of each parity group is gone or damaged."""
+    protected(workspace)
+    dataset = open_dataset(join_url(workspace, "set"))
+    for ref in dataset.commit.parity:
+        for index, group in enumerate(load_groups(dataset.storage, ref)):
+            path = group.members[index % len(group.members)].path
+            raw = dataset.storage.get(path)
+            if index % 2:
+                dataset.storage.put(path, raw[:-1] + bytes([raw[-1] ^ 1]))
+            else:
+                dataset.storage.delete(path)
+
+
+def mirrored(workspace: str) -> None:
+    place_dataset(join_url(workspace, "set"), roots=[join_url(workspace, "other")], copies=2)
+    two_versions(workspace)
+
+
+def lost_disk(workspace: str) -> None:
+    mirrored(workspace)
+    shutil.rmtree(join_url(workspace, "other"))
+
+
+def replace_disk(workspace: str) -> None:
+    other = join_url(workspace, "other")
+    repair(join_url(workspace, "set"), roots={other: other})
+
+
+def exported(workspace: str) -> None:
+    two_versions(workspace)
+    export(open_dataset(join_url(workspace, "set")), join_url(workspace, "mds"), format="mds")
+
+
+def import_mds(workspace: str) -> None:
+    settings = IngestSettings(workers=1, shard_bytes=1024)
+    import_dataset(join_url(workspace, "mds"), join_url(workspace, "new"), format="mds", settings=settings)
+
+
+def add_column(url: str) -> None:
+    evolve(url, add={"score": "float32"}, defaults={"score": 0.5}, drop=["n"])
 
 
 OPERATIONS: dict[str, Operation] = {
     "create": Operation(on_set(lambda url: add_tokens(url, 1)), nothing),
-    "append": Operation(on_set(lambda url: add_tokens(url, 3)), two_versions),
+    "append": Operation(on_set(lambda url: add_tokens(url, 3)), some_deleted),
     "append records": Operation(lambda workspace: add_records(workspace, "c"), records, repeatable=False),
+    "append to mirrors": Operation(on_set(lambda url: add_tokens(url, 3)), mirrored, sets=("set", "other"), local=True),
     "overwrite": Operation(
-        on_set(lambda url: add_tokens(url, 3, operation="overwrite")), two_versions, repeatable=False
+        on_set(lambda url: add_tokens(url, 3, operation="overwrite")), some_deleted, repeatable=False
     ),
     "ingest": Operation(ingest_texts, nothing),
+    "import": Operation(import_mds, exported, sets=("set", "new")),
     "tag": Operation(on_set(move_tag), two_versions),
     "delete": Operation(on_set(lambda url: delete(url, ids=[name(1, 0, 3), name(2, 0, 0)])), some_deleted),
+    "purge": Operation(on_set(lambda url: purge(url, drop_tags=True)), some_deleted, tags_last=True),
+    "compact": Operation(on_set(lambda url: compact(url, target_bytes=4000)), some_deleted),
+    "compact records": Operation(on_set(compact), records),
+    "evolve": Operation(on_set(add_column), records, repeatable=False),
     "expire": Operation(on_set(lambda url: expire(url, keep_last=1)), some_deleted),
+    "vacuum": Operation(on_set(lambda url: vacuum(url, dry_run=False, older_than_s=0)), expired, unseen=True),
+    "protect": Operation(on_set(lambda url: protect(url, width=3)), two_versions),
+    "repair by parity": Operation(on_set(repair), damaged, unseen=True, damaged=True),
+    "repair a mirror": Operation(replace_disk, lost_disk, unseen=True, damaged=True, local=True),
 }
 
 # ---- What is left ---------------------------------------------------------------------------------------------------
@@ -199,18 +287,27 @@ def set_state(url: str) -> State:
     return {"content": content(newest), "facts": facts, "tags": tags, "versions": versions}
 
 
-def check(workspace: str, operation: Operation, old: State, new: State) -> str:
+def files_of(workspace: str) -> list[str]:
+    return [stat.key for stat in open_storage(workspace).list()]
+
+
+def check(workspace: str, operation: Operation, old: State, new: State, gone: list[str]) -> str:
     """Return which of the two states the workspace is in, and leave it in the new one."""
-    found = state_of(workspace, operation.sets)
+    found = old if operation.damaged else state_of(workspace, operation.sets)
     for each in operation.sets:
-        before = old[each]["versions"] if old[each] else {}
-        now = found[each]["versions"] if found[each] else {}
+        before = old[each]["versions"] if old and old[each] else {}
+        now = found[each]["versions"] if found and found[each] else {}
         assert all(now[version] == before[version] for version in now.keys() & before.keys()), "an old version changed"
+    if operation.tags_last and found["set"]["tags"] == old["set"]["tags"]:
+        late = {"set": {**new["set"], "tags": old["set"]["tags"]}}
+        found = new if found == late else found
     assert found in (old, new), f"neither old nor new: {found}\nold: {old}\nnew: {new}"
     if found == old or operation.repeatable:
         operation.run(workspace)
         again = state_of(workspace, operation.sets)
         assert again == new, f"run again: {again}\nnew: {new}"
+        left = sorted(set(gone) & set(files_of(workspace)))
+        assert not left, f"run again, and still there: {left}"
     return "new" if found == new else "old"
 
 
@@ -328,22 +425,25 @@ def fresh(base: str, workspace: str) -> None:
         target.put(stat.key, source.get(stat.key))
 
 
-def torment(root: str, title: str, operation: Operation, kills: int, seed: int) -> dict[str, Any]:
-    """Kill `operation` so often; return what was found."""
+def torment(root: str, title: str, operation: Operation, kills: int | None, seed: int) -> dict[str, Any]:
+    """Kill `operation` so often, or before each of its changes; return what was found."""
     base, workspace = join_url(root, "base"), join_url(root, "work")
-    local = "://" not in root
-    if local:
-        Path(base).mkdir(parents=True)
-    in_child(lambda: operation.prepare(base))
-    old = in_child(lambda: state_of(base, operation.sets))
-    in_child(lambda: fresh(base, workspace))
+    if "://" not in root:
+        Path(workspace).mkdir(parents=True)
+    # What is prepared has whole paths in it, so it is made where it will be used.
+    in_child(lambda: operation.prepare(workspace))
+    old = None if operation.damaged else in_child(lambda: state_of(workspace, operation.sets))
+    in_child(lambda: fresh(workspace, base))
+    before = in_child(lambda: files_of(workspace))
     started = time.perf_counter()
     points = killed_at(workspace, operation, at=0)
     assert points, f"{title} changes nothing"
     seconds = time.perf_counter() - started
     new = in_child(lambda: state_of(workspace, operation.sets))
-    assert new != old, f"{title} makes no difference"
+    assert operation.unseen or new != old, f"{title} makes no difference"
+    gone = sorted(set(before) - set(in_child(lambda: files_of(workspace))))
     generator = random.Random(f"{title}/{seed}")
+    kills = points + points // 3 if kills is None else kills
     exact = kills - kills // 4
     order = [point for _ in range(-(-exact // points)) for point in generator.sample(range(1, points + 1), points)]
     found = {"old": 0, "new": 0}
@@ -354,10 +454,9 @@ def torment(root: str, title: str, operation: Operation, kills: int, seed: int) 
             killed_at(workspace, operation, at=order[kill])
         else:
             killed_after(workspace, operation, generator.uniform(0, seconds))
-        found[in_child(lambda: check(workspace, operation, old, new))] += 1
-    if local:
-        shutil.rmtree(base)
-        shutil.rmtree(workspace)
+        found[in_child(lambda: check(workspace, operation, old, new, gone))] += 1
+    if "://" not in root:
+        shutil.rmtree(root)
     return {"operation": title, "kills": kills, "points": points, "visited": len({*order[:exact]}), **found}
 
 
@@ -366,20 +465,20 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("root", nargs="?", help="an empty folder, or a URL below which nothing is")
     parser.add_argument("--list", action="store_true", help="only say which operations there are")
-    parser.add_argument("--kills", type=int, default=1000, help="in all, dealt out evenly")
+    parser.add_argument("--kills", type=int, help="in all, dealt out evenly")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--only", default="")
     options = parser.parse_args()
     if options.list:
-        sys.stdout.write("".join(f"{title.replace(' ', '-')}\n" for title in OPERATIONS))
+        sys.stdout.write("".join(f"{title}\n" for title in OPERATIONS))
         return
-    chosen = {
-        title: operation
-        for title, operation in OPERATIONS.items()
-        if not options.only or title in options.only.split(",")
-    }
+    wanted = options.only.split(",") if options.only else list(OPERATIONS)
+    remote = "://" in options.root
+    chosen = {title: OPERATIONS[title] for title in wanted if not (remote and OPERATIONS[title].local)}
     for index, (title, operation) in enumerate(chosen.items()):
-        kills = options.kills * (index + 1) // len(chosen) - options.kills * index // len(chosen)
+        kills = None
+        if options.kills is not None:
+            kills = options.kills * (index + 1) // len(chosen) - options.kills * index // len(chosen)
         root = join_url(options.root, title.replace(" ", "-"))
         sys.stdout.write(json.dumps(torment(root, title, operation, kills, options.seed)) + "\n")
         sys.stdout.flush()
