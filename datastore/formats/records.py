@@ -205,6 +205,8 @@ def _encode_parquet(table: pa.Table, batch_bytes: int) -> EncodedRecords:
         compression="zstd",
         version="2.6",
         data_page_version="1.0",
+        # Our readers check digests; others can check these.
+        write_page_checksum=True,
         write_statistics=_short_columns(table),
         # The names that the schema has, not those that the standard recommends: rows come back as they were.
         use_compliant_nested_type=False,

@@ -21,6 +21,7 @@ from datastore.errors import CorruptError, FormatError, MissingError
 from datastore.storage.memory import MemoryStorage
 from datastore.store.commits import HINT_KEY
 from datastore.store.dataset import Dataset, open_dataset
+from datastore.store.evolve import evolve
 from datastore.store.manifest import commit_key
 from datastore.store.records import writer
 from datastore.store.segment import BLOCK_BYTES
@@ -54,6 +55,7 @@ def content(dataset: Dataset) -> str:
     for index in range(len(dataset.segments)):
         if dataset.kind == "records":
             state.update(repr(dataset.record_shard(index).to_pylist()).encode())
+            state.update(repr(dataset.read_batch(index, 0).to_pylist()).encode())
             continue
         values, offsets = dataset.token_shard(index)
         state.update(values.tobytes() + offsets.tobytes())
@@ -84,11 +86,12 @@ def tokens() -> Sample:
 @cache
 def records() -> Sample:
     storage = MemoryStorage("damage-records")
-    for number in range(2):
-        with writer(storage, schema=pa.schema({"text": pa.string(), "n": pa.int64()})) as out:
-            out.write({"text": f"row {number} {index}", "n": index} for index in range(100))
+    for kind in ("arrow", "parquet"):
+        with writer(storage, schema=pa.schema({"text": pa.string(), "n": pa.int64()}), format=kind) as out:  # type: ignore[arg-type]
+            out.write({"text": f"row {kind} {index}", "n": index} for index in range(100))
+    evolve(storage, rename={"n": "number"}, add={"new": "int8"}, defaults={"new": 1})
     set_tag(storage, "first", open_dataset(storage, version=1).commit)
-    return sample_of(storage, 2, ("first",))
+    return sample_of(storage, 3, ("first",))
 
 
 def complaints(sample: Sample) -> list[str]:
