@@ -118,7 +118,9 @@ def _roots(storage: Storage) -> Sequence[Root]:
 def _places(storage: Storage, change: RootChange) -> list[Root]:
     """Return the roots that can be read and written, those that are being filled among them."""
     lost = set(storage.lost()) if isinstance(storage, PlacedStorage) else set()
-    return [root for root in _roots(storage) if root.storage.url not in lost or root.id in change.filled]
+    return [
+        root for root in _roots(storage) if root.storage.url not in lost or root.id in change.filled | change.returned
+    ]
 
 
 def _small(storage: Storage, places: Sequence[Root], change: RootChange, *, dry_run: bool) -> Iterator[Finding]:

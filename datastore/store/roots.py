@@ -153,6 +153,9 @@ class RootChange:
     filled: frozenset[str]
     """Ids of the roots that are new, and have to be filled."""
 
+    returned: frozenset[str]
+    """Ids of those that had lost `datastore.json`, and nothing else."""
+
     late: Storage | None
     """The first root, if it is one of those: it counts only once `info` is stored there, after all commits."""
 
@@ -169,7 +172,7 @@ def change_roots(url: str, moves: Mapping[str, str], *, promote: bool, dry_run: 
     if info.placement is None:
         if moves or promote:
             raise ConfigError("the dataset lies in one place", url=start.url, hint="See `datastore place`.")
-        return RootChange(url, info, frozenset(), None)
+        return RootChange(url, info, frozenset(), frozenset(), None)
     refs = _moved(info.placement.roots, {old: open_storage(new) for old, new in moves.items()})
     roots = [Root(ref.id, open_storage(ref.url)) for ref in refs]
     there = _infos(roots)
@@ -177,7 +180,10 @@ def change_roots(url: str, moves: Mapping[str, str], *, promote: bool, dry_run: 
     present = [root for index, root in enumerate(roots) if index in there.values]
     named = {ref.id for ref in refs if any(same_place(open_storage(new), ref.url) for new in moves.values())}
     absent = [root for root in roots if root not in present]
-    filled = [root for root in absent if root.id in named or (present and _same_log(root, present[0]))]
+    filled = [root for root in absent if root.id in named]
+    # One that has lost nothing but `datastore.json` has missed nothing either, unless a mark says so.
+    returned = [root for root in absent if root not in filled and present and _same_log(root, present[0])]
+    present += returned
     if promote:
         refs = _promoted(refs, present)
     old = _placement(info)
@@ -189,6 +195,7 @@ def change_roots(url: str, moves: Mapping[str, str], *, promote: bool, dry_run: 
         url=present[0].storage.url if present else url,
         info=info,
         filled=frozenset(root.id for root in filled),
+        returned=frozenset(root.id for root in returned),
         late=next((root.storage for root in filled if root.id == refs[0].id), None),
     )
     if not dry_run:
