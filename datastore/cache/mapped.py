@@ -179,7 +179,7 @@ def _open(storage: Storage, info: ShardInfo) -> _Map:
     try:
         # Arrow maps the file and lets go of the descriptor; `mmap.mmap` would keep one per map.
         with pa.memory_map(str(path)) as file:
-            data = memoryview(file.read_buffer())
+            data = memoryview(file.read_buffer()).cast("B")
     except OSError as error:
         if not path.stat().st_size:
             data = memoryview(b"")  # An empty file cannot be mapped; its blocks are missed when they are touched.

@@ -34,7 +34,7 @@ from datastore.store.opening import load_segments
 from datastore.store.segment import Segments, ShardInfo
 from datastore.store.shards import read_documents, shard_uid, write_token_shard
 from datastore.store.tokenizers import put_tokenizer
-from datastore.store.writer import Operation, commit_shards
+from datastore.store.writer import commit_shards
 
 __all__ = ["ColumnTypes", "TokenWriter", "token_writer"]
 
@@ -52,44 +52,42 @@ def token_writer(
     url: str | os.PathLike[str],
     *,
     tokenizer: str | os.PathLike[str] = "",
+    end_of_text: str = "<|endoftext|>",
     vocab_size: int = 0,
     columns: ColumnTypes = _NO_COLUMNS,
     task_id: str = "",
-    operation: Operation = "append",
 ) -> "TokenWriter":
     """Return a writer of tokenized documents to the dataset at `url`, which is made if it is not there.
 
-    `tokenizer` is the path or URL of the `tokenizer.json` that made the tokens; by default the one that the dataset names.
-    Without either, `vocab_size` says which ids there may be.
+    `tokenizer` is the path or URL of the `tokenizer.json` that made the tokens, `end_of_text` what it calls the token
+    that ends a document; by default they are those that the dataset names. Without either, `vocab_size` says which ids
+    there may be.
 
     Raises:
-        ConfigError: the place holds something else, or was made with another tokenizer; a column cannot be stored; or
-            nobody says how large the vocabulary is.
+        ConfigError: the place holds something else, or was made with another tokenizer; a column cannot be stored, or is
+            not what the dataset has; or nobody says how large the vocabulary is.
         MissingError: there is no such tokenizer.
     """
     target = open_target(os.fspath(url))
     target.require_kind("tokens")
-    chosen = target.choose_tokenizer(IngestSettings(tokenizer=os.fspath(tokenizer)))
-    vocab_size = chosen.ref.vocab_size if chosen else vocab_size
-    if vocab_size < 1:
+    declared = [_declared(name, kind) for name, kind in sorted(columns.items())]
+    _check_columns(target, declared)
+    ref = target.newest.tokenizer if target.newest is not None else None
+    if tokenizer:
+        settings = IngestSettings(tokenizer=os.fspath(tokenizer), end_of_text=end_of_text)
+        chosen = target.choose_tokenizer(settings)
+        assert chosen is not None, "one is named"
+        ref = put_tokenizer(
+            target.storage, chosen.raw, vocab_size=chosen.ref.vocab_size, end_of_text=chosen.ref.end_of_text
+        )
+    if (ref.vocab_size if ref is not None else vocab_size) < 1:
         raise ConfigError(
             "nobody says how large the vocabulary is",
             url=target.storage.url,
             hint="Name the tokenizer, or give vocab_size.",
         )
-    declared = [_declared(name, kind) for name, kind in sorted(columns.items())]
-    if operation == "append" and target.newest is not None:
-        _check_columns(target, declared)
-    if chosen is not None:
-        put_tokenizer(target.storage, chosen.raw, vocab_size=chosen.ref.vocab_size, end_of_text=chosen.ref.end_of_text)
-    return TokenWriter(
-        target,
-        tokenizer=chosen.ref if chosen else None,
-        vocab_size=vocab_size,
-        columns=declared,
-        task_id=task_id,
-        operation=operation,
-    )
+    vocab_size = ref.vocab_size if ref is not None else vocab_size
+    return TokenWriter(target, tokenizer=ref, vocab_size=vocab_size, columns=declared, task_id=task_id)
 
 
 class TokenWriter:
@@ -103,7 +101,6 @@ class TokenWriter:
         vocab_size: int,
         columns: Sequence[ColumnType],
         task_id: str,
-        operation: Operation,
     ) -> None:
         self.storage: Storage = target.storage
         self.commit: Commit | None = None
@@ -113,7 +110,6 @@ class TokenWriter:
         self._vocab_size = vocab_size
         self._columns = {column.name: column for column in columns}
         self._task_id = task_id
-        self._operation: Operation = operation
         self._unique_id = task_id or uuid.uuid4().hex
         self._shards: list[ShardInfo] = []
         self._documents: list[tuple[str, str, int, bytes]] = []
@@ -180,7 +176,7 @@ class TokenWriter:
         self._store_shard()
         if not self._shards:
             raise ConfigError("nothing was written", url=self.storage.url, hint="Write a document.")
-        self.commit = commit_shards(self.storage, self._shards, operation=self._operation, tokenizer=self._tokenizer)
+        self.commit = commit_shards(self.storage, self._shards, tokenizer=self._tokenizer)
 
     def _store_shard(self) -> None:
         if not self._documents:
@@ -238,7 +234,8 @@ class TokenWriter:
 
 def _check_columns(target: Target, declared: Sequence[ColumnType]) -> None:
     """Refuse at once what a commit would refuse in the end."""
-    assert target.newest is not None
+    if target.newest is None:
+        return
     stored = load_segments(target.storage, target.newest)
     present = [ColumnType(column.name, column.dtype, column.width) for column in stored.columns]
     if len(stored) and present != list(declared):

@@ -83,6 +83,7 @@ def test_a_shard_that_is_gone_is_named(dataset: Dataset) -> None:
 
 
 def test_maps_hold_no_file_descriptors(dataset: Dataset) -> None:
+    assert len(dataset.segments) == 3  # They are mapped, too, and there are few of them: each holds one.
     before = len(list(Path("/proc/self/fd").iterdir()))
     blocks = MappedBlocks(dataset.storage, dataset.segments)
     for shard in range(3):
