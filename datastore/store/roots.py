@@ -139,7 +139,7 @@ def place_dataset(url: str | os.PathLike[str], *, roots: Sequence[str], copies: 
             _LOGGER.warning("root %s is not there; if its disk is new, run `datastore repair --recreate`", ref.url)
         else:
             store_info(place, info)
-    return info
+    return read_info(places[0])
 
 
 @dataclass(frozen=True, slots=True)
