@@ -8,7 +8,7 @@ about log4(65,536) = 8 small segments and N / 32,768 large ones at most.
 import bisect
 from collections.abc import Callable, Iterator, Sequence
 from functools import cached_property
-from typing import Annotated, Any, Literal, cast
+from typing import Any, cast
 
 import msgspec
 import numpy as np
@@ -18,10 +18,12 @@ import pyarrow.compute as pc
 from typing_extensions import Buffer
 
 from datastore.digest import digest_hex
-from datastore.document import Document, decode
+from datastore.document import decode
 from datastore.errors import ConfigError, CorruptError
+from datastore.formats.arrays import numbers_of
 from datastore.storage.base import check_key
-from datastore.store.manifest import Kind, SegmentRef
+from datastore.store.layout import PLAIN, BatchRange, ColumnLayout, ShardInfo, ShardLayout, frame_ranges
+from datastore.store.manifest import SegmentRef
 
 __all__ = [
     "BLOCK_BYTES",
@@ -51,108 +53,6 @@ _MERGE_RATIO = 4
 
 _ROWS_AT_ONCE = 1024
 """Rows turned into objects at a time when all are visited."""
-
-Count = Annotated[int, msgspec.Meta(ge=0)]
-Hex32 = Annotated[str, msgspec.Meta(pattern="^[0-9a-f]{32}$")]
-
-
-class ColumnLayout(Document, frozen=True, kw_only=True):
-    """A column of a token shard beside `tokens`: `width` values for each token, end to end."""
-
-    name: str
-    dtype: str
-    """NumPy's name of the type of one value."""
-
-    width: Annotated[int, msgspec.Meta(ge=1)] = 1
-    values_start: Count
-    """Where its values start."""
-
-
-class BatchRange(Document, frozen=True, array_like=True):
-    """A record batch or row group: file bytes `[start, stop)` hold `rows` rows. An array in JSON: there are many."""
-
-    start: Count
-    stop: Count
-    rows: Count
-    digest: bytes
-    """xxh3_128 of these bytes."""
-
-
-class ShardLayout(Document, frozen=True, kw_only=True):
-    """What most shards do not have; stored as JSON, and only where it differs from this default."""
-
-    columns: tuple[ColumnLayout, ...] = ()
-    batches: tuple[BatchRange, ...] = ()
-    """The batches of a record shard, in the order of its rows and of its file; they do not overlap."""
-
-    frame_digest: bytes = b""
-    """xxh3_128 of what is before, between and after the batches, end to end."""
-
-    format: Literal["arrow", "parquet"] = "arrow"
-    schema_id: Count = 0
-    """Which schema a record shard has: that of the versions whose `record_schema` is noted with this number."""
-
-
-_PLAIN = ShardLayout()
-
-
-def frame_ranges(batches: Sequence[BatchRange], size_bytes: int) -> list[tuple[int, int]]:
-    """Return the byte ranges of a file of `size_bytes` that belong to none of its `batches`: its frame.
-
-    Raises:
-        CorruptError: the batches overlap, or reach beyond the file.
-    """
-    ranges, at = [], 0
-    for batch in batches:
-        if not at <= batch.start <= batch.stop <= size_bytes:
-            raise CorruptError("the batches of a shard do not fit into its file", hint="Restore it from a copy.")
-        if at < batch.start:
-            ranges.append((at, batch.start))
-        at = batch.stop
-    return [*ranges, (at, size_bytes)] if at < size_bytes else ranges
-
-
-class ShardInfo(Document, frozen=True, kw_only=True):
-    """One shard: a row of a segment. Positions and sizes are bytes of its file."""
-
-    uid: Hex32
-    """Names the shard, and places it in the order of a run; made from what it was made from, never from its place."""
-
-    path: str
-    kind: Kind
-    dtype: Literal["uint16", "uint32", ""]
-    """Empty for records."""
-
-    documents: Count
-    """Rows."""
-
-    tokens: Count
-    size_bytes: Count
-    values_start: Count
-    """Where the flat tokens start."""
-
-    offsets_start: Count
-    """Where the `documents + 1` offsets start."""
-
-    offsets_dtype: Literal["int32", ""]
-    block_bytes: Annotated[int, msgspec.Meta(ge=1)]
-    digest: bytes
-    """xxh3_128 of the file."""
-
-    block_digests: bytes
-    """xxh3_128 of each block, 16 bytes each; block `i` is file bytes `[i * block_bytes, (i + 1) * block_bytes)`."""
-
-    docs_path: str
-    """The documents file; empty for records."""
-
-    docs_bytes: Count
-    docs_digest: bytes
-    source_first: str
-    source_last: str
-    """First and last source in it, in the order of its documents."""
-
-    layout: ShardLayout = _PLAIN
-
 
 _BINARY16 = pa.binary(16)
 _TYPES: dict[str, pa.DataType] = {
@@ -194,7 +94,7 @@ def segment_of(shards: Sequence[ShardInfo]) -> pa.RecordBatch:
     """Return `shards` as the rows of a segment."""
     columns = {name: [getattr(shard, name) for shard in shards] for name in _TYPES}
     columns["uid"] = [bytes.fromhex(uid) for uid in columns["uid"]]
-    columns["layout"] = [b"" if layout == _PLAIN else msgspec.json.encode(layout) for layout in columns["layout"]]
+    columns["layout"] = [b"" if layout == PLAIN else msgspec.json.encode(layout) for layout in columns["layout"]]
     columns["docs_digest"] = [digest or bytes(16) for digest in columns["docs_digest"]]
     return pa.record_batch([pa.array(columns[name], kind) for name, kind in _TYPES.items()], schema=SEGMENT_SCHEMA)
 
@@ -389,7 +289,7 @@ class Segments:
         wanted = pa.array([bytes.fromhex(uid) for uid in uids], _BINARY16)
         found = np.full(len(uids), -1, np.int64)
         for batch, end in zip(self.batches, self._ends, strict=True):
-            which = pc.fill_null(pc.index_in(batch.column("uid"), value_set=wanted), -1).to_numpy(zero_copy_only=False)
+            which = numbers_of(pc.fill_null(pc.index_in(batch.column("uid"), value_set=wanted), -1))
             here = np.flatnonzero(which >= 0)
             found[which[here]] = end - batch.num_rows + here
         return found
@@ -431,17 +331,17 @@ def _info(row: dict[str, Any]) -> ShardInfo:
 
 
 def _layout(raw: bytes) -> ShardLayout:
-    return decode(ShardLayout, raw, where="a segment's column layout") if raw else _PLAIN
+    return decode(ShardLayout, raw, where="a segment's column layout") if raw else PLAIN
 
 
 def _numbers(batch: pa.RecordBatch, name: str) -> npt.NDArray[np.int64]:
-    return np.asarray(batch.column(name).to_numpy(zero_copy_only=True))
+    return numbers_of(batch.column(name))
 
 
 def _itemsize(batch: pa.RecordBatch) -> npt.NDArray[np.int64]:
     sizes = np.zeros(batch.num_rows, np.int64)
     for dtype in ("uint16", "uint32"):
-        same = pc.equal(batch.column("dtype"), pa.scalar(dtype)).to_numpy(zero_copy_only=False)
+        same = numbers_of(pc.equal(batch.column("dtype"), pa.scalar(dtype)))
         sizes[same] = np.dtype(dtype).itemsize
     return sizes
 
