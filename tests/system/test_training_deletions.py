@@ -10,6 +10,7 @@ import torch
 from torch.nn import functional
 
 from datastore.errors import ConfigError, MissingError
+from datastore.ingest.tokenwriter import token_writer
 from datastore.loader.batch import Batch
 from datastore.storage.resolve import open_storage
 from datastore.store.dataset import Dataset, open_dataset
@@ -21,6 +22,7 @@ from datastore.testing.runs import make_language, tiny_settings
 from datastore.train.evaluate import validation_loss
 from datastore.train.launch import Launch
 from datastore.train.loop import Work, _backward
+from datastore.train.metrics import read_metrics
 from datastore.train.model import GPT
 from datastore.train.objectives import Causal, MicroBatch
 from datastore.train.parallel import Ranks
@@ -254,3 +256,42 @@ def test_a_dataset_without_a_tokenizer_asks_what_to_read_in_place_of_what_is_del
         go_on(run, 4)
     resume(run, overrides=["train.steps=4", "loader.end_of_text=0"])
     assert prove(run).holds
+
+
+def masked_dataset(folder: Path, keep: float) -> str:
+    """The small language, of which a share `keep` of the tokens is to be learned."""
+    language = make_language(folder / "language")
+    tokenizer = folder / "tokenizer.json"
+    tokenizer.write_bytes(language.tokenizer() or b"")
+    url = folder / f"masked {keep}"
+    chance = np.random.default_rng(0)
+    with token_writer(url, tokenizer=tokenizer, end_of_text="<end>", columns={"loss_mask": "bool"}) as out:
+        for shard in range(len(language.segments)):
+            values, offsets = language.token_shard(shard)
+            for row, (start, stop) in enumerate(pairwise(offsets.tolist())):
+                mask = chance.random(stop - start) < keep
+                out.write(values[start:stop], id=f"{shard}-{row}", loss_mask=mask)
+    return str(url)
+
+
+def losses(run: Path) -> list[float]:
+    return [line["loss"] for line in read_metrics(RunFolder.open(str(run)).storage)]
+
+
+def test_tokens_with_a_zero_in_the_loss_mask_are_not_learned(tmp_path: Path) -> None:
+    nothing = masked_dataset(tmp_path, 0.0)
+    train(tiny_settings(nothing, "train.steps=3", "eval.every=3"), str(tmp_path / "run"))
+    assert losses(tmp_path / "run") == [0.0, 0.0, 0.0]
+    assert prove(str(tmp_path / "run")).holds
+
+
+@pytest.mark.slow
+def test_two_ranks_learn_the_same_from_masked_tokens_as_one(tmp_path: Path) -> None:
+    url = masked_dataset(tmp_path, 0.5)
+    delete(url, ids=[f"0-{row}" for row in range(20)])
+    settings = tiny_settings(url, "train.steps=4", "train.micro_batch=5", "eval.every=4")
+    alone = train(settings, str(tmp_path / "alone"))
+    together = train(settings, str(tmp_path / "together"), processes=2)
+    assert losses(tmp_path / "together") == pytest.approx(losses(tmp_path / "alone"), rel=1e-4)
+    assert together.validation_loss == pytest.approx(alone.validation_loss, rel=1e-4)
+    assert prove(str(tmp_path / "together")).holds
