@@ -144,13 +144,15 @@ class _Reader:
     def _extension(self, word: str) -> Any:
         name = self._take(re.compile(r"[a-z0-9.]+"))
         self._expect(">")
-        if word != "extension" or name not in _EXTENSIONS:
+        # An older pyarrow lacks some of them.
+        make = getattr(pa, _EXTENSIONS.get(name, ""), None)
+        if word != "extension" or make is None:
             raise self._wrong()
-        return getattr(pa, _EXTENSIONS[name])()
+        return make()
 
     def _leaf(self, text: str) -> Any:
         decimal = _DECIMAL.fullmatch(text)
-        if decimal:
+        if decimal and hasattr(pa, f"decimal{decimal[1]}"):
             return getattr(pa, f"decimal{decimal[1]}")(int(decimal[2]), int(decimal[3]))
         if text.startswith("fixed_size_binary["):
             return pa.binary(int(text[18:-1]))
