@@ -23,6 +23,7 @@ import pyarrow as pa
 from typing_extensions import Buffer
 
 from datastore.errors import ConfigError, CorruptError
+from datastore.formats.arrays import numbers_of
 from datastore.formats.flatbuffer import ALIGNMENT_BYTES, ListColumn, encode_lists
 
 __all__ = [
@@ -232,8 +233,8 @@ def decode_token_table(raw: Buffer) -> TokenTable:
     except (pa.ArrowException, OSError, ValueError, MemoryError) as error:
         raise _not_a_shard(str(error).splitlines()[0] if str(error) else type(error).__name__) from None
     column = cast("pa.ListArray[Any]", batch.column(0))
-    values: Tokens = column.values.to_numpy(zero_copy_only=True)
-    offsets = column.offsets.to_numpy(zero_copy_only=False).astype(np.int64)
+    values: Tokens = numbers_of(column.values)
+    offsets = numbers_of(column.offsets).astype(np.int64)
     if not _offsets_fit(offsets, values.size):
         raise _not_a_shard("its offsets do not cut up its tokens")
     columns = {kind.name: _values_of(batch.column(kind.name), kind, offsets) for kind in types}
@@ -280,12 +281,12 @@ def _types_of(schema: pa.Schema) -> list[ColumnType] | None:
 
 def _values_of(column: "pa.Array[Any]", kind: ColumnType, offsets: Offsets) -> npt.NDArray[Any]:
     lists = cast("pa.ListArray[Any]", column)
-    if not np.array_equal(lists.offsets.to_numpy(zero_copy_only=False), offsets):
+    if not np.array_equal(numbers_of(lists.offsets), offsets):
         raise _not_a_shard(f"its column {kind.name} is cut up otherwise than its tokens")
     values: Any = lists.values
     if kind.width == 1:
-        return cast("npt.NDArray[Any]", values.to_numpy(zero_copy_only=True))
-    return cast("npt.NDArray[Any]", values.values.to_numpy(zero_copy_only=True).reshape(-1, kind.width))
+        return numbers_of(values)
+    return numbers_of(values.values).reshape(-1, kind.width)
 
 
 def _offsets_fit(offsets: Offsets, tokens: int) -> bool:

@@ -17,6 +17,7 @@ from typing_extensions import Buffer
 
 from datastore.digest import digest_hex
 from datastore.errors import CorruptError
+from datastore.formats.arrays import numbers_of
 from datastore.storage.base import Storage
 from datastore.store.checked import read_checked
 from datastore.store.manifest import Commit, DeletionRef
@@ -61,7 +62,7 @@ class Deletions:
     """Which rows of which shards are deleted; immutable."""
 
     def __init__(self, tables: Sequence[pa.RecordBatch]) -> None:
-        self.tokens = int(sum(np.asarray(table.column("tokens")).sum() for table in tables))
+        self.tokens = int(sum(numbers_of(table.column("tokens")).sum() for table in tables))
         """How many tokens are deleted."""
         self._rows = _merged(tables, "rows", np.union1d)
         self._spans = _merged(tables, "spans", _union)
@@ -186,7 +187,7 @@ def _adds_up(table: pa.RecordBatch) -> bool:
     ends = np.zeros(int(offsets[-1]) // 2 + 1, np.int64)
     values = values[: offsets[-1]].astype(np.int64)
     np.cumsum(values[1::2] - values[::2], out=ends[1:])
-    return bool((np.diff(ends[offsets // 2]) == table.column("tokens").to_numpy()).all())
+    return bool((np.diff(ends[offsets // 2]) == numbers_of(table.column("tokens"))).all())
 
 
 def store_deletions(storage: Storage, rows: Mapping[str, Rows], *, lengths: Lengths = _NO_LENGTHS) -> DeletionRef:
@@ -234,7 +235,7 @@ def _store(storage: Storage, raw: bytes) -> DeletionRef:
         file_bytes=len(raw),
         shards=table.num_rows,
         documents=_lists(table, "rows")[0].size,
-        tokens=int(np.asarray(table.column("tokens")).sum()),
+        tokens=int(numbers_of(table.column("tokens")).sum()),
     )
 
 
@@ -260,7 +261,7 @@ def load_deletion(storage: Storage, ref: DeletionRef) -> pa.RecordBatch:
 def _lists(table: pa.RecordBatch, name: str) -> tuple[Rows, Rows]:
     """Return the numbers of all shards in column `name`, end to end, and where those of each start."""
     column = cast("pa.ListArray[Any]", table.column(name))
-    return np.asarray(column.values), np.asarray(column.offsets)
+    return numbers_of(column.values), numbers_of(column.offsets)
 
 
 def _damaged(reason: str, where: str) -> CorruptError:

@@ -289,7 +289,8 @@ class Segments:
         wanted = pa.array([bytes.fromhex(uid) for uid in uids], _BINARY16)
         found = np.full(len(uids), -1, np.int64)
         for batch, end in zip(self.batches, self._ends, strict=True):
-            which = numbers_of(pc.fill_null(pc.index_in(batch.column("uid"), value_set=wanted), -1))
+            places: Any = pc.index_in(batch.column("uid"), value_set=wanted)
+            which = numbers_of(places.fill_null(-1))
             here = np.flatnonzero(which >= 0)
             found[which[here]] = end - batch.num_rows + here
         return found
@@ -339,11 +340,11 @@ def _numbers(batch: pa.RecordBatch, name: str) -> npt.NDArray[np.int64]:
 
 
 def _itemsize(batch: pa.RecordBatch) -> npt.NDArray[np.int64]:
-    sizes = np.zeros(batch.num_rows, np.int64)
-    for dtype in ("uint16", "uint32"):
-        same = numbers_of(pc.equal(batch.column("dtype"), pa.scalar(dtype)))
-        sizes[same] = np.dtype(dtype).itemsize
-    return sizes
+    found: Any = batch.column("dtype").dictionary_encode()
+    sizes = {name: np.dtype(name).itemsize for name in ("uint16", "uint32")}
+    of_name = np.array([sizes.get(name, 0) for name in found.dictionary.to_pylist()], np.int64)
+    of_shard: npt.NDArray[np.int64] = of_name[numbers_of(found.indices)]
+    return of_shard
 
 
 def _uid64(batch: pa.RecordBatch) -> npt.NDArray[np.uint64]:
