@@ -20,12 +20,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol, runtime_checkable
 
-from typing_extensions import Buffer
+from typing_extensions import Buffer, override
 
 from datastore.errors import ConfigError
 from datastore.storage.statistics import OperationStatistics
 
-__all__ = ["Stat", "Storage", "check_key"]
+__all__ = ["ReadOnly", "Stat", "Storage", "check_key"]
 
 _BAD_KEY = re.compile(r"[\\\x00-\x1f\ud800-\udfff]|(?:\A|/)(?:\.{0,2}|\.(?:[^/]*\.)?tmp)(?:/|\Z)")
 """A bad character anywhere, or a part that is empty, dots, or a temporary name."""
@@ -129,6 +129,8 @@ class Storage(Protocol):
 
     def heal(self, key: str, is_good: Callable[[bytes], bool]) -> None:
         """Have the copies of `key` that are not good written anew from one that is, if there is one, some time soon."""
+        del is_good
+        check_key(key)  # By default there are no others.
 
     def clear_unfinished(self, *, before: float, dry_run: bool = False) -> "Sequence[Stat]":
         """Remove what writers left unfinished that began before `before` (seconds since the epoch) and died; return it.
@@ -137,6 +139,44 @@ class Storage(Protocol):
         """
         del before, dry_run
         return ()
+
+
+class ReadOnly(Storage):
+    """What can be read and not be written: a web server, an archive."""
+
+    @property
+    @override
+    def exclusive(self) -> bool:
+        return False
+
+    @override
+    def put(self, key: str, *chunks: Buffer) -> None:
+        raise self._refusal(key)
+
+    @override
+    def put_new(self, key: str, *chunks: Buffer) -> None:
+        raise self._refusal(key)
+
+    @override
+    def delete(self, key: str) -> None:
+        raise self._refusal(key)
+
+    @override
+    def heal(self, key: str, is_good: Callable[[bytes], bool]) -> None:
+        pass
+
+    @override
+    def local_path(self, key: str) -> Path | None:
+        check_key(key)
+        return None
+
+    def _refusal(self, key: str) -> ConfigError:
+        check_key(key)
+        return ConfigError(
+            "this kind of storage can only be read",
+            url=self.url,
+            hint="Copy it to a disk or a bucket, and write there.",
+        )
 
 
 def check_key(key: str) -> str:

@@ -11,7 +11,11 @@ from typing import Any, Protocol
 
 from typing_extensions import Buffer
 
-__all__ = ["fill", "gather", "join", "merge_ranges", "read_all", "slices", "total_bytes"]
+__all__ = ["GAP_BYTES", "fill", "fill_from", "gather", "join", "merge_ranges", "read_all", "slices", "total_bytes"]
+
+
+GAP_BYTES = 128 * 2**10
+"""Ranges that lie closer are read as one: a request costs more than that many bytes."""
 
 
 class _Source(Protocol):

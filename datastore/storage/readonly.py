@@ -12,7 +12,7 @@ from typing_extensions import Buffer, override
 from datastore.errors import MissingError
 from datastore.storage.base import Storage
 
-__all__ = ["ReadOnlyFileSystem"]
+__all__ = ["ReadOnlyFileSystem", "StoredFile"]
 
 
 class ReadOnlyFileSystem(AbstractFileSystem):  # type: ignore[misc]  # fsspec has no types
@@ -46,10 +46,10 @@ class ReadOnlyFileSystem(AbstractFileSystem):  # type: ignore[misc]  # fsspec ha
     def _open(self, path: str, mode: str = "rb", **_: Any) -> io.RawIOBase:
         if mode != "rb":
             raise io.UnsupportedOperation("a dataset is written through datastore only")
-        return _File(self._storage, self._strip_protocol(path))
+        return StoredFile(self._storage, self._strip_protocol(path))
 
 
-class _File(io.RawIOBase):
+class StoredFile(io.RawIOBase):
     """One file; every read is one range request, for its readers know how much they want."""
 
     def __init__(self, storage: Storage, key: str) -> None:

@@ -5,6 +5,7 @@ scheme goes to fsspec, which is imported only then. A URL below another one alwa
 """
 
 import os
+import re
 from collections.abc import Callable, Iterator, Sequence
 from importlib.util import find_spec
 from pathlib import Path
@@ -21,6 +22,9 @@ from datastore.storage.urls import join_url, split_url, strip_credentials
 
 __all__ = ["Subfolder", "join_url", "open_storage", "strip_credentials"]
 
+_ARCHIVE = re.compile(r"(.*?\.zip)(?:/(.*))?", re.IGNORECASE)
+"""The archive on this machine, and the folder in it."""
+
 
 def open_storage(url: str | os.PathLike[str]) -> Storage:
     """Return the storage that `url` names; nothing is read, written or connected to yet.
@@ -32,13 +36,13 @@ def open_storage(url: str | os.PathLike[str]) -> Storage:
     text = os.fspath(url)
     if not text.strip():
         raise ConfigError("the URL is empty", hint="Name a path or a URL.")
-    if "::" in text and "://" in text:
+    scheme, rest = split_url(text)
+    if "::" in rest and scheme != "zip":
         raise ConfigError(
             "chained URLs are not supported",
             url=strip_credentials(text),
             hint="Name the store itself: caching is built in.",
         )
-    scheme, rest = split_url(text)
     return _OPENERS.get(scheme, _open_fsspec)(text, rest)
 
 
@@ -67,6 +71,29 @@ def _open_s3(url: str, rest: str) -> Storage | None:
     return S3Storage(url, options) if understands(options) else None
 
 
+def _open_web(url: str, _: str) -> Storage:
+    from datastore.storage.web import WebStorage  # noqa: PLC0415 - only where it is needed
+
+    return WebStorage(url)
+
+
+def _open_zip(url: str, rest: str) -> Storage:
+    from datastore.storage.archive import ZipStorage  # noqa: PLC0415 - only where it is needed
+
+    folder, chained, where = rest.partition("::")
+    if not chained:
+        found = _ARCHIVE.fullmatch(rest)
+        where, folder = (found[1], found[2] or "") if found else ("", "")
+    outer, _, name = where.rpartition("/")
+    if not name:
+        raise ConfigError(
+            "the URL names no archive",
+            url=strip_credentials(url),
+            hint="Write zip:///PATH/NAME.zip, zip:///PATH/NAME.zip/FOLDER, or zip://FOLDER::URL.",
+        )
+    return ZipStorage(open_storage(outer or ("/" if where.startswith("/") else ".")), name, folder=folder.strip("/"))
+
+
 def _open_fsspec(url: str, _: str) -> Storage:
     from datastore.storage.remote import FsspecStorage  # noqa: PLC0415 - fsspec takes 50 ms to import
 
@@ -93,6 +120,9 @@ _OPENERS: dict[str, Callable[[str, str], Storage]] = {
     "file": _open_local,
     "local": _open_local,
     "memory": _open_memory,
+    "http": _open_web,
+    "https": _open_web,
+    "zip": _open_zip,
     # Their libraries take `key:secret@` and `?query` for a part of the name, and would write to another place.
     **dict.fromkeys(("s3", "s3a", "gs", "gcs"), _open_bucket),
 }

@@ -9,33 +9,29 @@ A value above 128 MiB is written in parts of 64 MiB, four at once; what `put_new
 16.2 ignores the condition at the end of an upload in parts.
 """
 
-import os
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor, wait
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from functools import partial
-from itertools import chain
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal
 
 from typing_extensions import Buffer, override
 
 from datastore.errors import ConfigError, DatastoreError, MissingError
 from datastore.storage.backends import BACKENDS
 from datastore.storage.base import Stat, Storage, check_key
-from datastore.storage.bodies import fill, gather, join, merge_ranges, read_all, slices, total_bytes
+from datastore.storage.bodies import GAP_BYTES, fill, gather, join, merge_ranges, read_all, slices, total_bytes
 from datastore.storage.foreign import error_code, http_status
 from datastore.storage.reasons import cut_short, too_short
 from datastore.storage.retry import Requests, RetryPolicy
 from datastore.storage.s3_client import s3_client, understands
 from datastore.storage.statistics import OperationStatistics
+from datastore.storage.threads import THREADS, all_at_once
 from datastore.storage.unfinished import find_uploads
 from datastore.storage.urls import secrets_of, split_url, strip_credentials
 
 __all__ = ["S3Storage", "understands"]
 
-T = TypeVar("T")
 Reading = Literal["get_ranges", "read_into"]
 Parts = Sequence[Mapping[str, object]]
 
@@ -44,13 +40,7 @@ _PART_BYTES = _BACKEND.part_bytes or 0
 _ONE_REQUEST_BYTES = 2 * _PART_BYTES
 _MOST_PARTS = 10_000
 
-_THREADS = 16
 _PARTS_AT_ONCE = 4
-_GAP_BYTES = 128 * 2**10
-"""Ranges that lie closer are read as one: a request costs more than that many bytes."""
-
-_pools: dict[int, ThreadPoolExecutor] = {}
-"""Threads for requests at once, by process: a forked child inherits none."""
 
 
 class S3Storage(Storage):
@@ -94,7 +84,7 @@ class S3Storage(Storage):
 
     @override
     def get_ranges(self, key: str, ranges: Sequence[tuple[int, int]]) -> list[bytes]:
-        asked = merge_ranges(ranges, gap_bytes=_GAP_BYTES)
+        asked = merge_ranges(ranges, gap_bytes=GAP_BYTES)
         if not asked:
             self.stat(key)
             return [b"" for _ in ranges]
@@ -103,7 +93,7 @@ class S3Storage(Storage):
             partial(self._read, "get_ranges", key, start, whole)
             for (start, _), whole in zip(asked, wholes, strict=True)
         ]
-        _all_at_once(tasks, most=_THREADS)
+        all_at_once(tasks, most=THREADS)
         return slices(ranges, asked, wholes)
 
     @override
@@ -232,7 +222,7 @@ class S3Storage(Storage):
 
         parts = gather(chunks, max(_PART_BYTES, -(-size // _MOST_PARTS)))
         try:
-            tags = _all_at_once(
+            tags = all_at_once(
                 (partial(put_part, number, part) for number, part in enumerate(parts, 1)), most=_PARTS_AT_ONCE
             )
             send(lambda: self._complete(name, upload, tags, size))
@@ -251,27 +241,3 @@ class S3Storage(Storage):
             found = self._ask("head_object", name)
             if found["ContentLength"] != size or not found["ETag"].strip('"').endswith(f"-{len(parts)}"):
                 raise
-
-
-def _all_at_once(tasks: Iterable[Callable[[], T]], *, most: int) -> Sequence[T]:
-    """Return what each task returns, in order; at most `most` are begun and not yet done. A single one runs right here."""
-    begun: deque[Future[T]] = deque()
-    found: list[T] = []
-    waiting = iter(tasks)
-    first = next(waiting, None)
-    second = next(waiting, None)
-    if first is None or second is None:
-        return [] if first is None else [first()]
-    pool = _pools.get(os.getpid())
-    if pool is None:
-        pool = _pools[os.getpid()] = ThreadPoolExecutor(_THREADS, thread_name_prefix="s3")
-    try:
-        for task in chain((first, second), waiting):
-            begun.append(pool.submit(task))
-            if len(begun) == most:
-                found.append(begun.popleft().result())
-        found.extend(task.result() for task in begun)
-    except BaseException:
-        wait([task for task in begun if not task.cancel()])  # They write into buffers that are about to go.
-        raise
-    return found

@@ -135,5 +135,7 @@ def _read(storage: Storage) -> DatasetInfo | None:
 
 def _foreign_key(storage: Storage) -> str:
     """Return a key that no writer of a new dataset can have left, or ""."""
-    keys = (stat.key for stat in itertools.islice(storage.list(), _LOOK_AT_KEYS))
-    return next((key for key in keys if key.split("/")[0] not in _EARLY), "")
+    with suppress(ConfigError):  # A web server lists nothing.
+        keys = (stat.key for stat in itertools.islice(storage.list(), _LOOK_AT_KEYS))
+        return next((key for key in keys if key.split("/")[0] not in _EARLY), "")
+    return ""

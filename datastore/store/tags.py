@@ -90,8 +90,11 @@ def read_tagged(storage: Storage, name: str) -> Commit:
 
 
 def list_tags(storage: Storage) -> list[str]:
-    """Return the names of all tags, sorted."""
-    names = (stat.key.removeprefix(f"{_FOLDER}/") for stat in storage.list(_FOLDER))
+    """Return the names of all tags, sorted; on a web server, which cannot be listed, none."""
+    try:
+        names = [stat.key.removeprefix(f"{_FOLDER}/") for stat in storage.list(_FOLDER)]
+    except ConfigError:
+        return []
     return sorted(name.removesuffix(".json") for name in names if name.endswith(".json") and "/" not in name)
 
 

@@ -13,6 +13,7 @@ import secrets
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -268,8 +269,10 @@ def _check_history(storage: Storage, newest: Commit) -> _Found:
         expected = found.commit.parent_sha256
     if sum_refs(newest.segments, newest.deletions) != newest.totals:
         bad.append(BadBlock(commit_key(newest.version), None, "its totals are not the sums over its segments"))
-    keys = (stat.key for stat in storage.list("_log"))
-    later = {key for key in keys if key > commit_key(newest.version) and _COMMIT.fullmatch(key)}
+    later: set[str] = set()
+    with suppress(ConfigError):  # A web server lists nothing.
+        keys = (stat.key for stat in storage.list("_log"))
+        later = {key for key in keys if key > commit_key(newest.version) and _COMMIT.fullmatch(key)}
     gaps = [commit_key(newest.version + 1 + index) for index in range(len(later))]
     bad += [BadBlock(key, None, "the commit is missing, later ones are there") for key in gaps if key not in later]
     return _Found(newest.version, 0, bad)

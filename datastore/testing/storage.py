@@ -28,7 +28,7 @@ from datastore.storage.base import Storage
 from datastore.storage.probe import probe_exclusive
 from datastore.storage.resolve import Subfolder, open_storage
 
-__all__ = ["StorageContract"]
+__all__ = ["StorageContract", "raises"]
 
 T = TypeVar("T")
 
@@ -82,13 +82,13 @@ class StorageContract:
 
     def test_put_new_refuses_a_second_write_and_keeps_the_first(self, storage: Storage) -> None:
         storage.put_new("k", b"first")
-        with _raises(ConflictError):
+        with raises(ConflictError):
             storage.put_new("k", b"second")
         assert storage.get("k") == b"first"
 
     def test_put_new_never_overwrites_what_put_wrote(self, storage: Storage) -> None:
         storage.put("k", b"first")
-        with _raises(ConflictError):
+        with raises(ConflictError):
             storage.put_new("k", b"second")
         assert storage.get("k") == b"first"
 
@@ -181,7 +181,7 @@ class StorageContract:
     def test_a_range_past_the_end_is_refused(self, storage: Storage) -> None:
         storage.put("k", b"0123456789")
         for outside in ((5, 11), (10, 11), (20, 30)):
-            with _raises(StorageError):
+            with raises(StorageError):
                 storage.get_ranges("k", [(0, 2), outside])
 
     def test_read_into_fills_the_target_from_the_start_given(self, storage: Storage) -> None:
@@ -203,18 +203,18 @@ class StorageContract:
     def test_read_into_past_the_end_is_refused(self, storage: Storage) -> None:
         storage.put("k", b"0123456789")
         for start in (8, 10, 99):
-            with _raises(StorageError):
+            with raises(StorageError):
                 storage.read_into("k", start, bytearray(3))
 
     def test_a_key_that_is_not_there_is_missing(self, storage: Storage) -> None:
         for read in _reads(storage, "no/such/key"):
-            with _raises(MissingError):
+            with raises(MissingError):
                 read()
 
     def test_a_folder_is_not_a_key(self, storage: Storage) -> None:
         storage.put("folder/k", b"x")
         for read in _reads(storage, "folder"):
-            with _raises(MissingError):
+            with raises(MissingError):
                 read()
         storage.delete("folder")
         assert storage.get("folder/k") == b"x"
@@ -225,7 +225,7 @@ class StorageContract:
         storage.delete("a/k")
         storage.delete("never/there")
         assert list(storage.list()) == []
-        with _raises(MissingError):
+        with raises(MissingError):
             storage.get("a/k")
 
     def test_deleting_one_key_leaves_its_neighbours(self, storage: Storage) -> None:
@@ -277,7 +277,7 @@ class StorageContract:
                 partial(storage.local_path, key),
             ]
             for call in (*writes, *_reads(storage, key)):
-                with _raises(ConfigError):
+                with raises(ConfigError):
                     call()
         assert list(storage.list()) == []
 
@@ -307,7 +307,7 @@ class StorageContract:
 
 
 @contextmanager
-def _raises(kind: type[Exception]) -> Iterator[None]:
+def raises(kind: type[Exception]) -> Iterator[None]:
     """Demand that the block raises `kind` (`pytest.raises` without pytest)."""
     try:
         yield
