@@ -149,7 +149,8 @@ class Loader:
         gatherer.gather(reads, out, columns=into)
         if self._stream.blanks is not None:
             if self.columns[LOSS_MASK].track is None:
-                into[LOSS_MASK][:] = plan.valid[:, None]
+                into[LOSS_MASK].fill(1)
+                into[LOSS_MASK][~plan.valid] = 0
             blanks = blanks_of(plan.samples, seq_len=self.seq_len, gaps=self._stream.blanks)
             blank_out(blanks, out, columns=into, token=self._end_of_text)
         self._planned.popleft()

@@ -81,13 +81,12 @@ def blanks_of(samples: I64, *, seq_len: int, gaps: Gaps) -> list[Blank]:
     """Return the stretches of each row's sample that lie in `gaps` of the stream; rows without a sample have none."""
     begin = samples * seq_len
     first, last = gaps.touched(begin, begin + seq_len + 1)
-    blanks: list[Blank] = []
-    for row in np.flatnonzero((last > first) & (samples != NO_SAMPLE)).tolist():
-        at, touched = int(begin[row]), slice(int(first[row]), int(last[row]))
-        starts = np.maximum(0, gaps.start[touched] - at).tolist()
-        stops = np.minimum(seq_len + 1, gaps.stop[touched] - at).tolist()
-        blanks.extend((row, start, stop) for start, stop in zip(starts, stops, strict=True))
-    return blanks
+    counts = np.where(samples == NO_SAMPLE, 0, last - first)
+    rows = np.repeat(np.arange(len(samples)), counts)
+    gap = np.arange(len(rows)) + np.repeat(first - np.cumsum(counts) + counts, counts)
+    starts = np.maximum(0, gaps.start[gap] - begin[rows])
+    stops = np.minimum(seq_len + 1, gaps.stop[gap] - begin[rows])
+    return list(zip(rows.tolist(), starts.tolist(), stops.tolist(), strict=True))
 
 
 def _pieces(grid: SampleGrid, plan: BatchPlan, odd: npt.NDArray[np.bool_]) -> dict[int, list[Span]]:
@@ -96,6 +95,7 @@ def _pieces(grid: SampleGrid, plan: BatchPlan, odd: npt.NDArray[np.bool_]) -> di
 
 
 def _between(first: I64, last: I64) -> I64:
-    """Return all numbers from each `first` to its `last`."""
-    ranges = [np.arange(low, high + 1) for low, high in zip(first.tolist(), last.tolist(), strict=True)]
-    return np.concatenate(ranges) if ranges else np.empty(0, np.int64)
+    """Return all numbers from each `first` to its `last`, in no order, with repeats."""
+    wide = np.flatnonzero(last - first > 1)
+    inner = [np.arange(low + 1, high) for low, high in zip(first[wide].tolist(), last[wide].tolist(), strict=True)]
+    return np.concatenate([first, last, *inner])
