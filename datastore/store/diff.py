@@ -18,6 +18,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from datastore.digest import digest_bytes
+from datastore.formats.arrays import numbers_of
 from datastore.storage.base import Storage
 from datastore.store.dataset import Dataset, open_dataset
 from datastore.store.deletions import Deletions
@@ -147,7 +148,7 @@ def _rewritten(a: pa.Table, b: pa.Table) -> int:
     places = pc.index_in(a["uid"], value_set=b["uid"].combine_chunks())
     both = pc.is_valid(places)
     same = pc.equal(a["digest"].filter(both), b["digest"].take(places.filter(both)))
-    return len(same) - int(np.count_nonzero(same.to_numpy()))
+    return len(same) - int(np.count_nonzero(numbers_of(same.combine_chunks())))
 
 
 def _changes(dataset: Dataset, shards: pa.Table, rows: dict[str, Rows], tokens: int) -> Changes:
