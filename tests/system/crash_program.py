@@ -47,7 +47,9 @@ from datastore.interop.export import export
 from datastore.storage.base import Storage
 from datastore.storage.local import LocalStorage
 from datastore.storage.resolve import join_url, open_storage
+from datastore.store.clone import clone
 from datastore.store.compact import compact
+from datastore.store.copy import copy
 from datastore.store.dataset import Dataset, open_dataset
 from datastore.store.delete import delete
 from datastore.store.evolve import evolve
@@ -94,7 +96,7 @@ class Operation:
     """Whether the datasets do not verify before it."""
 
     tags_last: bool = False
-    """Whether tags are dropped after the commit: until it is run again, they may name versions that have expired."""
+    """Whether tags follow the commit: until it is run again, they may be missing, or name versions that have expired."""
 
     local: bool = False
     """Whether it needs disks of this machine."""
@@ -220,6 +222,16 @@ def add_column(url: str) -> None:
     evolve(url, add={"score": "float32"}, defaults={"score": 0.5}, drop=["n"])
 
 
+def copy_set(workspace: str) -> None:
+    copy(join_url(workspace, "set"), join_url(workspace, "new"), all_versions=True)
+
+
+def copied_before(workspace: str) -> None:
+    two_versions(workspace)
+    copy_set(workspace)
+    add_tokens(join_url(workspace, "set"), 3)
+
+
 OPERATIONS: dict[str, Operation] = {
     "create": Operation(on_set(lambda url: add_tokens(url, 1)), nothing),
     "append": Operation(on_set(lambda url: add_tokens(url, 3)), some_deleted),
@@ -238,6 +250,20 @@ OPERATIONS: dict[str, Operation] = {
     "evolve": Operation(on_set(add_column), records, repeatable=False),
     "expire": Operation(on_set(lambda url: expire(url, keep_last=1)), some_deleted),
     "vacuum": Operation(on_set(lambda url: vacuum(url, dry_run=False, older_than_s=0)), expired, unseen=True),
+    "clone": Operation(
+        lambda workspace: clone(join_url(workspace, "set"), join_url(workspace, "new")),
+        some_deleted,
+        sets=("set", "new"),
+        repeatable=False,
+    ),
+    "clone in name only": Operation(
+        lambda workspace: clone(join_url(workspace, "set"), join_url(workspace, "new"), shallow=True),
+        some_deleted,
+        sets=("set", "new"),
+        repeatable=False,
+    ),
+    "copy": Operation(copy_set, some_deleted, sets=("set", "new"), tags_last=True),
+    "copy again": Operation(copy_set, copied_before, sets=("set", "new"), tags_last=True),
     "protect": Operation(on_set(lambda url: protect(url, width=3)), two_versions),
     "repair by parity": Operation(on_set(repair), damaged, unseen=True, damaged=True),
     "repair a mirror": Operation(replace_disk, lost_disk, unseen=True, damaged=True, local=True),
@@ -287,6 +313,10 @@ def set_state(url: str) -> State:
     return {"content": content(newest), "facts": facts, "tags": tags, "versions": versions}
 
 
+def without_tags(state: State) -> State:
+    return {each: holds and {**holds, "tags": None} for each, holds in state.items()}
+
+
 def files_of(workspace: str) -> list[str]:
     return [stat.key for stat in open_storage(workspace).list()]
 
@@ -298,9 +328,8 @@ def check(workspace: str, operation: Operation, old: State, new: State, gone: li
         before = old[each]["versions"] if old and old[each] else {}
         now = found[each]["versions"] if found and found[each] else {}
         assert all(now[version] == before[version] for version in now.keys() & before.keys()), "an old version changed"
-    if operation.tags_last and found["set"]["tags"] == old["set"]["tags"]:
-        late = {"set": {**new["set"], "tags": old["set"]["tags"]}}
-        found = new if found == late else found
+    if operation.tags_last and without_tags(found) == without_tags(new):
+        found = new
     assert found in (old, new), f"neither old nor new: {found}\nold: {old}\nnew: {new}"
     if found == old or operation.repeatable:
         operation.run(workspace)

@@ -44,7 +44,7 @@ def test_whatever_change_an_operation_is_killed_before_the_old_or_the_new_versio
 
 @pytest.mark.s3
 @pytest.mark.slow
-@pytest.mark.timeout(1300)
+@pytest.mark.timeout(2500)
 def test_a_killed_operation_leaves_the_old_or_the_new_version_on_an_object_store(s3_url: str) -> None:
-    found = kill(join_url(s3_url, "crash"), "--kills", "200", timeout_s=1200)
+    found = kill(join_url(s3_url, "crash"), "--kills", "200", timeout_s=2400)
     assert sum(line["kills"] for line in found) == 200
