@@ -107,7 +107,7 @@ def _tell(report: "IngestReport") -> None:
     from datastore.units import format_bytes, format_count, format_seconds
 
     if not report.added:
-        say(f"nothing new: {report.url}, version {report.version}, has all {report.known_files:,} files")
+        say(f"nothing new: {report.url}, version {report.version}, has all {report.known_files + report.files:,} files")
         return
     tokens = f", {report.tokens:,} tokens ({format_count(report.tokens)})" if report.kind == "tokens" else ""
     rate = f"{format_bytes(report.text_bytes / max(report.seconds, 1e-3))}/s"

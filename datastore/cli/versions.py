@@ -120,12 +120,18 @@ def _tell_diff(found: "Diff") -> None:
 
     tokens = "tokens" in (found.before.kind, found.after.kind)
     counts = {
-        name: f"{side.documents:,} documents{f', {side.tokens:,} tokens' if tokens else ''}; {side.shards:,} shards"
+        name: f"{_many(side.documents, 'document')}{f', {side.tokens:,} tokens' if tokens else ''}"
+        f" in {_many(side.shards, 'shard')} of its own"
         for name, side in (("added", found.added), ("removed", found.removed))
     }
-    anew = f"{found.rewritten:,} shards, the same documents in them" if found.rewritten else None
+    anew = f"{_many(found.rewritten, 'shard')}, the same documents in them" if found.rewritten else None
     note = None if found.exact else "what was only moved stands on both sides; --documents tells it apart"
     fields({"before": shown(found.before), "after": shown(found.after), **counts, "rewritten": anew, "note": note})
+
+
+def _many(count: int, name: str) -> str:
+    """Return `1 shard`, `2 shards`."""
+    return f"{count:,} {name}{'s' * (count != 1)}"
 
 
 def _cell(value: object) -> object:
@@ -150,6 +156,8 @@ def expire(*, url: str, keep: int | None, older_than: str | None, dry_run: bool,
     No file is removed; `datastore vacuum` does that. A version with a tag, and all after it, do not expire. With both
     limits, a version goes only if both let it go.
     """
+    if keep is None and older_than is None:
+        raise click.UsageError("Give --keep, --older-than, or both.")
     from datastore.store.expire import expire as expire_versions
     from datastore.units import parse_seconds
 
@@ -160,12 +168,9 @@ def expire(*, url: str, keep: int | None, older_than: str | None, dry_run: bool,
         return
     if report.held_by:
         say(f"the tag {report.held_by} keeps version {report.oldest} and all after it")
-    gone = (
-        f"{report.expired:,} versions {'would expire' if dry_run else 'have expired'}"
-        if report.expired
-        else "nothing expires"
-    )
-    say(f"{gone}; from version {report.oldest} to {report.version} {'all could be' if dry_run else 'all can be'} read")
+    done = "would expire" if dry_run else "expired"
+    gone = f"{_many(report.expired, 'version')} {done}" if report.expired else "nothing expires"
+    say(f"{gone}; versions {report.oldest} to {report.version} {'could' if dry_run else 'can'} be read")
 
 
 @click.command(
@@ -202,7 +207,7 @@ def _tell_vacuum(report: "VacuumReport") -> None:
     kept = f"versions {report.oldest} to {report.newest}, {report.listed:,} files listed"
     fields(
         {
-            "kept": kept,
+            "readable": kept,
             "too young": shown(report.young),
             "of ingests": shown(report.of_ingests),
             **{kind: shown(amount) for kind, amount in report.removed.items()},

@@ -147,7 +147,7 @@ def _uids(table: pa.Table) -> frozenset[str]:
 def _rewritten(a: pa.Table, b: pa.Table) -> int:
     places = pc.index_in(a["uid"], value_set=b["uid"].combine_chunks())
     both = pc.is_valid(places)
-    same = pc.equal(a["digest"].filter(both), b["digest"].take(places.filter(both)))
+    same: Any = pc.equal(a["digest"].filter(both), b["digest"].take(places.filter(both)))
     return len(same) - int(np.count_nonzero(numbers_of(same.combine_chunks())))
 
 
