@@ -351,3 +351,35 @@ def test_files_that_no_version_names_are_counted(storage: Storage, dataset: Data
     make_shard(storage, shard_uid("unfinished", 0), lengths=[1])
     delete(dataset, where="tokens = 40")
     assert purge(storage).unnamed_files == 2
+
+
+def test_files_that_are_named_again_after_a_crash_are_not_removed(
+    storage: Storage, dataset: Dataset, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    delete(storage, where="tokens = 40")
+    shards = list(dataset.segments)
+
+    def killed(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("datastore.store.purge.finish_plan", killed)
+    with pytest.raises(KeyboardInterrupt):
+        purge(storage)
+    monkeypatch.undo()
+    commit_shards(storage, shards, operation="overwrite", tokenizer=dataset.commit.tokenizer)
+    report = purge(storage)
+    assert [certificate.documents for certificate in report.resumed] == [1]
+    assert verify(open_dataset(storage)).ok
+    assert open_dataset(storage).totals.deleted_documents == 0
+
+
+def test_segments_that_a_version_to_be_kept_names_are_not_removed(storage: Storage) -> None:
+    kept, gone, more = (make_shard(storage, shard_uid(name, 0), lengths=[9]) for name in ("kept", "gone", "more"))
+    for shard in (kept, gone, kept):
+        commit_shards(storage, [shard], operation="overwrite")
+    commit_shards(storage, [more])
+    report = purge(storage)
+    assert (report.committed, report.oldest) == (True, 3)
+    for version in (3, 4, 5):
+        assert verify(open_dataset(storage, version=version)).ok
+    assert gone.path not in {stat.key for stat in storage.list()}
