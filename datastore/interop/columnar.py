@@ -74,7 +74,7 @@ class ParquetExporter(_Tables):
     def _store(self, number: int, table: pa.Table) -> str:
         sink = pa.BufferOutputStream()
         rows = max(1, table.num_rows * _GROUP_BYTES // max(1, table.nbytes))
-        pq.write_table(table, sink, compression="zstd", row_group_size=rows)
+        pq.write_table(table, sink, compression="zstd", row_group_size=rows, write_page_checksum=True)
         name = f"part-{number:05}.parquet"
         self._folder.put(name, sink.getvalue())
         return name
@@ -145,13 +145,13 @@ def _read_parquet(storage: Storage, key: str, span: Span) -> Iterator[Rows]:
     """Yield the row groups that begin in `span`."""
     first = 0
     try:
-        with pq.ParquetFile(_open(storage, key)) as file:
+        with pq.ParquetFile(_open(storage, key), page_checksum_verification=True) as file:
             check_names(file.schema_arrow)
             for index in range(file.metadata.num_row_groups):
                 group = file.metadata.row_group(index)
                 if span[0] <= _start(group) < span[1]:
-                    parts = file.iter_batches(_BATCH_ROWS, row_groups=[index])
-                    for start, table in numbered(pa.Table.from_batches([part]) for part in parts):
+                    parts = file.iter_batches(_BATCH_ROWS, row_groups=[index], use_threads=False)
+                    for start, table in numbered(pa.Table.from_batches([_valid(part)]) for part in parts):
                         yield first + start, table
                 first += group.num_rows
     except (pa.ArrowException, OSError, ValueError) as error:

@@ -11,7 +11,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer
 
@@ -255,11 +255,15 @@ class TestStrangers:
         source = write(tmp_path / "source", {"index.json": litdata_index(data_format=[leaf]), "c.bin": chunk})
         refused(source, "litdata", tmp_path, error=ConfigError, match="a column of pickles is not read")
 
-    def test_pickled_arrays_are_not_read(self, tmp_path: Path) -> None:
+    def test_pickled_and_shaped_arrays_stay_bytes(self, tmp_path: Path) -> None:
         out = io.BytesIO()
         np.lib.format.write_array(out, np.array([object()]), allow_pickle=True)
-        source = write(tmp_path / "source", {"a.tar": tar({"a.npy": out.getvalue()})})
-        refused(source, "webdataset", tmp_path, error=CorruptError, match=r"not a \.npy")
+        shaped = io.BytesIO()
+        np.lib.format.write_array(shaped, np.ones((2, 2)))
+        source = write(tmp_path / "source", {"a.tar": tar({"a.o.npy": out.getvalue(), "a.s.npy": shaped.getvalue()})})
+        import_dataset(source, str(tmp_path / "new"), format="webdataset", settings=SMALL)
+        rows = list(open_dataset(tmp_path / "new").iter_records())
+        assert rows == [{"__key__": "a", "o": out.getvalue(), "s": shaped.getvalue()}]
 
     def test_a_name_in_a_tar_leads_nowhere(self, tmp_path: Path) -> None:
         source = write(tmp_path / "source", {"a.tar": tar({"../../evil.txt": b"boo", "/abs.txt": b"bar"})})
@@ -330,6 +334,7 @@ def exported(kind: Any) -> dict[str, bytes]:
 
 
 @pytest.mark.parametrize("kind", [kind for kind in FORMATS if kind != "csv"])
+@settings(max_examples=40)
 @given(data=st.data())
 def test_a_damaged_source_is_an_error_or_is_read(kind: str, data: st.DataObject) -> None:
     contents = exported(kind)
