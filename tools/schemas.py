@@ -15,6 +15,7 @@ import datastore
 from datastore.document import Sealed, json_schema
 from datastore.formats.documents import DOCUMENTS_SCHEMA
 from datastore.formats.tokens import token_schema
+from datastore.store.parity import PARITY_SCHEMA
 from datastore.store.segment import SEGMENT_SCHEMA
 
 ROOT = Path(__file__).resolve().parent.parent / "schemas"
@@ -28,6 +29,7 @@ ARROW = {
     "token-shard-uint16": token_schema("uint16"),
     "token-shard-uint32": token_schema("uint32"),
     "documents": DOCUMENTS_SCHEMA,
+    "parity": PARITY_SCHEMA,
     "segment": SEGMENT_SCHEMA,
 }
 
