@@ -105,10 +105,8 @@ def finish_plan(dataset: Dataset, plan: PurgeCertificate) -> Outcome:
     live = {str(path) for path in data_paths(storage, {ref for c in readable for ref in c.segments}).to_pylist()}
     kept = live.union(*map(index_keys, readable))
     gone = [key for key in plan.files_removed if key not in kept]
-    # Segments last: they are what tells the next purge of files, should this one be cut off.
-    for keys in ([key for key in gone if not _is_index(key)], [key for key in gone if _is_index(key)]):
-        for _ in in_parallel(storage.delete, keys):
-            pass
+    for _ in in_parallel(storage.delete, gone):
+        pass
     for name in set(plan.tags_removed).intersection(tags_before(storage, plan.oldest)):
         remove_tag(storage, name)
     ingests = {commit.ingest_id for commit in history} - {""}
@@ -233,10 +231,6 @@ def require_all_places(storage: Storage) -> None:
             lost=lost,
             hint="Bring it back, or take it out of the placement for good; then purge again.",
         )
-
-
-def _is_index(key: str) -> bool:
-    return key.startswith(("_segments/", "deletions/"))
 
 
 def _read(storage: Storage, key: str) -> PurgeCertificate:

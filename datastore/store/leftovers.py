@@ -95,9 +95,8 @@ def find_leftovers(storage: Storage, history: Sequence[Commit], new: Commit) -> 
         start += len(own)
     oldest = 1 + max((c.version for c in history if any(ref.digest in holders for ref in c.segments)), default=0)
     data = paths.filter(pa.array(gone)).unique().to_pylist()
-    stay = [commit for commit in history if commit.version >= oldest]
     index = {key for commit in history[: oldest - 1] for key in index_keys(commit)}
-    index -= {key for commit in [*stay, new] for key in index_keys(commit)}
+    index -= {key for commit in [*history[oldest - 1 :], new] for key in index_keys(commit)}
     return Leftovers(oldest=oldest, data=tuple(sorted(str(path) for path in data)), index=tuple(sorted(index)))
 
 
