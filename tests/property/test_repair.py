@@ -25,7 +25,7 @@ from datastore.store.verify import verify
 from datastore.testing.datasets import make_dataset
 
 BLOCK = 256
-laws = settings(max_examples=40, deadline=None)
+laws = settings(max_examples=20, deadline=None)
 
 
 @dataclass(frozen=True)
