@@ -169,6 +169,11 @@ class PlacedStorage(Storage):
         return add_statistics(root.storage.statistics() for root in self.roots)
 
     @override
+    def clear_unfinished(self, *, before: float, dry_run: bool = False) -> Sequence[Stat]:
+        found = self._try_all(self.roots, lambda storage: storage.clear_unfinished(before=before, dry_run=dry_run))
+        return [stat for stats in found.values.values() for stat in stats]
+
+    @override
     def copies(self, key: str) -> Sequence[Storage]:
         homes = self.homes(check_key(key))
         late = [] if is_data(key) else [root for root in self.roots if root not in homes]

@@ -20,7 +20,7 @@ __all__ = ["PROBE_FOLDER", "create_dataset", "read_info", "require_free"]
 
 PROBE_FOLDER = "_probe"
 
-_EARLY = {"shards", "docs", "tokenizers", "ingests", PROBE_FOLDER}
+_EARLY = {"shards", "docs", "parity", "tokenizers", "ingests", PROBE_FOLDER}
 """Folders of ours that may be there before the dataset is: writers fill them first, or died before they made it."""
 
 _LOOK_AT_KEYS = 1000

@@ -19,7 +19,10 @@ from datastore.store.dataset import Dataset, open_dataset
 from datastore.store.delete import delete
 from datastore.store.diff import diff
 from datastore.store.expire import expire
+from datastore.store.protect import protect
 from datastore.store.records import writer
+from datastore.store.repair import repair
+from datastore.store.roots import place_dataset
 from datastore.store.tags import list_tags, set_tag
 from datastore.store.vacuum import vacuum
 from datastore.store.verify import verify
@@ -364,3 +367,33 @@ def test_a_link_leads_to_a_file_below_a_folder(target: MemoryStorage, key: str) 
     assert is_link(key)
     with pytest.raises((ConfigError, MissingError)):
         LinkedStorage(target).get(key)
+
+
+@pytest.mark.parametrize("copies", [1, 2], ids=["stripe", "mirrors"])
+def test_to_and_from_several_disks(tmp_path: Path, source: MemoryStorage, target: MemoryStorage, copies: int) -> None:
+    roots = [str(tmp_path / name) for name in ("a", "b")]
+    first = str(tmp_path / "first")
+    copy(source, first, all_versions=True)
+    place_dataset(first, roots=roots, copies=copies)
+    assert repair(first).ok
+    make_dataset(source, [[7], [8]], name="later")
+    copy(source, roots[0], all_versions=True)
+    assert verify(open_dataset(roots[1])).ok
+    assert len(list(tmp_path.rglob("shards/*/*.arrow"))) == copies * len(everything(source, "shards"))
+    copy(roots[0], target, all_versions=True)
+    assert everything(target, "_log", "shards", "refs") == everything(source, "_log", "shards", "refs")
+    assert open_dataset(target).info.placement is None
+    clone(roots[1], tmp_path / "light", shallow=True)
+    assert verify(open_dataset(tmp_path / "light")).ok
+    clone(tmp_path / "light", tmp_path / "whole")
+    assert ids(open_dataset(tmp_path / "whole")) == ids(open_dataset(source))
+
+
+def test_parity_goes_with_a_copy_and_not_with_a_clone(tmp_path: Path, source: MemoryStorage) -> None:
+    protect(source, width=4)
+    copy(source, tmp_path / "copy")
+    assert list((tmp_path / "copy").rglob("*.xor"))
+    assert verify(open_dataset(tmp_path / "copy")).ok
+    clone(source, tmp_path / "clone")
+    assert not list((tmp_path / "clone").rglob("*.xor"))
+    assert verify(open_dataset(tmp_path / "clone")).ok

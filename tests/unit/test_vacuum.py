@@ -6,6 +6,7 @@ import uuid
 from collections.abc import Callable
 from pathlib import Path
 
+import msgspec
 import pytest
 
 import datastore.store.vacuum as vacuuming
@@ -18,11 +19,14 @@ from datastore.storage.memory import MemoryStorage
 from datastore.store.commits import CommitLog
 from datastore.store.dataset import open_dataset
 from datastore.store.expire import expire
+from datastore.store.protect import protect
 from datastore.store.references import KeySet
+from datastore.store.repair import repair
+from datastore.store.roots import open_roots, place_dataset
 from datastore.store.tags import set_tag
 from datastore.store.vacuum import DAY_S, vacuum
 from datastore.store.verify import verify
-from datastore.store.writer import commit_shards
+from datastore.store.writer import commit_shards, draft_commit, publish, with_shards
 from datastore.testing.datasets import make_dataset, make_shard
 
 
@@ -358,3 +362,60 @@ def test_a_set_of_keys_finds_what_is_in_it_and_no_other() -> None:
 def test_a_missing_dataset_is_missing(tmp_path: Path) -> None:
     with pytest.raises(MissingError):
         vacuum(LocalStorage(tmp_path / "none"))
+
+
+# Several disks, and parity.
+
+
+def old(folder: Path) -> None:
+    """Make every file below `folder` two days old."""
+    for path in folder.rglob("*"):
+        if path.is_file():
+            os.utime(path, (time.time() - 2 * DAY_S,) * 2)
+
+
+@pytest.mark.parametrize("copies", [1, 2, 3], ids=["stripe", "two of three", "mirrors"])
+def test_on_several_disks_each_copy_goes(tmp_path: Path, copies: int) -> None:
+    roots = [str(tmp_path / name) for name in ("a", "b", "c")]
+    place_dataset(roots[0], roots=roots[1:], copies=copies)
+    make_dataset(open_roots(roots[0])[0], [[3, 4], [5], [6]])
+    storage = open_dataset(roots[0]).storage
+    commit_shards(storage, [make_shard(storage, uuid.uuid4().hex, lengths=[5])], operation="overwrite")
+    hidden = tmp_path / "b" / "_log" / ".x.0123.tmp"
+    hidden.write_bytes(b"left")
+    expire(roots[1], keep_last=1)
+    old(tmp_path)
+    report = vacuum(roots[2], dry_run=False)
+    assert report.removed["shards"].files == 3
+    assert report.removed["unfinished writes"].files == 1
+    assert not hidden.exists()
+    assert len(list(tmp_path.rglob("shards/*/*.arrow"))) == copies
+    assert verify(open_dataset(roots[0])).ok
+
+
+def test_what_a_parity_group_needs_stays_as_long_as_the_group(tmp_path: Path) -> None:
+    made = make_dataset(tmp_path, [[3, 4], [5], [6]])
+    protect(tmp_path, width=8)
+    keep = list(made.segments)[:2]
+    newest = open_dataset(tmp_path).commit
+    commit = msgspec.structs.replace(
+        with_shards(made.storage, draft_commit("odd", parent=newest), kept=(), shards=keep), parity=newest.parity
+    )
+    publish(made.storage, made.info, lambda _: commit)
+    expire(tmp_path, keep_last=1)
+    old(tmp_path)
+    gone = made.segments.shard(2)
+    assert "shards" not in vacuum(tmp_path, dry_run=False).removed
+    assert (tmp_path / gone.path).exists()
+    damaged = tmp_path / keep[0].path
+    damaged.write_bytes(bytes(keep[0].size_bytes))
+    assert repair(tmp_path).ok
+    assert verify(open_dataset(tmp_path)).ok
+    publish(made.storage, made.info, lambda _: msgspec.structs.replace(draft_commit("odd", parent=commit), parity=()))
+    expire(tmp_path, keep_last=1)
+    old(tmp_path)
+    removed = vacuum(tmp_path, dry_run=False).removed
+    assert removed["parity"].files > 0
+    assert removed["shards"].files == 1
+    assert not (tmp_path / gone.path).exists()
+    assert verify(open_dataset(tmp_path)).ok
