@@ -18,6 +18,7 @@ from datastore.store.certificate import list_certificates
 from datastore.store.compact import compact
 from datastore.store.dataset import Dataset, open_dataset
 from datastore.store.delete import delete
+from datastore.store.evolve import evolve
 from datastore.store.purge import purge
 from datastore.store.records import writer
 from datastore.store.shards import shard_uid
@@ -383,3 +384,36 @@ def test_segments_that_a_version_to_be_kept_names_are_not_removed(storage: Stora
     for version in (3, 4, 5):
         assert verify(open_dataset(storage, version=version)).ok
     assert gone.path not in {stat.key for stat in storage.list()}
+
+
+@pytest.mark.parametrize("form", ["arrow", "parquet"])
+def test_rows_of_an_older_schema_stay_readable(storage: Storage, form: str) -> None:
+    for part in range(2):
+        with writer(storage, format=form) as out:  # type: ignore[arg-type]
+            out.write([{**dict.fromkeys(open_names(storage)), "id": f"{part}-{n}"} for n in range(3)])
+        evolve(
+            storage,
+            widen={"id": "large_string"} if part else None,
+            add={f"new_{part}": "int64"},
+            defaults={f"new_{part}": 7},
+        )
+    evolve(storage, rename={"old": "older"}, drop=["note"])
+    delete(storage, ids=["0-1", "1-2"])
+    deleted = open_dataset(storage)
+    rows = list(deleted.iter_records())
+    layouts = [shard.layout.schema_id for shard in deleted.segments]
+    purge(storage)
+    after = open_dataset(storage)
+    assert list(after.iter_records()) == rows
+    assert [shard.layout.schema_id for shard in after.segments] == layouts
+    assert verify(after).ok
+    assert compact(storage).shards_after == 1
+    assert list(open_dataset(storage).iter_records()) == rows
+
+
+def open_names(storage: Storage) -> list[str]:
+    """The columns that the dataset has, or gets with its first rows."""
+    try:
+        return open_dataset(storage).schema.names
+    except MissingError:
+        return ["id", "old", "note"]
