@@ -8,9 +8,11 @@ from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, initial
 
 from datastore.errors import ConflictError, MissingError
 from datastore.storage.memory import MemoryStorage
+from datastore.store.compact import compact
 from datastore.store.dataset import open_dataset
 from datastore.store.delete import delete
 from datastore.store.expire import expire
+from datastore.store.purge import purge
 from datastore.store.references import version_files
 from datastore.store.segment import ShardInfo
 from datastore.store.tags import list_tags, read_tag, remove_tag, set_tag
@@ -54,6 +56,21 @@ class VacuumHistory(RuleBasedStateMachine):
         ids = dataset.documents(index)["id"].to_pylist()
         if delete(self.storage, ids=[data.draw(st.sampled_from(ids))]).committed:
             self._remember()
+
+    @rule(target_bytes=st.sampled_from([500, 2000, 10**6]))
+    def compact(self, target_bytes: int) -> None:
+        before = open_dataset(self.storage).version
+        compact(self.storage, target_bytes=target_bytes)
+        if open_dataset(self.storage).version != before:
+            self._remember()
+
+    @rule()
+    def purge_what_is_deleted(self) -> None:
+        before = open_dataset(self.storage).version
+        purge(self.storage, drop_tags=True)
+        for version in range(before + 1, open_dataset(self.storage).version + 1):
+            if version >= open_dataset(self.storage).commit.min_version:
+                self.held[version] = self._content(version)
 
     @rule(name=names, data=st.data())
     def tag(self, name: str, data: st.DataObject) -> None:
@@ -112,4 +129,4 @@ class VacuumHistory(RuleBasedStateMachine):
 
 
 TestVacuumHistory = VacuumHistory.TestCase
-TestVacuumHistory.settings = settings(deadline=None, max_examples=15, stateful_step_count=20)
+TestVacuumHistory.settings = settings(deadline=None, max_examples=20, stateful_step_count=20)
