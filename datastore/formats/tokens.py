@@ -284,9 +284,10 @@ def _values_of(column: "pa.Array[Any]", kind: ColumnType, offsets: Offsets) -> n
     if not np.array_equal(numbers_of(lists.offsets), offsets):
         raise _not_a_shard(f"its column {kind.name} is cut up otherwise than its tokens")
     values: Any = lists.values
-    if kind.width == 1:
-        return numbers_of(values)
-    return numbers_of(values.values).reshape(-1, kind.width)
+    flat = numbers_of(values if kind.width == 1 else values.values)
+    if flat.size != offsets[-1] * kind.width:
+        raise _not_a_shard(f"its column {kind.name} has more values than its tokens")
+    return flat if kind.width == 1 else flat.reshape(-1, kind.width)
 
 
 def _offsets_fit(offsets: Offsets, tokens: int) -> bool:

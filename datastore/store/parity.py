@@ -230,10 +230,13 @@ def decode_groups(raw: pa.Buffer, *, where: str) -> list[Group]:
         table.validate(full=True)
         if not table.schema.equals(PARITY_SCHEMA):
             raise CorruptError("a column of parity groups has another type", where=where)
-        return [_group(row) for row in table.to_pylist()]
+        groups = [_group(row) for row in table.to_pylist()]
     except (pa.ArrowException, OSError, KeyError, ValueError, MemoryError) as error:
         fact = f"not a table of parity groups: {error}"
         raise CorruptError(fact, where=where, hint="Restore this file from a copy.") from None
+    if any(file.size_bytes < 0 for group in groups for file in (group, *group.members)):
+        raise CorruptError("a file of a parity group has less than no bytes", where=where)
+    return groups
 
 
 def _group(row: dict[str, object]) -> Group:

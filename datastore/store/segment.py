@@ -321,6 +321,8 @@ def _infos(rows: pa.RecordBatch) -> list[ShardInfo]:
 
 def _info(row: dict[str, Any]) -> ShardInfo:
     found = msgspec.convert({**row, "uid": row["uid"].hex(), "layout": _layout(row["layout"])}, ShardInfo)
+    if {bool(found.dtype), bool(found.offsets_dtype), bool(found.docs_path)} != {found.kind == "tokens"}:
+        raise _not_a_segment("a shard of tokens has types and documents, one of records has none", "a row of it")
     for path in (found.path, *filter(None, [found.docs_path])):
         # The places of other datasets are whole URLs or paths: whether they may be named here, the storage knows.
         if not (path.startswith("/") or "://" in path):
