@@ -15,7 +15,7 @@ import orjson
 
 from datastore.digest import check_digest, digest_hex
 from datastore.document import Sealed, seal, unseal
-from datastore.errors import ConflictError, MissingError
+from datastore.errors import ConflictError, CorruptError, MissingError
 from datastore.ingest.plan import Plan
 from datastore.ingest.records import Reject
 from datastore.storage.base import Stat, Storage
@@ -146,6 +146,8 @@ class Journal:
         key = self._ids_key(done.task_id)
         raw = self.storage.get(key)
         check_digest(raw, done.ids_digest, where=key)
+        if len(raw) % 16:
+            raise CorruptError("not digests of 16 bytes each", where=key, hint="Remove the ingest, and run it again.")
         return np.frombuffer(raw, dtype="<u8").reshape(-1, 2)
 
     def put_rejects(self, name: str, rejects: Sequence[Reject]) -> None:
@@ -153,10 +155,17 @@ class Journal:
         self.storage.put(self._rejects_key(name), encode_rejects(rejects))
 
     def rejects(self) -> Iterator[Reject]:
-        """Yield everything that was rejected and kept."""
+        """Yield everything that was rejected and kept.
+
+        Raises:
+            CorruptError: a file is damaged, as far as that shows: only people read them.
+        """
         for stat in self.storage.list(f"{self.folder}/rejects"):
-            for line in self.storage.get(stat.key).splitlines():
-                yield Reject(**orjson.loads(line))
+            for line in self.storage.get(stat.key).split(b"\n")[:-1]:
+                try:
+                    yield msgspec.convert(orjson.loads(line), Reject)
+                except (msgspec.ValidationError, ValueError) as error:
+                    raise CorruptError(f"a line is no reject: {error}", where=stat.key) from None
 
     def _is_there(self, shard: ShardInfo) -> bool:
         try:

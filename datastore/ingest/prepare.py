@@ -5,9 +5,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from datastore.errors import ConfigError
-from datastore.formats.schema import check_storable, encode_schema
+from datastore.formats.schema import check_rows, check_storable, decode_schema, encode_schema
 from datastore.ingest.plan import Plan, make_plan
 from datastore.ingest.settings import IngestSettings, Kind, reading_digest
+from datastore.ingest.shards import RECORDS_SCHEMA
 from datastore.ingest.sources import Listing, Roots, list_sources
 from datastore.ingest.target import Target, TokenizerChoice, open_target
 from datastore.ingest.work import Job
@@ -67,6 +68,8 @@ def prepare(sources: Sequence[str], to: str, settings: IngestSettings) -> Prepar
     kind: Kind = "tokens" if tokenizer or settings.take == "tokens" else "records"
     base = target if settings.operation == "append" else Target(target.storage, None)
     base.require_kind(kind)
+    if kind == "records" and settings.take == "text":
+        base.require_schema(RECORDS_SCHEMA)
     plan = make_plan(
         listing,
         settings=settings,
@@ -79,12 +82,17 @@ def prepare(sources: Sequence[str], to: str, settings: IngestSettings) -> Prepar
 
 
 def _record_schema(listing: Listing, roots: Roots, target: Target) -> bytes:
-    """Return the columns that all files must have: those of the dataset, or in a new one those of the first file."""
-    if target.newest is not None:
-        return target.newest.record_schema
+    """Return the columns that all files must have: those of the dataset, or in a new one those of the first file.
+
+    Raises:
+        ConfigError: the first file does not have them; better now than after all the reading.
+    """
     first = listing.files[0]
     url, key = roots.locate(first.path)
     schema = FORMATS[first.format].schema(open_storage(url), key).remove_metadata()
+    if target.newest is not None:
+        check_rows(schema.empty_table(), decode_schema(target.newest.record_schema))
+        return target.newest.record_schema
     check_storable(schema)
     return encode_schema(schema)
 

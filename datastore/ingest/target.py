@@ -4,8 +4,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import msgspec
+import pyarrow as pa
 
 from datastore.errors import ConfigError, MissingError
+from datastore.formats.schema import decode_schema
 from datastore.ingest.journal import Journal
 from datastore.ingest.plan import Plan
 from datastore.ingest.settings import IngestSettings
@@ -61,6 +63,22 @@ class Target:
         if self.newest is not None and self.newest.kind != kind:
             raise ConfigError(
                 f"the dataset holds {self.newest.kind}, not {kind}", url=self.storage.url, hint="Name another URL."
+            )
+
+    def require_schema(self, schema: pa.Schema) -> None:
+        """Raise unless records of exactly `schema` can be added, which is cheaper to say before they are read.
+
+        Raises:
+            ConfigError: the dataset has other columns, or has had others before.
+        """
+        stored = decode_schema(self.newest.record_schema) if self.newest else schema
+        if not stored.equals(schema, check_metadata=True):
+            raise ConfigError(
+                "the dataset has another schema than texts that are ingested",
+                url=self.storage.url,
+                dataset=stored.names,
+                ingested=schema.names,
+                hint="Name another URL, or write rows of the dataset's columns.",
             )
 
     def choose_tokenizer(self, settings: IngestSettings) -> TokenizerChoice | None:

@@ -25,7 +25,11 @@ COMMANDS = dict(commands(cli))
 REPORTING = [path for path in COMMANDS if path != ("tag",)]
 
 FLAGS = {
-    "ingest": "dry-run exclude id-key include max-reject-ratio on-error overwrite separator set text-key to tokenizer workers",
+    "export": "column format shard-bytes to",
+    "import": "format set text-key to tokenizer tokens-key workers",
+    "sql": "",
+    "ingest": "dry-run exclude format id-key include max-reject-ratio on-error overwrite separator set text-key to tokenizer "
+    "workers",
     "tokenizer train": "exclude include text-key to vocab",
     "show": "",
     "ls": "documents limit",

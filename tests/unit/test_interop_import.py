@@ -26,6 +26,7 @@ from datastore.interop.formats import FORMATS
 from datastore.storage.memory import MemoryStorage
 from datastore.storage.resolve import open_storage
 from datastore.store.dataset import Dataset, open_dataset
+from datastore.store.evolve import evolve
 from datastore.testing.datasets import make_dataset
 
 SMALL = IngestSettings(workers=1, task_bytes=1024, shard_bytes=1024)
@@ -99,6 +100,28 @@ def test_a_file_of_another_schema_ends_it(tmp_path: Path) -> None:
     pq.write_table(pa.table({"label": [1]}), tmp_path / "pq" / "b.parquet")
     with pytest.raises(ConfigError, match=r"do not fit the schema.*b\.parquet"):
         import_dataset(str(tmp_path / "pq"), str(tmp_path / "set"), format="parquet", settings=SMALL)
+
+
+def test_rows_of_other_columns_than_the_dataset_are_refused_before_they_are_read(tmp_path: Path) -> None:
+    pq.write_table(pa.table({"text": ["a"]}), tmp_path / "a.parquet")
+    pq.write_table(pa.table({"label": [1]}), tmp_path / "b.parquet")
+    import_dataset(str(tmp_path / "a.parquet"), str(tmp_path / "set"), format="parquet", settings=SMALL)
+    with pytest.raises(ConfigError, match="rows do not fit the schema"):
+        import_dataset(str(tmp_path / "b.parquet"), str(tmp_path / "set"), format="parquet", settings=SMALL)
+    with pytest.raises(ConfigError, match="another schema than texts"):
+        ingest([str(tmp_path / "a.parquet")], str(tmp_path / "set"))
+    assert len(list((tmp_path / "set" / "ingests").iterdir())) == 1
+
+
+def test_rows_go_into_a_dataset_whose_schema_has_changed(tmp_path: Path) -> None:
+    pq.write_table(pa.table({"text": ["a"], "n": [1]}), tmp_path / "a.parquet")
+    import_dataset(str(tmp_path / "a.parquet"), str(tmp_path / "set"), format="parquet", settings=SMALL)
+    evolve(str(tmp_path / "set"), rename={"n": "number"})
+    pq.write_table(pa.table({"text": ["b"], "number": [2]}), tmp_path / "b.parquet")
+    import_dataset(str(tmp_path / "b.parquet"), str(tmp_path / "set"), format="parquet", settings=SMALL)
+    dataset = open_dataset(tmp_path / "set")
+    assert list(dataset.iter_records()) == [{"text": "a", "number": 1}, {"text": "b", "number": 2}]
+    assert dataset.sql("SELECT sum(number)::BIGINT AS n FROM records").to_pylist() == [{"n": 3}]
 
 
 def test_a_source_that_changes_meanwhile_is_noticed(
