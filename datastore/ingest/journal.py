@@ -163,9 +163,10 @@ class Journal:
         for stat in self.storage.list(f"{self.folder}/rejects"):
             for line in self.storage.get(stat.key).split(b"\n")[:-1]:
                 try:
-                    yield msgspec.convert(orjson.loads(line), Reject)
-                except (msgspec.ValidationError, ValueError) as error:
+                    found = Reject(**orjson.loads(line))
+                except (TypeError, ValueError) as error:
                     raise CorruptError(f"a line is no reject: {error}", where=stat.key) from None
+                yield found
 
     def _is_there(self, shard: ShardInfo) -> bool:
         try:

@@ -23,10 +23,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from datastore.digest import digest_hex
 from datastore.document import Sealed, decode, encode, seal, unseal
 from datastore.errors import ConfigError, CorruptError, DatastoreError, FormatError, StorageError
 from datastore.formats.schema import decode_schema, encode_schema
 from datastore.formats.tokens import decode_tokens, encode_tokens
+from datastore.ingest.journal import Journal, TaskDone, encode_rejects
+from datastore.ingest.records import Reject
 from datastore.storage.local import LocalStorage
 from datastore.storage.memory import MemoryStorage
 from datastore.store.dataset import Dataset, open_dataset
@@ -293,3 +296,31 @@ def test_a_column_with_more_values_than_there_are_tokens_is_refused() -> None:
     struct.pack_into("<q", raw, 8 * buffer + 8, 3)
     with pytest.raises(CorruptError, match="its column loss_mask has more values than its tokens"):
         decode_tokens(raw)
+
+
+REJECTS = encode_rejects([Reject("a.jsonl", 7, "invalid_json", '{"x": "ä')] * 3)
+
+
+@settings(deadline=None)
+@given(damaged(REJECTS))
+def test_damaged_rejects_are_refused_or_are_some(raw: bytes) -> None:
+    storage = MemoryStorage(uuid.uuid4().hex)
+    storage.put("ingests/one/rejects/task.jsonl", raw)
+    try:
+        assert len(list(Journal(storage, "one").rejects())) <= raw.count(b"\n")
+    except CorruptError:
+        return
+
+
+@given(st.binary(max_size=100))
+def test_ids_of_an_ingest_are_whole_digests(raw: bytes) -> None:
+    storage = MemoryStorage(uuid.uuid4().hex)
+    storage.put("ingests/one/ids/task.bin", raw)
+    case = next(case for case in CASES if case.parts[-2] == "TaskDone")
+    done = decode(TaskDone, case.read_bytes(), where="here")
+    done = msgspec.structs.replace(done, task_id="task", ids_digest=digest_hex(raw))
+    if len(raw) % 16:
+        with pytest.raises(CorruptError):
+            Journal(storage, "one").ids(done)
+    else:
+        assert Journal(storage, "one").ids(done).tobytes() == raw
