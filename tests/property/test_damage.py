@@ -9,8 +9,11 @@ import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
+from typing import Any
 
 import msgspec
+import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
 import pytest
 from hypothesis import given, settings
@@ -21,15 +24,18 @@ from datastore.errors import CorruptError, FormatError, MissingError
 from datastore.storage.memory import MemoryStorage
 from datastore.store.commits import HINT_KEY
 from datastore.store.dataset import Dataset, open_dataset
+from datastore.store.delete import delete
 from datastore.store.evolve import evolve
 from datastore.store.manifest import commit_key
+from datastore.store.protect import protect
 from datastore.store.records import writer
 from datastore.store.segment import BLOCK_BYTES
+from datastore.store.shards import read_token_table, write_token_shard
 from datastore.store.tags import read_tag, set_tag
 from datastore.store.tokenizers import put_tokenizer
 from datastore.store.verify import verify
 from datastore.store.writer import commit_shards
-from datastore.testing.datasets import make_shard
+from datastore.testing.datasets import documents_of, make_shard
 
 HARMLESS = {"README.md", HINT_KEY}
 REFUSALS = (CorruptError, MissingError, FormatError)
@@ -57,9 +63,10 @@ def content(dataset: Dataset) -> str:
             state.update(repr(dataset.record_shard(index).to_pylist()).encode())
             state.update(repr(dataset.read_batch(index, 0).to_pylist()).encode())
             continue
-        values, offsets = dataset.token_shard(index)
-        state.update(values.tobytes() + offsets.tobytes())
+        table = read_token_table(dataset.storage, dataset.segments.shard(index))
+        state.update(b"".join(each.tobytes() for each in (table.values, table.offsets, *table.columns.values())))
         state.update(repr(dataset.documents(index).to_pylist()).encode())
+        state.update(dataset.deletions.rows(dataset.segments.shard(index).uid).tobytes())
     return state.hexdigest()
 
 
@@ -81,6 +88,30 @@ def tokens() -> Sample:
     set_tag(storage, "first", open_dataset(storage, version=1).commit)
     set_tag(storage, "last", open_dataset(storage).commit)
     return sample_of(storage, 4, ("first", "last"))
+
+
+@cache
+def changed() -> Sample:
+    """Shards with a column of their own, of which documents are deleted, and parity."""
+    storage = MemoryStorage("damage-changed")
+    tokenizer = put_tokenizer(storage, b'{"model": "tiny"}', vocab_size=2**16, end_of_text=0)
+    for number in range(2):
+        uid, lengths = f"{number}" * 32, [3, 0, 40]
+        values = np.arange(sum(lengths), dtype=np.uint16)
+        offsets = np.concatenate([[0], np.cumsum(lengths)])
+        columns: dict[str, npt.NDArray[Any]] = {
+            "loss_mask": np.ones(values.size, np.uint8),
+            "logits": np.ones((values.size, 2), np.float16),
+        }
+        documents = documents_of(uid, lengths)
+        shard = write_token_shard(
+            storage, uid=uid, values=values, offsets=offsets, documents=documents, columns=columns
+        )
+        commit_shards(storage, [shard], tokenizer=tokenizer)
+    delete(storage, ids=[f"{'0' * 8}-2"])
+    delete(storage, ids=[f"{'1' * 8}-0"])
+    protect(storage, width=2)
+    return sample_of(storage, 5, ())
 
 
 @cache
@@ -137,7 +168,8 @@ def check(sample: Sample, key: str, damaged: bytes | None) -> None:
 
 # The first example makes the sample; a deadline would take that for slowness.
 thorough = settings(deadline=None, max_examples=100)
-samples = st.sampled_from([tokens, records])
+SAMPLES = [tokens, changed, records]
+samples = st.sampled_from(SAMPLES)
 
 
 @thorough
@@ -178,14 +210,14 @@ def test_a_file_in_another_s_place_is_found_or_harmless(make: Callable[[], Sampl
     check(sample, key, sample.storage.get(other))
 
 
-@pytest.mark.parametrize("make", [tokens, records])
+@pytest.mark.parametrize("make", SAMPLES)
 def test_every_file_that_is_gone_is_found_or_harmless(make: Callable[[], Sample]) -> None:
     sample = make()
     for key in sample.files():
         check(sample, key, None)
 
 
-@pytest.mark.parametrize("make", [tokens, records])
+@pytest.mark.parametrize("make", SAMPLES)
 def test_an_undamaged_dataset_gets_no_complaint(make: Callable[[], Sample]) -> None:
     assert complaints(make()) == []
 
