@@ -9,6 +9,7 @@ Promises:
 Ranks share nothing: there is no lock, no shared memory and no file between processes.
 """
 
+from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Protocol
@@ -84,6 +85,18 @@ class TokenBlocks(Protocol):
     def data(self, shard: int) -> memoryview:
         """Return the bytes of a shard's file, read-only; only those of held blocks are there."""
         ...
+
+    def expect(self, batches: Sequence[I64]) -> None:  # noqa: ARG002 - the protocol
+        """Take note of the blocks of batches to come, in order, after those told before; a cache may ignore it."""
+        return
+
+    def passed(self) -> None:
+        """Take note that the first of the batches told was delivered."""
+        return
+
+    def forget(self) -> None:
+        """Expect none of the batches told any more."""
+        return
 
     def stats(self) -> BlockStats:
         """Return counts since the start."""

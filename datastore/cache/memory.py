@@ -1,8 +1,11 @@
-"""Shards elsewhere: blocks fetched into memory, checked, and given back least recently used first.
+"""Shards elsewhere: blocks fetched into memory, checked, and given back when others need the room.
 
 Each shard in use gets one anonymous map as large as its file, so that its tokens stay one flat array; memory is taken
 only by the blocks that were filled, and an evicted block returns its pages to the kernel. A block is paid for before
 it is fetched: `budget_bytes` bounds what is there and what is on its way, at every moment.
+
+What goes first is what is needed last, as far as the batches to come are known (`Future`); among blocks of which nothing is
+known, the one least recently used. A block that is fetched ahead never pushes out one that is needed before it.
 
 A hold pins its blocks before it fetches them, so they cannot be evicted under it. One thread holds, others fetch
 ahead; while the holder waits for room, no other thread takes any.
@@ -10,13 +13,15 @@ ahead; while the holder waits for room, no other thread takes any.
 
 import threading
 from collections import Counter, OrderedDict
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from itertools import islice
 
 import numpy as np
 from typing_extensions import override
 
 from datastore.cache.blocks import BlockStats, TokenBlocks
+from datastore.cache.future import NEVER, Future
 from datastore.cache.layout import I64, BlockLayout
 from datastore.cache.region import Region
 from datastore.errors import ConfigError
@@ -25,6 +30,9 @@ from datastore.store.segment import Segments
 from datastore.units import format_bytes
 
 __all__ = ["BlockCache"]
+
+_LOOKED_AT = 64
+"""Blocks looked at together when one has to go."""
 
 
 class BlockCache(TokenBlocks):
@@ -48,6 +56,7 @@ class BlockCache(TokenBlocks):
         self._holders: Counter[int] = Counter()
         """How many holds each thread has open."""
         self._resident = np.zeros(self._layout.blocks, np.bool_)
+        self._future = Future(self._layout.blocks)
         self._used_bytes = self._peak_bytes = self._waiting = 0
         self._hits = self._fills = self._filled_bytes = self._refetches = self._evictions = 0
 
@@ -105,6 +114,21 @@ class BlockCache(TokenBlocks):
         return self._regions[shard].data
 
     @override
+    def expect(self, batches: Sequence[I64]) -> None:
+        with self._changed:
+            self._future.plan(batches)
+
+    @override
+    def passed(self) -> None:
+        with self._changed:
+            self._future.pass_one()
+
+    @override
+    def forget(self) -> None:
+        with self._changed:
+            self._future.forget()
+
+    @override
     def stats(self) -> BlockStats:
         with self._changed:
             return BlockStats(
@@ -155,7 +179,11 @@ class BlockCache(TokenBlocks):
             if self._resident[block]:
                 self._recent.move_to_end(block)
                 return False
-            if block not in self._filling and (urgent or not self._waiting) and self._make_room(size):
+            if (
+                block not in self._filling
+                and (urgent or not self._waiting)
+                and self._make_room(block, size, urgent=urgent)
+            ):
                 self._filling[block] = size
                 self._used_bytes += size
                 self._peak_bytes = max(self._peak_bytes, self._used_bytes)
@@ -172,14 +200,30 @@ class BlockCache(TokenBlocks):
             finally:
                 self._waiting -= 1
 
-    def _make_room(self, size: int) -> bool:
-        """Evict what is not pinned, least recently used first, until `size` bytes fit; False if they cannot."""
+    def _make_room(self, block: int, size: int, *, urgent: bool) -> bool:
+        """Evict what is not pinned, until the `size` bytes of `block` fit; False if they cannot.
+
+        Unless `urgent`, nothing is evicted that is needed no later than `block`.
+        """
         while self._used_bytes + size > self._budget_bytes:
-            oldest = next((block for block in self._recent if block not in self._pins), None)
-            if oldest is None:
+            last, use = self._needed_last()
+            if last is None or (not urgent and use <= self._future.next_use(np.array([block]))[0] < NEVER):
                 return False
-            self._evict(oldest)
+            self._evict(last)
         return True
+
+    def _needed_last(self) -> tuple[int | None, int]:
+        """Return the resident block that is needed last, of several the least recently used one, and when it is needed."""
+        free = (block for block in self._recent if block not in self._pins)
+        found, latest = None, -1
+        while part := list(islice(free, _LOOKED_AT)):
+            uses = self._future.next_use(np.array(part))
+            place = int(uses.argmax())
+            if uses[place] > latest:
+                found, latest = part[place], int(uses[place])
+            if latest == NEVER:
+                break
+        return found, latest
 
     def _evict(self, block: int) -> None:
         size = self._recent.pop(block)

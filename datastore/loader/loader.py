@@ -153,6 +153,7 @@ class Loader:
                 into[LOSS_MASK][~plan.valid] = 0
             blanks = blanks_of(plan.samples, seq_len=self.seq_len, gaps=self._stream.blanks)
             blank_out(blanks, out, columns=into, token=self._end_of_text)
+        blocks.passed()
         self._planned.popleft()
         self._requested = max(0, self._requested - 1)
         self._batches += 1
@@ -241,6 +242,8 @@ class Loader:
         self._requested = self._planned_at_once = 0
         if self._prefetcher is not None:
             self._prefetcher.forget()
+        if self._blocks is not None:
+            self._blocks.forget()
 
     def _planner_of(self, state: LoaderState) -> Planner:
         order = self._stream.order(state)
@@ -274,6 +277,7 @@ class Loader:
             tracks = [blocks.layout.tokens, *stored]
             reads = reads_of(plans, grid=self._stream.grid, layout=blocks.layout, tracks=tracks)
             self._planned.extend(zip(plans, reads, strict=True))
+            blocks.expect([batch.blocks for batch in reads])
         assert self._prefetcher is not None
         for index in range(self._requested, min(ahead + 1, len(self._planned)) if ahead else 0):
             absent = blocks.absent(self._planned[index][1].blocks)
