@@ -8,7 +8,6 @@ unpacked to disk, so the names in a tar lead nowhere.
 Source: https://github.com/webdataset/webdataset (its README and `tariterators.py` define the grouping)
 """
 
-import io
 import re
 import tarfile
 from collections.abc import Iterator
@@ -27,6 +26,7 @@ from datastore.storage.base import Storage
 
 __all__ = ["WEBDATASET", "WebDatasetExporter"]
 
+_BLOCK_BYTES = 512
 _SAMPLED = 256
 """Samples at the beginning of a file that decide which columns there are."""
 
@@ -51,8 +51,8 @@ class WebDatasetExporter(Exporter):
         self._others = [name for name in schema.names if name not in self._suffixes]
         self._files = 0
         self._samples = 0
-        self._buffer = io.BytesIO()
-        self._tar = tarfile.open(fileobj=self._buffer, mode="w", format=tarfile.PAX_FORMAT)  # noqa: SIM115 - a state
+        self._parts: list[bytes] = []
+        self._bytes = 0
 
     @override
     def write(self, rows: pa.Table) -> None:
@@ -67,7 +67,7 @@ class WebDatasetExporter(Exporter):
             if others:
                 self._add(f"{key}.json", as_json(others[row]))
             self._samples += 1
-            if self._buffer.tell() >= self._shard_bytes:
+            if self._bytes >= self._shard_bytes:
                 self._flush()
 
     @override
@@ -76,19 +76,29 @@ class WebDatasetExporter(Exporter):
         self._folder.mark()
 
     def _add(self, name: str, data: bytes) -> None:
-        member = tarfile.TarInfo(name)
-        member.size = len(data)
-        member.mode = 0o444
-        self._tar.addfile(member, io.BytesIO(data))
+        self._parts += (_head(name, len(data)), data, bytes(-len(data) % _BLOCK_BYTES))
+        self._bytes += _BLOCK_BYTES + len(data)
 
     def _flush(self) -> None:
-        if not self._buffer.tell():
-            return
-        self._tar.close()
-        self._folder.put(f"shard-{self._files:06}.tar", self._buffer.getbuffer())
-        self._files += 1
-        self._buffer = io.BytesIO()
-        self._tar = tarfile.open(fileobj=self._buffer, mode="w", format=tarfile.PAX_FORMAT)  # noqa: SIM115 - a state
+        if self._parts:
+            with self._folder.open(f"shard-{self._files:06}.tar") as file:
+                file.writelines(self._parts)
+                file.write(bytes(2 * _BLOCK_BYTES))
+            self._files += 1
+            self._parts, self._bytes = [], 0
+
+
+def _head(name: str, size_bytes: int) -> bytes:
+    """Return the head of a member. tarfile takes 40 us for it, more than its sample takes otherwise (2026-11-25)."""
+    raw = name.encode()
+    if len(raw) > 100 or size_bytes >= 8**11:
+        member = tarfile.TarInfo(name)
+        member.size, member.mode = size_bytes, 0o444
+        return member.tobuf(tarfile.PAX_FORMAT)
+    owner = b"0000000\0" * 2
+    facts = b"0000444\0" + owner + b"%011o\0" % size_bytes + b"00000000000\0"
+    head = raw.ljust(100, b"\0") + facts + b" " * 8 + b"0" + bytes(100) + b"ustar\x0000" + bytes(247)
+    return head[:148] + b"%06o\0 " % sum(head) + head[156:]
 
 
 def _suffix(field: "pa.Field[Any]") -> str:
@@ -104,9 +114,15 @@ def _suffix(field: "pa.Field[Any]") -> str:
 
 
 def _npy(data: bytes, kind: Any) -> bytes:
-    out = io.BytesIO()
-    np.lib.format.write_array(out, np.frombuffer(data, number_of(kind.value_type)), allow_pickle=False)
-    return out.getvalue()
+    number = number_of(kind.value_type)
+    assert number is not None, "only lists of numbers come here"
+    count = len(data) // number.itemsize
+    facts = b"{'descr': '%s', 'fortran_order': False, 'shape': (%d,), }" % (
+        number.newbyteorder("<").str.encode(),
+        count,
+    )
+    facts = facts.ljust(-(-(len(facts) + 11) // 64) * 64 - 11) + b"\n"
+    return b"\x93NUMPY\x01\x00" + len(facts).to_bytes(2, "little") + facts + data
 
 
 class _Sample(NamedTuple):

@@ -207,3 +207,21 @@ def test_webdataset_reads_the_same_records(records: Dataset, tmp_path: Path) -> 
     assert [(row["text.txt"], row["raw.bin"], row["vector.npy"].tolist(), row["json"]) for row in found] == [
         (row["text"], row["raw"], row["vector"], {key: row[key] for key in ("n", "x", "flag")}) for row in ROWS
     ]
+
+
+def test_a_tar_is_as_tarfile_and_numpy_would_write_it(tmp_path: Path) -> None:
+    import io
+    import tarfile
+
+    columns = [("c" * 120, pa.string()), ("v", pa.list_(pa.float32()))]
+    with writer(tmp_path / "set", schema=pa.schema(columns)) as out:
+        out.write({"c" * 120: "x" * n, "v": [0.5] * n} for n in (0, 1, 511, 512, 513))
+    export(open_dataset(tmp_path / "set"), str(tmp_path / "out"), format="webdataset")
+    with tarfile.open(tmp_path / "out" / "shard-000000.tar") as tar:
+        members = {member.name: tar.extractfile(member).read() for member in tar}  # type: ignore[union-attr]
+    assert len(members) == 10
+    for row, size in enumerate((0, 1, 511, 512, 513)):
+        assert members[f"{row:012}.{'c' * 120}.txt"] == b"x" * size
+        made = io.BytesIO()
+        np.lib.format.write_array(made, np.full(size, 0.5, np.float32))
+        assert members[f"{row:012}.v.npy"] == made.getvalue()
