@@ -171,6 +171,13 @@ def test_a_damaged_source_is_found_and_named(source: MemoryStorage, target: Memo
         open_dataset(target)
 
 
+def test_a_file_of_another_size_is_brought_again(source: MemoryStorage, target: MemoryStorage) -> None:
+    path = open_dataset(source).segments.shard(0).path
+    target.put(path, b"part of it")
+    assert copy(source, target).files == 2
+    assert verify(open_dataset(target)).ok
+
+
 def test_a_broken_chain_is_not_copied(source: MemoryStorage, target: MemoryStorage) -> None:
     other = MemoryStorage(uuid.uuid4().hex)
     make_dataset(other, [[1]])

@@ -164,3 +164,13 @@ def test_every_later_commit_that_lowers_it_is_overruled(storage: MemoryStorage) 
     newest = open_dataset(storage).commit
     commit = CommitLog(storage).append(lambda _: msgspec.structs.replace(newest, min_version=1, operation="odd"))
     assert commit.min_version == 3
+
+
+def test_a_tag_of_a_version_that_is_gone_holds_nothing_back(storage: MemoryStorage) -> None:
+    grow(storage, 4)
+    set_tag(storage, "old", open_dataset(storage, version=1).commit)
+    # As a purge does, which has to drop versions whatever names them.
+    newest = open_dataset(storage).commit
+    CommitLog(storage).append(lambda _: msgspec.structs.replace(newest, min_version=3, operation="purge"))
+    report = expire(storage, keep_last=1)
+    assert (report.oldest, report.held_by) == (5, "")

@@ -20,6 +20,7 @@ from datastore.store.commits import CommitLog
 from datastore.store.dataset import open_dataset
 from datastore.store.expire import expire
 from datastore.store.protect import protect
+from datastore.store.records import writer
 from datastore.store.references import KeySet
 from datastore.store.repair import repair
 from datastore.store.roots import open_roots, place_dataset
@@ -288,6 +289,29 @@ def test_an_abandoned_ingest_goes_whole_and_can_be_begun_anew(
     again = ingest([str(sources)], text.url, settings=SETTINGS)
     assert (again.tasks_resumed, again.added) == (0, True)
     assert verify(open_dataset(text)).ok
+
+
+def test_of_an_abandoned_ingest_tasks_go_before_the_plan_and_shards_last(
+    storage: MemoryStorage,
+) -> None:
+    order: list[str] = []
+
+    class Watched(MemoryStorage):
+        def delete(self, key: str) -> None:
+            order.append(key)
+            super().delete(key)
+
+    with writer(storage) as out:
+        out.write([{"id": "a", "source": "s", "offset": 0, "text": "t"}])
+    storage.put("ingests/0/plan.json", b"a plan")
+    storage.put("ingests/0/done/1.json", b"a task")
+    storage.put("ingests/0/rejects/1.jsonl", b"rejects")
+    storage.put("shards/00/0.arrow", b"a shard")
+    age(storage, 2 * DAY_S)
+    vacuum(Watched(storage._name), dry_run=False)
+    kinds = [key.split("/")[2 if key.startswith("ingests") else 0] for key in order if not key.startswith("_probe")]
+    assert sorted(kinds[:2]) == ["done", "rejects"]
+    assert kinds[2:] == ["plan.json", "shards"]
 
 
 def test_the_journal_of_an_ingest_in_the_history_stays(storage: MemoryStorage, sources: Path) -> None:
