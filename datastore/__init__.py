@@ -30,8 +30,8 @@ if TYPE_CHECKING:
     from datastore.ingest.ingest import ingest as ingest_files
     from datastore.ingest.settings import IngestSettings
     from datastore.ingest.tokenizer import TokenizerSettings, train_tokenizer
-    from datastore.interop.export import export as export_dataset
     from datastore.ingest.tokenwriter import token_writer
+    from datastore.interop.export import export as export_dataset
     from datastore.loader.batch import Batch
     from datastore.loader.loader import Loader
     from datastore.loader.place import Place

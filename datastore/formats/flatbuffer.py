@@ -84,7 +84,10 @@ class ListColumn:
 def encode_lists(columns: Sequence[ListColumn], *, rows: int) -> tuple[bytes, list[tuple[int, int]]]:
     """Return an Arrow file of one record batch, and where in it the offsets and the values of each column start."""
     schema = Table((Int("h", 0), [_field_of(column) for column in columns]))
-    nodes, ranges, parts, places = [], [], [], []
+    nodes: list[bytes] = []
+    ranges: list[tuple[int, int]] = []
+    parts: list[bytes | memoryview] = []
+    places: list[tuple[int, int]] = []
     at = 0
     for column in columns:
         items = len(column.values) // (column.item_bytes * column.width)

@@ -15,7 +15,7 @@ The bytes depend on the tokens and columns alone: not on the library's version, 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -75,8 +75,8 @@ class ColumnType:
 class TokenLayout:
     """Where the buffers of a token shard lie in its file."""
 
-    dtype: str
-    """`uint16` or `uint32`, little-endian."""
+    dtype: Literal["uint16", "uint32"]
+    """Little-endian."""
 
     tokens: int
     documents: int
@@ -86,7 +86,7 @@ class TokenLayout:
     offsets_start: int
     """Byte position of offset 0; there are `documents + 1` of them, the last equals `tokens`."""
 
-    offsets_dtype: str = "int32"
+    offsets_dtype: Literal["int32"] = "int32"
     columns: tuple[tuple[ColumnType, int], ...] = ()
     """The columns beside the tokens, and the byte position of the first value of each."""
 
@@ -200,7 +200,7 @@ def encode_tokens(values: Tokens, offsets: Offsets, *, columns: Columns = _NO_CO
     stored = [(ColumnType("tokens", dtype), values), *((types[name], columns[name]) for name in types)]
     data, places = encode_lists([_lists(*column, index) for column in stored], rows=offsets.size - 1)
     layout = TokenLayout(
-        dtype=dtype,
+        dtype="uint16" if dtype == "uint16" else "uint32",
         tokens=values.size,
         documents=offsets.size - 1,
         values_start=places[0][1],

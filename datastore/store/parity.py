@@ -234,7 +234,9 @@ def decode_groups(raw: pa.Buffer, *, where: str) -> list[Group]:
     except (pa.ArrowException, OSError, KeyError, ValueError, MemoryError) as error:
         fact = f"not a table of parity groups: {error}"
         raise CorruptError(fact, where=where, hint="Restore this file from a copy.") from None
-    if any(file.size_bytes < 0 for group in groups for file in (group, *group.members)):
+    if any(
+        size < 0 for group in groups for size in (group.size_bytes, *(member.size_bytes for member in group.members))
+    ):
         raise CorruptError("a file of a parity group has less than no bytes", where=where)
     return groups
 

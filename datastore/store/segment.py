@@ -276,7 +276,7 @@ class Segments:
         starts = np.empty(len(self), np.int64)
         at = 0
         for batch in self.batches:
-            for raw in batch.column("layout").to_pylist():
+            for raw in cast("list[bytes]", batch.column("layout").to_pylist()):
                 found = next((column for column in _layout(raw).columns if column.name == name), None)
                 if found is None:
                     raise CorruptError("a shard lacks a column of the dataset", shard=self.shard(at).path, column=name)
