@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from datastore.digest import digest_bytes
 from datastore.errors import DatastoreError
@@ -155,11 +156,15 @@ def _document_faults(shard: ShardInfo, documents: pa.Table, offsets: Offsets) ->
     if not np.array_equal(documents.column("tokens").to_numpy(), np.diff(offsets)):
         yield "its rows do not count the tokens of the shard's rows"
         return
+    sources = documents.column("source")
     # A purged document has no source any more, and counts for none.
-    sources = [str(source) for source in documents.column("source")]
-    ends = {(found[0], found[-1]) for found in (sources, [source for source in sources if source]) if found}
-    if (shard.source_first, shard.source_last) not in (ends or {("", "")}):
+    named = sources.filter(pc.not_equal(sources, ""))
+    if (shard.source_first, shard.source_last) not in {_ends(sources), _ends(named)}:
         yield "its first and last source are not those that the manifest names"
+
+
+def _ends(texts: "pa.ChunkedArray[Any]") -> tuple[str, str]:
+    return (str(texts[0]), str(texts[-1])) if len(texts) else ("", "")
 
 
 def _tried(read: Callable[[], T], path: str, bad: list[BadBlock]) -> T | None:
