@@ -158,7 +158,7 @@ def _document_faults(shard: ShardInfo, documents: pa.Table, offsets: Offsets) ->
         return
     sources = documents.column("source")
     # A purged document has no source any more, and counts for none.
-    named = sources.filter(pc.not_equal(sources, ""))
+    named = sources.filter(pc.not_equal(sources, pa.scalar("")))
     if (shard.source_first, shard.source_last) not in {_ends(sources), _ends(named)}:
         yield "its first and last source are not those that the manifest names"
 
