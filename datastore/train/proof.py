@@ -166,7 +166,7 @@ def _compare(entry: StepEntry, reader: _Reader, count: _Count) -> list[str]:
         samples=len(batch.samples),
         fingerprint=f"{batch.fingerprint():016x}",
     )
-    if reader.hides(batch):
+    if planned.fingerprint != entry.fingerprint and reader.hides(batch):
         count.purged += 1
         planned = msgspec.structs.replace(planned, fingerprint=entry.fingerprint)
     again = count.add(batch)

@@ -214,9 +214,12 @@ def test_after_a_purge_the_samples_of_earlier_steps_are_still_proven_and_their_t
     proof = prove(run)
     assert proof.holds
     assert 1 <= proof.purged < 4
+    # What was trained on after the delete is the same after another purge.
     go_on(run, 6)
+    purge(dataset.storage, ids=ids_of(open_dataset(dataset.storage), 3, range(1)))
     again = prove(run)
-    assert (again.holds, again.purged) == (True, proof.purged)
+    assert again.holds
+    assert proof.purged <= again.purged < 6
     blank = trace(run, 1).samples[0].spans[0]
     assert (blank.text, blank.deleted, blank.document) == ("", True, "")
 
