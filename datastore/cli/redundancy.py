@@ -20,7 +20,9 @@ _SHOWN = 20
 
 @click.command(
     short_help="Let a dataset lie on several disks.",
-    epilog=example("datastore place data/books --root mirror/books", "datastore show data/books"),
+    epilog=example(
+        "datastore place data/books --root mirror/books", "datastore ingest src/ --to data/books --tokenizer tok.json"
+    ),
 )
 @URL
 @click.option("--root", "roots", multiple=True, metavar="URL", required=True, help="A further place; may be repeated.")
