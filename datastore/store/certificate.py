@@ -4,7 +4,7 @@ A plan names what the purge has written and what it will remove, so that whoever
 without knowing what was purged. Neither names an id: sha256 only, which whoever can guess an id can confirm.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import PurePosixPath
 from typing import Annotated
@@ -18,7 +18,7 @@ from datastore.storage.placed import PlacedStorage, lost_roots
 from datastore.store.blank import blank_name, is_blank
 from datastore.store.commits import CommitLog, utc_now
 from datastore.store.dataset import Dataset
-from datastore.store.leftovers import clear_journals, data_paths, index_keys, read_history
+from datastore.store.leftovers import clear_journals, data_paths, files_of, index_keys, read_history
 from datastore.store.parallel import in_parallel
 from datastore.store.segment import ShardInfo
 from datastore.store.tags import list_tags, read_tag, remove_tag
@@ -29,7 +29,6 @@ __all__ = [
     "certificate_key",
     "deleted_shards",
     "end_of_text",
-    "files_of",
     "finish_plan",
     "forget_plan",
     "keep_plan",
@@ -83,6 +82,10 @@ class PurgeCertificate(Sealed, frozen=True, kw_only=True):
     """Files of `files_written` that were read back, every byte, and found blank where they must be; and files of
     `files_removed` that were looked for in every place that the dataset has, and not found."""
 
+    files_unnamed: Count = 0
+    """Shards and documents files that no version knows, of a writer at work or one that was killed: what they hold was
+    not looked at."""
+
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
@@ -90,7 +93,6 @@ class Outcome:
 
     certificate: PurgeCertificate
     unfinished_ingests: tuple[str, ...]
-    unnamed_files: int
 
 
 def finish_plan(dataset: Dataset, plan: PurgeCertificate) -> Outcome:
@@ -113,6 +115,7 @@ def finish_plan(dataset: Dataset, plan: PurgeCertificate) -> Outcome:
     journals = clear_journals(storage, ingests, ids_sha256=frozenset(plan.ids_sha256))
     require_all_places(storage)
     checked = _check_blank(Dataset(storage, info=dataset.info, commit=newest), plan) + _check_gone(storage, gone)
+    there = (stat.key for folder in ("shards", "docs") for stat in storage.list(folder))
     certificate = msgspec.structs.replace(
         plan,
         digest="",
@@ -120,11 +123,11 @@ def finish_plan(dataset: Dataset, plan: PurgeCertificate) -> Outcome:
         files_removed=tuple(gone),
         ingests_cleared=journals.cleared,
         files_checked=checked,
+        files_unnamed=sum(key not in live for key in there),
     )
     certificate = _stored(storage, certificate, folder=_FOLDER)
     forget_plan(storage, plan)
-    there = (stat.key for folder in ("shards", "docs") for stat in storage.list(folder))
-    return Outcome(certificate, journals.unfinished, sum(key not in live for key in there))
+    return Outcome(certificate, journals.unfinished)
 
 
 def _check_blank(dataset: Dataset, plan: PurgeCertificate) -> int:
@@ -206,11 +209,6 @@ def deleted_shards(dataset: Dataset, *, blank: bool) -> list[ShardInfo]:
 def end_of_text(dataset: Dataset) -> int:
     """Return the id that stands for deleted tokens."""
     return dataset.commit.tokenizer.end_of_text if dataset.commit.tokenizer else 0
-
-
-def files_of(shards: Iterable[ShardInfo]) -> list[str]:
-    """Return the files of `shards`."""
-    return [path for shard in shards for path in (shard.path, shard.docs_path) if path]
 
 
 def tags_before(storage: Storage, version: int) -> tuple[str, ...]:

@@ -18,13 +18,14 @@ import numpy as np
 import pyarrow as pa
 
 from datastore.digest import digest_hex
-from datastore.errors import ConfigError
+from datastore.errors import ConfigError, ConflictError
 from datastore.formats.tokens import TokenTable
 from datastore.store.dataset import Dataset
 from datastore.store.deletions import drop_deletions
+from datastore.store.leftovers import files_of
 from datastore.store.manifest import Commit, sum_refs
 from datastore.store.parallel import in_parallel
-from datastore.store.replace import Target, changing, open_to_change, replace_shards, require_unchanged
+from datastore.store.replace import Target, changing, open_to_change, replace_shards, require_unchanged, withdraw
 from datastore.store.segment import ShardInfo
 from datastore.store.shards import read_documents, read_token_table, write_record_shard, write_token_shard
 from datastore.store.writer import draft_commit, publish
@@ -251,4 +252,9 @@ def _commit(dataset: Dataset, groups: Sequence[_Group], made: Sequence[ShardInfo
             features=tuple(sorted(set(commit.features) - (set() if deletions else {"deletions"}))),
         )
 
-    return publish(storage, dataset.info, build)
+    try:
+        return publish(storage, dataset.info, build)
+    except ConflictError:
+        pairs = [(group, shard) for group, shard in zip(groups, made, strict=True) if shard is not None]
+        withdraw(dataset, {each.uid: files_of([shard]) for group, shard in pairs for _, each in group.members})
+        raise

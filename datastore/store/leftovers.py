@@ -24,13 +24,14 @@ from datastore.store.deletions import deletions_key
 from datastore.store.manifest import Commit, SegmentRef
 from datastore.store.opening import load_segment
 from datastore.store.parallel import in_parallel
-from datastore.store.segment import segment_key
+from datastore.store.segment import ShardInfo, segment_key
 
 __all__ = [
     "Journals",
     "Leftovers",
     "clear_journals",
     "data_paths",
+    "files_of",
     "find_leftovers",
     "index_keys",
     "is_elsewhere",
@@ -61,6 +62,11 @@ class Journals:
 
     cleared: tuple[str, ...]
     unfinished: tuple[str, ...]
+
+
+def files_of(shards: Iterable[ShardInfo]) -> list[str]:
+    """Return the files of `shards`."""
+    return [path for shard in shards for path in (shard.path, shard.docs_path) if path]
 
 
 def is_elsewhere(path: str) -> bool:

@@ -26,7 +26,6 @@ from datastore.store.certificate import (
     certificate_key,
     deleted_shards,
     end_of_text,
-    files_of,
     finish_plan,
     forget_plan,
     keep_plan,
@@ -38,11 +37,11 @@ from datastore.store.certificate import (
 from datastore.store.commits import CommitLog, writer_name
 from datastore.store.dataset import Dataset
 from datastore.store.delete import FoundDocuments, commit_deletion, find_documents
-from datastore.store.leftovers import data_paths, find_leftovers, is_elsewhere, journal_files, read_history
+from datastore.store.leftovers import data_paths, files_of, find_leftovers, is_elsewhere, journal_files, read_history
 from datastore.store.manifest import Commit, sum_refs
 from datastore.store.parallel import in_parallel
 from datastore.store.parity import drop_parity
-from datastore.store.replace import Target, changing, open_to_change, replace_shards, require_unchanged
+from datastore.store.replace import Target, changing, open_to_change, replace_shards, require_unchanged, withdraw
 from datastore.store.segment import ShardInfo
 from datastore.store.select import Selection
 from datastore.store.writer import draft_commit, publish
@@ -231,6 +230,7 @@ def _purged(dataset: Dataset, found: FoundDocuments, report: PurgeReport, *, dro
         commit = publish(storage, dataset.info, build)
     except (ConfigError, ConflictError):
         _forget(storage, plans)  # Nothing of it is committed, for certain.
+        withdraw(dataset, {each.shard.uid: files_of([each.shard]) for each in blanked})
         raise
     _forget(storage, [plan for plan in plans if plan.digest != commit.config_digest])
     if not plans or plans[-1].digest != commit.config_digest:
@@ -249,7 +249,7 @@ def _purged(dataset: Dataset, found: FoundDocuments, report: PurgeReport, *, dro
         certificate=outcome.certificate,
         certificate_key=certificate_key(outcome.certificate),
         unfinished_ingests=outcome.unfinished_ingests,
-        unnamed_files=outcome.unnamed_files,
+        unnamed_files=outcome.certificate.files_unnamed,
     )
 
 

@@ -5,6 +5,7 @@ changed. So each remembers the shards it started from, and gives way if the newe
 to any other shard meanwhile does not matter. Only segments that name a replaced shard are written again.
 """
 
+import logging
 import os
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -15,11 +16,12 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from datastore.errors import ConfigError, ConflictError, MissingError
+from datastore.errors import ConfigError, ConflictError, MissingError, StorageError
 from datastore.storage.base import Storage
 from datastore.storage.resolve import strip_credentials
 from datastore.store.commits import CommitLog
 from datastore.store.dataset import Dataset, open_dataset, split_reference
+from datastore.store.leftovers import data_paths
 from datastore.store.manifest import Commit, SegmentRef
 from datastore.store.opening import load_segment
 from datastore.store.segment import (
@@ -32,7 +34,9 @@ from datastore.store.segment import (
     segment_ref,
 )
 
-__all__ = ["Target", "changing", "open_to_change", "replace_shards", "require_unchanged"]
+__all__ = ["Target", "changing", "open_to_change", "replace_shards", "require_unchanged", "withdraw"]
+
+_LOGGER = logging.getLogger(__name__)
 
 Target = str | os.PathLike[str] | Storage | Dataset
 """A dataset to change: its URL, its storage, or a version of it that was opened before."""
@@ -88,15 +92,7 @@ def require_unchanged(base: Dataset, newest: Commit | None, *, uids: Collection[
     if newest is None:
         raise ConflictError("the dataset is gone", url=base.url, hint="Check the URL.")
     current = Dataset(base.storage, info=base.info, commit=newest)
-    if newest.version == base.version:
-        return current
-    before = base.segments.digests_of(list(uids))
-    present = current.segments.digests_of(list(uids))
-    changed = [
-        uid
-        for uid in sorted(uids)
-        if present.get(uid) != before[uid] or not np.array_equal(current.deletions.rows(uid), base.deletions.rows(uid))
-    ]
+    changed = _changed(base, current, uids)
     if changed:
         raise ConflictError(
             f"shards that this {operation} changes were changed meanwhile",
@@ -109,6 +105,37 @@ def require_unchanged(base: Dataset, newest: Commit | None, *, uids: Collection[
             hint=f"Nothing was lost. Give the same {operation} again: it starts from the newest version.",
         )
     return current
+
+
+def withdraw(base: Dataset, made: Mapping[str, Sequence[str]]) -> None:
+    """After a conflict, remove the files `made` from shards of `base` that have changed: they can never be committed.
+
+    What was made from others stays, to be found by whoever tries again. A failure leaves files that no version names.
+    """
+    storage = base.storage
+    newest = CommitLog(storage).newest()
+    if newest is None:
+        return
+    named = {str(path) for path in data_paths(storage, newest.segments).to_pylist()}
+    changed = _changed(base, Dataset(storage, info=base.info, commit=newest), made)
+    for path in {path for uid in changed for path in made[uid]} - named:
+        try:
+            storage.delete(path)
+        except StorageError as error:
+            _LOGGER.warning("an unused file is left behind: %s", error)
+
+
+def _changed(base: Dataset, current: Dataset, uids: Collection[str]) -> list[str]:
+    """Return those of the shards `uids` that are not in `current` what they are in `base`, deletions included."""
+    if current.version == base.version:
+        return []
+    before = base.segments.digests_of(list(uids))
+    present = current.segments.digests_of(list(uids))
+    return [
+        uid
+        for uid in sorted(uids)
+        if present.get(uid) != before[uid] or not np.array_equal(current.deletions.rows(uid), base.deletions.rows(uid))
+    ]
 
 
 def replace_shards(

@@ -221,9 +221,11 @@ def test_another_change_of_the_same_shards_is_a_conflict(storage: Storage, betwe
     if between == "purge":
         purge(storage)
     newest = open_dataset(storage).commit
+    keys = [stat.key for stat in storage.list()]
     with pytest.raises(ConflictError, match="Give the same compact again"):
         compact(before)
     assert open_dataset(storage).commit == newest
+    assert [stat.key for stat in storage.list()] == keys
 
 
 def test_a_delete_of_another_shard_merges(storage: Storage) -> None:

@@ -192,9 +192,11 @@ def test_another_change_of_the_same_shards_is_a_conflict(storage: Storage, datas
     else:
         commit_shards(storage, [], operation="overwrite", tokenizer=dataset.commit.tokenizer)
     before = open_dataset(storage)
+    keys = {stat.key for stat in storage.list()}
     with pytest.raises(ConflictError, match="Give the same purge again"):
         purge(deleted)
     assert open_dataset(storage).commit == before.commit
+    assert {stat.key for stat in storage.list()} - {key for key in keys if key.startswith("_segments/")} <= keys
     assert list(storage.list("purges/plans")) == []
     assert purge(storage).committed == (between != "purge")
     assert verify(open_dataset(storage)).ok
