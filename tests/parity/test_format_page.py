@@ -1,208 +1,251 @@
 """A second reader, written from docs/format.md alone: it finds what the package finds, in any dataset.
 
-It uses nothing of the package; only the comparison does.
+`format_reader.py` uses nothing of the package; only the comparison does.
 """
 
-import base64
-import hashlib
-import json
-import random
-import re
-from collections.abc import Iterator
-from itertools import pairwise
+import ast
+import importlib.util
+import shutil
+import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
-import pyarrow.parquet as pq
+import pyarrow.compute as pc
 import pytest
-import xxhash
 
-from datastore.store.dataset import open_dataset
+from datastore.formats.tokens import token_dtype
+from datastore.store.clone import clone
+from datastore.store.compact import compact
+from datastore.store.copy import copy
+from datastore.store.dataset import Dataset, open_dataset
+from datastore.store.delete import delete
 from datastore.store.evolve import evolve
+from datastore.store.expire import expire
+from datastore.store.manifest import oldest_readable
+from datastore.store.protect import protect
+from datastore.store.purge import purge
 from datastore.store.records import writer
-from datastore.store.tags import set_tag
-from datastore.testing.datasets import make_dataset
+from datastore.store.roots import create_at, place_dataset
+from datastore.store.shards import read_token_table, write_token_shard
+from datastore.store.tags import list_tags, set_tag
+from datastore.store.tokenizers import put_tokenizer
+from datastore.store.writer import commit_shards
+from datastore.testing.datasets import documents_of, make_dataset
 
 GOLDEN = Path(__file__).parents[2] / "schemas" / "golden" / "v1"
+PROGRAM = Path(__file__).with_name("format_reader.py")
 
 
-def cut(values: np.ndarray, offsets: np.ndarray) -> list[list[int]]:
-    return [values[start:stop].tolist() for start, stop in pairwise(offsets)]
+def reader(root: Path) -> Any:
+    """Return the reader of the page, opened at `root`."""
+    spec = importlib.util.spec_from_file_location("format_reader", PROGRAM)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.Reader(root)
 
 
-class Reader:
-    """Opens a dataset as the page says."""
-
-    def __init__(self, root: Path) -> None:
-        self.root = root
-        assert self.document("datastore.json")["features"] == []
-
-    def document(self, key: str) -> dict[str, Any]:
-        raw = (self.root / key).read_bytes()
-        found: dict[str, Any] = json.loads(raw)
-        assert found["format"] == 1
-        blank = re.sub(rb'"digest": "[0-9a-f]{32}"', b'"digest": ""', raw, count=1)
-        assert xxhash.xxh3_128_hexdigest(blank) == found["digest"]
-        return found
-
-    def exists(self, version: int) -> bool:
-        return (self.root / f"_log/{version:020}.json").exists()
-
-    def newest(self) -> int:
-        low, step = self.document("_log/_last")["version"], 1
-        assert self.exists(low)
-        while self.exists(low + step):
-            low, step = low + step, 2 * step
-        high = low + step
-        while high - low > 1:
-            middle = (low + high) // 2
-            low, high = (middle, high) if self.exists(middle) else (low, middle)
-        return int(low)
-
-    def commit(self, version: int) -> dict[str, Any]:
-        found = self.document(f"_log/{version:020}.json")
-        assert found["version"] == version
-        if version > 1:
-            parent = (self.root / f"_log/{version - 1:020}.json").read_bytes()
-            assert hashlib.sha256(parent).hexdigest() == found["parent_sha256"]
-        return found
-
-    def shards(self, version: int) -> Iterator[dict[str, Any]]:
-        for segment in self.commit(version)["segments"]:
-            raw = (self.root / f"_segments/{segment['digest']}.arrow").read_bytes()
-            assert xxhash.xxh3_128_hexdigest(raw) == segment["digest"]
-            table = pa.ipc.open_file(raw).read_all()
-            assert (len(raw), table.num_rows) == (segment["file_bytes"], segment["shards"])
-            yield from table.to_pylist()
-
-    def tokens(self, shard: dict[str, Any]) -> list[list[int]]:
-        """Return the documents of a shard from its two buffers, without parsing the file."""
-        raw = (self.root / shard["path"]).read_bytes()
-        blocks = [raw[start : start + shard["block_bytes"]] for start in range(0, len(raw), shard["block_bytes"])]
-        assert b"".join(map(xxhash.xxh3_128_digest, blocks)) == shard["block_digests"]
-        assert (len(raw), xxhash.xxh3_128_digest(raw)) == (shard["size_bytes"], shard["digest"])
-        values = np.frombuffer(raw, shard["dtype"], shard["tokens"], shard["values_start"])
-        offsets = np.frombuffer(raw, shard["offsets_dtype"], shard["documents"] + 1, shard["offsets_start"])
-        return cut(values, offsets)
-
-    def documents(self, shard: dict[str, Any]) -> list[dict[str, Any]]:
-        raw = (self.root / shard["docs_path"]).read_bytes()
-        assert (len(raw), xxhash.xxh3_128_digest(raw)) == (shard["docs_bytes"], shard["docs_digest"])
-        found: list[dict[str, Any]] = pq.read_table(pa.BufferReader(raw)).to_pylist()
-        return found
+def documents(dataset: Dataset) -> list[dict[str, Any]]:
+    """Return what the package says the live documents of a version are."""
+    found = []
+    for index, shard in enumerate(dataset.segments):
+        table = read_token_table(dataset.storage, shard)
+        live = dataset.live_rows(index)
+        rows = list(range(shard.documents)) if live is None else np.flatnonzero(live).tolist()
+        streams = {"tokens": table.values, **table.columns}
+        for row, document in zip(rows, dataset.live_documents(index).to_pylist(), strict=True):
+            span = slice(table.offsets[row], table.offsets[row + 1])
+            found.append(document | {name: each[span].tolist() for name, each in streams.items()})
+    return found
 
 
-def same(root: Path) -> None:
-    reader = Reader(root)
-    assert reader.newest() == open_dataset(root).version
-    for version in range(1, reader.newest() + 1):
-        dataset = open_dataset(root, version=version)
-        shards = list(reader.shards(version))
-        assert [shard["uid"].hex() for shard in shards] == [shard.uid for shard in dataset.segments]
-        assert dataset.segments.uid64.tolist() == [int.from_bytes(shard["uid"][:8], "big") for shard in shards]
-        for index, shard in enumerate(shards):
-            values, offsets = dataset.token_shard(index)
-            assert reader.tokens(shard) == cut(values, offsets)
-            assert reader.documents(shard) == dataset.documents(index).to_pylist()
+def same(root: Path) -> int:
+    """Compare all readable versions and tags of the dataset at `root`; return how many versions there are."""
+    second, newest = reader(root), open_dataset(root)
+    assert second.newest() == newest.version
+    oldest = oldest_readable(newest.info, newest.commit)
+    for version in range(oldest, newest.version + 1):
+        dataset, commit = open_dataset(root, version=version), second.commit(version)
+        assert [shard["uid"].hex() for shard in second.shards(commit)] == [shard.uid for shard in dataset.segments]
+        assert commit["totals"].get("deleted_documents", 0) == dataset.totals.deleted_documents
+        if dataset.kind == "tokens":
+            assert list(second.documents(commit)) == documents(dataset)
+        else:
+            assert second.records(commit).equals(dataset.to_arrow())
+    for version in range(1, oldest):
+        with pytest.raises(ValueError, match="expired"):
+            second.commit(version)
+    for tag in list_tags(newest.storage):
+        assert second.tagged(tag)["version"] == open_dataset(root, tag=tag).version
+    return newest.version - oldest + 1
 
 
-def test_the_golden_store() -> None:
-    same(GOLDEN / "tokens")
+def add(root: Path, name: int, *, columns: bool = False, dtype: str = "") -> None:
+    """Append a shard of four documents."""
+    storage, _ = create_at(root)
+    tokenizer = put_tokenizer(storage, b"{}", vocab_size=2**16, end_of_text=0)
+    uid, lengths = f"{name:032x}", [3, 0, 40, 7]
+    values = (np.arange(sum(lengths)) * 7 + name).astype(dtype or token_dtype(2**16))
+    beside: dict[str, npt.NDArray[Any]] = {
+        "loss_mask": (values % 2).astype(np.uint8),
+        "logits": np.ones((values.size, 3), np.float16),
+    }
+    shard = write_token_shard(
+        storage,
+        uid=uid,
+        values=values,
+        offsets=np.concatenate([[0], np.cumsum(lengths)]),
+        documents=documents_of(f"{name:08x}{uid[8:]}", lengths),
+        columns=beside if columns else {},
+    )
+    commit_shards(storage, [shard], tokenizer=tokenizer)
+
+
+def id_of(name: int, row: int) -> str:
+    return f"{name:08x}-{row}"
+
+
+def test_it_is_short_and_imports_pyarrow_and_what_comes_with_python() -> None:
+    text = PROGRAM.read_text()
+    assert len(text.splitlines()) < 150
+    names = set()
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.Import):
+            names |= {alias.name.split(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            names.add(str(node.module).split(".")[0])
+    assert names <= {"pyarrow", *sys.stdlib_module_names}
+
+
+@pytest.mark.parametrize("name", ["tokens", "records"])
+def test_the_golden_store(name: str) -> None:
+    assert same(GOLDEN / name) >= 1
 
 
 @pytest.mark.parametrize("dtype", ["uint16", "uint32"])
-def test_a_dataset_of_many_versions(tmp_path: Path, dtype: str) -> None:
+def test_many_versions(tmp_path: Path, dtype: str) -> None:
     for index in range(12):
         make_dataset(tmp_path, [[index + 1, 0, 500], [7] * index], dtype=dtype, name=str(index))
-    same(tmp_path)
+    assert same(tmp_path) == 12
 
 
 def test_a_shard_of_several_blocks(tmp_path: Path) -> None:
-    make_dataset(tmp_path, [[1_000_000] * 3])
-    same(tmp_path)
+    make_dataset(tmp_path, [[300_000] * 4])
+    assert same(tmp_path) == 1
 
 
-def test_a_hint_that_lags(tmp_path: Path) -> None:
+def test_a_hint_that_lags_and_one_that_is_gone(tmp_path: Path) -> None:
     make_dataset(tmp_path, [[1]], name="a")
     hint = (tmp_path / "_log/_last").read_bytes()
     for name in "bcdefg":
         make_dataset(tmp_path, [[1]], name=name)
     (tmp_path / "_log/_last").write_bytes(hint)
-    assert Reader(tmp_path).newest() == 7
+    assert reader(tmp_path).newest() == 7
+    (tmp_path / "_log/_last").unlink()
+    assert reader(tmp_path).newest() == 7
 
 
-def test_a_tag(tmp_path: Path) -> None:
-    dataset = make_dataset(tmp_path, [[1]])
-    set_tag(dataset.storage, "v1", dataset.commit)
-    tag = Reader(tmp_path).document("refs/tags/v1.json")
-    raw = (tmp_path / f"_log/{tag['version']:020}.json").read_bytes()
-    assert hashlib.sha256(raw).hexdigest() == tag["commit_sha256"]
+@pytest.mark.parametrize("columns", [False, True])
+def test_deletions_purges_and_what_compacting_makes_of_them(tmp_path: Path, *, columns: bool) -> None:
+    for name in range(3):
+        add(tmp_path, name, columns=columns)
+    dataset = open_dataset(tmp_path, version=2)
+    set_tag(dataset.storage, "two", dataset.commit)
+    delete(tmp_path, ids=[id_of(0, 0), id_of(1, 3)])
+    delete(tmp_path, ids=[id_of(0, 2)])
+    assert same(tmp_path) == 5
+    purge(tmp_path, drop_tags=True)
+    assert same(tmp_path) == 1
+    delete(tmp_path, ids=[id_of(2, 1)])
+    compact(tmp_path)
+    assert same(tmp_path) == 3
+    expire(tmp_path, keep_last=1)
+    assert same(tmp_path) == 2  # The one that was kept, and the one in which the others expired.
 
 
-def test_records(tmp_path: Path) -> None:
-    with writer(tmp_path / "set") as out:
-        out.write({"text": "ä", "n": index} for index in range(10))
-    reader = Reader(tmp_path / "set")
-    schema = pa.ipc.read_schema(pa.py_buffer(base64.b64decode(reader.commit(1)["record_schema"])))
-    shards = [pa.ipc.open_file(reader.root / shard["path"]).read_all() for shard in reader.shards(1)]
-    assert pa.concat_tables(shards).cast(schema).to_pylist() == list(open_dataset(tmp_path / "set").iter_records())
+def test_columns_beside_the_tokens(tmp_path: Path) -> None:
+    add(tmp_path, 1, columns=True)
+    assert same(tmp_path) == 1
+    (first, *_) = reader(tmp_path).documents(reader(tmp_path).commit(1))
+    assert set(first) >= {"tokens", "loss_mask", "logits"}
+    assert first["logits"] == [[1.0] * 3] * 3
 
 
-@pytest.mark.parametrize("kind", ["arrow", "parquet"])
-def test_one_batch_of_records_from_its_bytes_and_the_frame(tmp_path: Path, kind: Any) -> None:
-    with writer(tmp_path / "set", format=kind) as out:
-        out.write({"text": random.Random(index).randbytes(1000).hex(), "n": index} for index in range(5000))
-    reader = Reader(tmp_path / "set")
-    (shard,) = reader.shards(1)
-    assert "layout" in reader.commit(1)["features"]
-    layout = json.loads(shard["layout"])
-    raw = (reader.root / shard["path"]).read_bytes()
-    edges = [0, *(edge for start, stop, _, _ in layout["batches"] for edge in (start, stop)), len(raw)]
-    frame = b"".join(raw[start:stop] for start, stop in zip(edges[::2], edges[1::2], strict=True))
-    assert xxhash.xxh3_128_digest(frame) == base64.b64decode(layout["frame_digest"])
-    assert sum(rows for _, _, rows, _ in layout["batches"]) == shard["documents"] == 5000
-    for index, (start, stop, rows, digest) in enumerate(layout["batches"]):
-        assert xxhash.xxh3_128_digest(raw[start:stop]) == base64.b64decode(digest)
-        image = bytearray(len(raw))
-        for low, high in [*zip(edges[::2], edges[1::2], strict=True), (start, stop)]:
-            image[low:high] = raw[low:high]
-        if kind == "arrow":
-            found = pa.Table.from_batches([pa.ipc.open_file(pa.py_buffer(image)).get_batch(index)])
-        else:
-            found = pq.ParquetFile(pa.BufferReader(pa.py_buffer(image))).read_row_group(index)
-        assert found.num_rows == rows
-        assert found.equals(pa.Table.from_batches([open_dataset(tmp_path / "set").read_batch(0, index)]))
+@pytest.mark.parametrize("format", ["arrow", "parquet"])
+def test_records_whose_columns_have_changed(tmp_path: Path, format: Any) -> None:  # noqa: A002 - as everywhere
+    schema = {"text": "string", "n": "int32", "labels": "list<string>"}
+    with writer(tmp_path, schema=schema, format=format) as out:
+        out.write({"text": f"ä{index}", "n": index, "labels": ["x"] * (index % 3)} for index in range(50))
+    evolve(tmp_path, add={"score": "float64", "day": "date32[day]"}, defaults={"score": 0.5}, widen={"n": "int64"})
+    with writer(tmp_path, format=format) as out:
+        out.write({"text": "b", "n": 2**40, "labels": None, "score": 1.0, "day": None} for _ in range(3))
+    evolve(tmp_path, rename={"text": "content"}, drop=["labels"])
+    delete(tmp_path, where=pc.field("n") == 7)
+    evolve(tmp_path, add={"labels": "string"}, defaults={"labels": "new"})
+    assert same(tmp_path) == 6
 
 
-def test_records_whose_schema_has_changed(tmp_path: Path) -> None:
-    root = tmp_path / "set"
-    with writer(root, schema={"a": "int32", "b": "string"}) as out:
-        out.write({"a": 1, "b": "x"})
-    evolve(root, drop=["b"], rename={"a": "c"}, widen={"c": "int64"}, add={"b": "string"}, defaults={"b": "y"})
-    with writer(root, format="parquet") as out:
-        out.write({"c": 2, "b": "z"})
-    evolve(root, add={"d": "list<int8>"}, rename={"b": "a"})
-    reader = Reader(root)
-    commit = reader.commit(4)
-    schema = pa.ipc.read_schema(pa.py_buffer(base64.b64decode(commit["record_schema"])))
+def test_a_clone_that_refers_to_another_dataset(tmp_path: Path) -> None:
+    add(tmp_path / "set", 1, columns=True)
+    add(tmp_path / "set", 2, columns=True)
+    delete(tmp_path / "set", ids=[id_of(1, 0)])
+    clone(tmp_path / "set", tmp_path / "clone", shallow=True)
+    add(tmp_path / "clone", 3, columns=True)
+    assert not list((tmp_path / "clone").rglob(f"{1:032x}*"))
+    assert same(tmp_path / "clone") == 2
 
-    def numbers(of: pa.Schema) -> list[int]:
-        named = [(field.metadata or {}).get(b"PARQUET:field_id") for field in of]
-        return [int(number) for number in named] if all(named) else list(range(1, len(of) + 1))  # type: ignore[arg-type]
 
-    rows = []
-    for shard in reader.shards(4):
-        path = reader.root / shard["path"]
-        table = pq.read_table(path) if path.suffix == ".parquet" else pa.ipc.open_file(path).read_all()
-        columns = dict(zip(numbers(table.schema), table.columns, strict=True))
-        arrays = []
-        for number, field in zip(numbers(schema), schema, strict=True):
-            default = json.loads((field.metadata or {}).get(b"datastore:default", b"null"))
-            missing = pa.array([default] * table.num_rows, field.type)
-            arrays.append(columns[number].cast(field.type) if number in columns else missing)
-        rows += pa.table(arrays, schema=schema).to_pylist()
-    assert commit["features"] == ["evolution", "layout"]
-    assert rows == list(open_dataset(root).iter_records())
-    assert rows == [{"c": 1, "a": "y", "d": None}, {"c": 2, "a": "z", "d": None}]
+def test_a_copy_of_the_newest_version_alone(tmp_path: Path) -> None:
+    for name in range(3):
+        add(tmp_path / "set", name)
+    copy(tmp_path / "set", tmp_path / "copy")
+    assert same(tmp_path / "copy") == 1
+
+
+@pytest.mark.parametrize("lost", [None, "set", "other", "third"])
+def test_a_dataset_on_several_disks_of_which_one_may_be_lost(tmp_path: Path, lost: str | None) -> None:
+    roots = [str(tmp_path / name) for name in ("other", "third")]
+    place_dataset(tmp_path / "set", roots=roots, copies=2)
+    for name in range(4):
+        add(tmp_path / "set", name)
+    protect(tmp_path / "set", width=2)
+    if lost is not None:
+        shutil.rmtree(tmp_path / lost)
+    assert same(tmp_path / ("other" if lost == "set" else "set")) == 5
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda root: (root / "_log" / f"{2:020}.json").unlink(),
+        lambda root: shutil.copy(root / "_log" / f"{1:020}.json", root / "_log" / f"{2:020}.json"),
+        lambda root: next((root / "_segments").iterdir()).write_bytes(b"short"),
+        lambda root: next((root / "deletions").iterdir()).write_bytes(b"short"),
+    ],
+)
+def test_what_the_page_forbids_is_refused(tmp_path: Path, change: Callable[[Path], object]) -> None:
+    add(tmp_path, 1)
+    delete(tmp_path, ids=[id_of(1, 0)])
+    change(tmp_path)
+    with pytest.raises((ValueError, FileNotFoundError)):
+        list(reader(tmp_path).documents(reader(tmp_path).commit(reader(tmp_path).newest())))
+
+
+def test_a_feature_that_nobody_knows_is_refused(tmp_path: Path) -> None:
+    add(tmp_path, 1)
+    path = tmp_path / "_log" / f"{1:020}.json"
+    path.write_bytes(path.read_bytes().replace(b'"features": []', b'"features": ["magic"]'))
+    with pytest.raises(ValueError, match="magic"):
+        reader(tmp_path).commit(1)
+
+
+def test_types_that_a_reader_meets_are_those_of_the_page(tmp_path: Path) -> None:
+    add(tmp_path, 1)
+    (shard,) = reader(tmp_path).shards(reader(tmp_path).commit(1))
+    table = pa.ipc.open_file((tmp_path / shard["path"]).read_bytes()).read_all()
+    assert str(table.schema.field("tokens").type) == "list<item: uint16 not null>"
