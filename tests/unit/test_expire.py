@@ -148,12 +148,14 @@ def test_a_tag_that_an_expire_did_not_see_is_taken_back(
     assert list_tags(storage) == []
 
 
-def test_opening_the_newest_asks_for_nothing_more() -> None:
+@pytest.mark.parametrize("commits", [2, 300])
+def test_opening_the_newest_asks_for_nothing_more_however_many_there_are(commits: int) -> None:
     storage = Counting(uuid.uuid4().hex)
-    make_dataset(storage, [[3]])
-    make_dataset(storage, [[3]], name="more")
+    newest = make_dataset(storage, [[3]]).commit
+    for _ in range(commits - 1):
+        CommitLog(storage).append(lambda _: msgspec.structs.replace(newest, operation="again"))
     storage.reads = 0
-    open_dataset(storage)
+    assert open_dataset(storage).version == commits
     # The dataset, the hint, the version it names, and that there is no next one.
     assert storage.reads == 4
 
