@@ -20,6 +20,7 @@ from datastore.store.commits import CommitLog, utc_now
 from datastore.store.dataset import Dataset
 from datastore.store.leftovers import clear_journals, data_paths, files_of, index_keys, read_history
 from datastore.store.parallel import in_parallel
+from datastore.store.parity import parity_keys
 from datastore.store.segment import ShardInfo
 from datastore.store.tags import list_tags, read_tag, remove_tag
 
@@ -83,7 +84,7 @@ class PurgeCertificate(Sealed, frozen=True, kw_only=True):
     `files_removed` that were looked for in every place that the dataset has, and not found."""
 
     files_unnamed: Count = 0
-    """Shards and documents files that no version knows, of a writer at work or one that was killed: what they hold was
+    """Shards, documents and parity files that the newest versions do not know, of a writer at work or one that was killed: what they hold was
     not looked at."""
 
 
@@ -115,7 +116,8 @@ def finish_plan(dataset: Dataset, plan: PurgeCertificate) -> Outcome:
     journals = clear_journals(storage, ingests, ids_sha256=frozenset(plan.ids_sha256))
     require_all_places(storage)
     checked = _check_blank(Dataset(storage, info=dataset.info, commit=newest), plan) + _check_gone(storage, gone)
-    there = (stat.key for folder in ("shards", "docs") for stat in storage.list(folder))
+    known = live.union(parity_keys(storage, newest))
+    there = (stat.key for folder in ("shards", "docs", "parity") for stat in storage.list(folder))
     certificate = msgspec.structs.replace(
         plan,
         digest="",
@@ -123,7 +125,7 @@ def finish_plan(dataset: Dataset, plan: PurgeCertificate) -> Outcome:
         files_removed=tuple(gone),
         ingests_cleared=journals.cleared,
         files_checked=checked,
-        files_unnamed=sum(key not in live for key in there),
+        files_unnamed=sum(key not in known for key in there),
     )
     certificate = _stored(storage, certificate, folder=_FOLDER)
     forget_plan(storage, plan)
