@@ -14,6 +14,7 @@ from datastore.ingest.settings import IngestSettings
 from datastore.ingest.shards import RECORDS_SCHEMA
 from datastore.ingest.target import Target
 from datastore.storage.resolve import join_url
+from datastore.store.commits import CommitLog
 from datastore.store.manifest import Commit, TokenizerRef
 from datastore.store.segment import ShardInfo
 from datastore.store.writer import Operation, commit_records, commit_shards
@@ -94,10 +95,31 @@ def _check_limit(documents: int, rejected: Counter[str], settings: IngestSetting
     )
 
 
+def _committed_meanwhile(target: Target, plan: Plan) -> Commit | None:
+    """Return the newest version if another process has committed this ingest since ours began.
+
+    Its shards alone would not tell: a compact may have put them together to others.
+    """
+    log = CommitLog(target.storage)
+    newest = log.newest()
+    known = target.newest.version if target.newest else 0
+    found = None
+    for version in range(known + 1, newest.version + 1 if newest else 0):
+        commit = log.stored(version).commit
+        if commit.ingest_id == plan.ingest_id:
+            found = newest
+        elif commit.operation == "overwrite":
+            found = None
+    return found
+
+
 def _commit(
     target: Target, plan: Plan, shards: Sequence[ShardInfo], tokenizer: TokenizerRef | None, *, operation: Operation
 ) -> Commit:
     Journal(target.storage, plan.ingest_id).require_plan()
+    already = _committed_meanwhile(target, plan) if operation == "append" else None
+    if already is not None:
+        return already
     if plan.kind == "records":
         return commit_records(
             target.storage,

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from datastore.errors import ConfigError, ConflictError
@@ -287,6 +287,7 @@ def test_groups_are_runs_of_neighbours_of_a_kind_within_the_target(drawn: list[t
         assert not (neighbours and one.live_bytes + other.live_bytes <= target)
 
 
+@settings(max_examples=40)
 @given(st.lists(st.lists(st.integers(0, 40), min_size=1, max_size=4), min_size=1, max_size=8), st.integers(300, 3000))
 def test_compacting_what_was_compacted_gains_nothing(lengths: list[list[int]], target: int) -> None:
     storage = MemoryStorage(uuid.uuid4().hex)

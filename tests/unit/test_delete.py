@@ -7,7 +7,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from datastore.errors import ConfigError, ConflictError, CorruptError, DependencyError, MissingError
@@ -73,6 +73,7 @@ conditions = st.sampled_from(
 )
 
 
+@settings(max_examples=40)
 @given(conditions, st.sampled_from(["sql", "pyarrow"]), st.lists(st.integers(0, 7), max_size=3), st.integers(1, 20))
 def test_a_condition_means_the_same_rows_in_sql_in_pyarrow_and_in_python(
     condition: tuple, language: str, named: list[int], chunk: int

@@ -10,8 +10,10 @@ import pytest
 from datastore.errors import RejectedError
 from datastore.ingest.ingest import ingest
 from datastore.ingest.settings import IngestSettings
+from datastore.ingest.target import open_target
 from datastore.ingest.tokenizer import TokenizerSettings, train_tokenizer
 from datastore.storage.local import LocalStorage
+from datastore.store.compact import compact
 from datastore.store.dataset import open_dataset
 from datastore.store.delete import delete
 from datastore.store.purge import purge
@@ -121,3 +123,19 @@ def test_a_column_that_was_dropped_does_not_keep_a_purged_row(tmp_path: Path) ->
     dataset = open_dataset(tmp_path / "set")
     assert list(dataset.iter_records()) == [{"id": "b"}]
     assert np.array_equal(dataset.deletions.rows(dataset.segments.shard(0).uid), [0])
+
+
+def test_two_that_do_the_same_ingest_add_it_once_even_if_its_shards_are_compacted_between(
+    tmp_path: Path, source: Path, tokenizer: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    to = tmp_path / "set"
+    ingest([str(source / "bob.txt")], to=str(to), settings=settings(tokenizer))
+    before = open_target(str(to))
+    ingest([str(source)], to=str(to), settings=settings(tokenizer))
+    assert compact(str(to)).committed
+    monkeypatch.setattr("datastore.ingest.prepare.open_target", lambda _: before)
+    ingest([str(source)], to=str(to), settings=settings(tokenizer))
+    dataset = open_dataset(to)
+    assert dataset.commit.operation == "compact"
+    names = dataset.documents(0).column("id").to_pylist()
+    assert len(names) == len(set(names)) == dataset.totals.documents
