@@ -151,7 +151,7 @@ def purge(
     elif report.committed:
         _say_purged(report)
     else:
-        say("nothing to purge: no version has a document that the newest does not have")
+        say("nothing to purge: no file holds a document that the newest version does not have")
 
 
 def _say_purged(report: "PurgeReport") -> None:
