@@ -161,6 +161,10 @@ def test_deletions_purges_and_what_compacting_makes_of_them(tmp_path: Path, *, c
     assert same(tmp_path) == 5
     purge(tmp_path, drop_tags=True)
     assert same(tmp_path) == 1
+    purged = read_token_table(open_dataset(tmp_path).storage, open_dataset(tmp_path).segments.shard(0))
+    streams = [purged.values, *purged.columns.values()]
+    assert not any(stream[:3].any() for stream in streams)  # The first document; 0 is the end of text, too.
+    assert len(streams) == (3 if columns else 1)
     delete(tmp_path, ids=[id_of(2, 1)])
     compact(tmp_path)
     assert same(tmp_path) == 3
@@ -242,6 +246,28 @@ def test_a_feature_that_nobody_knows_is_refused(tmp_path: Path) -> None:
     path.write_bytes(path.read_bytes().replace(b'"features": []', b'"features": ["magic"]'))
     with pytest.raises(ValueError, match="magic"):
         reader(tmp_path).commit(1)
+
+
+def test_a_version_names_what_its_reader_has_to_know(tmp_path: Path) -> None:
+    def features(root: Path) -> set[str]:
+        return set(open_dataset(root).commit.features)
+
+    add(tmp_path / "set", 1)
+    assert features(tmp_path / "set") == set()
+    delete(tmp_path / "set", ids=[id_of(1, 0)])
+    assert features(tmp_path / "set") == {"deletions"}
+    compact(tmp_path / "set")
+    assert features(tmp_path / "set") == set()
+    clone(tmp_path / "set", tmp_path / "clone", shallow=True)
+    assert features(tmp_path / "clone") == {"references"}
+    add(tmp_path / "columns", 1, columns=True)
+    assert features(tmp_path / "columns") == {"layout"}
+    with writer(tmp_path / "records") as out:
+        out.write({"text": "one"})
+    evolve(tmp_path / "records", add={"n": "int8"})
+    assert features(tmp_path / "records") == {"layout", "evolution"}
+    place_dataset(tmp_path / "placed", roots=[str(tmp_path / "other")], copies=1)
+    assert reader(tmp_path / "placed").info["features"] == ["placement"]
 
 
 def test_types_that_a_reader_meets_are_those_of_the_page(tmp_path: Path) -> None:
