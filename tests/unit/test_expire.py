@@ -65,6 +65,14 @@ def test_what_has_expired_stays_so_whatever_is_written_next(storage: MemoryStora
     assert open_dataset(storage).commit.min_version == 3
 
 
+def test_a_tag_keeps_the_very_oldest_version(storage: MemoryStorage) -> None:
+    grow(storage, 3)
+    set_tag(storage, "first", open_dataset(storage, version=1).commit)
+    report = expire(storage, keep_last=1)
+    assert (report.oldest, report.expired, report.held_by) == (1, 0, "first")
+    assert open_dataset(storage, tag="first").version == 1
+
+
 def test_a_tag_keeps_its_version_and_all_after_it(storage: MemoryStorage) -> None:
     grow(storage, 6)
     set_tag(storage, "later", open_dataset(storage, version=4).commit)
