@@ -20,6 +20,7 @@ from datastore.digest import digest_bytes
 from datastore.errors import DatastoreError
 from datastore.formats.evolution import adapt
 from datastore.formats.tokens import Offsets, TokenTable, decode_token_table
+from datastore.formats.tokentext import TokenText
 from datastore.store.blocks import BadBlock
 from datastore.store.checked import read_checked
 from datastore.store.dataset import Dataset
@@ -32,6 +33,9 @@ __all__ = ["DeepCheck"]
 
 T = TypeVar("T")
 
+_TEXTS = 64
+"""Documents of a shard whose text is looked at, spread evenly: decoding all would take forty times as long as the rest."""
+
 
 class DeepCheck:
     """Decodes the shards of a version whose bytes are sound. Safe for several threads.
@@ -39,6 +43,8 @@ class DeepCheck:
     - A token shard has the dtype, documents, tokens and columns that the manifest names, at the positions that it
       names, and no id beyond the vocabulary.
     - Its documents file has one row for each of its rows, which counts its tokens, and the named first and last source.
+    - Where the tokenizer is byte-level, so that tokens are their text to the byte, some texts have the digests that the
+      documents file says.
     - A record shard has the rows that the manifest names, in the batches that it names, and can be read as the version's
       schema.
     - Rows that are deleted are there, and have the tokens that the deletions name.
@@ -50,6 +56,7 @@ class DeepCheck:
         self._deletions = Deletions([])
         with suppress(DatastoreError):  # Told by who checks the files; what they would say is passed over then.
             self._deletions = dataset.deletions
+        self._text = _text_of(dataset)
         self._lock = threading.Lock()
         self._unseen = set(self._deletions.uids)
 
@@ -72,6 +79,8 @@ class DeepCheck:
         _note(shard.path, self._token_faults(shard, raw, tokens), bad)
         if documents is not None:
             _note(shard.docs_path, _document_faults(shard, documents, tokens.offsets), bad)
+        if documents is not None and not bad:
+            _note(shard.path, self._text_faults(tokens, documents), bad)
         return bad
 
     def group(self, group: Group) -> list[BadBlock]:
@@ -124,6 +133,22 @@ class DeepCheck:
         if not np.array_equal(spans, self._deletions.spans(shard.uid)):
             yield "its deleted rows are not where the deletions say"
 
+    def _text_faults(self, table: TokenTable, documents: pa.Table) -> Iterator[str]:
+        if self._text is None:
+            return
+        for row in np.linspace(0, documents.num_rows - 1, min(_TEXTS, documents.num_rows), dtype=np.int64).tolist():
+            tokens = table.values[table.offsets[row] : table.offsets[row + 1]]
+            digest = documents.column("digest")[row].as_py()
+            # No text was ever known of tokens that came as such; the end of text has none, so none may be within.
+            if digest in {bytes(16), digest_bytes(tokens.data)} or not self._text.ends_only(tokens):
+                continue
+            try:
+                if digest_bytes(self._text.decode(tokens).encode()) == digest:
+                    continue
+            except IndexError:
+                pass
+            yield f"the tokens of row {row} are not the text that its documents file names"
+
     def _record_faults(self, shard: ShardInfo, table: pa.Table) -> Iterator[str]:
         if table.num_rows != shard.documents:
             yield f"it has {table.num_rows} rows, not {shard.documents}"
@@ -150,6 +175,15 @@ def _lies_at(raw: pa.Buffer, start: int, values: npt.NDArray[Any]) -> bool:
     return np.array_equal(
         np.frombuffer(memoryview(raw), np.uint8, values.nbytes, start), values.reshape(-1).view(np.uint8)
     )
+
+
+def _text_of(dataset: Dataset) -> TokenText | None:
+    """Return what decodes to the byte, if the tokenizer does."""
+    ref = dataset.commit.tokenizer
+    with suppress(DatastoreError, ValueError):  # Damage is told where the file is checked.
+        text = TokenText(dataset.tokenizer() or b"{}", end_of_text=ref.end_of_text if ref else 0)
+        return text if ref and text.exact else None
+    return None
 
 
 def _document_faults(shard: ShardInfo, documents: pa.Table, offsets: Offsets) -> Iterator[str]:

@@ -14,9 +14,9 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from datastore.digest import digest_bytes, sha256_hex
 from datastore.errors import ConfigError, ResumeError
 from datastore.formats.documents import DOCUMENTS_SCHEMA
+from datastore.formats.tokentext import TokenText
 from datastore.loader.loader import Loader
 from datastore.loader.place import Place
-from datastore.loader.tokentext import TokenText
 from datastore.loader.trace import DocumentSpan, Tracer, locate, plan_step
 from datastore.storage.local import LocalStorage
 from datastore.store.dataset import Dataset, open_dataset

@@ -12,6 +12,9 @@ from typing_extensions import Buffer, override
 
 from datastore.document import seal
 from datastore.errors import ConfigError, CorruptError, StorageError
+from datastore.ingest.ingest import ingest
+from datastore.ingest.settings import IngestSettings
+from datastore.ingest.tokenizer import TokenizerSettings, train_tokenizer
 from datastore.storage.base import Storage
 from datastore.storage.local import LocalStorage
 from datastore.storage.memory import MemoryStorage
@@ -21,6 +24,7 @@ from datastore.store.deletions import store_deletions
 from datastore.store.manifest import INFO_KEY, commit_key, sum_refs
 from datastore.store.records import writer
 from datastore.store.segment import BLOCK_BYTES
+from datastore.store.shards import write_token_shard
 from datastore.store.tokenizers import put_tokenizer
 from datastore.store.verify import verify
 from datastore.store.writer import commit_records, commit_shards
@@ -255,6 +259,7 @@ def test_a_record_shard_with_other_rows_is_found_by_decoding() -> None:
     with writer(MemoryStorage(uuid.uuid4().hex)) as out:
         out.write({"text": f"{index}"} for index in range(3))
     shard = msgspec.structs.replace(next(iter(open_dataset(out.storage).segments)), documents=4)
+    assert out.schema is not None
     commit_records(out.storage, [shard], schema=out.schema, operation="overwrite")
     assert [bad.reason for bad in verify(open_dataset(out.storage), deep=True).bad] == ["it has 3 rows, not 4"]
 
@@ -321,3 +326,51 @@ def test_a_segment_that_leads_out_of_the_dataset_is_named_and_not_followed(
 def test_a_whole_path_is_no_place_of_a_dataset_that_refers_to_no_other(storage: Storage) -> None:
     dataset = forged(storage, path="/etc/passwd")
     assert [(bad.path, bad.reason) for bad in verify(dataset).bad] == [("/etc/passwd", "not a valid key")]
+
+
+@pytest.fixture(scope="module")
+def texts(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A dataset of texts and their tokens."""
+    folder = tmp_path_factory.mktemp("texts")
+    (folder / "src").mkdir()
+    for index in range(100):
+        (folder / "src" / f"{index:03}.txt").write_text(f"naïve cats sit on mat {index} " * 5)
+    raw = train_tokenizer([str(folder / "src")], settings=TokenizerSettings(vocab_size=320))
+    (folder / "tok.json").write_bytes(raw)
+    settings = IngestSettings(tokenizer=str(folder / "tok.json"), workers=1)
+    ingest([str(folder / "src")], str(folder / "set"), settings=settings)
+    return folder / "set"
+
+
+def test_texts_are_what_their_tokens_say(texts: Path) -> None:
+    assert verify(open_dataset(texts), deep=True).ok
+
+
+@pytest.mark.parametrize("end", [False, True])
+def test_tokens_that_are_not_the_text_that_they_came_from_are_found_by_decoding(texts: Path, *, end: bool) -> None:
+    dataset = open_dataset(texts)
+    storage = MemoryStorage(uuid.uuid4().hex)
+    tokenizer = dataset.commit.tokenizer
+    assert tokenizer is not None
+    put_tokenizer(
+        storage, dataset.tokenizer() or b"", vocab_size=tokenizer.vocab_size, end_of_text=tokenizer.end_of_text
+    )
+    values, offsets = dataset.token_shard(0)
+    changed = values.copy()
+    # An end of text within a document may stand for a text that spells it: then nobody can tell.
+    changed[1] = tokenizer.end_of_text if end else changed[1] + 1
+    shard = write_token_shard(storage, uid="a" * 32, values=changed, offsets=offsets, documents=dataset.documents(0))
+    commit_shards(storage, [shard], tokenizer=tokenizer)
+    found = verify(open_dataset(storage), deep=True).bad
+    assert [bad.reason for bad in found] == (
+        [] if end else ["the tokens of row 0 are not the text that its documents file names"]
+    )
+
+
+@pytest.mark.parametrize(
+    "raw", [b"[]", b"null", b'{"model": "tiny"}', b'{"model": {"type": "BPE"}, "decoder": 3}', b"\xff"]
+)
+def test_a_tokenizer_that_makes_no_sense_decodes_nothing_and_hides_nothing(storage: Storage, raw: bytes) -> None:
+    tokenizer = put_tokenizer(storage, raw, vocab_size=2**16, end_of_text=0)
+    commit_shards(storage, [make_shard(storage, "a" * 32, lengths=[3, 4])], tokenizer=tokenizer)
+    assert verify(open_dataset(storage), deep=True).ok

@@ -41,6 +41,10 @@ class TokenText:
         kept = [token for token in tokens.tolist() if token != self._end_of_text]
         return str(self._tokenizer.decode(kept, skip_special_tokens=False))
 
+    def ends_only(self, tokens: npt.NDArray[np.integer]) -> bool:
+        """Return whether the end of text is nowhere but at the end of `tokens`."""
+        return not (tokens[:-1] == self._end_of_text).any()
+
     def bytes_in(self, tokens: npt.NDArray[np.integer]) -> int:
         """Return how many bytes of UTF-8 text `tokens` are; only if `exact`."""
         return int(self._lengths[tokens].sum())
@@ -70,8 +74,11 @@ class TokenText:
         return Tokenizer.from_str(self._raw.decode())
 
 
-def _is_byte_level(tokenizer: dict[str, Any]) -> bool:
+def _is_byte_level(tokenizer: Any) -> bool:
     """Whether the bytes of a text's tokens, end to end, are the bytes of the text."""
+    parts = ("pre_tokenizer", "model", "decoder")
+    if not isinstance(tokenizer, dict) or any(not isinstance(tokenizer.get(part) or {}, dict) for part in parts):
+        return False
     before = tokenizer.get("pre_tokenizer") or {}
     steps = before.get("pretokenizers", []) if before.get("type") == "Sequence" else [before]
     levels = [step for step in steps if step.get("type") == "ByteLevel"]
