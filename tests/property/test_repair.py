@@ -15,7 +15,7 @@ from datastore.storage.memory import MemoryStorage
 from datastore.storage.placement import is_data
 from datastore.store.card import CARD_KEY
 from datastore.store.dataset import open_dataset
-from datastore.store.manifest import INFO_KEY
+from datastore.store.manifest import INFO_KEY, commit_key
 from datastore.store.parity import Group, load_groups
 from datastore.store.protect import protect
 from datastore.store.repair import RepairReport, repair
@@ -121,6 +121,8 @@ def test_of_all_but_one_copy_whatever_was_damaged_comes_back(data: st.DataObject
     disks = made(count, copies=copies)
     for key in sorted({key for truth in disks.truth for key in truth}):
         holders = [place for place in disks.places if key in content(place)]
+        if key == INFO_KEY and len({content(place).get(commit_key(1)) for place in disks.places}) > 1:
+            continue  # A disk without `datastore.json` is known again by its first commit.
         hit = (
             data.draw(st.lists(st.sampled_from(holders), max_size=len(holders) - 1, unique_by=id))
             if data.draw(st.booleans())

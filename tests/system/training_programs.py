@@ -47,6 +47,7 @@ class Rows:
     def __init__(self, tokens: np.ndarray[Any, np.dtype[np.uint16]]) -> None:
         self.tokens = tokens
         self.valid = np.ones(len(tokens), np.bool_)
+        self.loss_mask = None
         self.cursor = 0
 
     def fingerprint(self) -> int:
