@@ -200,6 +200,15 @@ def test_records_are_compacted_in_their_format(storage: Storage, form: str) -> N
     assert verify(after).ok
 
 
+def test_records_of_other_formats_are_not_put_together(storage: Storage) -> None:
+    for form in ("arrow", "parquet", "parquet"):
+        with writer(storage, format=form) as out:  # type: ignore[arg-type]
+            out.write({"text": form})
+    compact(storage)
+    dataset = open_dataset(storage)
+    assert [(shard.layout.format, shard.documents) for shard in dataset.segments] == [("arrow", 1), ("parquet", 2)]
+
+
 def test_an_append_that_comes_between_is_kept(storage: Storage) -> None:
     before = appended(storage, [3, 4], [5])
     appended(storage, [6])

@@ -294,6 +294,37 @@ def test_only_good_bytes_heal() -> None:
     assert all(disk.get("shards/a") == b"good" for disk in disks)
 
 
+def test_a_copy_of_what_is_deleted_meanwhile_does_not_stay() -> None:
+    storage, disks = three(copies=3)
+    source, *others = homes(storage, "shards/a")
+    MemoryStorage.put(disks[source], "shards/a", b"good")
+
+    def is_good(raw: bytes) -> bool:
+        # Whoever deletes it comes between the reading and the writing.
+        MemoryStorage.delete(disks[source], "shards/a")
+        return raw == b"good"
+
+    assert storage.heal_now("shards/a", is_good) == []
+    assert holders(disks, "shards/a") == []
+    assert others
+
+
+def test_what_is_deleted_goes_from_the_root_that_decides_last(monkeypatch: pytest.MonkeyPatch) -> None:
+    storage, disks = three(copies=3)
+    storage.put("refs/tags/t.json", b"x")
+    left: list[list[int]] = []
+    inner = MemoryStorage.delete
+
+    def delete(self: MemoryStorage, key: str) -> None:
+        inner(self, key)
+        left.append(holders(disks, key))
+
+    monkeypatch.setattr(MemoryStorage, "delete", delete)
+    storage.delete("refs/tags/t.json")
+    assert left[-1] == []
+    assert all(0 in still for still in left[:-1])
+
+
 def test_what_may_change_is_not_healed_behind_the_back_of_who_changes_it() -> None:
     storage, disks = three(copies=3)
     storage.put("refs/tags/t.json", b"x")
