@@ -5,8 +5,9 @@ plugin registers with fsspec gets the cautious row: a write goes to a hidden fil
 told that put-if-absent holds.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 __all__ = ["BACKENDS", "CAUTIOUS", "Backend", "backend_of"]
 
@@ -29,6 +30,9 @@ class Backend:
     part_bytes: int | None = None
     """The size of a part where large values are sent in several requests; None: always one stream."""
 
+    move: Callable[[Any, str, str], object] = lambda fs, source, target: fs.mv(source, target)
+    """Give a file of an fsspec file system another name, replacing what has it."""
+
     replaces: bool = False
     """A write shows the old bytes or the new, never a part; otherwise we write beside the key, and move."""
 
@@ -44,6 +48,10 @@ class Backend:
     repeats: bool = False
     """Below the library a request may be sent again unseen, as aiohttp does when a connection was lost: then the server may
     refuse a conditional write for what its first sending wrote, and only the bytes stored tell."""
+
+    threads: bool = False
+    """Its connection serves several threads at once; otherwise they take turns. paramiko's hands one thread's answer to
+    another and then waits for ever, and ftplib mixes them up."""
 
     writable: bool = True
 
@@ -70,6 +78,7 @@ _S3 = Backend(
     listing="ordered",
     reads_from_zero=True,
     repeats=True,
+    threads=True,
     requires="datastore[s3]",
     options=(*_UNCACHED, ("config_kwargs", {"retries": {"total_max_attempts": 1, "mode": "standard"}})),
 )
@@ -79,6 +88,7 @@ _GCS = Backend(
     replaces=True,
     listing="ordered",
     repeats=True,
+    threads=True,
     requires="gcsfs",
     options=_UNCACHED,
 )
@@ -87,17 +97,23 @@ _AZURE = Backend(
     part_bytes=4 * _MIB,
     replaces=True,
     repeats=True,
+    threads=True,
     requires="adlfs",
     options=_UNCACHED,
 )
-_HDFS = Backend(requires="pyarrow, and Hadoop's libhdfs")
+_HDFS = Backend(threads=True, requires="pyarrow, and Hadoop's libhdfs")
 _SFTP = Backend(requires="paramiko")
-_WEBDAV = Backend(requires="webdav4[fsspec]")
+_WEBDAV = Backend(
+    threads=True,
+    # Its `mv` copies, and refuses to replace.
+    move=lambda fs, source, target: fs.client.move(source, target, overwrite=True),
+    requires="webdav4[fsspec]",
+)
 _WEB = Backend(writable=False, listing="none", ranges=False)
 
 BACKENDS: dict[str, Backend] = {
-    "file": CAUTIOUS,
-    "memory": Backend(replaces=True),
+    "file": Backend(threads=True),
+    "memory": Backend(replaces=True, threads=True),
     "s3": _S3,
     "s3a": _S3,
     "gs": _GCS,

@@ -14,10 +14,15 @@ from collections.abc import Iterable
 from datastore.errors import DatastoreError, MissingError, StorageError
 from datastore.storage.reasons import conflict, explain, missing
 
-__all__ = ["error_code", "http_status", "is_unreachable", "scrub", "translate"]
+__all__ = ["error_code", "http_status", "is_lost", "is_unreachable", "scrub", "translate"]
 
 _NO_CREDENTIALS = {"DefaultCredentialsError", "NoCredentialsError", "PartialCredentialsError", "ProfileNotFound"}
-_REFUSED_CREDENTIALS = {"ClientAuthenticationError", "CredentialRetrievalError", "RefreshError"}
+_REFUSED_CREDENTIALS = {
+    "AuthenticationException",
+    "ClientAuthenticationError",
+    "CredentialRetrievalError",
+    "RefreshError",
+}
 _EXPIRED_CREDENTIALS = {"SSOError", "SSOTokenLoadError", "TokenRetrievalError", "UnauthorizedSSOTokenError"}
 """Names of base classes of errors."""
 
@@ -126,6 +131,15 @@ def is_unreachable(error: BaseException) -> bool:
     return bool(_UNREACHABLE & {name for found in (error, error.__cause__) if found for name in _names(found)})
 
 
+def is_lost(error: BaseException) -> bool:
+    """Return whether a connection that lasts is of no more use after this: it was closed, or is out of step."""
+    return (
+        isinstance(error, EOFError | ConnectionError)
+        or "SSHException" in _names(error)
+        or str(error) in {"Socket is closed", "size of packet exceeds limit"}
+    )
+
+
 def scrub(text: str, secrets: Iterable[str] = ()) -> str:
     """Return `text` on one line, without the secrets and without anything that looks like a signed query."""
     for secret in secrets:
@@ -168,7 +182,7 @@ def _is_passing(error: Exception, status: int | None) -> bool:
         return True
     if error_code(error) in _PASSING_CODES:
         return True
-    if isinstance(error, TimeoutError | ConnectionError) or is_unreachable(error):
+    if isinstance(error, TimeoutError | ConnectionError) or is_unreachable(error) or is_lost(error):
         return True
     if isinstance(error, OSError) and error.errno is not None:
         # EREMOTEIO is what s3fs makes of an InternalError, EBUSY of SlowDown.

@@ -7,28 +7,31 @@ conditional write `put_new` uses it; everywhere else `exclusive` is False and a 
 Nothing is cached: each listing and each size is asked for again, because other processes write, too.
 """
 
-import os
 import uuid
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
-import fsspec
 from typing_extensions import Buffer, override
 
-from datastore.errors import ConfigError, DependencyError
+from datastore.errors import ConfigError
 from datastore.storage.backends import backend_of
 from datastore.storage.base import Stat, Storage, check_key
-from datastore.storage.foreign import http_status, translate
+from datastore.storage.bodies import join, total_bytes
+from datastore.storage.connection import Connection
+from datastore.storage.foreign import http_status, is_lost
 from datastore.storage.reasons import conflict, cut_short, missing, too_short
 from datastore.storage.retry import Requests, RetryPolicy
-from datastore.storage.statistics import OperationStatistics
+from datastore.storage.statistics import Operation, OperationStatistics
 from datastore.storage.unfinished import find_hidden, find_uploads, time_of
 from datastore.storage.urls import secrets_of, strip_credentials
 
-__all__ = ["FsspecStorage", "configured"]
+__all__ = ["FsspecStorage"]
+
+
+T = TypeVar("T")
 
 
 class FsspecStorage(Storage):
@@ -40,15 +43,12 @@ class FsspecStorage(Storage):
     def __init__(
         self, url: str, options: Mapping[str, Any] | None = None, *, policy: RetryPolicy | None = None
     ) -> None:
-        self._raw_url = url
         self._url = strip_credentials(url).rstrip("/")
-        self._protocol = url.partition("://")[0].lower()
-        self._backend = backend_of(self._protocol)
+        self._backend = backend_of(url.partition("://")[0].lower())
         self._options = dict(self._backend.options) | dict(options or {})
-        self._secrets = tuple(secrets_of(url, self._options))
-        self._requests = Requests(self._url, policy=policy, secrets=self._secrets)
-        self._process = -1
-        self._connect()
+        secrets = tuple(secrets_of(url, self._options))
+        self._requests = Requests(self._url, policy=policy, secrets=secrets)
+        self._connection = Connection(url, self._options)
 
     @override
     def __repr__(self) -> str:
@@ -71,7 +71,7 @@ class FsspecStorage(Storage):
     @override
     def get(self, key: str) -> bytes:
         path = self._path(key)
-        return self._requests.run("get", key, lambda: self._cat(path), sized=len)
+        return self._run("get", key, lambda: self._cat(key, path), sized=len)
 
     @override
     def get_ranges(self, key: str, ranges: Sequence[tuple[int, int]]) -> list[bytes]:
@@ -81,7 +81,7 @@ class FsspecStorage(Storage):
             self.stat(key)
             return [b"" for _ in ranges]
         got: dict[int, bytes] = {}
-        parts = self._requests.run("get_ranges", key, lambda: self._cat_ranges(key, path, asked, got), sized=_total)
+        parts = self._run("get_ranges", key, lambda: self._cat_ranges(key, path, asked, got), sized=total_bytes)
         found = iter(parts)
         return [next(found) if stop > start else b"" for start, stop in ranges]
 
@@ -92,20 +92,20 @@ class FsspecStorage(Storage):
             self.stat(key)
             return
         path, asked = self._path(key), [(start, start + len(view))]
-        found = self._requests.run("read_into", key, lambda: self._cat_ranges(key, path, asked, {}), sized=_total)
+        found = self._run("read_into", key, lambda: self._cat_ranges(key, path, asked, {}), sized=total_bytes)
         view[:] = found[0]
 
     @override
     def put(self, key: str, *chunks: Buffer) -> None:
         path = self._path(key)
-        self._requests.run("put", key, lambda: self._write(path, chunks), sized=_total(chunks))
+        self._run("put", key, lambda: self._write(path, chunks), sized=total_bytes(chunks))
 
     @override
     def put_new(self, key: str, *chunks: Buffer) -> None:
-        path, data = self._path(key), _join(chunks)
+        path, data = self._path(key), join(chunks)
         self._requests.create(
             key,
-            lambda: self._create(key, path, data),
+            lambda: self._connection.in_turn(lambda: self._create(key, path, data)),
             size_bytes=len(data),
             is_mine=lambda: self.get(key) == data,
             repeated=self._backend.repeats,
@@ -113,9 +113,9 @@ class FsspecStorage(Storage):
 
     @override
     def list(self, folder: str = "") -> Iterator[Stat]:
-        below = self._path(folder) if folder else self._root
-        found = self._requests.run("list", folder, lambda: self._find(below))
-        start = len(self._root) + 1
+        below = self._path(folder) if folder else self._connection.root
+        found = self._run("list", folder, lambda: self._find(below))
+        start = len(self._connection.root) + 1
         for path, info in sorted(found.items()):
             name = path.rpartition("/")[2]
             hidden = not name or (name.startswith(".") and name.endswith(".tmp"))
@@ -125,12 +125,12 @@ class FsspecStorage(Storage):
     @override
     def delete(self, key: str) -> None:
         path = self._path(key)
-        self._requests.run("delete", key, lambda: self._remove(path))
+        self._run("delete", key, lambda: self._remove(path))
 
     @override
     def stat(self, key: str) -> Stat:
         path = self._path(key)
-        info = self._requests.run("stat", key, lambda: self._info(path))
+        info = self._run("stat", key, lambda: self._info(path))
         if info["type"] != "file":
             raise missing(key=key, url=self._url)
         return Stat(key=key, size_bytes=info["size"] or 0, modified=time_of(info))
@@ -139,10 +139,10 @@ class FsspecStorage(Storage):
     def clear_unfinished(self, *, before: float, dry_run: bool = False) -> Sequence[Stat]:
         call = getattr(self._fs, "call_s3", None)
         find = partial(find_uploads, call) if call else partial(find_hidden, self._fs)
-        found = self._requests.run("list", "", lambda: find(self._root))
+        found = self._run("list", "", lambda: find(self._connection.root))
         old = [unfinished for unfinished in found if unfinished.stat.modified < before]
         for unfinished in old if not dry_run else ():
-            self._requests.run("delete", unfinished.stat.key, unfinished.remove)
+            self._run("delete", unfinished.stat.key, unfinished.remove)
         return [unfinished.stat for unfinished in old]
 
     @override
@@ -150,49 +150,34 @@ class FsspecStorage(Storage):
         check_key(key)
         return None
 
-    def _connect(self) -> None:
-        try:
-            self._filesystem, root = fsspec.core.url_to_fs(self._raw_url, **self._options)
-        except ImportError:
-            raise DependencyError(
-                "a package for this kind of URL is missing",
-                url=self._url,
-                hint=f"Run: pip install '{self._backend.requires or self._protocol}'.",
-            ) from None
-        except ValueError as error:
-            if "not known" in str(error):
-                raise ConfigError(
-                    "unknown kind of URL",
-                    url=self._url,
-                    scheme=self._protocol,
-                    hint="Use a path, s3://, gs:// or the like.",
-                ) from None
-            raise translate(error, key="", url=self._url, secrets=self._secrets) from None
-        if hasattr(self._filesystem, "retries"):  # s3fs: one layer that repeats requests is enough.
-            self._filesystem.retries = 1
-        self._root = root.rstrip("/")
-        if not self._root and self._backend.replaces:
-            raise ConfigError("the URL names nothing", url=self._raw_url, hint=f"Write {self._protocol}://NAME.")
-        self._process = os.getpid()
+    def _run(self, operation: Operation, key: str, call: Callable[[], T], *, sized: Callable[[T], int] | int = 0) -> T:
+        return self._requests.run(operation, key, lambda: self._connection.in_turn(call), sized=sized)
 
     @property
     def _fs(self) -> Any:
-        if self._process != os.getpid():
-            self._connect()
-        return self._filesystem
+        return self._connection.fs
 
     def _path(self, key: str) -> str:
-        return f"{self._root}/{check_key(key)}"
+        return f"{self._connection.root}/{check_key(key)}"
 
-    def _cat(self, path: str) -> bytes:
-        if not self._backend.reads_from_zero:
-            return bytes(self._fs.cat_file(path))
+    def _cat(self, key: str, path: str) -> bytes:
         try:
-            return bytes(self._fs.cat_file(path, start=0))
-        except OSError as error:
-            if http_status(error) == 416:  # Nothing has no byte 0.
+            return bytes(self._fs.cat_file(path, start=0) if self._backend.reads_from_zero else self._fs.cat_file(path))
+        except Exception as error:  # noqa: BLE001 - backends share no base class; it is raised again
+            if self._backend.reads_from_zero and http_status(error) == 416:  # Nothing has no byte 0.
                 return b""
-            raise
+            raise self._told_apart(error, key, path) from None
+
+    def _told_apart(self, error: Exception, key: str, path: str) -> Exception:
+        """Return `error`, or that the key is missing if a folder was read: some call that an error without a number."""
+        folder = not self._backend.replaces and not is_lost(error) and self._is_folder(path)
+        return missing(key=key, url=self._url) if folder else error
+
+    def _is_folder(self, path: str) -> bool:
+        try:
+            return bool(self._info(path)["type"] == "directory")
+        except FileNotFoundError:
+            return False
 
     def _cat_ranges(
         self, key: str, path: str, asked: Sequence[tuple[int, int]], got: dict[int, bytes]
@@ -208,7 +193,7 @@ class FsspecStorage(Storage):
             elif len(part) == stop - start:
                 got[index] = bytes(part)
         if failed is not None and http_status(failed) != 416:
-            raise failed
+            raise self._told_apart(failed, key, path)
         if len(got) == len(asked):
             return [got[index] for index in range(len(asked))]
         if self._info(path)["size"] >= max(stops):
@@ -223,6 +208,8 @@ class FsspecStorage(Storage):
             return {}
 
     def _remove(self, path: str) -> None:
+        if not self._backend.replaces and self._is_folder(path):  # WebDAV would remove all of it.
+            return
         with suppress(FileNotFoundError, IsADirectoryError):
             self._fs.rm_file(path)
 
@@ -251,7 +238,7 @@ class FsspecStorage(Storage):
 
     def _write(self, path: str, chunks: Sequence[Buffer]) -> None:
         if self._backend.replaces:
-            self._fs.pipe_file(path, _join(chunks))
+            self._fs.pipe_file(path, join(chunks))
             return
         folder, _, name = path.rpartition("/")
         staged = f"{folder}/.{name}.{uuid.uuid4().hex}.tmp"
@@ -259,22 +246,9 @@ class FsspecStorage(Storage):
         try:
             with self._fs.open(staged, "wb") as file:
                 for chunk in chunks:
-                    file.write(chunk)
-            self._fs.mv(staged, path)
+                    file.write(chunk if isinstance(chunk, bytes) else bytes(memoryview(chunk).cast("B")))
+            self._backend.move(self._fs, staged, path)
         except BaseException:
-            with suppress(OSError):
+            with suppress(Exception):
                 self._fs.rm_file(staged)
             raise
-
-
-def _join(chunks: Sequence[Buffer]) -> bytes:
-    return chunks[0] if len(chunks) == 1 and isinstance(chunks[0], bytes) else b"".join(chunks)
-
-
-def configured(scheme: str) -> dict[str, Any]:
-    """Return the options that fsspec's own configuration (its files and variables) holds for a scheme."""
-    return dict(fsspec.config.conf.get(scheme, {}))
-
-
-def _total(parts: Sequence[Buffer]) -> int:
-    return sum(memoryview(part).nbytes for part in parts)

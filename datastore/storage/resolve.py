@@ -64,7 +64,7 @@ def _open_s3(url: str, rest: str) -> Storage | None:
     """Return our own way to S3 if that is what the URL names and it knows all that s3fs is configured for."""
     if not url.lower().startswith("s3") or rest.startswith("arn:") or not find_spec("botocore"):
         return None
-    from datastore.storage.remote import configured  # noqa: PLC0415 - fsspec takes 50 ms to import
+    from datastore.storage.connection import configured  # noqa: PLC0415 - fsspec takes 50 ms to import
     from datastore.storage.s3 import S3Storage, understands  # noqa: PLC0415 - botocore comes with an extra
 
     options = configured("s3")

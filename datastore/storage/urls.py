@@ -10,7 +10,7 @@ _SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)://")
 _NAMED_LOGIN = {"abfs", "abfss", "arrow_hdfs", "ftp", "hdfs", "oci", "sftp", "smb", "ssh", "webhdfs"}
 """Schemes whose URL needs the name before `@` (a user, a container); in all others whatever stands there is a secret."""
 
-_SECRET_WORDS = ("key", "secret", "token", "password", "credential", "sas", "connection_string")
+_SECRET_WORDS = ("auth", "key", "secret", "token", "password", "credential", "sas", "connection_string")
 
 
 def join_url(url: str | os.PathLike[str], *parts: str) -> str:
@@ -62,4 +62,4 @@ def _secret_options(options: Mapping[str, object]) -> Iterator[str]:
         if isinstance(value, Mapping):
             yield from _secret_options(value)
         elif any(word in name.lower() for word in _SECRET_WORDS):
-            yield str(value)
+            yield from map(str, value) if isinstance(value, list | tuple) else (str(value),)

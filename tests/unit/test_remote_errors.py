@@ -180,7 +180,8 @@ def test_neither_url_nor_repr_nor_error_shows_what_opened_the_storage() -> None:
     storage = FsspecStorage(
         "s3://LOGINSECRET:PASSSECRET@bucket/x?sig=QUERYSECRET", secrets, policy=RetryPolicy(tries=1)
     )
-    storage._filesystem = Broken(
+    storage._connection._process = os.getpid()
+    storage._connection._filesystem = Broken(
         OSError(errno.EIO, f"signed with {' '.join(secrets.values())} for LOGINSECRET:PASSSECRET")
     )
     for call in (
@@ -201,7 +202,7 @@ def test_neither_url_nor_repr_nor_error_shows_what_opened_the_storage() -> None:
 def test_a_child_process_makes_its_own_connection() -> None:
     storage = FsspecStorage("memory://fork")
     before = storage._fs
-    storage._process = os.getpid() + 1  # as if this process had been forked
-    storage._filesystem = None
+    storage._connection._process = os.getpid() + 1  # as if this process had been forked
+    storage._connection._filesystem = None
     assert storage._fs is not None
     assert type(storage._fs) is type(before)
