@@ -5,7 +5,9 @@ once, others hand one thread's answer to another and then wait for ever. A table
 """
 
 import os
+import weakref
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from threading import RLock
 from typing import Any, TypeVar
 
@@ -46,6 +48,8 @@ class Connection:
         if self._process != os.getpid():
             own = {} if self._backend.threads else {"skip_instance_cache": True}
             self._filesystem = fsspec.core.url_to_fs(self._raw_url, **self._options, **own)[0]
+            if own:
+                weakref.finalize(self, _hang_up, self._filesystem)
             if hasattr(self._filesystem, "retries"):  # s3fs: one layer that repeats requests is enough.
                 self._filesystem.retries = 1
             self._process = os.getpid()
@@ -63,6 +67,7 @@ class Connection:
             except Exception as error:
                 if is_lost(error):  # The next try begins with a new one.
                     self._process = -1
+                    _hang_up(self._filesystem)
                 raise
 
     def _find_root(self) -> str:
@@ -82,6 +87,14 @@ class Connection:
                 hint="Use a path, s3://, gs:// or the like.",
             ) from None
         return str(kind._strip_protocol(self._raw_url))  # noqa: SLF001 - as `url_to_fs` does
+
+
+def _hang_up(fs: Any) -> None:
+    """Close a connection that lasts; its thread would keep it for as long as the process lives."""
+    close = getattr(getattr(fs, "client", None), "close", None)
+    if close is not None:
+        with suppress(Exception):
+            close()
 
 
 def configured(scheme: str) -> dict[str, Any]:

@@ -181,8 +181,8 @@ def options_for(gateway: type[Gateway]) -> dict[str, Any]:
 
 
 class TestUnreliableS3(StorageContract):
-    rounds = 4
-    large_bytes = 2**20
+    rounds = 2
+    large_bytes = 2**19
 
     @pytest.fixture
     def storage(self, gateway: type[Gateway]) -> Iterator[Storage]:
@@ -193,9 +193,10 @@ class TestUnreliableS3(StorageContract):
             assert total.retries > 0
 
 
+@pytest.mark.slow
 class TestUnreliableS3ThroughS3fs(StorageContract):
-    rounds = 4
-    large_bytes = 2**20
+    rounds = 2
+    large_bytes = 2**19
 
     @pytest.fixture
     def storage(self, gateway: type[Gateway]) -> Storage:
