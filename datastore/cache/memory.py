@@ -154,9 +154,11 @@ class BlockCache(TokenBlocks):
         with self._changed:
             if not self._claim(block, size, urgent=urgent):
                 return bool(self._resident[block])
-            region = self._region(place.shard)
         filled = False
         try:
+            # Here, where a shard that cannot be described is as one that cannot be read: whoever waits is told.
+            with self._changed:
+                region = self._region(place.shard)
             refetches = region.fill(place)
             filled = True
         finally:
@@ -234,7 +236,10 @@ class BlockCache(TokenBlocks):
     def _give_back(self, block: int, size: int) -> None:
         place = self._layout.range_of(block)
         self._used_bytes -= size
-        self._regions[place.shard].release(place)
+        region = self._regions.get(place.shard)
+        if region is None:
+            return
+        region.release(place)
         if not any(other in self._recent or other in self._filling for other in self._layout.of_shard(place.shard)):
             del self._regions[place.shard]
 

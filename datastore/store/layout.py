@@ -19,7 +19,7 @@ class ColumnLayout(Document, frozen=True, kw_only=True):
     """A column of a token shard beside `tokens`: `width` values for each token, end to end."""
 
     name: str
-    dtype: str
+    dtype: Annotated[str, msgspec.Meta(pattern="^(u?int(8|16|32|64)|float(16|32|64))$")]
     """NumPy's name of the type of one value."""
 
     width: Annotated[int, msgspec.Meta(ge=1)] = 1

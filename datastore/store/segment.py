@@ -17,7 +17,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from typing_extensions import Buffer
 
-from datastore.digest import digest_hex
+from datastore.digest import DIGEST_BYTES, digest_hex
 from datastore.document import decode
 from datastore.errors import ConfigError, CorruptError
 from datastore.formats.arrays import numbers_of
@@ -50,6 +50,14 @@ MAX_SEGMENT_SHARDS = 65_536
 
 _MERGE_RATIO = 4
 """A segment at the tail is merged into the one after it if it has less than this many times its shards."""
+
+_LARGEST_BLOCK = 2**30
+"""Bytes of a block: what a reader has to set aside for one digest."""
+
+_LARGEST_FILE = 2**40
+
+_CHECKED_AT_ONCE = 8192
+"""Rows whose numbers stay in a core's cache, with what is computed from them."""
 
 _ROWS_AT_ONCE = 1024
 """Rows turned into objects at a time when all are visited."""
@@ -124,6 +132,7 @@ def decode_segment(raw: Buffer | pa.Buffer, *, where: str) -> pa.RecordBatch:
         if not batch.schema.equals(SEGMENT_SCHEMA):
             raise _not_a_segment("a column has another type", where)
         _check_columns(batch)
+        _check_sizes(batch)
     except (pa.ArrowException, OSError, KeyError, ValueError, MemoryError) as error:
         raise _not_a_segment(str(error), where) from None
     return batch
@@ -144,6 +153,33 @@ def _check_columns(batch: pa.RecordBatch) -> None:
                 raise pa.ArrowInvalid(f"a number below {least} in the column {name}")
         elif kind != _BINARY16:
             column.view(pa.binary()).validate(full=True)
+
+
+def _check_sizes(batch: pa.RecordBatch) -> None:
+    """Raise ArrowInvalid for a shard whose file has no room for what is said to be in it: 1 ms for 65,536 rows.
+
+    So whoever plans with these numbers plans with no more than their digests stand for.
+    """
+    for start in range(0, batch.num_rows, _CHECKED_AT_ONCE):
+        if not _sizes_fit(batch.slice(start, _CHECKED_AT_ONCE)):
+            raise pa.ArrowInvalid("a shard is larger than its file, or has other blocks than its size says")
+
+
+def _sizes_fit(batch: pa.RecordBatch) -> bool:
+    """Whether all shards fit into their files. The limits come first: within them nothing overflows."""
+    size, block, tokens, documents = (
+        _numbers(batch, name) for name in ("size_bytes", "block_bytes", "tokens", "documents")
+    )
+    values, offsets = (_numbers(batch, name) for name in ("values_start", "offsets_start"))
+    if not ((size <= _LARGEST_FILE) & (block <= _LARGEST_BLOCK)).all():
+        return False
+    if not ((tokens <= size) & (documents <= size) & (values <= size) & (offsets <= size)).all():
+        return False
+    itemsize = _itemsize(batch)
+    lengths: Any = pc.binary_length(cast("Any", batch.column("block_digests")))
+    digests, rest = np.divmod(numbers_of(lengths), DIGEST_BYTES)
+    fits = (values + tokens * itemsize <= size) & (rest == 0) & (digests == -(-size // block))
+    return bool((fits & np.where(itemsize > 0, offsets + 4 * documents + 4 <= size, tokens == 0)).all())
 
 
 def _completed(batch: pa.RecordBatch) -> pa.RecordBatch:
@@ -280,6 +316,10 @@ class Segments:
                 found = next((column for column in _layout(raw).columns if column.name == name), None)
                 if found is None:
                     raise CorruptError("a shard lacks a column of the dataset", shard=self.shard(at).path, column=name)
+                # In whole numbers of Python, which do not overflow.
+                value_bytes = int(self.tokens[at]) * found.width * np.dtype(found.dtype).itemsize
+                if found.values_start + value_bytes > int(self.size_bytes[at]):
+                    raise CorruptError("a column is larger than its file", shard=self.shard(at).path, column=name)
                 starts[at] = found.values_start
                 at += 1
         return starts

@@ -303,13 +303,30 @@ def test_damage_is_told_once_however_deep_one_looks(dataset: Dataset) -> None:
     assert len(verify(dataset).bad) == 1
 
 
-@pytest.mark.parametrize("block_bytes", [1, 2**62])
-def test_a_manifest_with_monstrous_sizes_costs_no_memory(block_bytes: int) -> None:
-    dataset = forged(MemoryStorage(uuid.uuid4().hex), size_bytes=2**62, block_bytes=block_bytes)
-    found = verify(dataset).bad
-    path = dataset.segments.shard(0).path
-    assert {bad.path for bad in found} == {path}
-    assert len(found) <= 2
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"size_bytes": 2**62, "block_bytes": 2**62},
+        {"size_bytes": 2**62, "block_bytes": 1},
+        {"block_bytes": 2**31},
+        {"block_bytes": 7},
+        {"block_digests": b""},
+        {"block_digests": bytes(17)},
+        {"tokens": 10**6},
+        {"tokens": 2**62},
+        {"documents": 10**6},
+        {"documents": 2**62},
+        {"values_start": 10**6},
+        {"offsets_start": 10**6},
+    ],
+)
+def test_a_shard_that_is_larger_than_its_file_is_refused_with_its_segment(
+    storage: Storage, change: dict[str, object]
+) -> None:
+    dataset = forged(storage, **change)
+    (found,) = verify(dataset).bad
+    assert found.path.startswith("_segments/")
+    assert "larger than its file" in found.reason
 
 
 @pytest.mark.parametrize("change", [{"path": "../../secret"}, {"docs_path": "docs/../../secret"}, {"path": ""}])
