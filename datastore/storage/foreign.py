@@ -110,7 +110,11 @@ def http_status(error: BaseException) -> int | None:
     """Return the HTTP status that `error`, or what caused it, carries."""
     for candidate in (error, error.__cause__):
         response = getattr(candidate, "response", None)
-        found = response.get("ResponseMetadata", {}).get("HTTPStatusCode") if isinstance(response, dict) else None
+        found = (
+            response.get("ResponseMetadata", {}).get("HTTPStatusCode")
+            if isinstance(response, dict)
+            else getattr(response, "status_code", None)
+        )
         for value in (found, *(getattr(candidate, name, None) for name in ("status", "status_code", "code"))):
             if isinstance(value, int | str) and str(value).isdigit() and 100 <= int(value) < 600:
                 return int(value)

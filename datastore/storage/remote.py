@@ -163,15 +163,16 @@ class FsspecStorage(Storage):
     def _cat(self, key: str, path: str) -> bytes:
         try:
             return bytes(self._fs.cat_file(path, start=0) if self._backend.reads_from_zero else self._fs.cat_file(path))
-        except Exception as error:  # noqa: BLE001 - backends share no base class; it is raised again
+        except Exception as error:
             if self._backend.reads_from_zero and http_status(error) == 416:  # Nothing has no byte 0.
                 return b""
-            raise self._told_apart(error, key, path) from None
+            if self._read_a_folder(error, path):
+                raise missing(key=key, url=self._url) from None
+            raise
 
-    def _told_apart(self, error: Exception, key: str, path: str) -> Exception:
-        """Return `error`, or that the key is missing if a folder was read: some call that an error without a number."""
-        folder = not self._backend.replaces and not is_lost(error) and self._is_folder(path)
-        return missing(key=key, url=self._url) if folder else error
+    def _read_a_folder(self, error: Exception, path: str) -> bool:
+        """Return whether that is what went wrong: some libraries raise an error without a number."""
+        return not self._backend.replaces and not is_lost(error) and self._is_folder(path)
 
     def _is_folder(self, path: str) -> bool:
         try:
@@ -193,7 +194,7 @@ class FsspecStorage(Storage):
             elif len(part) == stop - start:
                 got[index] = bytes(part)
         if failed is not None and http_status(failed) != 416:
-            raise self._told_apart(failed, key, path)
+            raise missing(key=key, url=self._url) if self._read_a_folder(failed, path) else failed
         if len(got) == len(asked):
             return [got[index] for index in range(len(asked))]
         if self._info(path)["size"] >= max(stops):
