@@ -56,6 +56,8 @@ _LARGEST_BLOCK = 2**30
 
 _LARGEST_FILE = 2**40
 
+_SIZES = ("size_bytes", "block_bytes", "tokens", "documents", "values_start", "offsets_start")
+
 _CHECKED_AT_ONCE = 8192
 """Rows whose numbers stay in a core's cache, with what is computed from them."""
 
@@ -160,26 +162,28 @@ def _check_sizes(batch: pa.RecordBatch) -> None:
 
     So whoever plans with these numbers plans with no more than their digests stand for.
     """
+    dtype: Any = batch.column("dtype")
+    digests: Any = batch.column("block_digests")
+    numbers = [_numbers(batch, name) for name in _SIZES]
+    numbers += [numbers_of(pc.binary_length(each)) for each in (dtype, digests)]
+    wide = numbers_of(pc.equal(dtype, pa.scalar("uint32"))).view(np.bool_)
     for start in range(0, batch.num_rows, _CHECKED_AT_ONCE):
-        if not _sizes_fit(batch.slice(start, _CHECKED_AT_ONCE)):
+        part = slice(start, start + _CHECKED_AT_ONCE)
+        if not _sizes_fit([column[part] for column in numbers], wide=wide[part]):
             raise pa.ArrowInvalid("a shard is larger than its file, or has other blocks than its size says")
 
 
-def _sizes_fit(batch: pa.RecordBatch) -> bool:
-    """Whether all shards fit into their files. The limits come first: within them nothing overflows."""
-    size, block, tokens, documents = (
-        _numbers(batch, name) for name in ("size_bytes", "block_bytes", "tokens", "documents")
-    )
-    values, offsets = (_numbers(batch, name) for name in ("values_start", "offsets_start"))
+def _sizes_fit(numbers: Sequence[npt.NDArray[Any]], *, wide: npt.NDArray[np.bool_]) -> bool:
+    """Whether shards fit into their files. The limits come first: within them nothing overflows."""
+    size, block, tokens, documents, values, offsets, named, digest_bytes = numbers
     if not ((size <= _LARGEST_FILE) & (block <= _LARGEST_BLOCK)).all():
         return False
     if not ((tokens <= size) & (documents <= size) & (values <= size) & (offsets <= size)).all():
         return False
-    itemsize = _itemsize(batch)
-    lengths: Any = pc.binary_length(cast("Any", batch.column("block_digests")))
-    digests, rest = np.divmod(numbers_of(lengths), DIGEST_BYTES)
-    fits = (values + tokens * itemsize <= size) & (rest == 0) & (digests == -(-size // block))
-    return bool((fits & np.where(itemsize > 0, offsets + 4 * documents + 4 <= size, tokens == 0)).all())
+    of_tokens = named > 0
+    fits = values + (2 * tokens << wide) <= size
+    fits &= np.where(of_tokens, offsets + 4 * documents + 4 <= size, tokens == 0)
+    return bool((fits & (digest_bytes == DIGEST_BYTES * -(-size // block))).all())
 
 
 def _completed(batch: pa.RecordBatch) -> pa.RecordBatch:
