@@ -91,7 +91,16 @@ def test_metrics_have_one_record_for_each_step(language: str, tmp_path: Path) ->
     train(tiny_settings(language, hooks=(PRUNE,)), str(tmp_path))
     found = read_metrics(RunFolder.open(str(tmp_path)).storage)
     assert [line["step"] for line in found] == list(range(1, 21))
-    assert {"loss", "grad_norm", "lr", "tokens_per_s", "data_wait", "cache_hits", "storage_requests", "sparsity"} <= found[0].keys()
+    assert {
+        "loss",
+        "grad_norm",
+        "lr",
+        "tokens_per_s",
+        "data_wait",
+        "cache_hits",
+        "storage_requests",
+        "sparsity",
+    } <= found[0].keys()
     assert [line["step"] for line in found if "validation_loss" in line] == [10, 20]
     assert found[-1]["sparsity"] == pytest.approx(0.75, abs=0.01)
 
