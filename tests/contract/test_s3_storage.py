@@ -51,6 +51,7 @@ class TestS3Storage(StorageContract):
     def storage(self, options: dict[str, Any]) -> Storage:
         return self.kind(f"s3://bucket/{uuid.uuid4().hex}", options)
 
+    @pytest.mark.slow  # The server runs in threads of the parent: a fork of those hung once under load.
     def test_a_forked_child_reads_and_writes_on_a_connection_of_its_own(self, storage: Storage) -> None:
         storage.put("from-parent", b"parent")
         child = multiprocessing.get_context("fork").Process(target=copy, args=(storage, "from-parent", "from-child"))
