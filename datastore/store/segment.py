@@ -166,7 +166,7 @@ def _check_sizes(batch: pa.RecordBatch) -> None:
     digests: Any = batch.column("block_digests")
     numbers = [_numbers(batch, name) for name in _SIZES]
     numbers += [numbers_of(pc.binary_length(each)) for each in (dtype, digests)]
-    wide = numbers_of(pc.equal(dtype, pa.scalar("uint32"))).view(np.bool_)
+    wide = _itemsize(batch) == np.dtype(np.uint32).itemsize
     for start in range(0, batch.num_rows, _CHECKED_AT_ONCE):
         part = slice(start, start + _CHECKED_AT_ONCE)
         if not _sizes_fit([column[part] for column in numbers], wide=wide[part]):
