@@ -17,6 +17,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from functools import cache
 from importlib.metadata import version as installed_version
 from threading import Event
 from typing import TypeVar
@@ -324,6 +325,7 @@ def utc_now() -> str:
     return datetime.now(UTC).isoformat(timespec="microseconds").replace("+00:00", "Z")
 
 
+@cache
 def writer_name() -> str:
-    """Return the name and version of this package as they stand in commits."""
+    """Return the name and version of this package as they stand in commits; reading them once takes a millisecond."""
     return f"datastore {installed_version('datastore')}"
