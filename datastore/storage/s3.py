@@ -20,13 +20,13 @@ from typing_extensions import Buffer, override
 from datastore.errors import ConfigError, DatastoreError, MissingError
 from datastore.storage.backends import BACKENDS
 from datastore.storage.base import Stat, Storage, check_key
-from datastore.storage.bodies import GAP_BYTES, fill, gather, join, merge_ranges, read_all, slices, total_bytes
+from datastore.storage.bodies import fill, gather, join, read_all, total_bytes
 from datastore.storage.foreign import error_code, http_status
 from datastore.storage.reasons import cut_short, too_short
 from datastore.storage.retry import Requests, RetryPolicy
 from datastore.storage.s3_client import s3_client, understands
 from datastore.storage.statistics import OperationStatistics
-from datastore.storage.threads import THREADS, all_at_once
+from datastore.storage.threads import all_at_once, ranges_at_once
 from datastore.storage.unfinished import find_uploads
 from datastore.storage.urls import secrets_of, split_url, strip_credentials
 
@@ -84,17 +84,9 @@ class S3Storage(Storage):
 
     @override
     def get_ranges(self, key: str, ranges: Sequence[tuple[int, int]]) -> list[bytes]:
-        asked = merge_ranges(ranges, gap_bytes=GAP_BYTES)
-        if not asked:
+        if not any(stop > start for start, stop in ranges):
             self.stat(key)
-            return [b"" for _ in ranges]
-        wholes = [memoryview(bytearray(stop - start)) for start, stop in asked]
-        tasks = [
-            partial(self._read, "get_ranges", key, start, whole)
-            for (start, _), whole in zip(asked, wholes, strict=True)
-        ]
-        all_at_once(tasks, most=THREADS)
-        return slices(ranges, asked, wholes)
+        return ranges_at_once(partial(self._read, "get_ranges", key), ranges)
 
     @override
     def read_into(self, key: str, start: int, target: Buffer) -> None:

@@ -25,11 +25,11 @@ from typing_extensions import Buffer, override
 
 from datastore.errors import ConfigError
 from datastore.storage.base import ReadOnly, Stat, check_key
-from datastore.storage.bodies import GAP_BYTES, fill_from, merge_ranges, slices
+from datastore.storage.bodies import fill_from
 from datastore.storage.reasons import cut_short, missing, too_short
 from datastore.storage.retry import Requests, RetryPolicy
 from datastore.storage.statistics import OperationStatistics
-from datastore.storage.threads import THREADS, all_at_once
+from datastore.storage.threads import ranges_at_once
 from datastore.storage.urls import secrets_of, strip_credentials
 
 __all__ = ["WebStorage"]
@@ -84,17 +84,9 @@ class WebStorage(ReadOnly):
 
     @override
     def get_ranges(self, key: str, ranges: Sequence[tuple[int, int]]) -> list[bytes]:
-        asked = merge_ranges(ranges, gap_bytes=GAP_BYTES)
-        if not asked:
+        if not any(stop > start for start, stop in ranges):
             self.stat(key)
-            return [b"" for _ in ranges]
-        wholes = [memoryview(bytearray(stop - start)) for start, stop in asked]
-        reads = [
-            partial(self._read, "get_ranges", key, start, whole)
-            for (start, _), whole in zip(asked, wholes, strict=True)
-        ]
-        all_at_once(reads, most=THREADS)
-        return slices(ranges, asked, wholes)
+        return ranges_at_once(partial(self._read, "get_ranges", key), ranges)
 
     @override
     def read_into(self, key: str, start: int, target: Buffer) -> None:

@@ -1,21 +1,18 @@
 """From a commit to its columns: the segments of a version, read, checked and mapped."""
 
-from concurrent.futures import ThreadPoolExecutor
-
 import pyarrow as pa
 
 from datastore.errors import CorruptError
 from datastore.storage.base import Storage
 from datastore.store.checked import Forget, map_checked
 from datastore.store.manifest import Commit, SegmentRef
+from datastore.store.parallel import in_parallel
 from datastore.store.segment import Segments, decode_segment, segment_key
 
 __all__ = ["Loaded", "load_segment", "load_segments"]
 
 Loaded = dict[str, pa.RecordBatch]
 """Segments by their digest, which stands for their bytes: one read once need not be read again."""
-
-_READERS = 8
 
 
 def load_segments(storage: Storage, commit: Commit, *, loaded: Loaded | None = None) -> Segments:
@@ -36,8 +33,7 @@ def load_segments(storage: Storage, commit: Commit, *, loaded: Loaded | None = N
 
     if len(commit.segments) < 2:
         return Segments([load(ref) for ref in commit.segments])
-    with ThreadPoolExecutor(max_workers=min(_READERS, len(commit.segments))) as pool:
-        return Segments(list(pool.map(load, commit.segments)), forget=forget)
+    return Segments(list(in_parallel(load, commit.segments)), forget=forget)
 
 
 def load_segment(storage: Storage, ref: SegmentRef, *, loaded: Loaded | None = None) -> pa.RecordBatch:

@@ -10,12 +10,11 @@ A sample reads all of the manifest and a share of the blocks: one run finds wide
 import os
 import re
 import secrets
-from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
+from operator import call
 
 from datastore.errors import ConfigError, CorruptError, DatastoreError
 from datastore.storage.base import Storage
@@ -36,18 +35,13 @@ from datastore.store.manifest import (
     tokenizer_key,
 )
 from datastore.store.opening import load_segment
+from datastore.store.parallel import THREADS, in_parallel
 from datastore.store.parity import Group, load_groups, parity_table_key
 from datastore.store.segment import BLOCK_BYTES, Segments, ShardInfo, segment_key, segment_ref
 from datastore.store.tags import list_tags, read_tagged
 from datastore.store.tokenizers import read_tokenizer
 
 __all__ = ["VerifyReport", "verify"]
-
-_THREADS = 8
-"""Readers of files that are elsewhere, each waiting most of the time; files of this machine take one for each core."""
-
-_AHEAD = 4
-"""Checks per thread handed out before the oldest is waited for."""
 
 _COMMIT = re.compile(r"_log/\d{20}\.json")
 
@@ -120,7 +114,7 @@ def verify(
 
 def _verify(dataset: Dataset, draw: Draw, look: DeepCheck | None, progress: Progress | None) -> VerifyReport:
     files, size_bytes, bad = 0, 0, list[BadBlock]()
-    for found in _run(_checks(dataset, draw, look), threads=_threads(dataset.storage)):
+    for found in in_parallel(call, _checks(dataset, draw, look), threads=_threads(dataset.storage)):
         files += found.files
         size_bytes += found.size_bytes
         bad += found.bad
@@ -132,26 +126,14 @@ def _verify(dataset: Dataset, draw: Draw, look: DeepCheck | None, progress: Prog
 
 
 def _threads(storage: Storage) -> int:
-    """Return how many readers to use.
+    """Return how many readers to use: for files of this machine one for each core, for others, which wait, more.
 
     On two cores and cached files, eight threads took 0.68 of a bare read's CPU time and two 0.83 (2026-11-25,
     tools/bench/store): they wait for each other's interpreter lock.
     """
     if storage.local_path(INFO_KEY) is None:
-        return _THREADS
-    return min(_THREADS, os.cpu_count() or 1)
-
-
-def _run(checks: Iterable[Callable[[], _Found]], *, threads: int) -> Iterator[_Found]:
-    """Do `checks` on `threads` threads; yield what they find, in their order."""
-    with ThreadPoolExecutor(max_workers=threads) as pool:
-        waiting: deque[Future[_Found]] = deque()
-        for check in checks:
-            waiting.append(pool.submit(check))
-            if len(waiting) >= _AHEAD * threads:
-                yield waiting.popleft().result()
-        while waiting:
-            yield waiting.popleft().result()
+        return THREADS
+    return min(THREADS, os.cpu_count() or 1)
 
 
 def _checks(dataset: Dataset, draw: Draw, look: DeepCheck | None) -> Iterator[Callable[[], _Found]]:
