@@ -10,7 +10,6 @@ With a `task_id`, the same documents make the same shards, and a program that wa
 committed already is not added twice. Other documents under the same id are refused. Without one, every block adds.
 """
 
-import logging
 import os
 import uuid
 from collections.abc import Mapping, Sequence
@@ -23,7 +22,7 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from datastore.digest import digest_bytes
-from datastore.errors import ConfigError, ConflictError, StorageError
+from datastore.errors import ConfigError, ConflictError
 from datastore.formats.documents import DOCUMENTS_SCHEMA
 from datastore.formats.tokens import ColumnType, column_type, encode_tokens, narrow_tokens, token_dtype
 from datastore.ingest.settings import IngestSettings
@@ -32,15 +31,13 @@ from datastore.storage.base import Storage
 from datastore.store.manifest import Commit, TokenizerRef
 from datastore.store.opening import load_segments
 from datastore.store.segment import Segments, ShardInfo
-from datastore.store.shards import read_documents, shard_uid, write_token_shard
+from datastore.store.shards import read_documents, remove_unused, shard_uid, write_token_shard
 from datastore.store.tokenizers import put_tokenizer
 from datastore.store.writer import commit_shards
 
 __all__ = ["ColumnTypes", "TokenWriter", "token_writer"]
 
 _SHARD_BYTES = 64 * 2**20
-_LOGGER = logging.getLogger(__name__)
-
 ColumnTypes = Mapping[str, str | tuple[str, int]]
 """For each column NumPy's name of its type, and, if there are several values for each token, how many."""
 
@@ -224,12 +221,8 @@ class TokenWriter:
 
     def _withdraw(self) -> None:
         """Remove the shards written so far; no version names them. Those of a task id may be another run's, too."""
-        for shard in [] if self._task_id else self._shards:
-            for path in (shard.path, shard.docs_path):
-                try:
-                    self.storage.delete(path)
-                except StorageError as error:
-                    _LOGGER.warning("an unused file is left behind: %s", error)
+        if not self._task_id:
+            remove_unused(self.storage, (path for shard in self._shards for path in (shard.path, shard.docs_path)))
 
 
 def _check_columns(target: Target, declared: Sequence[ColumnType]) -> None:

@@ -7,7 +7,6 @@ If the block raises, or is interrupted, what was written is removed and nothing 
 killed leaves shards that no version names: nobody reads them.
 """
 
-import logging
 import os
 import uuid
 from collections.abc import Iterable, Mapping
@@ -16,7 +15,7 @@ from typing import Any, Self
 
 import pyarrow as pa
 
-from datastore.errors import ConfigError, StorageError
+from datastore.errors import ConfigError
 from datastore.formats.evolution import without_numbers
 from datastore.formats.records import RecordFormat, check_format
 from datastore.formats.schema import SchemaLike, check_rows, check_storable, decode_schema, record_schema
@@ -25,14 +24,12 @@ from datastore.store.commits import CommitLog
 from datastore.store.manifest import Commit
 from datastore.store.roots import create_at
 from datastore.store.segment import ShardInfo
-from datastore.store.shards import shard_uid, write_record_shard
+from datastore.store.shards import remove_unused, shard_uid, write_record_shard
 from datastore.store.writer import Operation, commit_records
 
 __all__ = ["RecordWriter", "writer"]
 
 _SHARD_BYTES = 64 * 2**20
-
-_LOGGER = logging.getLogger(__name__)
 
 Rows = pa.Table | pa.RecordBatch | Mapping[str, Any] | Iterable[Mapping[str, Any]]
 
@@ -156,11 +153,7 @@ class RecordWriter:
 
     def _withdraw(self) -> None:
         """Remove the shards written so far; no version names them."""
-        for shard in self._shards:
-            try:
-                self.storage.delete(shard.path)
-            except StorageError as error:
-                _LOGGER.warning("an unused shard is left behind: %s", error)
+        remove_unused(self.storage, (shard.path for shard in self._shards))
 
 
 def _checked(schema: pa.Schema, format: RecordFormat) -> pa.Schema:  # noqa: A002

@@ -5,7 +5,6 @@ changed. So each remembers the shards it started from, and gives way if the newe
 to any other shard meanwhile does not matter. Only segments that name a replaced shard are written again.
 """
 
-import logging
 import os
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -16,7 +15,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from datastore.errors import ConfigError, ConflictError, MissingError, StorageError
+from datastore.errors import ConfigError, ConflictError, MissingError
 from datastore.storage.base import Storage
 from datastore.storage.resolve import strip_credentials
 from datastore.store.commits import CommitLog
@@ -33,10 +32,9 @@ from datastore.store.segment import (
     segment_of,
     segment_ref,
 )
+from datastore.store.shards import remove_unused
 
 __all__ = ["Target", "changing", "open_to_change", "replace_shards", "require_unchanged", "withdraw"]
-
-_LOGGER = logging.getLogger(__name__)
 
 Target = str | os.PathLike[str] | Storage | Dataset
 """A dataset to change: its URL, its storage, or a version of it that was opened before."""
@@ -118,11 +116,7 @@ def withdraw(base: Dataset, made: Mapping[str, Sequence[str]]) -> None:
         return
     named = {str(path) for path in data_paths(storage, newest.segments).to_pylist()}
     changed = _changed(base, Dataset(storage, info=base.info, commit=newest), made)
-    for path in {path for uid in changed for path in made[uid]} - named:
-        try:
-            storage.delete(path)
-        except StorageError as error:
-            _LOGGER.warning("an unused file is left behind: %s", error)
+    remove_unused(storage, {path for uid in changed for path in made[uid]} - named)
 
 
 def _changed(base: Dataset, current: Dataset, uids: Collection[str]) -> list[str]:

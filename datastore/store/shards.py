@@ -1,6 +1,7 @@
 """Shards on their way in and out of storage: each is written once, with its digests, and read against them."""
 
-from collections.abc import Mapping, Sequence
+import logging
+from collections.abc import Iterable, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any
 
@@ -9,7 +10,7 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from datastore.digest import block_digests, digest_bytes, digest_hex
-from datastore.errors import ConfigError
+from datastore.errors import ConfigError, StorageError
 from datastore.formats.documents import DOCUMENTS_SCHEMA, decode_documents, encode_documents
 from datastore.formats.evolution import schema_id
 from datastore.formats.records import RecordFormat, decode_records, encode_records
@@ -23,11 +24,13 @@ __all__ = [
     "read_record_shard",
     "read_token_shard",
     "read_token_table",
+    "remove_unused",
     "shard_uid",
     "write_record_shard",
     "write_token_shard",
 ]
 
+_LOGGER = logging.getLogger(__name__)
 
 _NO_COLUMNS: Mapping[str, npt.NDArray[Any]] = MappingProxyType({})
 
@@ -188,3 +191,12 @@ def read_documents(storage: Storage, shard: ShardInfo, *, columns: Sequence[str]
 
 def _shard_path(name: str, suffix: str = "arrow") -> str:
     return f"shards/{name[:2]}/{name}.{suffix}"
+
+
+def remove_unused(storage: Storage, paths: Iterable[str]) -> None:
+    """Remove files that no version names; one that cannot be removed stays, and a warning says so."""
+    for path in paths:
+        try:
+            storage.delete(path)
+        except StorageError as error:
+            _LOGGER.warning("an unused file is left behind: %s", error)
