@@ -13,6 +13,22 @@ if TYPE_CHECKING:
     from datastore.checkpoint.checkpointer import Checkpointer
     from datastore.checkpoint.settings import Keep
     from datastore.config import load_settings
+    from datastore.dataset.diff import diff
+    from datastore.dataset.durability.health import exposure
+    from datastore.dataset.durability.repair import repair
+    from datastore.dataset.durability.verify import verify
+    from datastore.dataset.log.tags import set_tag
+    from datastore.dataset.operations.clone import clone
+    from datastore.dataset.operations.compact import compact
+    from datastore.dataset.operations.copy import copy
+    from datastore.dataset.operations.delete import delete
+    from datastore.dataset.operations.evolve import evolve
+    from datastore.dataset.operations.expire import expire
+    from datastore.dataset.operations.purge.purge import purge
+    from datastore.dataset.operations.vacuum import vacuum
+    from datastore.dataset.roots import place_dataset as place
+    from datastore.dataset.snapshot import Dataset
+    from datastore.dataset.snapshot import open_dataset as open  # noqa: A004 - `ds.open` is what it is
     from datastore.errors import (
         ConfigError,
         ConflictError,
@@ -26,43 +42,27 @@ if TYPE_CHECKING:
         StorageError,
         WaitError,
     )
-    from datastore.ingest.importing import import_dataset
-    from datastore.ingest.ingest import ingest as ingest_files
-    from datastore.ingest.settings import IngestSettings
-    from datastore.ingest.tokenizer import TokenizerSettings, train_tokenizer
-    from datastore.ingest.tokenwriter import token_writer
+    from datastore.ingestion.encoding.tokenizer import TokenizerSettings, train_tokenizer
+    from datastore.ingestion.importing import import_dataset
+    from datastore.ingestion.ingest import ingest as ingest_files
+    from datastore.ingestion.settings import IngestSettings
+    from datastore.ingestion.writers.records import writer
+    from datastore.ingestion.writers.tokens import token_writer
     from datastore.interop.export import export as export_dataset
     from datastore.loader.batch import Batch
     from datastore.loader.loader import Loader
     from datastore.loader.place import Place
     from datastore.loader.settings import LoaderOptions
     from datastore.storage.resolve import open_storage
-    from datastore.store.clone import clone
-    from datastore.store.compact import compact
-    from datastore.store.copy import copy
-    from datastore.store.dataset import Dataset
-    from datastore.store.dataset import open_dataset as open  # noqa: A004 - `ds.open` is what it is
-    from datastore.store.delete import delete
-    from datastore.store.diff import diff
-    from datastore.store.evolve import evolve
-    from datastore.store.expire import expire
-    from datastore.store.exposure import exposure
     from datastore.store.protect import protect
-    from datastore.store.purge import purge
-    from datastore.store.records import writer
-    from datastore.store.repair import repair
-    from datastore.store.roots import place_dataset as place
-    from datastore.store.tags import set_tag
-    from datastore.store.vacuum import vacuum
-    from datastore.store.verify import verify
-    from datastore.train.export import export as export_model
-    from datastore.train.generate import generate
     from datastore.train.proof import prove as prove_run
-    from datastore.train.settings import Settings as RunSettings
-    from datastore.train.trace import trace as trace_step
-    from datastore.train.trainer import resume as resume_run
-    from datastore.train.trainer import train as train_run
     from datastore.train.validation import evaluate
+    from datastore.training.export.export import export as export_model
+    from datastore.training.export.inference import generate
+    from datastore.training.run.audit import trace as trace_step
+    from datastore.training.settings import Settings as RunSettings
+    from datastore.training.start import resume as resume_run
+    from datastore.training.start import train as train_run
 
 _HOMES = {
     "Batch": ("datastore.loader.batch", "Batch"),
@@ -70,11 +70,11 @@ _HOMES = {
     "ConfigError": ("datastore.errors", "ConfigError"),
     "ConflictError": ("datastore.errors", "ConflictError"),
     "CorruptError": ("datastore.errors", "CorruptError"),
-    "Dataset": ("datastore.store.dataset", "Dataset"),
+    "Dataset": ("datastore.dataset.snapshot", "Dataset"),
     "DatastoreError": ("datastore.errors", "DatastoreError"),
     "DependencyError": ("datastore.errors", "DependencyError"),
     "FormatError": ("datastore.errors", "FormatError"),
-    "IngestSettings": ("datastore.ingest.settings", "IngestSettings"),
+    "IngestSettings": ("datastore.ingestion.settings", "IngestSettings"),
     "Keep": ("datastore.checkpoint.settings", "Keep"),
     "Loader": ("datastore.loader.loader", "Loader"),
     "LoaderOptions": ("datastore.loader.settings", "LoaderOptions"),
@@ -82,41 +82,41 @@ _HOMES = {
     "Place": ("datastore.loader.place", "Place"),
     "RejectedError": ("datastore.errors", "RejectedError"),
     "ResumeError": ("datastore.errors", "ResumeError"),
-    "RunSettings": ("datastore.train.settings", "Settings"),
+    "RunSettings": ("datastore.training.settings", "Settings"),
     "StorageError": ("datastore.errors", "StorageError"),
-    "TokenizerSettings": ("datastore.ingest.tokenizer", "TokenizerSettings"),
+    "TokenizerSettings": ("datastore.ingestion.encoding.tokenizer", "TokenizerSettings"),
     "WaitError": ("datastore.errors", "WaitError"),
-    "clone": ("datastore.store.clone", "clone"),
-    "compact": ("datastore.store.compact", "compact"),
-    "copy": ("datastore.store.copy", "copy"),
-    "delete": ("datastore.store.delete", "delete"),
-    "diff": ("datastore.store.diff", "diff"),
+    "clone": ("datastore.dataset.operations.clone", "clone"),
+    "compact": ("datastore.dataset.operations.compact", "compact"),
+    "copy": ("datastore.dataset.operations.copy", "copy"),
+    "delete": ("datastore.dataset.operations.delete", "delete"),
+    "diff": ("datastore.dataset.diff", "diff"),
     "evaluate": ("datastore.train.validation", "evaluate"),
-    "evolve": ("datastore.store.evolve", "evolve"),
-    "expire": ("datastore.store.expire", "expire"),
+    "evolve": ("datastore.dataset.operations.evolve", "evolve"),
+    "expire": ("datastore.dataset.operations.expire", "expire"),
     "export_dataset": ("datastore.interop.export", "export"),
-    "export_model": ("datastore.train.export", "export"),
-    "exposure": ("datastore.store.exposure", "exposure"),
-    "generate": ("datastore.train.generate", "generate"),
-    "import_dataset": ("datastore.ingest.importing", "import_dataset"),
-    "ingest_files": ("datastore.ingest.ingest", "ingest"),
+    "export_model": ("datastore.training.export.export", "export"),
+    "exposure": ("datastore.dataset.durability.health", "exposure"),
+    "generate": ("datastore.training.export.inference", "generate"),
+    "import_dataset": ("datastore.ingestion.importing", "import_dataset"),
+    "ingest_files": ("datastore.ingestion.ingest", "ingest"),
     "load_settings": ("datastore.config", "load_settings"),
-    "open": ("datastore.store.dataset", "open_dataset"),
+    "open": ("datastore.dataset.snapshot", "open_dataset"),
     "open_storage": ("datastore.storage.resolve", "open_storage"),
-    "place": ("datastore.store.roots", "place_dataset"),
+    "place": ("datastore.dataset.roots", "place_dataset"),
     "protect": ("datastore.store.protect", "protect"),
     "prove_run": ("datastore.train.proof", "prove"),
-    "purge": ("datastore.store.purge", "purge"),
-    "repair": ("datastore.store.repair", "repair"),
-    "resume_run": ("datastore.train.trainer", "resume"),
-    "set_tag": ("datastore.store.tags", "set_tag"),
-    "token_writer": ("datastore.ingest.tokenwriter", "token_writer"),
-    "trace_step": ("datastore.train.trace", "trace"),
-    "train_run": ("datastore.train.trainer", "train"),
-    "train_tokenizer": ("datastore.ingest.tokenizer", "train_tokenizer"),
-    "vacuum": ("datastore.store.vacuum", "vacuum"),
-    "verify": ("datastore.store.verify", "verify"),
-    "writer": ("datastore.store.records", "writer"),
+    "purge": ("datastore.dataset.operations.purge.purge", "purge"),
+    "repair": ("datastore.dataset.durability.repair", "repair"),
+    "resume_run": ("datastore.training.start", "resume"),
+    "set_tag": ("datastore.dataset.log.tags", "set_tag"),
+    "token_writer": ("datastore.ingestion.writers.tokens", "token_writer"),
+    "trace_step": ("datastore.training.run.audit", "trace"),
+    "train_run": ("datastore.training.start", "train"),
+    "train_tokenizer": ("datastore.ingestion.encoding.tokenizer", "train_tokenizer"),
+    "vacuum": ("datastore.dataset.operations.vacuum", "vacuum"),
+    "verify": ("datastore.dataset.durability.verify", "verify"),
+    "writer": ("datastore.ingestion.writers.records", "writer"),
 }
 """Where each public name is defined, and what it is called there."""
 

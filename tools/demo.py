@@ -23,7 +23,7 @@ from typing import Any
 import zstandard
 
 from datastore.storage.resolve import open_storage
-from datastore.train.metrics import read_metrics
+from datastore.training.metrics import read_metrics
 
 ROOT = Path(__file__).resolve().parent.parent
 DEMO = Path("demo")

@@ -12,7 +12,7 @@ from typing import ClassVar
 from typing_extensions import override
 
 from datastore.document import Document
-from datastore.train.hooks.base import Hook, RunState
+from datastore.training.hooks.base import Hook, RunState
 
 __all__ = ["PullThePlug", "PullThePlugSettings"]
 

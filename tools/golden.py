@@ -15,19 +15,19 @@ from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
 
+from datastore.dataset.log.commits import CommitLog
+from datastore.dataset.log.tags import set_tag
+from datastore.dataset.operations.append import commit_shards
+from datastore.dataset.shards.files import shard_uid, write_token_shard
+from datastore.dataset.shards.segment_file import ShardInfo
+from datastore.dataset.snapshot import Dataset, open_dataset
 from datastore.digest import digest_bytes
 from datastore.document import Sealed
 from datastore.formats.documents import DOCUMENTS_SCHEMA
+from datastore.ingestion.writers.records import writer
+from datastore.storage.backends.local import LocalStorage
 from datastore.storage.base import Storage
-from datastore.storage.local import LocalStorage
-from datastore.store.commits import CommitLog
-from datastore.store.dataset import Dataset, open_dataset
-from datastore.store.records import writer
-from datastore.store.segment import ShardInfo
-from datastore.store.shards import shard_uid, write_token_shard
-from datastore.store.tags import set_tag
 from datastore.store.tokenizers import put_tokenizer
-from datastore.store.writer import commit_shards
 
 FOLDER = Path(__file__).resolve().parent.parent / "schemas" / "golden" / f"v{Sealed.newest_format}"
 WORDS = ["<end>", "the", "cat", "sat", "on", "mat", "a", "dog"]

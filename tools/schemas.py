@@ -12,11 +12,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import datastore
+from datastore.dataset.durability.parity import PARITY_SCHEMA
+from datastore.dataset.shards.segment_file import SEGMENT_SCHEMA
 from datastore.document import Sealed, json_schema
 from datastore.formats.documents import DOCUMENTS_SCHEMA
 from datastore.formats.tokens import token_schema
-from datastore.store.parity import PARITY_SCHEMA
-from datastore.store.segment import SEGMENT_SCHEMA
 
 ROOT = Path(__file__).resolve().parent.parent / "schemas"
 KEPT = ("cases/", "golden/")

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from datastore.store.segment import Segments
+from datastore.dataset.shards.segment_file import Segments
 
 __all__ = ["I64", "BlockLayout", "BlockRange", "Track"]
 

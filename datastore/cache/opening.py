@@ -1,9 +1,9 @@
 """Which cache a dataset gets: a map where its shards are files of this machine, memory with a budget where not."""
 
-from datastore.cache.blocks import TokenBlocks
-from datastore.cache.mapped import MappedBlocks
-from datastore.cache.memory import BlockCache
-from datastore.store.dataset import Dataset
+from datastore.dataset.snapshot import Dataset
+from datastore.loader.cache.blocks import TokenBlocks
+from datastore.loader.cache.mapped import MappedBlocks
+from datastore.loader.cache.memory import BlockCache
 
 __all__ = ["is_local", "open_blocks"]
 

@@ -5,13 +5,13 @@ from contextlib import suppress
 
 import numpy as np
 
-from datastore.cache.blocks import damaged
 from datastore.cache.layout import BlockRange
+from datastore.dataset.shards.segment_file import ShardInfo
 from datastore.digest import DIGEST_BYTES, digest_bytes
 from datastore.errors import MissingError, StorageError
+from datastore.loader.cache.blocks import damaged
 from datastore.storage.base import Storage
-from datastore.store.checked import has_digest
-from datastore.store.segment import ShardInfo
+from datastore.storage.verified import has_digest
 
 __all__ = ["Region"]
 

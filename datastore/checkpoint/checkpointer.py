@@ -24,19 +24,19 @@ from logging import getLogger
 from types import TracebackType
 from typing import Any, Literal, Self
 
-from datastore.checkpoint.capture import Snapshot, capture
+from datastore.checkpoint.format.manifest import StepCommit
+from datastore.checkpoint.format.tree import TensorSpec, pack
 from datastore.checkpoint.handle import Handle
 from datastore.checkpoint.history import History
 from datastore.checkpoint.inspect import StepReport, VerifyReport, inspect_step, verify_step
-from datastore.checkpoint.manifest import StepCommit
+from datastore.checkpoint.loading.restore import Restored, Restorer
 from datastore.checkpoint.parallel import in_thread
-from datastore.checkpoint.restore import Restored, Restorer
+from datastore.checkpoint.ranks import Member, read_run
 from datastore.checkpoint.retention import Collected, collect, drop_after
-from datastore.checkpoint.run import Member, read_run
-from datastore.checkpoint.saver import Saver
+from datastore.checkpoint.saving.saver import Saver
+from datastore.checkpoint.saving.snapshot import Snapshot, capture
 from datastore.checkpoint.settings import CheckpointOptions, Keep
 from datastore.checkpoint.steps import StepLog
-from datastore.checkpoint.tree import TensorSpec, pack
 from datastore.checkpoint.votes import Agree, StorageVote
 from datastore.errors import ConfigError, DatastoreError
 from datastore.storage.base import Storage

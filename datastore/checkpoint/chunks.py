@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from typing_extensions import Buffer
 
-from datastore.checkpoint.manifest import DIGEST_HEX, Entry
+from datastore.checkpoint.format.manifest import DIGEST_HEX, Entry
 from datastore.digest import digest_hex
 from datastore.errors import CorruptError
 

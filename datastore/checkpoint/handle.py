@@ -11,7 +11,7 @@ from concurrent.futures import Future, wait
 from logging import getLogger
 from typing import Any
 
-from datastore.checkpoint.manifest import StepCommit
+from datastore.checkpoint.format.manifest import StepCommit
 from datastore.errors import WaitError
 
 __all__ = ["Handle"]

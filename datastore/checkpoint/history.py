@@ -10,9 +10,9 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from datastore.checkpoint.capture import Snapshot, item_digests
-from datastore.checkpoint.manifest import Entry, StepCommit, StepRef
-from datastore.checkpoint.save import Known
+from datastore.checkpoint.format.manifest import Entry, StepCommit, StepRef
+from datastore.checkpoint.saving.snapshot import Snapshot, item_digests
+from datastore.checkpoint.saving.write import Known
 from datastore.errors import ConflictError
 
 __all__ = ["Head", "History"]

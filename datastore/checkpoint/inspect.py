@@ -11,12 +11,12 @@ from math import prod
 from typing import Any
 
 from datastore.checkpoint.chunks import Chunk, chunks_of
-from datastore.checkpoint.manifest import PartInfo, StepCommit, step_key
+from datastore.checkpoint.format.manifest import PartInfo, StepCommit, step_key
+from datastore.checkpoint.format.tree import specs, unpack
 from datastore.checkpoint.parallel import each
-from datastore.checkpoint.safetensors import ITEM_BYTES
 from datastore.checkpoint.steps import StepLog, extents_of
-from datastore.checkpoint.tree import specs, unpack
 from datastore.errors import CorruptError
+from datastore.formats.safetensors import ITEM_BYTES
 from datastore.storage.base import Storage
 
 __all__ = [

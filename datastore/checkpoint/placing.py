@@ -8,9 +8,9 @@ from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 
-from datastore.checkpoint.manifest import Entry, PartInfo
+from datastore.checkpoint.format.manifest import Entry, PartInfo
+from datastore.checkpoint.loading.reader import Transfer
 from datastore.checkpoint.plan import Box, overlap
-from datastore.checkpoint.reading import Transfer
 from datastore.checkpoint.tensors import local_piece, memory_key
 from datastore.errors import CorruptError
 

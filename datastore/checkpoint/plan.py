@@ -10,8 +10,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from math import prod
 
-from datastore.checkpoint.manifest import Entry
-from datastore.checkpoint.tree import TensorSpec
+from datastore.checkpoint.format.manifest import Entry
+from datastore.checkpoint.format.tree import TensorSpec
 from datastore.errors import ConflictError
 
 __all__ = ["Box", "check_coverage", "overlap", "owners", "row_span"]

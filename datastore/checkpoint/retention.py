@@ -12,7 +12,7 @@ from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 from logging import getLogger
 
-from datastore.checkpoint.manifest import PARTS, VOTES, StepCommit, step_key, step_of_key
+from datastore.checkpoint.format.manifest import PARTS, VOTES, StepCommit, step_key, step_of_key
 from datastore.checkpoint.settings import Keep
 from datastore.checkpoint.steps import StepLog
 from datastore.errors import CorruptError

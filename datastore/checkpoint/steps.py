@@ -8,7 +8,7 @@ from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from datastore.checkpoint.manifest import STEPS, PartInfo, PartRef, StepCommit, step_key, step_of_key
+from datastore.checkpoint.format.manifest import STEPS, PartInfo, PartRef, StepCommit, step_key, step_of_key
 from datastore.checkpoint.parallel import each
 from datastore.digest import check_digest
 from datastore.document import unseal

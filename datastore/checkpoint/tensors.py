@@ -12,9 +12,9 @@ from typing import Any
 import numpy as np
 import torch
 
+from datastore.checkpoint.format.tree import TensorSpec
+from datastore.checkpoint.loading.sources import Bytes
 from datastore.checkpoint.plan import Box
-from datastore.checkpoint.sources import Bytes
-from datastore.checkpoint.tree import TensorSpec
 from datastore.errors import ConfigError
 
 __all__ = ["DTYPES", "Piece", "byte_view", "describe", "local_piece", "memory_key"]

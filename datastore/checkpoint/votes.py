@@ -9,8 +9,8 @@ storage, at the price of one tiny file per rank and question.
 from collections.abc import Callable
 from itertools import count
 
-from datastore.checkpoint.manifest import VOTES
-from datastore.checkpoint.run import Member
+from datastore.checkpoint.format.manifest import VOTES
+from datastore.checkpoint.ranks import Member
 from datastore.checkpoint.waiting import wait_until
 from datastore.errors import ConflictError, MissingError, WaitError
 

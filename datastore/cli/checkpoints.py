@@ -136,7 +136,7 @@ def gc(*, run: str, last: int, dry_run: bool, as_json: bool) -> None:
 @json_option
 def export(*, run: str, to: str, step: int | None, quantize: str | None, replace: bool, as_json: bool) -> None:
     """Write the model of RUN to the folder TO, as transformers and vLLM open it."""
-    from datastore.train.export import export as export_model
+    from datastore.training.export.export import export as export_model
     from datastore.units import format_bytes
 
     done = export_model(run, to, step=step, quantize=quantize, replace=replace)

@@ -9,7 +9,7 @@ from datastore.cli.output import fields, json_option, say, say_json, table
 from datastore.cli.shell import example
 
 if TYPE_CHECKING:
-    from datastore.store.purge import PurgeReport
+    from datastore.dataset.operations.purge.purge import PurgeReport
 
 __all__ = ["COMMANDS"]
 
@@ -46,7 +46,7 @@ def selection(command: F) -> F:
 
 def _ids(ids: tuple[str, ...], ids_from: str | None) -> list[str] | None:
     """Return the ids given one by one and those in a file; None if there are neither options."""
-    from datastore.store.select import read_ids
+    from datastore.dataset.operations.selection import read_ids
 
     if not ids and ids_from is None:
         return None
@@ -81,7 +81,7 @@ def delete(
     One small commit: no shard is touched, and older versions keep the documents. For loaders the deleted tokens read as
     end-of-text without loss, or are left out. To be rid of the bytes, `purge`; to get the space back, `compact`.
     """
-    from datastore.store.delete import delete as delete_documents
+    from datastore.dataset.operations.delete import delete as delete_documents
     from datastore.units import format_bytes, format_seconds
 
     named = _ids(ids, ids_from)
@@ -132,7 +132,7 @@ def purge(
     the journals of finished ingests, rejects included, are removed at once. Everything is read back, and a
     certificate stored. Copies, backups, and the files that the text came from are yours to see to.
     """
-    from datastore.store.purge import purge as purge_documents
+    from datastore.dataset.operations.purge.purge import purge as purge_documents
 
     named = _ids(ids, ids_from)
     report = purge_documents(url, ids=named, sources=sources, where=where, drop_tags=drop_tags, dry_run=dry_run)
@@ -195,7 +195,7 @@ def compact(*, url: str, target: str, dry_run: bool, as_json: bool) -> None:
     Documents keep their order, but shards get new uids, and the order of samples follows from those: a new generation.
     A run that is under way goes on with the version that it began with, until `vacuum` removes its files.
     """
-    from datastore.store.compact import compact as compact_shards
+    from datastore.dataset.operations.compact import compact as compact_shards
     from datastore.units import format_bytes, format_seconds, parse_bytes
 
     report = compact_shards(url, target_bytes=parse_bytes(target), dry_run=dry_run)

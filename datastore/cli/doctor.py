@@ -60,7 +60,7 @@ def doctor(*, dataset: str | None, url: str | None, as_json: bool) -> None:
     With the URL of a DATASET, show instead what would be gone if one of its disks were lost.
     """
     if dataset is not None:
-        from datastore.store.exposure import exposure
+        from datastore.dataset.durability.health import exposure
 
         found = exposure(dataset)
         say_json(found) if as_json else tell_exposure(found)

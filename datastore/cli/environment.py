@@ -14,7 +14,7 @@ _HINT = "Start all ranks with one launcher, such as torchrun, or unset RANK and 
 
 
 def launched_by(environ: Mapping[str, str]) -> dict[str, Any] | None:
-    """Return the fields of `datastore.train.parallel.Launch` that a launcher has set, or None if there was none.
+    """Return the fields of `datastore.training.distributed.Launch` that a launcher has set, or None if there was none.
 
     Raises:
         ConfigError: a variable is missing, no number, or out of range.

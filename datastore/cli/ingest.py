@@ -9,9 +9,9 @@ from datastore.cli.output import fields, json_option, progress_bar, say, say_jso
 from datastore.cli.shell import Group, example
 
 if TYPE_CHECKING:  # pyarrow takes longer to load than a wrong option takes to find.
-    from datastore.ingest.estimate import Estimate
-    from datastore.ingest.report import IngestReport, Progress
-    from datastore.ingest.settings import IngestSettings
+    from datastore.ingestion.estimate import Estimate
+    from datastore.ingestion.report import IngestReport, Progress
+    from datastore.ingestion.settings import IngestSettings
 
 __all__ = ["COMMANDS"]
 
@@ -61,12 +61,12 @@ def ingest(
     can be read as URL@VERSION until `datastore expire` and `datastore vacuum`.
     """
     from datastore.config import settings_from
-    from datastore.ingest.settings import IngestSettings
+    from datastore.ingestion.settings import IngestSettings
 
     given = {name: value for name, value in options.items() if value not in (None, ())}
     settings = settings_from(IngestSettings, given, overrides=overrides, where="the options")
     if dry_run:
-        from datastore.ingest.estimate import estimate
+        from datastore.ingestion.estimate import estimate
 
         expected = estimate(sources, to, settings=settings)
         say_json(expected) if as_json else _tell_estimate(expected)
@@ -76,7 +76,7 @@ def ingest(
 
 
 def _ingest(sources: tuple[str, ...], to: str, settings: "IngestSettings") -> "IngestReport":
-    from datastore.ingest.ingest import ingest as ingest_sources
+    from datastore.ingestion.ingest import ingest as ingest_sources
 
     with progress_bar("ingest") as bar:
 
@@ -154,8 +154,8 @@ def train(*, sources: tuple[str, ...], vocab_size: int, to: str, as_json: bool, 
     """Train a byte-level BPE tokenizer from the text of each SOURCE, read as `ingest` reads it."""
     from datastore.config import settings_from
     from datastore.digest import sha256_hex
-    from datastore.ingest.settings import IngestSettings
-    from datastore.ingest.tokenizer import TokenizerSettings, train_tokenizer
+    from datastore.ingestion.encoding.tokenizer import TokenizerSettings, train_tokenizer
+    from datastore.ingestion.settings import IngestSettings
     from datastore.storage.resolve import open_storage
     from datastore.units import format_bytes
 

@@ -9,8 +9,8 @@ from datastore.cli.output import fields, json_option, progress_bar, say, say_jso
 from datastore.cli.shell import example
 
 if TYPE_CHECKING:
-    from datastore.ingest.report import IngestReport, Progress
-    from datastore.ingest.settings import IngestSettings
+    from datastore.ingestion.report import IngestReport, Progress
+    from datastore.ingestion.settings import IngestSettings
     from datastore.interop.formats import ImportFormat
 
 __all__ = ["COMMANDS"]
@@ -37,7 +37,7 @@ def sql(*, url: str, query: str, as_json: bool) -> None:
 
     DuckDB runs it, and reads only the columns and row groups that it needs. Deleted rows are not there.
     """
-    from datastore.store.dataset import open_dataset
+    from datastore.dataset.snapshot import open_dataset
 
     found = open_dataset(url).sql(query)
     if as_json:
@@ -83,8 +83,8 @@ def export(*, url: str, kind: Any, to: str, columns: tuple[str, ...], shard_byte
     parquet; hf (datasets.load_from_disk); mds (MosaicML Streaming); litdata; megatron (.bin and .idx); webdataset (tar);
     jsonl. The folder appears when it is complete.
     """
+    from datastore.dataset.snapshot import open_dataset
     from datastore.interop.export import export as export_dataset
-    from datastore.store.dataset import open_dataset
     from datastore.units import format_bytes, format_seconds, parse_bytes
 
     dataset = open_dataset(url)
@@ -132,7 +132,7 @@ def import_(*, source: str, kind: Any, to: str, overrides: tuple[str, ...], as_j
     import goes on when the same command is given again; given once more, it adds nothing. Columns of pickles are refused.
     """
     from datastore.config import settings_from
-    from datastore.ingest.settings import IngestSettings
+    from datastore.ingestion.settings import IngestSettings
 
     given = {name: value for name, value in options.items() if value is not None}
     settings = settings_from(IngestSettings, given, overrides=overrides, where="the options")
@@ -141,7 +141,7 @@ def import_(*, source: str, kind: Any, to: str, overrides: tuple[str, ...], as_j
 
 
 def _import(source: str, to: str, kind: "ImportFormat", settings: "IngestSettings") -> "IngestReport":
-    from datastore.ingest.importing import import_dataset
+    from datastore.ingestion.importing import import_dataset
 
     with progress_bar("import") as bar:
 

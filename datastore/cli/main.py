@@ -8,7 +8,7 @@ from typing import NoReturn
 import click
 
 from datastore.cli.checkpoints import checkpoint
-from datastore.cli.data import COMMANDS as DATA_COMMANDS
+from datastore.cli.datasets import COMMANDS as DATA_COMMANDS
 from datastore.cli.deletion import COMMANDS as DELETION_COMMANDS
 from datastore.cli.doctor import doctor
 from datastore.cli.ingest import COMMANDS as INGEST_COMMANDS

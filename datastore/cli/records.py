@@ -18,8 +18,8 @@ URL = click.argument("url")
 @json_option
 def schema(*, url: str, as_json: bool) -> None:
     """Show the columns of the record dataset at URL (or URL@version): types, numbers, defaults, media types."""
-    from datastore.store.dataset import open_dataset
-    from datastore.store.evolve import describe
+    from datastore.dataset.operations.evolve import describe
+    from datastore.dataset.snapshot import open_dataset
 
     columns = describe(open_dataset(url).schema)
     if as_json:
@@ -70,7 +70,7 @@ def evolve(
     as_json: bool,
 ) -> None:
     """Change the columns of the record dataset at URL: drop, rename, widen, then add. One commit; no data is rewritten."""
-    from datastore.store.evolve import evolve as evolve_dataset
+    from datastore.dataset.operations.evolve import evolve as evolve_dataset
 
     kinds = _once("--add", add)
     commit = evolve_dataset(

@@ -8,8 +8,8 @@ from datastore.cli.output import fields, json_option, progress_bar, say, say_jso
 from datastore.cli.shell import example
 
 if TYPE_CHECKING:  # pyarrow takes longer to load than a wrong option takes to find.
-    from datastore.store.exposure import Exposure
-    from datastore.store.repair import RepairReport
+    from datastore.dataset.durability.health import Exposure
+    from datastore.dataset.durability.repair import RepairReport
 
 __all__ = ["COMMANDS", "tell_exposure"]
 
@@ -34,8 +34,8 @@ def place(*, url: str, roots: tuple[str, ...], copies: int, as_json: bool) -> in
     As many copies as places are mirrors; one copy is a stripe, whose disks together hold the data once: give it parity
     with `datastore protect`. From then on any of the places opens the dataset. What it holds already is copied now.
     """
-    from datastore.store.repair import repair as repair_dataset
-    from datastore.store.roots import open_roots, place_dataset
+    from datastore.dataset.durability.repair import repair as repair_dataset
+    from datastore.dataset.roots import open_roots, place_dataset
 
     info = place_dataset(url, roots=roots, copies=copies)
     storage, _ = open_roots(url)
@@ -119,7 +119,7 @@ def repair(*, url: str, dry_run: bool, roots: tuple[str, ...], promote: bool, as
     All versions that can be read are repaired, with their tags. Nothing is replaced but by bytes that have the right
     digest.
     """
-    from datastore.store.repair import repair as repair_dataset
+    from datastore.dataset.durability.repair import repair as repair_dataset
 
     moves = {old: new or old for old, _, new in (root.partition("=") for root in roots)}
     with progress_bar("repair") as progress:

@@ -40,8 +40,8 @@ def train(
 ) -> None:
     """Train a model as the TOML file CONFIG says. If the run is there already, it goes on."""
     from datastore.config import load_settings
-    from datastore.train.settings import Settings
-    from datastore.train.trainer import train as train_run
+    from datastore.training.settings import Settings
+    from datastore.training.start import train as train_run
 
     settings = load_settings(Settings, config, overrides)
     where = run or f"runs/{config.stem}"
@@ -61,7 +61,7 @@ def train(
 @json_option
 def resume(*, run: str, overrides: tuple[str, ...], processes: int, take_over: bool, as_json: bool) -> None:
     """Go on with RUN from its newest checkpoint, with any number of processes."""
-    from datastore.train.trainer import resume as resume_run
+    from datastore.training.start import resume as resume_run
 
     _train(
         lambda **options: resume_run(run, overrides=overrides, processes=processes, take_over=take_over, **options),
@@ -71,7 +71,7 @@ def resume(*, run: str, overrides: tuple[str, ...], processes: int, take_over: b
 
 def _train(start: Callable[..., "Result"], *, as_json: bool) -> None:
     """Call `start` with who this process is and what shows progress, and print how the session ended."""
-    from datastore.train.launch import Launch
+    from datastore.training.launcher import Launch
 
     launch = Launch(**(launched_by(os.environ) or {}))
     with TrainingLine(shown=launch.rank == 0) as line:
@@ -165,8 +165,8 @@ def evaluate(*, model: str, run: str | None, step: int | None, samples: int, as_
 def generate(*, model: str, prompt: str | None, step: int | None, as_json: bool, **sampling: Any) -> None:
     """Let MODEL, a run or an exported folder, go on with a text."""
     from datastore.document import convert
-    from datastore.train.generate import Sampling
-    from datastore.train.generate import generate as generate_text
+    from datastore.training.export.inference import Sampling
+    from datastore.training.export.inference import generate as generate_text
 
     text = generate_text(model, prompt or "", sampling=convert(Sampling, sampling, where="the options"), step=step)
     if as_json:

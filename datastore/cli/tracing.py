@@ -8,7 +8,7 @@ from datastore.cli.output import json_option, say, say_json
 from datastore.cli.shell import example
 
 if TYPE_CHECKING:  # torch and pyarrow take longer to load than a wrong option takes to find.
-    from datastore.train.trace import TracedSpan
+    from datastore.training.run.audit import TracedSpan
 
 __all__ = ["trace"]
 
@@ -26,7 +26,7 @@ _COLUMNS = 110
 @json_option
 def trace(*, run: str, step: int, rank: int | None, limit: int, as_json: bool) -> None:
     """Show what one step of RUN consumed: document, source file, byte offset, text."""
-    from datastore.train.trace import trace as trace_run
+    from datastore.training.run.audit import trace as trace_run
 
     found = trace_run(run, step, rank=rank, limit=limit)
     if as_json:

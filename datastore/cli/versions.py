@@ -10,9 +10,9 @@ from datastore.cli.output import fields, json_option, moment, progress_bar, say,
 from datastore.cli.shell import example
 
 if TYPE_CHECKING:  # pyarrow takes longer to load than a wrong option takes to find.
-    from datastore.store.dataset import Dataset
-    from datastore.store.diff import Diff
-    from datastore.store.vacuum import Amount, VacuumReport
+    from datastore.dataset.diff import Diff
+    from datastore.dataset.operations.vacuum import Amount, VacuumReport
+    from datastore.dataset.snapshot import Dataset
 
 __all__ = ["COMMANDS"]
 
@@ -30,8 +30,8 @@ TARGET = click.argument("target")
 @json_option
 def log(*, url: str, limit: int, as_json: bool) -> None:
     """List the versions of the dataset at URL, newest first; the chain of their sha256 is checked."""
-    from datastore.store.commits import CommitLog
-    from datastore.store.dataset import open_dataset
+    from datastore.dataset.log.commits import CommitLog
+    from datastore.dataset.snapshot import open_dataset
 
     newest = open_dataset(url)
     commits = list(islice(CommitLog(newest.storage).history(newest.commit), limit or None))
@@ -62,9 +62,9 @@ def log(*, url: str, limit: int, as_json: bool) -> None:
 
 def _notes(newest: "Dataset") -> Callable[[int], str]:
     """Return a function that gives what there is to say of a version: its tags, or that it has expired."""
-    from datastore.store.commits import CommitLog
-    from datastore.store.manifest import oldest_readable
-    from datastore.store.tags import list_tags, read_tag
+    from datastore.dataset.log.commits import CommitLog
+    from datastore.dataset.log.manifest import oldest_readable
+    from datastore.dataset.log.tags import list_tags, read_tag
 
     tags: dict[int, list[str]] = {}
     for name in list_tags(newest.storage):
@@ -94,7 +94,7 @@ def diff(*, before: str, after: str, documents: bool, limit: int, as_json: bool)
     The counts come from the manifests alone. Where shards were written anew (`compact`), a document stands on both
     sides; --documents reads the shards that changed, and lists those that are in one of the two only.
     """
-    from datastore.store.diff import diff as compare
+    from datastore.dataset.diff import diff as compare
 
     found = compare(before, after)
     listed = list(islice(found.documents(), limit or None)) if documents else []
@@ -158,7 +158,7 @@ def expire(*, url: str, keep: int | None, older_than: str | None, dry_run: bool,
     """
     if keep is None and older_than is None:
         raise click.UsageError("Give --keep, --older-than, or both.")
-    from datastore.store.expire import expire as expire_versions
+    from datastore.dataset.operations.expire import expire as expire_versions
     from datastore.units import parse_seconds
 
     older_than_s = None if older_than is None else parse_seconds(older_than)
@@ -190,7 +190,7 @@ def vacuum(*, url: str, delete: bool, older_than: str, as_json: bool) -> None:
     with for a day, hidden files, uploads to S3 without an end. Shallow clones are not known here: those that read what
     is removed break.
     """
-    from datastore.store.vacuum import vacuum as vacuum_dataset
+    from datastore.dataset.operations.vacuum import vacuum as vacuum_dataset
     from datastore.units import parse_seconds
 
     with progress_bar("vacuum") as progress:
@@ -234,7 +234,7 @@ def clone(*, source: str, target: str, shallow: bool, as_json: bool) -> None:
     A killed clone goes on when the same command is given again. WARNING: a shallow clone reads the files of SOURCE. When
     they are removed there (vacuum, purge), or SOURCE is moved, it breaks, and nothing tells SOURCE that it exists.
     """
-    from datastore.store.clone import clone as clone_dataset
+    from datastore.dataset.operations.clone import clone as clone_dataset
     from datastore.units import format_bytes
 
     with progress_bar("clone") as progress:
@@ -268,7 +268,7 @@ def copy(*, source: str, target: str, all_versions: bool, as_json: bool) -> None
     Every file is checked against its digest on its way. A killed copy goes on when the same command is given again, and
     shows nothing new before it is complete; given once more later, it brings what is new. Do not write to a copy.
     """
-    from datastore.store.copy import copy as copy_dataset
+    from datastore.dataset.operations.copy import copy as copy_dataset
     from datastore.units import format_bytes, format_seconds
 
     with progress_bar("copy") as progress:

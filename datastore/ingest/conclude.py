@@ -4,20 +4,20 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from datastore.dataset.journal import Journal, TaskDone
+from datastore.dataset.log.commits import CommitLog
+from datastore.dataset.log.manifest import Commit, TokenizerRef
+from datastore.dataset.operations.append import Operation, commit_records, commit_shards
+from datastore.dataset.shards.segment_file import ShardInfo
 from datastore.errors import ConfigError, RejectedError
 from datastore.formats.schema import decode_schema
-from datastore.ingest.duplicates import without_duplicates
-from datastore.ingest.journal import Journal, TaskDone
-from datastore.ingest.plan import Plan
-from datastore.ingest.report import rejected_in
-from datastore.ingest.settings import IngestSettings
-from datastore.ingest.shards import RECORDS_SCHEMA
-from datastore.ingest.target import Target
+from datastore.ingestion.destination import Target
+from datastore.ingestion.duplicates import without_duplicates
+from datastore.ingestion.plan import Plan
+from datastore.ingestion.report import rejected_in
+from datastore.ingestion.settings import IngestSettings
+from datastore.ingestion.sinks import RECORDS_SCHEMA
 from datastore.storage.resolve import join_url
-from datastore.store.commits import CommitLog
-from datastore.store.manifest import Commit, TokenizerRef
-from datastore.store.segment import ShardInfo
-from datastore.store.writer import Operation, commit_records, commit_shards
 
 __all__ = ["Outcome", "conclude"]
 

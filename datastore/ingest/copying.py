@@ -12,14 +12,14 @@ import pyarrow as pa
 import pyarrow.types as kinds
 from typing_extensions import override
 
+from datastore.dataset.log.manifest import TokenizerRef
+from datastore.dataset.shards.files import shard_uid, write_record_shard, write_token_shard
+from datastore.dataset.shards.segment_file import ShardInfo
 from datastore.errors import ConfigError
 from datastore.formats.documents import DOCUMENTS_SCHEMA
 from datastore.formats.schema import check_rows
 from datastore.formats.tokens import narrow_tokens, token_dtype
 from datastore.storage.base import Storage
-from datastore.store.manifest import TokenizerRef
-from datastore.store.segment import ShardInfo
-from datastore.store.shards import shard_uid, write_record_shard, write_token_shard
 
 __all__ = ["CopiedRows", "CopiedTokens", "CopySink", "is_token_column"]
 

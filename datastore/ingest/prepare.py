@@ -6,12 +6,12 @@ from dataclasses import dataclass
 
 from datastore.errors import ConfigError
 from datastore.formats.schema import check_rows, check_storable, decode_schema, encode_schema
-from datastore.ingest.plan import Plan, make_plan
-from datastore.ingest.settings import IngestSettings, Kind, reading_digest
-from datastore.ingest.shards import RECORDS_SCHEMA
-from datastore.ingest.sources import Listing, Roots, list_sources
-from datastore.ingest.target import Target, TokenizerChoice, open_target
-from datastore.ingest.work import Job
+from datastore.ingestion.destination import Target, TokenizerChoice, open_target
+from datastore.ingestion.plan import Plan, make_plan
+from datastore.ingestion.reading.sources import Listing, Roots, list_sources
+from datastore.ingestion.settings import IngestSettings, Kind, reading_digest
+from datastore.ingestion.sinks import RECORDS_SCHEMA
+from datastore.ingestion.tasks import Job
 from datastore.interop.formats import FORMATS
 from datastore.storage.resolve import open_storage
 

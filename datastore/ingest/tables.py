@@ -7,8 +7,8 @@ import pyarrow as pa
 
 from datastore.errors import ConfigError
 from datastore.ingest.records import Reason, Record, Reject, reject
-from datastore.ingest.settings import IngestSettings
-from datastore.ingest.sources import SourceFile
+from datastore.ingestion.reading.sources import SourceFile
+from datastore.ingestion.settings import IngestSettings
 from datastore.interop.base import Rows, Span
 from datastore.interop.cells import is_binary, is_text
 from datastore.interop.formats import FORMATS

@@ -9,10 +9,10 @@ from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
-from datastore.ingest.names import Globs, SkipReason, odd_name
+from datastore.dataset.log.manifest import INFO_KEY
+from datastore.ingestion.reading.listing import Globs, SkipReason, odd_name
 from datastore.storage.base import Stat
 from datastore.storage.reasons import explain
-from datastore.store.manifest import INFO_KEY
 
 __all__ = ["walk"]
 

@@ -12,11 +12,11 @@ from queue import SimpleQueue
 
 import msgspec
 
+from datastore.dataset.journal import TaskDone
 from datastore.document import Document
 from datastore.errors import DatastoreError
-from datastore.ingest.journal import TaskDone
-from datastore.ingest.plan import Order
-from datastore.ingest.work import Advance, Job, Workbench
+from datastore.ingestion.plan import Order
+from datastore.ingestion.tasks import Advance, Job, Workbench
 
 __all__ = ["Answer", "Failed", "Finished", "serve"]
 

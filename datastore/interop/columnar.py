@@ -19,8 +19,8 @@ from datastore.formats.schema import check_names
 from datastore.interop.base import Exporter, Format, Rows, Span, below, numbered, read_json, whole_files
 from datastore.interop.cells import as_json
 from datastore.interop.folders import Folder
+from datastore.storage.as_fsspec import ReadOnlyFileSystem
 from datastore.storage.base import Storage
-from datastore.storage.readonly import ReadOnlyFileSystem
 
 __all__ = ["CSV", "HF", "PARQUET", "HfExporter", "JsonLinesExporter", "ParquetExporter"]
 

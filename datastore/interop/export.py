@@ -11,6 +11,7 @@ from typing import Any, Literal, get_args
 
 import pyarrow as pa
 
+from datastore.dataset.snapshot import Dataset
 from datastore.errors import ConfigError
 from datastore.interop.base import Exporter
 from datastore.interop.columnar import HfExporter, JsonLinesExporter, ParquetExporter
@@ -19,7 +20,6 @@ from datastore.interop.litdata import LitDataExporter
 from datastore.interop.mds import MdsExporter
 from datastore.interop.megatron import MegatronExporter
 from datastore.interop.webdataset import WebDatasetExporter
-from datastore.store.dataset import Dataset
 
 __all__ = ["ExportFormat", "ExportReport", "export"]
 

@@ -7,13 +7,13 @@ import numpy as np
 import numpy.typing as npt
 import xxhash
 
+from datastore.dataset.snapshot import Dataset
 from datastore.loader.gather import AnyArray, TokenArray
-from datastore.loader.lanes import I64
-from datastore.loader.mix import mix64
+from datastore.loader.order.lanes import I64
+from datastore.loader.order.mix import mix64
 from datastore.loader.plan import NO_SAMPLE
 from datastore.loader.settings import LOSS_MASK, DeletionMode
 from datastore.loader.trace import DocumentSpan, locate
-from datastore.store.dataset import Dataset
 
 __all__ = ["Batch", "fingerprint_of"]
 

@@ -11,9 +11,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from datastore.cache.blocks import TokenBlocks
 from datastore.cache.layout import Track
-from datastore.loader.geometry import Span
+from datastore.loader.cache.blocks import TokenBlocks
+from datastore.loader.order.samples import Span
 from datastore.loader.reads import Blank, Reads, blocks_of
 
 __all__ = ["AnyArray", "Column", "Gatherer", "TokenArray", "blank_out"]

@@ -15,20 +15,20 @@ from typing import Any, Self
 import msgspec
 import numpy as np
 
-from datastore.cache.blocks import TokenBlocks
 from datastore.cache.opening import is_local, open_blocks
-from datastore.cache.prefetch import Prefetcher
+from datastore.dataset.snapshot import Dataset
 from datastore.errors import ConfigError
 from datastore.loader.batch import Batch
+from datastore.loader.cache.blocks import TokenBlocks
+from datastore.loader.cache.prefetch import Prefetcher
 from datastore.loader.gather import AnyArray, Column, Gatherer, TokenArray, blank_out
-from datastore.loader.lanes import I64
-from datastore.loader.opening import columns_of, end_of_text_of, open_stream
+from datastore.loader.order.lanes import I64
 from datastore.loader.place import Place
 from datastore.loader.plan import BatchPlan, Planner
 from datastore.loader.reads import Reads, blanks_of, reads_of
 from datastore.loader.settings import LOSS_MASK, LoaderOptions, checked_options
 from datastore.loader.state import LoaderState, read_state
-from datastore.store.dataset import Dataset
+from datastore.loader.stream import columns_of, end_of_text_of, open_stream
 from datastore.units import format_bytes
 
 __all__ = ["Loader"]

@@ -17,9 +17,9 @@ import numpy as np
 import numpy.typing as npt
 
 from datastore.errors import ConfigError
-from datastore.loader.lanes import I64
-from datastore.loader.mix import Purpose, derive_key, mix64
-from datastore.loader.order import Order
+from datastore.loader.order.lanes import I64
+from datastore.loader.order.mix import Purpose, derive_key, mix64
+from datastore.loader.order.order import Order
 from datastore.loader.place import Place
 
 __all__ = ["NO_SAMPLE", "BatchPlan", "Planner"]

@@ -7,7 +7,7 @@ import numpy as np
 import numpy.typing as npt
 
 from datastore.cache.layout import BlockLayout, Track
-from datastore.loader.geometry import I64, Gaps, SampleGrid, Span
+from datastore.loader.order.samples import I64, Gaps, SampleGrid, Span
 from datastore.loader.plan import NO_SAMPLE, BatchPlan
 
 __all__ = ["Blank", "Reads", "blanks_of", "blocks_of", "reads_of"]

@@ -12,12 +12,12 @@ from typing import Annotated, Any
 
 import msgspec
 
+from datastore.dataset.shards.segment_file import Segments
 from datastore.digest import digest_hex
 from datastore.document import Document
 from datastore.errors import ResumeError
-from datastore.loader.geometry import Gaps
+from datastore.loader.order.samples import Gaps
 from datastore.loader.settings import DeletionMode
-from datastore.store.segment import Segments
 
 __all__ = ["LoaderState", "dataset_fingerprint", "read_state", "shards_fingerprint"]
 

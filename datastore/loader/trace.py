@@ -8,16 +8,16 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
+from datastore.dataset.snapshot import Dataset
 from datastore.errors import ConfigError
 from datastore.formats.tokens import Offsets, Tokens
 from datastore.formats.tokentext import TokenText
-from datastore.loader.geometry import Gaps, Span, sample_grid
-from datastore.loader.opening import open_stream
+from datastore.loader.order.samples import Gaps, Span, sample_grid
 from datastore.loader.place import Place
 from datastore.loader.plan import BatchPlan, Planner
 from datastore.loader.settings import DeletionMode, LoaderOptions
 from datastore.loader.state import read_state
-from datastore.store.dataset import Dataset
+from datastore.loader.stream import open_stream
 
 __all__ = ["DocumentSpan", "SampleOrigin", "Tracer", "locate", "plan_step"]
 

@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 import fsspec
 
 from datastore.errors import ConfigError, DependencyError
-from datastore.storage.backends import backend_of
+from datastore.storage.backends.schemes import backend_of
 from datastore.storage.foreign import is_lost
 from datastore.storage.urls import strip_credentials
 

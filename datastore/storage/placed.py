@@ -27,10 +27,10 @@ from typing import TypeVar
 from typing_extensions import Buffer, override
 
 from datastore.errors import ConflictError, DatastoreError, MissingError, StorageError
-from datastore.storage.attempts import Answers, Patience, all_answers, first_answer
 from datastore.storage.base import Stat, Storage, check_key
-from datastore.storage.placement import Root, behind_key, is_data, is_immutable, rank_roots
+from datastore.storage.hedging import Answers, Patience, all_answers, first_answer
 from datastore.storage.reasons import missing
+from datastore.storage.rendezvous import Root, behind_key, is_data, is_immutable, rank_roots
 from datastore.storage.statistics import OperationStatistics, add_statistics
 
 __all__ = ["PlacedStorage", "lost_roots"]

@@ -14,9 +14,9 @@ from urllib.parse import unquote
 from typing_extensions import Buffer, override
 
 from datastore.errors import ConfigError
+from datastore.storage.backends.local import LocalStorage
+from datastore.storage.backends.memory import MemoryStorage
 from datastore.storage.base import Stat, Storage, check_key
-from datastore.storage.local import LocalStorage
-from datastore.storage.memory import MemoryStorage
 from datastore.storage.statistics import OperationStatistics
 from datastore.storage.urls import join_url, split_url, strip_credentials
 
@@ -64,21 +64,21 @@ def _open_s3(url: str, rest: str) -> Storage | None:
     """Return our own way to S3 if that is what the URL names and it knows all that s3fs is configured for."""
     if not url.lower().startswith("s3") or rest.startswith("arn:") or not find_spec("botocore"):
         return None
+    from datastore.storage.backends.s3 import S3Storage, understands  # noqa: PLC0415 - botocore comes with an extra
     from datastore.storage.connection import configured  # noqa: PLC0415 - fsspec takes 50 ms to import
-    from datastore.storage.s3 import S3Storage, understands  # noqa: PLC0415 - botocore comes with an extra
 
     options = configured("s3")
     return S3Storage(url, options) if understands(options) else None
 
 
 def _open_web(url: str, _: str) -> Storage:
-    from datastore.storage.web import WebStorage  # noqa: PLC0415 - only where it is needed
+    from datastore.storage.backends.web import WebStorage  # noqa: PLC0415 - only where it is needed
 
     return WebStorage(url)
 
 
 def _open_zip(url: str, rest: str) -> Storage:
-    from datastore.storage.archive import ZipStorage  # noqa: PLC0415 - only where it is needed
+    from datastore.storage.backends.zip_archive import ZipStorage  # noqa: PLC0415 - only where it is needed
 
     folder, chained, where = rest.partition("::")
     if not chained:
@@ -95,7 +95,7 @@ def _open_zip(url: str, rest: str) -> Storage:
 
 
 def _open_fsspec(url: str, _: str) -> Storage:
-    from datastore.storage.remote import FsspecStorage  # noqa: PLC0415 - fsspec takes 50 ms to import
+    from datastore.storage.backends.fsspec_storage import FsspecStorage  # noqa: PLC0415 - fsspec takes 50 ms to import
 
     return FsspecStorage(url)
 

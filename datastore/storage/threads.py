@@ -8,7 +8,7 @@ from functools import partial
 from itertools import chain
 from typing import TypeVar
 
-from datastore.storage.bodies import GAP_BYTES, merge_ranges, slices
+from datastore.storage.ranges import GAP_BYTES, merge_ranges, slices
 
 __all__ = ["all_at_once", "ranges_at_once"]
 

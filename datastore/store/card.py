@@ -1,7 +1,7 @@
 """The dataset card: a README.md for people who find the folder. No reader depends on it."""
 
+from datastore.dataset.log.manifest import Commit, DatasetInfo
 from datastore.storage.base import Storage
-from datastore.store.manifest import Commit, DatasetInfo
 from datastore.units import format_bytes, format_count
 
 __all__ = ["CARD_KEY", "card_text", "write_card"]

@@ -15,16 +15,16 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from datastore.dataset.log.commits import CommitLog
+from datastore.dataset.log.manifest import Commit, SegmentRef
+from datastore.dataset.shards.deletions import deletions_key
+from datastore.dataset.shards.segment_file import ShardInfo, segment_key
+from datastore.dataset.shards.segments import load_segment
 from datastore.digest import sha256_hex
 from datastore.document import reseal
 from datastore.errors import MissingError
 from datastore.storage.base import Storage
-from datastore.store.commits import CommitLog
-from datastore.store.deletions import deletions_key
-from datastore.store.manifest import Commit, SegmentRef
-from datastore.store.opening import load_segment
 from datastore.store.parallel import in_parallel
-from datastore.store.segment import ShardInfo, segment_key
 
 __all__ = [
     "Journals",

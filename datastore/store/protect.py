@@ -9,12 +9,7 @@ from functools import partial
 
 import msgspec
 
-from datastore.errors import ConfigError, ConflictError, CorruptError, MissingError
-from datastore.storage.base import Storage
-from datastore.store.dataset import Dataset
-from datastore.store.manifest import INFO_KEY, Commit, ParityRef
-from datastore.store.parallel import in_parallel
-from datastore.store.parity import (
+from datastore.dataset.durability.parity import (
     Group,
     Member,
     choose_groups,
@@ -24,8 +19,13 @@ from datastore.store.parity import (
     store_groups,
     write_group,
 )
-from datastore.store.replace import Target, open_to_change
-from datastore.store.writer import draft_commit, publish
+from datastore.dataset.log.manifest import INFO_KEY, Commit, ParityRef
+from datastore.dataset.operations.append import draft_commit, publish
+from datastore.dataset.operations.transaction import Target, open_to_change
+from datastore.dataset.snapshot import Dataset
+from datastore.errors import ConfigError, ConflictError, CorruptError, MissingError
+from datastore.storage.base import Storage
+from datastore.store.parallel import in_parallel
 
 __all__ = ["ProtectReport", "protect", "unprotected"]
 

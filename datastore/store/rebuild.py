@@ -9,12 +9,12 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from datastore.dataset.durability.blocks import BadBlock, Blocks, Room, check_blocks
+from datastore.dataset.durability.parity import Bytes, Group, Member, mix
+from datastore.dataset.shards.segment_file import BLOCK_BYTES, ShardInfo
 from datastore.digest import DIGEST_BYTES, digest_bytes
 from datastore.errors import DatastoreError
 from datastore.storage.base import Storage
-from datastore.store.blocks import BadBlock, Blocks, Room, check_blocks
-from datastore.store.parity import Bytes, Group, Member, mix
-from datastore.store.segment import BLOCK_BYTES, ShardInfo
 
 __all__ = ["File", "Rebuilder", "Rebuilt", "files_of", "parity_file"]
 

@@ -2,11 +2,11 @@
 
 from typing_extensions import Buffer
 
+from datastore.dataset.log.manifest import TokenizerRef, tokenizer_key
 from datastore.digest import sha256_hex
 from datastore.errors import CorruptError
 from datastore.storage.base import Storage
-from datastore.store.checked import first_sound
-from datastore.store.manifest import TokenizerRef, tokenizer_key
+from datastore.storage.verified import first_sound
 
 __all__ = ["put_tokenizer", "read_tokenizer"]
 

@@ -4,18 +4,18 @@ import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
+from datastore.dataset.durability.parity import load_groups, parity_table_key
+from datastore.dataset.log.identity import require_free
+from datastore.dataset.log.manifest import Commit, DatasetInfo, ParityRef, SegmentRef, tokenizer_key
+from datastore.dataset.roots import open_roots
+from datastore.dataset.shards.deletions import deletions_key
+from datastore.dataset.shards.segment_file import segment_key
+from datastore.dataset.shards.segments import load_segment
 from datastore.errors import FormatError, MissingError, StorageError
 from datastore.storage.base import Storage
 from datastore.storage.resolve import open_storage
-from datastore.store.checked import read_checked
-from datastore.store.create import require_free
-from datastore.store.deletions import deletions_key
-from datastore.store.manifest import Commit, DatasetInfo, ParityRef, SegmentRef, tokenizer_key
-from datastore.store.opening import load_segment
+from datastore.storage.verified import read_checked
 from datastore.store.parallel import in_parallel
-from datastore.store.parity import load_groups, parity_table_key
-from datastore.store.roots import open_roots
-from datastore.store.segment import segment_key
 from datastore.store.tokenizers import read_tokenizer
 
 __all__ = [

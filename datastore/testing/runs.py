@@ -13,13 +13,13 @@ from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
 
 from datastore.config import settings_from
+from datastore.dataset.operations.append import commit_shards
+from datastore.dataset.shards.files import shard_uid, write_token_shard
+from datastore.dataset.snapshot import Dataset, open_dataset
 from datastore.storage.resolve import open_storage
-from datastore.store.dataset import Dataset, open_dataset
-from datastore.store.shards import shard_uid, write_token_shard
 from datastore.store.tokenizers import put_tokenizer
-from datastore.store.writer import commit_shards
-from datastore.testing.datasets import documents_of
-from datastore.train.settings import Settings
+from datastore.testing.examples import documents_of
+from datastore.training.settings import Settings
 
 __all__ = ["WORDS", "make_language", "tiny_settings"]
 

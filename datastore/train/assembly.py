@@ -19,16 +19,16 @@ from datastore.errors import CorruptError
 from datastore.loader.batch import Batch
 from datastore.loader.loader import Loader
 from datastore.loader.place import Place
-from datastore.train.evaluate import autocast
-from datastore.train.hooks.base import Hook, HookSet, RunState, make_hooks
-from datastore.train.loop import Work
-from datastore.train.model import GPT, Block
-from datastore.train.objectives import Causal, MicroBatch, Objective
-from datastore.train.optim import learning_rate, make_optimizer, named_state
-from datastore.train.parallel import Ranks, cores
-from datastore.train.run import RunConfig
-from datastore.train.settings import Settings, StepSettings
-from datastore.train.split import Split
+from datastore.training.distributed import Ranks, cores
+from datastore.training.hooks.base import Hook, HookSet, RunState, make_hooks
+from datastore.training.model import GPT, Block
+from datastore.training.objectives import Causal, MicroBatch, Objective
+from datastore.training.optim import learning_rate, make_optimizer, named_state
+from datastore.training.run.data import Split
+from datastore.training.run.folder import RunConfig
+from datastore.training.settings import Settings, StepSettings
+from datastore.training.trainer import Work
+from datastore.training.validation import autocast
 
 __all__ = ["Machine", "Parts", "assemble", "build_model", "use_machine"]
 

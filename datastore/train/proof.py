@@ -18,12 +18,12 @@ import numpy as np
 
 from datastore.errors import MissingError
 from datastore.loader.batch import Batch
-from datastore.loader.geometry import Gaps
 from datastore.loader.loader import Loader
-from datastore.train.record import StepEntry
-from datastore.train.run import RunConfig, RunFolder, open_split, own_versions
-from datastore.train.trace import History, read_history
+from datastore.loader.order.samples import Gaps
 from datastore.train.versions import Versions
+from datastore.training.run.audit import History, read_history
+from datastore.training.run.folder import RunConfig, RunFolder, open_split, own_versions
+from datastore.training.run.record import StepEntry
 
 __all__ = ["Proof", "prove"]
 

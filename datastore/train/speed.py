@@ -7,7 +7,7 @@ Source: A. Chowdhery et al., "PaLM", arXiv:2204.02311, appendix B; peaks from th
 
 import torch
 
-from datastore.train.settings import ModelSettings
+from datastore.training.settings import ModelSettings
 
 __all__ = ["flops_per_token", "peak_flops"]
 

@@ -5,11 +5,11 @@ import torch
 from datastore.errors import ConfigError
 from datastore.loader.place import Place
 from datastore.storage.resolve import open_storage
-from datastore.train.evaluate import Evaluation, validation_loss
-from datastore.train.export import open_model
-from datastore.train.launch import Launch
-from datastore.train.parallel import Ranks
-from datastore.train.run import RunFolder, is_run, open_split
+from datastore.training.distributed import Ranks
+from datastore.training.export.export import open_model
+from datastore.training.launcher import Launch
+from datastore.training.run.folder import RunFolder, is_run, open_split
+from datastore.training.validation import Evaluation, validation_loss
 
 __all__ = ["evaluate"]
 

@@ -9,12 +9,12 @@ The price: two runs of the same settings differ if documents were deleted in bet
 differs from one that was not. That is what a delete asks for.
 """
 
+from datastore.dataset.snapshot import Dataset, open_dataset, split_reference
 from datastore.document import Document
 from datastore.errors import MissingError, ResumeError
 from datastore.loader.settings import DeletionMode
 from datastore.loader.state import shards_fingerprint
-from datastore.store.dataset import Dataset, open_dataset, split_reference
-from datastore.train.split import Stretch
+from datastore.training.run.data import Stretch
 
 __all__ = ["DatasetRef", "Versions", "open_at", "ref_of", "version_to_read"]
 

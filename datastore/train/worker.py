@@ -13,7 +13,7 @@ import msgspec
 import orjson
 
 from datastore.errors import DatastoreError
-from datastore.train.launch import LOST_PEER, LostPeerError, Task, error_to
+from datastore.training.launcher import LOST_PEER, LostPeerError, Task, error_to
 
 __all__ = ["main"]
 
@@ -41,7 +41,7 @@ def _read_line() -> bytes:
     while not line.endswith(b"\n"):
         more = os.read(0, 1)
         if not more:
-            sys.exit("this module is started by datastore.train.launch")
+            sys.exit("this module is started by datastore.training.launcher")
         line += more
     return bytes(line)
 

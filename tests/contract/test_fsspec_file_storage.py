@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
+from datastore.storage.backends.fsspec_storage import FsspecStorage
 from datastore.storage.base import Storage
-from datastore.storage.remote import FsspecStorage
 from datastore.testing.storage import StorageContract
 
 

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from datastore.storage import exclusive
+from datastore.storage.backends import syscalls as exclusive
+from datastore.storage.backends.local import LocalStorage
 from datastore.storage.base import Storage
-from datastore.storage.local import LocalStorage
 from datastore.testing.storage import StorageContract
 
 

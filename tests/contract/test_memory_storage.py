@@ -4,8 +4,8 @@ import uuid
 
 import pytest
 
+from datastore.storage.backends.memory import MemoryStorage
 from datastore.storage.base import Storage
-from datastore.storage.memory import MemoryStorage
 from datastore.testing.storage import StorageContract
 
 

@@ -5,11 +5,11 @@ from pathlib import Path
 
 import pytest
 
+from datastore.storage.backends.local import LocalStorage
+from datastore.storage.backends.memory import MemoryStorage
 from datastore.storage.base import Storage
-from datastore.storage.local import LocalStorage
-from datastore.storage.memory import MemoryStorage
 from datastore.storage.placed import PlacedStorage
-from datastore.storage.placement import Root
+from datastore.storage.rendezvous import Root
 from datastore.storage.resolve import Subfolder
 from datastore.testing.storage import StorageContract
 

@@ -3,10 +3,10 @@
 import pytest
 
 from datastore.errors import ConflictError
+from datastore.storage.backends.fsspec_storage import FsspecStorage
+from datastore.storage.backends.s3 import S3Storage
 from datastore.storage.base import Storage
-from datastore.storage.remote import FsspecStorage
 from datastore.storage.resolve import open_storage
-from datastore.storage.s3 import S3Storage
 from datastore.testing.storage import StorageContract
 
 pytestmark = pytest.mark.s3

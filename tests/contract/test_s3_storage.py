@@ -13,11 +13,11 @@ import pytest
 from moto.server import ThreadedMotoServer
 
 from datastore.errors import MissingError, StorageError
+from datastore.storage.backends.fsspec_storage import FsspecStorage
+from datastore.storage.backends.s3 import S3Storage
 from datastore.storage.base import Storage
-from datastore.storage.remote import FsspecStorage
 from datastore.storage.resolve import open_storage
 from datastore.storage.retry import RetryPolicy
-from datastore.storage.s3 import S3Storage
 from datastore.storage.s3_client import understands
 from datastore.testing.storage import StorageContract
 

@@ -10,14 +10,14 @@ from typing import Any, ClassVar
 
 import pytest
 
+from datastore.dataset.durability.verify import verify
+from datastore.dataset.snapshot import open_dataset
 from datastore.errors import StorageError
+from datastore.storage.backends.fsspec_storage import FsspecStorage
 from datastore.storage.base import Storage
-from datastore.storage.remote import FsspecStorage
 from datastore.storage.resolve import open_storage
 from datastore.storage.retry import RetryPolicy
-from datastore.store.dataset import open_dataset
-from datastore.store.verify import verify
-from datastore.testing.datasets import make_dataset
+from datastore.testing.examples import make_dataset
 from datastore.testing.storage import StorageContract
 
 asyncssh = pytest.importorskip("asyncssh")

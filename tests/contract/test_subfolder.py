@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
+from datastore.storage.backends.local import LocalStorage
 from datastore.storage.base import Storage
-from datastore.storage.local import LocalStorage
 from datastore.storage.resolve import Subfolder
 from datastore.testing.storage import StorageContract
 

@@ -20,10 +20,10 @@ from moto.server import ThreadedMotoServer
 from typing_extensions import override
 
 from datastore.errors import StorageError
+from datastore.storage.backends.fsspec_storage import FsspecStorage
+from datastore.storage.backends.s3 import S3Storage
 from datastore.storage.base import Storage
-from datastore.storage.remote import FsspecStorage
 from datastore.storage.retry import RetryPolicy
-from datastore.storage.s3 import S3Storage
 from datastore.storage.statistics import total_statistics
 from datastore.testing.storage import StorageContract
 

@@ -11,16 +11,16 @@ from typing import Any, ClassVar
 import pytest
 from typing_extensions import override
 
+from datastore.dataset.durability.verify import verify
+from datastore.dataset.snapshot import open_dataset
 from datastore.errors import MissingError, StorageError
 from datastore.loader.loader import Loader
+from datastore.storage.backends.local import LocalStorage
+from datastore.storage.backends.web import WebStorage
 from datastore.storage.base import Storage
-from datastore.storage.local import LocalStorage
 from datastore.storage.resolve import open_storage
 from datastore.storage.retry import RetryPolicy
-from datastore.storage.web import WebStorage
-from datastore.store.dataset import open_dataset
-from datastore.store.verify import verify
-from datastore.testing.datasets import make_dataset
+from datastore.testing.examples import make_dataset
 from datastore.testing.read_only import CONTENT, ReadOnlyContract
 
 

@@ -11,8 +11,8 @@ import pytest
 from typing_extensions import override
 
 from datastore.errors import MissingError, StorageError
+from datastore.storage.backends.fsspec_storage import FsspecStorage
 from datastore.storage.base import Storage
-from datastore.storage.remote import FsspecStorage
 from datastore.storage.retry import RetryPolicy
 from datastore.testing.storage import StorageContract
 

@@ -5,14 +5,14 @@ from pathlib import Path
 
 import pytest
 
+from datastore.dataset.durability.verify import verify
+from datastore.dataset.snapshot import open_dataset
 from datastore.errors import ConfigError, FormatError
 from datastore.loader.loader import Loader
+from datastore.storage.backends.memory import MemoryStorage
 from datastore.storage.base import Storage
-from datastore.storage.memory import MemoryStorage
 from datastore.storage.resolve import open_storage
-from datastore.store.dataset import open_dataset
-from datastore.store.verify import verify
-from datastore.testing.datasets import make_dataset
+from datastore.testing.examples import make_dataset
 from datastore.testing.read_only import CONTENT, ReadOnlyContract
 
 

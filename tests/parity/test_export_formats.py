@@ -12,10 +12,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from datastore.dataset.snapshot import Dataset, open_dataset
+from datastore.ingestion.writers.records import writer
 from datastore.interop.export import ExportFormat, export
-from datastore.store.dataset import Dataset, open_dataset
-from datastore.store.records import writer
-from datastore.testing.datasets import make_dataset
+from datastore.testing.examples import make_dataset
 
 sys.path.insert(0, str(Path(__file__).parent))
 import peers
@@ -37,10 +37,10 @@ def dataset(tmp_path: Path, request: pytest.FixtureRequest) -> Dataset:
 
 
 def small_ids(url: Path) -> Dataset:
+    from datastore.dataset.operations.append import commit_shards
+    from datastore.dataset.shards.files import shard_uid, write_token_shard
     from datastore.storage.resolve import open_storage
-    from datastore.store.shards import shard_uid, write_token_shard
-    from datastore.store.writer import commit_shards
-    from datastore.testing.datasets import documents_of
+    from datastore.testing.examples import documents_of
 
     storage = open_storage(url)
     infos = []

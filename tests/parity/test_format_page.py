@@ -17,24 +17,24 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pytest
 
+from datastore.dataset.log.manifest import oldest_readable
+from datastore.dataset.log.tags import list_tags, set_tag
+from datastore.dataset.operations.append import commit_shards
+from datastore.dataset.operations.clone import clone
+from datastore.dataset.operations.compact import compact
+from datastore.dataset.operations.copy import copy
+from datastore.dataset.operations.delete import delete
+from datastore.dataset.operations.evolve import evolve
+from datastore.dataset.operations.expire import expire
+from datastore.dataset.operations.purge.purge import purge
+from datastore.dataset.roots import create_at, place_dataset
+from datastore.dataset.shards.files import read_token_table, write_token_shard
+from datastore.dataset.snapshot import Dataset, open_dataset
 from datastore.formats.tokens import token_dtype
-from datastore.store.clone import clone
-from datastore.store.compact import compact
-from datastore.store.copy import copy
-from datastore.store.dataset import Dataset, open_dataset
-from datastore.store.delete import delete
-from datastore.store.evolve import evolve
-from datastore.store.expire import expire
-from datastore.store.manifest import oldest_readable
+from datastore.ingestion.writers.records import writer
 from datastore.store.protect import protect
-from datastore.store.purge import purge
-from datastore.store.records import writer
-from datastore.store.roots import create_at, place_dataset
-from datastore.store.shards import read_token_table, write_token_shard
-from datastore.store.tags import list_tags, set_tag
 from datastore.store.tokenizers import put_tokenizer
-from datastore.store.writer import commit_shards
-from datastore.testing.datasets import documents_of, make_dataset
+from datastore.testing.examples import documents_of, make_dataset
 
 GOLDEN = Path(__file__).parents[2] / "schemas" / "golden" / "v1"
 PROGRAM = Path(__file__).with_name("format_reader.py")

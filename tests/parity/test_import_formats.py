@@ -9,13 +9,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from datastore.ingest.importing import import_dataset
-from datastore.ingest.settings import IngestSettings
+from datastore.dataset.snapshot import Dataset, open_dataset
+from datastore.ingestion.importing import import_dataset
+from datastore.ingestion.settings import IngestSettings
+from datastore.ingestion.writers.records import writer
 from datastore.interop.export import ExportFormat, export
 from datastore.interop.formats import ImportFormat
-from datastore.store.dataset import Dataset, open_dataset
-from datastore.store.records import writer
-from datastore.testing.datasets import make_dataset
+from datastore.testing.examples import make_dataset
 
 sys.path.insert(0, str(Path(__file__).parent))
 import peers

@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 from tokenizers import pre_tokenizers
 
-from datastore.ingest.encoders import ReferenceEncoder, load_tokenizer
-from datastore.ingest.fast import settled
+from datastore.ingestion.encoding.gigatoken import settled
+from datastore.ingestion.encoding.reference import ReferenceEncoder, load_tokenizer
 
 pytestmark = pytest.mark.slow
 

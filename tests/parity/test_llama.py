@@ -6,11 +6,11 @@ import pytest
 import torch
 
 from datastore.errors import ConfigError
-from datastore.storage.local import LocalStorage
-from datastore.train.hf import HuggingFaceModel, read_folder, write_folder
-from datastore.train.hooks.quantize import Quantize, QuantizeSettings
-from datastore.train.model import GPT, KeyValueCache
-from datastore.train.settings import ModelSettings
+from datastore.storage.backends.local import LocalStorage
+from datastore.training.export.huggingface import HuggingFaceModel, read_folder, write_folder
+from datastore.training.hooks.quantize import Quantize, QuantizeSettings
+from datastore.training.model import GPT, KeyValueCache
+from datastore.training.settings import ModelSettings
 
 IDS = torch.randint(0, 501, (2, 40), generator=torch.Generator().manual_seed(1))
 

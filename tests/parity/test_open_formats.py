@@ -10,10 +10,10 @@ import pyarrow.dataset
 import pyarrow.parquet
 import pytest
 
+from datastore.dataset.shards.files import shard_uid, write_token_shard
+from datastore.dataset.snapshot import Dataset
 from datastore.storage.resolve import open_storage
-from datastore.store.dataset import Dataset
-from datastore.store.shards import shard_uid, write_token_shard
-from datastore.testing.datasets import documents_of, make_dataset
+from datastore.testing.examples import documents_of, make_dataset
 
 
 @pytest.fixture(params=["uint16", "uint32"])

@@ -13,8 +13,8 @@ import pyarrow.parquet
 import pytest
 from PIL import Image
 
-from datastore.store.dataset import Dataset, open_dataset
-from datastore.store.records import writer
+from datastore.dataset.snapshot import Dataset, open_dataset
+from datastore.ingestion.writers.records import writer
 
 SCHEMA = {
     "text": "string",
@@ -49,7 +49,7 @@ ROWS = [row(index) for index in range(300)]
 
 @pytest.fixture(params=["arrow", "parquet"])
 def dataset(tmp_path: Path, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Dataset:
-    monkeypatch.setattr("datastore.store.records._SHARD_BYTES", 40_000)
+    monkeypatch.setattr("datastore.ingestion.writers.records._SHARD_BYTES", 40_000)
     with writer(tmp_path / "set", schema=SCHEMA, format=request.param) as out:
         out.write(ROWS)
     opened = open_dataset(tmp_path / "set")

@@ -19,15 +19,15 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
+from datastore.dataset.durability.parity import Group, Member, decode_groups, encode_groups
+from datastore.dataset.shards.deletions import Deletions, decode_deletions, encode_deletions
+from datastore.dataset.shards.segment_file import Segments, decode_segment, encode_segment, segment_of
 from datastore.errors import CorruptError
 from datastore.formats.documents import DOCUMENTS_SCHEMA, decode_documents, encode_documents
 from datastore.formats.records import RecordFormat, decode_batch, decode_records, encode_records, read_frame
 from datastore.formats.tokens import decode_token_table, decode_tokens, encode_tokens
-from datastore.storage.memory import MemoryStorage
-from datastore.store.deletions import Deletions, decode_deletions, encode_deletions
-from datastore.store.parity import Group, Member, decode_groups, encode_groups
-from datastore.store.segment import Segments, decode_segment, encode_segment, segment_of
-from datastore.testing.datasets import documents_of, make_shard
+from datastore.storage.backends.memory import MemoryStorage
+from datastore.testing.examples import documents_of, make_shard
 
 LIMIT_S = 20
 """What one input may take, on a busy machine too."""

@@ -12,12 +12,12 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 from typing_extensions import Buffer, override
 
-from datastore.cache.memory import BlockCache
-from datastore.cache.prefetch import Prefetcher
+from datastore.dataset.snapshot import Dataset, open_dataset
 from datastore.errors import ConfigError, CorruptError, StorageError
-from datastore.storage.memory import MemoryStorage
-from datastore.store.dataset import Dataset, open_dataset
-from datastore.testing.datasets import make_dataset
+from datastore.loader.cache.memory import BlockCache
+from datastore.loader.cache.prefetch import Prefetcher
+from datastore.storage.backends.memory import MemoryStorage
+from datastore.testing.examples import make_dataset
 
 BLOCK = 4096
 SHARDS = [[3000, 4000], [500], [9000], [1, 1, 1]]

@@ -8,10 +8,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from datastore.cache.future import NEVER, Future
-from datastore.cache.memory import BlockCache
+from datastore.loader.cache.memory import BlockCache
 from datastore.loader.loader import Loader
 from datastore.loader.settings import LoaderOptions
-from datastore.testing.datasets import make_dataset
+from datastore.testing.examples import make_dataset
 
 BLOCKS = 12
 batch = st.lists(st.integers(0, BLOCKS - 1), max_size=5)

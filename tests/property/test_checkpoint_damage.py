@@ -14,9 +14,9 @@ from hypothesis import strategies as st
 from datastore.checkpoint import inspect as looking
 from datastore.checkpoint.checkpointer import Checkpointer
 from datastore.checkpoint.chunks import Chunk
-from datastore.checkpoint.sources import Sources
+from datastore.checkpoint.loading.sources import Sources
 from datastore.errors import CorruptError, DatastoreError
-from datastore.storage.local import LocalStorage
+from datastore.storage.backends.local import LocalStorage
 
 OLDER, NEWER = 10, 20
 BEFORE = -1.0

@@ -9,9 +9,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from datastore.checkpoint.manifest import Entry
+from datastore.checkpoint.format.manifest import Entry
+from datastore.checkpoint.format.tree import TensorSpec
 from datastore.checkpoint.plan import Box, check_coverage, overlap, owners, row_span
-from datastore.checkpoint.tree import TensorSpec
 from datastore.errors import ConflictError
 
 SIZES = st.dictionaries(st.text(max_size=4), st.integers(0, 1000), max_size=30)

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from datastore.checkpoint.checkpointer import Checkpointer
-from datastore.checkpoint.tree import TensorSpec, child_name, differences, pack, specs, unpack
+from datastore.checkpoint.format.tree import TensorSpec, child_name, differences, pack, specs, unpack
 from datastore.errors import ConfigError, ResumeError
 
 KEYS = st.text(max_size=6) | st.integers(-3, 2**40) | st.sampled_from(["$", "/", "~1", "a/b", ""])

@@ -19,23 +19,23 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from datastore.dataset.durability.verify import verify
+from datastore.dataset.log.commits import HINT_KEY
+from datastore.dataset.log.manifest import commit_key
+from datastore.dataset.log.tags import read_tag, set_tag
+from datastore.dataset.operations.append import commit_shards
+from datastore.dataset.operations.delete import delete
+from datastore.dataset.operations.evolve import evolve
+from datastore.dataset.shards.files import read_token_table, write_token_shard
+from datastore.dataset.shards.segment_file import BLOCK_BYTES
+from datastore.dataset.snapshot import Dataset, open_dataset
 from datastore.document import seal
 from datastore.errors import CorruptError, FormatError, MissingError
-from datastore.storage.memory import MemoryStorage
-from datastore.store.commits import HINT_KEY
-from datastore.store.dataset import Dataset, open_dataset
-from datastore.store.delete import delete
-from datastore.store.evolve import evolve
-from datastore.store.manifest import commit_key
+from datastore.ingestion.writers.records import writer
+from datastore.storage.backends.memory import MemoryStorage
 from datastore.store.protect import protect
-from datastore.store.records import writer
-from datastore.store.segment import BLOCK_BYTES
-from datastore.store.shards import read_token_table, write_token_shard
-from datastore.store.tags import read_tag, set_tag
 from datastore.store.tokenizers import put_tokenizer
-from datastore.store.verify import verify
-from datastore.store.writer import commit_shards
-from datastore.testing.datasets import documents_of, make_shard
+from datastore.testing.examples import documents_of, make_shard
 
 HARMLESS = {"README.md", HINT_KEY}
 REFUSALS = (CorruptError, MissingError, FormatError)

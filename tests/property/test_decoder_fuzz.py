@@ -24,25 +24,25 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from datastore.dataset.durability.verify import verify
+from datastore.dataset.journal import Journal, TaskDone, encode_rejects
+from datastore.dataset.log.manifest import INFO_KEY
+from datastore.dataset.operations.append import commit_records, commit_shards
+from datastore.dataset.shards.files import read_token_shard
+from datastore.dataset.shards.segment_file import BatchRange, ColumnLayout, ShardInfo, ShardLayout
+from datastore.dataset.snapshot import Dataset, open_dataset
 from datastore.digest import digest_hex
 from datastore.document import Sealed, decode, encode, seal, unseal
 from datastore.errors import ConfigError, CorruptError, DatastoreError, FormatError, StorageError
 from datastore.formats.schema import decode_schema, encode_schema
 from datastore.formats.tokens import decode_tokens, encode_tokens
-from datastore.ingest.journal import Journal, TaskDone, encode_rejects
 from datastore.ingest.records import Reject
+from datastore.ingestion.writers.records import writer
 from datastore.loader.loader import Loader
-from datastore.storage.local import LocalStorage
-from datastore.storage.memory import MemoryStorage
-from datastore.store.dataset import Dataset, open_dataset
-from datastore.store.manifest import INFO_KEY
-from datastore.store.records import writer
-from datastore.store.segment import BatchRange, ColumnLayout, ShardInfo, ShardLayout
-from datastore.store.shards import read_token_shard
+from datastore.storage.backends.local import LocalStorage
+from datastore.storage.backends.memory import MemoryStorage
 from datastore.store.tokenizers import put_tokenizer
-from datastore.store.verify import verify
-from datastore.store.writer import commit_records, commit_shards
-from datastore.testing.datasets import make_shard
+from datastore.testing.examples import make_shard
 
 PROGRAM = Path(__file__).with_name("decoder_program.py")
 DECODERS = subprocess.run([sys.executable, PROGRAM, "--list"], capture_output=True, text=True, check=True).stdout

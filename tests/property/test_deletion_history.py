@@ -9,18 +9,18 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
+from datastore.dataset.durability.verify import verify
+from datastore.dataset.operations.append import commit_shards
+from datastore.dataset.operations.compact import compact
+from datastore.dataset.operations.delete import DeleteReport, delete
+from datastore.dataset.operations.purge.plan import list_certificates
+from datastore.dataset.operations.purge.purge import PurgeReport, purge
+from datastore.dataset.shards.files import shard_uid
+from datastore.dataset.snapshot import Dataset, open_dataset
 from datastore.digest import sha256_hex
 from datastore.errors import ConflictError, MissingError
-from datastore.storage.memory import MemoryStorage
-from datastore.store.certificate import list_certificates
-from datastore.store.compact import compact
-from datastore.store.dataset import Dataset, open_dataset
-from datastore.store.delete import DeleteReport, delete
-from datastore.store.purge import PurgeReport, purge
-from datastore.store.shards import shard_uid
-from datastore.store.verify import verify
-from datastore.store.writer import commit_shards
-from datastore.testing.datasets import make_shard
+from datastore.storage.backends.memory import MemoryStorage
+from datastore.testing.examples import make_shard
 
 lengths = st.lists(st.lists(st.integers(8, 20), min_size=1, max_size=4), min_size=1, max_size=3)
 choices = st.lists(st.integers(0, 50), min_size=1, max_size=4)

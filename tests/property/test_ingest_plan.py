@@ -6,10 +6,10 @@ import hypothesis.strategies as st
 import numpy as np
 from hypothesis import given
 
-from datastore.ingest.duplicates import repeated
-from datastore.ingest.plan import make_plan, orders
-from datastore.ingest.settings import IngestSettings, reading_digest
-from datastore.ingest.sources import Listing, SourceFile
+from datastore.ingestion.duplicates import repeated
+from datastore.ingestion.plan import make_plan, orders
+from datastore.ingestion.reading.sources import Listing, SourceFile
+from datastore.ingestion.settings import IngestSettings, reading_digest
 
 
 @st.composite

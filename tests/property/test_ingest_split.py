@@ -7,12 +7,12 @@ import hypothesis.strategies as st
 import zstandard
 from hypothesis import given, settings
 
-from datastore.ingest.read import read_part
 from datastore.ingest.records import Record, Reject
-from datastore.ingest.settings import IngestSettings
-from datastore.ingest.sources import SourceFile
 from datastore.ingest.split import can_be_cut, cut_evenly, lookback, split_records
-from datastore.storage.memory import MemoryStorage
+from datastore.ingestion.reading.documents import read_part
+from datastore.ingestion.reading.sources import SourceFile
+from datastore.ingestion.settings import IngestSettings
+from datastore.storage.backends.memory import MemoryStorage
 
 SEPARATORS = st.sampled_from([b"\n", b"<|e|>", b"ab", b"\r\n"])
 HUGE = 2**40

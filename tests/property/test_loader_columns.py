@@ -15,16 +15,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from datastore.cache.layout import BlockLayout, Track
+from datastore.dataset.operations.delete import delete
+from datastore.dataset.snapshot import Dataset, open_dataset
 from datastore.errors import ConfigError, CorruptError
-from datastore.ingest.tokenwriter import token_writer
+from datastore.ingestion.writers.tokens import token_writer
 from datastore.loader.loader import Loader
 from datastore.loader.place import Place
 from datastore.loader.settings import DeletionMode, LoaderOptions
-from datastore.store.dataset import Dataset, open_dataset
-from datastore.store.delete import delete
 from datastore.testing.resume import check_resumes_everywhere
 from datastore.torch import TensorStream, stream
-from datastore.train.split import Stretch, make_split
+from datastore.training.run.data import Stretch, make_split
 
 DOCUMENTS = [70, 30, 1, 0, 99, 5, 200, 11, 1, 1, 1, 90]
 SEQ_LEN = 7

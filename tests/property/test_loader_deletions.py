@@ -14,19 +14,19 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from datastore.cache.layout import BlockLayout
+from datastore.dataset.operations.delete import delete
+from datastore.dataset.shards.deletions import Deletions, decode_deletions, encode_deletions, merge_spans
+from datastore.dataset.snapshot import Dataset, open_dataset
 from datastore.errors import ConfigError, CorruptError, ResumeError
 from datastore.loader.batch import Batch
-from datastore.loader.geometry import Gaps, sample_grid
 from datastore.loader.loader import Loader
+from datastore.loader.order.samples import Gaps, sample_grid
 from datastore.loader.place import Place
 from datastore.loader.plan import NO_SAMPLE, BatchPlan
 from datastore.loader.reads import reads_of
 from datastore.loader.settings import DeletionMode, LoaderOptions
 from datastore.loader.trace import locate
-from datastore.store.dataset import Dataset, open_dataset
-from datastore.store.delete import delete
-from datastore.store.deletions import Deletions, decode_deletions, encode_deletions, merge_spans
-from datastore.testing.datasets import make_dataset
+from datastore.testing.examples import make_dataset
 
 SHARDS = [[70, 30, 1, 0, 99], [5], [200, 11], [1, 1, 1], [90, 40]]
 TOKENS = sum(map(sum, SHARDS))

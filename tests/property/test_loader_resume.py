@@ -12,12 +12,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from datastore.dataset.snapshot import Dataset
 from datastore.loader.batch import Batch
 from datastore.loader.loader import Loader
 from datastore.loader.place import Place
 from datastore.loader.settings import LoaderOptions
-from datastore.store.dataset import Dataset
-from datastore.testing.datasets import make_dataset
+from datastore.testing.examples import make_dataset
 from datastore.testing.resume import check_resumes_everywhere
 
 SHARDS = [[700, 300], [5], [2_000, 11], [1, 1, 1], [900]]

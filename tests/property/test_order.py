@@ -9,10 +9,10 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from datastore.errors import ConfigError
-from datastore.loader.geometry import SampleGrid, sample_grid
-from datastore.loader.lanes import lane_grid, van_der_corput
-from datastore.loader.mix import Purpose, derive_key, mix_int
-from datastore.loader.order import Order, OrderKey, line_of
+from datastore.loader.order.lanes import lane_grid, van_der_corput
+from datastore.loader.order.mix import Purpose, derive_key, mix_int
+from datastore.loader.order.order import Order, OrderKey, line_of
+from datastore.loader.order.samples import SampleGrid, sample_grid
 from datastore.loader.place import Place
 from datastore.loader.plan import NO_SAMPLE, BatchPlan, Planner
 

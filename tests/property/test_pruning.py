@@ -3,8 +3,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from datastore.train.hooks.base import RunState
-from datastore.train.hooks.prune import Prune, PruneSettings, keep_mask, ratio_at
+from datastore.training.hooks.base import RunState
+from datastore.training.hooks.prune import Prune, PruneSettings, keep_mask, ratio_at
 
 weights = st.lists(st.floats(-3, 3, width=32), min_size=1, max_size=200).map(torch.tensor)
 

@@ -3,7 +3,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from datastore.train.hooks.quantize import PackedLinear, QuantizeSettings, pack, quantize_rows, unpack
+from datastore.training.hooks.quantize import PackedLinear, QuantizeSettings, pack, quantize_rows, unpack
 
 bits = st.sampled_from([4, 8])
 

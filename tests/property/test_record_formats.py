@@ -11,15 +11,15 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from datastore.dataset.durability.verify import verify
+from datastore.dataset.operations.evolve import evolve
+from datastore.dataset.snapshot import open_dataset
 from datastore.errors import ConfigError
 from datastore.formats.evolution import SchemaChange, adapt, changed
 from datastore.formats.records import RecordFormat, check_format, decode_batch, decode_records, encode_records
 from datastore.formats.schema import check_storable, decode_schema, encode_schema, parse_type
-from datastore.storage.memory import MemoryStorage
-from datastore.store.dataset import open_dataset
-from datastore.store.evolve import evolve
-from datastore.store.records import writer
-from datastore.store.verify import verify
+from datastore.ingestion.writers.records import writer
+from datastore.storage.backends.memory import MemoryStorage
 
 NAMES = st.sampled_from(["a", "b", "text", "x_1", "Ä"])
 FORMATS = st.sampled_from(["arrow", "parquet"])

@@ -11,18 +11,18 @@ from dataclasses import dataclass
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from datastore.storage.memory import MemoryStorage
-from datastore.storage.placement import is_data
+from datastore.dataset.durability.parity import Group, load_groups
+from datastore.dataset.durability.repair import RepairReport, repair
+from datastore.dataset.durability.verify import verify
+from datastore.dataset.log.manifest import INFO_KEY, commit_key
+from datastore.dataset.log.tags import set_tag
+from datastore.dataset.roots import create_at, open_roots, place_dataset
+from datastore.dataset.snapshot import open_dataset
+from datastore.storage.backends.memory import MemoryStorage
+from datastore.storage.rendezvous import is_data
 from datastore.store.card import CARD_KEY
-from datastore.store.dataset import open_dataset
-from datastore.store.manifest import INFO_KEY, commit_key
-from datastore.store.parity import Group, load_groups
 from datastore.store.protect import protect
-from datastore.store.repair import RepairReport, repair
-from datastore.store.roots import create_at, open_roots, place_dataset
-from datastore.store.tags import set_tag
-from datastore.store.verify import verify
-from datastore.testing.datasets import make_dataset
+from datastore.testing.examples import make_dataset
 
 BLOCK = 256
 laws = settings(max_examples=20, deadline=None)

@@ -11,10 +11,10 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
 from datastore.errors import ConflictError, MissingError, StorageError
+from datastore.storage.backends.fsspec_storage import FsspecStorage
+from datastore.storage.backends.local import LocalStorage
+from datastore.storage.backends.memory import MemoryStorage
 from datastore.storage.base import Storage
-from datastore.storage.local import LocalStorage
-from datastore.storage.memory import MemoryStorage
-from datastore.storage.remote import FsspecStorage
 from datastore.storage.resolve import Subfolder
 
 KEYS = st.sampled_from(["a/b/1", "a/b/2", "a/3", "a-b", "a.txt", "ab/4", "b", "é/ü"])  # none is a folder of another

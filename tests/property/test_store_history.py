@@ -6,15 +6,15 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, initialize, invariant, precondition, rule
 
+from datastore.dataset.durability.verify import verify
+from datastore.dataset.log.commits import CommitLog
+from datastore.dataset.log.tags import list_tags, set_tag
+from datastore.dataset.operations.append import Operation, commit_shards
+from datastore.dataset.shards.segment_file import ShardInfo
+from datastore.dataset.snapshot import open_dataset
 from datastore.errors import ConflictError
-from datastore.storage.memory import MemoryStorage
-from datastore.store.commits import CommitLog
-from datastore.store.dataset import open_dataset
-from datastore.store.segment import ShardInfo
-from datastore.store.tags import list_tags, set_tag
-from datastore.store.verify import verify
-from datastore.store.writer import Operation, commit_shards
-from datastore.testing.datasets import make_shard
+from datastore.storage.backends.memory import MemoryStorage
+from datastore.testing.examples import make_shard
 
 names = st.sampled_from(["v1", "v2", "best"])
 

@@ -6,20 +6,20 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, initialize, precondition, rule
 
+from datastore.dataset.durability.verify import verify
+from datastore.dataset.log.tags import list_tags, read_tag, remove_tag, set_tag
+from datastore.dataset.operations.append import Operation, commit_shards
+from datastore.dataset.operations.compact import compact
+from datastore.dataset.operations.delete import delete
+from datastore.dataset.operations.expire import expire
+from datastore.dataset.operations.purge.purge import purge
+from datastore.dataset.operations.vacuum import DAY_S, vacuum
+from datastore.dataset.shards.inventory import version_files
+from datastore.dataset.shards.segment_file import ShardInfo
+from datastore.dataset.snapshot import open_dataset
 from datastore.errors import ConflictError, MissingError
-from datastore.storage.memory import MemoryStorage
-from datastore.store.compact import compact
-from datastore.store.dataset import open_dataset
-from datastore.store.delete import delete
-from datastore.store.expire import expire
-from datastore.store.purge import purge
-from datastore.store.references import version_files
-from datastore.store.segment import ShardInfo
-from datastore.store.tags import list_tags, read_tag, remove_tag, set_tag
-from datastore.store.vacuum import DAY_S, vacuum
-from datastore.store.verify import verify
-from datastore.store.writer import Operation, commit_shards
-from datastore.testing.datasets import make_dataset, make_shard
+from datastore.storage.backends.memory import MemoryStorage
+from datastore.testing.examples import make_dataset, make_shard
 
 names = st.sampled_from(["v1", "v2"])
 DATA = ("shards/", "docs/", "_segments/", "deletions/")

@@ -39,34 +39,34 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
+from datastore.dataset.durability.parity import load_groups
+from datastore.dataset.durability.repair import repair
+from datastore.dataset.durability.verify import verify
+from datastore.dataset.log.manifest import oldest_readable
+from datastore.dataset.log.tags import list_tags, read_tag, remove_tag, set_tag
+from datastore.dataset.operations.append import commit_shards
+from datastore.dataset.operations.clone import clone
+from datastore.dataset.operations.compact import compact
+from datastore.dataset.operations.copy import copy
+from datastore.dataset.operations.delete import delete
+from datastore.dataset.operations.evolve import evolve
+from datastore.dataset.operations.expire import expire
+from datastore.dataset.operations.purge.purge import purge
+from datastore.dataset.operations.vacuum import vacuum
+from datastore.dataset.roots import create_at, place_dataset
+from datastore.dataset.snapshot import Dataset, open_dataset
 from datastore.errors import MissingError
-from datastore.ingest.importing import import_dataset
-from datastore.ingest.ingest import ingest
-from datastore.ingest.settings import IngestSettings
+from datastore.ingestion.importing import import_dataset
+from datastore.ingestion.ingest import ingest
+from datastore.ingestion.settings import IngestSettings
+from datastore.ingestion.writers.records import writer
 from datastore.interop.export import export
+from datastore.storage.backends.local import LocalStorage
 from datastore.storage.base import Storage
-from datastore.storage.local import LocalStorage
 from datastore.storage.resolve import join_url, open_storage
-from datastore.store.clone import clone
-from datastore.store.compact import compact
-from datastore.store.copy import copy
-from datastore.store.dataset import Dataset, open_dataset
-from datastore.store.delete import delete
-from datastore.store.evolve import evolve
-from datastore.store.expire import expire
-from datastore.store.manifest import oldest_readable
-from datastore.store.parity import load_groups
 from datastore.store.protect import protect
-from datastore.store.purge import purge
-from datastore.store.records import writer
-from datastore.store.repair import repair
-from datastore.store.roots import create_at, place_dataset
-from datastore.store.tags import list_tags, read_tag, remove_tag, set_tag
 from datastore.store.tokenizers import put_tokenizer
-from datastore.store.vacuum import vacuum
-from datastore.store.verify import verify
-from datastore.store.writer import commit_shards
-from datastore.testing.datasets import make_shard
+from datastore.testing.examples import make_shard
 
 with suppress(ImportError):
     # pyarrow imports it when it first sees an array, which would be once in each child.

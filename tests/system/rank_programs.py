@@ -1,4 +1,4 @@
-"""What tests let several ranks do, without torch; imported by the processes that `datastore.train.launch.spawn` starts."""
+"""What tests let several ranks do, without torch; imported by the processes that `datastore.training.launcher.spawn` starts."""
 
 import os
 import signal
@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 from datastore.errors import ConfigError
-from datastore.train.launch import Launch
+from datastore.training.launcher import Launch
 
 Report = Callable[[dict[str, Any]], None]
 

@@ -10,17 +10,17 @@ from pathlib import Path
 
 import pytest
 
-from datastore.store.commits import CommitLog
-from datastore.store.dataset import open_dataset
-from datastore.store.shards import shard_uid
-from datastore.store.verify import verify
+from datastore.dataset.durability.verify import verify
+from datastore.dataset.log.commits import CommitLog
+from datastore.dataset.shards.files import shard_uid
+from datastore.dataset.snapshot import open_dataset
 
 WRITER = """
 import sys
 from datastore.storage.resolve import open_storage
-from datastore.store.shards import shard_uid
-from datastore.store.writer import commit_shards
-from datastore.testing.datasets import make_shard
+from datastore.dataset.shards.files import shard_uid
+from datastore.dataset.operations.append import commit_shards
+from datastore.testing.examples import make_shard
 
 url, name, commits = sys.argv[1], sys.argv[2], int(sys.argv[3])
 storage = open_storage(url)

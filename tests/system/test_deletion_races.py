@@ -6,21 +6,21 @@ from pathlib import Path
 
 import pytest
 
-from datastore.store.commits import CommitLog
-from datastore.store.dataset import open_dataset
-from datastore.store.verify import verify
+from datastore.dataset.durability.verify import verify
+from datastore.dataset.log.commits import CommitLog
+from datastore.dataset.snapshot import open_dataset
 
 WORKER = """
 import random, sys, time
 from datastore.errors import ConflictError
 from datastore.storage.resolve import open_storage
-from datastore.store.compact import compact
-from datastore.store.dataset import open_dataset
-from datastore.store.delete import delete
-from datastore.store.purge import purge
-from datastore.store.shards import shard_uid
-from datastore.store.writer import commit_shards
-from datastore.testing.datasets import make_shard
+from datastore.dataset.operations.compact import compact
+from datastore.dataset.snapshot import open_dataset
+from datastore.dataset.operations.delete import delete
+from datastore.dataset.operations.purge.purge import purge
+from datastore.dataset.shards.files import shard_uid
+from datastore.dataset.operations.append import commit_shards
+from datastore.testing.examples import make_shard
 
 url, role, name, rounds = sys.argv[1], sys.argv[2], int(sys.argv[3]), int(sys.argv[4])
 generator = random.Random(name)

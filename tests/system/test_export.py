@@ -9,11 +9,11 @@ from torch.nn import functional
 from datastore.errors import ConfigError, ConflictError, MissingError
 from datastore.loader.place import Place
 from datastore.testing.runs import make_language, tiny_settings
-from datastore.train.export import export, open_model
-from datastore.train.generate import Sampling, generate
-from datastore.train.run import RunFolder, open_split
-from datastore.train.trainer import train
 from datastore.train.validation import evaluate
+from datastore.training.export.export import export, open_model
+from datastore.training.export.inference import Sampling, generate
+from datastore.training.run.folder import RunFolder, open_split
+from datastore.training.start import train
 
 
 @pytest.fixture(scope="module")

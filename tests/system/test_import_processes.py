@@ -9,11 +9,11 @@ from pathlib import Path
 
 import pytest
 
+from datastore.dataset.durability.verify import verify
+from datastore.dataset.snapshot import open_dataset
 from datastore.interop.export import export
 from datastore.storage.resolve import open_storage
-from datastore.store.dataset import open_dataset
-from datastore.store.verify import verify
-from datastore.testing.datasets import make_dataset
+from datastore.testing.examples import make_dataset
 
 LENGTHS = [[3000, 1, 50_000, 7], [40_000, 41] * 3, [300] * 50] * 6
 

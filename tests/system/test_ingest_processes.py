@@ -13,18 +13,18 @@ from pathlib import Path
 import orjson
 import pytest
 
+from datastore.dataset.durability.verify import verify
+from datastore.dataset.snapshot import open_dataset
 from datastore.errors import DatastoreError, StorageError
-from datastore.ingest.ingest import ingest
-from datastore.ingest.report import Progress
-from datastore.ingest.settings import IngestSettings
-from datastore.ingest.tokenizer import TokenizerSettings, train_tokenizer
-from datastore.store.dataset import open_dataset
-from datastore.store.verify import verify
+from datastore.ingestion.encoding.tokenizer import TokenizerSettings, train_tokenizer
+from datastore.ingestion.ingest import ingest
+from datastore.ingestion.report import Progress
+from datastore.ingestion.settings import IngestSettings
 
 PROGRAM = """
 import sys
-from datastore.ingest.ingest import ingest
-from datastore.ingest.settings import IngestSettings
+from datastore.ingestion.ingest import ingest
+from datastore.ingestion.settings import IngestSettings
 _, to, tokenizer, workers, *sources = sys.argv
 settings = IngestSettings(
     tokenizer=tokenizer, workers=int(workers), task_bytes=20_000, shard_bytes=8_192, max_reject_ratio=0.05

@@ -4,11 +4,11 @@ from pathlib import Path
 
 import pytest
 
-from datastore.ingest.ingest import ingest
-from datastore.ingest.settings import IngestSettings
+from datastore.dataset.durability.verify import verify
+from datastore.dataset.snapshot import open_dataset
+from datastore.ingestion.ingest import ingest
+from datastore.ingestion.settings import IngestSettings
 from datastore.storage.resolve import join_url, open_storage
-from datastore.store.dataset import open_dataset
-from datastore.store.verify import verify
 
 pytestmark = pytest.mark.s3
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from datastore.errors import ConfigError, WaitError
-from datastore.train.launch import spawn
+from datastore.training.launcher import spawn
 
 HERE = Path(__file__).parent
 
@@ -56,7 +56,7 @@ def test_ranks_share_texts_and_sums_that_wrap() -> None:
 def test_no_rank_outlives_a_parent_that_was_killed() -> None:
     program = (
         "import sys; sys.path.insert(0, sys.argv[1])\n"
-        "from datastore.train.launch import spawn\n"
+        "from datastore.training.launcher import spawn\n"
         "spawn('rank_programs:wait_for_ever', {}, processes=2, on_event=lambda e: print(e['pid'], flush=True))"
     )
     parent = subprocess.Popen([sys.executable, "-c", program, str(HERE)], stdout=subprocess.PIPE, text=True)

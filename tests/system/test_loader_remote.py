@@ -5,11 +5,11 @@ import warnings
 import numpy as np
 import pytest
 
+from datastore.dataset.snapshot import open_dataset
 from datastore.loader.loader import Loader
 from datastore.loader.place import Place
 from datastore.loader.settings import LoaderOptions
-from datastore.store.dataset import open_dataset
-from datastore.testing.datasets import make_dataset
+from datastore.testing.examples import make_dataset
 
 BLOCK = 64 * 1024
 WORLD = 3

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from datastore.train.launch import spawn
+from datastore.training.launcher import spawn
 
 HERE = Path(__file__).parent
 

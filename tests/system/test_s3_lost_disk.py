@@ -16,10 +16,10 @@ from threading import Event
 
 import pytest
 
+from datastore.dataset.durability.verify import verify
+from datastore.dataset.snapshot import open_dataset
 from datastore.storage.resolve import open_storage
-from datastore.store.dataset import open_dataset
-from datastore.store.verify import verify
-from datastore.testing.datasets import make_dataset
+from datastore.testing.examples import make_dataset
 
 pytestmark = [pytest.mark.s3, pytest.mark.slow, pytest.mark.timeout(1800)]
 

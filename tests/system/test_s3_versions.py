@@ -5,19 +5,19 @@ import time
 import pytest
 import s3fs
 
+from datastore.dataset.diff import diff
+from datastore.dataset.durability.verify import verify
+from datastore.dataset.operations.append import commit_shards
+from datastore.dataset.operations.clone import clone
+from datastore.dataset.operations.copy import copy
+from datastore.dataset.operations.delete import delete
+from datastore.dataset.operations.expire import expire
+from datastore.dataset.operations.vacuum import vacuum
+from datastore.dataset.snapshot import open_dataset
+from datastore.storage.backends.memory import MemoryStorage
 from datastore.storage.base import Storage
-from datastore.storage.memory import MemoryStorage
 from datastore.storage.resolve import open_storage
-from datastore.store.clone import clone
-from datastore.store.copy import copy
-from datastore.store.dataset import open_dataset
-from datastore.store.delete import delete
-from datastore.store.diff import diff
-from datastore.store.expire import expire
-from datastore.store.vacuum import vacuum
-from datastore.store.verify import verify
-from datastore.store.writer import commit_shards
-from datastore.testing.datasets import make_dataset, make_shard
+from datastore.testing.examples import make_dataset, make_shard
 
 pytestmark = pytest.mark.s3
 

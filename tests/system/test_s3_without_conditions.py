@@ -15,14 +15,14 @@ from pathlib import Path
 
 import pytest
 
+from datastore.dataset.log.identity import read_info
+from datastore.dataset.log.lease import LEASE_KEY, single_writer
+from datastore.dataset.snapshot import open_dataset
 from datastore.errors import ConflictError
+from datastore.storage.backends.fsspec_storage import FsspecStorage
 from datastore.storage.base import Storage
 from datastore.storage.probe import probe_exclusive
-from datastore.storage.remote import FsspecStorage
-from datastore.store.create import read_info
-from datastore.store.dataset import open_dataset
-from datastore.store.single_writer import LEASE_KEY, single_writer
-from datastore.testing.datasets import make_dataset
+from datastore.testing.examples import make_dataset
 
 RCLONE = shutil.which("rclone", path=str(Path(sys.executable).parent)) or shutil.which("rclone")
 START_TIMEOUT_S = 30

@@ -8,11 +8,11 @@ from pathlib import Path
 import pytest
 
 from datastore.testing.runs import make_language, tiny_settings
-from datastore.train.metrics import read_metrics
 from datastore.train.proof import prove
-from datastore.train.run import RunFolder
-from datastore.train.settings import Settings, flatten
-from datastore.train.trainer import train
+from datastore.training.metrics import read_metrics
+from datastore.training.run.folder import RunFolder
+from datastore.training.settings import Settings, flatten
+from datastore.training.start import train
 
 
 def toml_of(settings: Settings) -> str:

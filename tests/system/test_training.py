@@ -15,17 +15,17 @@ import torch
 
 from datastore.document import encode
 from datastore.errors import ConfigError, ConflictError, ResumeError, WaitError
-from datastore.storage.memory import MemoryStorage
+from datastore.storage.backends.memory import MemoryStorage
 from datastore.testing.runs import make_language, tiny_settings
-from datastore.train.export import open_model
-from datastore.train.metrics import MetricsWriter, read_metrics
 from datastore.train.progress import Progress
 from datastore.train.proof import prove
-from datastore.train.record import record_bytes
-from datastore.train.run import RunFolder
-from datastore.train.settings import Settings
-from datastore.train.trace import read_history
-from datastore.train.trainer import resume, train
+from datastore.training.export.export import open_model
+from datastore.training.metrics import MetricsWriter, read_metrics
+from datastore.training.run.audit import read_history
+from datastore.training.run.folder import RunFolder
+from datastore.training.run.record import record_bytes
+from datastore.training.settings import Settings
+from datastore.training.start import resume, train
 
 HERE = Path(__file__).parent
 PRUNE = {"use": "prune", "ratio": 4.0, "every": 3}
@@ -36,8 +36,8 @@ import sys
 sys.path.insert(0, sys.argv[1])
 from pathlib import Path
 import msgspec
-from datastore.train.settings import Settings
-from datastore.train.trainer import train
+from datastore.training.settings import Settings
+from datastore.training.start import train
 settings = msgspec.json.decode(Path(sys.argv[2]).read_bytes(), type=Settings)
 train(settings, sys.argv[3], on_progress=lambda progress: print(progress.step, flush=True))
 """

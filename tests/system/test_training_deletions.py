@@ -9,30 +9,30 @@ import pytest
 import torch
 from torch.nn import functional
 
+from datastore.dataset.operations.append import Operation, commit_shards
+from datastore.dataset.operations.delete import delete
+from datastore.dataset.operations.purge.purge import purge
+from datastore.dataset.snapshot import Dataset, open_dataset
 from datastore.errors import ConfigError, MissingError
-from datastore.ingest.tokenwriter import token_writer
+from datastore.ingestion.writers.tokens import token_writer
 from datastore.loader.batch import Batch
 from datastore.storage.resolve import open_storage
-from datastore.store.dataset import Dataset, open_dataset
-from datastore.store.delete import delete
-from datastore.store.purge import purge
-from datastore.store.writer import Operation, commit_shards
-from datastore.testing.datasets import make_dataset, make_shard
+from datastore.testing.examples import make_dataset, make_shard
 from datastore.testing.runs import make_language, tiny_settings
-from datastore.train.evaluate import validation_loss
-from datastore.train.launch import Launch
-from datastore.train.loop import Work, _backward
-from datastore.train.metrics import read_metrics
-from datastore.train.model import GPT
-from datastore.train.objectives import Causal, MicroBatch
-from datastore.train.parallel import Ranks
 from datastore.train.progress import Progress
 from datastore.train.proof import prove
-from datastore.train.run import RunFolder
-from datastore.train.settings import ModelSettings
-from datastore.train.split import ValidationSamples
-from datastore.train.trace import read_history, trace
-from datastore.train.trainer import resume, train
+from datastore.training.distributed import Ranks
+from datastore.training.launcher import Launch
+from datastore.training.metrics import read_metrics
+from datastore.training.model import GPT
+from datastore.training.objectives import Causal, MicroBatch
+from datastore.training.run.audit import read_history, trace
+from datastore.training.run.data import ValidationSamples
+from datastore.training.run.folder import RunFolder
+from datastore.training.settings import ModelSettings
+from datastore.training.start import resume, train
+from datastore.training.trainer import Work, _backward
+from datastore.training.validation import validation_loss
 
 CPU = torch.device("cpu")
 VOCABULARY = 50

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from datastore.document import Document
-from datastore.train.hooks.base import Hook, RunState
-from datastore.train.objectives import MicroBatch
+from datastore.training.hooks.base import Hook, RunState
+from datastore.training.objectives import MicroBatch
 
 
 class KillSettings(Document, frozen=True, kw_only=True):

@@ -1,4 +1,4 @@
-"""What tests let several ranks do with torch; imported by the processes that `datastore.train.launch.spawn` starts."""
+"""What tests let several ranks do with torch; imported by the processes that `datastore.training.launcher.spawn` starts."""
 
 import contextlib
 import os
@@ -12,13 +12,13 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import override
 
-from datastore.train.hooks.base import RunState
-from datastore.train.launch import Launch
-from datastore.train.loop import Outcome, Watcher, Work, run_loop
-from datastore.train.objectives import MicroBatch, Objective
-from datastore.train.optim import make_optimizer
-from datastore.train.parallel import Ranks, connect
-from datastore.train.settings import OptimSettings
+from datastore.training.distributed import Ranks, connect
+from datastore.training.hooks.base import RunState
+from datastore.training.launcher import Launch
+from datastore.training.objectives import MicroBatch, Objective
+from datastore.training.optim import make_optimizer
+from datastore.training.settings import OptimSettings
+from datastore.training.trainer import Outcome, Watcher, Work, run_loop
 
 Report = Callable[[dict[str, Any]], None]
 

@@ -13,9 +13,9 @@ from typing import Any
 import pytest
 import torch
 
-from datastore.checkpoint.capture import PerRank
 from datastore.checkpoint.checkpointer import Checkpointer
-from datastore.checkpoint.manifest import StepCommit
+from datastore.checkpoint.format.manifest import StepCommit
+from datastore.checkpoint.saving.snapshot import PerRank
 
 ROOT = Path(__file__).parents[2] / "schemas" / "golden"
 STEPS = (10, 20)

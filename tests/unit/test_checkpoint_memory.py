@@ -13,15 +13,15 @@ import numpy as np
 import pytest
 import torch
 
-from datastore.checkpoint import reading
 from datastore.checkpoint.buffers import BufferPool
 from datastore.checkpoint.checkpointer import Checkpointer
 from datastore.checkpoint.chunks import Chunk
-from datastore.checkpoint.sources import Sources
+from datastore.checkpoint.loading import reader as reading
+from datastore.checkpoint.loading.sources import Sources
 from datastore.digest import digest_hex
 from datastore.errors import CorruptError, MissingError
-from datastore.storage.local import LocalStorage
-from datastore.storage.memory import MemoryStorage
+from datastore.storage.backends.local import LocalStorage
+from datastore.storage.backends.memory import MemoryStorage
 
 
 def test_a_buffer_that_was_given_back_is_handed_out_again_if_it_is_large_enough() -> None:
@@ -113,7 +113,7 @@ def test_a_file_cut_short_after_it_was_mapped_is_an_error_and_no_crash(tmp_path:
 def test_what_is_copied_is_what_was_written_and_is_checked_where_it_arrived(
     tmp_path: Path, data: bytes, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("datastore.checkpoint.sources._STEP_BYTES", 999)
+    monkeypatch.setattr("datastore.checkpoint.loading.sources._STEP_BYTES", 999)
     near, far = LocalStorage(tmp_path), MemoryStorage(uuid.uuid4().hex)
     chunk = chunk_of(data, 5_000, 15_000)
     for storage in (near, far):
@@ -184,7 +184,7 @@ def test_neighbouring_chunks_that_are_far_away_are_fetched_together_and_once(dat
 
 
 def test_a_request_has_a_largest_size(data: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("datastore.checkpoint.sources._FETCH_BYTES", 2500)
+    monkeypatch.setattr("datastore.checkpoint.loading.sources._FETCH_BYTES", 2500)
     storage = Counting()
     storage.put("parts/p", data)
     chunks = [chunk_of(data, start, start + 1000) for start in range(0, 5000, 1000)]

@@ -10,14 +10,14 @@ from typing import Any, TypeVar
 import pytest
 import torch
 
-from datastore.checkpoint.capture import PerRank
 from datastore.checkpoint.checkpointer import Checkpointer
-from datastore.checkpoint.run import Member
+from datastore.checkpoint.ranks import Member
+from datastore.checkpoint.saving.snapshot import PerRank
 from datastore.checkpoint.settings import CheckpointOptions
 from datastore.checkpoint.votes import StorageVote, all_equal
 from datastore.errors import ConflictError, CorruptError, DatastoreError, ResumeError, StorageError, WaitError
+from datastore.storage.backends.memory import MemoryStorage
 from datastore.storage.base import Storage
-from datastore.storage.memory import MemoryStorage
 from datastore.storage.reasons import missing
 
 T = TypeVar("T")

@@ -14,10 +14,10 @@ import pytest
 import torch
 from typing_extensions import Buffer, override
 
-from datastore.checkpoint import save
 from datastore.checkpoint.buffers import BufferPool
 from datastore.checkpoint.checkpointer import Checkpointer
-from datastore.checkpoint.manifest import Entry
+from datastore.checkpoint.format.manifest import Entry
+from datastore.checkpoint.saving import write as save
 from datastore.checkpoint.settings import Keep
 from datastore.errors import (
     ConfigError,
@@ -28,7 +28,7 @@ from datastore.errors import (
     StorageError,
     WaitError,
 )
-from datastore.storage.memory import MemoryStorage
+from datastore.storage.backends.memory import MemoryStorage
 
 
 class Flaky(MemoryStorage):
@@ -209,7 +209,7 @@ def test_a_save_whose_acknowledgement_is_lost_is_committed(storage: Flaky, ck: C
 def test_a_transient_error_of_the_commit_is_tried_again(
     storage: Flaky, ck: Checkpointer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("datastore.checkpoint.commit._FIRST_PAUSE_S", 0.001)
+    monkeypatch.setattr("datastore.checkpoint.saving.commit._FIRST_PAUSE_S", 0.001)
     errors = [StorageError("slow down", transient=True)] * 2
 
     def before(key: str) -> None:
@@ -531,7 +531,7 @@ ck = Checkpointer(sys.argv[1])
 ck.save(1, {"state": {f"t{i}": torch.full((1000,), 1.0) for i in range(200)}})
 if len(sys.argv) > 2:
     import shutil
-    import datastore.storage.local as local
+    import datastore.storage.backends.local as local
     def full(*_):
         raise OSError(28, "No space left on device")
     ck._flight.committed()

@@ -11,8 +11,8 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
-from datastore.checkpoint.capture import PerRank
 from datastore.checkpoint.checkpointer import Checkpointer
+from datastore.checkpoint.saving.snapshot import PerRank
 from datastore.errors import ConfigError, CorruptError, DatastoreError, MissingError, ResumeError
 
 COLOURS, WIDTH = 50, 8

@@ -10,7 +10,7 @@ import pytest
 from datastore.cli.main import cli
 from datastore.cli.shell import Session, call
 from datastore.testing.runs import make_language, tiny_settings
-from datastore.train.trainer import train
+from datastore.training.start import train
 
 
 def commands(group: click.Group, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], click.Command]]:

@@ -8,12 +8,12 @@ import msgspec
 import pytest
 from typing_extensions import Buffer, override
 
+from datastore.dataset.log.commits import HINT_KEY, CommitLog, utc_now
+from datastore.dataset.log.manifest import Commit, Hint, Totals, commit_key
 from datastore.digest import sha256_hex
 from datastore.document import seal
 from datastore.errors import ConflictError, CorruptError, MissingError, StorageError
-from datastore.storage.memory import MemoryStorage
-from datastore.store.commits import HINT_KEY, CommitLog, utc_now
-from datastore.store.manifest import Commit, Hint, Totals, commit_key
+from datastore.storage.backends.memory import MemoryStorage
 
 
 class Troubled(MemoryStorage):

@@ -10,22 +10,22 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from datastore.dataset.durability.verify import verify
+from datastore.dataset.log.manifest import commit_key
+from datastore.dataset.operations import transaction as replace
+from datastore.dataset.operations.append import commit_shards
+from datastore.dataset.operations.compact import Member, compact, group_members
+from datastore.dataset.operations.delete import delete
+from datastore.dataset.operations.purge.purge import purge
+from datastore.dataset.shards.files import read_token_table, shard_uid, write_token_shard
+from datastore.dataset.shards.segment_file import ShardInfo
+from datastore.dataset.snapshot import Dataset, open_dataset
 from datastore.errors import ConfigError, ConflictError
+from datastore.ingestion.writers.records import writer
+from datastore.storage.backends.local import LocalStorage
+from datastore.storage.backends.memory import MemoryStorage
 from datastore.storage.base import Storage
-from datastore.storage.local import LocalStorage
-from datastore.storage.memory import MemoryStorage
-from datastore.store import replace
-from datastore.store.compact import Member, compact, group_members
-from datastore.store.dataset import Dataset, open_dataset
-from datastore.store.delete import delete
-from datastore.store.manifest import commit_key
-from datastore.store.purge import purge
-from datastore.store.records import writer
-from datastore.store.segment import ShardInfo
-from datastore.store.shards import read_token_table, shard_uid, write_token_shard
-from datastore.store.verify import verify
-from datastore.store.writer import commit_shards
-from datastore.testing.datasets import documents_of, make_dataset, make_shard
+from datastore.testing.examples import documents_of, make_dataset, make_shard
 
 
 @pytest.fixture(params=["local", "memory"])
@@ -247,8 +247,8 @@ def test_a_delete_of_another_shard_merges(storage: Storage) -> None:
 
 
 def test_many_segments_are_changed_each_in_its_place(storage: Storage, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("datastore.store.writer.MAX_SEGMENT_SHARDS", 3)
-    monkeypatch.setattr("datastore.store.segment.MAX_SEGMENT_SHARDS", 3)
+    monkeypatch.setattr("datastore.dataset.operations.append.MAX_SEGMENT_SHARDS", 3)
+    monkeypatch.setattr("datastore.dataset.shards.segment_file.MAX_SEGMENT_SHARDS", 3)
     monkeypatch.setattr(replace, "MAX_SEGMENT_SHARDS", 3)
     lengths = [[4], [5], [4000], [6], [7], [5000], [6000], [7000], [8000], [8], [9]]
     commit_shards(storage, [make_shard(storage, shard_uid("m", i), lengths=each) for i, each in enumerate(lengths)])

@@ -3,8 +3,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from datastore.errors import CorruptError
-from datastore.storage.memory import MemoryStorage
-from datastore.train.record import Record, StepEntry, read_segments, record_bytes
+from datastore.storage.backends.memory import MemoryStorage
+from datastore.training.run.record import Record, StepEntry, read_segments, record_bytes
 
 ENTRIES = [StepEntry(step=i + 1, cursor=8 * i, samples=8, fingerprint=f"{i:016x}") for i in range(20)]
 

@@ -6,28 +6,28 @@ from pathlib import Path
 import pytest
 from typing_extensions import Buffer
 
+from datastore.dataset.diff import diff
+from datastore.dataset.durability.repair import repair
+from datastore.dataset.durability.verify import verify
+from datastore.dataset.log.commits import CommitLog
+from datastore.dataset.log.tags import list_tags, set_tag
+from datastore.dataset.operations.append import commit_shards
+from datastore.dataset.operations.clone import clone
+from datastore.dataset.operations.copy import copy
+from datastore.dataset.operations.delete import delete
+from datastore.dataset.operations.expire import expire
+from datastore.dataset.operations.vacuum import vacuum
+from datastore.dataset.roots import place_dataset
+from datastore.dataset.snapshot import Dataset, open_dataset
 from datastore.errors import ConfigError, ConflictError, CorruptError, FormatError, MissingError
-from datastore.ingest.ingest import ingest
-from datastore.ingest.settings import IngestSettings
+from datastore.ingestion.ingest import ingest
+from datastore.ingestion.settings import IngestSettings
+from datastore.ingestion.writers.records import writer
+from datastore.storage.backends.memory import MemoryStorage
 from datastore.storage.base import Storage
-from datastore.storage.linked import LinkedStorage, is_link
-from datastore.storage.memory import MemoryStorage
-from datastore.store.clone import clone
-from datastore.store.commits import CommitLog
-from datastore.store.copy import copy
-from datastore.store.dataset import Dataset, open_dataset
-from datastore.store.delete import delete
-from datastore.store.diff import diff
-from datastore.store.expire import expire
+from datastore.storage.wrappers import LinkedStorage, is_link
 from datastore.store.protect import protect
-from datastore.store.records import writer
-from datastore.store.repair import repair
-from datastore.store.roots import place_dataset
-from datastore.store.tags import list_tags, set_tag
-from datastore.store.vacuum import vacuum
-from datastore.store.verify import verify
-from datastore.store.writer import commit_shards
-from datastore.testing.datasets import make_dataset, make_shard
+from datastore.testing.examples import make_dataset, make_shard
 
 
 @pytest.fixture

@@ -8,20 +8,20 @@ import msgspec
 import numpy as np
 import pytest
 
+from datastore.dataset.log.commits import CommitLog
+from datastore.dataset.log.identity import create_dataset
+from datastore.dataset.log.manifest import INFO_KEY, commit_key
+from datastore.dataset.log.tags import list_tags, read_tag, remove_tag, set_tag
+from datastore.dataset.operations.append import commit_shards
+from datastore.dataset.shards.files import shard_uid, write_token_shard
+from datastore.dataset.snapshot import open_dataset, split_reference
 from datastore.document import seal
 from datastore.errors import ConfigError, ConflictError, CorruptError, FormatError, MissingError, StorageError
+from datastore.storage.backends.local import LocalStorage
+from datastore.storage.backends.memory import MemoryStorage
 from datastore.storage.base import Storage
-from datastore.storage.local import LocalStorage
-from datastore.storage.memory import MemoryStorage
-from datastore.store.commits import CommitLog
-from datastore.store.create import create_dataset
-from datastore.store.dataset import open_dataset, split_reference
-from datastore.store.manifest import INFO_KEY, commit_key
-from datastore.store.shards import shard_uid, write_token_shard
-from datastore.store.tags import list_tags, read_tag, remove_tag, set_tag
 from datastore.store.tokenizers import put_tokenizer
-from datastore.store.writer import commit_shards
-from datastore.testing.datasets import documents_of, make_dataset, make_shard
+from datastore.testing.examples import documents_of, make_dataset, make_shard
 
 
 @pytest.fixture(params=["local", "memory"])

@@ -10,18 +10,18 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from datastore.dataset.durability.verify import verify
+from datastore.dataset.operations import delete as deleting
+from datastore.dataset.operations.delete import delete
+from datastore.dataset.operations.selection import Matcher, Selection, read_ids
+from datastore.dataset.shards.segment_file import SEGMENT_SCHEMA
+from datastore.dataset.snapshot import Dataset, open_dataset
 from datastore.errors import ConfigError, ConflictError, CorruptError, DependencyError, MissingError
+from datastore.ingestion.writers.records import writer
+from datastore.storage.backends.local import LocalStorage
+from datastore.storage.backends.memory import MemoryStorage
 from datastore.storage.base import Storage
-from datastore.storage.local import LocalStorage
-from datastore.storage.memory import MemoryStorage
-from datastore.store import delete as deleting
-from datastore.store.dataset import Dataset, open_dataset
-from datastore.store.delete import delete
-from datastore.store.records import writer
-from datastore.store.segment import SEGMENT_SCHEMA
-from datastore.store.select import Matcher, Selection, read_ids
-from datastore.store.verify import verify
-from datastore.testing.datasets import make_dataset
+from datastore.testing.examples import make_dataset
 
 SHARDS = [[3, 4, 5], [6], [7, 0, 9, 10]]
 

@@ -9,11 +9,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from datastore.errors import CorruptError
-from datastore.storage.base import Storage
-from datastore.storage.memory import MemoryStorage
-from datastore.store.dataset import open_dataset
-from datastore.store.deletions import (
+from datastore.dataset.durability.verify import verify
+from datastore.dataset.operations.append import draft_commit, publish, with_shards
+from datastore.dataset.shards.deletions import (
     DELETIONS_SCHEMA,
     Deletions,
     decode_deletions,
@@ -21,10 +19,12 @@ from datastore.store.deletions import (
     load_deletions,
     store_deletions,
 )
-from datastore.store.records import writer
-from datastore.store.verify import verify
-from datastore.store.writer import draft_commit, publish, with_shards
-from datastore.testing.datasets import make_dataset
+from datastore.dataset.snapshot import open_dataset
+from datastore.errors import CorruptError
+from datastore.ingestion.writers.records import writer
+from datastore.storage.backends.memory import MemoryStorage
+from datastore.storage.base import Storage
+from datastore.testing.examples import make_dataset
 
 UIDS = [f"{number:032x}" for number in (3, 500, 2**127)]
 tables = st.lists(st.dictionaries(st.sampled_from(UIDS), st.sets(st.integers(0, 50), min_size=1)), max_size=4)
@@ -98,7 +98,7 @@ def storage() -> Storage:
 
 
 def delete(storage: Storage, shard: int, rows: list[int]) -> None:
-    """Delete by hand, as `datastore.store.delete` does it."""
+    """Delete by hand, as `datastore.dataset.operations.delete` does it."""
     dataset = open_dataset(storage)
     uid = dataset.segments.shard(shard).uid
     lengths = {uid: dataset.documents(shard).column("tokens").to_numpy()} if dataset.kind == "tokens" else {}

@@ -8,13 +8,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from datastore.storage.memory import MemoryStorage
-from datastore.store.dataset import Dataset, open_dataset
-from datastore.store.delete import delete
-from datastore.store.diff import Changes, diff
-from datastore.store.records import writer
-from datastore.store.writer import commit_shards
-from datastore.testing.datasets import make_dataset, make_shard
+from datastore.dataset.diff import Changes, diff
+from datastore.dataset.operations.append import commit_shards
+from datastore.dataset.operations.delete import delete
+from datastore.dataset.snapshot import Dataset, open_dataset
+from datastore.ingestion.writers.records import writer
+from datastore.storage.backends.memory import MemoryStorage
+from datastore.testing.examples import make_dataset, make_shard
 
 
 @pytest.fixture

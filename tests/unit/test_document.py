@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from datastore.checkpoint.manifest import PartInfo
+from datastore.checkpoint.format.manifest import PartInfo
 from datastore.digest import digest_hex
 from datastore.document import Document, Sealed, convert, decode, encode, json_schema, seal, unseal
 from datastore.errors import ConfigError, CorruptError, FormatError
@@ -169,7 +169,7 @@ def test_another_writer_may_space_its_json_differently_if_its_digest_says_so() -
 
 FIRST_DECODED_BY_MANY = """
 import sys, threading
-from datastore.checkpoint.manifest import PartInfo
+from datastore.checkpoint.format.manifest import PartInfo
 from datastore.document import unseal
 raw = sys.stdin.buffer.read()
 sys.setswitchinterval(1e-6)

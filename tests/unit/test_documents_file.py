@@ -5,7 +5,7 @@ import pytest
 
 from datastore.errors import ConfigError, CorruptError
 from datastore.formats.documents import DOCUMENTS_SCHEMA, decode_documents, encode_documents
-from datastore.testing.datasets import documents_of
+from datastore.testing.examples import documents_of
 
 UID = "00" * 16
 

@@ -10,17 +10,17 @@ import msgspec
 import pyarrow as pa
 import pytest
 
+from datastore.dataset.durability.verify import verify
+from datastore.dataset.log import commits, manifest
+from datastore.dataset.operations.evolve import evolve
+from datastore.dataset.snapshot import open_dataset
 from datastore.errors import ConfigError, CorruptError, FormatError
 from datastore.formats.evolution import SchemaChange, adapt, changed
+from datastore.ingestion.writers.records import writer
+from datastore.storage.backends.local import LocalStorage
+from datastore.storage.backends.memory import MemoryStorage
 from datastore.storage.base import Storage
-from datastore.storage.local import LocalStorage
-from datastore.storage.memory import MemoryStorage
-from datastore.store import commits, manifest
-from datastore.store.dataset import open_dataset
-from datastore.store.evolve import evolve
-from datastore.store.records import writer
-from datastore.store.verify import verify
-from datastore.testing.datasets import make_dataset
+from datastore.testing.examples import make_dataset
 
 ROWS = [{"text": "one", "stars": 1}, {"text": "two", "stars": None}]
 

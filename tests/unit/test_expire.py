@@ -6,16 +6,16 @@ import uuid
 import msgspec
 import pytest
 
-import datastore.store.expire as expiring
+import datastore.dataset.operations.expire as expiring
+from datastore.dataset.log.commits import CommitLog
+from datastore.dataset.log.manifest import Commit
+from datastore.dataset.log.tags import list_tags, set_tag
+from datastore.dataset.operations.append import commit_shards
+from datastore.dataset.operations.expire import expire
+from datastore.dataset.snapshot import open_dataset
 from datastore.errors import ConfigError, MissingError
-from datastore.storage.memory import MemoryStorage
-from datastore.store.commits import CommitLog
-from datastore.store.dataset import open_dataset
-from datastore.store.expire import expire
-from datastore.store.manifest import Commit
-from datastore.store.tags import list_tags, set_tag
-from datastore.store.writer import commit_shards
-from datastore.testing.datasets import make_dataset, make_shard
+from datastore.storage.backends.memory import MemoryStorage
+from datastore.testing.examples import make_dataset, make_shard
 
 DAY_S = 86_400.0
 
@@ -44,7 +44,7 @@ def grow(storage: MemoryStorage, versions: int) -> None:
 def at(monkeypatch: pytest.MonkeyPatch, seconds: float) -> None:
     """Let commits be made at that time."""
     stamp = time.strftime("%Y-%m-%dT%H:%M:%S.000000Z", time.gmtime(seconds))
-    monkeypatch.setattr("datastore.store.writer.utc_now", lambda: stamp)
+    monkeypatch.setattr("datastore.dataset.operations.append.utc_now", lambda: stamp)
 
 
 def test_an_expired_version_says_what_can_be_read_instead(storage: MemoryStorage) -> None:

@@ -99,5 +99,5 @@ def test_a_type_checker_knows_what_open_returns(tmp_path: Path) -> None:
         capture_output=True,
         text=True,
     )
-    assert 'Revealed type is "datastore.store.dataset.Dataset"' in done.stdout
+    assert 'Revealed type is "datastore.dataset.snapshot.Dataset"' in done.stdout
     assert 'Argument "rank" to "Place" has incompatible type "str"' in done.stdout

@@ -5,9 +5,9 @@ import pytest
 import torch
 
 from datastore.errors import ConfigError, DependencyError, ResumeError
-from datastore.train.hooks import base
-from datastore.train.hooks.base import Hook, HookSet, find_hook, make_hooks
-from datastore.train.hooks.prune import Prune
+from datastore.training.hooks import base
+from datastore.training.hooks.base import Hook, HookSet, find_hook, make_hooks
+from datastore.training.hooks.prune import Prune
 
 
 class Remembers(Hook):
@@ -24,8 +24,8 @@ class Remembers(Hook):
 
 def test_a_hook_is_found_by_our_name_by_its_path_and_by_an_entry_point(monkeypatch: pytest.MonkeyPatch) -> None:
     assert find_hook("prune") is Prune
-    assert find_hook("datastore.train.hooks.prune:Prune") is Prune
-    point = EntryPoint(name="theirs", value="datastore.train.hooks.prune:Prune", group="datastore.hooks")
+    assert find_hook("datastore.training.hooks.prune:Prune") is Prune
+    point = EntryPoint(name="theirs", value="datastore.training.hooks.prune:Prune", group="datastore.hooks")
     monkeypatch.setattr(base, "entry_points", lambda *, group: [point] if group == point.group else [])
     assert find_hook("theirs") is Prune
 
@@ -35,8 +35,8 @@ def test_a_hook_is_found_by_our_name_by_its_path_and_by_an_entry_point(monkeypat
     [
         ("distil", ConfigError, "known="),
         ("no_such_package:Hook", DependencyError, "missing='no_such_package'"),
-        ("datastore.train.hooks.prune:keep_mask", ConfigError, "not a hook"),
-        ("datastore.train.hooks.prune:Nothing", ConfigError, "not a hook"),
+        ("datastore.training.hooks.prune:keep_mask", ConfigError, "not a hook"),
+        ("datastore.training.hooks.prune:Nothing", ConfigError, "not a hook"),
     ],
 )
 def test_what_is_no_hook_is_refused(name: str, error: type[Exception], text: str) -> None:

@@ -16,16 +16,16 @@ import xxhash
 import zstandard
 from tokenizers import Tokenizer
 
+from datastore.dataset.durability.verify import verify
+from datastore.dataset.journal import Journal
+from datastore.dataset.snapshot import Dataset, open_dataset
 from datastore.errors import ConfigError, ConflictError, FormatError, MissingError, RejectedError
-from datastore.ingest.estimate import estimate
-from datastore.ingest.ingest import ingest
-from datastore.ingest.journal import Journal
-from datastore.ingest.report import IngestReport, Progress
-from datastore.ingest.settings import IngestSettings
-from datastore.ingest.tokenizer import TokenizerSettings, train_tokenizer
-from datastore.storage.local import LocalStorage
-from datastore.store.dataset import Dataset, open_dataset
-from datastore.store.verify import verify
+from datastore.ingestion.encoding.tokenizer import TokenizerSettings, train_tokenizer
+from datastore.ingestion.estimate import estimate
+from datastore.ingestion.ingest import ingest
+from datastore.ingestion.report import IngestReport, Progress
+from datastore.ingestion.settings import IngestSettings
+from datastore.storage.backends.local import LocalStorage
 
 SENTENCE = "the quick brown fox jumps over the lazy dog while naïve cats sit on a mat"
 WORDS = SENTENCE.split()
@@ -198,7 +198,7 @@ def test_bad_lines_are_kept_aside_with_place_and_reason_and_the_good_ones_get_in
 def test_of_documents_with_one_id_the_first_stays_however_far_apart_they_are(
     run: Ingester, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, *, tokenized: bool
 ) -> None:
-    monkeypatch.setattr("datastore.ingest.work._BATCH_BYTES", 700)
+    monkeypatch.setattr("datastore.ingestion.tasks._BATCH_BYTES", 700)
     ids = [number % 150 if number % 3 else f"own {number}" for number in range(400)]
     path = lines(tmp_path / "rows.jsonl", *({"id": name, "text": text(i)} for i, name in enumerate(ids)))
     report = run(

@@ -5,11 +5,11 @@ from pathlib import Path
 
 import pytest
 
+from datastore.dataset.durability.verify import verify
+from datastore.dataset.snapshot import open_dataset
 from datastore.errors import ConfigError
-from datastore.ingest.ingest import ingest
-from datastore.ingest.settings import IngestSettings
-from datastore.store.dataset import open_dataset
-from datastore.store.verify import verify
+from datastore.ingestion.ingest import ingest
+from datastore.ingestion.settings import IngestSettings
 
 APPEND = IngestSettings(workers=1)
 OVERWRITE = IngestSettings(workers=1, operation="overwrite")
@@ -78,7 +78,7 @@ def test_an_append_after_it_knows_only_its_files(source: Path, url: str) -> None
 
 
 def test_it_may_bring_another_tokenizer(tmp_path: Path, source: Path, url: str) -> None:
-    from datastore.ingest.tokenizer import TokenizerSettings, train_tokenizer
+    from datastore.ingestion.encoding.tokenizer import TokenizerSettings, train_tokenizer
 
     (source / "a.txt").write_text("some words and some more words " * 50)
     for vocab in (260, 270):

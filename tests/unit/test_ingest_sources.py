@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 
 from datastore.errors import ConfigError, MissingError
-from datastore.ingest.names import kind_of
-from datastore.ingest.settings import IngestSettings
-from datastore.ingest.sources import list_sources, read_url
-from datastore.storage.memory import MemoryStorage
+from datastore.ingestion.reading.listing import kind_of
+from datastore.ingestion.reading.sources import list_sources, read_url
+from datastore.ingestion.settings import IngestSettings
+from datastore.storage.backends.memory import MemoryStorage
 
 Put = Callable[..., Path]
 

@@ -6,8 +6,8 @@ import random
 import pytest
 import zstandard
 
-from datastore.ingest.streams import open_stream, read_chunks
-from datastore.storage.memory import MemoryStorage
+from datastore.ingestion.reading.streams import open_stream, read_chunks
+from datastore.storage.backends.memory import MemoryStorage
 
 TEXT = b"".join(b"line %d of the text\n" % number for number in range(20_000))
 PACK = {"gz": gzip.compress, "zst": zstandard.ZstdCompressor(write_checksum=True).compress}

@@ -11,12 +11,12 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer
 
 from datastore.errors import ConfigError, MissingError
-from datastore.ingest.settings import IngestSettings
-from datastore.ingest.tokenizer import TokenizerSettings, train_tokenizer
+from datastore.ingestion.encoding.tokenizer import TokenizerSettings, train_tokenizer
+from datastore.ingestion.settings import IngestSettings
 
 PROGRAM = """
 import hashlib, sys
-from datastore.ingest.tokenizer import TokenizerSettings, train_tokenizer
+from datastore.ingestion.encoding.tokenizer import TokenizerSettings, train_tokenizer
 raw = train_tokenizer([sys.argv[1]], settings=TokenizerSettings(vocab_size=600))
 print(hashlib.sha256(raw).hexdigest())
 """

@@ -10,12 +10,12 @@ import pytest
 from tokenizers import Tokenizer
 
 from datastore.errors import ConfigError, DatastoreError
-from datastore.ingest.encoders import Encoder, Ids, ReferenceEncoder, load_tokenizer
-from datastore.ingest.fast import FastEncoder, open_fast, settled
-from datastore.ingest.settings import IngestSettings
-from datastore.ingest.tokenizer import TokenizerSettings, train_tokenizer
-from datastore.ingest.tokens import TextEncoder
-from datastore.storage.memory import MemoryStorage
+from datastore.ingestion.encoding.encoder import TextEncoder
+from datastore.ingestion.encoding.gigatoken import FastEncoder, open_fast, settled
+from datastore.ingestion.encoding.reference import Encoder, Ids, ReferenceEncoder, load_tokenizer
+from datastore.ingestion.encoding.tokenizer import TokenizerSettings, train_tokenizer
+from datastore.ingestion.settings import IngestSettings
+from datastore.storage.backends.memory import MemoryStorage
 
 END = "<|endoftext|>"
 TEXT = "the cat sat on the mat; naïve café über, 日本語 text 🙂 123 456\n\tdef f(x): return x\n" * 20
@@ -230,7 +230,7 @@ def test_a_fast_encoder_that_disagrees_later_is_caught_by_the_sample(raw: bytes)
 
 
 def test_without_gigatoken_asking_for_it_names_the_extra(raw: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("datastore.ingest.fast.find_spec", lambda _: None)
+    monkeypatch.setattr("datastore.ingestion.encoding.gigatoken.find_spec", lambda _: None)
     reference = ReferenceEncoder(load_tokenizer(raw), parallel=False)
     assert open_fast(raw, reference, escape=True, required=False) is None
     with pytest.raises(ImportError, match=r"datastore\[fast\]"):

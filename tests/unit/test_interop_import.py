@@ -15,19 +15,19 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer
 
+from datastore.dataset.journal import Journal
+from datastore.dataset.operations.evolve import evolve
+from datastore.dataset.snapshot import Dataset, open_dataset
 from datastore.errors import ConfigError, ConflictError, CorruptError, DatastoreError
-from datastore.ingest.importing import import_dataset
-from datastore.ingest.ingest import ingest
-from datastore.ingest.journal import Journal
-from datastore.ingest.settings import IngestSettings
-from datastore.ingest.tokenizer import TokenizerSettings, train_tokenizer
+from datastore.ingestion.encoding.tokenizer import TokenizerSettings, train_tokenizer
+from datastore.ingestion.importing import import_dataset
+from datastore.ingestion.ingest import ingest
+from datastore.ingestion.settings import IngestSettings
 from datastore.interop.export import export
 from datastore.interop.formats import FORMATS
-from datastore.storage.memory import MemoryStorage
+from datastore.storage.backends.memory import MemoryStorage
 from datastore.storage.resolve import open_storage
-from datastore.store.dataset import Dataset, open_dataset
-from datastore.store.evolve import evolve
-from datastore.testing.datasets import make_dataset
+from datastore.testing.examples import make_dataset
 
 SMALL = IngestSettings(workers=1, task_bytes=1024, shard_bytes=1024)
 

@@ -12,15 +12,15 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pytest
 
+from datastore.dataset.operations.append import commit_shards
+from datastore.dataset.operations.delete import delete
+from datastore.dataset.shards.files import shard_uid, write_token_shard
+from datastore.dataset.snapshot import Dataset, open_dataset
 from datastore.errors import ConfigError, DependencyError
 from datastore.formats.documents import DOCUMENTS_SCHEMA
-from datastore.storage.memory import MemoryStorage
-from datastore.store.dataset import Dataset, open_dataset
-from datastore.store.delete import delete
-from datastore.store.records import writer
-from datastore.store.shards import shard_uid, write_token_shard
-from datastore.store.writer import commit_shards
-from datastore.testing.datasets import documents_of, make_dataset
+from datastore.ingestion.writers.records import writer
+from datastore.storage.backends.memory import MemoryStorage
+from datastore.testing.examples import documents_of, make_dataset
 
 LENGTHS = [[3, 0, 5], [40, 41], [7]]
 
@@ -276,7 +276,7 @@ def test_a_library_that_is_missing_is_named(
 ) -> None:
     dataset = make_dataset(tmp_path, [[1]])
     monkeypatch.setitem(sys.modules, library, None)
-    for name in ("datastore.store.hf", "datastore.store.sql"):
+    for name in ("datastore.dataset.query.hf", "datastore.dataset.query.sql"):
         monkeypatch.delitem(sys.modules, name, raising=False)
     with pytest.raises(DependencyError, match=rf"{library} is not installed.*pip install"):
         getattr(dataset, call)(*["SELECT 1"] * (call == "sql"))

@@ -2,8 +2,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from datastore.train.optim import learning_rate
-from datastore.train.settings import OptimSettings
+from datastore.training.optim import learning_rate
+from datastore.training.settings import OptimSettings
 
 
 @given(st.integers(0, 50), st.integers(1, 300))

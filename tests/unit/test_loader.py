@@ -13,17 +13,17 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
+from datastore.dataset.shards.segment_file import Segments
+from datastore.dataset.snapshot import Dataset, open_dataset
 from datastore.errors import ConfigError, CorruptError, DatastoreError, ResumeError
 from datastore.loader.batch import fingerprint_of
-from datastore.loader.geometry import sample_grid
 from datastore.loader.loader import Loader
-from datastore.loader.opening import lanes_for
+from datastore.loader.order.samples import sample_grid
 from datastore.loader.place import Place
 from datastore.loader.settings import LoaderOptions
-from datastore.storage.remote import FsspecStorage
-from datastore.store.dataset import Dataset, open_dataset
-from datastore.store.segment import Segments
-from datastore.testing.datasets import make_dataset
+from datastore.loader.stream import lanes_for
+from datastore.storage.backends.fsspec_storage import FsspecStorage
+from datastore.testing.examples import make_dataset
 
 
 @pytest.fixture
@@ -191,7 +191,7 @@ def test_the_longest_sample_is_the_whole_dataset(dataset: Dataset) -> None:
 
 
 def test_records_are_refused(tmp_path: Path) -> None:
-    from datastore.store.records import writer
+    from datastore.ingestion.writers.records import writer
 
     schema = pa.schema([("text", pa.string())])
     with writer(str(tmp_path / "records"), schema=schema) as out:

@@ -13,13 +13,14 @@ from pathlib import Path
 import pytest
 
 from datastore.errors import StorageError
-from datastore.storage import local, writeback
-from datastore.storage.local import LocalStorage
+from datastore.storage import writeback
+from datastore.storage.backends import local
+from datastore.storage.backends.local import LocalStorage
 
 WRITER = """
 import sys
 from pathlib import Path
-from datastore.storage.local import LocalStorage
+from datastore.storage.backends.local import LocalStorage
 storage = LocalStorage(Path(sys.argv[1]))
 print("ready", flush=True)
 while True:
@@ -78,7 +79,7 @@ def test_a_read_only_disk_is_one_clear_error(tmp_path: Path) -> None:
 
 def test_a_file_larger_than_the_limit_is_one_clear_error(tmp_path: Path) -> None:
     program = (
-        "import resource, sys; from pathlib import Path; from datastore.storage.local import LocalStorage\n"
+        "import resource, sys; from pathlib import Path; from datastore.storage.backends.local import LocalStorage\n"
         "resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))\n"
         "LocalStorage(Path(sys.argv[1])).put('k', bytes(200_000))\n"
     )
@@ -178,7 +179,7 @@ def test_a_write_that_was_killed_leaves_no_file_behind(tmp_path: Path) -> None:
     program = (
         "import os, signal, sys\n"
         "from pathlib import Path\n"
-        "from datastore.storage.local import LocalStorage\n"
+        "from datastore.storage.backends.local import LocalStorage\n"
         "os.fdatasync = lambda fd: os.kill(os.getpid(), signal.SIGKILL)\n"
         "LocalStorage(Path(sys.argv[1])).put_new('a/k', bytes(1_000_000))\n"
     )

@@ -6,12 +6,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from datastore.cache.mapped import MappedBlocks
-from datastore.cache.memory import BlockCache
 from datastore.cache.opening import open_blocks
+from datastore.dataset.snapshot import Dataset
 from datastore.errors import CorruptError, DatastoreError, MissingError
-from datastore.store.dataset import Dataset
-from datastore.testing.datasets import make_dataset
+from datastore.loader.cache.mapped import MappedBlocks
+from datastore.loader.cache.memory import BlockCache
+from datastore.testing.examples import make_dataset
 
 BLOCK = 4096
 

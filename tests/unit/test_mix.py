@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from datastore.loader.mix import Purpose, derive_key, mix64, mix_int
+from datastore.loader.order.mix import Purpose, derive_key, mix64, mix_int
 
 GAMMA = 0x9E3779B97F4A7C15
 SPLITMIX64_FROM_1234567 = [

@@ -9,12 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from datastore.digest import digest_bytes
-from datastore.errors import ConfigError, ConflictError, CorruptError
-from datastore.storage.base import Storage
-from datastore.storage.memory import MemoryStorage
-from datastore.store.dataset import Dataset, open_dataset
-from datastore.store.parity import (
+from datastore.dataset.durability.parity import (
     Group,
     Member,
     choose_groups,
@@ -28,13 +23,18 @@ from datastore.store.parity import (
     write_group,
     xor_files,
 )
+from datastore.dataset.durability.verify import verify
+from datastore.dataset.operations.append import commit_shards
+from datastore.dataset.operations.purge.purge import purge
+from datastore.dataset.roots import open_roots, place_dataset
+from datastore.dataset.snapshot import Dataset, open_dataset
+from datastore.digest import digest_bytes
+from datastore.errors import ConfigError, ConflictError, CorruptError
+from datastore.storage.backends.memory import MemoryStorage
+from datastore.storage.base import Storage
 from datastore.store.protect import protect, shares_roots, unprotected
-from datastore.store.purge import purge
-from datastore.store.roots import open_roots, place_dataset
 from datastore.store.tokenizers import put_tokenizer
-from datastore.store.verify import verify
-from datastore.store.writer import commit_shards
-from datastore.testing.datasets import make_dataset, make_shard
+from datastore.testing.examples import make_dataset, make_shard
 
 
 def member(name: str, size_bytes: int = 1) -> Member:

@@ -9,24 +9,24 @@ import numpy as np
 import pytest
 from typing_extensions import Buffer, override
 
+from datastore.dataset.durability.verify import verify
+from datastore.dataset.log.tags import list_tags, set_tag
+from datastore.dataset.operations.append import commit_shards
+from datastore.dataset.operations.compact import compact
+from datastore.dataset.operations.delete import delete
+from datastore.dataset.operations.evolve import evolve
+from datastore.dataset.operations.purge.plan import list_certificates
+from datastore.dataset.operations.purge.purge import purge
+from datastore.dataset.shards.files import shard_uid
+from datastore.dataset.snapshot import Dataset, open_dataset
 from datastore.digest import sha256_hex
 from datastore.errors import ConfigError, ConflictError, MissingError, StorageError
+from datastore.ingestion.writers.records import writer
+from datastore.storage.backends.local import LocalStorage
+from datastore.storage.backends.memory import MemoryStorage
 from datastore.storage.base import Storage
-from datastore.storage.local import LocalStorage
-from datastore.storage.memory import MemoryStorage
-from datastore.store.certificate import list_certificates
-from datastore.store.compact import compact
-from datastore.store.dataset import Dataset, open_dataset
-from datastore.store.delete import delete
-from datastore.store.evolve import evolve
-from datastore.store.purge import purge
-from datastore.store.records import writer
-from datastore.store.shards import shard_uid
-from datastore.store.tags import list_tags, set_tag
 from datastore.store.tokenizers import put_tokenizer
-from datastore.store.verify import verify
-from datastore.store.writer import commit_shards
-from datastore.testing.datasets import make_dataset, make_shard
+from datastore.testing.examples import make_dataset, make_shard
 
 SHARDS = [[3, 40, 5], [6], [7, 0, 9, 10]]
 END_OF_TEXT = 11
@@ -313,7 +313,7 @@ def test_a_plan_that_was_never_committed_is_forgotten_after_a_day(
     storage: Storage, dataset: Dataset, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     delete(storage, where="tokens = 40")
-    monkeypatch.setattr("datastore.store.purge.publish", interrupt)
+    monkeypatch.setattr("datastore.dataset.operations.purge.purge.publish", interrupt)
     with pytest.raises(KeyboardInterrupt):
         purge(storage)
     monkeypatch.undo()
@@ -321,7 +321,7 @@ def test_a_plan_that_was_never_committed_is_forgotten_after_a_day(
     left = [stat.key for stat in storage.list("purges/plans")]
     purge(storage)
     assert [stat.key for stat in storage.list("purges/plans")] == left
-    monkeypatch.setattr("datastore.store.purge._ABANDONED_S", -1.0)
+    monkeypatch.setattr("datastore.dataset.operations.purge.purge._ABANDONED_S", -1.0)
     purge(storage)
     assert list(storage.list("purges/plans")) == []
 
@@ -365,7 +365,7 @@ def test_files_that_are_named_again_after_a_crash_are_not_removed(
     def killed(*_: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("datastore.store.purge.finish_plan", killed)
+    monkeypatch.setattr("datastore.dataset.operations.purge.purge.finish_plan", killed)
     with pytest.raises(KeyboardInterrupt):
         purge(storage)
     monkeypatch.undo()

@@ -8,10 +8,10 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from datastore.storage.memory import MemoryStorage
-from datastore.store.blank import blank_name, blank_shard, is_blank
-from datastore.store.shards import read_documents, read_record_shard, read_token_shard, write_record_shard
-from datastore.testing.datasets import make_shard
+from datastore.dataset.operations.purge.blank import blank_name, blank_shard, is_blank
+from datastore.dataset.shards.files import read_documents, read_record_shard, read_token_shard, write_record_shard
+from datastore.storage.backends.memory import MemoryStorage
+from datastore.testing.examples import make_shard
 
 UID = "ab" * 16
 ROWS = np.array([1, 3], np.int32)

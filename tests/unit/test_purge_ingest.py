@@ -7,19 +7,19 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
+from datastore.dataset.durability.verify import verify
+from datastore.dataset.operations.append import commit_shards
+from datastore.dataset.operations.compact import compact
+from datastore.dataset.operations.delete import delete
+from datastore.dataset.operations.purge.purge import purge
+from datastore.dataset.snapshot import open_dataset
 from datastore.errors import RejectedError
-from datastore.ingest.ingest import ingest
-from datastore.ingest.settings import IngestSettings
-from datastore.ingest.target import open_target
-from datastore.ingest.tokenizer import TokenizerSettings, train_tokenizer
-from datastore.storage.local import LocalStorage
-from datastore.store.compact import compact
-from datastore.store.dataset import open_dataset
-from datastore.store.delete import delete
-from datastore.store.purge import purge
-from datastore.store.records import writer
-from datastore.store.verify import verify
-from datastore.store.writer import commit_shards
+from datastore.ingestion.destination import open_target
+from datastore.ingestion.encoding.tokenizer import TokenizerSettings, train_tokenizer
+from datastore.ingestion.ingest import ingest
+from datastore.ingestion.settings import IngestSettings
+from datastore.ingestion.writers.records import writer
+from datastore.storage.backends.local import LocalStorage
 
 
 @pytest.fixture
@@ -114,7 +114,7 @@ def test_an_ingest_that_was_not_committed_is_named_and_not_touched(
 
 
 def test_a_column_that_was_dropped_does_not_keep_a_purged_row(tmp_path: Path) -> None:
-    evolve = pytest.importorskip("datastore.store.evolve").evolve
+    evolve = pytest.importorskip("datastore.dataset.operations.evolve").evolve
     with writer(tmp_path / "set") as out:
         out.write([{"id": "a", "note": "secret-of-a"}, {"id": "b", "note": "of-b"}])
     evolve(tmp_path / "set", drop=["note"])

@@ -5,15 +5,15 @@ from pathlib import Path
 
 import pytest
 
+from datastore.dataset.durability.verify import verify
+from datastore.dataset.operations.delete import delete
+from datastore.dataset.operations.purge.plan import list_certificates
+from datastore.dataset.operations.purge.purge import purge
+from datastore.dataset.roots import open_roots, place_dataset
+from datastore.dataset.snapshot import Dataset, open_dataset
 from datastore.errors import StorageError
-from datastore.store.certificate import list_certificates
-from datastore.store.dataset import Dataset, open_dataset
-from datastore.store.delete import delete
 from datastore.store.protect import protect
-from datastore.store.purge import purge
-from datastore.store.roots import open_roots, place_dataset
-from datastore.store.verify import verify
-from datastore.testing.datasets import make_dataset
+from datastore.testing.examples import make_dataset
 
 
 @pytest.fixture
@@ -77,7 +77,7 @@ def test_a_place_that_goes_away_meanwhile_is_purged_when_it_is_back(
         monkeypatch.undo()
         return finish(*arguments, **options)  # type: ignore[operator]
 
-    from datastore.store import purge as purging
+    from datastore.dataset.operations.purge import purge as purging
 
     finish = purging.finish_plan
     monkeypatch.setattr(purging, "finish_plan", leave)

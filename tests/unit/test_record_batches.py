@@ -9,14 +9,14 @@ import pyarrow as pa
 import pytest
 from typing_extensions import Buffer, override
 
+from datastore.dataset.durability.verify import verify
+from datastore.dataset.operations.delete import delete
+from datastore.dataset.shards.segment_file import BatchRange, Segments, ShardLayout, frame_ranges, segment_of
+from datastore.dataset.snapshot import Dataset, open_dataset
 from datastore.errors import ConfigError, CorruptError
 from datastore.formats.records import BATCH_BYTES
-from datastore.storage.memory import MemoryStorage
-from datastore.store.dataset import Dataset, open_dataset
-from datastore.store.delete import delete
-from datastore.store.records import writer
-from datastore.store.segment import BatchRange, Segments, ShardLayout, frame_ranges, segment_of
-from datastore.store.verify import verify
+from datastore.ingestion.writers.records import writer
+from datastore.storage.backends.memory import MemoryStorage
 
 KINDS = pytest.mark.parametrize("kind", ["arrow", "parquet"])
 ROWS = 4_000

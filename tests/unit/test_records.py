@@ -8,15 +8,15 @@ from typing import Literal
 import pyarrow as pa
 import pytest
 
+from datastore.dataset.durability.verify import verify
+from datastore.dataset.snapshot import open_dataset
 from datastore.errors import ConfigError
+from datastore.ingestion.writers import records
+from datastore.ingestion.writers.records import RecordWriter, writer
+from datastore.storage.backends.local import LocalStorage
+from datastore.storage.backends.memory import MemoryStorage
 from datastore.storage.base import Storage
-from datastore.storage.local import LocalStorage
-from datastore.storage.memory import MemoryStorage
-from datastore.store import records
-from datastore.store.dataset import open_dataset
-from datastore.store.records import RecordWriter, writer
-from datastore.store.verify import verify
-from datastore.testing.datasets import make_dataset
+from datastore.testing.examples import make_dataset
 
 SCHEMA = pa.schema({"text": pa.string(), "stars": pa.int64()})
 ROWS = [{"text": "one", "stars": 1}, {"text": "zwei ä", "stars": None}]

@@ -9,8 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from datastore.errors import ConflictError, DatastoreError, MissingError, StorageError
+from datastore.storage.backends.fsspec_storage import FsspecStorage
 from datastore.storage.foreign import scrub, translate
-from datastore.storage.remote import FsspecStorage
 from datastore.storage.retry import RetryPolicy
 
 

@@ -10,7 +10,7 @@ from fsspec.spec import AbstractFileSystem
 from typing_extensions import override
 
 from datastore.errors import StorageError
-from datastore.storage.remote import FsspecStorage
+from datastore.storage.backends.fsspec_storage import FsspecStorage
 from datastore.storage.retry import RetryPolicy
 
 

@@ -7,24 +7,24 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from datastore.cache.mapped import MappedBlocks
-from datastore.cache.memory import BlockCache
 from datastore.cache.opening import open_blocks
 from datastore.cli.main import cli
 from datastore.cli.shell import Session, call
+from datastore.dataset.durability.health import exposure
+from datastore.dataset.durability.repair import repair
+from datastore.dataset.durability.verify import verify
+from datastore.dataset.log.identity import create_dataset
+from datastore.dataset.log.manifest import INFO_KEY, commit_key
+from datastore.dataset.roots import create_at, open_roots, place_dataset
+from datastore.dataset.snapshot import Dataset, open_dataset
 from datastore.errors import ConfigError, ConflictError, CorruptError, FormatError, StorageError
-from datastore.storage.local import LocalStorage
-from datastore.storage.memory import MemoryStorage
+from datastore.loader.cache.mapped import MappedBlocks
+from datastore.loader.cache.memory import BlockCache
+from datastore.storage.backends.local import LocalStorage
+from datastore.storage.backends.memory import MemoryStorage
 from datastore.storage.placed import PlacedStorage
-from datastore.store.create import create_dataset
-from datastore.store.dataset import Dataset, open_dataset
-from datastore.store.exposure import exposure
-from datastore.store.manifest import INFO_KEY, commit_key
 from datastore.store.protect import protect
-from datastore.store.repair import repair
-from datastore.store.roots import create_at, open_roots, place_dataset
-from datastore.store.verify import verify
-from datastore.testing.datasets import make_dataset, make_shard
+from datastore.testing.examples import make_dataset, make_shard
 
 BLOCK = 4096
 

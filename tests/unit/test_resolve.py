@@ -10,10 +10,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from datastore.errors import ConfigError, DependencyError
-from datastore.storage.local import LocalStorage
-from datastore.storage.memory import MemoryStorage
+from datastore.storage.backends.local import LocalStorage
+from datastore.storage.backends.memory import MemoryStorage
+from datastore.storage.backends.s3 import S3Storage
 from datastore.storage.resolve import Subfolder, join_url, open_storage, strip_credentials
-from datastore.storage.s3 import S3Storage
 
 ROOTS = st.sampled_from(
     ["s3://bucket", "s3://bucket/books/", "/", "/data/", "data", "file:///data", "memory://x", "memory://x/y/"]

@@ -7,8 +7,8 @@ import pytest
 
 from datastore.document import seal, unseal
 from datastore.errors import ConflictError
-from datastore.storage.memory import MemoryStorage
-from datastore.train.lock import LockHolder, RunLock
+from datastore.storage.backends.memory import MemoryStorage
+from datastore.training.run.lock import LockHolder, RunLock
 
 
 @pytest.fixture

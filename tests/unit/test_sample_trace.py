@@ -11,6 +11,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
+from datastore.dataset.log.manifest import TokenizerRef, tokenizer_key
+from datastore.dataset.operations.append import commit_shards
+from datastore.dataset.shards.files import shard_uid, write_token_shard
+from datastore.dataset.snapshot import Dataset, open_dataset
 from datastore.digest import digest_bytes, sha256_hex
 from datastore.errors import ConfigError, ResumeError
 from datastore.formats.documents import DOCUMENTS_SCHEMA
@@ -18,12 +22,8 @@ from datastore.formats.tokentext import TokenText
 from datastore.loader.loader import Loader
 from datastore.loader.place import Place
 from datastore.loader.trace import DocumentSpan, Tracer, locate, plan_step
-from datastore.storage.local import LocalStorage
-from datastore.store.dataset import Dataset, open_dataset
-from datastore.store.manifest import TokenizerRef, tokenizer_key
-from datastore.store.shards import shard_uid, write_token_shard
-from datastore.store.writer import commit_shards
-from datastore.testing.datasets import make_dataset
+from datastore.storage.backends.local import LocalStorage
+from datastore.testing.examples import make_dataset
 
 TEXTS = [
     ["def f(x):\n    return x\n", "", "größer als — 数据 🙂\n"],

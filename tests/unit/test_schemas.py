@@ -12,15 +12,15 @@ import jsonschema
 import numpy as np
 import pytest
 
+from datastore.dataset.durability.verify import verify
+from datastore.dataset.log.commits import CommitLog
+from datastore.dataset.log.manifest import Commit
+from datastore.dataset.log.tags import list_tags
+from datastore.dataset.snapshot import Dataset, open_dataset
 from datastore.document import decode
 from datastore.errors import CorruptError
-from datastore.store.commits import CommitLog
-from datastore.store.dataset import Dataset, open_dataset
-from datastore.store.manifest import Commit
-from datastore.store.records import writer
-from datastore.store.tags import list_tags
-from datastore.store.verify import verify
-from datastore.testing.datasets import make_dataset
+from datastore.ingestion.writers.records import writer
+from datastore.testing.examples import make_dataset
 
 ROOT = Path(__file__).parents[2]
 SCHEMAS = ROOT / "schemas"

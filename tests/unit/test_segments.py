@@ -7,8 +7,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from datastore.errors import CorruptError
-from datastore.store.segment import (
+from datastore.dataset.shards.segment_file import (
     SEGMENT_SCHEMA,
     ColumnLayout,
     Segments,
@@ -18,6 +17,7 @@ from datastore.store.segment import (
     encode_segment,
     segment_of,
 )
+from datastore.errors import CorruptError
 
 
 def shard(index: int, *, dtype: str = "uint16") -> ShardInfo:

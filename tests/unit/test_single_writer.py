@@ -7,14 +7,14 @@ import uuid
 import pytest
 from typing_extensions import Buffer, override
 
+from datastore.dataset.log.identity import create_dataset
+from datastore.dataset.log.lease import LEASE_KEY, WriterLease, single_writer
+from datastore.dataset.log.manifest import INFO_KEY, DatasetInfo
+from datastore.dataset.snapshot import open_dataset
 from datastore.document import seal, unseal
 from datastore.errors import ConflictError
-from datastore.storage.memory import MemoryStorage
-from datastore.store.create import create_dataset
-from datastore.store.dataset import open_dataset
-from datastore.store.manifest import INFO_KEY, DatasetInfo
-from datastore.store.single_writer import LEASE_KEY, WriterLease, single_writer
-from datastore.testing.datasets import make_dataset
+from datastore.storage.backends.memory import MemoryStorage
+from datastore.testing.examples import make_dataset
 
 
 class Careless(MemoryStorage):

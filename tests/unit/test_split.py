@@ -5,14 +5,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from datastore.dataset.snapshot import Dataset, open_dataset
 from datastore.errors import ConfigError
 from datastore.loader.loader import Loader
 from datastore.loader.place import Place
-from datastore.storage.memory import MemoryStorage
-from datastore.store.dataset import Dataset, open_dataset
-from datastore.testing.datasets import make_dataset
+from datastore.storage.backends.memory import MemoryStorage
+from datastore.testing.examples import make_dataset
 from datastore.testing.runs import make_language
-from datastore.train.split import Stretch, make_split
+from datastore.training.run.data import Stretch, make_split
 
 SHARDS = [[5, 7], [1], [30, 2, 11], [4]]
 TOTAL = sum(map(sum, SHARDS))

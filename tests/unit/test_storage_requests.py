@@ -9,9 +9,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from datastore.errors import ConflictError, MissingError, StorageError
+from datastore.storage.backends.local import LocalStorage
+from datastore.storage.backends.memory import MemoryStorage
 from datastore.storage.base import Storage
-from datastore.storage.local import LocalStorage
-from datastore.storage.memory import MemoryStorage
 from datastore.storage.resolve import Subfolder
 from datastore.storage.retry import Requests, RetryPolicy
 from datastore.storage.statistics import OperationStatistics, add_statistics, total_statistics

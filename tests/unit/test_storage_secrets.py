@@ -15,12 +15,12 @@ from typing_extensions import override
 from datastore.cli.main import cli
 from datastore.cli.shell import Session, call
 from datastore.errors import DatastoreError
+from datastore.storage.backends.fsspec_storage import FsspecStorage
+from datastore.storage.backends.s3 import S3Storage
+from datastore.storage.backends.web import WebStorage
 from datastore.storage.base import Storage
-from datastore.storage.remote import FsspecStorage
 from datastore.storage.retry import RetryPolicy
-from datastore.storage.s3 import S3Storage
 from datastore.storage.s3_client import forget_clients
-from datastore.storage.web import WebStorage
 
 SECRETS = [
     "AKIAMARKEDMARKED1234",

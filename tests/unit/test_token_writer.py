@@ -6,13 +6,13 @@ import numpy as np
 import pytest
 
 import datastore as ds
+from datastore.dataset.durability.verify import verify
+from datastore.dataset.shards.files import read_token_table
+from datastore.dataset.snapshot import open_dataset
 from datastore.errors import ConfigError, ConflictError, MissingError, StorageError
-from datastore.ingest.tokenwriter import TokenWriter, token_writer
+from datastore.ingestion.writers.tokens import TokenWriter, token_writer
 from datastore.storage.resolve import open_storage
-from datastore.store.dataset import open_dataset
-from datastore.store.shards import read_token_table
-from datastore.store.verify import verify
-from datastore.testing.datasets import make_dataset
+from datastore.testing.examples import make_dataset
 from datastore.testing.runs import make_language
 
 COLUMNS = {"loss_mask": "bool", "logits": ("float16", 3), "weight": "float32"}
@@ -37,7 +37,7 @@ def write(out: TokenWriter, numbers: range) -> None:
 
 
 def test_what_is_written_is_read_document_by_document(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("datastore.ingest.tokenwriter._SHARD_BYTES", 200)
+    monkeypatch.setattr("datastore.ingestion.writers.tokens._SHARD_BYTES", 200)
     with token_writer(tmp_path, vocab_size=50, columns=COLUMNS) as out:
         write(out, range(40))
     dataset = open_dataset(tmp_path)
@@ -87,7 +87,7 @@ def write_and_fail(out: TokenWriter) -> None:
 
 
 def test_a_block_that_raises_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("datastore.ingest.tokenwriter._SHARD_BYTES", 20)
+    monkeypatch.setattr("datastore.ingestion.writers.tokens._SHARD_BYTES", 20)
     make_dataset(tmp_path, [[5]])
     before = sorted(path for path in tmp_path.rglob("*") if path.is_file())
     with pytest.raises(ConfigError, match="outside of the vocabulary"):
@@ -98,7 +98,7 @@ def test_a_block_that_raises_leaves_nothing(tmp_path: Path, monkeypatch: pytest.
 def test_the_same_task_again_adds_nothing_and_other_documents_under_its_name_are_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("datastore.ingest.tokenwriter._SHARD_BYTES", 100)
+    monkeypatch.setattr("datastore.ingestion.writers.tokens._SHARD_BYTES", 100)
 
     def again(numbers: range, task_id: str = "task") -> None:
         with token_writer(tmp_path, vocab_size=50, columns=COLUMNS, task_id=task_id) as out:

@@ -7,12 +7,12 @@ import pytest
 import torch
 from torch.utils.data import DataLoader
 
+from datastore.dataset.snapshot import Dataset
 from datastore.errors import ConfigError
 from datastore.loader.loader import Loader
 from datastore.loader.place import Place
 from datastore.loader.settings import LoaderOptions
-from datastore.store.dataset import Dataset
-from datastore.testing.datasets import make_dataset
+from datastore.testing.examples import make_dataset
 from datastore.testing.resume import check_resumes_everywhere
 from datastore.torch import BUFFERS, TensorStream, TokenDataset, place_of, stream
 

@@ -6,7 +6,7 @@ import pytest
 
 from datastore.config import settings_from
 from datastore.errors import ConfigError
-from datastore.train.settings import ModelSettings, Settings, changed_keys, check_world
+from datastore.training.settings import ModelSettings, Settings, changed_keys, check_world
 
 DATA = {"url": "data"}
 
@@ -16,7 +16,7 @@ def made(**tables: Any) -> Settings:
 
 
 def test_reading_settings_loads_no_torch() -> None:
-    program = "import sys, datastore.train.settings, datastore.train.trainer; assert 'torch' not in sys.modules"
+    program = "import sys, datastore.training.settings, datastore.training.start; assert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", program], check=True)
 
 

@@ -9,26 +9,26 @@ from pathlib import Path
 import msgspec
 import pytest
 
-import datastore.store.vacuum as vacuuming
+import datastore.dataset.operations.vacuum as vacuuming
+from datastore.dataset.durability.repair import repair
+from datastore.dataset.durability.verify import verify
+from datastore.dataset.log.commits import CommitLog
+from datastore.dataset.log.tags import set_tag
+from datastore.dataset.operations.append import commit_shards, draft_commit, publish, with_shards
+from datastore.dataset.operations.expire import expire
+from datastore.dataset.operations.vacuum import DAY_S, vacuum
+from datastore.dataset.roots import open_roots, place_dataset
+from datastore.dataset.shards.inventory import KeySet
+from datastore.dataset.snapshot import open_dataset
 from datastore.errors import ConfigError, ConflictError, CorruptError, MissingError
-from datastore.ingest.ingest import ingest
-from datastore.ingest.settings import IngestSettings
+from datastore.ingestion.ingest import ingest
+from datastore.ingestion.settings import IngestSettings
+from datastore.ingestion.writers.records import writer
+from datastore.storage.backends.local import LocalStorage
+from datastore.storage.backends.memory import MemoryStorage
 from datastore.storage.base import Stat
-from datastore.storage.local import LocalStorage
-from datastore.storage.memory import MemoryStorage
-from datastore.store.commits import CommitLog
-from datastore.store.dataset import open_dataset
-from datastore.store.expire import expire
 from datastore.store.protect import protect
-from datastore.store.records import writer
-from datastore.store.references import KeySet
-from datastore.store.repair import repair
-from datastore.store.roots import open_roots, place_dataset
-from datastore.store.tags import set_tag
-from datastore.store.vacuum import DAY_S, vacuum
-from datastore.store.verify import verify
-from datastore.store.writer import commit_shards, draft_commit, publish, with_shards
-from datastore.testing.datasets import make_dataset, make_shard
+from datastore.testing.examples import make_dataset, make_shard
 
 
 @pytest.fixture
@@ -238,7 +238,7 @@ SETTINGS = IngestSettings(task_bytes=4096, workers=1)
 
 def interrupted(sources: Path, to: str, monkeypatch: pytest.MonkeyPatch, *, after: int) -> None:
     """Run an ingest that dies when that many of its shards are stored."""
-    import datastore.ingest.shards as sinks
+    import datastore.ingestion.sinks as sinks
 
     stored = sinks.write_record_shard
     left = iter(range(after))
@@ -340,7 +340,7 @@ def test_an_ingest_whose_shards_were_removed_makes_them_again(storage: MemorySto
 def commit_shards_of_nothing(storage: MemoryStorage) -> None:
     """Overwrite a record dataset with nothing."""
     newest = open_dataset(storage).commit
-    from datastore.store.writer import commit_records
+    from datastore.dataset.operations.append import commit_records
 
     commit_records(storage, [], schema=open_dataset(storage).schema, operation="overwrite")
     assert open_dataset(storage).version == newest.version + 1
@@ -349,7 +349,7 @@ def commit_shards_of_nothing(storage: MemoryStorage) -> None:
 def test_an_ingest_that_was_taken_for_abandoned_commits_nothing(
     storage: MemoryStorage, sources: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import datastore.ingest.ingest as ingesting
+    import datastore.ingestion.ingest as ingesting
 
     run: Callable[..., object] = ingesting._run
 

@@ -10,25 +10,25 @@ from hypothesis import given
 from hypothesis import strategies as st
 from typing_extensions import Buffer, override
 
+from datastore.dataset.durability.blocks import BadBlock, Blocks, Draw, Room, check_blocks
+from datastore.dataset.durability.verify import verify
+from datastore.dataset.log.manifest import INFO_KEY, commit_key, sum_refs
+from datastore.dataset.operations.append import commit_records, commit_shards
+from datastore.dataset.shards.deletions import store_deletions
+from datastore.dataset.shards.files import write_token_shard
+from datastore.dataset.shards.segment_file import BLOCK_BYTES
+from datastore.dataset.snapshot import Dataset, open_dataset
 from datastore.document import seal
 from datastore.errors import ConfigError, CorruptError, StorageError
-from datastore.ingest.ingest import ingest
-from datastore.ingest.settings import IngestSettings
-from datastore.ingest.tokenizer import TokenizerSettings, train_tokenizer
+from datastore.ingestion.encoding.tokenizer import TokenizerSettings, train_tokenizer
+from datastore.ingestion.ingest import ingest
+from datastore.ingestion.settings import IngestSettings
+from datastore.ingestion.writers.records import writer
+from datastore.storage.backends.local import LocalStorage
+from datastore.storage.backends.memory import MemoryStorage
 from datastore.storage.base import Storage
-from datastore.storage.local import LocalStorage
-from datastore.storage.memory import MemoryStorage
-from datastore.store.blocks import BadBlock, Blocks, Draw, Room, check_blocks
-from datastore.store.dataset import Dataset, open_dataset
-from datastore.store.deletions import store_deletions
-from datastore.store.manifest import INFO_KEY, commit_key, sum_refs
-from datastore.store.records import writer
-from datastore.store.segment import BLOCK_BYTES
-from datastore.store.shards import write_token_shard
 from datastore.store.tokenizers import put_tokenizer
-from datastore.store.verify import verify
-from datastore.store.writer import commit_records, commit_shards
-from datastore.testing.datasets import make_dataset, make_shard
+from datastore.testing.examples import make_dataset, make_shard
 
 
 @pytest.fixture(params=["local", "memory"])

@@ -1,0 +1,196 @@
+"""What a run stores beside its tensors: four kinds of sealed documents, and the keys they live under.
+
+    run.json                                   RunInfo, written once
+    parts/<step>-<save id>-<rank>.safetensors  the tensors that one rank wrote in one save
+    parts/<step>-<save id>-<rank>.json         PartInfo: where each piece of each tensor lies, with its digests
+    parts/<step>-<save id>-<rank>.failed       a note that this rank could not do its part; text for people
+    steps/<step>.json                          StepCommit, created put-if-absent: a step exists when this file does
+    refs/latest.json                           LatestHint, never trusted
+    votes/<session>/<number>-<rank>            how ranks agree on what to restore; see `votes.py`
+
+Everything but the hint is written once and never changed. Steps and ranks are padded with zeros, so that names sort
+as numbers do. A part may hold nothing new: a `PartInfo` then points into parts of earlier saves only.
+"""
+
+import re
+from typing import Annotated, Any
+
+import msgspec
+
+from datastore.document import Document, Sealed
+
+__all__ = [
+    "CHUNK_BYTES",
+    "DIGEST_HEX",
+    "LATEST_KEY",
+    "PARTS",
+    "RUN_KEY",
+    "STEPS",
+    "VOTES",
+    "Entry",
+    "LatestHint",
+    "PartInfo",
+    "PartRef",
+    "RunInfo",
+    "StepCommit",
+    "StepRef",
+    "failure_key",
+    "info_key",
+    "part_key",
+    "step_key",
+    "step_of_key",
+]
+
+CHUNK_BYTES = 4 * 2**20
+"""A piece of a tensor is hashed in chunks of this size (the last may be shorter): the unit of verification."""
+
+DIGEST_HEX = 32
+"""Hex digits of one chunk's xxh3_128."""
+
+RUN_KEY = "run.json"
+LATEST_KEY = "refs/latest.json"
+STEPS = "steps"
+PARTS = "parts"
+VOTES = "votes"
+
+_STEP = re.compile(r"steps/(\d{10,})\.json")
+_PART = re.compile(r"parts/(\d{10,})-[0-9a-f]{16}-\d{5,}\.(?:safetensors|json|failed)")
+
+
+Count = Annotated[int, msgspec.Meta(ge=0)]
+Positive = Annotated[int, msgspec.Meta(ge=1)]
+Shape = tuple[Count, ...]
+
+
+class RunInfo(Sealed, frozen=True, kw_only=True):
+    """What never changes in a run. If this file is lost, it is written again from the newest step."""
+
+    run_id: str
+    created: str
+    exclusive: bool
+    """Whether the storage refuses to overwrite; if not, the run is safe with a single writer only."""
+
+    writer: str
+
+
+class Entry(Document, frozen=True, kw_only=True):
+    """One piece of one tensor: a box of the whole (`offsets`, `shape`) as row-major bytes of one part file."""
+
+    tensor: str
+    dtype: str
+    global_shape: Shape
+    shape: Shape
+    offsets: Shape
+    part: str
+    start: Count
+    stop: Count
+    digests: str
+    """xxh3_128 of each chunk of the bytes [start, stop), as hex, one after the other."""
+
+    @property
+    def place(self) -> tuple[str, tuple[int, ...], tuple[int, ...]]:
+        """Which piece this is, wherever it is stored."""
+        return self.tensor, self.offsets, self.shape
+
+
+class PartInfo(Sealed, frozen=True, kw_only=True):
+    """What one rank contributes to one step."""
+
+    run_id: str
+    step: Count
+    save_id: str
+    rank: Count
+    world: Positive
+    part: str
+    """Key of the part file; "" if every piece is as it was in an earlier save."""
+
+    size_bytes: Count
+    data_start: Count
+    header_digest: str
+    """xxh3_128 of the first `data_start` bytes of the part, the safetensors header."""
+
+    chunk_bytes: Positive
+    entries: tuple[Entry, ...]
+    items: dict[str, str]
+    """Digest of each shared item's values and tensor shapes: ranks that disagree are found before the commit."""
+
+    own_items: dict[str, Any]
+    """Values of the items that each rank has its own of (`PerRank`)."""
+
+
+class StepRef(Document, frozen=True, kw_only=True):
+    """Names one save of one step."""
+
+    step: Count
+    save_id: str
+
+
+class PartRef(Document, frozen=True, kw_only=True):
+    """One rank's contribution, named by the commit with the digest of its `PartInfo`."""
+
+    rank: Count
+    info: str
+    info_digest: str
+    part: str
+    size_bytes: Count
+
+
+class StepCommit(Sealed, frozen=True, kw_only=True):
+    """One restorable step. Once this file exists every part it names has been verified to be there."""
+
+    run_id: str
+    step: Count
+    save_id: str
+    session: str
+    parent: StepRef | None
+    """The step this one was trained from; None for the first of a run."""
+
+    time: str
+    writer: str
+    world: Positive
+    parts: tuple[PartRef, ...]
+    uses: tuple[str, ...]
+    """Part files of earlier saves that entries point into."""
+
+    items: dict[str, Any]
+    """The values of each item, tensors replaced by their dtype and shape; see `datastore.checkpoint.format.tree`."""
+
+    metrics: dict[str, Any]
+
+    @property
+    def ref(self) -> StepRef:
+        """The name of this save."""
+        return StepRef(step=self.step, save_id=self.save_id)
+
+
+class LatestHint(Sealed, frozen=True, kw_only=True):
+    """For people and dashboards; `restore` lists the steps instead."""
+
+    step: Count
+    save_id: str
+
+
+def step_key(step: int) -> str:
+    """Return where the commit of `step` is stored."""
+    return f"{STEPS}/{step:010d}.json"
+
+
+def part_key(ref: StepRef, rank: int) -> str:
+    """Return where `rank` stores its tensors for the save `ref`."""
+    return f"{PARTS}/{ref.step:010d}-{ref.save_id}-{rank:05d}.safetensors"
+
+
+def info_key(ref: StepRef, rank: int) -> str:
+    """Return where `rank` stores its `PartInfo` for the save `ref`."""
+    return f"{PARTS}/{ref.step:010d}-{ref.save_id}-{rank:05d}.json"
+
+
+def failure_key(ref: StepRef, rank: int) -> str:
+    """Return where `rank` leaves a note if it cannot do its part of the save `ref`."""
+    return f"{PARTS}/{ref.step:010d}-{ref.save_id}-{rank:05d}.failed"
+
+
+def step_of_key(key: str) -> int | None:
+    """Return the step that a step file or a part belongs to, or None if `key` is neither."""
+    found = _STEP.fullmatch(key) or _PART.fullmatch(key)
+    return int(found[1]) if found else None

@@ -1,0 +1,147 @@
+"""Saved bytes into tensors, in two passes: every chunk is verified before the first tensor is written.
+
+First pass: each chunk that this rank needs is hashed and compared. Second pass, once all ranks have said yes: the
+bytes are copied into the tensors, and what has been copied is hashed once more, because pages that the kernel dropped
+in between come from the disk again. Remote parts are kept in memory between the passes (see `sources.py`).
+"""
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import TypeVar
+
+import torch
+
+from datastore.checkpoint.chunks import Chunk, chunks_of
+from datastore.checkpoint.format.manifest import Entry
+from datastore.checkpoint.loading.sources import Bytes, Sources
+from datastore.checkpoint.parallel import each
+from datastore.checkpoint.plan import Box, row_span
+from datastore.checkpoint.tensors import DTYPES, byte_view
+from datastore.formats.safetensors import ITEM_BYTES
+from datastore.storage.base import Storage
+
+__all__ = ["Reader", "Transfer"]
+
+T = TypeVar("T")
+
+_TASK_BYTES = 4 * 2**20
+"""How much a thread does at a time, at most: small chunks and pieces are put together."""
+
+_PIECE_BYTES = 32 * 2**20
+"""How much of a tensor on another device, or with gaps, is copied at once."""
+
+
+@dataclass(frozen=True, slots=True)
+class Transfer:
+    """A box of one saved piece that goes into `target`, a tensor of the same shape, anywhere, with any strides."""
+
+    entry: Entry
+    box: Box
+    target: torch.Tensor
+    chunk_bytes: int
+
+    @property
+    def rows(self) -> tuple[int, int]:
+        """The range of elements of the piece that hold the box."""
+        return row_span(self.box, self.entry.shape)
+
+    @property
+    def size_bytes(self) -> int:
+        """Bytes of the box."""
+        return self.box.elements * ITEM_BYTES[self.entry.dtype]
+
+    @property
+    def chunks(self) -> tuple[Chunk, ...]:
+        """The chunks of the piece that hold the box."""
+        first, last = self.rows
+        item_bytes = ITEM_BYTES[self.entry.dtype]
+        begin, end = first * item_bytes // self.chunk_bytes, -(-last * item_bytes // self.chunk_bytes)
+        return tuple(chunks_of(self.entry, self.chunk_bytes, first=begin, last=end))
+
+
+class Reader:
+    """Carries out transfers from one storage: `verify` first, then `deliver`, each with `threads` threads."""
+
+    def __init__(self, storage: Storage, transfers: Iterable[Transfer], *, threads: int) -> None:
+        self._transfers = [transfer for transfer in transfers if transfer.box.elements]
+        self._sources = Sources(storage)
+        self._threads = threads
+
+    def verify(self) -> int:
+        """Check every chunk that is needed; return their bytes.
+
+        Raises:
+            CorruptError: bytes do not match; no target has been touched.
+            StorageError: the storage failed.
+        """
+        chunks = sorted({chunk for transfer in self._transfers for chunk in transfer.chunks})
+        self._sources.fetch(chunks)
+        each(self._check, list(_tasks((chunk, chunk.size_bytes) for chunk in chunks)), threads=self._threads)
+        return sum(chunk.size_bytes for chunk in chunks)
+
+    def deliver(self) -> None:
+        """Fill the targets; every chunk is checked once more.
+
+        Raises:
+            CorruptError: bytes changed since they were verified; targets are partly overwritten.
+            StorageError: the storage failed; targets are partly overwritten.
+        """
+        whole: list[tuple[Chunk, Bytes]] = []
+        other: list[Transfer] = []
+        for transfer in self._transfers:
+            view = byte_view(transfer.target) if transfer.box.shape == transfer.entry.shape else None
+            if view is None:
+                other.extend(_split(transfer))
+            else:
+                start = transfer.entry.start
+                whole.extend((chunk, view[chunk.start - start : chunk.stop - start]) for chunk in transfer.chunks)
+        each(self._scatter, other, threads=self._threads)
+        each(self._copy, list(_tasks((item, item[0].size_bytes) for item in whole)), threads=self._threads)
+
+    def _check(self, chunks: Sequence[Chunk]) -> None:
+        for chunk in chunks:
+            chunk.check(self._sources.bytes_of(chunk).data)
+
+    def _copy(self, moves: Sequence[tuple[Chunk, Bytes]]) -> None:
+        for chunk, target in moves:
+            self._sources.copy(chunk, target)
+
+    def _scatter(self, transfer: Transfer) -> None:
+        """Copy the box out of the rows that hold it."""
+        entry, (first, last), chunks = transfer.entry, transfer.rows, transfer.chunks
+        item_bytes = ITEM_BYTES[entry.dtype]
+        data = self._sources.range_of(chunks)
+        begin = entry.start + first * item_bytes - chunks[0].start
+        rows = torch.from_numpy(data[begin : begin + (last - first) * item_bytes]).view(DTYPES[entry.dtype])
+        strides = torch.empty(entry.shape, device="meta").stride()
+        transfer.target.copy_(rows.as_strided(transfer.box.shape, strides, 0))
+        for chunk in chunks:
+            chunk.check(data[chunk.start - chunks[0].start : chunk.stop - chunks[0].start].data)
+
+
+def _tasks(items: Iterable[tuple[T, int]]) -> Iterator[list[T]]:
+    """Yield items in groups whose sizes add up to a task."""
+    group: list[T] = []
+    total = 0
+    for item, size_bytes in items:
+        if group and total + size_bytes > _TASK_BYTES:
+            yield group
+            group, total = [], 0
+        group.append(item)
+        total += size_bytes
+    if group:
+        yield group
+
+
+def _split(transfer: Transfer) -> Iterator[Transfer]:
+    """Yield the transfer in pieces of about `_PIECE_BYTES`, cut along the first dimension, to bound the memory in use."""
+    rows = transfer.box.shape[0] if transfer.box.shape else 1
+    step = max(rows * _PIECE_BYTES // max(transfer.size_bytes, 1), 1)
+    if step >= rows:
+        yield transfer
+        return
+    (begin, *rest), (_, *lengths) = transfer.box.starts, transfer.box.shape
+    for at in range(0, rows, step):
+        count = min(step, rows - at)
+        box = Box((begin + at, *rest), (count, *lengths))
+        yield Transfer(transfer.entry, box, transfer.target.narrow(0, at, count), transfer.chunk_bytes)

@@ -1,0 +1,232 @@
+"""A step back into a running program: verified as a whole before anything is overwritten, or not at all.
+
+    1. The ranks agree on the newest step that all of them see.
+    2. Each rank reads the documents, compares what is saved with what is there (both ways, no cast, all differences
+       in one error), and verifies every chunk that it needs.
+    3. They vote, also on whether they mean the same save. One no is enough: everybody takes the step before, loudly.
+    4. Only now are tensors written, and verified again on the way; then a last vote, as a disk may give other bytes
+       the second time. If it fails, what is in memory is damaged until an earlier step has been loaded.
+
+What is asked for by number is never replaced by another step.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from logging import getLogger
+from time import perf_counter
+from typing import Any, TypeAlias, TypeVar
+
+import torch
+
+from datastore.checkpoint.format.manifest import StepCommit
+from datastore.checkpoint.format.tree import specs, unpack
+from datastore.checkpoint.loading.reader import Reader
+from datastore.checkpoint.loading.targets import Target, target_of
+from datastore.checkpoint.placing import transfers_of, unfit_tensors
+from datastore.checkpoint.ranks import Member
+from datastore.checkpoint.steps import StepLog, WholeStep
+from datastore.checkpoint.votes import Agree, all_equal
+from datastore.errors import ConflictError, CorruptError, DatastoreError, MissingError, ResumeError
+
+__all__ = ["Damaged", "Restored", "Restorer"]
+
+T = TypeVar("T")
+Damage: TypeAlias = CorruptError | MissingError
+
+_log = getLogger(__name__)
+
+_SHOWN = 20
+"""How many differences one error lists."""
+
+_FAILED, _DAMAGED, _SOUND = 0, 1, 2
+"""What a rank votes; the least counts."""
+
+
+@dataclass(frozen=True, slots=True)
+class Damaged:
+    """A step that was passed over, and why."""
+
+    step: int
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Restored:
+    """What was loaded."""
+
+    step: int
+    save_id: str
+    metrics: dict[str, Any]
+    time: str
+    session: str
+    world: int
+    """How many ranks saved it."""
+
+    fell_back: tuple[Damaged, ...] = ()
+    """Newer steps that could not be used; empty if all is well."""
+
+    size_bytes: int = 0
+    """What this rank read."""
+
+    seconds: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class _Plan:
+    """A step that this rank has verified, and where its tensors go."""
+
+    whole: WholeStep
+    reader: Reader
+    destinations: dict[str, dict[str, torch.Tensor]]
+    size_bytes: int
+
+
+class Restorer:
+    """Loads steps into the items of one rank. All ranks make the same calls."""
+
+    def __init__(self, member: Member, items: Mapping[str, Any], *, agree: Agree, partial: bool) -> None:
+        self._member = member
+        self._log = StepLog(member.storage)
+        self._targets = [target_of(name, item, member.rank) for name, item in items.items()]
+        self._agree = agree
+        self._partial = partial
+
+    def newest(self) -> tuple[Restored, WholeStep]:
+        """Load the newest step that every rank can verify.
+
+        Raises:
+            MissingError: the run has no step.
+            CorruptError: no step is sound.
+            ResumeError: what is saved does not fit the items; nothing was written.
+            ConflictError: the ranks see different saves of one step.
+        """
+        passed: list[Damaged] = []
+        while True:
+            step = self._agree(self._newest_before(passed))
+            if step < 0:
+                raise self._nothing_left(passed)
+            found, error = self._attempt(step)
+            if found is not None:
+                restored, whole = found
+                return replace(restored, fell_back=tuple(passed)), whole
+            passed.append(Damaged(step, str(error)))
+            _log.warning("STEP %d OF %s IS DAMAGED, falling back to the step before: %s", step, self._log.url, error)
+
+    def exactly(self, step: int) -> tuple[Restored, WholeStep]:
+        """Load `step`.
+
+        Raises:
+            MissingError: there is no such step.
+            CorruptError: it is damaged.
+            ResumeError: what is saved does not fit the items; nothing was written.
+            ConflictError: the ranks see different saves of the step.
+        """
+        found, error = self._attempt(step)
+        if found is None:
+            raise error
+        return found
+
+    def _newest_before(self, passed: list[Damaged]) -> int:
+        return max((step for step in self._log.steps() if not passed or step < passed[-1].step), default=-1)
+
+    def _nothing_left(self, passed: list[Damaged]) -> DatastoreError:
+        if not passed:
+            return MissingError("the run has no checkpoint", url=self._log.url, hint="Check the URL, or start anew.")
+        reasons = [f"step {damaged.step}: {damaged.reason}" for damaged in passed]
+        hint = "Restore the files named from a copy."
+        return CorruptError("no checkpoint of the run is sound", url=self._log.url, steps=reasons, hint=hint)
+
+    def _attempt(self, step: int) -> tuple[tuple[Restored, WholeStep] | None, Damage]:
+        """Return what was loaded, or None and what is wrong with the step on some rank."""
+        begun = perf_counter()
+        plan, error = self._together(lambda: self._verified(step))
+        if plan is None:
+            return None, error
+        commit = plan.whole.commit
+        if not all_equal(self._agree, int(commit.save_id[:15], 16)):
+            hint = "Another process group is saving to this run; stop it."
+            raise ConflictError("the ranks see different saves of one step", step=step, save=commit.save_id, hint=hint)
+        done, error = self._together(lambda: self._loaded(plan))
+        if done is None:
+            fact = f"the state in memory is partly overwritten by a step that changed while it was read: {error.fact}"
+            _log.error("%s", fact)
+            return None, CorruptError(fact, hint="Restore another step before you use it.", **error.values)
+        metrics = unpack(commit.metrics, name="metrics", tensors={})
+        restored = Restored(step, commit.save_id, metrics, commit.time, commit.session, commit.world)
+        return (replace(restored, size_bytes=plan.size_bytes, seconds=perf_counter() - begun), plan.whole), error
+
+    def _together(self, work: Callable[[], T]) -> tuple[T | None, Damage]:
+        """Do `work` on all ranks; return its result if all succeeded, else None and what was found damaged."""
+        result: T | None = None
+        error: Damage = CorruptError("another rank found this step damaged", hint="See its message.")
+        try:
+            result = work()
+            vote = _SOUND
+        except (CorruptError, MissingError) as damage:
+            error, vote = damage, _DAMAGED
+        except Exception:
+            self._agree(_FAILED)  # The others must not wait for this rank.
+            raise
+        verdict = self._agree(vote)
+        if verdict == _FAILED:
+            raise ResumeError("another rank could not restore this step", hint="See its message.")
+        return (result if verdict == _SOUND else None), error
+
+    def _verified(self, step: int) -> _Plan:
+        """Return the plan for `step`; every byte this rank needs has been verified, nothing has been written."""
+        whole = self._log.read_whole(step)
+        self._refuse(self._problems(whole.commit), step)
+        items = whole.commit.items
+        destinations = {target.key: target.destinations(items[target.key]) for target in self._targets}
+        flat = {name: tensor for tensors in destinations.values() for name, tensor in tensors.items()}
+        self._refuse(unfit_tensors(flat, whole.parts), step)
+        transfers = transfers_of(flat, whole.parts)
+        read = {transfer.entry.part for transfer in transfers}
+        for info in whole.parts:
+            if info.part in read:
+                self._log.check_header(info)
+        reader = Reader(self._member.storage, transfers, threads=self._member.options.threads)
+        return _Plan(whole, reader, destinations, reader.verify())
+
+    def _problems(self, commit: StepCommit) -> list[str]:
+        wanted = {target.key for target in self._targets}
+        found = [f"{name}: expected, but not saved" for name in sorted(wanted - commit.items.keys())]
+        if not self._partial:
+            extra = sorted(name for name in commit.items.keys() - wanted if self._is_ours(name))
+            found += [f"{name}: saved, but not expected (pass partial=True to leave it)" for name in extra]
+        for target in self._targets:
+            if target.key in commit.items:
+                found += target.problems(commit.items[target.key])
+        return found
+
+    def _is_ours(self, name: str) -> bool:
+        """Return whether a saved item concerns this rank: what others saved for themselves does not."""
+        base, _, rank = name.partition("@")
+        return not rank or (int(rank) == self._member.rank and bool(base))
+
+    def _refuse(self, problems: list[str], step: int) -> None:
+        if problems:
+            shown = problems[:_SHOWN] + ([f"and {len(problems) - _SHOWN} more"] if len(problems) > _SHOWN else [])
+            hint = "Nothing was loaded. Build the program's state as it was when this step was saved."
+            raise ResumeError("the checkpoint does not fit", step=step, differences=shown, hint=hint)
+
+    def _loaded(self, plan: _Plan) -> bool:
+        items = plan.whole.commit.items
+        # What has no tensors goes first: if it refuses, no tensor has been touched.
+        plain = [target for target in self._targets if not any(specs(items[target.key], name=target.key))]
+        for target in plain:
+            self._accept(target, plan)
+        plan.reader.deliver()
+        for target in self._targets:
+            if target not in plain:
+                self._accept(target, plan)
+        return True
+
+    def _accept(self, target: Target, plan: _Plan) -> None:
+        try:
+            target.accept(plan.whole.commit.items[target.key], plan.destinations[target.key])
+        except (CorruptError, MissingError) as error:
+            # An item that misses something of its own, such as its dataset: no other step would help.
+            raise ResumeError(
+                f"an item cannot take its state: {error.fact}", item=target.key, hint=error.hint
+            ) from error

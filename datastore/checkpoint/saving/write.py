@@ -1,0 +1,227 @@
+"""One rank's share of one save: pieces of tensors become one part file and one document that says what is in it.
+
+Pieces that are as they were in the last save are not written again: their entry points into the earlier part. To find
+out they are hashed first, up to the first chunk that differs, which costs half of what copying does. A piece that the
+last two saves found different is not asked again until it happens to be the same: dense training pays once.
+
+Nothing here renames, appends or reuses a name: a part is there whole or not at all.
+"""
+
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import wait
+from dataclasses import dataclass, field
+from typing import TypeAlias
+
+import numpy as np
+import torch
+
+from datastore.checkpoint.buffers import BufferPool
+from datastore.checkpoint.chunks import chunks_of
+from datastore.checkpoint.format.manifest import CHUNK_BYTES, Entry, PartInfo, StepRef, info_key, part_key
+from datastore.checkpoint.loading.sources import Bytes
+from datastore.checkpoint.parallel import each, in_thread
+from datastore.checkpoint.ranks import Member
+from datastore.checkpoint.saving.snapshot import Captured, Snapshot, item_digests
+from datastore.checkpoint.tensors import DTYPES, byte_view
+from datastore.digest import digest_hex
+from datastore.document import seal
+from datastore.formats.safetensors import ITEM_BYTES, HeaderTensor, encode_header
+
+__all__ = ["Known", "Staged", "stage", "write_share"]
+
+Place: TypeAlias = tuple[str, tuple[int, ...], tuple[int, ...]]
+
+_SLICE_BYTES = 32 * 2**20
+"""How much one thread copies at a time."""
+
+
+@dataclass(frozen=True, slots=True)
+class Known:
+    """What is remembered of the last save or restore: which piece lies where, and which were other than before."""
+
+    entries: dict[Place, Entry] = field(default_factory=dict)
+    changing: frozenset[Place] = frozenset()
+
+    def after(self, entries: Iterable[Entry]) -> "Known":
+        """Return what is known once `entries` have been saved or restored."""
+        found = {entry.place: entry for entry in entries}
+        pairs = ((place, entry, self.entries.get(place)) for place, entry in found.items())
+        changing = (place for place, entry, before in pairs if before and before.digests != entry.digests)
+        return Known(found, frozenset(changing))
+
+    def candidate(self, item: Captured) -> Entry | None:
+        """Return the entry of the last save that may still be true of `item`, if it is worth finding out."""
+        place = (item.name, item.piece.box.starts, item.piece.box.shape)
+        entry = None if place in self.changing else self.entries.get(place)
+        return entry if entry is not None and entry.dtype == item.spec.dtype else None
+
+
+@dataclass(frozen=True, slots=True)
+class Staged:
+    """A share whose content no longer depends on the training program."""
+
+    kept: tuple[Entry, ...]
+    fresh: tuple[tuple[Captured, Bytes], ...]
+    buffer: torch.Tensor | None = None
+    """Where the bytes of `fresh` lie; None if they are read from the tensors themselves."""
+
+
+def stage(snapshot: Snapshot, known: Known, pool: BufferPool, *, threads: int, copy: bool) -> Staged:
+    """Return the pieces of `snapshot` with their bytes fixed: copied, or looked at in place if `copy` is False.
+
+    In place is for a caller that waits until everything is written. What is on another device, or does not lie in one
+    run of memory, is copied in any case.
+    """
+    kept, rest = _unchanged(snapshot.pieces, known, threads)
+    views = {item.name: None if copy else byte_view(item.piece.tensor) for item in rest}
+    # Falling item size aligns each tensor; names make the file a function of the state.
+    rest.sort(key=lambda item: (-ITEM_BYTES[item.spec.dtype], item.name))
+    total = sum(item.size_bytes for item in rest if views[item.name] is None)
+    buffer = pool.take(total) if total else None
+    fresh, moves, position = [], [], 0
+    for item in rest:
+        data = views[item.name]
+        if data is None:
+            target = _slice(buffer, position, item)
+            position += item.size_bytes
+            moves.append((target, item))
+            data = target.numpy()
+        fresh.append((item, data))
+    _copy(moves, threads)
+    again, fresh = _recognized(fresh, known)
+    return Staged((*kept, *again), tuple(fresh), buffer)
+
+
+def _unchanged(pieces: Sequence[Captured], known: Known, threads: int) -> tuple[list[Entry], list[Captured]]:
+    """Return the entries of pieces that are as they were, and the other pieces."""
+    found = each(lambda item: _still(known.candidate(item), byte_view(item.piece.tensor)), pieces, threads=threads)
+    kept = [named for item, entry in zip(pieces, found, strict=True) if entry for named in _named(entry, item)]
+    return kept, [item for item, entry in zip(pieces, found, strict=True) if entry is None]
+
+
+def _recognized(
+    fresh: Sequence[tuple[Captured, Bytes]], known: Known
+) -> tuple[list[Entry], list[tuple[Captured, Bytes]]]:
+    """Return the entries of pieces that could be compared only once they were copied, and the rest of `fresh`."""
+    kept: list[Entry] = []
+    rest = []
+    for item, data in fresh:
+        entry = _still(known.candidate(item), data) if byte_view(item.piece.tensor) is None else None
+        if entry is None:
+            rest.append((item, data))
+        else:
+            kept.extend(_named(entry, item))
+    return kept, rest
+
+
+def _still(entry: Entry | None, data: Bytes | None) -> Entry | None:
+    """Return `entry` if `data` are the bytes it describes."""
+    if entry is None or data is None or len(data) != entry.stop - entry.start:
+        return None
+    for chunk in chunks_of(entry, CHUNK_BYTES):
+        if digest_hex(data[chunk.start - entry.start : chunk.stop - entry.start].data) != chunk.digest:
+            return None
+    return entry
+
+
+def _slice(buffer: torch.Tensor | None, start: int, item: Captured) -> torch.Tensor:
+    return torch.empty(0, dtype=torch.uint8) if buffer is None else buffer[start : start + item.size_bytes]
+
+
+def _copy(moves: Sequence[tuple[torch.Tensor, Captured]], threads: int) -> None:
+    """Copy each piece into its bytes; those of this memory in parallel, while those of devices queue."""
+    devices = {item.piece.tensor.device for _, item in moves if item.piece.tensor.device.type == "cuda"}
+    for device in devices:
+        torch.cuda.synchronize(device)  # What was queued before the save must be in it.
+    for target, item in moves:
+        if byte_view(item.piece.tensor) is None and item.size_bytes:
+            shaped = target.view(DTYPES[item.spec.dtype]).view(item.piece.box.shape)
+            shaped.copy_(item.piece.tensor, non_blocking=True)
+    each(lambda slices: np.copyto(*slices), _slices(moves), threads=threads)
+    for device in devices:
+        torch.cuda.synchronize(device)
+
+
+def _slices(moves: Iterable[tuple[torch.Tensor, Captured]]) -> Iterator[tuple[Bytes, Bytes]]:
+    for target, item in moves:
+        source = byte_view(item.piece.tensor)
+        if source is not None:
+            data = target.numpy()
+            for start in range(0, len(source), _SLICE_BYTES):
+                yield data[start : start + _SLICE_BYTES], source[start : start + _SLICE_BYTES]
+
+
+def write_share(member: Member, run_id: str, ref: StepRef, *, snapshot: Snapshot, staged: Staged) -> PartInfo:
+    """Write this rank's part, if there is anything new, and its document; return the document.
+
+    Raises:
+        StorageError: the storage failed; nothing that a commit could name is there.
+    """
+    part, header = "", b""
+    entries = list(staged.kept)
+    if staged.fresh:
+        part = part_key(ref, member.rank)
+        tensors = [HeaderTensor(item.name, item.spec.dtype, item.piece.box.shape) for item, _ in staged.fresh]
+        header = encode_header(tensors, metadata={"format": "pt", "run": run_id, "step": str(ref.step)})
+        digests = in_thread(lambda: [_digests(data) for _, data in staged.fresh])  # While the disk is busy with it.
+        try:
+            member.storage.put_new(part, header, *(data.data for _, data in staged.fresh if len(data)))
+        finally:
+            wait([digests])  # It reads memory that the caller gives to others.
+        entries += _entries(part, len(header), staged, digests.result())
+    info = PartInfo(
+        run_id=run_id,
+        step=ref.step,
+        save_id=ref.save_id,
+        rank=member.rank,
+        world=member.world,
+        part=part,
+        size_bytes=len(header) + sum(len(data) for _, data in staged.fresh),
+        data_start=len(header),
+        header_digest=digest_hex(header) if part else "",
+        chunk_bytes=CHUNK_BYTES,
+        entries=tuple(entries),
+        items=item_digests(snapshot.items),
+        own_items=snapshot.own_items,
+    )
+    raw = seal(info)
+    member.storage.put_new(info_key(ref, member.rank), raw)
+    return info
+
+
+def _entries(part: str, data_start: int, staged: Staged, digests: Sequence[str]) -> Iterator[Entry]:
+    position = data_start
+    for (item, data), found in zip(staged.fresh, digests, strict=True):
+        entry = Entry(
+            tensor=item.name,
+            dtype=item.spec.dtype,
+            global_shape=item.spec.shape,
+            shape=item.piece.box.shape,
+            offsets=item.piece.box.starts,
+            part=part,
+            start=position,
+            stop=position + len(data),
+            digests=found,
+        )
+        position = entry.stop
+        yield from _named(entry, item)
+
+
+def _named(entry: Entry, item: Captured) -> Iterator[Entry]:
+    """Yield the entry under each name that the same memory has."""
+    for name in (item.name, *item.aliases):
+        yield Entry(
+            tensor=name,
+            dtype=entry.dtype,
+            global_shape=entry.global_shape,
+            shape=entry.shape,
+            offsets=entry.offsets,
+            part=entry.part,
+            start=entry.start,
+            stop=entry.stop,
+            digests=entry.digests,
+        )
+
+
+def _digests(data: Bytes) -> str:
+    return "".join(digest_hex(data[start : start + CHUNK_BYTES].data) for start in range(0, len(data), CHUNK_BYTES))

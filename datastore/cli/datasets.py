@@ -1,0 +1,199 @@
+"""The commands that look at a dataset, check it, and name a version of it."""
+
+from collections.abc import Iterator
+from itertools import islice
+from typing import TYPE_CHECKING
+
+import click
+
+from datastore.cli.output import fields, json_option, moment, progress_bar, say, say_json, table
+from datastore.cli.shell import example
+
+if TYPE_CHECKING:  # pyarrow takes longer to load than most of these commands take to run.
+    from datastore.dataset.snapshot import Dataset
+
+__all__ = ["COMMANDS"]
+
+URL = click.argument("url")
+
+_WIDEST = 80
+"""Characters of a cell."""
+
+
+def _share(_context: click.Context, _parameter: click.Parameter, text: str) -> float:
+    """Return a part of a whole, written `1%` or `0.01`."""
+    try:
+        share = float(text.removesuffix("%")) / (100 if text.endswith("%") else 1)
+    except ValueError:
+        raise click.BadParameter(f"{text!r} is no share; write 1% or 0.01") from None
+    if not 0 < share <= 1:
+        raise click.BadParameter(f"{text!r} is not above 0 and at most 1")
+    return share
+
+
+@click.command(
+    short_help="Show what a dataset holds.",
+    epilog=example("datastore show data/code", "datastore show data/code@1 --json"),
+)
+@URL
+@json_option
+def show(*, url: str, as_json: bool) -> None:
+    """Show what the dataset at URL holds."""
+    from datastore.dataset.snapshot import open_dataset
+    from datastore.units import format_bytes, format_count
+
+    dataset = open_dataset(url)
+    commit, totals, tokenizer = dataset.commit, dataset.totals, dataset.commit.tokenizer
+    tags = _tags(dataset)
+    if as_json:
+        facts: dict[str, object] = {
+            "url": dataset.url,
+            "uuid": dataset.uuid,
+            "version": dataset.version,
+            "kind": dataset.kind,
+        }
+        facts |= {"totals": totals, "tokenizer": tokenizer, "tags": tags, "exclusive": dataset.info.exclusive}
+        say_json(facts, storage=dataset.storage)
+        return
+    fields(
+        {
+            "dataset": dataset.url,
+            "version": f"{dataset.version} ({commit.operation}, {moment(commit.time)}, {commit.writer})",
+            "tags": ", ".join(f"{name} -> {version}" for name, version in tags.items()) or None,
+            "holds": dataset.kind,
+            "documents": f"{totals.documents:,}",
+            "deleted": f"{totals.deleted_documents:,} of them ({totals.deleted_tokens:,} tokens)"
+            if totals.deleted_documents
+            else None,
+            "tokens": f"{totals.tokens:,} ({format_count(totals.tokens)})" if tokenizer else None,
+            "vocabulary": f"{tokenizer.vocab_size:,} ids; {tokenizer.end_of_text} ends a document"
+            if tokenizer
+            else None,
+            "tokenizer": f"sha256 {tokenizer.sha256[:16]}..." if tokenizer else None,
+            "schema": None if dataset.kind == "tokens" else ", ".join(f"{c.name}: {c.type}" for c in dataset.schema),
+            "shards": f"{totals.shards:,} ({format_bytes(totals.size_bytes)})",
+            "uuid": dataset.uuid,
+        }
+    )
+
+
+def _tags(dataset: "Dataset") -> dict[str, int]:
+    from datastore.dataset.log.tags import list_tags, read_tag
+
+    return {name: read_tag(dataset.storage, name).version for name in list_tags(dataset.storage)}
+
+
+@click.command(
+    short_help="List shards or documents.",
+    epilog=example("datastore ls data/code", "datastore ls data/code --documents --limit 5"),
+)
+@URL
+@click.option(
+    "--documents", is_flag=True, help="List documents, with source and byte offset, or records, instead of shards."
+)
+@click.option("--limit", type=click.IntRange(min=0), default=20, help="How many lines; 0 for all.")
+@json_option
+def ls(*, url: str, documents: bool, limit: int, as_json: bool) -> None:
+    """List the shards, or the documents, of the dataset at URL."""
+    from datastore.dataset.snapshot import open_dataset
+
+    dataset = open_dataset(url)
+    shown = list(islice(_document_rows(dataset) if documents else _shard_rows(dataset), limit or None))
+    if as_json:
+        say_json(shown)
+        return
+    if shown:
+        table(tuple(shown[0]), [tuple(map(_brief, row.values())) for row in shown])
+    totals = dataset.totals
+    total = totals.documents - totals.deleted_documents if documents else totals.shards
+    if len(shown) < total:
+        say(f"... and {total - len(shown):,} more; --limit 0 lists all")
+
+
+def _brief(value: object) -> object:
+    """Return what fits into a cell: text is cut and kept on one line, bytes are counted."""
+    if isinstance(value, bytes):
+        return f"{len(value):,} bytes"
+    if isinstance(value, str):
+        line = " ".join(value[: 2 * _WIDEST].split()) if "\n" in value else value
+        return line if len(line) <= _WIDEST else f"{line[: _WIDEST - 3]}..."
+    return value if isinstance(value, int | float | None) else _brief(str(value))
+
+
+def _shard_rows(dataset: "Dataset") -> Iterator[dict[str, object]]:
+    for shard in dataset.segments:
+        yield {
+            "shard": shard.path,
+            "documents": shard.documents,
+            "tokens": shard.tokens,
+            "bytes": shard.size_bytes,
+            "first_source": shard.source_first,
+            "last_source": shard.source_last,
+        }
+
+
+def _document_rows(dataset: "Dataset") -> Iterator[dict[str, object]]:
+    if dataset.kind == "records":
+        yield from dataset.iter_records()
+        return
+    for index in range(len(dataset.segments)):
+        yield from dataset.live_documents(index).drop_columns(["digest"]).to_pylist()
+
+
+@click.command(
+    short_help="Read and check a dataset, every byte of it or a sample.",
+    epilog=example(
+        "datastore verify data/code", "datastore verify data/code --sample 1%", "datastore verify data/code --deep"
+    ),
+)
+@URL
+@click.option("--sample", callback=_share, default="100%", help="Share of the blocks to read, such as 1% or 0.01.")
+@click.option("--seed", type=click.IntRange(min=0), help="Draw the same blocks again as the run that named this seed.")
+@click.option("--deep", is_flag=True, help="Decode each shard, too, and compare it with what the manifest says of it.")
+@json_option
+def verify(*, url: str, sample: float, seed: int | None, deep: bool, as_json: bool) -> int:
+    """Read every byte of the dataset at URL and name each bad block; exit with 1 if there is one."""
+    from datastore.dataset.durability.verify import verify as verify_dataset
+    from datastore.dataset.snapshot import open_dataset
+    from datastore.units import format_bytes
+
+    dataset = open_dataset(url)
+    with progress_bar("verify") as progress:
+        report = verify_dataset(dataset, sample=sample, seed=seed, deep=deep, progress=progress)
+    if as_json:
+        say_json(report, storage=dataset.storage)
+        return 1 if report.bad else 0
+    for bad in report.bad:
+        say(f"bad: {bad.path}{'' if bad.block is None else f', block {bad.block}'}: {bad.reason}")
+    if report.seed is not None:
+        part = report.blocks / max(1, report.of_blocks)
+        say(f"a sample: {report.blocks:,} of {report.of_blocks:,} blocks ({part:.2%}), drawn by --seed {report.seed}")
+    sound = "every byte is as it was written" if report.seed is None else "every byte read is as it was written"
+    result = f"{len(report.bad):,} bad blocks" if report.bad else f"{sound}, and decodes" if deep else sound
+    say(f"{report.files:,} files, {format_bytes(report.bytes)}: {result}")
+    return 1 if report.bad else 0
+
+
+@click.command(
+    short_help="Name a version of a dataset.",
+    epilog=example("datastore tag data/code v1", "datastore show data/code@v1"),
+)
+@URL
+@click.argument("name")
+@click.option("--replace", is_flag=True, help="Move a tag that names another version.")
+@click.option("--delete", is_flag=True, help="Remove the tag instead; versions stay.")
+def tag(*, url: str, name: str, replace: bool, delete: bool) -> None:
+    """Give the newest version of the dataset at URL (or URL@version) the name NAME."""
+    from datastore.dataset.log.tags import remove_tag, set_tag
+    from datastore.dataset.snapshot import open_dataset
+
+    dataset = open_dataset(url)
+    if delete:
+        remove_tag(dataset.storage, name)
+        say(f"removed the tag {name}")
+        return
+    set_tag(dataset.storage, name, dataset.commit, replace=replace)
+    say(f"{dataset.url}@{name} is version {dataset.version}")
+
+
+COMMANDS = (show, ls, verify, tag)

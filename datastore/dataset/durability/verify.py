@@ -1,0 +1,260 @@
+"""Read everything that a version refers to, and name each block whose bytes are not what was written.
+
+Damage never stops the reading. It is collected; what cannot be looked at because of it (the shards that only a
+damaged segment names) is said by that segment's line. Shards are read block by block, so a bad sector in a file of
+64 MiB is named to 2 MiB. Memory: one block per reading thread; one shard per reading thread where shards are decoded.
+
+A sample reads all of the manifest and a share of the blocks: one run finds widespread damage, many runs find any.
+"""
+
+import os
+import re
+import secrets
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from functools import partial
+from operator import call
+
+from datastore.dataset.durability.blocks import BadBlock, Blocks, Draw, Room, check_copies
+from datastore.dataset.durability.decode_check import DeepCheck
+from datastore.dataset.durability.parity import Group, load_groups, parity_table_key
+from datastore.dataset.log.commits import CommitLog
+from datastore.dataset.log.identity import read_info
+from datastore.dataset.log.manifest import (
+    INFO_KEY,
+    Commit,
+    ParityRef,
+    SegmentRef,
+    commit_key,
+    sum_refs,
+    tag_key,
+    tokenizer_key,
+)
+from datastore.dataset.log.tags import list_tags, read_tagged
+from datastore.dataset.shards.deletions import deletions_key, load_deletion
+from datastore.dataset.shards.segment_file import BLOCK_BYTES, Segments, ShardInfo, segment_key, segment_ref
+from datastore.dataset.shards.segments import load_segment
+from datastore.dataset.snapshot import Dataset
+from datastore.errors import ConfigError, CorruptError, DatastoreError
+from datastore.storage.base import Storage
+from datastore.store.parallel import THREADS, in_parallel
+from datastore.store.tokenizers import read_tokenizer
+
+__all__ = ["VerifyReport", "verify"]
+
+_COMMIT = re.compile(r"_log/\d{20}\.json")
+
+Progress = Callable[[int, int], None]
+"""Called with the bytes of shards and documents read, and to read, from the thread that called `verify`."""
+
+
+@dataclass(frozen=True, slots=True)
+class VerifyReport:
+    """What was read, and what was bad."""
+
+    files: int
+    bytes: int
+    """Of shards, documents and parity files."""
+
+    bad: tuple[BadBlock, ...]
+    blocks: int = 0
+    """How many of their blocks were read; a documents file is one block."""
+
+    of_blocks: int = 0
+    seed: int | None = None
+    """What drew the blocks; None if all were read."""
+
+    @property
+    def ok(self) -> bool:
+        """Whether every byte that was read is what was written."""
+        return not self.bad
+
+
+@dataclass(frozen=True, slots=True)
+class _Found:
+    files: int
+    size_bytes: int
+    bad: list[BadBlock]
+
+
+def verify(
+    dataset: Dataset,
+    *,
+    sample: float = 1.0,
+    seed: int | None = None,
+    deep: bool = False,
+    progress: Progress | None = None,
+) -> VerifyReport:
+    """Read and check every file that the open version of `dataset` refers to, its history and all tags included.
+
+    `sample` is the share of blocks to read; `seed` draws them (None: another seed each time, see the report). `deep`
+    also decodes each shard and its documents, and checks that they are what the manifest says: see `DeepCheck`.
+    Files that no reader depends on (README.md, the hint in the log, unfinished ingests) are not looked at.
+
+    Raises:
+        ConfigError: `sample` is not above 0 and at most 1, or is less than 1 where `deep` needs whole files.
+        StorageError: a folder could not be listed. A file that cannot be read is reported like a damaged one.
+    """
+    if not 0 < sample <= 1 or (deep and sample < 1):
+        raise ConfigError(
+            "the share of blocks does not fit",
+            sample=sample,
+            deep=deep,
+            hint="Choose a share above 0 and at most 1; to decode shards, all of them.",
+        )
+    seed = secrets.randbits(32) if seed is None else seed
+    draw = Draw(1 / sample, seed=seed)
+    report = _verify(dataset, draw, DeepCheck(dataset) if deep else None, progress)
+    if draw.seen and not draw.drawn:  # So small a dataset that the share is less than a block.
+        draw = Draw(draw.seen, seed=seed)
+        report = _verify(dataset, draw, None, progress)
+    return replace(report, blocks=draw.drawn, of_blocks=draw.seen, seed=seed if sample < 1 else None)
+
+
+def _verify(dataset: Dataset, draw: Draw, look: DeepCheck | None, progress: Progress | None) -> VerifyReport:
+    files, size_bytes, bad = 0, 0, list[BadBlock]()
+    for found in in_parallel(call, _checks(dataset, draw, look), threads=_threads(dataset.storage)):
+        files += found.files
+        size_bytes += found.size_bytes
+        bad += found.bad
+        if progress is not None:
+            progress(size_bytes, max(size_bytes, int(dataset.totals.size_bytes / draw.every)))
+    if look is not None and not bad:
+        bad = look.rest()
+    return VerifyReport(files=files, bytes=size_bytes, bad=tuple(bad))
+
+
+def _threads(storage: Storage) -> int:
+    """Return how many readers to use: for files of this machine one for each core, for others, which wait, more.
+
+    On two cores and cached files, eight threads took 0.68 of a bare read's CPU time and two 0.83 (2026-11-25,
+    tools/bench/store): they wait for each other's interpreter lock.
+    """
+    if storage.local_path(INFO_KEY) is None:
+        return THREADS
+    return min(THREADS, os.cpu_count() or 1)
+
+
+def _checks(dataset: Dataset, draw: Draw, look: DeepCheck | None) -> Iterator[Callable[[], _Found]]:
+    storage, commit = dataset.storage, dataset.commit
+    yield partial(_one, INFO_KEY, partial(_check_info, dataset))
+    yield partial(_check_history, storage, commit)
+    for name in list_tags(storage):
+        yield partial(_one, tag_key(name), partial(read_tagged, storage, name))
+    if commit.tokenizer is not None:
+        key = tokenizer_key(commit.tokenizer.sha256)
+        yield partial(_one, key, partial(read_tokenizer, storage, commit.tokenizer))
+    for deletion in commit.deletions:
+        yield partial(_one, deletions_key(deletion.digest), partial(load_deletion, storage, deletion))
+    room = Room()
+    yield from _parity_checks(dataset, draw, room, look)
+    for ref in commit.segments:
+        segments: list[Segments] = []
+        found = _one(segment_key(ref.digest), partial(_check_segment, storage, ref, segments))
+        yield partial(_Found, found.files, found.size_bytes, found.bad)
+        unread: list[BadBlock] = []
+        for shard in _rows(segments, segment_key(ref.digest), unread):
+            drawn = [(blocks, draw.of(len(blocks)) if blocks.sound else ()) for blocks in _files_of(shard)]
+            wanted = [(blocks, chosen) for blocks, chosen in drawn if chosen or not blocks.sound]
+            if wanted:
+                yield partial(_check_shard, storage, wanted, room, partial(look.shard, shard) if look else None)
+        yield partial(_Found, 0, 0, unread)
+
+
+def _parity_checks(dataset: Dataset, draw: Draw, room: Room, look: DeepCheck | None) -> Iterator[Callable[[], _Found]]:
+    storage = dataset.storage
+    for table in dataset.commit.parity:
+        groups: list[Group] = []
+        found = _one(parity_table_key(table.digest), partial(_take_groups, storage, table, groups))
+        yield partial(_Found, found.files, found.size_bytes, found.bad)
+        for group in groups:
+            blocks = Blocks(group.path, group.size_bytes, BLOCK_BYTES, group.block_digests)
+            drawn = draw.of(len(blocks)) if blocks.sound else ()
+            if drawn or not blocks.sound:
+                yield partial(
+                    _check_shard, storage, [(blocks, drawn)], room, partial(look.group, group) if look else None
+                )
+
+
+def _take_groups(storage: Storage, table: ParityRef, into: list[Group]) -> None:
+    into += load_groups(storage, table)
+
+
+def _rows(segments: Iterable[Segments], key: str, unread: list[BadBlock]) -> Iterator[ShardInfo]:
+    """Yield the shards of `segments` up to the first that makes no sense; say so in `unread`."""
+    for segment in segments:
+        try:
+            yield from segment
+        except DatastoreError as error:
+            unread.append(BadBlock(key, None, error.fact))
+
+
+def _one(path: str, check: Callable[[], object]) -> _Found:
+    """Report the file `path` bad if `check` fails."""
+    try:
+        check()
+    except DatastoreError as error:
+        return _Found(1, 0, [BadBlock(path, None, error.fact)])
+    return _Found(1, 0, [])
+
+
+def _check_info(dataset: Dataset) -> None:
+    if read_info(dataset.storage) != dataset.info:
+        raise CorruptError("the dataset's identity has changed since it was opened")
+
+
+def _check_segment(storage: Storage, ref: SegmentRef, into: list[Segments]) -> None:
+    batch = load_segment(storage, ref)
+    into.append(Segments([batch]))
+    sums = segment_ref(batch, b"")
+    if (sums.documents, sums.tokens, sums.size_bytes) != (ref.documents, ref.tokens, ref.size_bytes):
+        raise CorruptError("the sums over its shards are not those that the commit names")
+
+
+def _files_of(shard: ShardInfo) -> Iterator[Blocks]:
+    yield Blocks(shard.path, shard.size_bytes, shard.block_bytes, shard.block_digests)
+    if shard.docs_path:
+        # The documents have one digest: a single block as long as the file.
+        yield Blocks(shard.docs_path, shard.docs_bytes, max(1, shard.docs_bytes), shard.docs_digest)
+
+
+def _check_shard(
+    storage: Storage,
+    files: Sequence[tuple[Blocks, Sequence[int]]],
+    room: Room,
+    look: Callable[[], list[BadBlock]] | None,
+) -> _Found:
+    """Check blocks of the files of one shard; if they are sound, `look` at what they hold."""
+    bad: list[BadBlock] = []
+    for blocks, chosen in files:
+        bad += check_copies(storage, blocks, chosen=chosen, room=room)
+    if look is not None and not bad:
+        bad = look()
+    return _Found(len(files), sum(blocks.bytes_in(chosen) for blocks, chosen in files), bad)
+
+
+def _check_history(storage: Storage, newest: Commit) -> _Found:
+    """Check every commit up to `newest`, each against its successor, and that no later one stands after a gap."""
+    log = CommitLog(storage)
+    bad = []
+    expected = ""
+    for version in range(newest.version, 0, -1):
+        try:
+            found = log.stored(version)
+        except DatastoreError as error:
+            bad.append(BadBlock(commit_key(version), None, error.fact))
+            expected = ""
+            continue
+        if expected not in {"", found.sha256} or (version == newest.version and found.commit != newest):
+            bad.append(BadBlock(commit_key(version), None, "not the commit that the next was built on"))
+        expected = found.commit.parent_sha256
+    if sum_refs(newest.segments, newest.deletions) != newest.totals:
+        bad.append(BadBlock(commit_key(newest.version), None, "its totals are not the sums over its segments"))
+    later: set[str] = set()
+    with suppress(ConfigError):  # A web server lists nothing.
+        keys = (stat.key for stat in storage.list("_log"))
+        later = {key for key in keys if key > commit_key(newest.version) and _COMMIT.fullmatch(key)}
+    gaps = [commit_key(newest.version + 1 + index) for index in range(len(later))]
+    bad += [BadBlock(key, None, "the commit is missing, later ones are there") for key in gaps if key not in later]
+    return _Found(newest.version, 0, bad)

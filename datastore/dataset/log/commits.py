@@ -1,0 +1,331 @@
+"""The log of a dataset: one file per version, written with put-if-absent and read back after any error.
+
+A writer that is told "failed" may have succeeded (a lost acknowledgement), so an error decides nothing: what is
+stored under the version's key does. Mine: committed. Another's: rebase on it and try the next version. Absent: try
+the same version again, for only when its key is taken can my earlier attempt no longer land there.
+
+The newest version is found by reading, never by listing: from the hint upward in doubling steps, then by bisection.
+Versions have no gaps, and a commit is never removed.
+"""
+
+import logging
+import secrets
+import time
+import uuid
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from functools import cache
+from importlib.metadata import version as installed_version
+from threading import Event
+from typing import TypeVar
+
+import msgspec
+
+from datastore.dataset.log.lease import single_writer
+from datastore.dataset.log.manifest import READABLE_FEATURES, Commit, DatasetInfo, Hint, commit_key, oldest_readable
+from datastore.digest import sha256_hex
+from datastore.document import seal, unseal
+from datastore.errors import ConflictError, CorruptError, FormatError, MissingError, StorageError
+from datastore.storage.base import Storage
+from datastore.storage.verified import first_sound
+
+__all__ = ["HINT_KEY", "CommitLog", "StoredCommit", "is_commit", "utc_now", "writer_name"]
+
+A = TypeVar("A")
+B = TypeVar("B")
+
+HINT_KEY = "_log/_last"
+
+_FIRST_PAUSE_S = 0.005
+_LONGEST_PAUSE_S = 1.0
+
+_LOGGER = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class StoredCommit:
+    """A version, and the sha256 of its file as it lies there."""
+
+    commit: Commit
+    sha256: str
+
+
+class CommitLog:
+    """The versions of one dataset; safe for any number of processes and threads where `exclusive` holds."""
+
+    def __init__(self, storage: Storage, *, exclusive: bool = True, patience_s: float = 120.0) -> None:
+        self.storage = storage
+        self.exclusive = exclusive and storage.exclusive
+        self.patience_s = patience_s
+
+    def newest(self) -> Commit | None:
+        """Return the newest version, or None if there is none yet. Three requests if the hint is fresh, two at once.
+
+        Raises:
+            CorruptError: a commit on the way is damaged, or the one that the hint names is gone.
+        """
+        newest = self._newest()
+        return newest.commit if newest else None
+
+    def read(self, version: int) -> Commit:
+        """Return one version; as `stored`."""
+        return self.stored(version).commit
+
+    def readable(self, commit: Commit, *, info: DatasetInfo | None = None) -> Commit:
+        """Return `commit` if its files are still kept: those of a dataset, or of what `info` says of it. Three requests.
+
+        Raises:
+            MissingError: it has expired; the message names what can be read.
+        """
+        newest = self.newest() or commit
+        oldest = oldest_readable(info, newest) if info else newest.min_version
+        if commit.version < oldest:
+            raise MissingError(
+                "this version has expired",
+                url=self.storage.url,
+                version=commit.version,
+                oldest=oldest,
+                newest=newest.version,
+                hint="Name one from the oldest to the newest; a tag keeps a version from expiring.",
+            )
+        return commit
+
+    def stored(self, version: int) -> StoredCommit:
+        """Return one version and the sha256 of its file.
+
+        Raises:
+            MissingError: there is no such version; the message names the newest.
+            CorruptError: its file is damaged.
+        """
+        found = self._find(version) if version >= 1 else None
+        if found is None:
+            newest = self.newest()
+            raise MissingError(
+                "no such version",
+                url=self.storage.url,
+                version=version,
+                newest=newest.version if newest else None,
+                hint="Name a version that `datastore log` shows.",
+            )
+        return found
+
+    def history(self, newest: Commit) -> Iterator[Commit]:
+        """Yield `newest` and all versions before it, each checked against the sha256 that its successor holds.
+
+        Raises:
+            MissingError: a version is gone.
+            CorruptError: a version is damaged, or is not the one that its successor was built on.
+        """
+        commit = newest
+        yield commit
+        while commit.version > 1:
+            parent = self.stored(commit.version - 1)
+            if parent.sha256 != commit.parent_sha256:
+                raise CorruptError(
+                    "a commit is not the one that the next was built on",
+                    where=commit_key(parent.commit.version),
+                    expected=commit.parent_sha256,
+                    found=parent.sha256,
+                    hint="Restore it from a copy.",
+                )
+            commit = parent.commit
+            yield commit
+
+    def append(
+        self, build: Callable[[Commit | None], Commit], *, then: Callable[[Commit], None] = lambda _: None
+    ) -> Commit:
+        """Commit what `build` makes of the newest version, and return it as committed.
+
+        `build` is called again each time another writer was faster. It returns the next version without its
+        `version`, `parent_sha256` and `commit_id`, which are filled in here; or its argument: nothing to commit.
+        `then` is called with what was committed, while the hint is being written.
+
+        Raises:
+            ConflictError: other writers were faster until patience ran out; or, on storage that cannot exclude a
+                second writer, there is one.
+            StorageError: the storage failed and holds no commit of ours; nothing has changed.
+        """
+        commit_id = uuid.uuid4().hex
+        patience = _Patience(self.patience_s)
+        with nullcontext() if self.exclusive else single_writer(self.storage):
+            newest = self._newest()
+            while True:
+                draft = build(newest.commit if newest else None)
+                if newest is not None and draft is newest.commit:
+                    return newest.commit
+                commit = _after(newest, msgspec.structs.replace(draft, commit_id=commit_id))
+                faster = self._put(commit, patience)
+                if faster is None:
+                    self._at_once(lambda: self._leave_hint(commit), lambda: then(commit))  # noqa: B023 - called right here
+                    return commit
+                patience.wait(commit_key(commit.version))
+                newest = self._above(faster, self._find(commit.version + 1))
+
+    def _put(self, commit: Commit, patience: "_Patience") -> StoredCommit | None:
+        """Store `commit` and return None; or the other one that its version's key holds."""
+        key, raw = commit_key(commit.version), seal(commit)
+        while True:
+            failure: ConflictError | StorageError | None = None
+            try:
+                if self.exclusive or self._find(commit.version) is None:
+                    self.storage.put_new(key, raw)
+                    if self.exclusive:
+                        return None
+            except (ConflictError, StorageError) as error:
+                failure = error
+            stored = self._read_back(commit.version, patience)
+            if stored is not None:
+                return None if stored.commit.commit_id == commit.commit_id else stored
+            if isinstance(failure, StorageError) and not failure.transient:
+                raise failure
+            patience.wait(key)
+
+    def _read_back(self, version: int, patience: "_Patience") -> StoredCommit | None:
+        while True:
+            try:
+                return self._find(version)
+            except StorageError as error:
+                if not error.transient:
+                    raise StorageError(
+                        "a commit may or may not have been stored",
+                        where=commit_key(version),
+                        cause=str(error),
+                        hint="Open the dataset again when the storage answers: it holds the old or the new version.",
+                    ) from error
+            patience.wait(commit_key(version))
+
+    def _newest(self) -> StoredCommit | None:
+        low = self._hinted()
+        if not low:
+            return self._above(None, self._find(1))
+        newest, found = self._at_once(lambda: self._find(low), lambda: self._find(low + 1))
+        if newest is None:
+            raise CorruptError(
+                "a commit is gone",
+                where=commit_key(low),
+                hint=f"Restore it from a copy; or remove {HINT_KEY} to go on from the newest version that is left.",
+            )
+        return self._above(newest, found)
+
+    def _above(self, newest: StoredCommit | None, found: StoredCommit | None) -> StoredCommit | None:
+        """Return the newest version from `newest` upward; `found` is the one after it, if there is one."""
+        low, step = newest.commit.version if newest else 0, 1
+        while found is not None:
+            newest, low, step = found, low + step, step * 2
+            found = self._find(low + step)
+        high = low + step
+        while high - low > 1:
+            middle = (low + high) // 2
+            found = self._find(middle)
+            if found is None:
+                high = middle
+            else:
+                newest, low = found, middle
+        return newest
+
+    def _find(self, version: int) -> StoredCommit | None:
+        try:
+            return first_sound(
+                self.storage,
+                commit_key(version),
+                lambda place: _unsealed(place.get(commit_key(version)), version),
+                is_good=lambda raw: is_commit(raw, version),
+            )
+        except MissingError:
+            return None
+
+    def _at_once(self, first: Callable[[], A], second: Callable[[], B]) -> tuple[A, B]:
+        """Return what both return, called at once where each is a request to somewhere else."""
+        if self.storage.local_path(HINT_KEY) is not None:
+            return first(), second()
+        with ThreadPoolExecutor(1) as pool:
+            other = pool.submit(second)
+            return first(), other.result()
+
+    def _hinted(self) -> int:
+        """Return where the hint says to start; 0 if there is none or it is damaged, which costs a few more reads."""
+        try:
+            return unseal(Hint, self.storage.get(HINT_KEY), where=HINT_KEY).version
+        except (MissingError, CorruptError, FormatError):
+            return 0
+
+    def _leave_hint(self, commit: Commit) -> None:
+        try:
+            self.storage.put(HINT_KEY, seal(Hint(version=commit.version)))
+        except StorageError as error:
+            # The commit stands; without a hint the next reader gallops from an older one.
+            _LOGGER.warning("version %d is committed, but its hint was not written: %s", commit.version, error)
+
+
+class _Patience:
+    """Waits with exponential back-off and full jitter until a deadline."""
+
+    def __init__(self, limit_s: float) -> None:
+        self.deadline = time.monotonic() + limit_s
+        self.limit_s = limit_s
+        self.longest_s = _FIRST_PAUSE_S
+
+    def wait(self, key: str) -> None:
+        if time.monotonic() >= self.deadline:
+            raise ConflictError(
+                "could not commit in time",
+                where=key,
+                patience_s=self.limit_s,
+                hint="Nothing of this commit is visible. Try again when fewer writers are at work.",
+            )
+        Event().wait(secrets.SystemRandom().uniform(0, self.longest_s))
+        self.longest_s = min(self.longest_s * 2, _LONGEST_PAUSE_S)
+
+
+def _after(newest: StoredCommit | None, draft: Commit) -> Commit:
+    """Return `draft` as the version that follows `newest`, as it will be read back; what has expired stays so."""
+    commit = msgspec.structs.replace(
+        draft,
+        version=newest.commit.version + 1 if newest else 1,
+        parent_sha256=newest.sha256 if newest else "",
+        min_version=max(draft.min_version, newest.commit.min_version) if newest else draft.min_version,
+    )
+    return unseal(Commit, seal(commit), where=commit_key(commit.version))
+
+
+def _unsealed(raw: bytes, version: int) -> StoredCommit:
+    key = commit_key(version)
+    commit = unseal(Commit, raw, where=key)
+    if commit.version != version:
+        raise CorruptError(
+            "a commit lies under another version's name",
+            where=key,
+            version=commit.version,
+            hint="Restore this file from a copy.",
+        )
+    unknown = sorted(set(commit.features) - READABLE_FEATURES)
+    if unknown:
+        raise FormatError(
+            "this version uses features that this package does not know",
+            where=key,
+            unknown=unknown,
+            hint="Install a newer datastore.",
+        )
+    return StoredCommit(commit, sha256_hex(raw))
+
+
+def is_commit(raw: bytes, version: int) -> bool:
+    """Return whether `raw` is the file of a commit of `version`, undamaged."""
+    try:
+        return _unsealed(raw, version).commit.version == version
+    except (CorruptError, FormatError):
+        return False
+
+
+def utc_now() -> str:
+    """Return the time as it stands in manifests: UTC, ISO 8601, microseconds."""
+    return datetime.now(UTC).isoformat(timespec="microseconds").replace("+00:00", "Z")
+
+
+@cache
+def writer_name() -> str:
+    """Return the name and version of this package as they stand in commits; reading them once takes a millisecond."""
+    return f"datastore {installed_version('datastore')}"

@@ -1,0 +1,238 @@
+"""Shards become visible: one commit names them all, or none of them.
+
+Shards are written first and nobody sees them. A commit on top of another writer's rebases: shards are appended in
+the order of the commits, and nothing that is there is touched, small segments at the end of the list apart, which
+are merged so that their number stays logarithmic.
+"""
+
+import logging
+from collections.abc import Callable, Sequence
+from typing import Literal
+
+import msgspec
+import pyarrow as pa
+
+from datastore.dataset.log.commits import CommitLog, utc_now, writer_name
+from datastore.dataset.log.identity import create_dataset
+from datastore.dataset.log.manifest import Commit, DatasetInfo, SegmentRef, TokenizerRef, Totals, sum_refs
+from datastore.dataset.shards.segment_file import (
+    MAX_SEGMENT_SHARDS,
+    SEGMENT_SCHEMA,
+    ColumnLayout,
+    ShardInfo,
+    ShardLayout,
+    encode_segment,
+    merge_tail,
+    segment_key,
+    segment_of,
+    segment_ref,
+)
+from datastore.dataset.shards.segments import Loaded, load_segment, load_segments
+from datastore.errors import ConfigError, ConflictError, StorageError
+from datastore.formats.schema import decode_schema, encode_schema
+from datastore.storage.base import Storage
+from datastore.store.card import write_card
+
+__all__ = ["Operation", "commit_records", "commit_shards", "draft_commit", "publish", "with_shards"]
+
+Operation = Literal["append", "overwrite"]
+
+Build = Callable[[Commit | None], Commit]
+
+_LOGGER = logging.getLogger(__name__)
+
+
+def commit_shards(
+    storage: Storage,
+    shards: Sequence[ShardInfo],
+    *,
+    operation: Operation = "append",
+    ingest_id: str = "",
+    tokenizer: TokenizerRef | None = None,
+    config_digest: str = "",
+) -> Commit:
+    """Make token shards, already written, part of the dataset in `storage`; return the version that has them.
+
+    The dataset is created if it is not there. An append skips shards that the newest version has; if nothing is
+    left, there is nothing to commit, and the newest version is returned: the same call twice adds nothing.
+
+    Raises:
+        ConfigError: the shards or the tokenizer do not go together with what is there, or the place holds something else.
+        ConflictError: a shard has the uid but not the bytes of one that is there; or as `CommitLog.append`.
+        StorageError: the storage failed; nothing has changed.
+    """
+    draft = draft_commit(operation, ingest_id=ingest_id, config_digest=config_digest)
+    return _add(storage, shards, msgspec.structs.replace(draft, kind="tokens", tokenizer=tokenizer))
+
+
+def commit_records(
+    storage: Storage,
+    shards: Sequence[ShardInfo],
+    *,
+    schema: pa.Schema,
+    operation: Operation = "append",
+    ingest_id: str = "",
+    config_digest: str = "",
+) -> Commit:
+    """Make record shards, already written with `schema`, part of the dataset; otherwise as `commit_shards`."""
+    draft = draft_commit(operation, ingest_id=ingest_id, config_digest=config_digest)
+    return _add(storage, shards, msgspec.structs.replace(draft, kind="records", record_schema=encode_schema(schema)))
+
+
+def draft_commit(
+    operation: str, *, parent: Commit | None = None, ingest_id: str = "", config_digest: str = ""
+) -> Commit:
+    """Return a commit that says who and why, and is otherwise like `parent`; the log fills in the rest."""
+    if parent is not None:
+        return msgspec.structs.replace(
+            parent,
+            operation=operation,
+            time=utc_now(),
+            writer=writer_name(),
+            ingest_id=ingest_id,
+            config_digest=config_digest,
+        )
+    return Commit(
+        version=1,
+        parent_sha256="",
+        commit_id="",
+        operation=operation,
+        time=utc_now(),
+        writer=writer_name(),
+        kind="tokens",
+        segments=(),
+        totals=Totals(),
+        ingest_id=ingest_id,
+        config_digest=config_digest,
+    )
+
+
+def _add(storage: Storage, shards: Sequence[ShardInfo], draft: Commit) -> Commit:
+    if len({shard.uid for shard in shards}) != len(shards):
+        raise ConfigError("the same shard is given twice", hint="Give each task its own id.")
+    if any(shard.kind != draft.kind for shard in shards):
+        raise ConfigError("shards of another kind", kind=draft.kind, hint="Commit tokens and records separately.")
+    if len({_columns_of(shard.layout.columns) for shard in shards}) > 1:
+        raise ConfigError("shards with different columns", hint="Give each token of a dataset the same columns.")
+    info = create_dataset(storage)
+    loaded: Loaded = {}  # Who must build again, because another writer was faster, has most segments already.
+
+    def build(newest: Commit | None) -> Commit:
+        if newest is None:
+            return with_shards(storage, msgspec.structs.replace(draft, operation="create"), kept=(), shards=shards)
+        if draft.operation == "overwrite":
+            whole = msgspec.structs.replace(draft, min_version=newest.min_version)
+            return with_shards(storage, whole, kept=(), shards=shards)
+        _check_fits(storage, newest, draft)
+        fresh = _without_present(storage, newest, shards, loaded)
+        if not fresh:
+            return newest
+        added = draft_commit("append", parent=newest, ingest_id=draft.ingest_id, config_digest=draft.config_digest)
+        return with_shards(storage, added, kept=newest.segments, shards=fresh, loaded=loaded)
+
+    return publish(storage, info, build)
+
+
+def publish(storage: Storage, info: DatasetInfo, build: Build) -> Commit:
+    """Commit what `build` makes of the newest version, as `CommitLog.append`; then write the dataset's card."""
+
+    def leave_card(commit: Commit) -> None:
+        try:
+            write_card(storage, info, commit)
+        except StorageError as error:
+            _LOGGER.warning("version %d is committed, but its card was not written: %s", commit.version, error)
+
+    return CommitLog(storage, exclusive=info.exclusive).append(build, then=leave_card)
+
+
+def with_shards(
+    storage: Storage,
+    draft: Commit,
+    *,
+    kept: Sequence[SegmentRef],
+    shards: Sequence[ShardInfo],
+    loaded: Loaded | None = None,
+) -> Commit:
+    """Return `draft` with the segments `kept`, those at their end merged, and stored new ones for `shards`.
+
+    Its totals and features are made to fit; its deletions stay what they are. Segments that are `loaded` are not read.
+    """
+    merged = merge_tail([ref.shards for ref in kept], len(shards))
+    rows = [load_segment(storage, ref, loaded=loaded) for ref in kept[len(kept) - merged :]]
+    if shards:
+        rows.append(segment_of(shards))
+    table = pa.Table.from_batches(rows, schema=SEGMENT_SCHEMA).combine_chunks()
+    refs = list(kept[: len(kept) - merged])
+    for start in range(0, table.num_rows, MAX_SEGMENT_SHARDS):
+        batch = table.slice(start, MAX_SEGMENT_SHARDS).to_batches()[0]
+        raw = encode_segment(batch)
+        ref = segment_ref(batch, raw)
+        storage.put(segment_key(ref.digest), raw)
+        refs.append(ref)
+    features = set(draft.features)
+    if any(shard.layout != ShardLayout() for shard in shards):
+        features.add("layout")
+    return msgspec.structs.replace(
+        draft,
+        segments=tuple(refs),
+        totals=sum_refs(tuple(refs), draft.deletions),
+        features=tuple(sorted(features)),
+    )
+
+
+def _check_fits(storage: Storage, newest: Commit, draft: Commit) -> None:
+    """Refuse to append what readers of the dataset could not read together with what is there."""
+    if newest.kind != draft.kind:
+        raise ConfigError(
+            f"the dataset holds {newest.kind}, not {draft.kind}",
+            url=storage.url,
+            hint="Name another URL, or overwrite it as a whole.",
+        )
+    if newest.tokenizer != draft.tokenizer:
+        raise ConfigError(
+            "the tokenizer is not the one of the dataset",
+            url=storage.url,
+            dataset=newest.tokenizer.sha256[:16] if newest.tokenizer else None,
+            given=draft.tokenizer.sha256[:16] if draft.tokenizer else None,
+            hint="Use the dataset's tokenizer, or name another URL.",
+        )
+    if newest.kind == "records":
+        _check_schema(storage, decode_schema(newest.record_schema), decode_schema(draft.record_schema))
+
+
+def _check_schema(storage: Storage, stored: pa.Schema, given: pa.Schema) -> None:
+    # With all that is noted in them: rows of a schema from before a change do not say which columns they have.
+    if not stored.equals(given, check_metadata=True):
+        raise ConfigError(
+            "the records have another schema than the dataset has now",
+            url=storage.url,
+            dataset=stored.names,
+            given=given.names,
+            hint="Write the rows again with the dataset's schema, which may have changed meanwhile; or name another URL.",
+        )
+
+
+def _columns_of(layouts: Sequence[ColumnLayout]) -> tuple[tuple[str, str, int], ...]:
+    return tuple((layout.name, layout.dtype, layout.width) for layout in layouts)
+
+
+def _without_present(storage: Storage, newest: Commit, shards: Sequence[ShardInfo], loaded: Loaded) -> list[ShardInfo]:
+    """Return those of `shards` that `newest` does not have."""
+    segments = load_segments(storage, newest, loaded=loaded)
+    if len(segments) and shards and _columns_of(segments.columns) != _columns_of(shards[0].layout.columns):
+        raise ConfigError(
+            "the tokens have other columns beside them than the dataset's",
+            url=storage.url,
+            dataset=[column[0] for column in _columns_of(segments.columns)],
+            given=[column[0] for column in _columns_of(shards[0].layout.columns)],
+            hint="Write the same columns, of the same types, or name another URL.",
+        )
+    present = segments.digests_of([shard.uid for shard in shards])
+    for shard in shards:
+        if present.get(shard.uid, shard.digest) != shard.digest:
+            raise ConflictError(
+                "a shard of that uid is there with other bytes",
+                uid=shard.uid,
+                hint="One task id must stand for one input; ingest under another id.",
+            )
+    return [shard for shard in shards if shard.uid not in present]

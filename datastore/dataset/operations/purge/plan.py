@@ -1,0 +1,245 @@
+"""What a purge leaves in writing: its plan before it is committed, its certificate when all of it was done and read back.
+
+A plan names what the purge has written and what it will remove, so that whoever comes after a crash can finish it
+without knowing what was purged. Neither names an id: sha256 only, which whoever can guess an id can confirm.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import PurePosixPath
+from typing import Annotated
+
+import msgspec
+
+from datastore.dataset.durability.parity import parity_keys
+from datastore.dataset.log.commits import CommitLog, utc_now
+from datastore.dataset.log.tags import list_tags, read_tag, remove_tag
+from datastore.dataset.operations.purge.blank import blank_name, is_blank
+from datastore.dataset.shards.segment_file import ShardInfo
+from datastore.dataset.snapshot import Dataset
+from datastore.document import Sealed, seal, unseal
+from datastore.errors import CorruptError, MissingError, StorageError
+from datastore.storage.base import Storage
+from datastore.storage.placed import PlacedStorage, lost_roots
+from datastore.store.leftovers import clear_journals, data_paths, files_of, index_keys, read_history
+from datastore.store.parallel import in_parallel
+
+__all__ = [
+    "Outcome",
+    "PurgeCertificate",
+    "certificate_key",
+    "deleted_shards",
+    "end_of_text",
+    "finish_plan",
+    "forget_plan",
+    "keep_plan",
+    "list_certificates",
+    "list_plans",
+    "require_all_places",
+    "tags_before",
+]
+
+_FOLDER = "purges"
+_PLANS = "purges/plans"
+
+Count = Annotated[int, msgspec.Meta(ge=0)]
+Version = Annotated[int, msgspec.Meta(ge=1)]
+Hex32 = Annotated[str, msgspec.Meta(pattern="^[0-9a-f]{32}$")]
+Sha256 = Annotated[str, msgspec.Meta(pattern="^[0-9a-f]{64}$")]
+
+
+class PurgeCertificate(Sealed, frozen=True, kw_only=True):
+    """`purges/<digest>.json`: what was purged, and what was done about it. Before that, the plan of it."""
+
+    dataset: Hex32
+    """The dataset's uuid."""
+
+    version: Version
+    """The version that the purge made."""
+
+    oldest: Version
+    """The oldest version that can be read since."""
+
+    oldest_before: Version
+    begun: str
+    """UTC, ISO 8601."""
+
+    finished: str = ""
+    """When all of it was done and read back; empty in a plan."""
+
+    writer: str
+    documents: Count
+    tokens: Count
+    ids_sha256: tuple[Sha256, ...]
+    """sha256 of the id of each purged document, as UTF-8, sorted."""
+
+    files_written: tuple[str, ...]
+    files_removed: tuple[str, ...]
+    tags_removed: tuple[str, ...]
+    ingests_cleared: tuple[str, ...] = ()
+    """Ingests of whose journal something was removed."""
+
+    files_checked: Count = 0
+    """Files of `files_written` that were read back, every byte, and found blank where they must be; and files of
+    `files_removed` that were looked for in every place that the dataset has, and not found."""
+
+    files_unnamed: Count = 0
+    """Shards, documents and parity files that the newest versions do not know, of a writer at work or one that was killed: what they hold was
+    not looked at."""
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """What the end of a purge has made and found."""
+
+    certificate: PurgeCertificate
+    unfinished_ingests: tuple[str, ...]
+
+
+def finish_plan(dataset: Dataset, plan: PurgeCertificate) -> Outcome:
+    """Remove what `plan`, whose commit stands, says is left; read all of it back; store the certificate.
+
+    Safe to do twice, and by two at once. What the newest version names is not removed, whatever the plan says.
+    """
+    storage = dataset.storage
+    newest = CommitLog(storage).newest() or dataset.commit
+    history = read_history(storage, newest)
+    readable = history[plan.oldest - 1 :]
+    live = {str(path) for path in data_paths(storage, {ref for c in readable for ref in c.segments}).to_pylist()}
+    kept = live.union(*map(index_keys, readable))
+    gone = [key for key in plan.files_removed if key not in kept]
+    for _ in in_parallel(storage.delete, gone):
+        pass
+    for name in set(plan.tags_removed).intersection(tags_before(storage, plan.oldest)):
+        remove_tag(storage, name)
+    ingests = {commit.ingest_id for commit in history} - {""}
+    journals = clear_journals(storage, ingests, ids_sha256=frozenset(plan.ids_sha256))
+    require_all_places(storage)
+    checked = _check_blank(Dataset(storage, info=dataset.info, commit=newest), plan) + _check_gone(storage, gone)
+    known = live.union(parity_keys(storage, newest))
+    there = (stat.key for folder in ("shards", "docs", "parity") for stat in storage.list(folder))
+    certificate = msgspec.structs.replace(
+        plan,
+        digest="",
+        finished=utc_now(),
+        files_removed=tuple(gone),
+        ingests_cleared=journals.cleared,
+        files_checked=checked,
+        files_unnamed=sum(key not in known for key in there),
+    )
+    certificate = _stored(storage, certificate, folder=_FOLDER)
+    forget_plan(storage, plan)
+    return Outcome(certificate, journals.unfinished)
+
+
+def _check_blank(dataset: Dataset, plan: PurgeCertificate) -> int:
+    """Read back the shards that `plan` wrote, those that are still in use; return how many files that were."""
+    written = frozenset(plan.files_written)
+    # A shard of which more was deleted since is the next purge's to check.
+    shards = [shard for shard in deleted_shards(dataset, blank=True) if shard.path in written]
+
+    def check(shard: ShardInfo) -> bool:
+        rows = dataset.deletions.rows(shard.uid)
+        return is_blank(dataset.storage, shard, rows, end_of_text=end_of_text(dataset))
+
+    for shard, blank in zip(shards, in_parallel(check, shards), strict=True):
+        if not blank:
+            raise CorruptError(
+                "a purged shard is not blank where it must be", where=shard.path, hint="Purge again; then look at it."
+            )
+    return len(files_of(shards))
+
+
+def _check_gone(storage: Storage, keys: Sequence[str]) -> int:
+    """Look for the files `keys` in every place that the dataset has; return how many places that were."""
+    places = [root.storage for root in storage.roots] if isinstance(storage, PlacedStorage) else [storage]
+
+    def found(key: str) -> str:
+        for place in places:
+            try:
+                place.stat(key)
+            except MissingError:
+                continue
+            return place.url
+        return ""
+
+    for key, url in zip(keys, in_parallel(found, keys), strict=True):
+        if url:
+            raise StorageError(
+                "a file that was removed is there", where=key, url=url, hint="Purge again; it goes on from here."
+            )
+    return len(keys)
+
+
+def list_certificates(storage: Storage) -> list[PurgeCertificate]:
+    """Return the certificates of all finished purges of a dataset, oldest first."""
+    found = [_read(storage, stat.key) for stat in storage.list(_FOLDER) if not stat.key.startswith(f"{_PLANS}/")]
+    return sorted(found, key=lambda certificate: certificate.version)
+
+
+def list_plans(storage: Storage) -> list[tuple[PurgeCertificate, float]]:
+    """Return the plans that are there, each with the time at which it was stored (0.0: unknown)."""
+    return [(_read(storage, stat.key), stat.modified) for stat in storage.list(_PLANS)]
+
+
+def keep_plan(storage: Storage, plan: PurgeCertificate) -> PurgeCertificate:
+    """Store `plan`, and return it with its digest, by which its commit names it."""
+    return _stored(storage, plan, folder=_PLANS)
+
+
+def forget_plan(storage: Storage, plan: PurgeCertificate) -> None:
+    """Remove a plan that will not be needed."""
+    storage.delete(f"{_PLANS}/{plan.digest}.json")
+
+
+def certificate_key(certificate: PurgeCertificate) -> str:
+    """Return the key of a certificate."""
+    return f"{_FOLDER}/{certificate.digest}.json"
+
+
+def deleted_shards(dataset: Dataset, *, blank: bool) -> list[ShardInfo]:
+    """Return the shards of which something is deleted, and all of that, by the file's name, is blank or not."""
+    found = dataset.segments.find(sorted(dataset.deletions.uids))
+    shards = [dataset.segments.shard(int(index)) for index in found if index >= 0]
+    return [
+        shard
+        for shard in shards
+        if (PurePosixPath(shard.path).stem == blank_name(shard.uid, dataset.deletions.rows(shard.uid))) == blank
+    ]
+
+
+def end_of_text(dataset: Dataset) -> int:
+    """Return the id that stands for deleted tokens."""
+    return dataset.commit.tokenizer.end_of_text if dataset.commit.tokenizer else 0
+
+
+def tags_before(storage: Storage, version: int) -> tuple[str, ...]:
+    """Return the tags that name a version before `version`."""
+    return tuple(name for name in list_tags(storage) if read_tag(storage, name).version < version)
+
+
+def require_all_places(storage: Storage) -> None:
+    """Raise unless every place of the dataset answers.
+
+    Raises:
+        StorageError: one does not.
+    """
+    lost = list(lost_roots(storage))
+    if lost:
+        raise StorageError(
+            "a place of the dataset cannot be reached, and what lies there cannot be purged",
+            lost=lost,
+            hint="Bring it back, or take it out of the placement for good; then purge again.",
+        )
+
+
+def _read(storage: Storage, key: str) -> PurgeCertificate:
+    return unseal(PurgeCertificate, storage.get(key), where=key)
+
+
+def _stored(storage: Storage, document: PurgeCertificate, *, folder: str) -> PurgeCertificate:
+    """Store `document` under its digest, and return it with that."""
+    raw = seal(document)
+    sealed = unseal(PurgeCertificate, raw, where=folder)
+    storage.put(f"{folder}/{sealed.digest}.json", raw)
+    return sealed

@@ -1,0 +1,305 @@
+"""Purge: deleted documents are gone for good, their bytes, their ids, and every version that had them.
+
+Each shard of which something is deleted is written again with those rows blank, at the same places, so that a run keeps
+its map from step to sample. One commit makes these shards the dataset's and says that older versions have expired; then
+their files are removed, and the journals of finished ingests cleared, all of it is read back, and a certificate stored.
+What cannot be reached is not promised: copies, clones, backups, what the storage itself keeps of old objects, caches of
+machines that read the dataset, checkpoints of models that saw it, and the files that it was ingested from.
+
+A purge that is cut off leaves the old version or the new one; the next one finishes what it had begun.
+"""
+
+import time
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+
+import msgspec
+import pyarrow.compute as pc
+
+from datastore.dataset.durability.parity import drop_parity
+from datastore.dataset.log.commits import CommitLog, writer_name
+from datastore.dataset.log.manifest import Commit, sum_refs
+from datastore.dataset.operations.append import draft_commit, publish
+from datastore.dataset.operations.delete import FoundDocuments, commit_deletion, find_documents
+from datastore.dataset.operations.purge.blank import BlankedShard, blank_shard
+from datastore.dataset.operations.purge.plan import (
+    PurgeCertificate,
+    certificate_key,
+    deleted_shards,
+    end_of_text,
+    finish_plan,
+    forget_plan,
+    keep_plan,
+    list_certificates,
+    list_plans,
+    require_all_places,
+    tags_before,
+)
+from datastore.dataset.operations.selection import Selection
+from datastore.dataset.operations.transaction import (
+    Target,
+    changing,
+    open_to_change,
+    replace_shards,
+    require_unchanged,
+    withdraw,
+)
+from datastore.dataset.shards.segment_file import ShardInfo
+from datastore.dataset.snapshot import Dataset
+from datastore.digest import sha256_hex
+from datastore.errors import ConfigError, ConflictError, MissingError
+from datastore.storage.base import Storage
+from datastore.store.leftovers import data_paths, files_of, find_leftovers, is_elsewhere, journal_files, read_history
+from datastore.store.parallel import in_parallel
+
+__all__ = ["PurgeReport", "finish_purges", "purge"]
+
+_REWRITERS = 4
+"""Shards that are written again at a time; each is in memory, twice."""
+
+_ABANDONED_S = 86_400.0
+"""A plan of this age that was not committed will not be."""
+
+_SHOWN = 5
+
+
+@dataclass(frozen=True, slots=True)
+class PurgeReport:
+    """What a purge did, or would do."""
+
+    url: str
+    version: int
+    """The newest version; the one that the purge made, if it made one."""
+
+    committed: bool
+    documents: int
+    """Documents that were purged; of a dry run, deleted ones in shards that would be written again."""
+
+    tokens: int
+    """Of them; of a dry run, of those that would be deleted first."""
+
+    shards: int
+    """Shards written again."""
+
+    oldest: int
+    """The oldest version that can be read; before it, of a dry run."""
+
+    tags: tuple[str, ...]
+    """Tags that went, or would go, with their versions."""
+
+    certificate: PurgeCertificate | None = None
+    certificate_key: str = ""
+    parity_files: int = 0
+    """Parity files that went: what their groups protected of other files needs `protect` again."""
+
+    resumed: tuple[PurgeCertificate, ...] = ()
+    """Certificates of purges that had been cut off, and were finished first."""
+
+    unfinished_ingests: tuple[str, ...] = ()
+    """Ingests that no version knows; what they have read is not looked at."""
+
+    unnamed_files: int = 0
+    """Shards and documents files that no version knows: of a writer at work, or of one that was killed."""
+
+    seconds: float = 0.0
+
+
+def purge(
+    target: Target,
+    *,
+    ids: Iterable[str] | None = None,
+    sources: Iterable[str] = (),
+    where: "str | pc.Expression | None" = None,
+    drop_tags: bool = False,
+    dry_run: bool = False,
+) -> PurgeReport:
+    """Remove for good what is deleted from `target`; first delete what `ids`, `sources` and `where` mean, as `delete`.
+
+    Versions from before cannot be read any more, and nothing that a `delete`, an `overwrite` or a `compact` took out can
+    be brought back. If there is nothing to purge, nothing is committed.
+
+    Raises:
+        ConfigError: tags name versions that would go, and `drop_tags` is not set; or the documents lie in the dataset
+            from which this one was cloned.
+        MissingError: no document has one of the ids, nor had one that was purged before.
+        ConflictError: another operation changed the same shards meanwhile; what was deleted stays deleted.
+        CorruptError: a file is damaged; or what was removed or made blank was found all the same.
+        StorageError: a place of the dataset cannot be reached, or failed. Purge again to finish.
+    """
+    started = time.monotonic()
+    dataset = open_to_change(target)
+    require_all_places(dataset.storage)
+    with changing(dataset, operation="purge"):
+        resumed = () if dry_run else finish_purges(dataset)
+        found = _found(dataset, ids, sources, where)
+        report = replace(_outlook(dataset, found), resumed=resumed)
+        if not dry_run:
+            _require_no_tags(report.tags, drop_tags=drop_tags)
+            report = _purged(dataset, found, report, drop_tags=drop_tags)
+    return replace(report, seconds=time.monotonic() - started)
+
+
+def _outlook(dataset: Dataset, found: FoundDocuments) -> PurgeReport:
+    """Return what there is to purge once `found` is deleted."""
+    old = deleted_shards(dataset, blank=False)
+    touched = {shard.uid for shard in old}.union(found.rows)
+    return PurgeReport(
+        url=dataset.url,
+        version=dataset.version,
+        committed=False,
+        documents=found.documents + sum(dataset.deletions.rows(shard.uid).size for shard in old),
+        tokens=found.tokens,
+        shards=len(touched),
+        oldest=dataset.commit.min_version,
+        tags=tags_before(dataset.storage, dataset.version + 1) if touched else (),
+    )
+
+
+def finish_purges(dataset: Dataset) -> tuple[PurgeCertificate, ...]:
+    """Finish the purges of `dataset` that were committed and then cut off; return their certificates.
+
+    Raises:
+        CorruptError, StorageError: as `purge`.
+    """
+    storage = dataset.storage
+    log = CommitLog(storage)
+    plans = list_plans(storage)
+    certified = {certificate.version for certificate in list_certificates(storage)} if plans else set[int]()
+    finished = []
+    for plan, stored_at in plans:
+        try:
+            committed = log.stored(plan.version).commit.config_digest == plan.digest
+        except MissingError:
+            committed = False
+        if committed and plan.version in certified:
+            forget_plan(storage, plan)
+        elif committed:
+            finished.append(finish_plan(dataset, plan).certificate)
+        elif 0 < stored_at < time.time() - _ABANDONED_S:
+            forget_plan(storage, plan)
+    return tuple(finished)
+
+
+def _found(
+    dataset: Dataset, ids: Iterable[str] | None, sources: Iterable[str], where: "str | pc.Expression | None"
+) -> FoundDocuments:
+    """Return what is to be deleted first; nothing, if nothing is given."""
+    patterns = tuple(sources)
+    if ids is None and not patterns and where is None:
+        return FoundDocuments()
+    found = find_documents(dataset, Selection.of(ids=ids, sources=patterns, where=where))
+    if found.missing:
+        purged = {digest for certificate in list_certificates(dataset.storage) for digest in certificate.ids_sha256}
+        missing = [name for name in found.missing if sha256_hex(name.encode()) not in purged]
+        if missing:
+            raise MissingError(
+                f"{len(missing):,} of the ids are those of no document, so nothing was purged",
+                url=dataset.url,
+                version=dataset.version,
+                missing=missing[:_SHOWN],
+                hint="Correct them. What is deleted already needs no naming: purge without ids.",
+            )
+    return found
+
+
+def _blank(dataset: Dataset, shard: ShardInfo) -> BlankedShard:
+    if is_elsewhere(shard.path):
+        raise ConfigError(
+            "the documents lie in the dataset from which this one was cloned",
+            url=dataset.url,
+            shard=shard.path,
+            hint="Purge that one; `compact` gives this one shards of its own.",
+        )
+    rows = dataset.deletions.rows(shard.uid)
+    return blank_shard(dataset.storage, shard, rows, end_of_text=end_of_text(dataset))
+
+
+def _purged(dataset: Dataset, found: FoundDocuments, report: PurgeReport, *, drop_tags: bool) -> PurgeReport:
+    """Delete what is `found`, write shards of which something is deleted again, commit that, and remove what is left."""
+    storage = dataset.storage
+    if found.rows:
+        dataset = Dataset(storage, info=dataset.info, commit=commit_deletion(dataset, found))
+    touched = deleted_shards(dataset, blank=False)
+    blanked = list(in_parallel(partial(_blank, dataset), touched, threads=_REWRITERS))
+    plans: list[PurgeCertificate] = []
+
+    def build(newest: Commit | None) -> Commit:
+        current = require_unchanged(dataset, newest, uids={shard.uid for shard in touched}, operation="purge")
+        draft, plan = _planned(current, blanked)
+        if plan is None:
+            return current.commit
+        _require_no_tags(plan.tags_removed, drop_tags=drop_tags)
+        plans.append(keep_plan(storage, plan))
+        return msgspec.structs.replace(draft, min_version=plan.oldest, config_digest=plans[-1].digest)
+
+    try:
+        commit = publish(storage, dataset.info, build)
+    except (ConfigError, ConflictError):
+        _forget(storage, plans)  # Nothing of it is committed, for certain.
+        withdraw(dataset, {each.shard.uid: files_of([each.shard]) for each in blanked})
+        raise
+    _forget(storage, [plan for plan in plans if plan.digest != commit.config_digest])
+    if not plans or plans[-1].digest != commit.config_digest:
+        return replace(report, version=commit.version, documents=0, tokens=0, shards=0, tags=())
+    plan = plans[-1]
+    outcome = finish_plan(Dataset(storage, info=dataset.info, commit=commit), plan)
+    return replace(
+        report,
+        version=commit.version,
+        committed=True,
+        documents=plan.documents,
+        tokens=plan.tokens,
+        oldest=plan.oldest,
+        tags=plan.tags_removed,
+        parity_files=sum(key.startswith("parity/") for key in plan.files_removed),
+        certificate=outcome.certificate,
+        certificate_key=certificate_key(outcome.certificate),
+        unfinished_ingests=outcome.unfinished_ingests,
+        unnamed_files=outcome.certificate.files_unnamed,
+    )
+
+
+def _planned(current: Dataset, blanked: Sequence[BlankedShard]) -> tuple[Commit, PurgeCertificate | None]:
+    """Return the version in which `blanked` stand in the place of what they were, and what is to be removed then."""
+    storage, before = current.storage, current.commit
+    segments = replace_shards(storage, before.segments, {each.shard.uid: [each.shard] for each in blanked})
+    draft = msgspec.structs.replace(
+        draft_commit("purge", parent=before), segments=segments, totals=sum_refs(segments, before.deletions)
+    )
+    history = read_history(storage, before)
+    left = find_leftovers(storage, history, draft)
+    if not left.data:
+        return draft, None
+    strays = journal_files(storage, history) - {str(path) for path in data_paths(storage, segments).to_pylist()}
+    # The other files of a group, and its parity file, would give back what is removed.
+    parity, parity_files = drop_parity(storage, before, left.data)
+    plan = PurgeCertificate(
+        dataset=current.uuid,
+        version=before.version + 1,
+        oldest=left.oldest,
+        oldest_before=before.min_version,
+        begun=draft.time,
+        writer=writer_name(),
+        documents=sum(each.documents for each in blanked),
+        tokens=sum(each.tokens for each in blanked),
+        ids_sha256=tuple(sorted(sha256_hex(name.encode()) for each in blanked for name in each.ids)),
+        files_written=tuple(sorted(files_of(each.shard for each in blanked))),
+        files_removed=(*sorted(strays.union(left.data)), *parity_files, *left.index),
+        tags_removed=tags_before(storage, left.oldest),
+    )
+    return msgspec.structs.replace(draft, parity=parity), plan
+
+
+def _forget(storage: Storage, plans: Iterable[PurgeCertificate]) -> None:
+    for plan in plans:
+        forget_plan(storage, plan)
+
+
+def _require_no_tags(tags: Sequence[str], *, drop_tags: bool) -> None:
+    if tags and not drop_tags:
+        raise ConfigError(
+            "tags name versions that hold what is to be purged",
+            tags=list(tags),
+            hint="Let them go with their versions (drop_tags, --drop-tags), or remove them first.",
+        )

@@ -1,0 +1,228 @@
+"""A dataset as other libraries see it: Arrow, pandas, Polars, Hugging Face `datasets`, and DuckDB through SQL.
+
+Nothing is converted: they get the Arrow tables that the shards are, mapped where the files are on this machine. What
+goes through here honours deletions. `arrow_dataset` hands out the files themselves, which cannot, so it says no when
+there are some; and whoever scans files by himself reads them unchecked, as with any Parquet: `verify` checks them.
+"""
+
+from collections.abc import Iterator, Sequence
+from functools import cached_property
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+
+from datastore.dataset.shards.files import read_token_table
+from datastore.errors import ConfigError, DependencyError
+from datastore.formats.documents import DOCUMENTS_SCHEMA
+from datastore.formats.evolution import schema_id
+from datastore.formats.tokens import ColumnType, Offsets, token_schema
+from datastore.storage.base import Storage
+
+if TYPE_CHECKING:
+    import pyarrow.dataset
+
+    from datastore.dataset.log.manifest import Kind
+    from datastore.dataset.shards.deletions import Deletions
+    from datastore.dataset.shards.segment_file import Segments
+
+    class _Shards:
+        """What `Dataset` has and `Views` uses."""
+
+        storage: Storage
+
+        @property
+        def url(self) -> str: ...
+        @property
+        def kind(self) -> Kind: ...
+        @property
+        def schema(self) -> pa.Schema: ...
+        @cached_property
+        def segments(self) -> Segments: ...
+        @cached_property
+        def deletions(self) -> Deletions: ...
+        def documents(self, index: int) -> pa.Table: ...
+        def record_shard(self, index: int) -> pa.Table: ...
+        def live_documents(self, index: int) -> pa.Table: ...
+        def live_records(self, index: int) -> pa.Table: ...
+        def live_rows(self, index: int) -> npt.NDArray[np.bool_] | None: ...
+        def iter_batches(self, *, columns: Sequence[str] | None = None) -> Iterator[pa.RecordBatch]: ...
+else:
+    _Shards = object
+
+__all__ = ["Views"]
+
+Part = Literal["rows", "documents"]
+
+
+class Views(_Shards):
+    """The part of `Dataset` that speaks to other libraries."""
+
+    @property
+    def token_schema(self) -> pa.Schema:
+        """The columns of token shards: `tokens`, as wide as any shard needs, and what lies beside each token."""
+        itemsize = self.segments.itemsize
+        dtype = "uint32" if itemsize.size and int(itemsize.max()) == 4 else "uint16"
+        return token_schema(dtype, columns=[ColumnType(c.name, c.dtype, c.width) for c in self.segments.columns])
+
+    @property
+    def row_schema(self) -> pa.Schema:
+        """The columns of `rows`: those of the records; or of the documents, `tokens` being the tokens themselves."""
+        if self.kind == "records":
+            return self.schema
+        tokens, *others = self.token_schema
+        columns = [tokens if field.name == "tokens" else field for field in DOCUMENTS_SCHEMA]
+        return pa.schema([*columns, *others])
+
+    def older_shards(self) -> frozenset[str]:
+        """Return the uids of the record shards that have an older schema: their files have other columns than `rows`."""
+        if self.kind != "records" or not schema_id(self.schema):
+            return frozenset()
+        return frozenset(shard.uid for shard in self.segments if shard.layout.schema_id != schema_id(self.schema))
+
+    def rows(self, index: int) -> pa.Table:
+        """Return the rows of shard `index` that are not deleted, as `row_schema`; the whole shard is read and checked.
+
+        Raises:
+            MissingError: a file is gone.
+            CorruptError: a file is damaged.
+        """
+        if self.kind == "records":
+            return self.live_records(index)
+        columns = dict(zip(DOCUMENTS_SCHEMA.names, self.documents(index).columns, strict=True))
+        columns |= dict(zip(self.token_schema.names, self.token_lists(index).columns, strict=True))
+        joined = pa.table([columns[name] for name in self.row_schema.names], schema=self.row_schema)
+        live = self.live_rows(index)
+        return joined if live is None else joined.filter(pa.array(live))
+
+    def token_lists(self, index: int) -> pa.Table:
+        """Return all of token shard `index` as `token_schema`, deleted documents too.
+
+        Raises:
+            MissingError: the file is gone.
+            CorruptError: the file is damaged.
+        """
+        found = read_token_table(self.storage, self.segments.shard(index))
+        arrays = {"tokens": found.values, **found.columns}
+        schema = self.token_schema
+        return pa.table([_lists(arrays[field.name], found.offsets, field.type) for field in schema], schema=schema)
+
+    def to_arrow(self, *, columns: Sequence[str] | None = None, tokens: bool = False) -> pa.Table:
+        """Return everything as one table: all records; or all documents, with `tokens` together with their tokens.
+
+        Deleted rows are left out. Records are mapped, not read, where their files are on this machine.
+
+        Raises:
+            ConfigError: there is no such column.
+        """
+        whole = tokens or self.kind == "records"
+        schema = self.row_schema if whole else DOCUMENTS_SCHEMA
+        wanted = _checked_names(schema, columns)
+        read = self.rows if whole else self.live_documents
+        parts = [read(index).select(wanted) for index in range(len(self.segments))]
+        return pa.concat_tables([schema.empty_table().select(wanted), *parts])
+
+    def to_batches(self, *, columns: Sequence[str] | None = None) -> pa.RecordBatchReader:
+        """Return all rows, as `row_schema`, as a stream with at most one shard in memory; it can be read once.
+
+        Raises:
+            ConfigError: there is no such column.
+        """
+        wanted = _checked_names(self.row_schema, columns)
+        schema = pa.schema([self.row_schema.field(name) for name in wanted])
+
+        def batches() -> Iterator[pa.RecordBatch]:
+            for index in range(len(self.segments)):
+                yield from self.rows(index).select(wanted).to_batches()
+
+        found = self.iter_batches(columns=columns) if self.kind == "records" else batches()
+        return pa.RecordBatchReader.from_batches(schema, (batch.select(wanted) for batch in found))
+
+    def to_pandas(self, *, columns: Sequence[str] | None = None, tokens: bool = False) -> Any:
+        """Return `to_arrow` of the same arguments as a pandas data frame, in memory.
+
+        Raises:
+            DependencyError: pandas is not installed.
+        """
+        return self.to_arrow(columns=columns, tokens=tokens).to_pandas()
+
+    def to_polars(self, *, columns: Sequence[str] | None = None, tokens: bool = False) -> Any:
+        """Return `to_arrow` of the same arguments as a Polars data frame, which shares its memory where it can.
+
+        Raises:
+            DependencyError: Polars is not installed.
+        """
+        try:
+            import polars as pl  # noqa: PLC0415 - an extra
+        except ModuleNotFoundError:
+            raise _missing_library("polars") from None
+        return pl.from_arrow(self.to_arrow(columns=columns, tokens=tokens))
+
+    def to_hf(self) -> Any:
+        """Return a `datasets.Dataset` of the records, or of the tokens: a column `tokens`, one row per document.
+
+        It maps the shards where they are on this machine, copies nothing, and goes through `map` and worker processes
+        without a copy, too; elsewhere the shards are read into memory. Deleted rows are left out by an index.
+
+        Raises:
+            DependencyError: `datasets` is not installed.
+        """
+        try:
+            from datastore.dataset.query.hf import mapped_dataset  # noqa: PLC0415 - an extra
+        except ModuleNotFoundError:
+            raise _missing_library("datasets") from None
+        return mapped_dataset(self)
+
+    def sql(self, query: str) -> pa.Table:
+        """Return the result of one SELECT over the table `documents`, or for a record dataset `records`.
+
+        DuckDB runs it and reads only the columns and row groups that it needs. Deleted rows are not there, and nothing
+        but these tables can be reached.
+
+        Raises:
+            ConfigError: the query is wrong, or is no SELECT.
+            DependencyError: DuckDB is not installed.
+        """
+        try:
+            from datastore.dataset.query.sql import run_query  # noqa: PLC0415 - an extra
+        except ModuleNotFoundError:
+            raise _missing_library("duckdb", extra="sql") from None
+        return run_query(self, query)
+
+    def arrow_dataset(self, part: Part = "rows", *, ignore_deletions: bool = False) -> "pyarrow.dataset.Dataset":
+        """Return a `pyarrow.dataset.Dataset` over the files, for whatever scans those: Ray Data, Polars, DuckDB.
+
+        `part` is `rows` (records, or tokens as one column of lists) or `documents`. Files are read when they are
+        scanned, column by column, without a check of their digests.
+
+        Raises:
+            ConfigError: a scan of files would show deleted rows or columns of an older schema; or a record dataset is
+                asked for documents.
+        """
+        from datastore.dataset.query.scan import scan_shards  # noqa: PLC0415 - pyarrow.dataset takes 30 ms to load
+
+        return scan_shards(self, part, ignore_deletions=ignore_deletions)
+
+
+def _missing_library(name: str, *, extra: str = "") -> DependencyError:
+    """Return the error for an optional library that is not installed."""
+    command = f"pip install 'datastore[{extra}]'" if extra else f"pip install {name}"
+    return DependencyError(f"{name} is not installed", hint=f"Run {command}.")
+
+
+def _lists(values: "npt.NDArray[Any]", offsets: Offsets, kind: Any) -> Any:
+    """Return list `i`, which is `values[offsets[i]:offsets[i + 1]]`, for each `i` as an Arrow array of type `kind`."""
+    lists: Any = pa.ListArray
+    fixed: Any = pa.FixedSizeListArray
+    inner = kind.value_type if values.ndim == 1 else kind.value_type.value_type
+    flat = pa.array(values.reshape(-1)).cast(inner)
+    items = flat if values.ndim == 1 else fixed.from_arrays(flat, type=kind.value_type)
+    return lists.from_arrays(pa.array(offsets.astype(np.int32)), items, type=kind)
+
+
+def _checked_names(schema: pa.Schema, columns: Sequence[str] | None) -> list[str]:
+    unknown = sorted(set(columns or ()) - set(schema.names))
+    if unknown:
+        raise ConfigError("no such column", columns=unknown, hint=f"There are: {', '.join(schema.names)}.")
+    return list(schema.names if columns is None else columns)

@@ -1,0 +1,220 @@
+"""Reading records batch by batch: one batch of a remote shard is one range read, and nothing more is fetched.
+
+Each batch has a digest of its own, and so has the frame around them (schema, dictionaries, footer), which is read
+once. Blocks of a fixed size would do for checking, but a batch of 2 MiB lies across two or three of those: a reader
+would fetch twice what it needs. The price is some fifty bytes more per batch in the manifest.
+
+A batch is decoded where it lies in its file. A file of this machine is read for the digest and then mapped, as whole
+shards are; of any other there is an image, of which only the frame and the batch are filled in: memory that nobody
+touches costs nothing.
+"""
+
+import mmap
+import sys
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, TypeVar
+
+import pyarrow as pa
+from typing_extensions import Buffer
+
+from datastore.dataset.shards.files import read_record_shard
+from datastore.dataset.shards.segment_file import Segments, ShardInfo, frame_ranges
+from datastore.digest import check_digest, digest_of, require_digest
+from datastore.errors import ConfigError, CorruptError, StorageError
+from datastore.formats.evolution import adapt, source_names
+from datastore.formats.records import decode_batch, read_frame
+from datastore.storage.base import Storage
+from datastore.storage.verified import check_range, first_sound, has_digest
+from datastore.store.parallel import in_parallel
+
+__all__ = ["BatchReader"]
+
+T = TypeVar("T")
+Frame = list[tuple[int, bytes]]
+"""The pieces of a file that belong to no batch, each with its place."""
+
+_FRAMES = 64
+"""Shards whose frame is kept: some kilobytes each."""
+
+_READERS = 2
+_REMOTE_READERS = 4
+"""Threads that read ahead, each at most two batches."""
+
+
+class BatchReader:
+    """Reads batches of the shards of one version, as rows of `schema`; safe for any number of threads.
+
+    Shards that were written before batches had ranges are read whole.
+    """
+
+    def __init__(self, storage: Storage, segments: Segments, *, schema: pa.Schema) -> None:
+        self.schema = schema
+        self._storage = storage
+        self._segments = segments
+        self._lock = threading.Lock()
+        self._shards: dict[int, _Shard] = {}
+
+    def read(self, shard: int, batch: int, *, columns: Sequence[str] | None = None) -> pa.RecordBatch:
+        """Return one batch of a shard, deleted rows too.
+
+        Raises:
+            IndexError: there is no such shard, or no such batch.
+            ConfigError: there is no such column.
+            MissingError: the file is gone.
+            CorruptError: the file is damaged.
+        """
+        wanted = self._wanted(columns)
+        found = self._shard(shard)
+        if batch < 0:
+            raise IndexError(batch)
+        if not found.info.layout.batches:
+            return list(self._whole(found.info, wanted))[batch]
+        return found.read(batch, wanted)
+
+    def each(self, *, columns: Sequence[str] | None = None) -> Iterator[tuple[int, int, pa.RecordBatch]]:
+        """Yield all batches in order, each with its shard and the number of its first row there; a few are read ahead.
+
+        Raises:
+            ConfigError: there is no such column.
+            MissingError, CorruptError: as `read`.
+        """
+        wanted = self._wanted(columns)
+
+        def read(what: tuple[int, int | None]) -> list[pa.RecordBatch]:
+            shard = self._shard(what[0])
+            return [shard.read(what[1], wanted)] if what[1] is not None else list(self._whole(shard.info, wanted))
+
+        local = len(self._segments) > 0 and self._storage.local_path(self._segments.shard(0).path) is not None
+        places = self._places()
+        shard, row = -1, 0
+        for (number, _), batches in in_parallel(
+            lambda what: (what, read(what)), places, threads=_READERS if local else _REMOTE_READERS
+        ):
+            row = row if number == shard else 0
+            shard = number
+            for batch in batches:
+                yield shard, row, batch
+                row += batch.num_rows
+
+    def _places(self) -> Iterator[tuple[int, int | None]]:
+        """Yield shard and batch of everything that is to be read; None for a shard that is read whole."""
+        for index, shard in enumerate(self._segments):
+            if shard.layout.batches:
+                yield from ((index, batch) for batch in range(len(shard.layout.batches)))
+            elif shard.documents:
+                yield index, None
+
+    def _whole(self, shard: ShardInfo, wanted: pa.Schema) -> Iterator[pa.RecordBatch]:
+        for batch in read_record_shard(self._storage, shard).to_batches():
+            yield adapt(batch, wanted)
+
+    def _wanted(self, columns: Sequence[str] | None) -> pa.Schema:
+        if columns is None:
+            return self.schema
+        unknown = sorted(set(columns) - set(self.schema.names))
+        if unknown:
+            raise ConfigError("no such column", columns=unknown, hint=f"There are: {', '.join(self.schema.names)}.")
+        metadata: Any = self.schema.metadata
+        return pa.schema([self.schema.field(name) for name in columns], metadata=metadata)
+
+    def _shard(self, index: int) -> "_Shard":
+        with self._lock:
+            found = self._shards.get(index)
+            if found is None:
+                if len(self._shards) >= _FRAMES:
+                    del self._shards[next(iter(self._shards))]
+                found = self._shards[index] = _Shard(self._storage, self._segments.shard(index))
+            return found
+
+
+class _Shard:
+    """A shard with ranges of batches, and its frame once that was read."""
+
+    def __init__(self, storage: Storage, info: ShardInfo) -> None:
+        self.info = info
+        self._storage = storage
+        self._lock = threading.Lock()
+        self._frame: tuple[Frame, pa.Schema] | None = None
+
+    def read(self, batch: int, wanted: pa.Schema) -> pa.RecordBatch:
+        """Return one batch as rows of `wanted`."""
+        span = self.info.layout.batches[batch]
+        frame, stored = self._framed()
+        names = source_names(stored, wanted)
+        if not names:
+            return adapt(pa.record_batch([pa.nulls(span.rows)], names=["-"]), wanted, stored=stored)
+        image = self._sound(lambda place: self._filled(place, frame, batch))
+        rows = decode_batch(image, batch, format=self.info.layout.format, columns=names)
+        if rows.num_rows != span.rows:
+            raise CorruptError(
+                "a batch has another number of rows than its manifest says",
+                where=f"{self.info.path}, batch {batch}",
+                expected=span.rows,
+                found=rows.num_rows,
+                hint="Restore this file from a copy.",
+            )
+        return adapt(rows, wanted, stored=stored)
+
+    def _framed(self) -> tuple[Frame, pa.Schema]:
+        """Return the pieces of the frame with their places, checked, and the schema in them."""
+        with self._lock:
+            if self._frame is None:
+                frame = self._sound(self._read_frame)
+                self._frame = frame, read_frame(_image(self.info, frame), format=self.info.layout.format)
+            return self._frame
+
+    def _read_frame(self, place: Storage) -> Frame:
+        info = self.info
+        ranges = frame_ranges(info.layout.batches, info.size_bytes)
+        pieces = place.get_ranges(info.path, ranges)
+        require_digest(digest_of(pieces), info.layout.frame_digest, where=f"{info.path}, its frame")
+        return [(start, piece) for (start, _), piece in zip(ranges, pieces, strict=True)]
+
+    def _filled(self, place: Storage, frame: Frame, batch: int) -> Buffer:
+        """Return an image of the file, in which the frame and this batch are right."""
+        key, where = self.info.path, f"{self.info.path}, batch {batch}"
+        span = self.info.layout.batches[batch]
+        path = place.local_path(key)
+        if path is not None:
+            check_range(place, key, (span.start, span.stop), digest=span.digest, where=where)
+            with pa.memory_map(str(path)) as file:
+                return file.read_buffer()
+        image = _image(self.info, frame)
+        with memoryview(image) as whole, whole[span.start : span.stop] as target:
+            place.read_into(key, span.start, target)
+            check_digest(target, span.digest, where=where)
+        return image
+
+    def _sound(self, read: Callable[[Storage], T]) -> T:
+        """Return what `read` makes of the shard; a file that is too short is a damaged one."""
+        info = self.info
+        try:
+            return first_sound(self._storage, info.path, read, is_good=has_digest(info.digest))
+        except StorageError:
+            found_bytes = self._storage.stat(info.path).size_bytes
+            if found_bytes == info.size_bytes:
+                raise
+            raise CorruptError(
+                "file has another size than its manifest says",
+                where=info.path,
+                expected=info.size_bytes,
+                found=found_bytes,
+                hint="Restore this file from a copy.",
+            ) from None
+
+
+def _image(info: ShardInfo, frame: Frame) -> mmap.mmap:
+    """Return the file of a shard with its frame, and otherwise zeros."""
+    image = _zeros(info.size_bytes)
+    for start, piece in frame:
+        image[start : start + len(piece)] = piece
+    return image
+
+
+def _zeros(size_bytes: int) -> mmap.mmap:
+    """Return memory that takes room only where it is written."""
+    if sys.platform == "win32":
+        return mmap.mmap(-1, size_bytes)
+    # The default is shared memory, which is slower to fill and counts against another limit.
+    return mmap.mmap(-1, size_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)

@@ -1,0 +1,135 @@
+"""The dataset that an ingest goes to: what it is made of already, and which files it knows."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import msgspec
+import pyarrow as pa
+
+from datastore.dataset.journal import Journal
+from datastore.dataset.log.commits import CommitLog
+from datastore.dataset.log.manifest import Commit, Kind, TokenizerRef
+from datastore.dataset.roots import open_roots
+from datastore.dataset.snapshot import split_reference
+from datastore.errors import ConfigError, MissingError
+from datastore.formats.schema import decode_schema
+from datastore.ingestion.encoding.encoder import TextEncoder
+from datastore.ingestion.plan import Plan
+from datastore.ingestion.reading.sources import read_url
+from datastore.ingestion.settings import IngestSettings
+from datastore.storage.base import Storage
+from datastore.storage.resolve import open_storage, strip_credentials
+from datastore.store.tokenizers import read_tokenizer
+
+__all__ = ["Target", "TokenizerChoice", "open_target"]
+
+
+@dataclass(frozen=True, slots=True)
+class TokenizerChoice:
+    """The tokenizer of an ingest."""
+
+    raw: bytes
+    ref: TokenizerRef
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """A dataset, or the place where one is to be."""
+
+    storage: Storage
+    newest: Commit | None
+
+    def ingests(self) -> Iterator[Plan]:
+        """Yield the plans of the ingests that the newest version is made of; reads one commit per version."""
+        if self.newest is None:
+            return
+        for commit in CommitLog(self.storage).history(self.newest):
+            plan = Journal(self.storage, commit.ingest_id).find_plan() if commit.ingest_id else None
+            if plan is not None:
+                yield plan
+            if commit.operation == "overwrite":
+                return
+
+    def known_files(self) -> frozenset[str]:
+        """Return the fingerprints of all source files that are in the dataset."""
+        return frozenset(file.fingerprint for plan in self.ingests() for file in plan.files)
+
+    def require_kind(self, kind: Kind) -> None:
+        """Raise unless documents of `kind` can be added.
+
+        Raises:
+            ConfigError: the dataset holds the other kind.
+        """
+        if self.newest is not None and self.newest.kind != kind:
+            raise ConfigError(
+                f"the dataset holds {self.newest.kind}, not {kind}", url=self.storage.url, hint="Name another URL."
+            )
+
+    def require_schema(self, schema: pa.Schema) -> None:
+        """Raise unless records of exactly `schema` can be added, which is cheaper to say before they are read.
+
+        Raises:
+            ConfigError: the dataset has other columns, or has had others before.
+        """
+        stored = decode_schema(self.newest.record_schema) if self.newest else schema
+        if not stored.equals(schema, check_metadata=True):
+            raise ConfigError(
+                "the dataset has another schema than texts that are ingested",
+                url=self.storage.url,
+                dataset=stored.names,
+                ingested=schema.names,
+                hint="Name another URL, or write rows of the dataset's columns.",
+            )
+
+    def choose_tokenizer(self, settings: IngestSettings) -> TokenizerChoice | None:
+        """Return the tokenizer that `settings` name, or else the dataset's own; None if text stays text.
+
+        Raises:
+            MissingError: there is no such file.
+            ConfigError: it is no tokenizer, or not the one of the dataset.
+        """
+        present = self.newest.tokenizer if self.newest else None
+        if settings.tokenizer:
+            raw = read_url(settings.tokenizer)
+        elif present is not None:
+            raw = read_tokenizer(self.storage, present)
+        else:
+            return None
+        facts = TextEncoder(raw, msgspec.structs.replace(settings, encoder="tokenizers"))
+        ref = TokenizerRef(sha256=facts.sha256, vocab_size=facts.vocab_size, end_of_text=facts.end_of_text)
+        if self.newest is not None and ref != present and settings.operation != "overwrite":
+            raise ConfigError(
+                "the dataset has another tokenizer" if present else f"the dataset holds {self._held()}",
+                url=self.storage.url,
+                dataset=_shown(present),
+                given=_shown(ref),
+                hint="Leave out the tokenizer to use what the dataset has, or name another URL.",
+            )
+        return TokenizerChoice(raw, ref)
+
+    def _held(self) -> str:
+        is_text = self.newest is not None and self.newest.kind == "records"
+        return "text, not tokens" if is_text else "tokens of a tokenizer that it does not name"
+
+
+def open_target(to: str) -> Target:
+    """Return what is at the URL `to`; nothing is written yet.
+
+    Raises:
+        ConfigError: the URL names a version, or cannot be opened.
+        FormatError, CorruptError: what is there cannot be added to.
+    """
+    name = split_reference(to)[1]
+    if name:
+        raise ConfigError(
+            "a version cannot be added to", url=strip_credentials(to), version=name, hint="Name the dataset without it."
+        )
+    try:
+        storage, info = open_roots(to)
+    except MissingError:
+        return Target(open_storage(to), None)
+    return Target(storage, CommitLog(storage, exclusive=info.exclusive).newest())
+
+
+def _shown(ref: TokenizerRef | None) -> str:
+    return f"sha256 {ref.sha256[:16]}, end of text {ref.end_of_text}" if ref else "none"

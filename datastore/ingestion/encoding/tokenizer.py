@@ -1,0 +1,114 @@
+"""Train a byte-level BPE tokenizer from the sources themselves.
+
+The same sources give the same bytes, on any machine: the sample is chosen by the digest of each part's place, the
+alphabet is sorted, and ties between merges are broken by the library by their ids. Byte-level means that any text can
+be encoded and nothing is ever unknown.
+
+Source: R. Sennrich et al., "Neural Machine Translation of Rare Words with Subword Units", ACL 2016; bytes as in GPT-2.
+"""
+
+from collections.abc import Iterator, Sequence
+from typing import Annotated, Any
+
+import msgspec
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+from datastore.digest import digest_bytes
+from datastore.document import Document
+from datastore.errors import ConfigError
+from datastore.ingest.records import Record
+from datastore.ingestion.plan import make_plan, orders
+from datastore.ingestion.reading.documents import read_part
+from datastore.ingestion.reading.sources import list_sources
+from datastore.ingestion.settings import IngestSettings
+from datastore.storage.resolve import open_storage
+
+__all__ = ["SMALLEST_VOCABULARY", "TokenizerSettings", "train_tokenizer"]
+
+SMALLEST_VOCABULARY = 257
+"""All bytes, and the end of text."""
+
+_PART_BYTES = 2**20
+"""The sample is made of parts of about this size, or of whole files."""
+
+
+class TokenizerSettings(Document, frozen=True, kw_only=True):
+    """How a tokenizer is trained."""
+
+    vocab_size: Annotated[int, msgspec.Meta(ge=SMALLEST_VOCABULARY, le=2**24)] = 16_384
+    """Ids, the special ones included. Up to 65,536 a token takes two bytes."""
+
+    end_of_text: Annotated[str, msgspec.Meta(min_length=1)] = "<|endoftext|>"
+    special_tokens: tuple[str, ...] = ()
+    """More special tokens; they get the ids after the end of text, which is 0."""
+
+    sample_bytes: Annotated[int, msgspec.Meta(ge=1)] = 256 * 2**20
+    """How much text to look at, at most."""
+
+    min_frequency: Annotated[int, msgspec.Meta(ge=1)] = 2
+    """Pairs seen less often are not merged."""
+
+
+def train_tokenizer(
+    sources: Sequence[str], *, settings: TokenizerSettings | None = None, reading: IngestSettings | None = None
+) -> bytes:
+    """Return the `tokenizer.json` trained on a sample of `sources`.
+
+    `reading` says how the sources are read (globs, keys, separator); what is bad in them is left out. The vocabulary
+    is smaller than asked for if the sample has no more pairs to merge.
+
+    Raises:
+        ConfigError: a special token is named twice, or the sources have no text.
+        MissingError: a source does not exist.
+        StorageError: a source cannot be read.
+    """
+    settings = settings or TokenizerSettings()
+    special = [settings.end_of_text, *settings.special_tokens]
+    if len(set(special)) != len(special) or "" in special:
+        raise ConfigError("special tokens must differ and have a name", special_tokens=special, hint="Rename one.")
+    tokenizer: Any = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=settings.vocab_size,
+        min_frequency=settings.min_frequency,
+        special_tokens=special,
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=False,
+    )
+    texts = _Counted(_sample(sources, reading or IngestSettings(), settings.sample_bytes))
+    tokenizer.train_from_iterator(texts, trainer)
+    if not texts.count:
+        raise ConfigError("the sources have no text to train on", sources=list(sources), hint="Check their format.")
+    return str(tokenizer.to_str(pretty=True)).encode()
+
+
+class _Counted:
+    """An iterator that counts, for the library does not say what it got."""
+
+    def __init__(self, texts: Iterator[str]) -> None:
+        self.count = 0
+        self._texts = texts
+
+    def __iter__(self) -> Iterator[str]:
+        for text in self._texts:
+            self.count += 1
+            yield text
+
+
+def _sample(sources: Sequence[str], reading: IngestSettings, sample_bytes: int) -> Iterator[str]:
+    """Yield the texts of parts drawn by the digest of their place, until they are `sample_bytes` together."""
+    reading = msgspec.structs.replace(reading, task_bytes=_PART_BYTES)
+    listing, roots = list_sources(sources, reading)
+    plan = make_plan(listing, settings=reading, kind="records", reading_digest="")
+    parts = [part for order in orders(plan) for part in order.parts]
+    parts.sort(key=lambda part: digest_bytes(f"{part[0].path} {part[1]}".encode()))
+    left = sample_bytes
+    for file, start, stop in parts:
+        if left <= 0:
+            return
+        url, key = roots.locate(file.path)
+        for found in read_part(open_storage(url), key, file=file, span=(start, stop), settings=reading):
+            if isinstance(found, Record):
+                left -= found.length
+                yield found.text

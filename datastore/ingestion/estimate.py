@@ -1,0 +1,127 @@
+"""What an ingest would cost, without doing it: files and bytes are counted, the rest is scaled up from a sample.
+
+The sample is the beginning of some files spread evenly over the plan, so a source whose parts differ a lot is judged
+by a few of them; take the estimate as such.
+"""
+
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import islice
+
+from datastore.ingest.prepare import Prepared, prepare
+from datastore.ingest.records import Record, Reject
+from datastore.ingestion.encoding.encoder import TextEncoder
+from datastore.ingestion.plan import Order, orders, source_bytes
+from datastore.ingestion.reading.documents import read_part
+from datastore.ingestion.settings import IngestSettings, Kind
+from datastore.storage.resolve import open_storage
+
+__all__ = ["Estimate", "estimate"]
+
+_SAMPLE_FILES = 64
+_SAMPLE_BYTES = 2**20
+
+_OTHER_S_PER_BYTE = 1 / 100e6
+"""Reading, digests and writing, measured at some 100 MB per CPU-second beside the encoder."""
+
+
+_START_S = 0.6
+"""Until a fresh process has loaded its libraries and the tokenizer."""
+
+
+@dataclass(frozen=True, slots=True)
+class Estimate:
+    """What is to be done. Everything after `tasks` is an estimate."""
+
+    kind: Kind
+    files: int
+    known_files: int
+    skipped: Mapping[str, int]
+    source_bytes: int
+    tasks: int
+    workers: int
+    documents: int
+    tokens: int
+    rejects: int
+    seconds: float
+    shard_bytes: int
+
+
+def estimate(sources: Sequence[str], to: str, *, settings: IngestSettings | None = None) -> Estimate:
+    """Return what `ingest` with the same arguments would do; nothing is written.
+
+    Raises:
+        ConfigError, MissingError, FormatError, CorruptError, StorageError: as `ingest`, where these show beforehand.
+    """
+    prepared = prepare(sources, to, settings or IngestSettings())
+    plan = prepared.plan
+    every = list(orders(plan))
+    total = sum(source_bytes(order) for order in every)
+    workers = prepared.workers(len(every)) if every else 0
+    sample = _Sample(prepared, every) if every else None
+    scale = total / max(1, sample.source_bytes) if sample else 0.0
+    return Estimate(
+        kind=plan.kind,
+        files=len(plan.files),
+        known_files=plan.known,
+        skipped=plan.skipped,
+        source_bytes=total,
+        tasks=len(every),
+        workers=workers,
+        documents=round(sample.documents * scale) if sample else 0,
+        tokens=round(sample.tokens * scale) if sample else 0,
+        rejects=round(sample.rejects * scale) if sample else 0,
+        seconds=total * (sample.encode_s / max(1, sample.source_bytes) + _OTHER_S_PER_BYTE) / workers
+        if sample
+        else 0.0,
+        shard_bytes=round(sample.shard_bytes * scale) if sample else 0,
+    )
+
+
+class _Sample:
+    """A few documents, read and encoded."""
+
+    def __init__(self, prepared: Prepared, every: Sequence[Order]) -> None:
+        self.source_bytes = 0
+        self.rejects = 0
+        self.tokens = 0
+        self.encode_s = 0.0
+        texts: list[str] = []
+        for found in _spread(prepared, every):
+            self.source_bytes += len(found.excerpt) if isinstance(found, Reject) else found.length
+            if isinstance(found, Reject):
+                self.rejects += 1
+            else:
+                texts.append(found.text)
+        self.documents = len(texts)
+        self.shard_bytes = sum(len(text.encode()) for text in texts)
+        if prepared.tokenizer is not None and texts:
+            encoder = TextEncoder(prepared.tokenizer.raw, prepared.settings)
+            started = time.process_time()
+            encoded = encoder.encode(texts)
+            self.encode_s = time.process_time() - started
+            self.tokens = encoded.values.size
+            self.shard_bytes = encoded.values.nbytes
+
+    @property
+    def s_per_byte(self) -> float:
+        """Seconds of one core per source byte."""
+        return self.encode_s / max(1, self.source_bytes) + _OTHER_S_PER_BYTE
+
+
+def _spread(prepared: Prepared, every: Sequence[Order]) -> Iterator[Record | Reject]:
+    """Yield the first documents of files spread over the plan, up to `_SAMPLE_BYTES`."""
+    parts = [part for order in every for part in order.parts]
+    step = max(1, len(parts) // _SAMPLE_FILES)
+    share = _SAMPLE_BYTES // min(len(parts), _SAMPLE_FILES)
+    for file, start, stop in islice(parts, 0, None, step):
+        url, key = prepared.roots.locate(file.path)
+        taken = 0
+        for found in read_part(open_storage(url), key, file=file, span=(start, stop), settings=prepared.settings):
+            if isinstance(found, str):
+                continue
+            yield found
+            taken += found.length if isinstance(found, Record) else len(found.excerpt)
+            if taken >= share:
+                break

@@ -1,0 +1,155 @@
+"""Which tasks an ingest has: a pure function of the listing and the settings.
+
+Small files share a task, long ones are cut where their separator allows, and every task has about the same weight,
+so that the last worker is not alone for long. A task's id is the digest of all that its shards depend on.
+"""
+
+import math
+from collections.abc import Iterable, Iterator
+from typing import Annotated
+
+import msgspec
+
+from datastore.digest import digest_hex
+from datastore.document import Document, Sealed
+from datastore.ingest.split import can_be_cut, cut_evenly
+from datastore.ingest.tables import is_cuttable
+from datastore.ingestion.reading.documents import separator_of
+from datastore.ingestion.reading.sources import Listing, SourceFile
+from datastore.ingestion.settings import IngestSettings, Kind
+
+__all__ = ["Order", "Part", "Plan", "Task", "ingest_id_of", "make_plan", "orders", "source_bytes"]
+
+Count = Annotated[int, msgspec.Meta(ge=0)]
+
+_FILE_WEIGHT = 4096
+"""Opening a file costs as much as reading this many bytes of it."""
+
+_TYPICAL_EXPANSION = 4
+"""Text compresses to about a quarter."""
+
+
+class Part(Document, frozen=True, kw_only=True):
+    """A byte range of a file, as stored."""
+
+    file: Count
+    """Index in the plan's files."""
+
+    start: Count
+    stop: Count
+
+
+class Task(Document, frozen=True, kw_only=True):
+    """What one worker does in one go."""
+
+    id: str
+    parts: tuple[Part, ...]
+
+
+class Plan(Sealed, frozen=True, kw_only=True):
+    """`ingests/<id>/plan.json`: written once; whoever continues the ingest follows it."""
+
+    ingest_id: str
+    kind: Kind
+    reading_digest: str
+    """Of the settings that shard bytes depend on."""
+
+    sources: tuple[str, ...]
+    """As the user named them, without credentials."""
+
+    skipped: dict[str, Count]
+    """Files and folders left out, by reason; later versions may know more reasons."""
+
+    known: Count
+    """Files that an earlier ingest of the dataset brought, left out here."""
+
+    files: tuple[SourceFile, ...]
+    tasks: tuple[Task, ...]
+    record_schema: bytes = b""
+    """The columns of records that are taken over, as an encapsulated IPC message; empty if there are none."""
+
+
+class Order(Document, frozen=True, kw_only=True):
+    """A task with all a worker needs to know of its files."""
+
+    task_id: str
+    parts: tuple[tuple[SourceFile, int, int], ...]
+
+
+def ingest_id_of(files: Iterable[SourceFile], *, kind: Kind, reading_digest: str) -> str:
+    """Return the name of the ingest of these files in this way: the same files and settings, the same ingest."""
+    prints = "\n".join(file.fingerprint for file in files)
+    return digest_hex(f"{kind}/{reading_digest}\n{prints}".encode())
+
+
+def make_plan(
+    listing: Listing,
+    *,
+    settings: IngestSettings,
+    kind: Kind,
+    reading_digest: str,
+    known: frozenset[str] = frozenset(),
+    record_schema: bytes = b"",
+) -> Plan:
+    """Return the plan for the files whose fingerprints are not `known`."""
+    files = tuple(file for file in listing.files if file.fingerprint not in known)
+    parts = list(_parts(files, settings))
+    total = sum(weight for _, weight in parts)
+    target = total / max(1, math.ceil(total / settings.task_bytes))
+    tasks = []
+    for group in _groups(parts, target):
+        ranges = "\n".join(f"{files[part.file].fingerprint} {part.start} {part.stop}" for part in group)
+        task_id = digest_hex(f"{kind}/{reading_digest}\n{ranges}".encode())
+        tasks.append(Task(id=task_id, parts=tuple(group)))
+    return Plan(
+        ingest_id=ingest_id_of(files, kind=kind, reading_digest=reading_digest),
+        kind=kind,
+        reading_digest=reading_digest,
+        sources=listing.shown,
+        skipped=listing.skipped,
+        known=len(listing.files) - len(files),
+        files=files,
+        tasks=tuple(tasks),
+        record_schema=record_schema,
+    )
+
+
+def orders(plan: Plan, *, without: Iterable[str] = ()) -> Iterator[Order]:
+    """Yield the tasks of `plan`, in order, that are not called as one of `without`."""
+    left_out = frozenset(without)
+    for task in plan.tasks:
+        if task.id not in left_out:
+            parts = tuple((plan.files[part.file], part.start, part.stop) for part in task.parts)
+            yield Order(task_id=task.id, parts=parts)
+
+
+def source_bytes(order: Order) -> int:
+    """Return how many stored bytes the task covers."""
+    return sum(stop - start for _, start, stop in order.parts)
+
+
+def _parts(files: tuple[SourceFile, ...], settings: IngestSettings) -> Iterator[tuple[Part, int]]:
+    """Yield every part of every file with its weight."""
+    for index, file in enumerate(files):
+        ranges = [(0, file.size_bytes)]
+        if not file.codec and (can_be_cut(separator_of(file, settings)) or is_cuttable(file)):
+            ranges = cut_evenly(file.size_bytes, settings.task_bytes)
+        growth = _TYPICAL_EXPANSION if file.codec else 1
+        for start, stop in ranges:
+            yield Part(file=index, start=start, stop=stop), (stop - start) * growth + _FILE_WEIGHT
+
+
+def _groups(parts: Iterable[tuple[Part, int]], target: float) -> Iterator[list[Part]]:
+    """Yield runs of parts that end where the running sum of weights comes closest to a multiple of `target`."""
+    group: list[Part] = []
+    done, border = 0.0, target
+    for part, weight in parts:
+        # Closing before this part leaves the border `border - done` behind; after it, `done + weight - border`.
+        if group and done + weight / 2 > border:
+            yield group
+            group = []
+            border += target * max(1, math.ceil((done - border) / target))
+        group.append(part)
+        done += weight
+    if group:
+        yield group

@@ -1,0 +1,91 @@
+"""What a file's name says: whether to take it, and how to read it.
+
+Names decide only what they decide surely. A file that looks like text may still turn out binary when it is read.
+"""
+
+from fnmatch import fnmatchcase
+from pathlib import PurePosixPath
+from typing import Literal
+
+from datastore.errors import ConfigError
+from datastore.ingestion.reading.streams import Codec
+from datastore.ingestion.settings import IngestSettings
+from datastore.storage.base import check_key
+
+__all__ = ["Globs", "SkipReason", "kind_of", "odd_name"]
+
+SkipReason = Literal[
+    "binary", "dataset", "empty", "excluded", "hidden", "odd_name", "outside_root", "special_file", "symlink"
+]
+"""Why a file or folder is left out.
+
+`dataset` is a folder of ours, perhaps the target itself. `odd_name` has bytes that are no UTF-8, a backslash or a
+control character. `symlink` leads to a file below the same root, which is read under its own name; `outside_root` to
+one elsewhere, which is refused.
+"""
+
+_CODECS: dict[str, Codec] = {".gz": "gz", ".zst": "zst"}
+_LINES = {".jsonl", ".ndjson"}
+_COMPRESSED_TEXT = {".txt", ".md"}
+
+_BINARY_SUFFIXES = """
+    7z a arrow avi bin bmp bz2 class db dll dylib exe feather flac gif gz h5 ico jar jpeg jpg lib mkv mo mov mp3 mp4 msgpack
+    npy npz o obj ogg onnx orc otf parquet pdf pkl png pt pth pyc pyd pyo rar safetensors so sqlite tar tgz tif tiff ttf
+    wasm wav webm webp whl woff woff2 xz zip zst
+"""
+_BINARY = frozenset(f".{suffix}" for suffix in _BINARY_SUFFIXES.split())
+
+
+def kind_of(name: str) -> tuple[Literal["text", "jsonl"], Codec] | None:
+    """Return the format and compression of the file called `name`, or None if it is no text.
+
+    >>> kind_of("part-7.jsonl.zst")
+    ('jsonl', 'zst')
+    >>> kind_of("Makefile")
+    ('text', '')
+    """
+    path = PurePosixPath(name.lower())
+    codec = _CODECS.get(path.suffix, "")
+    inner = path.with_suffix("").suffix if codec else path.suffix
+    if inner in _LINES:
+        return "jsonl", codec
+    if path.suffix in _BINARY and not (codec and inner in _COMPRESSED_TEXT):
+        return None
+    return "text", codec
+
+
+def odd_name(key: str) -> bool:
+    """Return whether `key` cannot be stored as the name of a source."""
+    try:
+        check_key(key).encode()
+    except (ConfigError, UnicodeEncodeError):
+        return True
+    return False
+
+
+class Globs:
+    """`include` and `exclude`. A glob without `/` is matched with every name on the path, one with it with the path."""
+
+    def __init__(self, settings: IngestSettings) -> None:
+        self._include = settings.include
+        self._exclude = settings.exclude
+
+    def takes(self, key: str) -> bool:
+        """Return whether the file `key` is wanted, its folders being so."""
+        if any(_matches(key, glob) for glob in self._exclude):
+            return False
+        return not self._include or any(_matches(key, glob) or _below(key, glob) for glob in self._include)
+
+    def prunes(self, folder: str) -> bool:
+        """Return whether nothing below `folder` is wanted."""
+        return any(_matches(folder, glob) for glob in self._exclude)
+
+
+def _matches(key: str, glob: str) -> bool:
+    return fnmatchcase(key if "/" in glob else key.rpartition("/")[2], glob)
+
+
+def _below(key: str, glob: str) -> bool:
+    """Return whether a folder on the way to `key` matches."""
+    parts = key.split("/")
+    return any(_matches("/".join(parts[:end]), glob) for end in range(1, len(parts)))

@@ -1,0 +1,104 @@
+"""What a user may choose about an ingest, and which of it the shards depend on.
+
+Everything that can change a byte of a shard enters `reading_digest`, and with it the ids of tasks and shards; what
+only changes who does the work, or how much bad input is tolerable (`workers`, `on_error`, `max_reject_ratio`), does
+not: raising a limit and running again picks up where the refused run ended.
+"""
+
+from typing import Annotated, Literal
+
+import msgspec
+
+from datastore.dataset.operations.append import Operation
+from datastore.digest import digest_hex
+from datastore.document import Document, encode
+from datastore.interop.formats import ImportFormat
+
+__all__ = ["CODE_VERSION", "IngestSettings", "Kind", "OnError", "SpecialTokens", "Take", "reading_digest"]
+
+CODE_VERSION = 1
+"""Raised whenever the same source and settings would give other shard bytes than before."""
+
+Kind = Literal["tokens", "records"]
+OnError = Literal["quarantine", "skip", "fail"]
+SpecialTokens = Literal["escape", "allow", "reject"]
+Take = Literal["text", "rows", "tokens"]
+Encoder = Literal["auto", "tokenizers", "gigatoken"]
+
+Positive = Annotated[int, msgspec.Meta(ge=1)]
+Ratio = Annotated[float, msgspec.Meta(ge=0, le=1)]
+Name = Annotated[str, msgspec.Meta(min_length=1)]
+
+
+class IngestSettings(Document, frozen=True, kw_only=True):
+    """How sources become shards."""
+
+    tokenizer: str = ""
+    """Path or URL of a `tokenizer.json`. Empty: the one that the dataset has; in a new dataset, text stays text."""
+
+    end_of_text: Name = "<|endoftext|>"
+    """The token that ends each document."""
+
+    special_tokens: SpecialTokens = "escape"
+    """A special token written out in a text: made of ordinary tokens, taken for the real one, or a reason to reject."""
+
+    encoder: Encoder = "auto"
+    """Who encodes; the ids are the same. `auto`: gigatoken where it is installed and knows the tokenizer."""
+
+    format: Literal["", ImportFormat] = ""
+    """Read all files as those of this format. Empty: text and JSON lines, told by their names."""
+
+    take: Take = "text"
+    """What of a row of such a format becomes a document: the text under `text_key`, all its columns, or its tokens."""
+
+    include: tuple[Name, ...] = ()
+    """Take only files of a folder that match one of these globs (a name, or with `/` the path in the folder)."""
+
+    exclude: tuple[Name, ...] = ()
+    """Leave out files and folders that match one of these globs."""
+
+    text_key: Name = "text"
+    id_key: Name = "id"
+    """Keys of a JSON line, or columns; without an id, a document is called after its file and place in it."""
+
+    tokens_key: Name = "tokens"
+    """The column of token ids, if tokens are taken over."""
+
+    separator: str = ""
+    """What parts the documents of a text file, such as `<|endoftext|>`. Empty: a file is one document."""
+
+    max_document_bytes: Annotated[int, msgspec.Meta(ge=1, le=2**29)] = 16 * 2**20
+    """A longer document is rejected. Encoding takes some 200 times its size in memory with `tokenizers`."""
+
+    max_expansion: Positive = 200
+    """A compressed file that grows more than this many times (beyond 64 MiB) is taken for a decompression bomb."""
+
+    task_bytes: Annotated[int, msgspec.Meta(ge=2**10, le=2**34)] = 32 * 2**20
+    """Source bytes of one task: small files together, long ones cut."""
+
+    shard_bytes: Annotated[int, msgspec.Meta(ge=2**10, le=2**30)] = 64 * 2**20
+    """A shard ends with the batch of documents that reaches this size; it never holds more than one task."""
+
+    workers: Annotated[int, msgspec.Meta(ge=0, le=1024)] = 0
+    """Processes; 0: as many as this process may use cores. Shard bytes do not depend on it."""
+
+    on_error: OnError = "quarantine"
+    """What becomes of a bad document: kept aside and counted, counted only, or the end of the ingest."""
+
+    max_reject_ratio: Ratio = 0.001
+    """Of all documents; above it nothing is committed."""
+
+    operation: Operation = "append"
+    """`overwrite`: the new version holds the sources and nothing else; what it held can be read in the versions before."""
+
+
+_NO_EFFECT = {"tokenizer", "encoder", "include", "exclude", "workers", "on_error", "max_reject_ratio", "operation"}
+"""Settings that change no shard byte (the tokenizer enters by its sha256, globs by the files they leave)."""
+
+
+def reading_digest(settings: IngestSettings, *, tokenizer_sha256: str) -> str:
+    """Return the digest of all that shard bytes depend on besides the source; an empty sha256 stands for text."""
+    plain = IngestSettings()
+    same = {name: getattr(plain, name) for name in _NO_EFFECT}
+    relevant = encode(msgspec.structs.replace(settings, **same))
+    return digest_hex(f"{CODE_VERSION}/{tokenizer_sha256}\n".encode(), relevant)

@@ -1,0 +1,251 @@
+"""One task, from its source ranges to its shards: `work(order)` is a pure function of the sources and the settings.
+
+read -> filter -> tokenize -> shard -> write, over batches of documents. Where it runs, how often, and beside what
+else changes nothing about the bytes that it stores.
+"""
+
+from collections import Counter
+from collections.abc import Callable
+from functools import cached_property
+
+import msgspec
+import numpy as np
+import xxhash
+
+from datastore.dataset.journal import Journal, TaskDone, encode_rejects
+from datastore.dataset.log.manifest import TokenizerRef
+from datastore.dataset.roots import open_roots
+from datastore.document import Document
+from datastore.errors import RejectedError
+from datastore.formats.schema import decode_schema
+from datastore.ingest.copying import CopiedRows, CopiedTokens, CopySink
+from datastore.ingest.records import Record, Reject
+from datastore.ingest.tables import read_rows
+from datastore.ingestion.encoding.encoder import TextEncoder
+from datastore.ingestion.plan import Order, source_bytes
+from datastore.ingestion.reading.documents import check_unchanged, read_part
+from datastore.ingestion.reading.listing import SkipReason
+from datastore.ingestion.reading.sources import Roots
+from datastore.ingestion.settings import IngestSettings, Kind, OnError
+from datastore.ingestion.sinks import RecordShards, ShardSink, TokenShards
+from datastore.storage.base import Storage
+from datastore.storage.resolve import open_storage
+from datastore.storage.statistics import OperationStatistics, add_statistics
+from datastore.store.tokenizers import read_tokenizer
+
+__all__ = ["Advance", "Job", "Workbench"]
+
+_BATCH_BYTES = 4 * 2**20
+"""Source bytes of the documents that are encoded together."""
+
+
+class Job(Document, frozen=True, kw_only=True):
+    """What all tasks of an ingest have in common. Never stored: its URLs may hold credentials."""
+
+    to: str
+    ingest_id: str
+    kind: Kind
+    roots: Roots
+    settings: IngestSettings
+    tokenizer: TokenizerRef | None
+    record_schema: bytes = b""
+    """The columns, if rows are taken over."""
+
+    parallel: bool
+    """Whether the encoder may use all cores."""
+
+
+class Advance(Document, frozen=True, kw_only=True, tag=True):
+    """A step on the way."""
+
+    source_bytes: int = 0
+    documents: int = 0
+    tokens: int = 0
+    rejects: int = 0
+    storage: dict[str, OperationStatistics] = msgspec.field(default_factory=dict)
+    """What storages were asked for since the step that last said so; at the end of each task."""
+
+
+Report = Callable[[Advance], None]
+
+
+class Workbench:
+    """Everything a process needs for the tasks of a job, opened once."""
+
+    def __init__(self, job: Job) -> None:
+        self.job = job
+        self.storage = open_roots(job.to)[0]
+        self.journal = Journal(self.storage, job.ingest_id)
+        self._folders: dict[str, Storage] = {}
+        self._told: dict[str, OperationStatistics] = {}
+
+    @cached_property
+    def encoder(self) -> TextEncoder | None:
+        """The job's tokenizer; None if text stays text."""
+        if self.job.tokenizer is None:
+            return None
+        raw = read_tokenizer(self.storage, self.job.tokenizer)
+        return TextEncoder(raw, self.job.settings, parallel=self.job.parallel)
+
+    def work(self, order: Order, report: Report) -> TaskDone:
+        """Do one task, mark it done, and return what it made.
+
+        Raises:
+            RejectedError: `on_error` is `fail` and there is something to reject.
+            ConflictError: a source file changed.
+            StorageError: a source cannot be read, or the dataset not be written.
+        """
+        done = self._encode(order, report) if self.job.settings.take == "text" else self._copy(order, report)
+        report(Advance(storage=self._spent()))
+        return done
+
+    def _spent(self) -> dict[str, OperationStatistics]:
+        """Return what storages were asked for since this was last asked."""
+        now = add_statistics(storage.statistics() for storage in (self.storage, *self._folders.values()))
+        spent = {name: found - self._told.get(name, OperationStatistics()) for name, found in now.items()}
+        self._told = now
+        return spent
+
+    def _encode(self, order: Order, report: Report) -> TaskDone:
+        """Take text; otherwise as `work`."""
+        run = _Run(self._sink(order), report, on_error=self.job.settings.on_error, stored_bytes=source_bytes(order))
+        for file, start, stop in order.parts:
+            url, key = self.job.roots.locate(file.path)
+            folder = self._folders.setdefault(url, open_storage(url))
+            for found in read_part(folder, key, file=file, span=(start, stop), settings=self.job.settings):
+                run.take(found)
+        run.end()
+        done = TaskDone(
+            task_id=order.task_id,
+            shards=tuple(run.sink.shards),
+            documents=run.documents,
+            tokens=run.sink.tokens,
+            text_bytes=run.text_bytes,
+            rejected=dict(sorted(run.rejected.items())),
+            skipped=dict(sorted(run.skipped.items())),
+            rejects_digest="",
+            ids_digest="",
+            encoder=self.encoder.name if self.encoder else "",
+        )
+        return self.journal.finish(done, rejects=encode_rejects(run.kept), ids=run.ids() if run.named else b"")
+
+    def _copy(self, order: Order, report: Report) -> TaskDone:
+        """Take over rows or tokens; otherwise as `work`."""
+        sink = self._copy_sink(order)
+        copied = 0
+        left = source_bytes(order)
+        for file, start, stop in order.parts:
+            url, key = self.job.roots.locate(file.path)
+            folder = self._folders.setdefault(url, open_storage(url))
+            for first, rows in read_rows(folder, key, file=file, span=(start, stop)):
+                before = sink.tokens
+                sink.add(first, rows, source=file.path)
+                copied += rows.nbytes
+                step = min(rows.nbytes, left)
+                left -= step
+                report(Advance(source_bytes=step, documents=rows.num_rows, tokens=sink.tokens - before))
+            check_unchanged(folder, key, file=file)
+        sink.flush()
+        report(Advance(source_bytes=left))
+        done = TaskDone(
+            task_id=order.task_id,
+            shards=tuple(sink.shards),
+            documents=sink.documents,
+            tokens=sink.tokens,
+            text_bytes=copied,
+            rejected={},
+            skipped={},
+            rejects_digest="",
+            ids_digest="",
+            encoder="",
+        )
+        return self.journal.finish(done, rejects=b"", ids=b"")
+
+    def _copy_sink(self, order: Order) -> CopySink:
+        job = self.job
+        size = job.settings.shard_bytes
+        if job.settings.take == "rows":
+            schema = decode_schema(job.record_schema)
+            return CopiedRows(self.storage, order.task_id, schema=schema, shard_bytes=size)
+        key = job.settings.tokens_key
+        return CopiedTokens(self.storage, order.task_id, key=key, tokenizer=job.tokenizer, shard_bytes=size)
+
+    def _sink(self, order: Order) -> ShardSink:
+        size = self.job.settings.shard_bytes
+        if self.encoder is None:
+            return RecordShards(self.storage, order.task_id, shard_bytes=size)
+        return TokenShards(self.storage, order.task_id, encoder=self.encoder, shard_bytes=size)
+
+
+class _Run:
+    """What one task has found so far. Invariant: `documents`, `text_bytes` and `digests` count what `sink` has taken."""
+
+    def __init__(self, sink: ShardSink, report: Report, *, on_error: OnError, stored_bytes: int) -> None:
+        self.sink = sink
+        self.documents = 0
+        self.text_bytes = 0
+        self.rejected: Counter[str] = Counter()
+        self.skipped: Counter[str] = Counter()
+        self.kept: list[Reject] = []
+        self.digests: list[bytes] = []
+        self.named = False
+        """Whether a document brought its own id."""
+        self._report = report
+        self._on_error = on_error
+        self._batch: list[Record] = []
+        self._batch_bytes = 0
+        self._unreported_bytes = stored_bytes
+
+    def take(self, found: Record | Reject | SkipReason) -> None:
+        """Take what was read."""
+        if isinstance(found, Record):
+            self._batch.append(found)
+            self._batch_bytes += found.length
+            if self._batch_bytes >= _BATCH_BYTES:
+                self._encode_batch()
+        elif isinstance(found, Reject):
+            self._refuse([found])
+        else:
+            self.skipped[found] += 1
+
+    def end(self) -> None:
+        """Store what is left, and report the bytes that were no document."""
+        self._encode_batch()
+        self.sink.flush()
+        self._report(Advance(source_bytes=self._unreported_bytes))
+
+    def ids(self) -> bytes:
+        """Return the digests of the documents' ids, end to end, each as two little-endian numbers."""
+        return np.frombuffer(b"".join(self.digests), dtype=">u8").astype("<u8").tobytes()
+
+    def _encode_batch(self) -> None:
+        before = self.sink.tokens
+        taken, refused = self.sink.add(self._batch)
+        self.documents += len(taken)
+        self.text_bytes += sum(
+            len(record.text) if record.text.isascii() else len(record.text.encode()) for record in taken
+        )
+        self.named = self.named or any(record.named for record in taken)
+        self.digests += [xxhash.xxh3_128_digest(record.id.encode()) for record in taken]
+        # A compressed file has more bytes than are stored; the progress bar then waits for the end of the task.
+        step = min(self._batch_bytes, self._unreported_bytes)
+        self._unreported_bytes -= step
+        self._report(Advance(source_bytes=step, documents=len(taken), tokens=self.sink.tokens - before))
+        self._batch, self._batch_bytes = [], 0
+        self._refuse(refused)
+
+    def _refuse(self, rejects: list[Reject]) -> None:
+        for reject in rejects:
+            if self._on_error == "fail":
+                raise RejectedError(
+                    f"a document was rejected: {reject.reason}",
+                    source=reject.source,
+                    offset=reject.offset,
+                    begins=reject.excerpt[:40],
+                    hint="Correct it, or set on_error to quarantine or skip.",
+                )
+            self.rejected[reject.reason] += 1
+            if self._on_error == "quarantine":
+                self.kept.append(reject)
+        if rejects:
+            self._report(Advance(rejects=len(rejects)))

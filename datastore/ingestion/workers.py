@@ -1,0 +1,140 @@
+"""Runs the tasks of a job: in this process, or in several beside it.
+
+Workers are fresh processes that import this package, not copies of the caller: nothing of the caller's threads, locks
+or `__main__` gets into them, which is why it works from a notebook, too. They get a pipe and end when it ends, so a
+caller that is killed leaves nobody behind, and Ctrl-C reaches the caller alone.
+"""
+
+import signal
+import subprocess
+import sys
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from multiprocessing.connection import Connection, Pipe, wait
+
+import msgspec
+
+from datastore import errors
+from datastore.dataset.journal import TaskDone
+from datastore.document import Document
+from datastore.errors import DatastoreError
+from datastore.ingest.worker import Answer, Failed, Finished
+from datastore.ingestion.plan import Order
+from datastore.ingestion.tasks import Advance, Job, Workbench
+
+__all__ = ["run_orders"]
+
+Report = Callable[[Advance | TaskDone], None]
+
+_ANSWERS: msgspec.json.Decoder[Answer] = msgspec.json.Decoder(Answer)
+
+
+def run_orders(job: Job, orders: Sequence[Order], *, workers: int, report: Report) -> None:
+    """Do all `orders`, in about their order; call `report`, in this thread, with each step and each task done.
+
+    The first error ends it; tasks that are under way are cut off, what is done stays done.
+
+    Raises:
+        DatastoreError: what a task raised; or a worker process died.
+    """
+    if workers == 1:
+        bench = Workbench(job)
+        for order in orders:
+            report(bench.work(order, report))
+        return
+    with _workers(job, workers) as crew:
+        _serve(crew, deque(orders), report)
+
+
+class _Worker:
+    """One process, and the task that it has."""
+
+    def __init__(self, job: Job) -> None:
+        self.pipe, theirs = Pipe()
+        self.order: Order | None = None
+        with theirs:
+            self.process = subprocess.Popen(  # noqa: S603 - our own interpreter and module
+                [sys.executable, "-m", "datastore.ingest.worker", str(theirs.fileno())],
+                pass_fds=[theirs.fileno()],
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.DEVNULL,
+                process_group=0,  # Ctrl-C in the terminal is for the process that can answer it.
+            )
+        self._send(job)
+
+    def give(self, order: Order) -> None:
+        self.order = order
+        self._send(order)
+
+    def _send(self, message: Document) -> None:
+        with suppress(BrokenPipeError, ConnectionResetError):  # It died; reading its answer will tell.
+            self.pipe.send_bytes(msgspec.json.encode(message))
+
+    def stop(self) -> None:
+        self.pipe.close()
+        self.process.kill()
+        self.process.wait()
+
+
+@contextmanager
+def _workers(job: Job, count: int) -> Iterator[list[_Worker]]:
+    crew: list[_Worker] = []
+    try:
+        for _ in range(count):
+            crew.append(_Worker(job))  # noqa: PERF401 - the cleanup needs those that were started before one fails
+        yield crew
+    finally:
+        for worker in crew:
+            worker.stop()
+
+
+def _serve(crew: Sequence[_Worker], pending: deque[Order], report: Report) -> None:
+    by_pipe = {worker.pipe: worker for worker in crew}
+    for worker in crew:
+        _give_next(worker, pending)
+    while any(worker.order for worker in crew):
+        for pipe in wait([worker.pipe for worker in crew if worker.order]):
+            assert isinstance(pipe, Connection)
+            worker = by_pipe[pipe]
+            match _answer(worker):
+                case Finished(done=done):
+                    _give_next(worker, pending)
+                    report(done)
+                case Failed() as failure:
+                    raise _rebuilt(failure)
+                case Advance() as step:
+                    report(step)
+
+
+def _give_next(worker: _Worker, pending: deque[Order]) -> None:
+    worker.order = None
+    if pending:
+        worker.give(pending.popleft())
+
+
+def _answer(worker: _Worker) -> Answer:
+    try:
+        return _ANSWERS.decode(worker.pipe.recv_bytes())
+    except (EOFError, ConnectionResetError):
+        raise _died(worker) from None
+
+
+def _died(worker: _Worker) -> DatastoreError:
+    code = worker.process.wait()
+    parts = worker.order.parts if worker.order else ()
+    return DatastoreError(
+        "a worker process died",
+        how=signal.Signals(-code).name if code < 0 else f"exit {code}",
+        task=worker.order.task_id if worker.order else "",
+        first_file=parts[0][0].path if parts else "",
+        last_file=parts[-1][0].path if parts else "",
+        hint="Run the same command again; if it was out of memory, with fewer workers or smaller task_bytes.",
+    )
+
+
+def _rebuilt(failure: Failed) -> DatastoreError:
+    kinds = {kind.code: kind for kind in (getattr(errors, name) for name in errors.__all__)}
+    values = {name: msgspec.json.decode(value) for name, value in failure.values.items()}
+    kind: type[DatastoreError] = kinds.get(failure.code, DatastoreError)
+    return kind(failure.fact, hint=failure.hint, **values)

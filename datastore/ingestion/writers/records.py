@@ -1,0 +1,179 @@
+"""Writing records: rows are collected into shards, and the end of the `with` block commits them all or none.
+
+    with writer("data/new", schema={"text": "string", "image": "image/jpeg"}) as out:
+        out.write({"text": "one row", "image": jpeg})
+
+If the block raises, or is interrupted, what was written is removed and nothing is committed. A process that is
+killed leaves shards that no version names: nobody reads them.
+"""
+
+import os
+import uuid
+from collections.abc import Iterable, Mapping
+from types import TracebackType
+from typing import Any, Self
+
+import pyarrow as pa
+
+from datastore.dataset.log.commits import CommitLog
+from datastore.dataset.log.manifest import Commit
+from datastore.dataset.operations.append import Operation, commit_records
+from datastore.dataset.roots import create_at
+from datastore.dataset.shards.files import remove_unused, shard_uid, write_record_shard
+from datastore.dataset.shards.segment_file import ShardInfo
+from datastore.errors import ConfigError
+from datastore.formats.evolution import without_numbers
+from datastore.formats.records import RecordFormat, check_format
+from datastore.formats.schema import SchemaLike, check_rows, check_storable, decode_schema, record_schema
+from datastore.storage.base import Storage
+
+__all__ = ["RecordWriter", "writer"]
+
+_SHARD_BYTES = 64 * 2**20
+
+Rows = pa.Table | pa.RecordBatch | Mapping[str, Any] | Iterable[Mapping[str, Any]]
+
+
+def writer(
+    url: str | os.PathLike[str] | Storage,
+    *,
+    schema: SchemaLike | None = None,
+    operation: Operation = "append",
+    format: RecordFormat = "arrow",  # noqa: A002 - what it is called everywhere
+) -> "RecordWriter":
+    """Return a writer of records to the dataset at `url`, which is made if it is not there.
+
+    `schema` is an Arrow schema, or maps column names to types as `parse_field` reads them; without one, the dataset's
+    own holds; if it is new, that of the first rows written. `format` is that of the new shards: Arrow is mapped,
+    Parquet is smaller. A dataset may hold both.
+
+    Raises:
+        ConfigError: the place holds something else, tokens, or records of another schema; or a column cannot be stored.
+    """
+    given = None if schema is None else record_schema(schema)
+    storage, info = create_at(url)
+    newest = CommitLog(storage, exclusive=info.exclusive).newest()
+    if newest is None or operation == "overwrite":
+        fresh = None if given is None else _checked(without_numbers(given), format)
+        return RecordWriter(storage, schema=fresh, operation=operation, format=format)
+    if newest.kind != "records":
+        raise ConfigError("the dataset holds tokens, not records", url=storage.url, hint="Name another URL.")
+    stored = decode_schema(newest.record_schema)
+    if given is not None and not given.equals(stored):
+        raise ConfigError(
+            "the dataset has another schema",
+            url=storage.url,
+            columns=stored.names,
+            hint="Leave out the schema to write rows of the dataset's own, or name another URL.",
+        )
+    return RecordWriter(storage, schema=_checked(stored, format), operation=operation, format=format)
+
+
+class RecordWriter:
+    """Collects rows into shards of about 64 MiB. Not safe for several threads."""
+
+    def __init__(
+        self,
+        storage: Storage,
+        *,
+        schema: pa.Schema | None,
+        operation: Operation,
+        format: RecordFormat = "arrow",  # noqa: A002
+    ) -> None:
+        self.storage = storage
+        self.schema = schema
+        self.operation: Operation = operation
+        self.format: RecordFormat = format
+        self.commit: Commit | None = None
+        """The version that was committed, once the block has ended."""
+        self._task_id = uuid.uuid4().hex
+        self._shards: list[ShardInfo] = []
+        self._parts: list[pa.Table] = []
+        self._bytes = 0
+
+    def write(self, rows: Rows) -> None:
+        """Add one row (a mapping from column to value), any iterable of rows, a record batch or a table.
+
+        Raises:
+            ConfigError: a row does not fit the schema; the rows of this call are not written.
+            StorageError: a full shard could not be stored.
+        """
+        table = self._table_of(rows)
+        if table is None:
+            return
+        rows_per_shard = max(1, -(-table.num_rows * _SHARD_BYTES // max(1, table.nbytes)))
+        for start in range(0, table.num_rows, rows_per_shard):
+            self._parts.append(table.slice(start, rows_per_shard))
+            self._bytes += self._parts[-1].nbytes
+            # Rows vary in size: what is nearly full would otherwise get as much again.
+            if self._bytes >= _SHARD_BYTES - _SHARD_BYTES // 8:
+                self._store_shard()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if kind is not None:
+            self._withdraw()
+            return
+        self._store_shard()
+        if self.schema is None:
+            raise ConfigError(
+                "nothing was written, and no schema is known",
+                url=self.storage.url,
+                hint="Write a row, or give a schema.",
+            )
+        try:
+            self.commit = commit_records(self.storage, self._shards, schema=self.schema, operation=self.operation)
+        except ConfigError:
+            # Somebody changed the dataset's schema meanwhile. Nothing is committed, for certain.
+            self._withdraw()
+            raise
+
+    def _table_of(self, rows: Rows) -> pa.Table | None:
+        if isinstance(rows, pa.RecordBatch):
+            rows = pa.Table.from_batches([rows])
+        if not isinstance(rows, pa.Table):
+            listed = [rows] if isinstance(rows, Mapping) else list(rows)
+            if not listed:
+                return None
+            rows = _table_from(listed, self.schema)
+        if self.schema is None:
+            self.schema = _checked(without_numbers(rows.schema.remove_metadata()), self.format)
+        return check_rows(rows, self.schema)
+
+    def _store_shard(self) -> None:
+        if self._parts:
+            uid = shard_uid(self._task_id, len(self._shards))
+            table = pa.concat_tables(self._parts)
+            self._shards.append(write_record_shard(self.storage, uid=uid, table=table, format=self.format))
+            self._parts, self._bytes = [], 0
+
+    def _withdraw(self) -> None:
+        """Remove the shards written so far; no version names them."""
+        remove_unused(self.storage, (shard.path for shard in self._shards))
+
+
+def _checked(schema: pa.Schema, format: RecordFormat) -> pa.Schema:  # noqa: A002
+    check_storable(schema)
+    check_format(schema, format=format)
+    return schema
+
+
+def _table_from(rows: list[Mapping[str, Any]], schema: pa.Schema | None) -> pa.Table:
+    names = set(rows[0] if schema is None else schema.names)
+    for row in rows:
+        # Arrow would fill a missing column with nulls and drop an unknown one, both without a word.
+        if set(row) != names:
+            raise ConfigError(
+                "a row has other columns than the schema",
+                row=sorted(row),
+                schema=sorted(names),
+                hint="Give each row every column; None stands for no value.",
+            )
+    try:
+        return pa.Table.from_pylist([dict(row) for row in rows], schema=schema)
+    except (pa.ArrowException, TypeError, ValueError, OverflowError) as error:
+        raise ConfigError(f"rows do not fit the schema: {error}", hint="Write values of the columns' types.") from None

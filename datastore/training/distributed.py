@@ -1,0 +1,164 @@
+"""The ranks of one run: who they are, how they agree, how their gradients are averaged.
+
+`Ranks` is the only owner of the process group: one process needs none and gets none.
+
+Gradients are averaged by DistributedDataParallel. It reorders its buckets once, after the first step, and with more than
+two ranks another order can change the last bit of a sum. `Ranks.settle` therefore takes that first step on zeros, so that
+a resumed run and an undisturbed one use the same buckets from their first real step on.
+"""
+
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed import PrefixStore, Store, TCPStore  # type: ignore[attr-defined]
+from torch.nn.parallel import DistributedDataParallel
+
+from datastore.errors import ConfigError, WaitError
+from datastore.training.launcher import Launch, LostPeerError
+
+__all__ = ["Ranks", "connect", "cores", "device_name", "pick_device"]
+
+
+class Ranks:
+    """This process and its peers. Every method must be called by all ranks, in the same order."""
+
+    def __init__(self, launch: Launch, device: torch.device, store: Store | None) -> None:
+        self.launch = launch
+        self.rank, self.world = launch.rank, launch.world
+        self.device = device
+        self._store = store
+
+    def share(self, name: str, text: str) -> str:
+        """Return rank 0's `text` on every rank; `name` may be used once."""
+        if self._store is None:
+            return text
+        if self.rank == 0:
+            self._store.set(f"share/{name}", text)
+        return str(self._store.get(f"share/{name}").decode())
+
+    def sum(self, values: Tensor) -> Callable[[], Tensor]:
+        """Begin to add up `values` over all ranks, in place; the function returned waits for the sum (integers wrap)."""
+        if self.world == 1:
+            return lambda: values
+        work = dist.all_reduce(values, async_op=True)
+
+        def finish() -> Tensor:
+            work.wait()
+            return values
+
+        return finish
+
+    def distribute(self, model: nn.Module) -> nn.Module:
+        """Return `model` with rank 0's weights on every rank and gradients averaged over ranks; names inside do not change."""
+        if self.world == 1:
+            return model
+        ids = [self.device.index] if self.device.type == "cuda" else None
+        return DistributedDataParallel(model, device_ids=ids, gradient_as_bucket_view=True)
+
+    def accumulating(self, model: nn.Module, *, last: bool) -> Any:
+        """Return the context of one forward and backward pass: gradients are averaged in the `last` of a step only."""
+        return model.no_sync() if isinstance(model, DistributedDataParallel) and not last else nullcontext()
+
+    def settle(self, model: nn.Module, loss: Callable[[], Tensor]) -> None:
+        """Run `loss` forward and backward, and drop the gradients: compiles, fixes the buckets, touches memory."""
+        for _ in range(2):  # DistributedDataParallel orders its buckets when it sees the second forward pass.
+            (loss() * 0.0).backward()  # type: ignore[no-untyped-call]
+        model.zero_grad(set_to_none=True)
+
+    def least(self, value: int) -> int:
+        """Return the least `value` of all ranks."""
+        if self.world == 1:
+            return value
+        held = torch.tensor([value], dtype=torch.int64, device=self.device)
+        dist.all_reduce(held, op=dist.ReduceOp.MIN)
+        return int(held)
+
+
+@contextmanager
+def connect(launch: Launch, *, device: torch.device, timeout_s: float) -> Iterator[Ranks]:
+    """Yield the ranks once all have joined, over NCCL on GPUs and gloo elsewhere; leave the group at the end.
+
+    Raises:
+        WaitError: not all ranks came in time.
+        LostPeerError: another rank died or was late while the block ran.
+    """
+    if launch.world == 1:
+        yield Ranks(launch, device, None)
+        return
+    timeout = timedelta(seconds=timeout_s)
+    try:
+        store = TCPStore(
+            launch.host,
+            launch.port,
+            launch.world,
+            is_master=launch.rank == 0 and not launch.agent_store,
+            timeout=timeout,
+            wait_for_workers=False,
+            master_listen_fd=launch.listen_fd,
+        )
+        dist.init_process_group(
+            "nccl" if device.type == "cuda" else "gloo",
+            store=store,
+            rank=launch.rank,
+            world_size=launch.world,
+            timeout=timeout,
+            device_id=device if device.type == "cuda" else None,
+        )
+    except dist.DistError as error:
+        raise WaitError(
+            "the ranks did not find each other",
+            rank=launch.rank,
+            world=launch.world,
+            at=f"{launch.host}:{launch.port}",
+            hint="Start all of them, and check that the address can be reached.",
+        ) from error
+    try:
+        yield Ranks(launch, device, PrefixStore("datastore", store))
+    except RuntimeError as error:
+        if not _is_lost_peer(error):
+            raise
+        raise LostPeerError(
+            "another rank has gone", rank=launch.rank, hint="See what it says. Its last checkpoint is complete."
+        ) from error
+    finally:
+        dist.destroy_process_group()
+
+
+def _is_lost_peer(error: RuntimeError) -> bool:
+    """Gloo raises a plain RuntimeError when a peer has gone or is late; its text names the source file."""
+    return isinstance(error, dist.DistError) or "gloo" in str(error).lower()
+
+
+def pick_device(wanted: str, launch: Launch) -> torch.device:
+    """Return the device of this rank for the setting "auto", "cpu" or "cuda".
+
+    Raises:
+        ConfigError: "cuda" without a GPU for each rank of this machine.
+    """
+    found = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if wanted == "cpu" or (wanted == "auto" and not found):
+        return torch.device("cpu")
+    if found <= launch.local_rank:
+        raise ConfigError(
+            "not enough GPUs",
+            found=found,
+            ranks_here=launch.local_world,
+            hint='Start fewer, or set train.device = "cpu".',
+        )
+    return torch.device("cuda", launch.local_rank)
+
+
+def device_name(device: torch.device) -> str:
+    """Return what a person calls the device."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else f"cpu ({cores()} cores)"
+
+
+def cores() -> int:
+    """Return how many CPU cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

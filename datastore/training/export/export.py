@@ -1,0 +1,130 @@
+"""A model out of a run: restored from one checkpoint, passed through the hooks' `export`, written as a Hugging Face folder.
+
+`open_model` is how everything that uses a trained model gets it, from a run or from such a folder.
+"""
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from datastore.checkpoint.checkpointer import Checkpointer
+from datastore.document import Document
+from datastore.errors import ConfigError, ConflictError, MissingError
+from datastore.storage.base import Storage
+from datastore.storage.resolve import open_storage
+from datastore.train.assembly import build_model
+from datastore.training.export.huggingface import HuggingFaceModel, read_folder, write_folder
+from datastore.training.hooks.base import HookSet, RunState, make_hooks
+from datastore.training.hooks.quantize import Quantize, QuantizeSettings
+from datastore.training.model import GPT
+from datastore.training.optim import make_optimizer
+from datastore.training.run.folder import RunConfig, RunFolder, is_run, open_split
+
+__all__ = ["QUANTIZATIONS", "Exported", "export", "open_model"]
+
+QUANTIZATIONS = {"int8": QuantizeSettings(bits=8), "int4": QuantizeSettings(bits=4, group=32)}
+"""What `quantize` can say."""
+
+
+class Exported(Document, frozen=True, kw_only=True):
+    """What an export wrote."""
+
+    url: str
+    step: int
+    files: dict[str, int]
+    """Size of each in bytes."""
+
+    @property
+    def size_bytes(self) -> int:
+        """Size of all files."""
+        return sum(self.files.values())
+
+
+def export(
+    run: str, to: str, *, step: int | None = None, quantize: str | None = None, replace: bool = False
+) -> Exported:
+    """Write the model of `run` at `step` (None: its newest sound checkpoint) to the folder `to`.
+
+    `quantize` ("int8", "int4") adds to what the run's own hooks do. A folder that holds a model is left alone unless
+    `replace`.
+
+    Raises:
+        MissingError: there is no run, or no such step.
+        ConflictError: the folder holds something.
+        ConfigError: an unknown quantization, or one that does not fit the model.
+        CorruptError: the checkpoint or the tokenizer is damaged.
+    """
+    if quantize is not None and quantize not in QUANTIZATIONS:
+        raise ConfigError("unknown quantization", quantize=quantize, known=sorted(QUANTIZATIONS))
+    target = open_storage(to)
+    occupied = next((found.key for found in target.list()), None)
+    if occupied is not None and not replace:
+        raise ConflictError(
+            "the folder is not empty", url=target.url, found=occupied, hint="Name another one, or replace."
+        )
+    loaded, step = _from_run(RunFolder.open(run), step=step)
+    if quantize is not None:
+        Quantize(QUANTIZATIONS[quantize]).export(loaded.model)
+    target.delete("config.json")  # Until the new one is there, the folder is not a model.
+    return Exported(url=target.url, step=step, files=write_folder(target, loaded))
+
+
+def open_model(source: str, *, step: int | None = None) -> HuggingFaceModel:
+    """Return the model of a run (at `step`, or its newest sound checkpoint) or of a Hugging Face folder.
+
+    Raises:
+        MissingError: there is neither.
+        ConfigError: `step` of a folder, which has none; or a model that is not ours.
+    """
+    storage = open_storage(source)
+    if is_run(storage):
+        return _from_run(RunFolder(storage), step=step)[0]
+    if step is not None:
+        raise ConfigError("a model folder has no steps", source=source, hint="Name a run, or leave the step out.")
+    try:
+        return read_folder(storage)
+    except MissingError as error:
+        raise MissingError(
+            "there is no run and no model folder", url=storage.url, missing=str(error.values.get("key", ""))
+        ) from None
+
+
+def _from_run(folder: RunFolder, *, step: int | None) -> tuple[HuggingFaceModel, int]:
+    """Return the model of a step after all hooks have had their say: they may need their own state for that."""
+    config = folder.config()
+    settings = config.settings
+    hooks = make_hooks(settings.hooks, where=folder.url)
+    model: nn.Module = build_model(config)
+    for hook in hooks.values():
+        model = hook.model(model)
+    run = RunState(
+        model=model,
+        optimizer=make_optimizer(model, settings.optim),
+        step=0,
+        steps=settings.train.steps,
+        rank=0,
+        world=1,
+        device=torch.device("cpu"),
+    )
+    for hook in hooks.values():
+        hook.start(run)
+    found = _restore(folder.storage, {"model": model, "hooks": HookSet(hooks)}, step=step)
+    for hook in hooks.values():
+        model = hook.export(model)
+    if not isinstance(model, GPT):
+        raise ConfigError("a hook's export is not a GPT any more", found=type(model).__name__)
+    return HuggingFaceModel(model, settings.data.seq_len, _tokenizer(config), config.end_of_text), found
+
+
+def _restore(storage: Storage, items: dict[str, Any], *, step: int | None) -> int:
+    with Checkpointer(storage) as checkpointer:
+        if checkpointer.latest() is None:
+            raise MissingError(
+                "the run has no checkpoint yet", url=storage.url, hint="Let it train until the first one."
+            )
+        return checkpointer.restore(items, step="latest" if step is None else step, partial=True).step
+
+
+def _tokenizer(config: RunConfig) -> bytes | None:
+    return open_split(config).training.tokenizer()

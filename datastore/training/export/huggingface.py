@@ -1,0 +1,227 @@
+"""Hugging Face folders: a config file and a plain copy of the tensors, dense or quantized, out and in.
+
+    config.json  model.safetensors  generation_config.json  tokenizer.json  tokenizer_config.json
+
+`transformers`, vLLM and everything else that reads Llama opens them. config.json is written last: a folder without it is
+not a model, so an interrupted export is never mistaken for one.
+
+Source: transformers 5, `models/llama/configuration_llama.py`; https://github.com/huggingface/safetensors#format
+"""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import msgspec
+import orjson
+import torch
+from tokenizers import Tokenizer
+from torch import Tensor
+
+from datastore.checkpoint.tensors import DTYPES
+from datastore.errors import ConfigError, CorruptError, MissingError
+from datastore.formats.safetensors import HeaderTensor, encode_header
+from datastore.storage.base import Storage
+from datastore.training.hooks.quantize import PackedLinear, QuantizeSettings, quantization_config, replace_linears
+from datastore.training.model import GPT
+from datastore.training.settings import ModelSettings
+
+__all__ = ["HuggingFaceModel", "read_folder", "write_folder"]
+
+_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+_WEIGHTS = "model.safetensors"
+_INDEX = "model.safetensors.index.json"
+
+
+@dataclass(frozen=True, slots=True)
+class HuggingFaceModel:
+    """A model with what belongs to it."""
+
+    model: GPT
+    seq_len: int
+    tokenizer: bytes | None
+    """`tokenizer.json`."""
+
+    end_of_text: int | None
+
+
+def write_folder(storage: Storage, source: HuggingFaceModel) -> dict[str, int]:
+    """Write `source` to the root of `storage`; return the size of each file in bytes."""
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in source.model.state_dict().items()}
+    # Wide dtypes first, so that every tensor is aligned for its own; names then, so that the bytes are a function of the model.
+    ordered = sorted(tensors.items(), key=lambda item: (-item[1].element_size(), item[0]))
+    header = [HeaderTensor(name, _NAMES[tensor.dtype], tuple(tensor.shape)) for name, tensor in ordered]
+    chunks = [encode_header(header, metadata={"format": "pt"})]
+    chunks += [tensor.reshape(-1).view(torch.uint8).numpy().data for _, tensor in ordered]
+    storage.put(_WEIGHTS, *chunks)
+    sizes = {_WEIGHTS: sum(len(chunk) for chunk in chunks)}
+    for key, content in _small_files(source):
+        storage.put(key, content)
+        sizes[key] = len(content)
+    return sizes
+
+
+def read_folder(storage: Storage) -> HuggingFaceModel:
+    """Return the model in a folder, as it is on disk: dense in float32, or quantized.
+
+    Raises:
+        MissingError: no config.json, or a file that it needs is not there.
+        ConfigError: a model that our GPT is not.
+        CorruptError: a file is damaged.
+    """
+    config = _read_json(storage, "config.json")
+    _check_supported(config, where=storage.url)
+    model = GPT(_model_settings(config))
+    quantization = config.get("quantization_config")
+    if quantization:
+        packed = _quantize_settings(quantization, where=storage.url)
+        replace_linears(model, lambda linear: PackedLinear((linear.out_features, linear.in_features), packed))
+    found = dict(_read_tensors(storage))
+    wanted = model.state_dict()
+    if set(found) != set(wanted):
+        differ = sorted(set(found) ^ set(wanted))[:8]
+        raise ConfigError("the tensors of the folder are not those of the model", differ=differ, url=storage.url)
+    model.load_state_dict({name: tensor.to(wanted[name].dtype) for name, tensor in found.items()})
+    end = config.get("eos_token_id")
+    return HuggingFaceModel(
+        model=model,
+        seq_len=int(config["max_position_embeddings"]),
+        tokenizer=_maybe(storage, "tokenizer.json"),
+        end_of_text=end[0] if isinstance(end, list) else end,
+    )
+
+
+def _small_files(source: HuggingFaceModel) -> Iterator[tuple[str, bytes]]:
+    end = source.end_of_text
+    yield "generation_config.json", _json({"eos_token_id": end, "bos_token_id": None, "pad_token_id": None})
+    if source.tokenizer is not None:
+        yield "tokenizer.json", source.tokenizer
+        text = Tokenizer.from_str(source.tokenizer.decode()).id_to_token(end) if end is not None else None
+        yield (
+            "tokenizer_config.json",
+            _json(
+                {
+                    "tokenizer_class": "PreTrainedTokenizerFast",
+                    "model_max_length": source.seq_len,
+                    "clean_up_tokenization_spaces": False,
+                    "eos_token": text,
+                }
+            ),
+        )
+    yield "config.json", _json(_config(source))
+
+
+def _config(source: HuggingFaceModel) -> dict[str, Any]:
+    shape = source.model.settings
+    config: dict[str, Any] = {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "vocab_size": shape.vocab_size,
+        "hidden_size": shape.width,
+        "intermediate_size": shape.inner_width,
+        "num_hidden_layers": shape.layers,
+        "num_attention_heads": shape.heads,
+        "num_key_value_heads": shape.key_heads,
+        "head_dim": shape.width // shape.heads,
+        "hidden_act": "silu",
+        "max_position_embeddings": source.seq_len,
+        "rms_norm_eps": shape.norm_eps,
+        # Readers before transformers 5 know the first, those since then the second.
+        "rope_theta": shape.rope_theta,
+        "rope_parameters": {"rope_type": "default", "rope_theta": shape.rope_theta},
+        "tie_word_embeddings": shape.tied,
+        "attention_bias": False,
+        "mlp_bias": False,
+        "attention_dropout": 0.0,
+        "initializer_range": 0.02,
+        "use_cache": True,
+        "bos_token_id": None,
+        "eos_token_id": source.end_of_text,
+        "pad_token_id": None,
+        "torch_dtype": "float32",
+        "dtype": "float32",
+    }
+    packed = next((module for module in source.model.modules() if isinstance(module, PackedLinear)), None)
+    if packed is not None:
+        config["quantization_config"] = quantization_config(packed.settings)
+    return config
+
+
+def _model_settings(config: Mapping[str, Any]) -> ModelSettings:
+    rope = config.get("rope_parameters") or {}
+    return ModelSettings(
+        layers=config["num_hidden_layers"],
+        width=config["hidden_size"],
+        heads=config["num_attention_heads"],
+        kv_heads=config.get("num_key_value_heads") or 0,
+        mlp_width=config["intermediate_size"],
+        vocab_size=config["vocab_size"],
+        tied=config.get("tie_word_embeddings", False),
+        rope_theta=float(rope.get("rope_theta") or config.get("rope_theta") or 10_000.0),
+        norm_eps=config["rms_norm_eps"],
+    )
+
+
+def _check_supported(config: Mapping[str, Any], *, where: str) -> None:
+    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    width, heads = config.get("hidden_size", 0), config.get("num_attention_heads", 1)
+    wanted = {
+        "model_type": (config.get("model_type"), "llama"),
+        "hidden_act": (config.get("hidden_act", "silu"), "silu"),
+        "attention_bias": (config.get("attention_bias", False), False),
+        "mlp_bias": (config.get("mlp_bias", False), False),
+        "rope_type": (rope.get("rope_type", "default"), "default"),
+        "head_dim": (config.get("head_dim") or width // heads, width // heads),
+    }
+    wrong = {key: found for key, (found, needed) in wanted.items() if found != needed}
+    if wrong:
+        raise ConfigError("not a model that this GPT is", url=where, **wrong, hint="Only plain Llama models are read.")
+
+
+def _quantize_settings(config: Mapping[str, Any], *, where: str) -> QuantizeSettings:
+    try:
+        weights = config["config_groups"]["group_0"]["weights"]
+        settings = msgspec.convert({"bits": weights["num_bits"], "group": weights["group_size"] or 0}, QuantizeSettings)
+    except (KeyError, TypeError, msgspec.ValidationError):
+        raise ConfigError("not a quantization that is read here", url=where, hint="See docs/trainer.md.") from None
+    if config.get("format") != "pack-quantized":
+        raise ConfigError("not a quantization that is read here", url=where, format=config.get("format"))
+    return settings
+
+
+def _read_tensors(storage: Storage) -> Iterator[tuple[str, Tensor]]:
+    index = _maybe(storage, _INDEX)
+    files = sorted(set(orjson.loads(index)["weight_map"].values())) if index else [_WEIGHTS]
+    for file in files:
+        raw = memoryview(bytearray(storage.get(file)))
+        where = f"{storage.url}/{file}"
+        try:
+            start = 8 + int.from_bytes(raw[:8], "little")
+            header = orjson.loads(raw[8:start])
+            header.pop("__metadata__", None)
+            for name, entry in header.items():
+                first, stop = (start + offset for offset in entry["data_offsets"])
+                yield name, torch.frombuffer(raw[first:stop], dtype=DTYPES[entry["dtype"]]).view(entry["shape"])
+        except (ValueError, KeyError, TypeError, RuntimeError) as error:
+            raise CorruptError(f"not a safetensors file: {error}", where=where) from None
+
+
+def _read_json(storage: Storage, key: str) -> dict[str, Any]:
+    try:
+        value = orjson.loads(storage.get(key))
+    except orjson.JSONDecodeError as error:
+        raise CorruptError(f"not JSON: {error}", where=f"{storage.url}/{key}") from None
+    if not isinstance(value, dict):
+        raise CorruptError("not a JSON object", where=f"{storage.url}/{key}")
+    return value
+
+
+def _maybe(storage: Storage, key: str) -> bytes | None:
+    try:
+        return storage.get(key)
+    except MissingError:
+        return None
+
+
+def _json(value: Mapping[str, Any]) -> bytes:
+    return orjson.dumps(value, option=orjson.OPT_INDENT_2) + b"\n"

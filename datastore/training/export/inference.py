@@ -1,0 +1,81 @@
+"""Text from a model: one token at a time, each drawn from the model's own distribution, the same for the same seed."""
+
+from collections.abc import Iterator
+from typing import Annotated
+
+import msgspec
+import torch
+from tokenizers import Tokenizer
+from torch import Tensor
+
+from datastore.document import Document
+from datastore.errors import ConfigError
+from datastore.training.export.export import open_model
+from datastore.training.export.huggingface import HuggingFaceModel
+from datastore.training.model import KeyValueCache
+
+__all__ = ["Sampling", "generate", "sample_tokens"]
+
+
+class Sampling(Document, frozen=True, kw_only=True):
+    """How the next token is chosen."""
+
+    tokens: Annotated[int, msgspec.Meta(gt=0)] = 128
+    """At most so many new ones; the end-of-text token ends it earlier."""
+
+    temperature: Annotated[float, msgspec.Meta(ge=0)] = 0.8
+    """0 takes the likeliest token each time."""
+
+    top_k: Annotated[int, msgspec.Meta(ge=0)] = 50
+    """Only the likeliest k tokens are drawn from; 0: all."""
+
+    seed: Annotated[int, msgspec.Meta(ge=0)] = 0
+
+
+def generate(source: str, prompt: str, *, sampling: Sampling | None = None, step: int | None = None) -> str:
+    """Return `prompt` and what the model goes on with.
+
+    `source` is a run folder (at `step`, or its newest checkpoint) or a Hugging Face folder.
+
+    Raises:
+        MissingError: no model is there.
+        ConfigError: the model has no tokenizer, or neither prompt nor end-of-text token to start from.
+    """
+    loaded = open_model(source, step=step)
+    if loaded.tokenizer is None:
+        raise ConfigError("the model has no tokenizer", source=source, hint="Export it from a dataset that names one.")
+    tokenizer = Tokenizer.from_str(loaded.tokenizer.decode())
+    ids = tokenizer.encode(prompt, add_special_tokens=False).ids
+    start = ids or ([loaded.end_of_text] if loaded.end_of_text is not None else [])
+    if not start:
+        raise ConfigError("there is nothing to start from", hint="Give a prompt.")
+    new = list(sample_tokens(loaded, start, sampling or Sampling()))
+    # Decoded together: what a token is as text can depend on the one before it.
+    return str(tokenizer.decode(ids + new, skip_special_tokens=True))
+
+
+@torch.inference_mode()
+def sample_tokens(loaded: HuggingFaceModel, prompt: list[int], sampling: Sampling) -> Iterator[int]:
+    """Yield new tokens behind `prompt`, each as soon as it is drawn."""
+    model = loaded.model.eval()
+    generator = torch.Generator().manual_seed(sampling.seed)
+    # Positions beyond the trained length were never seen: the prompt keeps its end, and the answer fits behind it.
+    room = max(1, loaded.seq_len - sampling.tokens)
+    ids = torch.tensor([prompt[-room:]])
+    cache = KeyValueCache()
+    for _ in range(min(sampling.tokens, loaded.seq_len)):
+        token = _draw(model(ids, cache)[0, -1].float(), sampling, generator)
+        if token == loaded.end_of_text:
+            return
+        yield token
+        ids = torch.tensor([[token]])
+
+
+def _draw(logits: Tensor, sampling: Sampling, generator: torch.Generator) -> int:
+    if sampling.temperature == 0:
+        return int(logits.argmax())
+    logits = logits / sampling.temperature
+    if sampling.top_k:
+        kept = logits.topk(min(sampling.top_k, logits.numel()))
+        logits = torch.full_like(logits, float("-inf")).scatter(0, kept.indices, kept.values)
+    return int(torch.multinomial(logits.softmax(dim=-1), 1, generator=generator))

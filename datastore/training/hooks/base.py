@@ -1,0 +1,159 @@
+"""The points in the life of a model where other code may act.
+
+One class, one method per point, each doing nothing by default. Hooks run in the order of the configuration, and each owns
+what it needs. The loop knows none of them.
+
+    model       built, before parallelism                replace or wrap modules
+    start       parallel, optimizer made                 remember parameters, make all state it will ever save
+    loss        after the objective                      add a term
+    gradients   averaged, before clipping                change gradients
+    updated     parameters have moved, run.step counts   mask, average, re-rank
+    metrics     when metrics are written                 numbers
+    export      leaving training                         fold, merge, quantize
+    state_dict, load_state_dict   saved and restored with the step
+
+A hook's state has the same keys from `start` on: a restore reads into tensors that are there, and refuses others. It changes
+in `gradients` and `updated` only: before those, a checkpoint of the step before may still be copying it.
+"""
+
+import importlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from importlib.metadata import entry_points
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from datastore.document import Document, convert
+from datastore.errors import ConfigError, DependencyError, ResumeError
+from datastore.training.objectives import MicroBatch
+
+__all__ = ["Hook", "HookSet", "RunState", "find_hook", "make_hooks"]
+
+_OURS = {"prune": "datastore.training.hooks.prune:Prune", "quantize": "datastore.training.hooks.quantize:Quantize"}
+_GROUP = "datastore.hooks"
+
+
+@dataclass(slots=True)
+class RunState:
+    """What a hook sees of a run; owned by the loop, which moves `step`."""
+
+    model: nn.Module
+    """The model as the hooks made it, without the wrapper that averages gradients."""
+
+    optimizer: torch.optim.Optimizer
+    step: int
+    """Steps taken so far: 0 before the first."""
+
+    steps: int
+    rank: int
+    world: int
+    device: torch.device
+
+
+class Hook:
+    """Does nothing; inherit and override the points you need."""
+
+    Settings: ClassVar[type[Document]] = Document
+    """The keys of its `[[hooks]]` table besides `use`; an instance is the one argument of the constructor."""
+
+    def __init__(self, settings: Document) -> None:
+        self.settings = settings
+
+    def model(self, model: nn.Module) -> nn.Module:
+        """Replace or wrap modules of a model that was just built; return the model to train."""
+        return model
+
+    def start(self, run: RunState) -> None:
+        """Remember parameters, and make all state that will ever be saved."""
+
+    def loss(self, loss: Tensor, batch: MicroBatch, outputs: Tensor) -> Tensor:  # noqa: ARG002 - the protocol
+        """Return the loss to go backward from: a mean over `batch`."""
+        return loss
+
+    def gradients(self, run: RunState) -> None:
+        """Change the gradients, which are averaged over ranks and not yet clipped."""
+
+    def updated(self, run: RunState) -> None:
+        """Act after the parameters have moved; `run.step` counts the step that moved them."""
+
+    def metrics(self) -> dict[str, float]:
+        """Return numbers for the record of this step."""
+        return {}
+
+    def export(self, model: nn.Module) -> nn.Module:
+        """Return the model that leaves training."""
+        return model
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what a restore needs: tensors, numbers, strings, lists and maps of them."""
+        return {}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take over a state that `state_dict` returned."""
+        if state:
+            raise ResumeError("this hook has no state", hook=type(self).__name__, keys=sorted(state))
+
+
+class HookSet:
+    """The hooks of a run, in order, as one thing to save and restore."""
+
+    def __init__(self, hooks: Mapping[str, Hook]) -> None:
+        self._named = dict(hooks)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the state of each hook under its place and name."""
+        return {name: state for name, hook in self._named.items() if (state := hook.state_dict())}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Hand each hook its state.
+
+        Raises:
+            ResumeError: the hooks are not those that were saved.
+        """
+        wanted = set(self.state_dict())
+        if set(state) != wanted:
+            raise ResumeError("saved state is of other hooks", saved=sorted(state), configured=sorted(wanted))
+        for name, value in state.items():
+            self._named[name].load_state_dict(value)
+
+
+def make_hooks(tables: Sequence[Mapping[str, Any]], *, where: str) -> dict[str, Hook]:
+    """Return a hook for each `[[hooks]]` table, by place and name such as "0.prune".
+
+    Raises:
+        ConfigError: an unknown hook, or a setting that it does not know or that is out of range.
+        DependencyError: the module of a hook cannot be imported.
+    """
+    hooks = {}
+    for place, table in enumerate(tables):
+        kind = find_hook(table["use"])
+        own = {key: value for key, value in table.items() if key != "use"}
+        hooks[f"{place}.{table['use']}"] = kind(convert(kind.Settings, own, where=f"{where}, hooks[{place}]"))
+    return hooks
+
+
+def find_hook(name: str) -> type[Hook]:
+    """Return the hook class called `name`: one of ours, an entry point in the group `datastore.hooks`, or `module:Class`.
+
+    Raises:
+        ConfigError, DependencyError: as `make_hooks`.
+    """
+    others = {point.name: point.value for point in entry_points(group=_GROUP)}
+    path = name if ":" in name else _OURS.get(name) or others.get(name)
+    if path is None:
+        raise ConfigError(
+            "no such hook",
+            use=name,
+            known=sorted({*_OURS, *others}),
+            hint=f"Use one of these, module:Class, or an entry point in the group {_GROUP}.",
+        )
+    module, _, attribute = path.partition(":")
+    try:
+        kind = getattr(importlib.import_module(module), attribute, None)
+    except ModuleNotFoundError as error:
+        raise DependencyError("a hook cannot be imported", use=name, missing=error.name) from None
+    if not (isinstance(kind, type) and issubclass(kind, Hook)):
+        raise ConfigError("not a hook", use=name, found=repr(kind), hint="Name a class that inherits Hook.")
+    return kind

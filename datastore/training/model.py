@@ -1,0 +1,171 @@
+"""A GPT to read: rotary positions, RMSNorm, SwiGLU, grouped-query attention, tied or untied embeddings.
+
+Modules, parameter names and shapes are those of Hugging Face's Llama. The price is a few names one would not choose;
+for it, export is a config file and a plain copy of the tensors, and import is the same the other way round.
+
+Legend: B batch, T tokens, V vocabulary, C width, H heads, K heads of keys and values, D width of a head.
+
+Source: J. Su et al., "RoFormer", arXiv:2104.09864 (rotary positions, in the half-split form of Llama); B. Zhang and
+R. Sennrich, arXiv:1910.07467 (RMSNorm); N. Shazeer, arXiv:2002.05202 (SwiGLU); J. Ainslie et al., arXiv:2305.13245
+(grouped queries); A. Radford et al., GPT-2 (residual projections start smaller by sqrt(2 x layers)).
+"""
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from datastore.training.settings import ModelSettings
+
+__all__ = ["GPT", "KeyValueCache", "parameter_count"]
+
+_INIT_STD = 0.02
+
+
+@dataclass(slots=True)
+class KeyValueCache:
+    """Keys and values of the tokens seen so far, one pair [B, K, T, D] per layer; lets generation feed only new tokens."""
+
+    pairs: list[tuple[Tensor, Tensor]] = field(default_factory=list)
+
+    @property
+    def length(self) -> int:
+        """Tokens seen so far."""
+        return self.pairs[0][0].shape[2] if self.pairs else 0
+
+    def extend(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """Append the new keys and values of `layer` and return all of them."""
+        if layer == len(self.pairs):
+            self.pairs.append((keys, values))
+        else:
+            before = self.pairs[layer]
+            self.pairs[layer] = (torch.cat((before[0], keys), dim=2), torch.cat((before[1], values), dim=2))
+        return self.pairs[layer]
+
+
+class Attention(nn.Module):
+    """Causal attention in which several query heads share one head of keys and values."""
+
+    def __init__(self, settings: ModelSettings, layer: int) -> None:
+        super().__init__()
+        self.layer = layer
+        self.heads, self.key_heads = settings.heads, settings.key_heads
+        self.head_width = settings.width // settings.heads
+        self.q_proj = nn.Linear(settings.width, self.heads * self.head_width, bias=False)
+        self.k_proj = nn.Linear(settings.width, self.key_heads * self.head_width, bias=False)
+        self.v_proj = nn.Linear(settings.width, self.key_heads * self.head_width, bias=False)
+        self.o_proj = nn.Linear(self.heads * self.head_width, settings.width, bias=False)
+
+    def forward(self, x_BTC: Tensor, turns: tuple[Tensor, Tensor], cache: KeyValueCache | None) -> Tensor:
+        """Return what each token gathers from itself and the tokens before it, [B, T, C]."""
+        batch, tokens, _ = x_BTC.shape
+        q_BHTD = self.q_proj(x_BTC).view(batch, tokens, self.heads, self.head_width).transpose(1, 2)
+        k_BKTD = self.k_proj(x_BTC).view(batch, tokens, self.key_heads, self.head_width).transpose(1, 2)
+        v_BKTD = self.v_proj(x_BTC).view(batch, tokens, self.key_heads, self.head_width).transpose(1, 2)
+        q_BHTD, k_BKTD = _rotate(q_BHTD, turns), _rotate(k_BKTD, turns)
+        if cache is not None:
+            k_BKTD, v_BKTD = cache.extend(self.layer, k_BKTD, v_BKTD)
+        if self.key_heads != self.heads:
+            # enable_gqa=True is up to 3.7x slower on CPU (float32, B=8, T=256, H=8, K=2; torch 2.13, two cores).
+            k_BKTD = k_BKTD.repeat_interleave(self.heads // self.key_heads, dim=1)
+            v_BKTD = v_BKTD.repeat_interleave(self.heads // self.key_heads, dim=1)
+        mixed_BHTD = functional.scaled_dot_product_attention(q_BHTD, k_BKTD, v_BKTD, is_causal=tokens > 1)
+        return self.o_proj(mixed_BHTD.transpose(1, 2).reshape(batch, tokens, -1))  # type: ignore[no-any-return]
+
+
+class MLP(nn.Module):
+    """The gated feed-forward part."""
+
+    def __init__(self, settings: ModelSettings) -> None:
+        super().__init__()
+        self.gate_proj = nn.Linear(settings.width, settings.inner_width, bias=False)
+        self.up_proj = nn.Linear(settings.width, settings.inner_width, bias=False)
+        self.down_proj = nn.Linear(settings.inner_width, settings.width, bias=False)
+
+    def forward(self, x_BTC: Tensor) -> Tensor:
+        """Return what each token adds to itself, [B, T, C]."""
+        return self.down_proj(functional.silu(self.gate_proj(x_BTC)) * self.up_proj(x_BTC))  # type: ignore[no-any-return]
+
+
+class Block(nn.Module):
+    """One layer: tokens exchange, then each thinks by itself; both add to the residual stream."""
+
+    def __init__(self, settings: ModelSettings, layer: int) -> None:
+        super().__init__()
+        self.input_layernorm = nn.RMSNorm(settings.width, eps=settings.norm_eps)
+        self.self_attn = Attention(settings, layer)
+        self.post_attention_layernorm = nn.RMSNorm(settings.width, eps=settings.norm_eps)
+        self.mlp = MLP(settings)
+
+    def forward(self, x_BTC: Tensor, turns: tuple[Tensor, Tensor], cache: KeyValueCache | None) -> Tensor:
+        """Return the residual stream behind this layer, [B, T, C]."""
+        x_BTC = x_BTC + self.self_attn(self.input_layernorm(x_BTC), turns, cache)
+        return x_BTC + self.mlp(self.post_attention_layernorm(x_BTC))  # type: ignore[no-any-return]
+
+
+class Decoder(nn.Module):
+    """Embedding, layers and the last norm."""
+
+    def __init__(self, settings: ModelSettings) -> None:
+        super().__init__()
+        self.embed_tokens = nn.Embedding(settings.vocab_size, settings.width)
+        self.layers = nn.ModuleList(Block(settings, layer) for layer in range(settings.layers))
+        self.norm = nn.RMSNorm(settings.width, eps=settings.norm_eps)
+
+    def forward(self, ids_BT: Tensor, turns: tuple[Tensor, Tensor], cache: KeyValueCache | None) -> Tensor:
+        """Return the final state of each token, [B, T, C]."""
+        x_BTC = self.embed_tokens(ids_BT)
+        for block in self.layers:
+            x_BTC = block(x_BTC, turns, cache)
+        return self.norm(x_BTC)  # type: ignore[no-any-return]
+
+
+class GPT(nn.Module):
+    """A decoder-only language model; `settings.vocab_size` must be set."""
+
+    def __init__(self, settings: ModelSettings) -> None:
+        super().__init__()
+        self.settings = settings
+        self.model = Decoder(settings)
+        self.lm_head = None if settings.tied else nn.Linear(settings.width, settings.vocab_size, bias=False)
+
+    def initialize(self, generator: torch.Generator) -> None:
+        """Draw all weights anew; the same generator gives the same weights."""
+        residual_std = _INIT_STD / (2 * self.settings.layers) ** 0.5
+        for name, parameter in self.named_parameters():
+            if parameter.dim() < 2:
+                nn.init.ones_(parameter)
+            else:
+                std = residual_std if name.endswith(("o_proj.weight", "down_proj.weight")) else _INIT_STD
+                nn.init.normal_(parameter, std=std, generator=generator)
+
+    def forward(self, ids_BT: Tensor, cache: KeyValueCache | None = None) -> Tensor:
+        """Return the logits of each next token, [B, T, V]. With a `cache`, feed the prompt first, then one token at a time."""
+        start = cache.length if cache is not None else 0
+        turns = _turns(self.settings, start, ids_BT.shape[1], ids_BT.device)
+        x_BTC = self.model(ids_BT, turns, cache)
+        if self.lm_head is None:
+            return functional.linear(x_BTC, self.model.embed_tokens.weight)
+        return self.lm_head(x_BTC)  # type: ignore[no-any-return]
+
+
+def parameter_count(model: nn.Module) -> int:
+    """Return the number of trainable values; tied ones count once."""
+    return sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+
+
+def _turns(settings: ModelSettings, start: int, tokens: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Cosine and sine [T, D] of the angle by which each pair of channels turns at each position."""
+    half = torch.arange(0, settings.width // settings.heads, 2, dtype=torch.float32, device=device)
+    speeds = settings.rope_theta ** (-half / (settings.width // settings.heads))
+    angles = torch.outer(torch.arange(start, start + tokens, dtype=torch.float32, device=device), speeds)
+    angles_TD = torch.cat((angles, angles), dim=-1)
+    return angles_TD.cos(), angles_TD.sin()
+
+
+def _rotate(x: Tensor, turns: tuple[Tensor, Tensor]) -> Tensor:
+    """Turn the channel pairs (i, i + D/2) of [B, heads, T, D]."""
+    cosine, sine = turns[0].to(x.dtype), turns[1].to(x.dtype)
+    first, second = x.chunk(2, dim=-1)
+    return x * cosine + torch.cat((-second, first), dim=-1) * sine

@@ -1,0 +1,180 @@
+"""What one step of a run consumed, down to file, byte and text: computed again, not looked up.
+
+The record says at which position a step began; dataset and order say the rest. Nothing was logged per sample.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from datastore.checkpoint.checkpointer import Checkpointer
+from datastore.dataset.snapshot import Dataset
+from datastore.errors import ConfigError, MissingError
+from datastore.loader.place import Place
+from datastore.loader.trace import DocumentSpan, Tracer, plan_step
+from datastore.training.run.folder import RunConfig, RunFolder, Session, open_split, own_versions
+from datastore.training.run.record import Record, StepEntry, read_segments
+
+__all__ = ["History", "StepTrace", "TracedSample", "TracedSpan", "read_history", "trace"]
+
+
+@dataclass(frozen=True, slots=True)
+class TracedSpan:
+    """A stretch of one document in a sample."""
+
+    document: str
+    source: str
+    start: int
+    stop: int
+    """Bytes [start, stop) of the source."""
+
+    exact: bool
+    """Whether those are the bytes of the stretch; if the tokenizer does not tell, they are those of the document."""
+
+    tokens: int
+    text: str
+    """Empty if the dataset names no tokenizer, or the document is deleted."""
+
+    deleted: bool = False
+    """Whether the document is deleted in the version that was read: the step saw end-of-text in its place."""
+
+
+@dataclass(frozen=True, slots=True)
+class TracedSample:
+    """One row of a step."""
+
+    position: int
+    """Its place in the order."""
+
+    sample: int
+    """Its number in the dataset."""
+
+    spans: list[TracedSpan]
+
+
+@dataclass(frozen=True, slots=True)
+class StepTrace:
+    """What a step consumed, on one rank or on all."""
+
+    step: int
+    cursor: int
+    rows: int
+    """Samples of the step, on that rank or on all."""
+
+    world: int
+    """Ranks that took this step."""
+
+    rank: int | None
+    session: str
+    fingerprint: str
+    """As recorded, of all ranks together."""
+
+    samples: list[TracedSample]
+    """By position, at most as many as were asked for."""
+
+
+@dataclass(frozen=True, slots=True)
+class History:
+    """How the newest checkpoint came to be."""
+
+    loader: dict[str, Any]
+    """State of the loader in that checkpoint."""
+
+    steps: list[tuple[str, StepEntry]]
+    """Every step that led to it, in order, with the session that took it."""
+
+
+def read_history(folder: RunFolder) -> History:
+    """Return the history of a run up to its newest sound checkpoint.
+
+    Raises:
+        MissingError: the run has no checkpoint yet.
+        CorruptError: the record or every checkpoint is damaged.
+    """
+    record = Record()
+    loader: dict[str, Any] = {}
+    with Checkpointer(folder.storage) as checkpointer:
+        if checkpointer.latest() is None:
+            raise MissingError(
+                "the run has no checkpoint yet", url=folder.url, hint="Let it train until the first one."
+            )
+        checkpointer.restore({"record": record, "data": loader}, partial=True)
+    segments = read_segments(folder.storage, record.last)
+    return History(loader, [(_session_of(key), entry) for key, entries in segments for entry in entries])
+
+
+def trace(run: str, step: int, *, rank: int | None = None, limit: int = 0) -> StepTrace:
+    """Return what `step` (1 is the first) consumed, on `rank` or on all ranks; of the first `limit` samples, 0 for all.
+
+    Raises:
+        MissingError: there is no run, or no checkpoint knows of that step (yet).
+        ConfigError: `rank` did not take part in it.
+        CorruptError: record or data are damaged.
+    """
+    folder = RunFolder.open(run)
+    config = folder.config()
+    history = read_history(folder)
+    if not 1 <= step <= len(history.steps):
+        raise MissingError(
+            "no checkpoint knows of this step",
+            step=step,
+            last=len(history.steps),
+            hint="Name a step between 1 and the last.",
+        )
+    name, entry = history.steps[step - 1]
+    session = folder.session(name)
+    world = session.world
+    if rank is not None and not 0 <= rank < world:
+        raise ConfigError("no such rank took this step", rank=rank, world=world, hint=f"Name one below {world}.")
+    dataset = _dataset_of(config, session)
+    plan = plan_step(
+        dataset,
+        history.loader | {"cursor": entry.cursor, "version": dataset.version},
+        global_batch=entry.samples,
+        place=Place() if rank is None else Place(rank, world),
+    )
+    chosen = np.argsort(plan.positions)[: limit or None]
+    tracer = Tracer(dataset, seq_len=config.settings.data.seq_len, deletions=config.settings.loader.deletions)
+    known = dataset.commit.tokenizer is not None
+    origins = tracer.locate(plan.samples[chosen].tolist())
+    return StepTrace(
+        step=step,
+        cursor=entry.cursor,
+        rows=len(plan.positions),
+        world=world,
+        rank=rank,
+        session=name,
+        fingerprint=entry.fingerprint,
+        samples=[
+            TracedSample(position, origin.sample, [_traced(tracer, span, known=known) for span in origin.spans])
+            for position, origin in zip(plan.positions[chosen].tolist(), origins, strict=True)
+        ],
+    )
+
+
+def _dataset_of(config: RunConfig, session: Session) -> Dataset:
+    """Return the training data as `session` read it; if that version is gone, as it is now, without what was purged."""
+    try:
+        return open_split(config, session.data or own_versions(config)).training
+    except MissingError:
+        return open_split(config).training
+
+
+def _traced(tracer: Tracer, span: DocumentSpan, *, known: bool) -> TracedSpan:
+    found = tracer.text_range(span)
+    start, stop = found or (0, span.length)
+    return TracedSpan(
+        document=span.document,
+        source=span.source,
+        start=span.offset + start,
+        stop=span.offset + stop,
+        exact=found is not None,
+        tokens=span.sample_tokens[1] - span.sample_tokens[0],
+        text=tracer.text(span) if known else "",
+        deleted=span.deleted,
+    )
+
+
+def _session_of(key: str) -> str:
+    return key.removesuffix(".jsonl").rpartition("-")[2]

@@ -1,0 +1,267 @@
+"""A run folder: one URL with what a run is, what it did, and everything that is needed to go on.
+
+config.json               settings, dataset and version; written by the first session
+sessions/<session>.json   one per start or resume: who, where, from which step, with what resolved from "auto"
+consumed/ metrics/        what was consumed, what it was like
+lock/                     who writes now
+run.json parts/ steps/ refs/   checkpoints, see `datastore.checkpoint`
+"""
+
+import secrets
+import time
+from dataclasses import dataclass
+
+import msgspec
+
+from datastore.dataset.snapshot import open_dataset
+from datastore.document import Sealed, decode, encode, seal, unseal
+from datastore.errors import ConfigError, MissingError, ResumeError
+from datastore.storage.base import Storage
+from datastore.storage.resolve import open_storage, strip_credentials
+from datastore.train.versions import DatasetRef, Versions, open_at, ref_of, version_to_read
+from datastore.training.run.data import Split, make_split
+from datastore.training.settings import Settings, changed_keys
+
+__all__ = [
+    "CONFIG_KEY",
+    "RunConfig",
+    "RunFolder",
+    "Session",
+    "decode_config",
+    "encode_config",
+    "new_session",
+    "open_split",
+    "own_versions",
+    "utc_now",
+    "versions_to_read",
+]
+
+CONFIG_KEY = "config.json"
+
+
+class RunConfig(Sealed, frozen=True, kw_only=True):
+    """`config.json`: what a run is. Only settings that may change are ever changed in it."""
+
+    settings: Settings
+    dataset: DatasetRef
+    """What it began with."""
+
+    validation: DatasetRef | None = None
+    """The dataset named by `data.validation`."""
+
+    vocab_size: int
+    end_of_text: int | None = None
+    created: str
+    """UTC, ISO 8601."""
+
+
+class Session(Sealed, frozen=True, kw_only=True):
+    """`sessions/<session>.json`: one process group that worked on a run."""
+
+    session: str
+    started: str
+    """UTC, ISO 8601."""
+
+    from_step: int
+    """The step it went on from; 0: from the beginning."""
+
+    world: int
+    host: str
+    device: str
+    precision: str
+    compiled: bool
+    threads: int
+    versions: dict[str, str]
+    """Of datastore, torch and Python."""
+
+    data: Versions | None = None
+    """Versions of the datasets that it reads; None: those of the config."""
+
+
+def new_session() -> str:
+    """Return a name that no other session has; names sort by time."""
+    return f"{time.time_ns():016x}{secrets.token_hex(4)}"
+
+
+@dataclass(frozen=True, slots=True)
+class RunFolder:
+    """Access to one run folder; reading needs no lock."""
+
+    storage: Storage
+
+    @staticmethod
+    def open(url: str) -> "RunFolder":
+        """Return the folder at `url`; nothing is read yet."""
+        return RunFolder(open_storage(url))
+
+    @property
+    def url(self) -> str:
+        """Where it lies, without credentials."""
+        return self.storage.url
+
+    def config(self) -> RunConfig:
+        """Return what the run is.
+
+        Raises:
+            MissingError: there is no run.
+            FormatError, CorruptError: it was written by a newer version, or is damaged.
+        """
+        try:
+            raw = self.storage.get(CONFIG_KEY)
+        except MissingError:
+            raise MissingError("there is no run", url=self.url, hint="Start one with `datastore train`.") from None
+        return unseal(RunConfig, raw, where=f"{self.url}/{CONFIG_KEY}")
+
+    def begin(self, settings: Settings) -> RunConfig:
+        """Return the config of a run that may be new; nothing is written yet.
+
+        A run without a checkpoint has learned nothing, so it may still become another one.
+
+        Raises:
+            ResumeError: the folder belongs to a run with other settings, or another dataset; the message names them.
+            ConfigError: the folder holds something else, or a setting does not fit the dataset.
+        """
+        if is_run(self.storage):
+            if next(iter(self.storage.list("steps")), None) is not None:
+                return self.again(settings)
+        else:
+            foreign = next((found.key for found in self.storage.list() if not found.key.startswith("lock/")), None)
+            if foreign is not None:
+                hint = "Name another folder."
+                raise ConfigError("the folder is not empty, and holds no run", url=self.url, found=foreign, hint=hint)
+        return _new_config(settings)
+
+    def again(self, settings: Settings) -> RunConfig:
+        """Return the config of a run that exists, its changeable settings replaced by those of `settings`.
+
+        Raises:
+            MissingError: there is no run.
+            ResumeError: as `begin`.
+        """
+        config = self.config()
+        differ = changed_keys(config.settings, settings)
+        if differ:
+            raise ResumeError(
+                "the run was started with other settings",
+                differ=list(differ),
+                run=self.url,
+                hint="Give it the old settings, or start another run.",
+            )
+        return msgspec.structs.replace(config, settings=_without_secrets(settings))
+
+    def store(self, config: RunConfig) -> None:
+        """Make `config` that of the run; only the holder of the lock may."""
+        self.storage.put(CONFIG_KEY, seal(config))
+
+    def add_session(self, session: Session) -> None:
+        """Store the record of a session that begins to take steps."""
+        self.storage.put(f"sessions/{session.session}.json", seal(session))
+
+    def threads_before(self, world: int) -> int:
+        """Return how many threads the last session with as many ranks gave each; 0 if there was none."""
+        for found in reversed(list(self.storage.list("sessions"))):
+            session = unseal(Session, self.storage.get(found.key), where=found.key)
+            if session.world == world:
+                return session.threads
+        return 0
+
+    def session(self, name: str) -> Session:
+        """Return the record of one session."""
+        key = f"sessions/{name}.json"
+        return unseal(Session, self.storage.get(key), where=key)
+
+
+def is_run(storage: Storage) -> bool:
+    """Whether a run lies there, sound or damaged, rather than nothing or a Hugging Face folder, which has a config.json too."""
+    try:
+        return b'"model_type"' not in storage.get(CONFIG_KEY)
+    except MissingError:
+        return False
+
+
+def own_versions(config: RunConfig) -> Versions:
+    """Return the versions that a run began with."""
+    return Versions(
+        training=config.dataset.version, validation=config.validation.version if config.validation is not None else 0
+    )
+
+
+def versions_to_read(config: RunConfig) -> Versions:
+    """Return which versions of its datasets a run reads when it goes on now; see `versions.py`.
+
+    Raises:
+        MissingError: a dataset is not there any more.
+    """
+    data, mode = config.settings.data, config.settings.loader.deletions
+    other = config.validation
+    return Versions(
+        training=version_to_read(data.url, config.dataset, deletions=mode),
+        validation=version_to_read(data.validation, other, deletions=mode) if other is not None else 0,
+    )
+
+
+def open_split(config: RunConfig, versions: Versions | None = None) -> Split:
+    """Return the datasets of a run, at `versions`, or at those that it reads when it goes on now.
+
+    Raises:
+        MissingError: a dataset or version is not there any more.
+        ResumeError: another dataset lies at its URL, or a version has other shards.
+    """
+    data, other = config.settings.data, config.validation
+    versions = versions or versions_to_read(config)
+    dataset = open_at(data.url, config.dataset, version=versions.training)
+    validation = None
+    if other is not None:
+        validation = open_at(data.validation, other, version=versions.validation or other.version)
+    return make_split(dataset, holdout=data.holdout, validation=validation)
+
+
+def encode_config(config: RunConfig) -> str:
+    """Return `config` as text that `decode_config` reads: rank 0 hands it to the others."""
+    return encode(config).decode()
+
+
+def decode_config(text: str) -> RunConfig:
+    """Return what `encode_config` was given."""
+    return decode(RunConfig, text.encode(), where="rank 0")
+
+
+def _new_config(settings: Settings) -> RunConfig:
+    dataset = open_dataset(settings.data.url)
+    if dataset.kind != "tokens":
+        raise ConfigError(
+            "the dataset holds text, not tokens", url=dataset.url, hint="Ingest it with --tokenizer to train on it."
+        )
+    validation = open_dataset(settings.data.validation) if settings.data.validation else None
+    make_split(dataset, holdout=settings.data.holdout, validation=validation)
+    tokenizer = dataset.commit.tokenizer
+    known = tokenizer.vocab_size if tokenizer else 0
+    vocab_size = settings.model.vocab_size or known
+    if vocab_size < known or not vocab_size:
+        raise ConfigError(
+            "the vocabulary does not cover the dataset's tokens",
+            vocab_size=vocab_size,
+            tokenizer=known,
+            hint="Set model.vocab_size to the tokenizer's or more; 0 takes the tokenizer's.",
+        )
+    return RunConfig(
+        settings=_without_secrets(settings),
+        dataset=ref_of(dataset),
+        validation=ref_of(validation) if validation is not None else None,
+        vocab_size=vocab_size,
+        end_of_text=tokenizer.end_of_text if tokenizer else None,
+        created=utc_now(),
+    )
+
+
+def _without_secrets(settings: Settings) -> Settings:
+    """Return `settings` as they are stored: URLs without passwords and signatures."""
+    data = msgspec.structs.replace(
+        settings.data, url=strip_credentials(settings.data.url), validation=strip_credentials(settings.data.validation)
+    )
+    return msgspec.structs.replace(settings, data=data)
+
+
+def utc_now() -> str:
+    """Return the time as documents store it."""
+    return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())

@@ -1,0 +1,108 @@
+"""Start a run, or go on with one: in this process, in several on this machine, or as one of many that torchrun started.
+
+    result = train(settings, "runs/first", processes=2, on_progress=print)
+    result = resume("runs/first")
+
+Nothing here loads torch: with `processes` above 1 only the ranks need it.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import msgspec
+
+from datastore.config import settings_from
+from datastore.document import convert
+from datastore.errors import ConfigError
+from datastore.train.progress import Progress, Result
+from datastore.training.launcher import Launch, spawn
+from datastore.training.settings import Settings, check_world
+
+__all__ = ["resume", "train"]
+
+_HERE = Launch()
+
+
+def train(
+    settings: Settings,
+    run: str,
+    *,
+    processes: int = 1,
+    launch: Launch = _HERE,
+    on_progress: Callable[[Progress], None] | None = None,
+    take_over: bool = False,
+) -> Result:
+    """Train until the last step or a signal, and return how it ended.
+
+    If the run is there already, with the same settings, it goes on from its newest checkpoint. The first SIGTERM or SIGINT
+    finishes the step, saves and returns with `stopped`; a second one ends the process at once. `launch` says which rank this
+    process is (torchrun); `processes` starts so many ranks on this machine instead.
+
+    Raises:
+        ConfigError: a setting is wrong, or does not fit the dataset.
+        MissingError: the dataset is not there.
+        ResumeError: the run was started with other settings or another dataset; the message names the keys.
+        ConflictError: another process writes to the run.
+        CorruptError: data or every checkpoint is damaged.
+        WaitError: a rank died or did not answer in time.
+        StorageError: the run or the dataset cannot be read or written.
+    """
+    task = {"run": run, "settings": msgspec.to_builtins(settings), "fresh": True, "take_over": take_over}
+    return _run(task, settings, processes=processes, launch=launch, on_progress=on_progress)
+
+
+def resume(
+    run: str,
+    *,
+    overrides: Sequence[str] = (),
+    processes: int = 1,
+    launch: Launch = _HERE,
+    on_progress: Callable[[Progress], None] | None = None,
+    take_over: bool = False,
+) -> Result:
+    """Go on with a run from its newest checkpoint; `overrides` such as `train.steps=400` change what may change.
+
+    Raises:
+        MissingError: there is no run.
+        DatastoreError: as `train`.
+    """
+    from datastore.training.run.folder import RunFolder  # noqa: PLC0415 - loads pyarrow
+
+    before = RunFolder.open(run).config().settings
+    settings = settings_from(Settings, msgspec.to_builtins(before), overrides=overrides, where=run)
+    task = {"run": run, "settings": msgspec.to_builtins(settings), "fresh": False, "take_over": take_over}
+    return _run(task, settings, processes=processes, launch=launch, on_progress=on_progress)
+
+
+def work(launch: Launch, arguments: dict[str, Any], report: Callable[[dict[str, Any]], None]) -> dict[str, Any]:
+    """Be one rank: what `spawn` calls in each process. Takes and returns JSON values."""
+    from datastore.training.session import Task, run_session  # noqa: PLC0415 - loads torch
+
+    task = convert(Task, arguments, where="the launcher")
+    result = run_session(task, launch, lambda progress: report(msgspec.to_builtins(progress)))
+    return msgspec.to_builtins(result)  # type: ignore[no-any-return]
+
+
+def _run(
+    task: dict[str, Any],
+    settings: Settings,
+    *,
+    processes: int,
+    launch: Launch,
+    on_progress: Callable[[Progress], None] | None,
+) -> Result:
+    def relay(event: dict[str, Any]) -> None:
+        if on_progress is not None:
+            on_progress(msgspec.convert(event, Progress))
+
+    if processes != 1 and launch.world > 1:
+        raise ConfigError(
+            "ranks were started from outside, and processes are asked for",
+            world=launch.world,
+            processes=processes,
+            hint="Use torchrun or --processes, not both.",
+        )
+    check_world(settings, max(launch.world, processes) if processes > 0 else processes)
+    if processes == 1:
+        return msgspec.convert(work(launch, task, relay), Result)
+    return msgspec.convert(spawn(f"{__name__}:work", task, processes=processes, on_event=relay)[0], Result)

@@ -1,0 +1,241 @@
+"""What happens between steps: the record of what was consumed, metrics, progress, evaluations, checkpoints.
+
+A step is saved with everything that it needs to be gone on from, in one commit: weights, optimizer, hooks, the loader's
+cursor, and the link to the record of how the weights came to be. Rank 0 writes what is the same on all ranks.
+"""
+
+import math
+import threading
+import time
+from collections import deque
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from typing_extensions import override
+
+from datastore.checkpoint.checkpointer import Checkpointer
+from datastore.errors import ConflictError, DatastoreError
+from datastore.storage.base import Storage
+from datastore.storage.statistics import total_statistics
+from datastore.train.assembly import Parts
+from datastore.train.progress import Progress
+from datastore.train.speed import flops_per_token, peak_flops
+from datastore.training.hooks.base import RunState
+from datastore.training.metrics import MetricsWriter
+from datastore.training.model import parameter_count
+from datastore.training.run.data import ValidationSamples
+from datastore.training.run.lock import RunLock
+from datastore.training.run.record import Record, StepEntry
+from datastore.training.trainer import Outcome, Watcher
+from datastore.training.validation import validation_loss
+
+__all__ = ["Keeper", "Outputs"]
+
+_PROGRESS_S = 0.25
+_RECENT_STEPS = 20
+
+
+@dataclass(frozen=True, slots=True)
+class Outputs:
+    """Where rank 0 writes; other ranks have none of it."""
+
+    storage: Storage
+    lock: RunLock
+    metrics: MetricsWriter
+    report: Callable[[Progress], None]
+
+
+@dataclass(slots=True)
+class _Meter:
+    """Time and waiting, over the last few steps and over all."""
+
+    recent: deque[tuple[float, float]] = field(default_factory=lambda: deque(maxlen=_RECENT_STEPS))
+    seconds: float = 0.0
+    waited: float = 0.0
+    steps: int = 0
+
+    def add(self, seconds: float, waited: float) -> None:
+        self.recent.append((seconds, waited))
+        self.seconds, self.waited, self.steps = self.seconds + seconds, self.waited + waited, self.steps + 1
+
+
+class Keeper(Watcher):
+    """Keeps one run on one rank. Every rank has one; rank 0's has `outputs`."""
+
+    def __init__(
+        self,
+        parts: Parts,
+        *,
+        session: str,
+        checkpointer: Checkpointer,
+        samples: ValidationSamples | None,
+        stop: threading.Event,
+    ) -> None:
+        self._parts = parts
+        self._settings = parts.settings
+        self._session = session
+        self._checkpointer = checkpointer
+        self._samples = samples
+        self._stop = stop
+        self._record = Record()
+        self._items = parts.items() | {"record": self._record}
+        self._meter = _Meter()
+        self._line: dict[str, Any] = {}
+        self._reported = 0.0
+        self._peak = peak_flops(parts.run.device)
+        self._flops_per_token = flops_per_token(
+            self._settings.model, parameters=parameter_count(parts.run.model), seq_len=self._settings.data.seq_len
+        )
+        self.outputs: Outputs | None = None
+        self.last: Outcome | None = None
+        self.validation_loss: float | None = None
+
+    def restore(self) -> str:
+        """Load the newest sound checkpoint, if there is one; return a note about it."""
+        if self._parts.ranks.least(self._checkpointer.latest() or 0) == 0:
+            return ""
+        found = self._checkpointer.restore(self._items, agree=self._parts.ranks.least)
+        self._parts.run.step = found.step
+        self.validation_loss = found.metrics.get("validation_loss")
+        passed = "".join(
+            f"; the newer checkpoint of step {bad.step} is damaged: {bad.reason}" for bad in found.fell_back
+        )
+        return f"resumed at step {found.step}{passed}"
+
+    @override
+    def stopping(self) -> bool:
+        return self._stop.is_set()
+
+    @override
+    def settled(self, outcome: Outcome) -> None:
+        if not (math.isfinite(outcome.loss) and math.isfinite(outcome.grad_norm)):
+            raise DatastoreError(
+                "the loss is not finite",
+                step=outcome.step,
+                loss=outcome.loss,
+                grad_norm=outcome.grad_norm,
+                hint="The last checkpoint is from before that. Lower optim.lr, or look at the data with `datastore trace`.",
+            )
+        self._record.add(
+            StepEntry(
+                step=outcome.step,
+                cursor=outcome.cursor,
+                samples=outcome.samples,
+                fingerprint=f"{outcome.fingerprint:016x}",
+            )
+        )
+        self._meter.add(outcome.seconds, outcome.wait_seconds)
+        self.last = outcome
+        if self.outputs is not None:
+            self._write_line()
+            self._line = self._numbers(outcome)
+            if time.monotonic() - self._reported > _PROGRESS_S:
+                self.tell()
+
+    @override
+    def due(self, step: int) -> bool:
+        return self._eval_due(step) or self._save_due(step)
+
+    @override
+    def pause(self, run: RunState, *, last: bool) -> None:
+        finished = run.step == run.steps
+        if finished or (self._eval_due(run.step) and not last):  # Who was asked to stop has no time for it.
+            self._evaluate()
+        if self._save_due(run.step) or last:
+            self._save(run.step, blocking=last)
+        if last:
+            self._write_line()
+        self.tell()
+
+    def tell(self, note: str = "") -> None:
+        """Report where the run is, on rank 0."""
+        if self.outputs is None:
+            return
+        self._reported = time.monotonic()
+        steps = self._settings.train.steps
+        recent = len(self._meter.recent)
+        seconds = sum(seconds for seconds, _ in self._meter.recent)
+        step = self._parts.run.step
+        self.outputs.report(
+            Progress(
+                step=step,
+                steps=steps,
+                loss=self.last.loss if self.last is not None else None,
+                validation_loss=self.validation_loss,
+                tokens_per_s=recent * self._tokens_per_step / seconds if recent else None,
+                data_wait=sum(wait for _, wait in self._meter.recent) / seconds if recent else None,
+                eta_s=(steps - step) * seconds / recent if recent else None,
+                note=note,
+            )
+        )
+
+    @property
+    def tokens_per_s(self) -> float | None:
+        """Mean over all steps of this session; None before the first."""
+        return self._meter.steps * self._tokens_per_step / self._meter.seconds if self._meter.steps else None
+
+    @property
+    def data_wait(self) -> float | None:
+        """Fraction of the time of all steps in which ranks waited for data; None before the first."""
+        return self._meter.waited / self._meter.seconds if self._meter.steps else None
+
+    @property
+    def _tokens_per_step(self) -> int:
+        return self._settings.data.global_batch * self._settings.data.seq_len
+
+    def _eval_due(self, step: int) -> bool:
+        every = self._settings.eval.every
+        return bool(every) and step % every == 0
+
+    def _save_due(self, step: int) -> bool:
+        every = self._settings.checkpoint.every
+        return bool(every) and step % every == 0
+
+    def _evaluate(self) -> None:
+        if self._samples is None:
+            return
+        parts = self._parts
+        found = validation_loss(
+            parts.run.model, self._samples, ranks=parts.ranks, precision=parts.machine.precision, rows=parts.micro_rows
+        )
+        self.validation_loss = self._line["validation_loss"] = found.loss
+
+    def _save(self, step: int, *, blocking: bool) -> None:
+        segment = self._record.close_segment(self._session)
+        if self.outputs is not None:
+            if self.outputs.lock.lost:
+                raise ConflictError("another process has taken over this run", run=self.outputs.storage.url, step=step)
+            if segment is not None:
+                self.outputs.storage.put(*segment)
+            self.outputs.metrics.flush()
+        started = time.perf_counter()
+        numbers = {"loss": self.last.loss if self.last else None, "validation_loss": self.validation_loss}
+        self._checkpointer.save(step, self._items, metrics=numbers, blocking=blocking)
+        self._line["save_stall_s"] = time.perf_counter() - started
+
+    def _numbers(self, outcome: Outcome) -> dict[str, Any]:
+        line = {
+            "step": outcome.step,
+            "time": time.time(),
+            "tokens": (outcome.cursor + outcome.samples) * self._settings.data.seq_len,
+            "loss": outcome.loss,
+            "grad_norm": outcome.grad_norm,
+            "lr": outcome.lr,
+            "tokens_per_s": outcome.samples * self._settings.data.seq_len / outcome.seconds,
+            "data_wait": outcome.wait_seconds / outcome.seconds,
+        }
+        if self._peak is not None:
+            line["mfu"] = line["tokens_per_s"] * self._flops_per_token / (self._peak * self._parts.ranks.world)
+        cache = self._parts.loader.stats()
+        line |= {f"cache_{key}": cache[key] for key in ("hits", "fills", "evictions") if key in cache}
+        spent = total_statistics(self._parts.loader.dataset.storage.statistics())
+        line |= {f"storage_{name}": value for name, value in asdict(spent).items()}
+        for hook in self._parts.hooks.values():
+            line |= hook.metrics()
+        return line
+
+    def _write_line(self) -> None:
+        if self.outputs is not None and self._line:
+            self.outputs.metrics.write(self._line)
+        self._line = {}

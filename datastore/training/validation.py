@@ -1,0 +1,60 @@
+"""The validation loss: the mean over all targets that count of the same samples each time, whoever computes it.
+
+Each rank takes a part of them; sums are added in float64, so the number of ranks does not show in six digits.
+"""
+
+import math
+
+import torch
+from torch import nn
+
+from datastore.document import Document
+from datastore.training.distributed import Ranks
+from datastore.training.objectives import Causal, MicroBatch
+from datastore.training.run.data import ValidationSamples
+
+__all__ = ["Evaluation", "autocast", "validation_loss"]
+
+
+class Evaluation(Document, frozen=True, kw_only=True):
+    """How well a model predicts held-out tokens."""
+
+    loss: float
+    """Nats per token."""
+
+    samples: int
+    tokens: int
+    """Targets that were predicted."""
+
+    @property
+    def perplexity(self) -> float:
+        """E to the loss."""
+        return math.exp(self.loss)
+
+
+def autocast(device: torch.device, precision: str) -> torch.autocast:
+    """Return the context in which matrices are multiplied in "bf16" or "fp32"."""
+    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=precision == "bf16")
+
+
+@torch.no_grad()
+def validation_loss(
+    model: nn.Module, samples: ValidationSamples, *, ranks: Ranks, precision: str, rows: int
+) -> Evaluation:
+    """Return the loss of `model`, which sees `rows` samples at a time; the same on every rank."""
+    objective = Causal()
+    was_training = model.training
+    model.eval()
+    sums = torch.zeros(2, dtype=torch.float64, device=ranks.device)
+    for start in range(0, len(samples.mine), rows):
+        part = slice(start, start + rows)
+        mask = None if samples.loss_mask is None else torch.from_numpy(samples.loss_mask[part]).to(ranks.device)
+        batch = MicroBatch(torch.from_numpy(samples.mine[part]).to(ranks.device).long(), mask)
+        with autocast(ranks.device, precision):
+            loss = objective.loss(objective.outputs(model, batch), batch)
+        weight = torch.tensor(float(len(batch.tokens))) if batch.learned is None else batch.learned
+        sums += torch.stack((loss.double() * weight.to(loss.device), weight.double().to(loss.device)))
+    model.train(was_training)
+    total, weights = ranks.sum(sums)().tolist()
+    targets = samples.count * (samples.mine.shape[1] - 1) if samples.loss_mask is None else int(weights)
+    return Evaluation(loss=total / max(1.0, weights), samples=samples.count, tokens=targets)
