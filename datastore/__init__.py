@@ -11,10 +11,11 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from datastore.checkpoint.checkpointer import Checkpointer
-    from datastore.checkpoint.settings import Keep
+    from datastore.checkpoint.steps import Keep
     from datastore.config import load_settings
     from datastore.dataset.diff import diff
-    from datastore.dataset.durability.health import exposure
+    from datastore.dataset.durability.health import health
+    from datastore.dataset.durability.parity import protect
     from datastore.dataset.durability.repair import repair
     from datastore.dataset.durability.verify import verify
     from datastore.dataset.log.tags import set_tag
@@ -44,25 +45,20 @@ if TYPE_CHECKING:
     )
     from datastore.ingestion.encoding.tokenizer import TokenizerSettings, train_tokenizer
     from datastore.ingestion.importing import import_dataset
-    from datastore.ingestion.ingest import ingest as ingest_files
+    from datastore.ingestion.ingest import ingest
     from datastore.ingestion.settings import IngestSettings
-    from datastore.ingestion.writers.records import writer
+    from datastore.ingestion.writers.records import record_writer
     from datastore.ingestion.writers.tokens import token_writer
     from datastore.interop.export import export as export_dataset
     from datastore.loader.batch import Batch
     from datastore.loader.loader import Loader
-    from datastore.loader.place import Place
-    from datastore.loader.settings import LoaderOptions
+    from datastore.loader.settings import LoaderSettings, Rank
     from datastore.storage.resolve import open_storage
-    from datastore.store.protect import protect
-    from datastore.train.proof import prove as prove_run
-    from datastore.train.validation import evaluate
     from datastore.training.export.export import export as export_model
-    from datastore.training.export.inference import generate
-    from datastore.training.run.audit import trace as trace_step
+    from datastore.training.export.inference import evaluate, generate
+    from datastore.training.run.audit import prove, trace
     from datastore.training.settings import Settings as RunSettings
-    from datastore.training.start import resume as resume_run
-    from datastore.training.start import train as train_run
+    from datastore.training.start import resume, train
 
 _HOMES = {
     "Batch": ("datastore.loader.batch", "Batch"),
@@ -75,11 +71,11 @@ _HOMES = {
     "DependencyError": ("datastore.errors", "DependencyError"),
     "FormatError": ("datastore.errors", "FormatError"),
     "IngestSettings": ("datastore.ingestion.settings", "IngestSettings"),
-    "Keep": ("datastore.checkpoint.settings", "Keep"),
+    "Keep": ("datastore.checkpoint.steps", "Keep"),
     "Loader": ("datastore.loader.loader", "Loader"),
-    "LoaderOptions": ("datastore.loader.settings", "LoaderOptions"),
+    "LoaderSettings": ("datastore.loader.settings", "LoaderSettings"),
     "MissingError": ("datastore.errors", "MissingError"),
-    "Place": ("datastore.loader.place", "Place"),
+    "Rank": ("datastore.loader.settings", "Rank"),
     "RejectedError": ("datastore.errors", "RejectedError"),
     "ResumeError": ("datastore.errors", "ResumeError"),
     "RunSettings": ("datastore.training.settings", "Settings"),
@@ -91,32 +87,32 @@ _HOMES = {
     "copy": ("datastore.dataset.operations.copy", "copy"),
     "delete": ("datastore.dataset.operations.delete", "delete"),
     "diff": ("datastore.dataset.diff", "diff"),
-    "evaluate": ("datastore.train.validation", "evaluate"),
+    "evaluate": ("datastore.training.export.inference", "evaluate"),
     "evolve": ("datastore.dataset.operations.evolve", "evolve"),
     "expire": ("datastore.dataset.operations.expire", "expire"),
     "export_dataset": ("datastore.interop.export", "export"),
     "export_model": ("datastore.training.export.export", "export"),
-    "exposure": ("datastore.dataset.durability.health", "exposure"),
+    "health": ("datastore.dataset.durability.health", "health"),
     "generate": ("datastore.training.export.inference", "generate"),
     "import_dataset": ("datastore.ingestion.importing", "import_dataset"),
-    "ingest_files": ("datastore.ingestion.ingest", "ingest"),
+    "ingest": ("datastore.ingestion.ingest", "ingest"),
     "load_settings": ("datastore.config", "load_settings"),
     "open": ("datastore.dataset.snapshot", "open_dataset"),
     "open_storage": ("datastore.storage.resolve", "open_storage"),
     "place": ("datastore.dataset.roots", "place_dataset"),
-    "protect": ("datastore.store.protect", "protect"),
-    "prove_run": ("datastore.train.proof", "prove"),
+    "protect": ("datastore.dataset.durability.parity", "protect"),
+    "prove": ("datastore.training.run.audit", "prove"),
     "purge": ("datastore.dataset.operations.purge.purge", "purge"),
     "repair": ("datastore.dataset.durability.repair", "repair"),
-    "resume_run": ("datastore.training.start", "resume"),
+    "resume": ("datastore.training.start", "resume"),
     "set_tag": ("datastore.dataset.log.tags", "set_tag"),
     "token_writer": ("datastore.ingestion.writers.tokens", "token_writer"),
-    "trace_step": ("datastore.training.run.audit", "trace"),
-    "train_run": ("datastore.training.start", "train"),
+    "trace": ("datastore.training.run.audit", "trace"),
+    "train": ("datastore.training.start", "train"),
     "train_tokenizer": ("datastore.ingestion.encoding.tokenizer", "train_tokenizer"),
     "vacuum": ("datastore.dataset.operations.vacuum", "vacuum"),
     "verify": ("datastore.dataset.durability.verify", "verify"),
-    "writer": ("datastore.ingestion.writers.records", "writer"),
+    "record_writer": ("datastore.ingestion.writers.records", "record_writer"),
 }
 """Where each public name is defined, and what it is called there."""
 
@@ -133,9 +129,9 @@ __all__ = [
     "IngestSettings",
     "Keep",
     "Loader",
-    "LoaderOptions",
+    "LoaderSettings",
     "MissingError",
-    "Place",
+    "Rank",
     "RejectedError",
     "ResumeError",
     "RunSettings",
@@ -152,27 +148,27 @@ __all__ = [
     "expire",
     "export_dataset",
     "export_model",
-    "exposure",
     "generate",
+    "health",
     "import_dataset",
-    "ingest_files",
+    "ingest",
     "load_settings",
     "open",
     "open_storage",
     "place",
     "protect",
-    "prove_run",
+    "prove",
     "purge",
+    "record_writer",
     "repair",
-    "resume_run",
+    "resume",
     "set_tag",
     "token_writer",
-    "trace_step",
-    "train_run",
+    "trace",
+    "train",
     "train_tokenizer",
     "vacuum",
     "verify",
-    "writer",
 ]
 
 

@@ -8,8 +8,8 @@ Source: msgspec, https://jcristharif.com/msgspec (validates 100,000 shards three
 """
 
 import threading
-from collections.abc import Callable, Mapping
-from typing import Any, ClassVar, TypeVar
+from collections.abc import Mapping
+from typing import Annotated, Any, ClassVar, TypeVar
 
 import msgspec
 from typing_extensions import Buffer
@@ -17,7 +17,31 @@ from typing_extensions import Buffer
 from datastore.digest import digest_hex
 from datastore.errors import ConfigError, CorruptError, FormatError
 
-__all__ = ["Document", "Sealed", "convert", "decode", "encode", "json_schema", "reseal", "seal", "unseal"]
+__all__ = [
+    "Count",
+    "Document",
+    "Hex32",
+    "Positive",
+    "Sealed",
+    "Sha256",
+    "Version",
+    "convert",
+    "decode",
+    "encode",
+    "json_schema",
+    "seal",
+    "unseal",
+]
+
+Count = Annotated[int, msgspec.Meta(ge=0)]
+Positive = Annotated[int, msgspec.Meta(ge=1)]
+Version = Annotated[int, msgspec.Meta(ge=1)]
+"""The number of a version of a dataset; the first is 1."""
+
+Hex32 = Annotated[str, msgspec.Meta(pattern="^[0-9a-f]{32}$")]
+"""A uid, or an xxh3_128 digest, in lower-case hex."""
+
+Sha256 = Annotated[str, msgspec.Meta(pattern="^[0-9a-f]{64}$")]
 
 T = TypeVar("T")
 D = TypeVar("D", bound="Document")
@@ -128,20 +152,6 @@ def unseal(kind: type[S], raw: Buffer, *, where: str) -> S:
     if not _holds(raw, document.digest):
         raise CorruptError("document does not match its digest", where=where, hint="Restore this file from a copy.")
     return document
-
-
-def reseal(raw: Buffer, change: Callable[[dict[str, Any]], None]) -> bytes:
-    """Return the stored document `raw`, whatever its class, as `change` leaves its fields, with a digest that fits.
-
-    It is for those who have to take something out of a document that another layer owns.
-    """
-    value = msgspec.json.decode(raw)
-    change(value)
-
-    def encoded(digest: str) -> bytes:
-        return msgspec.json.format(msgspec.json.encode(value | {"digest": digest}), indent=2) + b"\n"
-
-    return encoded(digest_hex(encoded("")))
 
 
 def _holds(raw: Buffer, digest: str) -> bool:

@@ -24,10 +24,9 @@ from datastore.errors import ConfigError
 from datastore.loader.batch import Batch
 from datastore.loader.gather import AnyArray, TokenArray
 from datastore.loader.loader import Loader
-from datastore.loader.place import Place
-from datastore.loader.settings import LOSS_MASK
+from datastore.loader.settings import LOSS_MASK, Rank
 
-__all__ = ["MODEL_DIMENSIONS", "TensorBatch", "TensorStream", "TokenDataset", "place_of", "stream"]
+__all__ = ["MODEL_DIMENSIONS", "TensorBatch", "TensorStream", "TokenDataset", "rank_of", "stream"]
 
 BUFFERS = 3
 """Host buffers per stream: one being filled, one being copied, one that the caller may still look at."""
@@ -75,19 +74,19 @@ def stream(
     """Return the batches of `loader` on `device` (None: the CPU).
 
     Raises:
-        ConfigError: `mesh` is given, and the loader was made for another place than this process has in it.
+        ConfigError: `mesh` is given, and the loader was made for another rank than this process has in it.
     """
-    if mesh is not None and place_of(mesh) != loader.place:
+    if mesh is not None and rank_of(mesh) != loader.rank:
         raise ConfigError(
-            "the loader was made for another place than this process has in the mesh",
-            loader=f"rank {loader.place.rank} of {loader.place.world}",
-            mesh=f"rank {place_of(mesh).rank} of {place_of(mesh).world}",
-            hint="Make it with place=place_of(mesh).",
+            "the loader was made for another rank than this process has in the mesh",
+            loader=f"rank {loader.rank.rank} of {loader.rank.world}",
+            mesh=f"rank {rank_of(mesh).rank} of {rank_of(mesh).world}",
+            hint="Make it with rank=rank_of(mesh).",
         )
     return TensorStream(loader, torch.device(device or "cpu"))
 
 
-def place_of(mesh: DeviceMesh) -> Place:
+def rank_of(mesh: DeviceMesh) -> Rank:
     """Return which part of the data this process reads: ranks that differ only in `MODEL_DIMENSIONS` share one.
 
     Raises:
@@ -103,7 +102,7 @@ def place_of(mesh: DeviceMesh) -> Place:
         if name not in MODEL_DIMENSIONS:
             rank = rank * mesh.size(dimension) + mesh.get_local_rank(dimension)
             world *= mesh.size(dimension)
-    return Place(rank, world)
+    return Rank(rank, world)
 
 
 class TensorStream(Iterator[TensorBatch]):

@@ -1,10 +1,14 @@
 """Numbers with units, as text and back: `64 MiB`, `1.2 M`, `3 min 20 s`."""
 
 import re
+from collections.abc import Callable
 
 from datastore.errors import ConfigError
 
-__all__ = ["format_bytes", "format_count", "format_seconds", "parse_bytes", "parse_seconds"]
+__all__ = ["Progress", "format_bytes", "format_count", "format_seconds", "parse_bytes", "parse_seconds"]
+
+Progress = Callable[[int, int], None]
+"""What a long operation tells now and then: how much is done, and how much there is."""
 
 _BINARY = {"B": 1, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40}
 _SECONDS = {"s": 1, "min": 60, "h": 3600, "d": 86_400, "w": 604_800}

@@ -14,7 +14,7 @@ from pathlib import Path
 import hypothesis
 import pytest
 
-from datastore.storage.s3_client import forget_clients
+from datastore.storage.backends.s3 import forget_clients
 
 pytest.register_assert_rewrite("datastore.testing.storage")
 # A law does not fail because the machine is busy.

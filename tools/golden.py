@@ -18,16 +18,15 @@ from tokenizers.pre_tokenizers import Whitespace
 from datastore.dataset.log.commits import CommitLog
 from datastore.dataset.log.tags import set_tag
 from datastore.dataset.operations.append import commit_shards
-from datastore.dataset.shards.files import shard_uid, write_token_shard
-from datastore.dataset.shards.segment_file import ShardInfo
+from datastore.dataset.shards.files import put_tokenizer, shard_uid, write_token_shard
+from datastore.dataset.shards.info import ShardInfo
 from datastore.dataset.snapshot import Dataset, open_dataset
 from datastore.digest import digest_bytes
 from datastore.document import Sealed
 from datastore.formats.documents import DOCUMENTS_SCHEMA
-from datastore.ingestion.writers.records import writer
+from datastore.ingestion.writers.records import record_writer
 from datastore.storage.backends.local import LocalStorage
 from datastore.storage.base import Storage
-from datastore.store.tokenizers import put_tokenizer
 
 FOLDER = Path(__file__).resolve().parent.parent / "schemas" / "golden" / f"v{Sealed.newest_format}"
 WORDS = ["<end>", "the", "cat", "sat", "on", "mat", "a", "dog"]
@@ -107,7 +106,7 @@ def contents(dataset: Dataset) -> list[dict[str, Any]]:
 def records(folder: Path) -> dict[str, Any]:
     """Write one version of records; return what it holds."""
     schema = pa.schema({"text": pa.string(), "labels": pa.list_(pa.string()), "image": pa.binary()})
-    with writer(LocalStorage(folder), schema=schema) as out:
+    with record_writer(LocalStorage(folder), schema=schema) as out:
         out.write(ROWS)
     return {
         "schema": str(schema),

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import datastore
-from datastore.dataset.durability.parity import PARITY_SCHEMA
+from datastore.dataset.shards.parity_groups import PARITY_SCHEMA
 from datastore.dataset.shards.segment_file import SEGMENT_SCHEMA
 from datastore.document import Sealed, json_schema
 from datastore.formats.documents import DOCUMENTS_SCHEMA

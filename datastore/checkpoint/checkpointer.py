@@ -26,29 +26,26 @@ from typing import Any, Literal, Self
 
 from datastore.checkpoint.format.manifest import StepCommit
 from datastore.checkpoint.format.tree import TensorSpec, pack
-from datastore.checkpoint.handle import Handle
-from datastore.checkpoint.history import History
-from datastore.checkpoint.inspect import StepReport, VerifyReport, inspect_step, verify_step
+from datastore.checkpoint.inspect import StepReport, StepVerifyReport, inspect_step, verify_step
 from datastore.checkpoint.loading.restore import Restored, Restorer
-from datastore.checkpoint.parallel import in_thread
-from datastore.checkpoint.ranks import Member, read_run
-from datastore.checkpoint.retention import Collected, collect, drop_after
-from datastore.checkpoint.saving.saver import Saver
+from datastore.checkpoint.ranks import Agree, SavingRank, StorageVote, read_run
+from datastore.checkpoint.saving.saver import Handle, SaveHistory, Saver
 from datastore.checkpoint.saving.snapshot import Snapshot, capture
-from datastore.checkpoint.settings import CheckpointOptions, Keep
-from datastore.checkpoint.steps import StepLog
-from datastore.checkpoint.votes import Agree, StorageVote
+from datastore.checkpoint.steps import CheckpointerSettings, Collected, Keep, StepLog, collect, drop_after
 from datastore.errors import ConfigError, DatastoreError
 from datastore.storage.base import Storage
 from datastore.storage.resolve import open_storage
+from datastore.threads import in_thread
 
 __all__ = ["Checkpointer"]
 
-_log = getLogger(__name__)
+_LOGGER = getLogger(__name__)
 
 _SESSION = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9_.-]*")
+
 _KEEP = Keep()
-_OPTIONS = CheckpointOptions()
+
+_OPTIONS = CheckpointerSettings()
 
 
 class Checkpointer:
@@ -62,7 +59,7 @@ class Checkpointer:
         rank: int = 0,
         world: int = 1,
         session: str = "",
-        options: CheckpointOptions = _OPTIONS,
+        options: CheckpointerSettings = _OPTIONS,
     ) -> None:
         """Open the run; nothing is written before the first save.
 
@@ -73,9 +70,9 @@ class Checkpointer:
         _check_member(keep, rank, world, session)
         storage = url if isinstance(url, Storage) else open_storage(url)
         read_run(storage)
-        self._member = Member(storage, rank, world, session or uuid.uuid4().hex, options)
+        self._member = SavingRank(storage, rank, world, session or uuid.uuid4().hex, options)
         self._keep = keep
-        self._history = History()
+        self._history = SaveHistory()
         self._saver = Saver(self._member, keep, self._history)
         self._vote = StorageVote(self._member)
         self._flight: Handle | None = None
@@ -200,7 +197,7 @@ class Checkpointer:
         """
         return inspect_step(self._member.storage, step)
 
-    def verify(self, step: int) -> VerifyReport:
+    def verify(self, step: int) -> StepVerifyReport:
         """Read all of `step` and return what is not as it was written.
 
         Raises:
@@ -239,7 +236,7 @@ class Checkpointer:
         except DatastoreError as failure:
             if error is None:
                 raise
-            _log.error("the last save failed, too: %s", failure)
+            _LOGGER.error("the last save failed, too: %s", failure)  # noqa: TRY400 - one line, no trace
 
     def _settle(self) -> None:
         """Wait until nothing is in flight; raise what nobody has heard of yet."""

@@ -10,21 +10,20 @@ from dataclasses import dataclass
 from math import prod
 from typing import Any
 
-from datastore.checkpoint.chunks import Chunk, chunks_of
-from datastore.checkpoint.format.manifest import PartInfo, StepCommit, step_key
+from datastore.checkpoint.format.manifest import Chunk, PartInfo, StepCommit, chunks_of, step_key
 from datastore.checkpoint.format.tree import specs, unpack
-from datastore.checkpoint.parallel import each
 from datastore.checkpoint.steps import StepLog, extents_of
 from datastore.errors import CorruptError
 from datastore.formats.safetensors import ITEM_BYTES
 from datastore.storage.base import Storage
+from datastore.threads import each
 
 __all__ = [
     "BadRange",
     "ItemReport",
     "StepReport",
     "StepSummary",
-    "VerifyReport",
+    "StepVerifyReport",
     "inspect_step",
     "list_steps",
     "verify_step",
@@ -88,7 +87,7 @@ class BadRange:
 
 
 @dataclass(frozen=True, slots=True)
-class VerifyReport:
+class StepVerifyReport:
     """The result of reading all of one step; sound if `bad` is empty."""
 
     step: int
@@ -148,7 +147,7 @@ def _item(name: str, skeleton: Any) -> ItemReport:
     return ItemReport(name, len(found), size, unpack(skeleton, name=name, tensors=shown))
 
 
-def verify_step(storage: Storage, step: int, *, progress: Callable[[int], object] | None = None) -> VerifyReport:
+def verify_step(storage: Storage, step: int, *, progress: Callable[[int], object] | None = None) -> StepVerifyReport:
     """Read every file of `step` and compare it with its digests; `progress` is told the bytes done so far.
 
     Raises:
@@ -160,7 +159,7 @@ def verify_step(storage: Storage, step: int, *, progress: Callable[[int], object
     try:
         refs = log.read(step).parts
     except CorruptError as error:
-        return VerifyReport(step, 0, 0, (BadRange(step_key(step), reason=str(error)),))
+        return StepVerifyReport(step, 0, 0, (BadRange(step_key(step), reason=str(error)),))
     infos = []
     for ref in refs:
         with _noting(bad, ref.info):
@@ -184,7 +183,7 @@ def verify_step(storage: Storage, step: int, *, progress: Callable[[int], object
         for chunk, reason in zip(chunks, reasons, strict=True)
         if reason
     )
-    return VerifyReport(step, len(chunks), done, tuple(bad))
+    return StepVerifyReport(step, len(chunks), done, tuple(bad))
 
 
 def _checked_files(log: StepLog, infos: list[PartInfo], bad: list[BadRange]) -> list[Chunk]:

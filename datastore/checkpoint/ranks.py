@@ -2,39 +2,50 @@
 
 `run.json` is written by the first save, never by reading. If it was lost while steps are there, the next save writes
 it again with the identity that the steps carry.
+
+Wait for another process through storage: ask again with growing pauses, and give up in finite time.
+
+How ranks agree on which step they restore: none may take one that another could not verify.
+
+An agreement is a function that every rank calls with a number, equally often, and that returns the least of them on
+every rank. That is enough for everything: the newest step that all can see, whether all found it sound (0 or 1), and
+whether all mean the same save. A trainer passes an all-reduce of its process group; without one the ranks meet in
+storage, at the price of one tiny file per rank and question.
 """
 
 import os
+import threading
+import time
 import uuid
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from importlib.metadata import version
+from itertools import count
+from typing import TypeVar
 
-from datastore.checkpoint.format.manifest import RUN_KEY, RunInfo, StepRef
-from datastore.checkpoint.settings import CheckpointOptions
-from datastore.checkpoint.steps import StepLog
-from datastore.checkpoint.waiting import wait_until
+from datastore.checkpoint.format.manifest import RUN_KEY, VOTES, RunInfo, StepRef
+from datastore.checkpoint.steps import CheckpointerSettings, StepLog
 from datastore.digest import digest_hex
 from datastore.document import seal, unseal
 from datastore.errors import ConfigError, ConflictError, CorruptError, MissingError, WaitError
-from datastore.storage.base import Storage
-from datastore.storage.probe import probe_exclusive
+from datastore.host import utc_now
+from datastore.storage.base import Storage, probe_exclusive
 
-__all__ = ["Member", "ensure_run", "now", "read_run", "writer"]
+__all__ = ["Agree", "SavingRank", "StorageVote", "all_equal", "ensure_run", "read_run", "wait_until", "writer"]
 
 _OTHERS = {"datastore.json": "a dataset"}
 
 
 @dataclass(frozen=True, slots=True)
-class Member:
+class SavingRank:
     """One rank of one launch. `session` is the same on all ranks and new for each launch: it makes part names unique."""
 
     storage: Storage
     rank: int
     world: int
     session: str
-    options: CheckpointOptions
+    options: CheckpointerSettings
 
     def save_ref(self, step: int, attempt: int) -> StepRef:
         """Return the name of the `attempt`-th save of `step` in this session: equal on all ranks, used by no other."""
@@ -65,7 +76,7 @@ def read_run(storage: Storage) -> RunInfo | None:
     return None
 
 
-def ensure_run(member: Member) -> RunInfo:
+def ensure_run(member: SavingRank) -> RunInfo:
     """Return what `run.json` says; rank 0 writes it if it is not there, the others wait for it.
 
     Raises:
@@ -88,14 +99,93 @@ def _new_run(storage: Storage) -> RunInfo:
     log = StepLog(storage)
     newest = log.newest()
     run_id = uuid.uuid4().hex if newest is None else log.read(newest).run_id
-    return RunInfo(run_id=run_id, created=now(), exclusive=probe_exclusive(storage), writer=writer())
-
-
-def now() -> str:
-    """Return the time as stored: UTC, to the second."""
-    return datetime.now(UTC).isoformat(timespec="seconds")
+    return RunInfo(run_id=run_id, created=utc_now(), exclusive=probe_exclusive(storage), writer=writer())
 
 
 def writer() -> str:
     """Return which code writes."""
     return f"datastore {version('datastore')}, process {os.getpid()}"
+
+
+Agree = Callable[[int], int]
+"""Return the least of the numbers that the ranks call this with; a collective operation."""
+
+
+class StorageVote:
+    """An agreement through files. Each launch needs a session of its own, or it would read the votes of the last one."""
+
+    def __init__(self, member: SavingRank) -> None:
+        self._member = member
+        self._numbers = count()
+
+    def __call__(self, value: int) -> int:
+        """Return the least `value` of all ranks.
+
+        Raises:
+            WaitError: some ranks did not vote in time; the message names them.
+            ConflictError: this rank's vote is there already, so another process has the same session and rank.
+        """
+        if self._member.world == 1:
+            return value
+        number = next(self._numbers)
+        try:
+            self._member.storage.put_new(self._key(number, self._member.rank), str(value).encode())
+        except ConflictError:
+            hint = "Give each launch a session of its own, and each process its own rank."
+            raise ConflictError(
+                "another process voted in this place", session=self._member.session, hint=hint
+            ) from None
+        found: list[int] = []
+
+        def next_missing() -> list[int] | None:
+            for rank in range(len(found), self._member.world):
+                vote = self._read(number, rank)
+                if vote is None:
+                    return None
+                found.append(vote)
+            return found
+
+        if wait_until(next_missing, timeout_s=self._member.options.wait_s) is None:
+            late = [rank for rank in range(self._member.world) if self._read(number, rank) is None]
+            hint = "Check those processes; all ranks must call restore."
+            raise WaitError("ranks did not take part in the restore in time", ranks=late, hint=hint)
+        return min(found)
+
+    def _key(self, number: int, rank: int) -> str:
+        return f"{VOTES}/{self._member.session}/{number:06d}-{rank:05d}"
+
+    def _read(self, number: int, rank: int) -> int | None:
+        try:
+            return int(self._member.storage.get(self._key(number, rank)))
+        except MissingError:
+            return None
+
+
+def all_equal(agree: Agree, value: int) -> bool:
+    """Return, on every rank, whether all of them called this with the same `value`."""
+    least, greatest = agree(value), -agree(-value)
+    return least == greatest
+
+
+T = TypeVar("T")
+
+_FIRST_PAUSE_S = 0.002
+
+_LONGEST_PAUSE_S = 1.0
+
+
+def wait_until(ready: Callable[[], T | None], *, timeout_s: float) -> T | None:
+    """Return the first value of `ready()` that is not None, or None if there was none for `timeout_s`.
+
+    Asked at least once; the pauses double from 2 ms to 1 s, so an answer is seen at most twice as late as it came.
+    """
+    deadline = time.monotonic() + timeout_s
+    pause = threading.Event()
+    pause_s = _FIRST_PAUSE_S
+    while True:
+        value = ready()
+        left = deadline - time.monotonic()
+        if value is not None or left <= 0:
+            return value
+        pause.wait(min(pause_s, left))
+        pause_s = min(2 * pause_s, _LONGEST_PAUSE_S)

@@ -3,21 +3,45 @@
 A tensor that cannot be told apart by dtype, shape and bytes (sparse, quantized, on the meta device, of an unknown
 subclass) is refused by name rather than stored half. A DTensor is one piece of a whole; ranks that hold the same
 piece agree without a word that the one at coordinate 0 of the mesh dimensions it is replicated over writes it.
+
+Who writes which tensor and where pieces of tensors meet: pure arithmetic that every rank does alike.
+
+No rank asks another: the owner of a tensor that all ranks hold follows from the sizes alone, and a shard's place in
+the whole follows from its layout. The price is that ranks must hold the same state; the commit checks that they did.
 """
 
+import heapq
 import sys
+from collections import defaultdict
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from math import prod
 from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
+from datastore.checkpoint.format.manifest import Entry
 from datastore.checkpoint.format.tree import TensorSpec
-from datastore.checkpoint.loading.sources import Bytes
-from datastore.checkpoint.plan import Box
-from datastore.errors import ConfigError
+from datastore.errors import ConfigError, ConflictError
 
-__all__ = ["DTYPES", "Piece", "byte_view", "describe", "local_piece", "memory_key"]
+__all__ = [
+    "DTYPES",
+    "Box",
+    "Bytes",
+    "TensorPiece",
+    "byte_view",
+    "check_coverage",
+    "describe",
+    "local_piece",
+    "memory_key",
+    "overlap",
+    "owners",
+    "row_span",
+]
+
+Bytes = NDArray[np.uint8]
 
 _NAMES = {
     torch.bool: "BOOL",
@@ -39,6 +63,7 @@ _NAMES = {
     torch.float64: "F64",
     torch.complex64: "C64",
 }
+
 DTYPES = {name: dtype for dtype, name in _NAMES.items()}
 """The torch dtype of each dtype that safetensors knows."""
 
@@ -46,7 +71,24 @@ _PLAIN = (torch.Tensor, torch.nn.Parameter)
 
 
 @dataclass(frozen=True, slots=True)
-class Piece:
+class Box:
+    """A rectangular region of a tensor: where it starts and how far it goes, in elements of each dimension."""
+
+    starts: tuple[int, ...]
+    shape: tuple[int, ...]
+
+    @property
+    def elements(self) -> int:
+        """How many elements it has; 1 for a scalar."""
+        return prod(self.shape)
+
+    def within(self, offsets: tuple[int, ...]) -> "Box":
+        """Return the same region, counted from `offsets` instead of from the start of the whole."""
+        return Box(tuple(start - offset for start, offset in zip(self.starts, offsets, strict=True)), self.shape)
+
+
+@dataclass(frozen=True, slots=True)
+class TensorPiece:
     """The part of a tensor that is in this process."""
 
     tensor: torch.Tensor
@@ -87,7 +129,7 @@ def _unfit(tensor: torch.Tensor) -> str:
     return ""
 
 
-def local_piece(tensor: torch.Tensor, name: str) -> Piece:
+def local_piece(tensor: torch.Tensor, name: str) -> TensorPiece:
     """Return the part of `tensor` that is in this process.
 
     Raises:
@@ -96,7 +138,7 @@ def local_piece(tensor: torch.Tensor, name: str) -> Piece:
     if _is_dtensor(tensor):
         return _shard(tensor, name)
     whole = Box((0,) * tensor.dim(), tuple(tensor.shape))
-    return Piece(tensor.detach(), whole, replicated=True, first=True)
+    return TensorPiece(tensor.detach(), whole, replicated=True, first=True)
 
 
 def _is_dtensor(value: torch.Tensor) -> bool:
@@ -105,7 +147,7 @@ def _is_dtensor(value: torch.Tensor) -> bool:
     return module is not None and isinstance(value, module.DTensor)
 
 
-def _shard(tensor: Any, name: str) -> Piece:
+def _shard(tensor: Any, name: str) -> TensorPiece:
     from torch.distributed.tensor._utils import compute_local_shape_and_global_offset  # noqa: PLC0415 - as above
 
     mesh, placements = tensor.device_mesh, tensor.placements
@@ -120,10 +162,10 @@ def _shard(tensor: Any, name: str) -> Piece:
     coordinate = mesh.get_coordinate()
     local = tensor.detach().to_local()
     if coordinate is None:
-        return Piece(local, Box((0,) * tensor.dim(), (0,) * tensor.dim()), replicated=False, first=False)
+        return TensorPiece(local, Box((0,) * tensor.dim(), (0,) * tensor.dim()), replicated=False, first=False)
     alike = not tensor.numel()  # All ranks hold the same nothing.
     first = all(at == 0 for at, layout in zip(coordinate, placements, strict=True) if alike or layout.is_replicate())
-    return Piece(local, Box(tuple(offsets), tuple(shape)), replicated=False, first=first)
+    return TensorPiece(local, Box(tuple(offsets), tuple(shape)), replicated=False, first=first)
 
 
 def byte_view(tensor: torch.Tensor) -> Bytes | None:
@@ -141,3 +183,62 @@ def byte_view(tensor: torch.Tensor) -> Bytes | None:
 def memory_key(tensor: torch.Tensor) -> tuple[object, ...]:
     """Return what two tensors have in common exactly if they are the same elements of the same memory."""
     return (tensor.device, tensor.data_ptr(), tensor.dtype, tuple(tensor.shape), tensor.stride())
+
+
+def owners(sizes: Mapping[str, int], *, world: int) -> dict[str, int]:
+    """Return the rank that writes each tensor: largest first, each to the rank with the fewest bytes so far.
+
+    Equal on every rank that has the same `sizes`. The most loaded rank has at most 4/3 of the best possible share.
+
+    Source: R. L. Graham, "Bounds on Multiprocessing Timing Anomalies", 1969 (longest processing time first).
+    """
+    loads = [(0, rank) for rank in range(world)]
+    owner: dict[str, int] = {}
+    for name, size in sorted(sizes.items(), key=lambda item: (-item[1], item[0])):
+        load, rank = loads[0]
+        owner[name] = rank
+        heapq.heapreplace(loads, (load + size, rank))
+    return owner
+
+
+def overlap(one: Box, other: Box) -> Box | None:
+    """Return the region that two boxes of the same whole share, or None if there is not one element in it."""
+    starts = tuple(max(a, b) for a, b in zip(one.starts, other.starts, strict=True))
+    stops = tuple(
+        min(a + c, b + d) for a, b, c, d in zip(one.starts, other.starts, one.shape, other.shape, strict=True)
+    )
+    shape = tuple(stop - start for start, stop in zip(starts, stops, strict=True))
+    return Box(starts, shape) if all(length > 0 for length in shape) else None
+
+
+def row_span(box: Box, shape: tuple[int, ...]) -> tuple[int, int]:
+    """Return the range [first, last + 1) of element numbers that `box` touches in a row-major array of `shape`."""
+    first = last = 0
+    for start, length, size in zip(box.starts, box.shape, shape, strict=True):
+        first = first * size + start
+        last = last * size + start + length - 1
+    return first, last + 1
+
+
+def check_coverage(specs: Mapping[str, TensorSpec], entries: Iterable[Entry]) -> None:
+    """Raise unless the pieces of each tensor in `specs` add up to the whole, and there is nothing else.
+
+    Raises:
+        ConflictError: elements are missing or written twice, which is what happens when ranks hold different state.
+    """
+    pieces: defaultdict[str, set[tuple[tuple[int, ...], tuple[int, ...]]]] = defaultdict(set)
+    for entry in entries:
+        if specs.get(entry.tensor) != TensorSpec(entry.dtype, entry.global_shape):
+            raise _disagree("a rank wrote a tensor that rank 0 does not have, or not like this", entry.tensor)
+        box = (entry.offsets, entry.shape)
+        if box in pieces[entry.tensor]:
+            raise _disagree("two ranks wrote the same piece of a tensor", entry.tensor)
+        pieces[entry.tensor].add(box)
+    for name, spec in specs.items():
+        found = sum(prod(shape) for _, shape in pieces[name])
+        if found != prod(spec.shape) or not pieces[name]:
+            raise _disagree("the ranks did not write the whole of a tensor", name)
+
+
+def _disagree(fact: str, tensor: str) -> ConflictError:
+    return ConflictError(fact, tensor=tensor, hint="Save the same state on every rank, with the same rank and world.")

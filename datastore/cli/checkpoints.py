@@ -3,7 +3,7 @@
 import click
 
 from datastore.cli.output import fields, json_option, moment, say, say_json, table
-from datastore.cli.shell import Group, example
+from datastore.cli.shell import CommandGroup, example
 
 __all__ = ["checkpoint"]
 
@@ -11,7 +11,7 @@ RUN = click.argument("run")
 STEP = click.option("--step", type=click.IntRange(min=0), help="Which step; the newest if left out.")
 
 
-@click.group(cls=Group, short_help="Look at checkpoints, export a model.")
+@click.group(cls=CommandGroup, short_help="Look at checkpoints, export a model.")
 def checkpoint() -> None:
     """Look at the checkpoints of a run, check them, export a model."""
 
@@ -110,8 +110,7 @@ def verify(*, run: str, step: int | None, as_json: bool) -> int:
 @json_option
 def gc(*, run: str, last: int, dry_run: bool, as_json: bool) -> None:
     """Remove old checkpoints of RUN, and files that no checkpoint needs. Training does this by itself."""
-    from datastore.checkpoint.retention import collect
-    from datastore.checkpoint.settings import Keep
+    from datastore.checkpoint.steps import Keep, collect
     from datastore.storage.resolve import open_storage
     from datastore.units import format_bytes
 

@@ -17,7 +17,7 @@ from pathlib import Path
 import click
 
 from datastore.cli.output import fields, json_option, say, say_json, table
-from datastore.cli.redundancy import tell_exposure
+from datastore.cli.redundancy import tell_health
 from datastore.cli.shell import example
 
 __all__ = ["doctor"]
@@ -60,10 +60,10 @@ def doctor(*, dataset: str | None, url: str | None, as_json: bool) -> None:
     With the URL of a DATASET, show instead what would be gone if one of its disks were lost.
     """
     if dataset is not None:
-        from datastore.dataset.durability.health import exposure
+        from datastore.dataset.durability.health import health
 
-        found = exposure(dataset)
-        say_json(found) if as_json else tell_exposure(found)
+        found = health(dataset)
+        say_json(found) if as_json else tell_health(found)
         return
     packages = {name: _version(name) for name in _REQUIRED}
     extras = {extra: {name: _version(name) for name in names} for extra, names in _EXTRAS.items()}
@@ -155,7 +155,7 @@ def _cpu_flags() -> frozenset[str]:
 
 
 def _probe(url: str) -> StorageProbe:
-    from datastore.storage.probe import probe_exclusive
+    from datastore.storage.base import probe_exclusive
     from datastore.storage.resolve import open_storage
 
     storage = open_storage(url)

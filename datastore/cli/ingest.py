@@ -6,11 +6,11 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from datastore.cli.output import fields, json_option, progress_bar, say, say_json
-from datastore.cli.shell import Group, example
+from datastore.cli.shell import CommandGroup, example
 
 if TYPE_CHECKING:  # pyarrow takes longer to load than a wrong option takes to find.
     from datastore.ingestion.estimate import Estimate
-    from datastore.ingestion.report import IngestReport, Progress
+    from datastore.ingestion.report import IngestProgress, IngestReport
     from datastore.ingestion.settings import IngestSettings
 
 __all__ = ["COMMANDS"]
@@ -80,7 +80,7 @@ def _ingest(sources: tuple[str, ...], to: str, settings: "IngestSettings") -> "I
 
     with progress_bar("ingest") as bar:
 
-        def show(progress: "Progress") -> None:
+        def show(progress: "IngestProgress") -> None:
             if bar is not None:
                 bar(progress.source_bytes, progress.source_bytes_total)
 
@@ -134,7 +134,7 @@ def _counts(reasons: Mapping[Any, int], where: str = "") -> str | None:
     return f"{sum(reasons.values()):,} ({parts}){f', see {where}' if where else ''}"
 
 
-@click.group(cls=Group, short_help="Make a tokenizer.")
+@click.group(cls=CommandGroup, short_help="Make a tokenizer.")
 def tokenizer() -> None:
     """Make a tokenizer from text."""
 

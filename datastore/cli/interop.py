@@ -9,7 +9,7 @@ from datastore.cli.output import fields, json_option, progress_bar, say, say_jso
 from datastore.cli.shell import example
 
 if TYPE_CHECKING:
-    from datastore.ingestion.report import IngestReport, Progress
+    from datastore.ingestion.report import IngestProgress, IngestReport
     from datastore.ingestion.settings import IngestSettings
     from datastore.interop.formats import ImportFormat
 
@@ -145,7 +145,7 @@ def _import(source: str, to: str, kind: "ImportFormat", settings: "IngestSetting
 
     with progress_bar("import") as bar:
 
-        def show(progress: "Progress") -> None:
+        def show(progress: "IngestProgress") -> None:
             if bar is not None:
                 bar(progress.source_bytes, progress.source_bytes_total)
 

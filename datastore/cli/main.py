@@ -9,21 +9,21 @@ import click
 
 from datastore.cli.checkpoints import checkpoint
 from datastore.cli.datasets import COMMANDS as DATA_COMMANDS
+from datastore.cli.datasets import RECORD_COMMANDS
 from datastore.cli.deletion import COMMANDS as DELETION_COMMANDS
 from datastore.cli.doctor import doctor
 from datastore.cli.ingest import COMMANDS as INGEST_COMMANDS
 from datastore.cli.interop import COMMANDS as INTEROP_COMMANDS
-from datastore.cli.records import COMMANDS as RECORD_COMMANDS
 from datastore.cli.redundancy import COMMANDS as REDUNDANCY_COMMANDS
 from datastore.cli.runs import COMMANDS as RUN_COMMANDS
-from datastore.cli.shell import Group, Session, call, debug_option, example, last_words
+from datastore.cli.shell import CliSession, CommandGroup, call, debug_option, example, last_words
 from datastore.cli.versions import COMMANDS as VERSION_COMMANDS
 
 __all__ = ["cli", "main"]
 
 
 @click.group(
-    cls=Group,
+    cls=CommandGroup,
     params=[debug_option()],
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100, "show_default": True},
     epilog=example("datastore doctor"),
@@ -53,7 +53,7 @@ for command in (
 
 def main() -> NoReturn:
     """Run the command line of this process and exit."""
-    session = Session()
+    session = CliSession()
     sys.excepthook = last_words(session)
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
     if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:

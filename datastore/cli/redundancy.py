@@ -8,10 +8,10 @@ from datastore.cli.output import fields, json_option, progress_bar, say, say_jso
 from datastore.cli.shell import example
 
 if TYPE_CHECKING:  # pyarrow takes longer to load than a wrong option takes to find.
-    from datastore.dataset.durability.health import Exposure
+    from datastore.dataset.durability.health import Health
     from datastore.dataset.durability.repair import RepairReport
 
-__all__ = ["COMMANDS", "tell_exposure"]
+__all__ = ["COMMANDS", "tell_health"]
 
 URL = click.argument("url")
 
@@ -72,7 +72,7 @@ def protect(*, url: str, width: int, as_json: bool) -> None:
     Of each group one file may be lost or damaged. On several disks a group has no two files on one disk, as long as
     there are more disks than files per parity file. Run it again after each ingest: only what is new is read.
     """
-    from datastore.store.protect import protect as protect_dataset
+    from datastore.dataset.durability.parity import protect as protect_dataset
     from datastore.units import format_bytes
 
     with progress_bar("protect") as progress:
@@ -153,7 +153,7 @@ def _tell(report: "RepairReport") -> None:
     say(f"{report.files:,} files, {report.copies:,} copies, {format_bytes(report.bytes)} read: {result}")
 
 
-def tell_exposure(found: "Exposure") -> None:
+def tell_health(found: "Health") -> None:
     """Print what losing a disk would cost."""
     from datastore.units import format_bytes
 

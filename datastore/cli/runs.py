@@ -1,27 +1,42 @@
-"""The commands about a run: start it, go on with it, look into what it saw, let its model speak."""
+"""The commands about a run: start it, go on with it, look into what it saw, let its model speak.
+
+What the environment says about this process among others: the only place in the package that reads it.
+
+Launchers such as torchrun set `RANK`, `WORLD_SIZE`, `LOCAL_RANK`, `LOCAL_WORLD_SIZE`, `MASTER_ADDR` and `MASTER_PORT`.
+
+`datastore trace`: from a step back to files, byte offsets and text.
+
+The line that shows how training goes: redrawn in place on a terminal; elsewhere only what must not be missed.
+"""
 
 import os
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Self
 
 import click
 
-from datastore.cli.environment import launched_by
 from datastore.cli.output import json_option, say, say_json
 from datastore.cli.shell import example
-from datastore.cli.tracing import trace
-from datastore.cli.training import TrainingLine
+from datastore.errors import ConfigError
+from datastore.units import format_seconds
 
-if TYPE_CHECKING:  # torch and pyarrow take longer to load than a wrong option takes to find.
-    from datastore.train.progress import Result
+if TYPE_CHECKING:
+    from datastore.training.metrics import Result, TrainingProgress
+    from datastore.training.run.audit import TracedSpan
 
-__all__ = ["COMMANDS"]
+__all__ = ["COMMANDS", "TrainingLine", "launched_by", "line_of", "trace"]
 
 RUN = click.argument("run")
+
 STEP = click.option("--step", type=click.IntRange(min=1), help="The checkpoint of this step; the newest if left out.")
+
 SET = click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Change a setting; may be repeated.")
+
 PROCESSES = click.option("--processes", type=int, default=1, help="Ranks to start on this machine.")
+
 TAKE_OVER = click.option("--take-over", is_flag=True, help="Write to a run whose other writer is surely gone.")
 
 
@@ -112,7 +127,7 @@ def prove(*, run: str, as_json: bool) -> int:
     Reads the dataset again, computes which samples every step must have consumed, and compares; exits with 1 if
     anything differs.
     """
-    from datastore.train.proof import prove as prove_run
+    from datastore.training.run.audit import prove as prove_run
 
     proof = prove_run(run)
     if as_json:
@@ -142,7 +157,7 @@ def prove(*, run: str, as_json: bool) -> int:
 @json_option
 def evaluate(*, model: str, run: str | None, step: int | None, samples: int, as_json: bool) -> None:
     """Measure the validation loss of MODEL, a run or an exported folder."""
-    from datastore.train.validation import evaluate as evaluate_model
+    from datastore.training.export.inference import evaluate as evaluate_model
 
     found = evaluate_model(model, run=run or "", step=step, samples=samples)
     if as_json:
@@ -175,4 +190,140 @@ def generate(*, model: str, prompt: str | None, step: int | None, as_json: bool,
     say(text)
 
 
+@click.command(
+    short_help="Show what one step consumed.", epilog=example("datastore trace runs/first --step 5 --limit 2")
+)
+@click.argument("run")
+@click.option("--step", type=click.IntRange(min=1), required=True, help="Which step; 1 is the first.")
+@click.option("--rank", type=click.IntRange(min=0), help="Only what this rank saw; all ranks if left out.")
+@click.option("--limit", type=click.IntRange(min=0), default=4, help="How many samples; 0 for all.")
+@json_option
+def trace(*, run: str, step: int, rank: int | None, limit: int, as_json: bool) -> None:
+    """Show what one step of RUN consumed: document, source file, byte offset, text."""
+    from datastore.training.run.audit import trace as trace_run
+
+    found = trace_run(run, step, rank=rank, limit=limit)
+    if as_json:
+        say_json(found)
+        return
+    ranks = f"{found.world} rank{'s' if found.world > 1 else ''}"
+    who = f"by {ranks}" if rank is None else f"by rank {rank} of {ranks}"
+    say(f"step {found.step}, from position {found.cursor:,} on: {found.rows:,} samples seen {who}")
+    for sample in found.samples:
+        say()
+        say(f"position {sample.position:,}: sample {sample.sample:,}")
+        for span in sample.spans:
+            _tell(span)
+    if len(found.samples) < found.rows:
+        say()
+        say(f"... and {found.rows - len(found.samples):,} more samples; --limit 0 shows all")
+
+
 COMMANDS = (train, resume, prove, trace, evaluate, generate)
+
+_HINT = "Start all ranks with one launcher, such as torchrun, or unset RANK and WORLD_SIZE."
+
+
+def launched_by(environ: Mapping[str, str]) -> dict[str, Any] | None:
+    """Return the fields of `datastore.training.launcher.Launch` that a launcher has set, or None if there was none.
+
+    Raises:
+        ConfigError: a variable is missing, no number, or out of range.
+    """
+    if "RANK" not in environ and "WORLD_SIZE" not in environ:
+        return None
+    world = _number(environ, "WORLD_SIZE", low=1)
+    rank = _number(environ, "RANK", high=world)
+    local_world = _number(environ, "LOCAL_WORLD_SIZE", low=1, default=1)
+    return {
+        "rank": rank,
+        "world": world,
+        "local_rank": _number(environ, "LOCAL_RANK", high=local_world, default=0),
+        "local_world": local_world,
+        "host": environ.get("MASTER_ADDR", "127.0.0.1"),
+        "port": _number(environ, "MASTER_PORT", low=1, high=2**16) if world > 1 else 0,
+        "agent_store": environ.get("TORCHELASTIC_USE_AGENT_STORE", "") == "True",
+    }
+
+
+def _number(
+    environ: Mapping[str, str], name: str, *, low: int = 0, high: int | None = None, default: int | None = None
+) -> int:
+    """Return the variable `name`, a number of at least `low` and below `high`."""
+    text = environ.get(name)
+    if text is None:
+        if default is None:
+            raise ConfigError("a variable of the launcher is not set", variable=name, hint=_HINT)
+        return default
+    if not text.isdecimal() or int(text) < low or (high is not None and int(text) >= high):
+        below = {} if high is None else {"below": high}
+        raise ConfigError(
+            "a variable of the launcher is wrong", variable=name, value=text, at_least=low, **below, hint=_HINT
+        )
+    return int(text)
+
+
+_LINES = 8
+
+_COLUMNS = 110
+
+
+def _tell(span: "TracedSpan") -> None:
+    named = "" if span.document == span.source else f", document {span.document}"
+    say(f"  {span.source}{named}, bytes {span.start:,} to {span.stop:,} ({span.tokens:,} tokens)")
+    lines = span.text.splitlines()
+    for line in lines[:_LINES]:
+        say(f"  | {line if len(line) <= _COLUMNS else f'{line[: _COLUMNS - 3]}...'}")
+    if len(lines) > _LINES:
+        say(f"  | ... {len(lines) - _LINES} more lines")
+
+
+_CLEAR = "\r\x1b[K"
+
+
+class TrainingLine:
+    """Shows the progress of a run on stderr; use it as a context."""
+
+    def __init__(self, *, shown: bool = True) -> None:
+        self._shown = shown
+        self._terminal = shown and sys.stderr.isatty()
+        self._validation_loss: float | None = None
+
+    def update(self, progress: "TrainingProgress") -> None:
+        """Show `progress`; notes, and each new validation loss, stay on a line of their own."""
+        if not self._shown:
+            return
+        if progress.note:
+            self._keep(progress.note)
+        if not self._terminal:
+            return
+        if progress.validation_loss != self._validation_loss:
+            self._validation_loss = progress.validation_loss
+            self._keep(line_of(progress))
+        sys.stderr.write(_CLEAR + line_of(progress))
+        sys.stderr.flush()
+
+    def _keep(self, text: str) -> None:
+        sys.stderr.write(f"{_CLEAR if self._terminal else ''}{text}\n")
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._terminal:
+            sys.stderr.write(_CLEAR)
+
+
+def line_of(progress: "TrainingProgress") -> str:
+    """Return one line about a run; what is not known yet is left out."""
+    parts = [
+        f"step {progress.step:,}/{progress.steps:,}",
+        None if progress.loss is None else f"loss {progress.loss:.4f}",
+        None if progress.validation_loss is None else f"validation {progress.validation_loss:.4f}",
+        None if progress.tokens_per_s is None else f"{progress.tokens_per_s:,.0f} tokens/s",
+        None if progress.data_wait is None else f"waiting for data {progress.data_wait:.1%}",
+        None if progress.eta_s is None else f"{format_seconds(progress.eta_s)} left",
+    ]
+    return "  ".join(part for part in parts if part)

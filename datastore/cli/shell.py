@@ -22,7 +22,16 @@ import click
 
 from datastore.errors import ConfigError, DatastoreError, RejectedError
 
-__all__ = ["BROKEN_PIPE", "Group", "Session", "call", "debug_option", "example", "last_words", "silence_stdout"]
+__all__ = [
+    "BROKEN_PIPE",
+    "CliSession",
+    "CommandGroup",
+    "call",
+    "debug_option",
+    "example",
+    "last_words",
+    "silence_stdout",
+]
 
 BROKEN_PIPE = 141
 """What a shell reports for a process that SIGPIPE ended."""
@@ -31,13 +40,13 @@ _INTERRUPTED = 130
 
 
 @dataclass(slots=True)
-class Session:
+class CliSession:
     """What one call of the command line has been told so far; `ctx.obj` of every command."""
 
     debug: bool = False
 
 
-class Group(click.Group):
+class CommandGroup(click.Group):
     """A group whose commands all take `--debug`, wherever on the line it stands, and are listed in the order of work."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:  # noqa: ARG002 - click's protocol
@@ -55,7 +64,7 @@ def debug_option() -> click.Option:
 
     def remember(context: click.Context, _parameter: click.Parameter, value: bool) -> None:  # noqa: FBT001 - click's call
         if value:
-            context.ensure_object(Session).debug = True
+            context.ensure_object(CliSession).debug = True
 
     return click.Option(
         ["--debug"], is_flag=True, expose_value=False, is_eager=True, callback=remember, help="Show tracebacks."
@@ -67,7 +76,7 @@ def example(*lines: str) -> str:
     return "\b\n" + "\n".join(("Example:", *(f"  {line}" for line in lines)))
 
 
-def call(command: click.Command, arguments: Sequence[str] | None, session: Session) -> int:
+def call(command: click.Command, arguments: Sequence[str] | None, session: CliSession) -> int:
     """Run `command` on `arguments` (None: those of the process), print what went wrong, and return the exit code."""
     try:
         status = command.main(args=arguments, prog_name="datastore", standalone_mode=False, obj=session)
@@ -119,7 +128,7 @@ def _status(error: Exception) -> int:
     return 2 if isinstance(error, ConfigError | click.UsageError) else 1
 
 
-def last_words(session: Session) -> Callable[[type[BaseException], BaseException, TracebackType | None], None]:
+def last_words(session: CliSession) -> Callable[[type[BaseException], BaseException, TracebackType | None], None]:
     """Return the `sys.excepthook` that reports a bug in one line, and its traceback if `session.debug`."""
 
     def hook(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:

@@ -22,9 +22,9 @@ from datastore.dataset.shards.segment_file import SEGMENT_SCHEMA
 from datastore.dataset.shards.segments import load_segment
 from datastore.dataset.snapshot import Dataset, open_dataset
 from datastore.digest import digest_bytes
-from datastore.formats.arrays import numbers_of
+from datastore.formats.arrow import numbers_of
 from datastore.storage.base import Storage
-from datastore.store.parallel import in_parallel
+from datastore.threads import in_parallel
 
 __all__ = ["Changes", "Diff", "DocumentChange", "diff"]
 

@@ -5,27 +5,32 @@ are stored. So a process may be killed at any moment, and several may work on on
 other: at worst a task is done twice, with the same bytes. Nothing in here makes a shard visible; only a commit does.
 """
 
-from collections.abc import Iterator, Sequence
-from typing import Annotated
+from collections.abc import Collection, Iterable, Iterator
+from dataclasses import dataclass
+from typing import Literal
 
 import msgspec
 import numpy as np
 import numpy.typing as npt
-import orjson
 
-from datastore.dataset.log.commits import utc_now
-from datastore.dataset.shards.segment_file import ShardInfo
-from datastore.digest import check_digest, digest_hex
-from datastore.document import Sealed, seal, unseal
+from datastore.dataset.log.manifest import Commit, Kind
+from datastore.dataset.shards.info import ShardInfo
+from datastore.digest import check_digest, digest_hex, sha256_hex
+from datastore.document import Count, Document, Sealed, seal, unseal
 from datastore.errors import ConflictError, CorruptError, MissingError
-from datastore.ingest.records import Reject
-from datastore.ingestion.plan import Plan
+from datastore.host import utc_now
 from datastore.storage.base import Stat, Storage
-from datastore.store.parallel import in_parallel
+from datastore.storage.wrappers import is_link
+from datastore.threads import in_parallel
 
-__all__ = ["Journal", "TaskDone", "encode_rejects"]
+__all__ = ["Journal", "Journals", "Part", "Plan", "SourceFile", "Task", "TaskDone", "clear_journals"]
 
-Count = Annotated[int, msgspec.Meta(ge=0)]
+
+Codec = Literal["", "gz", "zst"]
+"""How a file is compressed, "" for not at all."""
+
+SourceFormat = Literal["text", "jsonl", "parquet", "csv", "hf", "mds", "litdata", "megatron", "webdataset"]
+"""How the records of a file are read; all but the first two are formats of `interop`."""
 
 
 class TaskDone(Sealed, frozen=True, kw_only=True):
@@ -48,6 +53,64 @@ class TaskDone(Sealed, frozen=True, kw_only=True):
 
     encoder: str
     """Which library encoded; the ids are the same."""
+
+
+class SourceFile(Document, frozen=True, kw_only=True):
+    """One file to read."""
+
+    path: str
+    """`<name of the source>/<path below it>`; a source that is one file has no second part."""
+
+    size_bytes: Count
+    modified: float
+    """Seconds since the epoch, by the clock of its storage; 0.0 if unknown."""
+
+    format: SourceFormat
+    codec: Codec
+    lone: bool
+    """Whether the user named this very file, so that nothing about it is skipped."""
+
+    fingerprint: str
+
+
+class Part(Document, frozen=True, kw_only=True):
+    """A byte range of a file, as stored."""
+
+    file: Count
+    """Index in the plan's files."""
+
+    start: Count
+    stop: Count
+
+
+class Task(Document, frozen=True, kw_only=True):
+    """What one worker does in one go."""
+
+    id: str
+    parts: tuple[Part, ...]
+
+
+class Plan(Sealed, frozen=True, kw_only=True):
+    """`ingests/<id>/plan.json`: written once; whoever continues the ingest follows it."""
+
+    ingest_id: str
+    kind: Kind
+    reading_digest: str
+    """Of the settings that shard bytes depend on."""
+
+    sources: tuple[str, ...]
+    """As the user named them, without credentials."""
+
+    skipped: dict[str, Count]
+    """Files and folders left out, by reason; later versions may know more reasons."""
+
+    known: Count
+    """Files that an earlier ingest of the dataset brought, left out here."""
+
+    files: tuple[SourceFile, ...]
+    tasks: tuple[Task, ...]
+    record_schema: bytes = b""
+    """The columns of records that are taken over, as an encapsulated IPC message; empty if there are none."""
 
 
 class Journal:
@@ -150,23 +213,14 @@ class Journal:
             raise CorruptError("not digests of 16 bytes each", where=key, hint="Remove the ingest, and run it again.")
         return np.frombuffer(raw, dtype="<u8").reshape(-1, 2)
 
-    def put_rejects(self, name: str, rejects: Sequence[Reject]) -> None:
-        """Store rejects that no task has found."""
-        self.storage.put(self._rejects_key(name), encode_rejects(rejects))
+    def put_rejects(self, name: str, rejects: bytes) -> None:
+        """Store rejects that no task has found, as JSON lines."""
+        self.storage.put(self._rejects_key(name), rejects)
 
-    def rejects(self) -> Iterator[Reject]:
-        """Yield everything that was rejected and kept.
-
-        Raises:
-            CorruptError: a file is damaged, as far as that shows: only people read them.
-        """
+    def rejects(self) -> Iterator[tuple[str, bytes]]:
+        """Yield the files of what was rejected and kept, each with its key; `ingestion` knows what their lines say."""
         for stat in self.storage.list(f"{self.folder}/rejects"):
-            for line in self.storage.get(stat.key).split(b"\n")[:-1]:
-                try:
-                    found = Reject(**orjson.loads(line))
-                except (TypeError, ValueError) as error:
-                    raise CorruptError(f"a line is no reject: {error}", where=stat.key) from None
-                yield found
+            yield stat.key, self.storage.get(stat.key)
 
     def _is_there(self, shard: ShardInfo) -> bool:
         try:
@@ -181,6 +235,61 @@ class Journal:
         return f"{self.folder}/ids/{name}.bin"
 
 
-def encode_rejects(rejects: Sequence[Reject]) -> bytes:
-    """Return `rejects` as JSON lines."""
-    return b"".join(orjson.dumps(reject._asdict(), option=orjson.OPT_APPEND_NEWLINE) for reject in rejects)
+_CLEARED = {"done", "ids", "rejects"}
+"""What a journal has beside its plan: needed to go on with the ingest, and no more once it is committed."""
+
+
+@dataclass(frozen=True, slots=True)
+class Journals:
+    """Which ingests had their journal cleared, and which ones no version knows as its own."""
+
+    cleared: tuple[str, ...]
+    unfinished: tuple[str, ...]
+
+
+def journal_files(storage: Storage, history: Iterable[Commit]) -> set[str]:
+    """Return all files that the tasks of committed ingests have written, as far as their journals still say so.
+
+    One that found a document twice has written its shard again without it, and the first one is named by no version.
+    """
+    ingest_ids = {commit.ingest_id for commit in history}
+    keys = [stat.key for stat in storage.list("ingests")]
+    done = [key for key in keys if key.split("/")[1] in ingest_ids and key.split("/")[2] == "done"]
+    tasks = in_parallel(lambda key: unseal(TaskDone, storage.get(key), where=key), done)
+    paths = (path for task in tasks for shard in task.shards for path in (shard.path, shard.docs_path))
+    return {path for path in paths if path and not is_link(path)}
+
+
+def clear_journals(storage: Storage, ingest_ids: Collection[str], *, ids_sha256: Collection[str]) -> Journals:
+    """Remove what the journals of the ingests `ingest_ids`, which are committed, hold of their documents.
+
+    These are the digests of ids, the rejects with their excerpts of text, and what their tasks have made. The plan stays,
+    because it says which files the dataset knows; a file's name is blanked in it if it is, by its sha256, one of the ids.
+    """
+    cleared, unfinished = set[str](), set[str]()
+    removals = list[str]()
+    for stat in storage.list("ingests"):
+        _, ingest_id, *rest = stat.key.split("/")
+        if ingest_id not in ingest_ids:
+            unfinished.add(ingest_id)
+        elif rest[0] in _CLEARED:
+            cleared.add(ingest_id)
+            removals.append(stat.key)
+        elif rest == ["plan.json"] and _blank_plan(storage, stat.key, ids_sha256):
+            cleared.add(ingest_id)
+    for _ in in_parallel(storage.delete, removals):
+        pass
+    return Journals(cleared=tuple(sorted(cleared)), unfinished=tuple(sorted(unfinished)))
+
+
+def _blank_plan(storage: Storage, key: str, ids_sha256: Collection[str]) -> bool:
+    """Blank the names in a plan that are ids by their sha256; return whether there were any."""
+    plan = unseal(Plan, storage.get(key), where=key)
+    blanked = [file.path for file in plan.files if file.path and sha256_hex(file.path.encode()) in ids_sha256]
+    if not blanked:
+        return False
+    names = frozenset(blanked)
+    files = (msgspec.structs.replace(file, path="") if file.path in names else file for file in plan.files)
+    sources = (source for source in plan.sources if not source.endswith(tuple(blanked)))
+    storage.put(key, seal(msgspec.structs.replace(plan, files=tuple(files), sources=tuple(sources))))
+    return True

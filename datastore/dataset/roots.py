@@ -16,15 +16,16 @@ from pathlib import Path
 import msgspec
 
 from datastore.dataset.log.identity import PROBE_FOLDER, create_dataset, read_info
-from datastore.dataset.log.manifest import INFO_KEY, DatasetInfo, Placement, RootRef, commit_key
+from datastore.dataset.log.keys import commit_key
+from datastore.dataset.log.manifest import INFO_KEY, DatasetInfo, Placement, RootRef
 from datastore.document import seal
 from datastore.errors import ConfigError, ConflictError, FormatError, MissingError
-from datastore.storage.base import Storage
+from datastore.storage.base import Storage, probe_exclusive
 from datastore.storage.hedging import Answers, all_answers
 from datastore.storage.placed import PlacedStorage
-from datastore.storage.probe import probe_exclusive
 from datastore.storage.rendezvous import BEHIND_FOLDER, Root, behind_key
-from datastore.storage.resolve import Subfolder, open_storage
+from datastore.storage.resolve import open_storage
+from datastore.storage.wrappers import Subfolder
 
 __all__ = ["RootChange", "change_roots", "create_at", "open_roots", "place_dataset", "same_place", "store_info"]
 

@@ -17,16 +17,15 @@ from datastore.dataset.query.views import Views
 from datastore.dataset.roots import open_roots
 from datastore.dataset.shards.batches import BatchReader
 from datastore.dataset.shards.deletions import Deletions, load_deletions, merge_spans
-from datastore.dataset.shards.files import read_documents, read_record_shard, read_token_shard
-from datastore.dataset.shards.segment_file import Segments
-from datastore.dataset.shards.segments import load_segments
+from datastore.dataset.shards.files import read_documents, read_record_shard, read_token_shard, read_tokenizer
+from datastore.dataset.shards.segments import Segments, load_segments
 from datastore.errors import ConfigError, CorruptError, MissingError
 from datastore.formats.evolution import adapt
 from datastore.formats.schema import decode_schema
 from datastore.formats.tokens import Offsets, Tokens
 from datastore.storage.base import Storage
+from datastore.storage.resolve import open_storage
 from datastore.storage.wrappers import LinkedStorage
-from datastore.store.tokenizers import read_tokenizer
 
 __all__ = ["Dataset", "open_dataset", "split_reference"]
 
@@ -252,7 +251,9 @@ def open_dataset(
             url=storage.url,
             hint="Finish the ingest that was begun, by running it again.",
         )
-    return Dataset(LinkedStorage(storage) if REFERENCES in commit.features else storage, info=info, commit=commit)
+    return Dataset(
+        LinkedStorage(storage, open_storage) if REFERENCES in commit.features else storage, info=info, commit=commit
+    )
 
 
 def _commit(storage: Storage, info: DatasetInfo, version: int | None, tag: str | None) -> Commit | None:

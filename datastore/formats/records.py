@@ -63,7 +63,7 @@ class EncodedRecords:
 def encode_records(
     table: pa.Table,
     *,
-    format: RecordFormat = "arrow",  # noqa: A002 - what it is called everywhere
+    format: RecordFormat = "arrow",  # noqa: A002
     batch_bytes: int = BATCH_BYTES,
 ) -> EncodedRecords:
     """Return the shard that holds the rows of `table`."""

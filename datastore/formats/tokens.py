@@ -23,8 +23,7 @@ import pyarrow as pa
 from typing_extensions import Buffer
 
 from datastore.errors import ConfigError, CorruptError
-from datastore.formats.arrays import numbers_of
-from datastore.formats.flatbuffer import ALIGNMENT_BYTES, ListColumn, encode_lists
+from datastore.formats.arrow import ALIGNMENT_BYTES, ListColumn, encode_lists, numbers_of
 
 __all__ = [
     "ALIGNMENT_BYTES",

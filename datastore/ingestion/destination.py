@@ -6,22 +6,22 @@ from dataclasses import dataclass
 import msgspec
 import pyarrow as pa
 
-from datastore.dataset.journal import Journal
+from datastore.dataset.journal import Journal, Plan
 from datastore.dataset.log.commits import CommitLog
 from datastore.dataset.log.manifest import Commit, Kind, TokenizerRef
 from datastore.dataset.roots import open_roots
+from datastore.dataset.shards.files import read_tokenizer
 from datastore.dataset.snapshot import split_reference
 from datastore.errors import ConfigError, MissingError
 from datastore.formats.schema import decode_schema
 from datastore.ingestion.encoding.encoder import TextEncoder
-from datastore.ingestion.plan import Plan
 from datastore.ingestion.reading.sources import read_url
 from datastore.ingestion.settings import IngestSettings
 from datastore.storage.base import Storage
-from datastore.storage.resolve import open_storage, strip_credentials
-from datastore.store.tokenizers import read_tokenizer
+from datastore.storage.resolve import open_storage
+from datastore.storage.urls import strip_credentials
 
-__all__ = ["Target", "TokenizerChoice", "open_target"]
+__all__ = ["Destination", "TokenizerChoice", "open_target"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,7 +33,7 @@ class TokenizerChoice:
 
 
 @dataclass(frozen=True, slots=True)
-class Target:
+class Destination:
     """A dataset, or the place where one is to be."""
 
     storage: Storage
@@ -112,7 +112,7 @@ class Target:
         return "text, not tokens" if is_text else "tokens of a tokenizer that it does not name"
 
 
-def open_target(to: str) -> Target:
+def open_target(to: str) -> Destination:
     """Return what is at the URL `to`; nothing is written yet.
 
     Raises:
@@ -127,8 +127,8 @@ def open_target(to: str) -> Target:
     try:
         storage, info = open_roots(to)
     except MissingError:
-        return Target(open_storage(to), None)
-    return Target(storage, CommitLog(storage, exclusive=info.exclusive).newest())
+        return Destination(open_storage(to), None)
+    return Destination(storage, CommitLog(storage, exclusive=info.exclusive).newest())
 
 
 def _shown(ref: TokenizerRef | None) -> str:

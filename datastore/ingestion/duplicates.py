@@ -22,9 +22,9 @@ from datastore.dataset.shards.files import (
     write_record_shard,
     write_token_shard,
 )
-from datastore.dataset.shards.segment_file import ShardInfo
+from datastore.dataset.shards.info import ShardInfo
 from datastore.digest import digest_hex
-from datastore.ingest.records import Reject, reject
+from datastore.ingestion.reading.documents import Reject, reject
 
 __all__ = ["Deduplicated", "repeated", "without_duplicates"]
 

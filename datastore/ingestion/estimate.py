@@ -9,12 +9,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 
-from datastore.ingest.prepare import Prepared, prepare
-from datastore.ingest.records import Record, Reject
+from datastore.dataset.log.manifest import Kind
 from datastore.ingestion.encoding.encoder import TextEncoder
-from datastore.ingestion.plan import Order, orders, source_bytes
-from datastore.ingestion.reading.documents import read_part
-from datastore.ingestion.settings import IngestSettings, Kind
+from datastore.ingestion.ingest import PreparedIngest, prepare
+from datastore.ingestion.plan import WorkItem, source_bytes, work_items
+from datastore.ingestion.reading.documents import Reject, TextRecord, read_part
+from datastore.ingestion.settings import IngestSettings
 from datastore.storage.resolve import open_storage
 
 __all__ = ["Estimate", "estimate"]
@@ -56,7 +56,7 @@ def estimate(sources: Sequence[str], to: str, *, settings: IngestSettings | None
     """
     prepared = prepare(sources, to, settings or IngestSettings())
     plan = prepared.plan
-    every = list(orders(plan))
+    every = list(work_items(plan))
     total = sum(source_bytes(order) for order in every)
     workers = prepared.workers(len(every)) if every else 0
     sample = _Sample(prepared, every) if every else None
@@ -82,7 +82,7 @@ def estimate(sources: Sequence[str], to: str, *, settings: IngestSettings | None
 class _Sample:
     """A few documents, read and encoded."""
 
-    def __init__(self, prepared: Prepared, every: Sequence[Order]) -> None:
+    def __init__(self, prepared: PreparedIngest, every: Sequence[WorkItem]) -> None:
         self.source_bytes = 0
         self.rejects = 0
         self.tokens = 0
@@ -110,7 +110,7 @@ class _Sample:
         return self.encode_s / max(1, self.source_bytes) + _OTHER_S_PER_BYTE
 
 
-def _spread(prepared: Prepared, every: Sequence[Order]) -> Iterator[Record | Reject]:
+def _spread(prepared: PreparedIngest, every: Sequence[WorkItem]) -> Iterator[TextRecord | Reject]:
     """Yield the first documents of files spread over the plan, up to `_SAMPLE_BYTES`."""
     parts = [part for order in every for part in order.parts]
     step = max(1, len(parts) // _SAMPLE_FILES)
@@ -122,6 +122,6 @@ def _spread(prepared: Prepared, every: Sequence[Order]) -> Iterator[Record | Rej
             if isinstance(found, str):
                 continue
             yield found
-            taken += found.length if isinstance(found, Record) else len(found.excerpt)
+            taken += found.length if isinstance(found, TextRecord) else len(found.excerpt)
             if taken >= share:
                 break

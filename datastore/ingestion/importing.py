@@ -9,11 +9,11 @@ from collections.abc import Callable
 import msgspec
 
 from datastore.errors import ConfigError
-from datastore.ingest.copying import is_token_column
 from datastore.ingestion.ingest import ingest
 from datastore.ingestion.reading.sources import list_sources
-from datastore.ingestion.report import IngestReport, Progress
+from datastore.ingestion.report import IngestProgress, IngestReport
 from datastore.ingestion.settings import IngestSettings
+from datastore.ingestion.sinks import is_token_column
 from datastore.interop.formats import FORMATS, ImportFormat
 from datastore.storage.resolve import open_storage
 
@@ -29,7 +29,7 @@ def import_dataset(
     *,
     format: ImportFormat,  # noqa: A002 - what it is
     settings: IngestSettings | None = None,
-    progress: Callable[[Progress], None] | None = None,
+    progress: Callable[[IngestProgress], None] | None = None,
 ) -> IngestReport:
     """Add what `source`, a folder or file in the format of another library, holds to the dataset at `to`.
 

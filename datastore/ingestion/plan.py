@@ -6,21 +6,17 @@ so that the last worker is not alone for long. A task's id is the digest of all 
 
 import math
 from collections.abc import Iterable, Iterator
-from typing import Annotated
 
-import msgspec
-
+from datastore.dataset.journal import Part, Plan, SourceFile, Task
+from datastore.dataset.log.manifest import Kind
 from datastore.digest import digest_hex
-from datastore.document import Document, Sealed
-from datastore.ingest.split import can_be_cut, cut_evenly
-from datastore.ingest.tables import is_cuttable
-from datastore.ingestion.reading.documents import separator_of
-from datastore.ingestion.reading.sources import Listing, SourceFile
-from datastore.ingestion.settings import IngestSettings, Kind
+from datastore.document import Document
+from datastore.ingestion.reading.documents import is_cuttable, separator_of
+from datastore.ingestion.reading.sources import Listing
+from datastore.ingestion.reading.streams import can_be_cut, cut_evenly
+from datastore.ingestion.settings import IngestSettings
 
-__all__ = ["Order", "Part", "Plan", "Task", "ingest_id_of", "make_plan", "orders", "source_bytes"]
-
-Count = Annotated[int, msgspec.Meta(ge=0)]
+__all__ = ["WorkItem", "ingest_id_of", "make_plan", "source_bytes", "work_items"]
 
 _FILE_WEIGHT = 4096
 """Opening a file costs as much as reading this many bytes of it."""
@@ -29,47 +25,7 @@ _TYPICAL_EXPANSION = 4
 """Text compresses to about a quarter."""
 
 
-class Part(Document, frozen=True, kw_only=True):
-    """A byte range of a file, as stored."""
-
-    file: Count
-    """Index in the plan's files."""
-
-    start: Count
-    stop: Count
-
-
-class Task(Document, frozen=True, kw_only=True):
-    """What one worker does in one go."""
-
-    id: str
-    parts: tuple[Part, ...]
-
-
-class Plan(Sealed, frozen=True, kw_only=True):
-    """`ingests/<id>/plan.json`: written once; whoever continues the ingest follows it."""
-
-    ingest_id: str
-    kind: Kind
-    reading_digest: str
-    """Of the settings that shard bytes depend on."""
-
-    sources: tuple[str, ...]
-    """As the user named them, without credentials."""
-
-    skipped: dict[str, Count]
-    """Files and folders left out, by reason; later versions may know more reasons."""
-
-    known: Count
-    """Files that an earlier ingest of the dataset brought, left out here."""
-
-    files: tuple[SourceFile, ...]
-    tasks: tuple[Task, ...]
-    record_schema: bytes = b""
-    """The columns of records that are taken over, as an encapsulated IPC message; empty if there are none."""
-
-
-class Order(Document, frozen=True, kw_only=True):
+class WorkItem(Document, frozen=True, kw_only=True):
     """A task with all a worker needs to know of its files."""
 
     task_id: str
@@ -114,16 +70,16 @@ def make_plan(
     )
 
 
-def orders(plan: Plan, *, without: Iterable[str] = ()) -> Iterator[Order]:
+def work_items(plan: Plan, *, without: Iterable[str] = ()) -> Iterator[WorkItem]:
     """Yield the tasks of `plan`, in order, that are not called as one of `without`."""
     left_out = frozenset(without)
     for task in plan.tasks:
         if task.id not in left_out:
             parts = tuple((plan.files[part.file], part.start, part.stop) for part in task.parts)
-            yield Order(task_id=task.id, parts=parts)
+            yield WorkItem(task_id=task.id, parts=parts)
 
 
-def source_bytes(order: Order) -> int:
+def source_bytes(order: WorkItem) -> int:
     """Return how many stored bytes the task covers."""
     return sum(stop - start for _, start, stop in order.parts)
 

@@ -5,16 +5,16 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
 from datastore.dataset.journal import TaskDone
-from datastore.ingestion.plan import Order, source_bytes
-from datastore.ingestion.settings import Kind
+from datastore.dataset.log.manifest import Kind
+from datastore.ingestion.plan import WorkItem, source_bytes
 from datastore.ingestion.tasks import Advance
 from datastore.storage.statistics import OperationStatistics, add_statistics
 
-__all__ = ["IngestReport", "Progress", "Tally", "rejected_in", "skipped_in"]
+__all__ = ["IngestProgress", "IngestReport", "Tally", "rejected_in", "skipped_in"]
 
 
 @dataclass(frozen=True, slots=True)
-class Progress:
+class IngestProgress:
     """How far an ingest is. What an interrupted run did counts as done."""
 
     tasks_done: int
@@ -76,12 +76,12 @@ class Tally:
     """Adds up the steps of all tasks, and passes the sum on after each."""
 
     def __init__(
-        self, tasks: Iterable[Order], done: Mapping[str, TaskDone], tell: Callable[[Progress], None] | None
+        self, tasks: Iterable[WorkItem], done: Mapping[str, TaskDone], tell: Callable[[IngestProgress], None] | None
     ) -> None:
         weights = {order.task_id: source_bytes(order) for order in tasks}
         self._tell = tell
         self.storage: dict[str, OperationStatistics] = {}
-        self._now = Progress(
+        self._now = IngestProgress(
             tasks_done=len(done),
             tasks=len(weights),
             source_bytes=sum(weights[task] for task in done),
@@ -97,7 +97,7 @@ class Tally:
         now = self._now
         advance = step if isinstance(step, Advance) else Advance()
         self.storage = add_statistics((self.storage, advance.storage))
-        self._now = Progress(
+        self._now = IngestProgress(
             tasks_done=now.tasks_done + isinstance(step, TaskDone),
             tasks=now.tasks,
             source_bytes=now.source_bytes + advance.source_bytes,

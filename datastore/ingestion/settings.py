@@ -11,22 +11,24 @@ import msgspec
 
 from datastore.dataset.operations.append import Operation
 from datastore.digest import digest_hex
-from datastore.document import Document, encode
+from datastore.document import Document, Positive, encode
 from datastore.interop.formats import ImportFormat
 
-__all__ = ["CODE_VERSION", "IngestSettings", "Kind", "OnError", "SpecialTokens", "Take", "reading_digest"]
+__all__ = ["CODE_VERSION", "IngestSettings", "OnError", "SpecialTokens", "Take", "reading_digest"]
 
 CODE_VERSION = 1
 """Raised whenever the same source and settings would give other shard bytes than before."""
 
-Kind = Literal["tokens", "records"]
 OnError = Literal["quarantine", "skip", "fail"]
+
 SpecialTokens = Literal["escape", "allow", "reject"]
+
 Take = Literal["text", "rows", "tokens"]
+
 Encoder = Literal["auto", "tokenizers", "gigatoken"]
 
-Positive = Annotated[int, msgspec.Meta(ge=1)]
 Ratio = Annotated[float, msgspec.Meta(ge=0, le=1)]
+
 Name = Annotated[str, msgspec.Meta(min_length=1)]
 
 

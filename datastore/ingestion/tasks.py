@@ -12,28 +12,32 @@ import msgspec
 import numpy as np
 import xxhash
 
-from datastore.dataset.journal import Journal, TaskDone, encode_rejects
-from datastore.dataset.log.manifest import TokenizerRef
+from datastore.dataset.journal import Journal, TaskDone
+from datastore.dataset.log.manifest import Kind, TokenizerRef
 from datastore.dataset.roots import open_roots
+from datastore.dataset.shards.files import read_tokenizer
 from datastore.document import Document
 from datastore.errors import RejectedError
 from datastore.formats.schema import decode_schema
-from datastore.ingest.copying import CopiedRows, CopiedTokens, CopySink
-from datastore.ingest.records import Record, Reject
-from datastore.ingest.tables import read_rows
 from datastore.ingestion.encoding.encoder import TextEncoder
-from datastore.ingestion.plan import Order, source_bytes
-from datastore.ingestion.reading.documents import check_unchanged, read_part
+from datastore.ingestion.plan import WorkItem, source_bytes
+from datastore.ingestion.reading.documents import (
+    Reject,
+    TextRecord,
+    check_unchanged,
+    encode_rejects,
+    read_part,
+    read_rows,
+)
 from datastore.ingestion.reading.listing import SkipReason
 from datastore.ingestion.reading.sources import Roots
-from datastore.ingestion.settings import IngestSettings, Kind, OnError
-from datastore.ingestion.sinks import RecordShards, ShardSink, TokenShards
+from datastore.ingestion.settings import IngestSettings, OnError
+from datastore.ingestion.sinks import CopiedRows, CopiedTokens, CopySink, RecordShards, ShardSink, TokenShards
 from datastore.storage.base import Storage
 from datastore.storage.resolve import open_storage
 from datastore.storage.statistics import OperationStatistics, add_statistics
-from datastore.store.tokenizers import read_tokenizer
 
-__all__ = ["Advance", "Job", "Workbench"]
+__all__ = ["Advance", "Job", "TaskRunner"]
 
 _BATCH_BYTES = 4 * 2**20
 """Source bytes of the documents that are encoded together."""
@@ -69,7 +73,7 @@ class Advance(Document, frozen=True, kw_only=True, tag=True):
 Report = Callable[[Advance], None]
 
 
-class Workbench:
+class TaskRunner:
     """Everything a process needs for the tasks of a job, opened once."""
 
     def __init__(self, job: Job) -> None:
@@ -87,7 +91,7 @@ class Workbench:
         raw = read_tokenizer(self.storage, self.job.tokenizer)
         return TextEncoder(raw, self.job.settings, parallel=self.job.parallel)
 
-    def work(self, order: Order, report: Report) -> TaskDone:
+    def work(self, order: WorkItem, report: Report) -> TaskDone:
         """Do one task, mark it done, and return what it made.
 
         Raises:
@@ -106,7 +110,7 @@ class Workbench:
         self._told = now
         return spent
 
-    def _encode(self, order: Order, report: Report) -> TaskDone:
+    def _encode(self, order: WorkItem, report: Report) -> TaskDone:
         """Take text; otherwise as `work`."""
         run = _Run(self._sink(order), report, on_error=self.job.settings.on_error, stored_bytes=source_bytes(order))
         for file, start, stop in order.parts:
@@ -129,7 +133,7 @@ class Workbench:
         )
         return self.journal.finish(done, rejects=encode_rejects(run.kept), ids=run.ids() if run.named else b"")
 
-    def _copy(self, order: Order, report: Report) -> TaskDone:
+    def _copy(self, order: WorkItem, report: Report) -> TaskDone:
         """Take over rows or tokens; otherwise as `work`."""
         sink = self._copy_sink(order)
         copied = 0
@@ -161,7 +165,7 @@ class Workbench:
         )
         return self.journal.finish(done, rejects=b"", ids=b"")
 
-    def _copy_sink(self, order: Order) -> CopySink:
+    def _copy_sink(self, order: WorkItem) -> CopySink:
         job = self.job
         size = job.settings.shard_bytes
         if job.settings.take == "rows":
@@ -170,7 +174,7 @@ class Workbench:
         key = job.settings.tokens_key
         return CopiedTokens(self.storage, order.task_id, key=key, tokenizer=job.tokenizer, shard_bytes=size)
 
-    def _sink(self, order: Order) -> ShardSink:
+    def _sink(self, order: WorkItem) -> ShardSink:
         size = self.job.settings.shard_bytes
         if self.encoder is None:
             return RecordShards(self.storage, order.task_id, shard_bytes=size)
@@ -192,13 +196,13 @@ class _Run:
         """Whether a document brought its own id."""
         self._report = report
         self._on_error = on_error
-        self._batch: list[Record] = []
+        self._batch: list[TextRecord] = []
         self._batch_bytes = 0
         self._unreported_bytes = stored_bytes
 
-    def take(self, found: Record | Reject | SkipReason) -> None:
+    def take(self, found: TextRecord | Reject | SkipReason) -> None:
         """Take what was read."""
-        if isinstance(found, Record):
+        if isinstance(found, TextRecord):
             self._batch.append(found)
             self._batch_bytes += found.length
             if self._batch_bytes >= _BATCH_BYTES:

@@ -3,15 +3,23 @@
 Workers are fresh processes that import this package, not copies of the caller: nothing of the caller's threads, locks
 or `__main__` gets into them, which is why it works from a notebook, too. They get a pipe and end when it ends, so a
 caller that is killed leaves nobody behind, and Ctrl-C reaches the caller alone.
+
+A worker process: `python -m datastore.ingestion.workers FD`, where FD is its end of a pipe.
+
+It takes a job and then orders, as JSON, and answers with what it did. It ends with the pipe, at once: whoever started
+it may be gone, and a task that is cut off is done again by the next run.
 """
 
+import os
 import signal
 import subprocess
 import sys
+import threading
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from multiprocessing.connection import Connection, Pipe, wait
+from queue import SimpleQueue
 
 import msgspec
 
@@ -19,18 +27,35 @@ from datastore import errors
 from datastore.dataset.journal import TaskDone
 from datastore.document import Document
 from datastore.errors import DatastoreError
-from datastore.ingest.worker import Answer, Failed, Finished
-from datastore.ingestion.plan import Order
-from datastore.ingestion.tasks import Advance, Job, Workbench
+from datastore.ingestion.plan import WorkItem
+from datastore.ingestion.tasks import Advance, Job, TaskRunner
 
-__all__ = ["run_orders"]
+__all__ = ["Answer", "Failed", "Finished", "run_orders", "serve"]
 
 Report = Callable[[Advance | TaskDone], None]
+
+
+class Failed(Document, frozen=True, kw_only=True, tag=True):
+    """A task has failed with an error of ours."""
+
+    code: str
+    fact: str
+    hint: str
+    values: dict[str, msgspec.Raw]
+
+
+class Finished(Document, frozen=True, kw_only=True, tag=True):
+    """A task is done."""
+
+    done: TaskDone
+
+
+Answer = Advance | Finished | Failed
 
 _ANSWERS: msgspec.json.Decoder[Answer] = msgspec.json.Decoder(Answer)
 
 
-def run_orders(job: Job, orders: Sequence[Order], *, workers: int, report: Report) -> None:
+def run_orders(job: Job, orders: Sequence[WorkItem], *, workers: int, report: Report) -> None:
     """Do all `orders`, in about their order; call `report`, in this thread, with each step and each task done.
 
     The first error ends it; tasks that are under way are cut off, what is done stays done.
@@ -39,7 +64,7 @@ def run_orders(job: Job, orders: Sequence[Order], *, workers: int, report: Repor
         DatastoreError: what a task raised; or a worker process died.
     """
     if workers == 1:
-        bench = Workbench(job)
+        bench = TaskRunner(job)
         for order in orders:
             report(bench.work(order, report))
         return
@@ -52,10 +77,10 @@ class _Worker:
 
     def __init__(self, job: Job) -> None:
         self.pipe, theirs = Pipe()
-        self.order: Order | None = None
+        self.order: WorkItem | None = None
         with theirs:
             self.process = subprocess.Popen(  # noqa: S603 - our own interpreter and module
-                [sys.executable, "-m", "datastore.ingest.worker", str(theirs.fileno())],
+                [sys.executable, "-m", "datastore.ingestion.workers", str(theirs.fileno())],
                 pass_fds=[theirs.fileno()],
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
@@ -63,7 +88,7 @@ class _Worker:
             )
         self._send(job)
 
-    def give(self, order: Order) -> None:
+    def give(self, order: WorkItem) -> None:
         self.order = order
         self._send(order)
 
@@ -89,7 +114,7 @@ def _workers(job: Job, count: int) -> Iterator[list[_Worker]]:
             worker.stop()
 
 
-def _serve(crew: Sequence[_Worker], pending: deque[Order], report: Report) -> None:
+def _serve(crew: Sequence[_Worker], pending: deque[WorkItem], report: Report) -> None:
     by_pipe = {worker.pipe: worker for worker in crew}
     for worker in crew:
         _give_next(worker, pending)
@@ -107,7 +132,7 @@ def _serve(crew: Sequence[_Worker], pending: deque[Order], report: Report) -> No
                     report(step)
 
 
-def _give_next(worker: _Worker, pending: deque[Order]) -> None:
+def _give_next(worker: _Worker, pending: deque[WorkItem]) -> None:
     worker.order = None
     if pending:
         worker.give(pending.popleft())
@@ -138,3 +163,46 @@ def _rebuilt(failure: Failed) -> DatastoreError:
     values = {name: msgspec.json.decode(value) for name, value in failure.values.items()}
     kind: type[DatastoreError] = kinds.get(failure.code, DatastoreError)
     return kind(failure.fact, hint=failure.hint, **values)
+
+
+def serve(pipe: Connection) -> None:
+    """Do the orders that come through `pipe` until it ends or a task fails."""
+    waiting: SimpleQueue[bytes] = SimpleQueue()
+    threading.Thread(target=_listen, args=(pipe, waiting), daemon=True).start()
+    bench = TaskRunner(msgspec.json.decode(waiting.get(), type=Job))
+    while True:
+        order = msgspec.json.decode(waiting.get(), type=WorkItem)
+        try:
+            done = bench.work(order, lambda step: _send(pipe, step))
+        except DatastoreError as error:
+            values = {name: msgspec.Raw(_as_json(value)) for name, value in error.values.items()}
+            _send(pipe, Failed(code=error.code, fact=error.fact, hint=error.hint, values=values))
+        else:
+            _send(pipe, Finished(done=done))
+
+
+def _listen(pipe: Connection, waiting: "SimpleQueue[bytes]") -> None:
+    """Put what comes into `waiting`; end the process with the pipe, whatever it is doing."""
+    try:
+        while True:
+            waiting.put(pipe.recv_bytes())
+    except (EOFError, OSError):
+        os._exit(0)
+
+
+def _send(pipe: Connection, answer: Answer) -> None:
+    pipe.send_bytes(msgspec.json.encode(answer))
+
+
+def _as_json(value: object) -> bytes:
+    try:
+        return msgspec.json.encode(value)
+    except (TypeError, OverflowError, UnicodeEncodeError):
+        return msgspec.json.encode(ascii(value))
+
+
+if __name__ == "__main__":
+    # The classes of this module as others import it, not those of `__main__`: the answers are told apart by class.
+    from datastore.ingestion.workers import serve as imported_serve
+
+    imported_serve(Connection(int(sys.argv[1])))

@@ -16,9 +16,8 @@ from typing_extensions import override
 
 from datastore.errors import ConfigError, CorruptError, DatastoreError
 from datastore.formats.schema import check_names
-from datastore.interop.base import Exporter, Format, Rows, Span, below, numbered, read_json, whole_files
+from datastore.interop.base import Exporter, Folder, Format, Rows, Span, below, numbered, read_json, whole_files
 from datastore.interop.cells import as_json
-from datastore.interop.folders import Folder
 from datastore.storage.as_fsspec import ReadOnlyFileSystem
 from datastore.storage.base import Storage
 

@@ -13,9 +13,8 @@ import pyarrow as pa
 
 from datastore.dataset.snapshot import Dataset
 from datastore.errors import ConfigError
-from datastore.interop.base import Exporter
+from datastore.interop.base import Exporter, Folder
 from datastore.interop.columnar import HfExporter, JsonLinesExporter, ParquetExporter
-from datastore.interop.folders import Folder
 from datastore.interop.litdata import LitDataExporter
 from datastore.interop.mds import MdsExporter
 from datastore.interop.megatron import MegatronExporter

@@ -1,7 +1,8 @@
 """The formats that can be read, by name."""
 
-from typing import Literal
+from typing import Literal, get_args
 
+from datastore.dataset.journal import SourceFormat
 from datastore.interop.base import Format
 from datastore.interop.columnar import CSV, HF, PARQUET
 from datastore.interop.litdata import LITDATA
@@ -22,3 +23,5 @@ FORMATS: dict[str, Format] = {
     "megatron": MEGATRON,
     "webdataset": WEBDATASET,
 }
+
+assert get_args(SourceFormat)[2:] == tuple(FORMATS)

@@ -18,10 +18,9 @@ from typing_extensions import override
 
 from datastore.errors import ConfigError, CorruptError
 from datastore.formats.schema import check_names
-from datastore.interop.base import Exporter, Format, Rows, Span, below, read_json
+from datastore.interop.base import Exporter, Folder, Format, Rows, Span, below, read_json
 from datastore.interop.cells import Cell, as_json, from_cells, is_binary, is_text, number_of, to_cells
-from datastore.interop.folders import Folder
-from datastore.interop.packed import MAX_FILE_BYTES, Packed, SampleShards, pack, pack_cells, unpack_cells
+from datastore.interop.packed import MAX_FILE_BYTES, PackedFile, SampleShards, pack, pack_cells, unpack_cells
 from datastore.storage.base import Storage
 
 __all__ = ["LITDATA", "LitDataExporter"]
@@ -195,19 +194,19 @@ def _type(name: str, leaf: str) -> pa.DataType:
     return _LEAVES[base]
 
 
-def _open(storage: Storage, key: str) -> tuple[Packed, dict[str, Any]]:
+def _open(storage: Storage, key: str) -> tuple[PackedFile, dict[str, Any]]:
     """Return a chunk, and the configuration of all of them."""
     chunks, config = _index(storage)
     chunk = next((each for each in chunks if each.get("filename") == key), {})
     codec = str(config.get("compression") or "").partition(":")[0]
     size = chunk.get("chunk_bytes")
-    packed = Packed(storage, key, codec=codec, raw_bytes=size if isinstance(size, int) else MAX_FILE_BYTES)
+    packed = PackedFile(storage, key, codec=codec, raw_bytes=size if isinstance(size, int) else MAX_FILE_BYTES)
     if packed.samples != chunk.get("chunk_size"):
         raise packed.damaged("it has another number of samples than its index says")
     return packed, config
 
 
-def _footer(packed: Packed) -> pa.Table | None:
+def _footer(packed: PackedFile) -> pa.Table | None:
     r"""Return the rows as the Arrow file that may follow the samples; these are then empty in newer versions.
 
     An Arrow file | uint32 its size | "LDARW01\0"

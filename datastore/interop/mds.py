@@ -16,10 +16,9 @@ import pyarrow.types as kinds
 from typing_extensions import override
 
 from datastore.errors import ConfigError, CorruptError
-from datastore.interop.base import Exporter, Format, Rows, Span, below, read_json
+from datastore.interop.base import Exporter, Folder, Format, Rows, Span, below, read_json
 from datastore.interop.cells import Cell, from_cells, is_binary, is_text, number_of, to_cells
-from datastore.interop.folders import Folder
-from datastore.interop.packed import MAX_FILE_BYTES, Packed, SampleShards, pack, pack_cells, unpack_cells
+from datastore.interop.packed import MAX_FILE_BYTES, PackedFile, SampleShards, pack, pack_cells, unpack_cells
 from datastore.storage.base import Storage
 
 __all__ = ["MDS", "MdsExporter"]
@@ -131,7 +130,7 @@ def _name_of(shard: dict[str, Any]) -> str:
     return below(_INDEX, data.get("basename") if isinstance(data, dict) else None)
 
 
-def _open(storage: Storage, key: str) -> tuple[Packed, dict[str, str], list[int | None]]:
+def _open(storage: Storage, key: str) -> tuple[PackedFile, dict[str, str], list[int | None]]:
     """Return a shard with the encodings and fixed sizes of its columns."""
     shard = next((each for each in _shards(storage) if _name_of(each) == key), {})
     codec = str(shard.get("compression") or "").partition(":")[0]
@@ -139,7 +138,7 @@ def _open(storage: Storage, key: str) -> tuple[Packed, dict[str, str], list[int 
     size = raw.get("bytes") if isinstance(raw, dict) else None
     if codec and (not isinstance(size, int) or not 0 < size <= MAX_FILE_BYTES):
         raise CorruptError("a compressed file has no size", where=_INDEX, file=key)
-    packed = Packed(storage, key, codec=codec, raw_bytes=size if isinstance(size, int) else MAX_FILE_BYTES)
+    packed = PackedFile(storage, key, codec=codec, raw_bytes=size if isinstance(size, int) else MAX_FILE_BYTES)
     try:
         facts = orjson.loads(packed.header())
         encodings = dict(zip(facts["column_names"], facts["column_encodings"], strict=True))
@@ -194,7 +193,7 @@ def _read(storage: Storage, key: str, _span: Span) -> Iterator[Rows]:
         yield first, pa.table(arrays, schema=schema)
 
 
-def _without_shape(packed: Packed, cell: memoryview) -> memoryview:
+def _without_shape(packed: PackedFile, cell: memoryview) -> memoryview:
     code = cell[0] if len(cell) else 0
     width = 1 << (code % 4)
     if code >> 2 != 1 or len(cell) < 1 + width:

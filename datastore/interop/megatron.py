@@ -19,8 +19,7 @@ import pyarrow as pa
 from typing_extensions import override
 
 from datastore.errors import ConfigError, CorruptError
-from datastore.interop.base import Exporter, Format, Rows, Span, whole_files
-from datastore.interop.folders import Folder
+from datastore.interop.base import Exporter, Folder, Format, Rows, Span, whole_files
 from datastore.storage.base import Storage
 
 __all__ = ["MEGATRON", "MegatronExporter"]

@@ -19,12 +19,13 @@ from datastore.errors import ConfigError, CorruptError
 from datastore.interop.cells import Cell
 from datastore.storage.base import Storage
 
-__all__ = ["MAX_FILE_BYTES", "Packed", "SampleShards", "pack", "pack_cells", "unpack_cells"]
+__all__ = ["MAX_FILE_BYTES", "PackedFile", "SampleShards", "pack", "pack_cells", "unpack_cells"]
 
 MAX_FILE_BYTES = 2**32 - 1
 """What 32-bit offsets can reach."""
 
 _PIECE_BYTES = 8 * 2**20
+
 _UINT32 = np.dtype("<u4")
 
 
@@ -38,7 +39,7 @@ def pack(samples: Sequence[Cell], *, header: bytes = b"") -> list[Buffer]:
     return [count.tobytes(), offsets.astype(_UINT32).tobytes(), header, b"".join(samples)]
 
 
-class Packed:
+class PackedFile:
     """One such file in a storage, opened: its head is read and checked."""
 
     def __init__(self, storage: Storage, key: str, *, codec: str = "", raw_bytes: int = MAX_FILE_BYTES) -> None:
@@ -126,7 +127,9 @@ def pack_cells(columns: Sequence[Sequence[Cell]], fixed: Sequence[bool]) -> Iter
         yield b"".join((heads[row].tobytes() if sizes else b"", *cells))
 
 
-def unpack_cells(packed: Packed, samples: Sequence[memoryview], sizes: Sequence[int | None]) -> list[list[memoryview]]:
+def unpack_cells(
+    packed: PackedFile, samples: Sequence[memoryview], sizes: Sequence[int | None]
+) -> list[list[memoryview]]:
     """Return the cells of each column: a sample is the sizes of those that have no fixed one, then all values.
 
     Raises:

@@ -19,9 +19,8 @@ import pyarrow as pa
 from typing_extensions import override
 
 from datastore.errors import ConfigError, CorruptError
-from datastore.interop.base import Exporter, Format, Rows, Span, numbered, whole_files
+from datastore.interop.base import Exporter, Folder, Format, Rows, Span, numbered, whole_files
 from datastore.interop.cells import as_json, from_cells, is_binary, is_text, number_of, to_cells
-from datastore.interop.folders import Folder
 from datastore.storage.base import Storage
 
 __all__ = ["WEBDATASET", "WebDatasetExporter"]

@@ -11,7 +11,7 @@ from datastore.dataset.snapshot import Dataset
 from datastore.loader.gather import AnyArray, TokenArray
 from datastore.loader.order.lanes import I64
 from datastore.loader.order.mix import mix64
-from datastore.loader.plan import NO_SAMPLE
+from datastore.loader.order.order import NO_SAMPLE
 from datastore.loader.settings import LOSS_MASK, DeletionMode
 from datastore.loader.trace import DocumentSpan, locate
 

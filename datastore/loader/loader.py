@@ -3,6 +3,8 @@
 It plans some thousand samples ahead, lets a few threads bring and check the blocks they need, and copies rows when the
 batch is asked for. No rank talks to another, nothing is written, and no memory is shared between processes. What a
 batch holds does not depend on threads, memory or prefetching: those change only how long it takes.
+
+Which cache a dataset gets: a map where its shards are files of this machine, memory with a budget where not.
 """
 
 import os
@@ -15,23 +17,22 @@ from typing import Any, Self
 import msgspec
 import numpy as np
 
-from datastore.cache.opening import is_local, open_blocks
 from datastore.dataset.snapshot import Dataset
 from datastore.errors import ConfigError
 from datastore.loader.batch import Batch
 from datastore.loader.cache.blocks import TokenBlocks
+from datastore.loader.cache.mapped import MappedBlocks
+from datastore.loader.cache.memory import BlockCache
 from datastore.loader.cache.prefetch import Prefetcher
-from datastore.loader.gather import AnyArray, Column, Gatherer, TokenArray, blank_out
+from datastore.loader.gather import AnyArray, BatchColumn, Gatherer, Reads, TokenArray, blank_out, blanks_of, reads_of
 from datastore.loader.order.lanes import I64
-from datastore.loader.place import Place
-from datastore.loader.plan import BatchPlan, Planner
-from datastore.loader.reads import Reads, blanks_of, reads_of
-from datastore.loader.settings import LOSS_MASK, LoaderOptions, checked_options
+from datastore.loader.order.order import BatchPlan, Planner
+from datastore.loader.settings import LOSS_MASK, LoaderSettings, Rank, checked_options
 from datastore.loader.state import LoaderState, read_state
 from datastore.loader.stream import columns_of, end_of_text_of, open_stream
 from datastore.units import format_bytes
 
-__all__ = ["Loader"]
+__all__ = ["Loader", "is_local", "open_blocks"]
 
 _PLAN_SLOTS = 65_536
 """Slots of global batches planned at a time: NumPy's cost per call is spread over them."""
@@ -43,7 +44,7 @@ _MAX_PLANNED = 1_024
 class Loader:
     """One rank's batches of `global_batch` samples (over all ranks) of `seq_len + 1` tokens each.
 
-    `global_batch` may change between runs, `place` too: the order stays. Rows per rank differ by one if the world does
+    `global_batch` may change between runs, `rank` too: the order stays. Rows per rank differ by one if the world does
     not divide the batch. Not thread-safe. Safe to use in a forked child: it starts its own threads there.
 
     Raises:
@@ -58,17 +59,17 @@ class Loader:
         seq_len: int,
         global_batch: int,
         seed: int = 0,
-        place: Place = Place(),  # noqa: B008 - a frozen value
-        options: LoaderOptions = LoaderOptions(),  # noqa: B008 - a frozen value
+        rank: Rank = Rank(),  # noqa: B008 - a frozen value
+        options: LoaderSettings = LoaderSettings(),  # noqa: B008 - a frozen value
     ) -> None:
         self.dataset = dataset
-        self.place = place
+        self.rank = rank
         self.global_batch = global_batch
         self.options = checked_options(options)
         self._stream = open_stream(dataset, seq_len=seq_len, seed=seed, options=self.options)
         itemsize = int(dataset.segments.itemsize.max())
         self.dtype: np.dtype[Any] = np.dtype("uint16" if itemsize == 2 else "uint32")
-        self.columns: Mapping[str, Column] = columns_of(self._stream, self.options)
+        self.columns: Mapping[str, BatchColumn] = columns_of(self._stream, self.options)
         """What batches bring along beside their tokens, by name."""
         self._end_of_text = end_of_text_of(self._stream, self.options)
         self._local = is_local(dataset)
@@ -101,7 +102,7 @@ class Loader:
     @property
     def rows(self) -> int:
         """B, the rows of this rank's batches."""
-        start, stop = self.place.share(self.global_batch)
+        start, stop = self.rank.share(self.global_batch)
         return stop - start
 
     @property
@@ -247,7 +248,7 @@ class Loader:
 
     def _planner_of(self, state: LoaderState) -> Planner:
         order = self._stream.order(state)
-        return Planner(order, place=self.place, global_batch=self.global_batch, total=self._total)
+        return Planner(order, rank=self.rank, global_batch=self.global_batch, total=self._total)
 
     def _ready(self) -> TokenBlocks:
         """Return the blocks, opened by this process."""
@@ -286,7 +287,7 @@ class Loader:
             self._requested = index + 1
 
     def _warn_if_memory_is_short(self, blocks: TokenBlocks) -> None:
-        lanes = -(-self._state.lanes // self.place.world)
+        lanes = -(-self._state.lanes // self.rank.world)
         tracks = 1 + sum(column.track is not None for column in self.columns.values())
         needed = min(lanes * tracks * blocks.layout.largest_bytes, int(self.dataset.segments.size_bytes.sum()))
         if needed > self.options.memory_bytes:
@@ -297,3 +298,16 @@ class Loader:
                 RuntimeWarning,
                 stacklevel=4,
             )
+
+
+def is_local(dataset: Dataset) -> bool:
+    """Return whether the shards can be mapped."""
+    segments = dataset.segments
+    return bool(len(segments)) and dataset.storage.local_path(segments.shard(0).path) is not None
+
+
+def open_blocks(dataset: Dataset, *, budget_bytes: int) -> TokenBlocks:
+    """Return the blocks of `dataset`; `budget_bytes` bounds the memory for shards that are not on this machine."""
+    if is_local(dataset):
+        return MappedBlocks(dataset.storage, dataset.segments)
+    return BlockCache(dataset.storage, dataset.segments, budget_bytes=budget_bytes)

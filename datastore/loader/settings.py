@@ -1,23 +1,30 @@
-"""What a user may choose about loading; none of it changes a sample that a saved state has already fixed."""
+"""What a user may choose about loading; none of it changes a sample that a saved state has already fixed.
 
+Where a process stands among those that read together.
+
+`rank` is the index among processes that read *different* data. Peers of tensor, pipeline or context parallelism read
+the same, so they share a rank here: it comes from the device mesh (`datastore.torch.rank_of`), never from RANK.
+"""
+
+from dataclasses import dataclass
 from typing import Annotated, Literal
 
 import msgspec
 
-from datastore.document import Document, convert
+from datastore.document import Count, Document, Positive, convert
+from datastore.errors import ConfigError
 
-__all__ = ["LOSS_MASK", "DeletionMode", "LoaderOptions", "checked_options"]
+__all__ = ["LOSS_MASK", "DeletionMode", "LoaderSettings", "Rank", "checked_options"]
 
 Lanes = Annotated[int, msgspec.Meta(ge=1, le=65_536)]
-Count = Annotated[int, msgspec.Meta(ge=0)]
-Positive = Annotated[int, msgspec.Meta(ge=1)]
+
 DeletionMode = Literal["mask", "compact"]
 
 LOSS_MASK = "loss_mask"
 """The column that says of each token whether it is to be learned: 1, or 0."""
 
 
-class LoaderOptions(Document, frozen=True, kw_only=True):
+class LoaderSettings(Document, frozen=True, kw_only=True):
     """How a `Loader` reads. `lanes`, `window`, `epochs` and `deletions` shape the order, the last ones only the speed."""
 
     lanes: Lanes = 4096
@@ -50,10 +57,34 @@ class LoaderOptions(Document, frozen=True, kw_only=True):
     """Threads that do it, mostly by waiting for the storage; 0 fetches when a block is needed."""
 
 
-def checked_options(options: LoaderOptions) -> LoaderOptions:
+def checked_options(options: LoaderSettings) -> LoaderSettings:
     """Return `options`, if all values are in range.
 
     Raises:
         ConfigError: one is not, and is named.
     """
-    return convert(LoaderOptions, msgspec.structs.asdict(options), where="LoaderOptions")
+    return convert(LoaderSettings, msgspec.structs.asdict(options), where="LoaderSettings")
+
+
+@dataclass(frozen=True, slots=True)
+class Rank:
+    """One of `world` readers.
+
+    Raises:
+        ConfigError: `world` is below 1, or `rank` is not in `[0, world)`.
+    """
+
+    rank: int = 0
+    world: int = 1
+
+    def __post_init__(self) -> None:
+        if self.world < 1:
+            raise ConfigError("world must be at least 1", world=self.world, hint="Count the processes that read.")
+        if not 0 <= self.rank < self.world:
+            raise ConfigError(
+                "rank is not below world", rank=self.rank, world=self.world, hint="Ranks count from 0 to world - 1."
+            )
+
+    def share(self, slots: int) -> tuple[int, int]:
+        """Return the slots `[start, stop)` out of `slots` that are this reader's; sizes differ by at most one."""
+        return self.rank * slots // self.world, (self.rank + 1) * slots // self.world

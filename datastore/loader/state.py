@@ -12,16 +12,15 @@ from typing import Annotated, Any
 
 import msgspec
 
-from datastore.dataset.shards.segment_file import Segments
+from datastore.dataset.shards.segments import Segments
 from datastore.digest import digest_hex
-from datastore.document import Document
+from datastore.document import Count, Document
 from datastore.errors import ResumeError
 from datastore.loader.order.samples import Gaps
 from datastore.loader.settings import DeletionMode
 
 __all__ = ["LoaderState", "dataset_fingerprint", "read_state", "shards_fingerprint"]
 
-Count = Annotated[int, msgspec.Meta(ge=0)]
 Lanes = Annotated[int, msgspec.Meta(ge=1, le=65_536)]
 
 _MAY_DIFFER = {"cursor", "lanes", "window", "version"}

@@ -5,17 +5,17 @@ from dataclasses import dataclass
 import msgspec
 import numpy as np
 
-from datastore.cache.layout import Track
-from datastore.dataset.shards.segment_file import Segments
+from datastore.dataset.shards.segments import Segments
 from datastore.dataset.snapshot import Dataset
 from datastore.errors import ConfigError
-from datastore.loader.gather import Column
+from datastore.loader.cache.blocks import Track
+from datastore.loader.gather import BatchColumn
 from datastore.loader.order.order import ORDER_VERSION, Order, OrderKey
 from datastore.loader.order.samples import Gaps, SampleGrid, sample_grid
-from datastore.loader.settings import LOSS_MASK, LoaderOptions
+from datastore.loader.settings import LOSS_MASK, LoaderSettings
 from datastore.loader.state import LoaderState, dataset_fingerprint
 
-__all__ = ["SMALL_BYTES", "Stream", "columns_of", "end_of_text_of", "lanes_for", "open_stream"]
+__all__ = ["SMALL_BYTES", "SampleStream", "columns_of", "end_of_text_of", "lanes_for", "open_stream"]
 
 SMALL_BYTES = 2**30
 """A dataset of at most as many bytes is small: all of it can stay in memory, so it is shuffled as well as possible."""
@@ -24,7 +24,7 @@ _MAX_SEED = 2**63 - 1
 
 
 @dataclass(frozen=True, slots=True)
-class Stream:
+class SampleStream:
     """The samples of a dataset, and the state of a loader that has delivered none of them."""
 
     dataset: Dataset
@@ -38,7 +38,7 @@ class Stream:
         return Order(self.grid, self.dataset.segments.uid64, OrderKey(state.seed, state.lanes, state.window))
 
 
-def open_stream(dataset: Dataset, *, seq_len: int, seed: int, options: LoaderOptions) -> Stream:
+def open_stream(dataset: Dataset, *, seq_len: int, seed: int, options: LoaderSettings) -> SampleStream:
     """Return the samples of `dataset`.
 
     Raises:
@@ -68,10 +68,10 @@ def open_stream(dataset: Dataset, *, seq_len: int, seed: int, options: LoaderOpt
         cursor=0,
         deletions=options.deletions,
     )
-    return Stream(dataset, grid, start, deleted if left_out is None else None)
+    return SampleStream(dataset, grid, start, deleted if left_out is None else None)
 
 
-def columns_of(stream: Stream, options: LoaderOptions) -> dict[str, Column]:
+def columns_of(stream: SampleStream, options: LoaderSettings) -> dict[str, BatchColumn]:
     """Return what the batches of `stream` bring along beside their tokens.
 
     Raises:
@@ -84,17 +84,17 @@ def columns_of(stream: Stream, options: LoaderOptions) -> dict[str, Column]:
             raise ConfigError(
                 "the dataset has no such column", column=name, columns=sorted(stored), hint="Name one that it has."
             )
-    found: dict[str, Column] = {}
+    found: dict[str, BatchColumn] = {}
     for name in sorted({*options.columns, LOSS_MASK} & set(stored)):
         dtype, width = np.dtype(stored[name].dtype), stored[name].width
         token_bytes = np.full(len(segments), dtype.itemsize * width, np.int64)
-        found[name] = Column(name, dtype, width, Track(segments.column_start(name), token_bytes))
+        found[name] = BatchColumn(name, dtype, width, Track(segments.column_start(name), token_bytes))
     if stream.blanks is not None:
-        found.setdefault(LOSS_MASK, Column(LOSS_MASK, np.dtype(np.uint8), 1, None))
+        found.setdefault(LOSS_MASK, BatchColumn(LOSS_MASK, np.dtype(np.uint8), 1, None))
     return found
 
 
-def end_of_text_of(stream: Stream, options: LoaderOptions) -> int:
+def end_of_text_of(stream: SampleStream, options: LoaderSettings) -> int:
     """Return the id that deleted tokens of `stream` read as; 0 if nothing is deleted.
 
     Raises:
@@ -115,7 +115,7 @@ def end_of_text_of(stream: Stream, options: LoaderOptions) -> int:
     return token
 
 
-def lanes_for(segments: Segments, grid: SampleGrid, options: LoaderOptions) -> int:
+def lanes_for(segments: Segments, grid: SampleGrid, options: LoaderSettings) -> int:
     """Return how many lanes `options.lanes` come down to.
 
     Each lane needs a few blocks to itself (four), or small reads would not pay. Where the whole dataset can stay in

@@ -12,10 +12,9 @@ from datastore.dataset.snapshot import Dataset
 from datastore.errors import ConfigError
 from datastore.formats.tokens import Offsets, Tokens
 from datastore.formats.tokentext import TokenText
+from datastore.loader.order.order import BatchPlan, Planner
 from datastore.loader.order.samples import Gaps, Span, sample_grid
-from datastore.loader.place import Place
-from datastore.loader.plan import BatchPlan, Planner
-from datastore.loader.settings import DeletionMode, LoaderOptions
+from datastore.loader.settings import DeletionMode, LoaderSettings, Rank
 from datastore.loader.state import read_state
 from datastore.loader.stream import open_stream
 
@@ -72,19 +71,17 @@ def locate(
     return Tracer(dataset, seq_len=seq_len, deletions=deletions).locate(samples)
 
 
-def plan_step(
-    dataset: Dataset, state: Mapping[str, Any], *, global_batch: int, place: Place | None = None
-) -> BatchPlan:
-    """Return what the step that started from the loader state `state` read, on `place` (default: all ranks together).
+def plan_step(dataset: Dataset, state: Mapping[str, Any], *, global_batch: int, rank: Rank | None = None) -> BatchPlan:
+    """Return what the step that started from the loader state `state` read, on `rank` (default: all ranks together).
 
     Raises:
         ResumeError: `state` is not one of this dataset version.
     """
     seq_len, seed = int(state.get("seq_len", 1)), int(state.get("seed", 0))
-    options = LoaderOptions(deletions=state.get("deletions", "mask"))
+    options = LoaderSettings(deletions=state.get("deletions", "mask"))
     stream = open_stream(dataset, seq_len=seq_len, seed=seed, options=options)
     saved = read_state(state, here=stream.start)
-    planner = Planner(stream.order(saved), place=place or Place(), global_batch=global_batch, total=None)
+    planner = Planner(stream.order(saved), rank=rank or Rank(), global_batch=global_batch, total=None)
     return planner.plan(saved.cursor, batches=1)[0]
 
 

@@ -12,9 +12,15 @@ Promises every backend keeps:
 4. Every failure is an error of `datastore.errors`: `MissingError`, `ConflictError`, `StorageError`, `ConfigError`.
 
 Promise 2 is what commits rest on. POSIX gives it through `link(2)`, S3 through `If-None-Match: *`.
+
+Ask a backend whether its put-if-absent is real: some gateways take the header and ignore it.
+
+Asked once, when a dataset is created; the answer is recorded there. It costs three requests.
 """
 
+import os
 import re
+import uuid
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,10 +28,10 @@ from typing import Protocol, runtime_checkable
 
 from typing_extensions import Buffer, override
 
-from datastore.errors import ConfigError
+from datastore.errors import ConfigError, ConflictError
 from datastore.storage.statistics import OperationStatistics
 
-__all__ = ["ReadOnly", "Stat", "Storage", "check_key"]
+__all__ = ["ReadOnly", "Stat", "Storage", "StorageLike", "check_key", "probe_exclusive"]
 
 _BAD_KEY = re.compile(r"[\\\x00-\x1f\ud800-\udfff]|(?:\A|/)(?:\.{0,2}|\.(?:[^/]*\.)?tmp)(?:/|\Z)")
 """A bad character anywhere, or a part that is empty, dots, or a temporary name."""
@@ -189,3 +195,25 @@ def check_key(key: str) -> str:
     if _BAD_KEY.search(key):
         raise ConfigError("not a valid key", key=key, hint="Use a relative path of plain names, parted by '/'.")
     return key
+
+
+StorageLike = str | os.PathLike[str] | Storage
+"""A storage, or the URL of one."""
+
+
+def probe_exclusive(storage: Storage) -> bool:
+    """Return whether `storage` refuses the second of two `put_new` of one key; leave nothing behind.
+
+    Raises:
+        StorageError: the probe object cannot be written.
+    """
+    key = f"probe-{uuid.uuid4().hex}"
+    storage.put_new(key, b"first")
+    try:
+        storage.put_new(key, b"second")
+    except ConflictError:
+        return storage.exclusive and storage.get(key) == b"first"
+    else:
+        return False
+    finally:
+        storage.delete(key)

@@ -26,11 +26,12 @@ from typing import TypeVar
 
 from typing_extensions import Buffer, override
 
+from datastore.dataset.log.keys import is_data, is_immutable
 from datastore.errors import ConflictError, DatastoreError, MissingError, StorageError
 from datastore.storage.base import Stat, Storage, check_key
+from datastore.storage.errors import missing
 from datastore.storage.hedging import Answers, Patience, all_answers, first_answer
-from datastore.storage.reasons import missing
-from datastore.storage.rendezvous import Root, behind_key, is_data, is_immutable, rank_roots
+from datastore.storage.rendezvous import Root, behind_key, rank_roots
 from datastore.storage.statistics import OperationStatistics, add_statistics
 
 __all__ = ["PlacedStorage", "lost_roots"]

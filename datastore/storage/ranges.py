@@ -2,17 +2,32 @@
 
 `http.client` can read from a socket straight into a buffer; the layers above it (urllib3, botocore's stream) collect pieces and
 join them, which costs as much processor time as the transfer itself. So both are asked for what lies below them.
+
+Requests of one call that are under way at once, on threads that all storages of a process share.
 """
 
 import io
 from bisect import bisect_right
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any, Protocol
 
 from typing_extensions import Buffer
 
-__all__ = ["GAP_BYTES", "fill", "fill_from", "gather", "join", "merge_ranges", "read_all", "slices", "total_bytes"]
+from datastore.threads import POOL_THREADS, all_at_once
 
+__all__ = [
+    "GAP_BYTES",
+    "fill",
+    "fill_from",
+    "gather",
+    "join",
+    "merge_ranges",
+    "ranges_at_once",
+    "read_all",
+    "slices",
+    "total_bytes",
+]
 
 GAP_BYTES = 128 * 2**10
 """Ranges that lie closer are read as one: a request costs more than that many bytes."""
@@ -126,3 +141,12 @@ def _release(body: Any) -> None:
     release = getattr(getattr(body, "_raw_stream", None), "release_conn", None)
     if release is not None:
         release()
+
+
+def ranges_at_once(read: Callable[[int, memoryview], None], ranges: Sequence[tuple[int, int]]) -> list[bytes]:
+    """Return the bytes of each of `ranges`, in order; `read` fills a buffer from a position on, neighbours at one go."""
+    asked = merge_ranges(ranges, gap_bytes=GAP_BYTES)
+    wholes = [memoryview(bytearray(stop - start)) for start, stop in asked]
+    tasks = [partial(read, start, whole) for (start, _), whole in zip(asked, wholes, strict=True)]
+    all_at_once(tasks, most=POOL_THREADS)
+    return slices(ranges, asked, wholes)

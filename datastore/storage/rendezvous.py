@@ -7,18 +7,15 @@ lies on all roots.
 Source: D. Thaler, C. Ravishankar, "Using Name-Based Mappings to Increase Hit Rates", 1998.
 """
 
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from datastore.digest import digest_bytes
 from datastore.storage.base import Storage
 
-__all__ = ["BEHIND_FOLDER", "Root", "behind_key", "is_data", "is_immutable", "rank_roots"]
+__all__ = ["BEHIND_FOLDER", "Root", "behind_key", "rank_roots"]
 
 BEHIND_FOLDER = "_behind"
-_DATA = ("shards/", "docs/", "parity/")
-_IMMUTABLE = re.compile(r"(?:shards|docs|parity|_segments|_parity|deletions|tokenizers|purges)/.*|_log/\d{20}\.json")
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,16 +24,6 @@ class Root:
 
     id: str
     storage: Storage
-
-
-def is_data(key: str) -> bool:
-    """Return whether `key` lies on some roots only."""
-    return key.startswith(_DATA)
-
-
-def is_immutable(key: str) -> bool:
-    """Return whether `key` never has other bytes than its first ones, so that any good copy is as good as another."""
-    return _IMMUTABLE.fullmatch(key) is not None
 
 
 def rank_roots(ids: Sequence[str], key: str) -> list[int]:

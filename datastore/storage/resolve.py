@@ -6,21 +6,19 @@ scheme goes to fsspec, which is imported only then. A URL below another one alwa
 
 import os
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
 from urllib.parse import unquote
 
-from typing_extensions import Buffer, override
-
 from datastore.errors import ConfigError
 from datastore.storage.backends.local import LocalStorage
 from datastore.storage.backends.memory import MemoryStorage
-from datastore.storage.base import Stat, Storage, check_key
-from datastore.storage.statistics import OperationStatistics
-from datastore.storage.urls import join_url, split_url, strip_credentials
+from datastore.storage.base import Storage
+from datastore.storage.urls import split_url, strip_credentials
+from datastore.storage.wrappers import Subfolder
 
-__all__ = ["Subfolder", "join_url", "open_storage", "strip_credentials"]
+__all__ = ["open_storage"]
 
 _ARCHIVE = re.compile(r"(.*?\.zip)(?:/(.*))?", re.IGNORECASE)
 """The archive on this machine, and the folder in it."""
@@ -64,8 +62,8 @@ def _open_s3(url: str, rest: str) -> Storage | None:
     """Return our own way to S3 if that is what the URL names and it knows all that s3fs is configured for."""
     if not url.lower().startswith("s3") or rest.startswith("arn:") or not find_spec("botocore"):
         return None
+    from datastore.storage.backends.fsspec_storage import configured  # noqa: PLC0415 - fsspec takes 50 ms to import
     from datastore.storage.backends.s3 import S3Storage, understands  # noqa: PLC0415 - botocore comes with an extra
-    from datastore.storage.connection import configured  # noqa: PLC0415 - fsspec takes 50 ms to import
 
     options = configured("s3")
     return S3Storage(url, options) if understands(options) else None
@@ -127,83 +125,3 @@ _OPENERS: dict[str, Callable[[str, str], Storage]] = {
     **dict.fromkeys(("s3", "s3a", "gs", "gcs"), _open_bucket),
 }
 """Scheme -> what opens the URL, given whole and without its scheme."""
-
-
-class Subfolder(Storage):
-    """The keys of `storage` below `prefix`, seen as a storage of their own."""
-
-    def __init__(self, storage: Storage, prefix: str) -> None:
-        self._storage = storage
-        self._prefix = check_key(prefix)
-
-    @override
-    def __repr__(self) -> str:
-        return f"Subfolder({self._storage!r}, {self._prefix!r})"
-
-    @property
-    @override
-    def url(self) -> str:
-        return join_url(self._storage.url, self._prefix)
-
-    @property
-    @override
-    def exclusive(self) -> bool:
-        return self._storage.exclusive
-
-    @override
-    def get(self, key: str) -> bytes:
-        return self._storage.get(self._full(key))
-
-    @override
-    def get_ranges(self, key: str, ranges: Sequence[tuple[int, int]]) -> list[bytes]:
-        return self._storage.get_ranges(self._full(key), ranges)
-
-    @override
-    def read_into(self, key: str, start: int, target: Buffer) -> None:
-        self._storage.read_into(self._full(key), start, target)
-
-    @override
-    def put(self, key: str, *chunks: Buffer) -> None:
-        self._storage.put(self._full(key), *chunks)
-
-    @override
-    def put_new(self, key: str, *chunks: Buffer) -> None:
-        self._storage.put_new(self._full(key), *chunks)
-
-    @override
-    def list(self, folder: str = "") -> Iterator[Stat]:
-        cut = len(self._prefix) + 1
-        for found in self._storage.list(self._full(folder) if folder else self._prefix):
-            yield Stat(key=found.key[cut:], size_bytes=found.size_bytes, modified=found.modified)
-
-    @override
-    def delete(self, key: str) -> None:
-        self._storage.delete(self._full(key))
-
-    @override
-    def stat(self, key: str) -> Stat:
-        found = self._storage.stat(self._full(key))
-        return Stat(key=key, size_bytes=found.size_bytes, modified=found.modified)
-
-    @override
-    def local_path(self, key: str) -> Path | None:
-        return self._storage.local_path(self._full(key))
-
-    @override
-    def statistics(self) -> dict[str, OperationStatistics]:
-        return self._storage.statistics()
-
-    @override
-    def copies(self, key: str) -> Sequence[Storage]:
-        return [Subfolder(copy, self._prefix) for copy in self._storage.copies(self._full(key))]
-
-    @override
-    def heal(self, key: str, is_good: Callable[[bytes], bool]) -> None:
-        self._storage.heal(self._full(key), is_good)
-
-    @override
-    def clear_unfinished(self, *, before: float, dry_run: bool = False) -> Sequence[Stat]:
-        return ()  # Who clears up does so at the root.
-
-    def _full(self, key: str) -> str:
-        return f"{self._prefix}/{check_key(key)}"

@@ -19,8 +19,8 @@ from threading import Event
 from typing import TypeVar
 
 from datastore.errors import ConflictError, StorageError
-from datastore.storage.foreign import is_unreachable, translate
-from datastore.storage.statistics import Meter, Operation, Timed
+from datastore.storage.errors import is_unreachable, translate
+from datastore.storage.statistics import Operation, RequestMeter, Timed
 
 __all__ = ["Requests", "RetryPolicy"]
 
@@ -52,7 +52,7 @@ class Requests:
     """The requests of one storage. Thread-safe."""
 
     def __init__(self, url: str, *, policy: RetryPolicy | None = None, secrets: Iterable[str] = ()) -> None:
-        self.meter = Meter()
+        self.meter = RequestMeter()
         self._url = url
         self._policy = policy or RetryPolicy()
         self._secrets = tuple(secrets)

@@ -12,11 +12,12 @@ from threading import Lock
 from types import TracebackType
 from typing import Literal, Self
 
-__all__ = ["Meter", "Operation", "OperationStatistics", "Timed", "add_statistics", "total_statistics"]
+__all__ = ["Operation", "OperationStatistics", "RequestMeter", "Timed", "add_statistics", "total_statistics"]
 
 Operation = Literal["get", "get_ranges", "read_into", "put", "put_new", "list", "stat", "delete"]
 
 _LOCK = Lock()
+
 # Taken for a fork: a child that inherits it while another thread holds it would wait for ever.
 os.register_at_fork(before=_LOCK.acquire, after_in_parent=_LOCK.release, after_in_child=_LOCK.release)
 
@@ -63,7 +64,7 @@ def add_statistics(many: Iterable[Mapping[str, OperationStatistics]]) -> dict[st
     return sums
 
 
-class Meter:
+class RequestMeter:
     """The sums of one storage. Thread-safe; a forked child goes on from its parent's sums."""
 
     def __init__(self) -> None:
@@ -89,7 +90,7 @@ class Timed:
 
     __slots__ = ("_meter", "_operation", "_started", "bytes", "requests", "retries")
 
-    def __init__(self, meter: Meter, operation: Operation) -> None:
+    def __init__(self, meter: RequestMeter, operation: Operation) -> None:
         self._meter, self._operation = meter, operation
         self.bytes, self.requests, self.retries = 0, 1, 0
 

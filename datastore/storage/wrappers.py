@@ -1,7 +1,6 @@
-"""A storage some of whose keys lie elsewhere: a key that is an absolute path or a URL names a file of another place.
+"""Storages over another one: a base that passes everything on, the keys below a prefix, and links to files of other places.
 
-Such keys are read only; whoever writes, lists or removes sees this place alone, so nothing here can harm what others
-own. The price is on the other side: the owner does not know who links to his files, and may remove them.
+A wrapper of your own inherits from `WrappedStorage` and overrides what it changes.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -12,106 +11,191 @@ from typing_extensions import Buffer, override
 
 from datastore.errors import ConfigError
 from datastore.storage.base import Stat, Storage, check_key
-from datastore.storage.resolve import open_storage
 from datastore.storage.statistics import OperationStatistics, add_statistics
+from datastore.storage.urls import join_url
 
-__all__ = ["LinkedStorage", "is_link"]
+__all__ = ["LinkedStorage", "Subfolder", "WrappedStorage", "is_link"]
+
+
+class WrappedStorage(Storage):
+    """The storage `inner`, unchanged: every member is passed on.
+
+    A key goes through `_place`, which says where its bytes are and what they are called there; by default, here and the
+    same. `list` and `copies` answer in the keys of `inner`: who changes keys overrides them, too.
+    """
+
+    def __init__(self, inner: Storage) -> None:
+        self.inner = inner
+
+    @override
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self.inner!r})"
+
+    @property
+    @override
+    def url(self) -> str:
+        return self.inner.url
+
+    @property
+    @override
+    def exclusive(self) -> bool:
+        return self.inner.exclusive
+
+    @override
+    def get(self, key: str) -> bytes:
+        storage, name = self._place(key)
+        return storage.get(name)
+
+    @override
+    def get_ranges(self, key: str, ranges: Sequence[tuple[int, int]]) -> list[bytes]:
+        storage, name = self._place(key)
+        return storage.get_ranges(name, ranges)
+
+    @override
+    def read_into(self, key: str, start: int, target: Buffer) -> None:
+        storage, name = self._place(key)
+        storage.read_into(name, start, target)
+
+    @override
+    def put(self, key: str, *chunks: Buffer) -> None:
+        storage, name = self._place(key)
+        storage.put(name, *chunks)
+
+    @override
+    def put_new(self, key: str, *chunks: Buffer) -> None:
+        storage, name = self._place(key)
+        storage.put_new(name, *chunks)
+
+    @override
+    def list(self, folder: str = "") -> Iterator[Stat]:
+        return self.inner.list(folder)
+
+    @override
+    def delete(self, key: str) -> None:
+        storage, name = self._place(key)
+        storage.delete(name)
+
+    @override
+    def stat(self, key: str) -> Stat:
+        storage, name = self._place(key)
+        found = storage.stat(name)
+        return Stat(key=key, size_bytes=found.size_bytes, modified=found.modified)
+
+    @override
+    def local_path(self, key: str) -> Path | None:
+        storage, name = self._place(key)
+        return storage.local_path(name)
+
+    @override
+    def statistics(self) -> dict[str, OperationStatistics]:
+        return self.inner.statistics()
+
+    @override
+    def copies(self, key: str) -> Sequence[Storage]:
+        storage, name = self._place(key)
+        return storage.copies(name)
+
+    @override
+    def heal(self, key: str, is_good: Callable[[bytes], bool]) -> None:
+        storage, name = self._place(key)
+        storage.heal(name, is_good)
+
+    @override
+    def clear_unfinished(self, *, before: float, dry_run: bool = False) -> Sequence[Stat]:
+        return self.inner.clear_unfinished(before=before, dry_run=dry_run)
+
+    def _place(self, key: str) -> tuple[Storage, str]:
+        """Return where the bytes of `key` are, and what they are called there."""
+        return self.inner, key
+
+
+class Subfolder(WrappedStorage):
+    """The keys of `inner` below `prefix`, seen as a storage of their own."""
+
+    def __init__(self, inner: Storage, prefix: str) -> None:
+        super().__init__(inner)
+        self._prefix = check_key(prefix)
+
+    @override
+    def __repr__(self) -> str:
+        return f"Subfolder({self.inner!r}, {self._prefix!r})"
+
+    @property
+    @override
+    def url(self) -> str:
+        return join_url(self.inner.url, self._prefix)
+
+    @override
+    def list(self, folder: str = "") -> Iterator[Stat]:
+        cut = len(self._prefix) + 1
+        for found in self.inner.list(self._place(folder)[1] if folder else self._prefix):
+            yield Stat(key=found.key[cut:], size_bytes=found.size_bytes, modified=found.modified)
+
+    @override
+    def copies(self, key: str) -> Sequence[Storage]:
+        return [Subfolder(copy, self._prefix) for copy in super().copies(key)]
+
+    @override
+    def clear_unfinished(self, *, before: float, dry_run: bool = False) -> Sequence[Stat]:
+        return ()  # Who clears up does so at the root.
+
+    @override
+    def _place(self, key: str) -> tuple[Storage, str]:
+        return self.inner, f"{self._prefix}/{check_key(key)}"
+
 
 _KEY_PARTS = 3
 """`shards/ab/x.arrow`: so much of a link is taken for the key, that few storages are opened."""
 
 
 def is_link(key: str) -> bool:
-    """Return whether `key` names a file of another place."""
+    """Return whether `key` names a file of another place: it is an absolute path or a URL."""
     return key.startswith("/") or "://" in key
 
 
-class LinkedStorage(Storage):
-    """The keys of `storage`, and links to files of any other place that `open_storage` reaches."""
+class LinkedStorage(WrappedStorage):
+    """The keys of `inner`, and links to files of any other place, which `open_other` opens by the URL of its root.
 
-    def __init__(self, storage: Storage) -> None:
-        self._storage = storage
+    Links are read only; whoever writes, lists or removes sees this place alone, so nothing here can harm what others
+    own. The price is on the other side: the owner does not know who links to their files, and may remove them.
+    """
+
+    def __init__(self, inner: Storage, open_other: Callable[[str], Storage]) -> None:
+        super().__init__(inner)
+        self._open_other = open_other
         self._others: dict[str, Storage] = {}
         self._lock = Lock()
 
     @override
-    def __repr__(self) -> str:
-        return f"LinkedStorage({self._storage!r})"
-
-    @property
-    @override
-    def url(self) -> str:
-        return self._storage.url
-
-    @property
-    @override
-    def exclusive(self) -> bool:
-        return self._storage.exclusive
-
-    @override
-    def get(self, key: str) -> bytes:
-        storage, key = self._place(key)
-        return storage.get(key)
-
-    @override
-    def get_ranges(self, key: str, ranges: Sequence[tuple[int, int]]) -> list[bytes]:
-        storage, key = self._place(key)
-        return storage.get_ranges(key, ranges)
-
-    @override
-    def read_into(self, key: str, start: int, target: Buffer) -> None:
-        storage, key = self._place(key)
-        storage.read_into(key, start, target)
-
-    @override
-    def stat(self, key: str) -> Stat:
-        storage, found = self._place(key)
-        stat = storage.stat(found)
-        return Stat(key=key, size_bytes=stat.size_bytes, modified=stat.modified)
-
-    @override
-    def local_path(self, key: str) -> Path | None:
-        storage, key = self._place(key)
-        return storage.local_path(key)
-
-    @override
     def put(self, key: str, *chunks: Buffer) -> None:
-        self._storage.put(check_key(key), *chunks)
+        self.inner.put(check_key(key), *chunks)
 
     @override
     def put_new(self, key: str, *chunks: Buffer) -> None:
-        self._storage.put_new(check_key(key), *chunks)
-
-    @override
-    def list(self, folder: str = "") -> Iterator[Stat]:
-        return self._storage.list(folder)
+        self.inner.put_new(check_key(key), *chunks)
 
     @override
     def delete(self, key: str) -> None:
-        self._storage.delete(check_key(key))
+        self.inner.delete(check_key(key))
 
     @override
     def statistics(self) -> dict[str, OperationStatistics]:
         with self._lock:
-            return add_statistics(storage.statistics() for storage in (self._storage, *self._others.values()))
+            return add_statistics(storage.statistics() for storage in (self.inner, *self._others.values()))
 
     @override
     def copies(self, key: str) -> Sequence[Storage]:
-        return (self,) if is_link(key) else self._storage.copies(key)
+        return (self,) if is_link(key) else super().copies(key)
 
     @override
     def heal(self, key: str, is_good: Callable[[bytes], bool]) -> None:
         if not is_link(key):
-            self._storage.heal(key, is_good)
+            super().heal(key, is_good)
 
     @override
-    def clear_unfinished(self, *, before: float, dry_run: bool = False) -> Sequence[Stat]:
-        return self._storage.clear_unfinished(before=before, dry_run=dry_run)
-
     def _place(self, key: str) -> tuple[Storage, str]:
-        """Return where the bytes of `key` are, and what they are called there."""
         if not is_link(key):
-            return self._storage, key
+            return self.inner, key
         head, path = (
             ("/", key[1:]) if key.startswith("/") else (f"{key.partition('://')[0]}://", key.partition("://")[2])
         )
@@ -122,5 +206,5 @@ class LinkedStorage(Storage):
             raise ConfigError("not a link to a file", key=key, hint="Write the URL of a file below a folder.")
         with self._lock:
             if root not in self._others:
-                self._others[root] = open_storage(root)
+                self._others[root] = self._open_other(root)
             return self._others[root], inner

@@ -14,7 +14,7 @@ from typing import ClassVar
 
 from datastore.errors import ConfigError, MissingError, StorageError
 from datastore.storage.base import Stat, Storage
-from datastore.storage.resolve import Subfolder
+from datastore.storage.wrappers import Subfolder
 from datastore.testing.storage import raises
 
 __all__ = ["CONTENT", "ReadOnlyContract"]

@@ -24,9 +24,9 @@ from functools import partial
 from typing import ClassVar, TypeVar
 
 from datastore.errors import ConfigError, ConflictError, MissingError, StorageError
-from datastore.storage.base import Storage
-from datastore.storage.probe import probe_exclusive
-from datastore.storage.resolve import Subfolder, open_storage
+from datastore.storage.base import Storage, probe_exclusive
+from datastore.storage.resolve import open_storage
+from datastore.storage.wrappers import Subfolder
 
 __all__ = ["StorageContract", "raises"]
 

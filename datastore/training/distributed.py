@@ -7,7 +7,6 @@ two ranks another order can change the last bit of a sum. `Ranks.settle` therefo
 a resumed run and an undisturbed one use the same buckets from their first real step on.
 """
 
-import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from datetime import timedelta
@@ -19,10 +18,10 @@ from torch import Tensor, nn
 from torch.distributed import PrefixStore, Store, TCPStore  # type: ignore[attr-defined]
 from torch.nn.parallel import DistributedDataParallel
 
-from datastore.errors import ConfigError, WaitError
+from datastore.errors import WaitError
 from datastore.training.launcher import Launch, LostPeerError
 
-__all__ = ["Ranks", "connect", "cores", "device_name", "pick_device"]
+__all__ = ["Ranks", "connect"]
 
 
 class Ranks:
@@ -133,32 +132,3 @@ def connect(launch: Launch, *, device: torch.device, timeout_s: float) -> Iterat
 def _is_lost_peer(error: RuntimeError) -> bool:
     """Gloo raises a plain RuntimeError when a peer has gone or is late; its text names the source file."""
     return isinstance(error, dist.DistError) or "gloo" in str(error).lower()
-
-
-def pick_device(wanted: str, launch: Launch) -> torch.device:
-    """Return the device of this rank for the setting "auto", "cpu" or "cuda".
-
-    Raises:
-        ConfigError: "cuda" without a GPU for each rank of this machine.
-    """
-    found = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    if wanted == "cpu" or (wanted == "auto" and not found):
-        return torch.device("cpu")
-    if found <= launch.local_rank:
-        raise ConfigError(
-            "not enough GPUs",
-            found=found,
-            ranks_here=launch.local_world,
-            hint='Start fewer, or set train.device = "cpu".',
-        )
-    return torch.device("cuda", launch.local_rank)
-
-
-def device_name(device: torch.device) -> str:
-    """Return what a person calls the device."""
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else f"cpu ({cores()} cores)"
-
-
-def cores() -> int:
-    """Return how many CPU cores this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -8,17 +8,30 @@ relays what rank 0 reports, and when one rank fails it names that rank and ends 
 stdin when the parent dies, however it dies, and end too: no orphan trains on.
 
 The parent binds the port on which the ranks meet and rank 0 inherits the socket, so no other program can take it between.
+
+The first SIGTERM or SIGINT asks a run to stop; a second one ends the process at once.
+
+After the first, the default action of both signals is back: so the second works also while the process is inside a
+kernel or waits for a peer, where no Python handler would run. Nothing half-written is visible after that either.
+
+One rank that `launch.spawn` started: `python -m datastore.training.launcher`, its task on stdin.
+
+What goes on the pipe named in the task: `{"event": ...}` as often as it likes, then `{"result": ...}` or `{"error": ...}`.
 """
 
+import importlib
 import os
 import selectors
 import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from types import FrameType
 from typing import Any
 
 import msgspec
@@ -27,9 +40,18 @@ import orjson
 from datastore import errors
 from datastore.document import Document
 from datastore.errors import DatastoreError, WaitError
-from datastore.train.signals import on_first_signal
 
-__all__ = ["LOST_PEER", "Launch", "LostPeerError", "Task", "error_from", "error_to", "spawn"]
+__all__ = [
+    "LOST_PEER",
+    "ChildOrder",
+    "Launch",
+    "LostPeerError",
+    "error_from",
+    "error_to",
+    "main",
+    "on_first_signal",
+    "spawn",
+]
 
 LOST_PEER = 75
 """Exit status of a rank that failed only because another one did."""
@@ -62,7 +84,7 @@ class Launch(Document, frozen=True, kw_only=True):
     """Whether the launcher itself answers at host:port (torchrun does), rather than rank 0."""
 
 
-class Task(msgspec.Struct, frozen=True, kw_only=True):
+class ChildOrder(msgspec.Struct, frozen=True, kw_only=True):
     """What the parent tells a child, as one line of JSON on its stdin."""
 
     target: str
@@ -138,9 +160,9 @@ def _start(target: str, arguments: Mapping[str, Any], *, rank: int, world: int, 
         port=server.getsockname()[1],
         listen_fd=listen_fd,
     )
-    task = Task(target=target, arguments=dict(arguments), launch=launch, events_fd=write_fd, path=sys.path)
+    task = ChildOrder(target=target, arguments=dict(arguments), launch=launch, events_fd=write_fd, path=sys.path)
     process = subprocess.Popen(
-        [sys.executable, "-m", "datastore.train.worker"],
+        [sys.executable, "-m", "datastore.training.launcher"],
         stdin=subprocess.PIPE,
         pass_fds=[fd for fd in (write_fd, listen_fd) if fd is not None],
         # Ctrl-C goes to the whole foreground group: children of their own session get it once, from the parent.
@@ -241,3 +263,78 @@ def error_from(value: Mapping[str, Any]) -> DatastoreError:
     """Return the error that `error_to` wrote."""
     kind = getattr(errors, value["kind"], DatastoreError)
     return kind(value["fact"], hint=value["hint"], **value["values"])
+
+
+_SIGNALS = (signal.SIGTERM, signal.SIGINT)
+
+
+@contextmanager
+def on_first_signal(ask_to_stop: Callable[[], None]) -> Iterator[None]:
+    """Call `ask_to_stop` at the first signal while the block runs; outside the main thread, do nothing."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def handle(_number: int, _frame: FrameType | None) -> None:
+        for number in _SIGNALS:
+            signal.signal(number, signal.SIG_DFL)
+        ask_to_stop()
+
+    before = {number: signal.signal(number, handle) for number in _SIGNALS}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def main() -> int:
+    """Run the task that stdin names; return the exit status."""
+    task = msgspec.json.decode(_read_line(), type=ChildOrder)
+    sys.path[:] = task.path
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    with os.fdopen(task.events_fd, "wb", buffering=0) as pipe:
+        try:
+            result = _call(task, lambda event: _write(pipe, {"event": event}))
+        except LostPeerError:
+            return LOST_PEER
+        except DatastoreError as error:
+            _write(pipe, {"error": error_to(error)})
+            return 1
+        _write(pipe, {"result": result})
+    return 0
+
+
+def _read_line() -> bytes:
+    """Read stdin up to a newline, without Python's buffer: a thread that waits on its lock would abort the exit."""
+    line = bytearray()
+    while not line.endswith(b"\n"):
+        more = os.read(0, 1)
+        if not more:
+            sys.exit("this module is started by datastore.training.launcher")
+        line += more
+    return bytes(line)
+
+
+def _call(task: ChildOrder, report: Any) -> Any:
+    module, _, name = task.target.partition(":")
+    function = getattr(importlib.import_module(module), name)
+    return function(task.launch, task.arguments, report)
+
+
+def _write(pipe: Any, message: dict[str, Any]) -> None:
+    pipe.write(orjson.dumps(message, option=orjson.OPT_SERIALIZE_NUMPY) + b"\n")
+
+
+def _end_with_parent() -> None:
+    """End this process when its parent has closed our stdin or is gone: there is nobody left to report to."""
+    while os.read(0, 1):
+        pass
+    os._exit(LOST_PEER)
+
+
+if __name__ == "__main__":
+    # The classes of this module as others import it, not those of `__main__`: `except` compares classes.
+    from datastore.training.launcher import main as imported_main
+
+    sys.exit(imported_main())

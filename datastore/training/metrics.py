@@ -3,6 +3,8 @@
 Lines go to `metrics/<first step>-<session>.jsonl`, which a thread replaces by a longer one every few seconds: object stores
 cannot append. A killed session loses at most those seconds of lines, and its steps are taken again by the next session,
 whose lines count (`read_metrics`).
+
+What a running and a finished run tell: records that go to a progress line, to another process, or to `--json`.
 """
 
 import time
@@ -13,10 +15,11 @@ from typing import Any
 
 import orjson
 
+from datastore.document import Document
 from datastore.errors import DependencyError
 from datastore.storage.base import Storage
 
-__all__ = ["MetricsWriter", "read_metrics"]
+__all__ = ["MetricsWriter", "Result", "TrainingProgress", "read_metrics"]
 
 _FLUSH_S = 10.0
 
@@ -92,3 +95,50 @@ def _open_board(folder: Path, first_step: int) -> Any:
         ) from None
     # purge_step hides what a killed session had written of the steps that are taken again.
     return SummaryWriter(log_dir=str(folder), purge_step=first_step)
+
+
+class TrainingProgress(Document, frozen=True, kw_only=True):
+    """A line about a run; sent a few times a second at most, and for every note."""
+
+    step: int
+    steps: int
+    loss: float | None = None
+    validation_loss: float | None = None
+    """The last one measured."""
+
+    tokens_per_s: float | None = None
+    """Over the last few steps, all ranks together."""
+
+    data_wait: float | None = None
+    """Fraction of the time in which ranks waited for data, over the last few steps."""
+
+    eta_s: float | None = None
+    note: str = ""
+    """Something that happened: resumed, saved, a damaged checkpoint passed over. Worth a line of its own."""
+
+
+class Result(Document, frozen=True, kw_only=True):
+    """How a session ended."""
+
+    run: str
+    step: int
+    steps: int
+    resumed_from: int
+    """0: from the beginning."""
+
+    stopped: bool
+    """Whether a signal ended it before the last step; everything up to `step` is saved."""
+
+    loss: float | None
+    validation_loss: float | None
+    tokens_per_s: float | None
+    """Mean over the session's steps, without evaluations and saves."""
+
+    data_wait: float | None
+    """Fraction of that time in which ranks waited for data."""
+
+    seconds: float
+    """Of the whole session, from reading the settings to the last byte saved."""
+
+    world: int
+    parameters: int

@@ -13,40 +13,37 @@ from importlib.metadata import version
 from pathlib import Path
 
 from datastore.checkpoint.checkpointer import Checkpointer
-from datastore.checkpoint.settings import CheckpointOptions, Keep
+from datastore.checkpoint.steps import CheckpointerSettings, Keep
 from datastore.document import Document, decode, encode
 from datastore.errors import ConfigError
-from datastore.loader.place import Place
-from datastore.train.assembly import Parts, assemble, use_machine
-from datastore.train.progress import Progress, Result
-from datastore.train.signals import on_first_signal
-from datastore.train.versions import Versions
-from datastore.training.distributed import Ranks, connect, device_name, pick_device
-from datastore.training.launcher import Launch
-from datastore.training.metrics import MetricsWriter
+from datastore.host import utc_now
+from datastore.loader.settings import Rank
+from datastore.training.distributed import Ranks, connect
+from datastore.training.launcher import Launch, on_first_signal
+from datastore.training.machine import device_name, pick_device, use_machine
+from datastore.training.metrics import MetricsWriter, Result, TrainingProgress
 from datastore.training.model import parameter_count
-from datastore.training.run.data import Split, ValidationSamples
+from datastore.training.run.data import Split, ValidationSamples, Versions
 from datastore.training.run.folder import (
     CONFIG_KEY,
     RunConfig,
     RunFolder,
-    Session,
+    RunSession,
     decode_config,
     encode_config,
     new_session,
     open_split,
-    utc_now,
     versions_to_read,
 )
 from datastore.training.run.lock import RunLock
 from datastore.training.settings import Settings, check_world
-from datastore.training.supervisor import Keeper, Outputs
-from datastore.training.trainer import run_loop
+from datastore.training.supervisor import Outputs, Supervisor
+from datastore.training.trainer import Parts, assemble, run_loop
 
-__all__ = ["Task", "run_session"]
+__all__ = ["SessionRequest", "run_session"]
 
 
-class Task(Document, frozen=True, kw_only=True):
+class SessionRequest(Document, frozen=True, kw_only=True):
     """What to do; the same on every rank."""
 
     run: str
@@ -60,7 +57,7 @@ class Task(Document, frozen=True, kw_only=True):
     """Whether to take the lock of a process of another machine, which is known to be gone."""
 
 
-def run_session(task: Task, launch: Launch, report: Callable[[Progress], None]) -> Result:
+def run_session(task: SessionRequest, launch: Launch, report: Callable[[TrainingProgress], None]) -> Result:
     """Take this rank's part in a run until its last step or a signal; return how it ended, the same on every rank.
 
     Raises:
@@ -85,7 +82,7 @@ def run_session(task: Task, launch: Launch, report: Callable[[Progress], None]) 
         parts = assemble(config, split, ranks, machine=machine)
         stack.callback(parts.loader.close)
         checkpointer = stack.enter_context(_open_checkpointer(config.settings, folder, ranks, session=name))
-        keeper = Keeper(parts, session=name, checkpointer=checkpointer, samples=_samples(split, parts), stop=stop)
+        keeper = Supervisor(parts, session=name, checkpointer=checkpointer, samples=_samples(split, parts), stop=stop)
         note = "; ".join(filter(None, (keeper.restore(), _deletions_note(config, split, versions))))
         resumed_from = parts.run.step
         if ranks.rank == 0:
@@ -115,7 +112,7 @@ def run_session(task: Task, launch: Launch, report: Callable[[Progress], None]) 
     )
 
 
-def _agree_on_config(task: Task, folder: RunFolder, ranks: Ranks) -> RunConfig:
+def _agree_on_config(task: SessionRequest, folder: RunFolder, ranks: Ranks) -> RunConfig:
     """Return what rank 0 finds in the run folder, or will put there."""
     text = ""
     if ranks.rank == 0:
@@ -146,7 +143,7 @@ def _open_checkpointer(settings: Settings, folder: RunFolder, ranks: Ranks, *, s
         rank=ranks.rank,
         world=ranks.world,
         session=session,
-        options=CheckpointOptions(wait_s=settings.train.timeout_s),
+        options=CheckpointerSettings(wait_s=settings.train.timeout_s),
     )
 
 
@@ -154,12 +151,12 @@ def _samples(split: Split, parts: Parts) -> ValidationSamples | None:
     settings = parts.settings
     if not settings.eval.every:
         return None
-    place = Place(parts.ranks.rank, parts.ranks.world)
-    return split.samples(settings.eval.samples, seq_len=settings.data.seq_len, place=place, options=settings.loader)
+    rank = Rank(parts.ranks.rank, parts.ranks.world)
+    return split.samples(settings.eval.samples, seq_len=settings.data.seq_len, rank=rank, options=settings.loader)
 
 
-def _session(name: str, parts: Parts, versions: Versions) -> Session:
-    return Session(
+def _session(name: str, parts: Parts, versions: Versions) -> RunSession:
+    return RunSession(
         session=name,
         started=utc_now(),
         from_step=parts.run.step,

@@ -16,9 +16,9 @@ from typing import Annotated, Any, Literal
 
 import msgspec
 
-from datastore.document import Document
+from datastore.document import Count, Document, Positive
 from datastore.errors import ConfigError
-from datastore.loader.settings import LoaderOptions
+from datastore.loader.settings import LoaderSettings
 
 __all__ = [
     "CheckpointSettings",
@@ -33,8 +33,6 @@ __all__ = [
     "flatten",
 ]
 
-Positive = Annotated[int, msgspec.Meta(gt=0)]
-Count = Annotated[int, msgspec.Meta(ge=0)]
 Rate = Annotated[float, msgspec.Meta(ge=0)]
 
 _MAY_CHANGE = (
@@ -205,7 +203,7 @@ class Settings(Document, frozen=True, kw_only=True):
     checkpoint: CheckpointSettings = CheckpointSettings()
     eval: EvalSettings = EvalSettings()
     metrics: MetricsSettings = MetricsSettings()
-    loader: LoaderOptions = LoaderOptions()
+    loader: LoaderSettings = LoaderSettings()
     hooks: tuple[dict[str, Any], ...] = ()
 
     def __post_init__(self) -> None:

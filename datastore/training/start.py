@@ -14,8 +14,8 @@ import msgspec
 from datastore.config import settings_from
 from datastore.document import convert
 from datastore.errors import ConfigError
-from datastore.train.progress import Progress, Result
 from datastore.training.launcher import Launch, spawn
+from datastore.training.metrics import Result, TrainingProgress
 from datastore.training.settings import Settings, check_world
 
 __all__ = ["resume", "train"]
@@ -29,7 +29,7 @@ def train(
     *,
     processes: int = 1,
     launch: Launch = _HERE,
-    on_progress: Callable[[Progress], None] | None = None,
+    on_progress: Callable[[TrainingProgress], None] | None = None,
     take_over: bool = False,
 ) -> Result:
     """Train until the last step or a signal, and return how it ended.
@@ -57,7 +57,7 @@ def resume(
     overrides: Sequence[str] = (),
     processes: int = 1,
     launch: Launch = _HERE,
-    on_progress: Callable[[Progress], None] | None = None,
+    on_progress: Callable[[TrainingProgress], None] | None = None,
     take_over: bool = False,
 ) -> Result:
     """Go on with a run from its newest checkpoint; `overrides` such as `train.steps=400` change what may change.
@@ -76,9 +76,9 @@ def resume(
 
 def work(launch: Launch, arguments: dict[str, Any], report: Callable[[dict[str, Any]], None]) -> dict[str, Any]:
     """Be one rank: what `spawn` calls in each process. Takes and returns JSON values."""
-    from datastore.training.session import Task, run_session  # noqa: PLC0415 - loads torch
+    from datastore.training.session import SessionRequest, run_session  # noqa: PLC0415 - loads torch
 
-    task = convert(Task, arguments, where="the launcher")
+    task = convert(SessionRequest, arguments, where="the launcher")
     result = run_session(task, launch, lambda progress: report(msgspec.to_builtins(progress)))
     return msgspec.to_builtins(result)  # type: ignore[no-any-return]
 
@@ -89,11 +89,11 @@ def _run(
     *,
     processes: int,
     launch: Launch,
-    on_progress: Callable[[Progress], None] | None,
+    on_progress: Callable[[TrainingProgress], None] | None,
 ) -> Result:
     def relay(event: dict[str, Any]) -> None:
         if on_progress is not None:
-            on_progress(msgspec.convert(event, Progress))
+            on_progress(msgspec.convert(event, TrainingProgress))
 
     if processes != 1 and launch.world > 1:
         raise ConfigError(

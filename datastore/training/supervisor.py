@@ -18,21 +18,20 @@ from datastore.checkpoint.checkpointer import Checkpointer
 from datastore.errors import ConflictError, DatastoreError
 from datastore.storage.base import Storage
 from datastore.storage.statistics import total_statistics
-from datastore.train.assembly import Parts
-from datastore.train.progress import Progress
-from datastore.train.speed import flops_per_token, peak_flops
 from datastore.training.hooks.base import RunState
-from datastore.training.metrics import MetricsWriter
+from datastore.training.machine import flops_per_token, peak_flops
+from datastore.training.metrics import MetricsWriter, TrainingProgress
 from datastore.training.model import parameter_count
 from datastore.training.run.data import ValidationSamples
 from datastore.training.run.lock import RunLock
-from datastore.training.run.record import Record, StepEntry
-from datastore.training.trainer import Outcome, Watcher
+from datastore.training.run.record import ConsumptionRecord, StepEntry
+from datastore.training.trainer import Observer, Parts, StepOutcome
 from datastore.training.validation import validation_loss
 
-__all__ = ["Keeper", "Outputs"]
+__all__ = ["Outputs", "Supervisor"]
 
 _PROGRESS_S = 0.25
+
 _RECENT_STEPS = 20
 
 
@@ -43,7 +42,7 @@ class Outputs:
     storage: Storage
     lock: RunLock
     metrics: MetricsWriter
-    report: Callable[[Progress], None]
+    report: Callable[[TrainingProgress], None]
 
 
 @dataclass(slots=True)
@@ -60,7 +59,7 @@ class _Meter:
         self.seconds, self.waited, self.steps = self.seconds + seconds, self.waited + waited, self.steps + 1
 
 
-class Keeper(Watcher):
+class Supervisor(Observer):
     """Keeps one run on one rank. Every rank has one; rank 0's has `outputs`."""
 
     def __init__(
@@ -78,7 +77,7 @@ class Keeper(Watcher):
         self._checkpointer = checkpointer
         self._samples = samples
         self._stop = stop
-        self._record = Record()
+        self._record = ConsumptionRecord()
         self._items = parts.items() | {"record": self._record}
         self._meter = _Meter()
         self._line: dict[str, Any] = {}
@@ -88,7 +87,7 @@ class Keeper(Watcher):
             self._settings.model, parameters=parameter_count(parts.run.model), seq_len=self._settings.data.seq_len
         )
         self.outputs: Outputs | None = None
-        self.last: Outcome | None = None
+        self.last: StepOutcome | None = None
         self.validation_loss: float | None = None
 
     def restore(self) -> str:
@@ -108,7 +107,7 @@ class Keeper(Watcher):
         return self._stop.is_set()
 
     @override
-    def settled(self, outcome: Outcome) -> None:
+    def settled(self, outcome: StepOutcome) -> None:
         if not (math.isfinite(outcome.loss) and math.isfinite(outcome.grad_norm)):
             raise DatastoreError(
                 "the loss is not finite",
@@ -158,7 +157,7 @@ class Keeper(Watcher):
         seconds = sum(seconds for seconds, _ in self._meter.recent)
         step = self._parts.run.step
         self.outputs.report(
-            Progress(
+            TrainingProgress(
                 step=step,
                 steps=steps,
                 loss=self.last.loss if self.last is not None else None,
@@ -214,7 +213,7 @@ class Keeper(Watcher):
         self._checkpointer.save(step, self._items, metrics=numbers, blocking=blocking)
         self._line["save_stall_s"] = time.perf_counter() - started
 
-    def _numbers(self, outcome: Outcome) -> dict[str, Any]:
+    def _numbers(self, outcome: StepOutcome) -> dict[str, Any]:
         line = {
             "step": outcome.step,
             "time": time.time(),

@@ -8,26 +8,40 @@ The loss of a step is the mean over the global batch, whatever the number of ran
 by its rows, and what a rank adds is scaled so that the mean over ranks is the mean over rows, also if ranks have unequal
 numbers of them. Where a loss mask says which targets count, it is the mean over those: their number is summed over ranks
 before the first forward pass, and a micro-batch counts by its own.
+
+The parts of a run, put together in the one order that works: model, hooks, device, ranks, optimizer, loader.
+
+Hooks change the model before it is compiled and distributed, and see it again when the optimizer exists. The same seed gives
+the same initial weights on any device, as they are drawn on the CPU.
 """
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Protocol
+from functools import partial
+from typing import Any, Protocol
 
+import msgspec
 import torch
 from torch import Tensor, nn
 
 from datastore.digest import digest_bytes
+from datastore.errors import CorruptError
 from datastore.loader.batch import Batch
+from datastore.loader.loader import Loader
+from datastore.loader.settings import Rank
 from datastore.training.distributed import Ranks
-from datastore.training.hooks.base import Hook, RunState
-from datastore.training.objectives import MicroBatch, Objective
-from datastore.training.optim import set_learning_rate
-from datastore.training.validation import autocast
+from datastore.training.hooks.base import Hook, HookSet, RunState, make_hooks
+from datastore.training.machine import Machine, autocast
+from datastore.training.model import GPT, Block
+from datastore.training.objectives import Causal, MicroBatch, Objective
+from datastore.training.optim import learning_rate, make_optimizer, named_state, set_learning_rate
+from datastore.training.run.data import Split
+from datastore.training.run.folder import RunConfig
+from datastore.training.settings import Settings
 
-__all__ = ["Outcome", "Watcher", "Work", "run_loop", "seed_step"]
+__all__ = ["Observer", "Parts", "StepOutcome", "Work", "assemble", "build_model", "run_loop", "seed_step"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,7 +71,7 @@ class Work:
 
 
 @dataclass(frozen=True, slots=True)
-class Outcome:
+class StepOutcome:
     """What a step was like, over all ranks."""
 
     step: int
@@ -79,14 +93,14 @@ class Outcome:
     """Whether any rank was asked to stop."""
 
 
-class Watcher(Protocol):
+class Observer(Protocol):
     """What the loop tells, and asks."""
 
     def stopping(self) -> bool:
         """Whether this process was asked to stop."""
         ...
 
-    def settled(self, outcome: Outcome) -> None:
+    def settled(self, outcome: StepOutcome) -> None:
         """Take note of a step; called in order, on every rank, a step late."""
         ...
 
@@ -99,9 +113,9 @@ class Watcher(Protocol):
         ...
 
 
-def run_loop(run: RunState, work: Work, watcher: Watcher) -> None:
+def run_loop(run: RunState, work: Work, watcher: Observer) -> None:
     """Take steps until `run.steps`, or until some rank was asked to stop; end with a pause."""
-    late: Callable[[], Outcome] | None = None
+    late: Callable[[], StepOutcome] | None = None
     stop = False
     clock = time.perf_counter()
     while run.step < run.steps and not stop:
@@ -118,7 +132,7 @@ def run_loop(run: RunState, work: Work, watcher: Watcher) -> None:
             clock = time.perf_counter()
 
 
-def take_step(run: RunState, work: Work, *, stopping: bool, since: float) -> Callable[[], Outcome]:
+def take_step(run: RunState, work: Work, *, stopping: bool, since: float) -> Callable[[], StepOutcome]:
     """Take one step; the function returned waits for its numbers."""
     started = time.perf_counter()
     batch = work.batches()
@@ -143,10 +157,10 @@ def take_step(run: RunState, work: Work, *, stopping: bool, since: float) -> Cal
     sums = work.ranks.sum(exact.to(run.device)), work.ranks.sum(inexact)
     step, seconds = run.step, time.perf_counter() - since
 
-    def finish() -> Outcome:
+    def finish() -> StepOutcome:
         fingerprint, samples, stops = sums[0]().tolist()
         mean, wait = sums[1]().tolist()
-        return Outcome(
+        return StepOutcome(
             step=step,
             cursor=batch.cursor,
             samples=samples,
@@ -208,7 +222,7 @@ def _to_device(tensor: Tensor, device: torch.device) -> Tensor:
     return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
 
 
-def _settle(late: Callable[[], Outcome], watcher: Watcher) -> bool:
+def _settle(late: Callable[[], StepOutcome], watcher: Observer) -> bool:
     outcome = late()
     watcher.settled(outcome)
     return outcome.stop
@@ -217,3 +231,130 @@ def _settle(late: Callable[[], Outcome], watcher: Watcher) -> bool:
 def _signed(value: int) -> int:
     """Return the int64 with the bits of an unsigned `value`."""
     return value - 2**64 if value >= 2**63 else value
+
+
+@dataclass(frozen=True, slots=True)
+class Parts:
+    """What a session works with."""
+
+    settings: Settings
+    machine: Machine
+    run: RunState
+    wrapped: nn.Module
+    """The model as the loop calls it; `run.model` is what hooks and checkpoints see."""
+
+    hooks: Mapping[str, Hook]
+    objective: Objective
+    loader: Loader
+    vocab_size: int
+    ranks: Ranks
+
+    @property
+    def micro_rows(self) -> int:
+        """Samples per forward pass."""
+        share = -(-self.settings.data.global_batch // self.ranks.world)
+        return min(self.settings.train.micro_batch or share, share)
+
+    def items(self) -> dict[str, Any]:
+        """Return what a checkpoint holds, besides the record; tensors are the live ones."""
+        return {
+            "model": self.run.model,
+            "optim": named_state(self.run.model, self.run.optimizer),
+            "hooks": HookSet(self.hooks),
+            "data": self.loader,
+        }
+
+    def work(self, guard: Callable[[], AbstractContextManager[None]]) -> Work:
+        """Return what the loop needs."""
+        optim, steps = self.settings.optim, self.settings.train
+        return Work(
+            model=self.wrapped,
+            objective=self.objective,
+            hooks=tuple(self.hooks.values()),
+            ranks=self.ranks,
+            batches=partial(_next_batch, self.loader, self.vocab_size),
+            rows=self.settings.data.global_batch,
+            micro_rows=self.micro_rows,
+            precision=self.machine.precision,
+            clip=optim.clip,
+            rate=lambda step: learning_rate(optim, step, steps.steps),
+            guard=guard,
+            seed=steps.seed,
+        )
+
+
+def build_model(config: RunConfig) -> GPT:
+    """Return the GPT of a run with its initial weights, on the CPU."""
+    model = GPT(msgspec.structs.replace(config.settings.model, vocab_size=config.vocab_size))
+    seed = digest_bytes(f"{config.settings.train.seed}/weights".encode())[:8]
+    model.initialize(torch.Generator().manual_seed(int.from_bytes(seed, "big")))
+    return model
+
+
+def assemble(config: RunConfig, split: Split, ranks: Ranks, *, machine: Machine) -> Parts:
+    """Return the parts of the run before its first step.
+
+    Raises:
+        ConfigError: a hook is unknown or wrongly set; the dataset has no sample.
+    """
+    settings = config.settings
+    hooks = make_hooks(settings.hooks, where="settings")
+    model: nn.Module = build_model(config)
+    for hook in hooks.values():
+        model = hook.model(model)
+    model.to(ranks.device)
+    if machine.compiled:
+        for block in _blocks(model):
+            block.compile()
+    wrapped = ranks.distribute(model)
+    objective = Causal()
+    run = RunState(
+        model=model,
+        optimizer=make_optimizer(model, settings.optim),
+        step=0,
+        steps=settings.train.steps,
+        rank=ranks.rank,
+        world=ranks.world,
+        device=ranks.device,
+    )
+    for hook in hooks.values():
+        hook.start(run)
+    loader = Loader(
+        split.training,
+        seq_len=settings.data.seq_len,
+        global_batch=settings.data.global_batch,
+        seed=settings.data.seed,
+        rank=Rank(ranks.rank, ranks.world),
+        options=settings.loader,
+    )
+    parts = Parts(settings, machine, run, wrapped, hooks, objective, loader, config.vocab_size, ranks)
+    if ranks.world > 1 or machine.compiled:
+        ranks.settle(wrapped, partial(_loss_of_zeros, parts))
+    return parts
+
+
+def _blocks(model: nn.Module) -> list[nn.Module]:
+    """Return what is compiled, each by itself: the same code, so it is compiled once, and hooks keep their modules."""
+    return [module for module in model.modules() if isinstance(module, Block)]
+
+
+def _loss_of_zeros(parts: Parts) -> torch.Tensor:
+    shape = (parts.micro_rows, parts.settings.data.seq_len + 1)
+    batch = MicroBatch(torch.zeros(shape, dtype=torch.int64, device=parts.run.device))
+    with autocast(parts.run.device, parts.machine.precision):
+        return parts.objective.loss(parts.objective.outputs(parts.wrapped, batch), batch)
+
+
+def _next_batch(loader: Loader, vocab_size: int) -> Batch:
+    """Return the next batch; a token that the model has no embedding for would end a GPU's process without a word."""
+    batch = next(loader)
+    largest = int(batch.tokens.max())
+    if largest >= vocab_size:
+        raise CorruptError(
+            "a token is outside of the vocabulary",
+            token=largest,
+            vocab_size=vocab_size,
+            cursor=batch.cursor,
+            hint="Set model.vocab_size, or ingest with a tokenizer.",
+        )
+    return batch

@@ -10,10 +10,11 @@ from torch import nn
 
 from datastore.document import Document
 from datastore.training.distributed import Ranks
+from datastore.training.machine import autocast
 from datastore.training.objectives import Causal, MicroBatch
 from datastore.training.run.data import ValidationSamples
 
-__all__ = ["Evaluation", "autocast", "validation_loss"]
+__all__ = ["Evaluation", "validation_loss"]
 
 
 class Evaluation(Document, frozen=True, kw_only=True):
@@ -30,11 +31,6 @@ class Evaluation(Document, frozen=True, kw_only=True):
     def perplexity(self) -> float:
         """E to the loss."""
         return math.exp(self.loss)
-
-
-def autocast(device: torch.device, precision: str) -> torch.autocast:
-    """Return the context in which matrices are multiplied in "bf16" or "fp32"."""
-    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=precision == "bf16")
 
 
 @torch.no_grad()

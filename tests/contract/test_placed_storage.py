@@ -10,7 +10,7 @@ from datastore.storage.backends.memory import MemoryStorage
 from datastore.storage.base import Storage
 from datastore.storage.placed import PlacedStorage
 from datastore.storage.rendezvous import Root
-from datastore.storage.resolve import Subfolder
+from datastore.storage.wrappers import Subfolder
 from datastore.testing.storage import StorageContract
 
 

@@ -14,11 +14,10 @@ from moto.server import ThreadedMotoServer
 
 from datastore.errors import MissingError, StorageError
 from datastore.storage.backends.fsspec_storage import FsspecStorage
-from datastore.storage.backends.s3 import S3Storage
+from datastore.storage.backends.s3 import S3Storage, understands
 from datastore.storage.base import Storage
 from datastore.storage.resolve import open_storage
 from datastore.storage.retry import RetryPolicy
-from datastore.storage.s3_client import understands
 from datastore.testing.storage import StorageContract
 
 KEYS = {"key": "AKIAIOSFODNN7EXAMPLE", "secret": "wJalrXUtnFEMIEXAMPLEKEY"}

@@ -6,7 +6,7 @@ import pytest
 
 from datastore.storage.backends.local import LocalStorage
 from datastore.storage.base import Storage
-from datastore.storage.resolve import Subfolder
+from datastore.storage.wrappers import Subfolder
 from datastore.testing.storage import StorageContract
 
 

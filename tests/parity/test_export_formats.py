@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from datastore.dataset.snapshot import Dataset, open_dataset
-from datastore.ingestion.writers.records import writer
+from datastore.ingestion.writers.records import record_writer
 from datastore.interop.export import ExportFormat, export
 from datastore.testing.examples import make_dataset
 
@@ -171,7 +171,7 @@ SCHEMA = pa.schema(
 
 @pytest.fixture
 def records(tmp_path: Path) -> Dataset:
-    with writer(tmp_path / "records", schema=SCHEMA) as out:
+    with record_writer(tmp_path / "records", schema=SCHEMA) as out:
         out.write(ROWS)
     return open_dataset(tmp_path / "records")
 
@@ -214,7 +214,7 @@ def test_a_tar_is_as_tarfile_and_numpy_would_write_it(tmp_path: Path) -> None:
     import tarfile
 
     columns = [("c" * 120, pa.string()), ("v", pa.list_(pa.float32()))]
-    with writer(tmp_path / "set", schema=pa.schema(columns)) as out:
+    with record_writer(tmp_path / "set", schema=pa.schema(columns)) as out:
         out.write({"c" * 120: "x" * n, "v": [0.5] * n} for n in (0, 1, 511, 512, 513))
     export(open_dataset(tmp_path / "set"), str(tmp_path / "out"), format="webdataset")
     with tarfile.open(tmp_path / "out" / "shard-000000.tar") as tar:

@@ -17,6 +17,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pytest
 
+from datastore.dataset.durability.parity import protect
 from datastore.dataset.log.manifest import oldest_readable
 from datastore.dataset.log.tags import list_tags, set_tag
 from datastore.dataset.operations.append import commit_shards
@@ -28,12 +29,10 @@ from datastore.dataset.operations.evolve import evolve
 from datastore.dataset.operations.expire import expire
 from datastore.dataset.operations.purge.purge import purge
 from datastore.dataset.roots import create_at, place_dataset
-from datastore.dataset.shards.files import read_token_table, write_token_shard
+from datastore.dataset.shards.files import put_tokenizer, read_token_table, write_token_shard
 from datastore.dataset.snapshot import Dataset, open_dataset
 from datastore.formats.tokens import token_dtype
-from datastore.ingestion.writers.records import writer
-from datastore.store.protect import protect
-from datastore.store.tokenizers import put_tokenizer
+from datastore.ingestion.writers.records import record_writer
 from datastore.testing.examples import documents_of, make_dataset
 
 GOLDEN = Path(__file__).parents[2] / "schemas" / "golden" / "v1"
@@ -183,10 +182,10 @@ def test_columns_beside_the_tokens(tmp_path: Path) -> None:
 @pytest.mark.parametrize("format", ["arrow", "parquet"])
 def test_records_whose_columns_have_changed(tmp_path: Path, format: Any) -> None:  # noqa: A002 - as everywhere
     schema = {"text": "string", "n": "int32", "labels": "list<string>"}
-    with writer(tmp_path, schema=schema, format=format) as out:
+    with record_writer(tmp_path, schema=schema, format=format) as out:
         out.write({"text": f"ä{index}", "n": index, "labels": ["x"] * (index % 3)} for index in range(50))
     evolve(tmp_path, add={"score": "float64", "day": "date32[day]"}, defaults={"score": 0.5}, widen={"n": "int64"})
-    with writer(tmp_path, format=format) as out:
+    with record_writer(tmp_path, format=format) as out:
         out.write({"text": "b", "n": 2**40, "labels": None, "score": 1.0, "day": None} for _ in range(3))
     evolve(tmp_path, rename={"text": "content"}, drop=["labels"])
     delete(tmp_path, where=pc.field("n") == 7)
@@ -262,7 +261,7 @@ def test_a_version_names_what_its_reader_has_to_know(tmp_path: Path) -> None:
     assert features(tmp_path / "clone") == {"references"}
     add(tmp_path / "columns", 1, columns=True)
     assert features(tmp_path / "columns") == {"layout"}
-    with writer(tmp_path / "records") as out:
+    with record_writer(tmp_path / "records") as out:
         out.write({"text": "one"})
     evolve(tmp_path / "records", add={"n": "int8"})
     assert features(tmp_path / "records") == {"layout", "evolution"}

@@ -12,7 +12,7 @@ import pytest
 from datastore.dataset.snapshot import Dataset, open_dataset
 from datastore.ingestion.importing import import_dataset
 from datastore.ingestion.settings import IngestSettings
-from datastore.ingestion.writers.records import writer
+from datastore.ingestion.writers.records import record_writer
 from datastore.interop.export import ExportFormat, export
 from datastore.interop.formats import ImportFormat
 from datastore.testing.examples import make_dataset
@@ -200,7 +200,7 @@ def test_tokens_come_back_from_formats_of_tokens_alone(tmp_path: Path, kind: Any
 @pytest.mark.parametrize("kind", ["parquet", "hf"])
 def test_records_come_back(tmp_path: Path, kind: Any) -> None:
     schema = pa.schema([("text", pa.string()), ("turns", pa.list_(pa.struct([("role", pa.string())])))])
-    with writer(tmp_path / "set", schema=schema) as out:
+    with record_writer(tmp_path / "set", schema=schema) as out:
         out.write({"text": f"ü{n}" if n % 2 else None, "turns": [{"role": "user"}] * (n % 3)} for n in range(50))
     dataset = open_dataset(tmp_path / "set")
     export(dataset, str(tmp_path / "out"), format=kind, shard_bytes=500)

@@ -14,7 +14,7 @@ import pytest
 from PIL import Image
 
 from datastore.dataset.snapshot import Dataset, open_dataset
-from datastore.ingestion.writers.records import writer
+from datastore.ingestion.writers.records import record_writer
 
 SCHEMA = {
     "text": "string",
@@ -50,7 +50,7 @@ ROWS = [row(index) for index in range(300)]
 @pytest.fixture(params=["arrow", "parquet"])
 def dataset(tmp_path: Path, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Dataset:
     monkeypatch.setattr("datastore.ingestion.writers.records._SHARD_BYTES", 40_000)
-    with writer(tmp_path / "set", schema=SCHEMA, format=request.param) as out:
+    with record_writer(tmp_path / "set", schema=SCHEMA, format=request.param) as out:
         out.write(ROWS)
     opened = open_dataset(tmp_path / "set")
     assert len(opened.segments) > 1

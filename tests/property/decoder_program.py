@@ -19,9 +19,10 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from datastore.dataset.durability.parity import Group, Member, decode_groups, encode_groups
 from datastore.dataset.shards.deletions import Deletions, decode_deletions, encode_deletions
-from datastore.dataset.shards.segment_file import Segments, decode_segment, encode_segment, segment_of
+from datastore.dataset.shards.parity_groups import Group, Member, decode_groups, encode_groups
+from datastore.dataset.shards.segment_file import decode_segment, encode_segment, segment_of
+from datastore.dataset.shards.segments import Segments
 from datastore.errors import CorruptError
 from datastore.formats.documents import DOCUMENTS_SCHEMA, decode_documents, encode_documents
 from datastore.formats.records import RecordFormat, decode_batch, decode_records, encode_records, read_frame

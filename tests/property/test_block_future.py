@@ -7,10 +7,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from datastore.cache.future import NEVER, Future
 from datastore.loader.cache.memory import BlockCache
+from datastore.loader.cache.prefetch import NEVER, Future
 from datastore.loader.loader import Loader
-from datastore.loader.settings import LoaderOptions
+from datastore.loader.settings import LoaderSettings
 from datastore.testing.examples import make_dataset
 
 BLOCKS = 12
@@ -83,7 +83,7 @@ def test_a_block_fetched_ahead_does_not_push_out_what_is_needed_before_it() -> N
 def test_a_loader_with_too_little_memory_fetches_again_only_what_does_not_fit() -> None:
     block = 4096
     dataset = make_dataset(f"memory://{uuid.uuid4().hex}", [[50_000]] * 8, block_bytes=block)
-    options = LoaderOptions(lanes=32, window=8, threads=0, epochs=1, memory_bytes=28 * block)
+    options = LoaderSettings(lanes=32, window=8, threads=0, epochs=1, memory_bytes=28 * block)
     with Loader(dataset, seq_len=64, global_batch=8, options=options) as loader:
         for _ in loader:
             pass

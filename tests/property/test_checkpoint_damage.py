@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from datastore.checkpoint import inspect as looking
 from datastore.checkpoint.checkpointer import Checkpointer
-from datastore.checkpoint.chunks import Chunk
+from datastore.checkpoint.format.manifest import Chunk
 from datastore.checkpoint.loading.sources import Sources
 from datastore.errors import CorruptError, DatastoreError
 from datastore.storage.backends.local import LocalStorage

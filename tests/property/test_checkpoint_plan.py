@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from datastore.checkpoint.format.manifest import Entry
 from datastore.checkpoint.format.tree import TensorSpec
-from datastore.checkpoint.plan import Box, check_coverage, overlap, owners, row_span
+from datastore.checkpoint.tensors import Box, check_coverage, overlap, owners, row_span
 from datastore.errors import ConflictError
 
 SIZES = st.dictionaries(st.text(max_size=4), st.integers(0, 1000), max_size=30)

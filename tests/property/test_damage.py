@@ -19,22 +19,21 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from datastore.dataset.durability.parity import protect
 from datastore.dataset.durability.verify import verify
 from datastore.dataset.log.commits import HINT_KEY
-from datastore.dataset.log.manifest import commit_key
+from datastore.dataset.log.keys import commit_key
 from datastore.dataset.log.tags import read_tag, set_tag
 from datastore.dataset.operations.append import commit_shards
 from datastore.dataset.operations.delete import delete
 from datastore.dataset.operations.evolve import evolve
-from datastore.dataset.shards.files import read_token_table, write_token_shard
+from datastore.dataset.shards.files import put_tokenizer, read_token_table, write_token_shard
 from datastore.dataset.shards.segment_file import BLOCK_BYTES
 from datastore.dataset.snapshot import Dataset, open_dataset
 from datastore.document import seal
 from datastore.errors import CorruptError, FormatError, MissingError
-from datastore.ingestion.writers.records import writer
+from datastore.ingestion.writers.records import record_writer
 from datastore.storage.backends.memory import MemoryStorage
-from datastore.store.protect import protect
-from datastore.store.tokenizers import put_tokenizer
 from datastore.testing.examples import documents_of, make_shard
 
 HARMLESS = {"README.md", HINT_KEY}
@@ -118,7 +117,7 @@ def changed() -> Sample:
 def records() -> Sample:
     storage = MemoryStorage("damage-records")
     for kind in ("arrow", "parquet"):
-        with writer(storage, schema=pa.schema({"text": pa.string(), "n": pa.int64()}), format=kind) as out:  # type: ignore[arg-type]
+        with record_writer(storage, schema=pa.schema({"text": pa.string(), "n": pa.int64()}), format=kind) as out:  # type: ignore[arg-type]
             out.write({"text": f"row {kind} {index}", "n": index} for index in range(100))
     evolve(storage, rename={"n": "number"}, add={"new": "int8"}, defaults={"new": 1})
     set_tag(storage, "first", open_dataset(storage, version=1).commit)

@@ -25,23 +25,22 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from datastore.dataset.durability.verify import verify
-from datastore.dataset.journal import Journal, TaskDone, encode_rejects
+from datastore.dataset.journal import Journal, TaskDone
 from datastore.dataset.log.manifest import INFO_KEY
 from datastore.dataset.operations.append import commit_records, commit_shards
-from datastore.dataset.shards.files import read_token_shard
-from datastore.dataset.shards.segment_file import BatchRange, ColumnLayout, ShardInfo, ShardLayout
+from datastore.dataset.shards.files import put_tokenizer, read_token_shard
+from datastore.dataset.shards.info import BatchRange, ColumnLayout, ShardInfo, ShardLayout
 from datastore.dataset.snapshot import Dataset, open_dataset
 from datastore.digest import digest_hex
 from datastore.document import Sealed, decode, encode, seal, unseal
 from datastore.errors import ConfigError, CorruptError, DatastoreError, FormatError, StorageError
 from datastore.formats.schema import decode_schema, encode_schema
 from datastore.formats.tokens import decode_tokens, encode_tokens
-from datastore.ingest.records import Reject
-from datastore.ingestion.writers.records import writer
+from datastore.ingestion.reading.documents import Reject, decode_rejects, encode_rejects
+from datastore.ingestion.writers.records import record_writer
 from datastore.loader.loader import Loader
 from datastore.storage.backends.local import LocalStorage
 from datastore.storage.backends.memory import MemoryStorage
-from datastore.store.tokenizers import put_tokenizer
 from datastore.testing.examples import make_shard
 
 PROGRAM = Path(__file__).with_name("decoder_program.py")
@@ -242,7 +241,7 @@ def test_a_manifest_that_makes_no_sense_is_refused_or_harmless(change: dict[str,
 @given(changes)
 def test_a_manifest_of_records_that_makes_no_sense_is_refused_or_harmless(change: dict[str, Any]) -> None:
     storage = MemoryStorage(uuid.uuid4().hex)
-    with writer(storage) as out:
+    with record_writer(storage) as out:
         out.write({"text": f"{index}"} for index in range(100))
     shard = msgspec.structs.replace(next(iter(open_dataset(storage).segments)), **change)
     if shard.kind == "records":
@@ -332,7 +331,9 @@ def test_damaged_rejects_are_refused_or_are_some(raw: bytes) -> None:
     storage = MemoryStorage(uuid.uuid4().hex)
     storage.put("ingests/one/rejects/task.jsonl", raw)
     try:
-        assert len(list(Journal(storage, "one").rejects())) <= raw.count(b"\n")
+        assert sum(
+            len(list(decode_rejects(found, where=key))) for key, found in Journal(storage, "one").rejects()
+        ) <= raw.count(b"\n")
     except CorruptError:
         return
 

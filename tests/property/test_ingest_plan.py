@@ -6,9 +6,10 @@ import hypothesis.strategies as st
 import numpy as np
 from hypothesis import given
 
+from datastore.dataset.journal import SourceFile
 from datastore.ingestion.duplicates import repeated
-from datastore.ingestion.plan import make_plan, orders
-from datastore.ingestion.reading.sources import Listing, SourceFile
+from datastore.ingestion.plan import make_plan, work_items
+from datastore.ingestion.reading.sources import Listing
 from datastore.ingestion.settings import IngestSettings, reading_digest
 
 
@@ -39,7 +40,7 @@ def test_every_byte_of_every_file_is_in_one_task_in_the_order_of_the_files(
     listing: Listing, settings: IngestSettings
 ) -> None:
     plan = make_plan(listing, settings=settings, kind="tokens", reading_digest="")
-    parts = [part for order in orders(plan) for part in order.parts]
+    parts = [part for order in work_items(plan) for part in order.parts]
     assert [part[0] for part in parts] == sorted((part[0] for part in parts), key=lambda file: file.path)
     for file in listing.files:
         ranges = [(start, stop) for other, start, stop in parts if other == file]
@@ -52,11 +53,11 @@ def test_every_byte_of_every_file_is_in_one_task_in_the_order_of_the_files(
 @given(listings(), tasks)
 def test_no_task_is_much_larger_than_asked_for_unless_one_file_is(listing: Listing, settings: IngestSettings) -> None:
     plan = make_plan(listing, settings=settings, kind="tokens", reading_digest="")
-    for order in orders(plan):
+    for order in work_items(plan):
         stored = sum(stop - start for _, start, stop in order.parts)
         largest = max(stop - start for _, start, stop in order.parts)
         assert stored <= settings.task_bytes + largest
-    assert all(order.parts for order in orders(plan))
+    assert all(order.parts for order in work_items(plan))
 
 
 @given(listings(), tasks, st.sets(st.integers(0, 29)))

@@ -7,10 +7,9 @@ import hypothesis.strategies as st
 import zstandard
 from hypothesis import given, settings
 
-from datastore.ingest.records import Record, Reject
-from datastore.ingest.split import can_be_cut, cut_evenly, lookback, split_records
-from datastore.ingestion.reading.documents import read_part
-from datastore.ingestion.reading.sources import SourceFile
+from datastore.dataset.journal import SourceFile
+from datastore.ingestion.reading.documents import Reject, TextRecord, read_part
+from datastore.ingestion.reading.streams import can_be_cut, cut_evenly, lookback, split_records
 from datastore.ingestion.settings import IngestSettings
 from datastore.storage.backends.memory import MemoryStorage
 
@@ -139,7 +138,7 @@ def test_any_json_lines_cut_anywhere_give_the_documents_and_rejects_of_the_whole
         fingerprint="0" * 32,
     )
 
-    def read(start: int, stop: int) -> list[Record | Reject | str]:
+    def read(start: int, stop: int) -> list[TextRecord | Reject | str]:
         return list(read_part(storage, "f", file=file, span=(start, stop), settings=IngestSettings()))
 
     whole = read(0, len(stored))

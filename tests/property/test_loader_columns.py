@@ -14,14 +14,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from datastore.cache.layout import BlockLayout, Track
 from datastore.dataset.operations.delete import delete
 from datastore.dataset.snapshot import Dataset, open_dataset
 from datastore.errors import ConfigError, CorruptError
 from datastore.ingestion.writers.tokens import token_writer
+from datastore.loader.cache.blocks import BlockLayout, Track
 from datastore.loader.loader import Loader
-from datastore.loader.place import Place
-from datastore.loader.settings import DeletionMode, LoaderOptions
+from datastore.loader.settings import DeletionMode, LoaderSettings, Rank
 from datastore.testing.resume import check_resumes_everywhere
 from datastore.torch import TensorStream, stream
 from datastore.training.run.data import Stretch, make_split
@@ -70,7 +69,7 @@ def known(request: pytest.FixtureRequest) -> Iterator[Known]:
 
 
 def loader_of(dataset: Dataset, **changes: Any) -> Loader:
-    options = LoaderOptions(
+    options = LoaderSettings(
         lanes=4,
         window=4,
         threads=changes.pop("threads", 0),
@@ -105,7 +104,7 @@ def test_each_token_comes_with_its_values(
             seed=seed,
             seq_len=seq_len,
             global_batch=world + more,
-            place=Place(rank, world),
+            rank=Rank(rank, world),
             epochs=1,
             memory_bytes=memory_bytes,
         )
@@ -160,7 +159,7 @@ def test_a_stretch_of_a_dataset_brings_the_values_of_its_own_tokens(known: Known
 
 def test_held_out_samples_bring_their_loss_mask(known: Known) -> None:
     split = make_split(known.dataset, holdout=0.2, validation=None)
-    found = split.samples(4, seq_len=SEQ_LEN, place=Place())
+    found = split.samples(4, seq_len=SEQ_LEN, rank=Rank())
     assert found.loss_mask is not None
     held_out = known.tokens[-int(len(known.tokens) * 0.2) :].tolist()
     for tokens, mask in zip(found.mine.tolist(), found.loss_mask.tolist(), strict=True):
@@ -210,7 +209,7 @@ def test_buffers_for_columns_are_filled_and_those_that_do_not_fit_are_refused(kn
 
 def test_a_column_that_is_not_there_is_refused_and_the_others_are_named(known: Known) -> None:
     with pytest.raises(ConfigError, match=r"no such column \(column='x', columns=\['logits', 'loss_mask', 'unread'"):
-        Loader(known.dataset, seq_len=SEQ_LEN, global_batch=5, options=LoaderOptions(columns=("x",)))
+        Loader(known.dataset, seq_len=SEQ_LEN, global_batch=5, options=LoaderSettings(columns=("x",)))
 
 
 def test_only_the_loss_mask_is_read_if_nothing_is_asked_for(known: Known) -> None:

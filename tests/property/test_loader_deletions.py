@@ -13,18 +13,17 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from datastore.cache.layout import BlockLayout
 from datastore.dataset.operations.delete import delete
 from datastore.dataset.shards.deletions import Deletions, decode_deletions, encode_deletions, merge_spans
 from datastore.dataset.snapshot import Dataset, open_dataset
 from datastore.errors import ConfigError, CorruptError, ResumeError
 from datastore.loader.batch import Batch
+from datastore.loader.cache.blocks import BlockLayout
+from datastore.loader.gather import reads_of
 from datastore.loader.loader import Loader
+from datastore.loader.order.order import NO_SAMPLE, BatchPlan
 from datastore.loader.order.samples import Gaps, sample_grid
-from datastore.loader.place import Place
-from datastore.loader.plan import NO_SAMPLE, BatchPlan
-from datastore.loader.reads import reads_of
-from datastore.loader.settings import DeletionMode, LoaderOptions
+from datastore.loader.settings import DeletionMode, LoaderSettings, Rank
 from datastore.loader.trace import locate
 from datastore.testing.examples import make_dataset
 
@@ -76,9 +75,9 @@ def live_of(rows: set[tuple[int, int]]) -> np.ndarray:
     return np.concatenate(parts)
 
 
-def small(**changes: object) -> LoaderOptions:
+def small(**changes: object) -> LoaderSettings:
     few = {"lanes": 8, "window": 4, "threads": 0, "memory_bytes": 8 * BLOCK, "end_of_text": END}
-    return LoaderOptions(**(few | changes))  # type: ignore[arg-type]
+    return LoaderSettings(**(few | changes))  # type: ignore[arg-type]
 
 
 def loader_of(dataset: Dataset, *, deletions: DeletionMode = "mask", **changes: object) -> Loader:
@@ -174,7 +173,7 @@ def test_stop_after_any_step_and_resume_on_any_world(
         world = data.draw(st.integers(1, 4), label="world")
         global_batch = data.draw(st.integers(world, 20), label="global batch")
         ranks = [
-            loader_of(after, deletions=mode, seed=seed, global_batch=global_batch, place=Place(rank, world))
+            loader_of(after, deletions=mode, seed=seed, global_batch=global_batch, rank=Rank(rank, world))
             for rank in range(world)
         ]
         for loader in ranks:
@@ -250,8 +249,8 @@ def test_without_a_tokenizer_somebody_must_say_what_deleted_tokens_read_as() -> 
     with pytest.raises(ConfigError, match="no tokenizer says what to read in their place"):
         Loader(after, seq_len=SEQ_LEN, global_batch=5)
     with pytest.raises(ConfigError, match="end_of_text is no token of the dataset"):
-        Loader(after, seq_len=SEQ_LEN, global_batch=5, options=LoaderOptions(end_of_text=65_536))
-    Loader(after, seq_len=SEQ_LEN, global_batch=5, options=LoaderOptions(deletions="compact"))
+        Loader(after, seq_len=SEQ_LEN, global_batch=5, options=LoaderSettings(end_of_text=65_536))
+    Loader(after, seq_len=SEQ_LEN, global_batch=5, options=LoaderSettings(deletions="compact"))
     Loader(before(), seq_len=SEQ_LEN, global_batch=5)
 
 

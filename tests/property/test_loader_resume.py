@@ -15,8 +15,7 @@ from hypothesis import strategies as st
 from datastore.dataset.snapshot import Dataset
 from datastore.loader.batch import Batch
 from datastore.loader.loader import Loader
-from datastore.loader.place import Place
-from datastore.loader.settings import LoaderOptions
+from datastore.loader.settings import LoaderSettings, Rank
 from datastore.testing.examples import make_dataset
 from datastore.testing.resume import check_resumes_everywhere
 
@@ -47,8 +46,8 @@ def known(request: pytest.FixtureRequest) -> Iterator[Known]:
     shutil.rmtree(folder)
 
 
-def small(**changes: int) -> LoaderOptions:
-    return LoaderOptions(**{"lanes": 16, "window": 8, "threads": 0, "memory_bytes": 6 * BLOCK} | changes)
+def small(**changes: int) -> LoaderSettings:
+    return LoaderSettings(**{"lanes": 16, "window": 8, "threads": 0, "memory_bytes": 6 * BLOCK} | changes)
 
 
 def one_step(loaders: list[Loader]) -> list[Batch]:
@@ -81,7 +80,7 @@ def test_stop_after_any_step_and_resume_with_any_world_and_batch_size(
                 seq_len=SEQ_LEN,
                 global_batch=global_batch,
                 seed=seed,
-                place=Place(rank, world),
+                rank=Rank(rank, world),
                 options=small(lanes=data.draw(st.sampled_from([16, 3])) if state else 16),
             )
             for rank in range(world)
@@ -116,13 +115,11 @@ def test_stop_after_any_step_and_resume_with_any_world_and_batch_size(
 def test_fingerprints_of_the_ranks_add_up_to_that_of_the_whole(
     known: Known, seed: int, world: int, more: int, steps: int
 ) -> None:
-    def loader(place: Place) -> Loader:
-        return Loader(
-            known.dataset, seq_len=SEQ_LEN, global_batch=world + more, seed=seed, place=place, options=small()
-        )
+    def loader(place: Rank) -> Loader:
+        return Loader(known.dataset, seq_len=SEQ_LEN, global_batch=world + more, seed=seed, rank=place, options=small())
 
-    alone = loader(Place())
-    ranks = [loader(Place(rank, world)) for rank in range(world)]
+    alone = loader(Rank())
+    ranks = [loader(Rank(rank, world)) for rank in range(world)]
     for _ in range(steps):
         parts = [batch.fingerprint() for batch in one_step(ranks)]
         assert sum(parts) % 2**64 == next(alone).fingerprint()
@@ -167,7 +164,7 @@ def test_a_finite_pass_takes_the_same_steps_on_every_rank_and_holds_each_sample(
                 seq_len=SEQ_LEN,
                 global_batch=global_batch,
                 seed=seed,
-                place=Place(rank, world),
+                rank=Rank(rank, world),
                 options=small(epochs=epochs),
             )
         )
@@ -187,8 +184,8 @@ def test_a_finite_pass_takes_the_same_steps_on_every_rank_and_holds_each_sample(
 @pytest.mark.filterwarnings("ignore:memory_bytes:RuntimeWarning")
 def test_a_loader_resumes_after_every_step(known: Known, epochs: int | None) -> None:
     def open_at(state: dict | None) -> Loader:
-        options = LoaderOptions(lanes=16, window=8, threads=1, epochs=epochs)
-        loader = Loader(known.dataset, seq_len=SEQ_LEN, global_batch=37, seed=5, place=Place(1, 3), options=options)
+        options = LoaderSettings(lanes=16, window=8, threads=1, epochs=epochs)
+        loader = Loader(known.dataset, seq_len=SEQ_LEN, global_batch=37, seed=5, rank=Rank(1, 3), options=options)
         if state is not None:
             loader.load_state_dict(state)
         return loader

@@ -11,10 +11,9 @@ from hypothesis import strategies as st
 from datastore.errors import ConfigError
 from datastore.loader.order.lanes import lane_grid, van_der_corput
 from datastore.loader.order.mix import Purpose, derive_key, mix_int
-from datastore.loader.order.order import Order, OrderKey, line_of
+from datastore.loader.order.order import NO_SAMPLE, BatchPlan, Order, OrderKey, Planner, line_of
 from datastore.loader.order.samples import SampleGrid, sample_grid
-from datastore.loader.place import Place
-from datastore.loader.plan import NO_SAMPLE, BatchPlan, Planner
+from datastore.loader.settings import Rank
 
 shard_tokens = st.lists(st.integers(0, 60), min_size=1, max_size=12).filter(lambda tokens: sum(tokens) > 10)
 seq_lens = st.integers(1, 9)
@@ -140,13 +139,13 @@ def test_a_dataset_shorter_than_one_sample_is_refused_with_both_lengths() -> Non
     assert sample_grid(np.array([4, 5]), seq_len=8).samples == 1
 
 
-def planner_of(order: Order, place: Place, global_batch: int, total: int | None = None) -> Planner:
-    return Planner(order, place=place, global_batch=global_batch, total=total)
+def planner_of(order: Order, place: Rank, global_batch: int, total: int | None = None) -> Planner:
+    return Planner(order, rank=place, global_batch=global_batch, total=total)
 
 
 def global_batches(order: Order, world: int, global_batch: int, cursor: int, steps: int) -> list[list[BatchPlan]]:
     """The batches of all ranks, step by step."""
-    ranks = [planner_of(order, Place(rank, world), global_batch).plan(cursor, batches=steps) for rank in range(world)]
+    ranks = [planner_of(order, Rank(rank, world), global_batch).plan(cursor, batches=steps) for rank in range(world)]
     return [list(step) for step in zip(*ranks, strict=True)]
 
 
@@ -195,12 +194,12 @@ def test_a_finite_pass_holds_each_sample_once_per_epoch_and_takes_the_same_steps
 ) -> None:
     order, global_batch = order_of(tokens, seq_len, key), world + more
     total = epochs * order.samples
-    ranks = [planner_of(order, Place(rank, world), global_batch, total).plan(0, batches=10**4) for rank in range(world)]
+    ranks = [planner_of(order, Rank(rank, world), global_batch, total).plan(0, batches=10**4) for rank in range(world)]
     assert {len(plans) for plans in ranks} == {-(-total // global_batch)}
     samples = np.concatenate([plan.samples[plan.valid] for plans in ranks for plan in plans])
     assert np.bincount(samples, minlength=order.samples).tolist() == [epochs] * order.samples
     for rank, plans in enumerate(ranks):
-        start, stop = Place(rank, world).share(global_batch)
+        start, stop = Rank(rank, world).share(global_batch)
         assert {len(plan.samples) for plan in plans} == {stop - start}
         assert all((plan.samples[~plan.valid] == NO_SAMPLE).all() for plan in plans)
 
@@ -208,7 +207,7 @@ def test_a_finite_pass_holds_each_sample_once_per_epoch_and_takes_the_same_steps
 @given(keys, st.integers(1, 8), st.integers(1, 59))
 def test_the_free_rows_of_the_last_batch_are_spread_over_the_ranks(key: OrderKey, world: int, rest: int) -> None:
     order = order_of([200], 1, key)
-    ranks = [planner_of(order, Place(rank, world), 64, 64 + rest).plan(64, batches=9) for rank in range(world)]
+    ranks = [planner_of(order, Rank(rank, world), 64, 64 + rest).plan(64, batches=9) for rank in range(world)]
     counts = [int(plans[0].valid.sum()) for plans in ranks]
     assert sum(counts) == rest
     assert max(counts) - min(counts) <= 2
@@ -232,14 +231,14 @@ def test_lanes_differ_by_at_most_one_sample(samples: int, lanes: int, window: in
 
 def test_a_rank_keeps_to_its_part_of_the_lanes() -> None:
     order = order_of([64 * 1024 + 1], 1, OrderKey(seed=2, lanes=1024, window=16))
-    plans = planner_of(order, Place(3, 8), 256).plan(0, batches=64)
+    plans = planner_of(order, Rank(3, 8), 256).plan(0, batches=64)
     lanes = {int(lane) for plan in plans for lane in order.lanes.lane_of(plan.positions)}
     assert len(lanes) <= 1024 // 8 + 16
 
 
 def test_a_micro_batch_is_not_a_run_of_neighbouring_lanes() -> None:
     order = order_of([64 * 1024 + 1], 1, OrderKey(seed=2, lanes=1024, window=16))
-    (plan,) = planner_of(order, Place(), 256).plan(0, batches=1)
+    (plan,) = planner_of(order, Rank(), 256).plan(0, batches=1)
     lanes = order.lanes.lane_of(plan.positions).astype(np.int64)
     micro = lanes[:64]
     assert micro.max() - micro.min() > 512
@@ -248,7 +247,7 @@ def test_a_micro_batch_is_not_a_run_of_neighbouring_lanes() -> None:
 
 def test_more_ranks_than_samples_in_a_batch_are_refused() -> None:
     with pytest.raises(ConfigError, match=r"global_batch=3, world=4"):
-        planner_of(order_of([99], 1, OrderKey(seed=0, lanes=1, window=1)), Place(0, 4), 3)
+        planner_of(order_of([99], 1, OrderKey(seed=0, lanes=1, window=1)), Rank(0, 4), 3)
 
 
 @pytest.mark.parametrize(
@@ -256,7 +255,7 @@ def test_more_ranks_than_samples_in_a_batch_are_refused() -> None:
 )
 def test_a_place_that_does_not_exist_is_refused(rank: int, world: int, fact: str) -> None:
     with pytest.raises(ConfigError, match=fact):
-        Place(rank, world)
+        Rank(rank, world)
 
 
 def deff(order: Order, *, global_batch: int, span: int, shards: int) -> float:

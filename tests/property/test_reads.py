@@ -6,10 +6,10 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from datastore.cache.layout import BlockLayout
+from datastore.loader.cache.blocks import BlockLayout
+from datastore.loader.gather import reads_of
+from datastore.loader.order.order import NO_SAMPLE, BatchPlan
 from datastore.loader.order.samples import sample_grid
-from datastore.loader.plan import NO_SAMPLE, BatchPlan
-from datastore.loader.reads import reads_of
 from datastore.testing.examples import make_dataset
 
 SHARDS = [[700, 300], [5], [2_000, 11], [1, 1, 1], [900]]

@@ -18,7 +18,7 @@ from datastore.errors import ConfigError
 from datastore.formats.evolution import SchemaChange, adapt, changed
 from datastore.formats.records import RecordFormat, check_format, decode_batch, decode_records, encode_records
 from datastore.formats.schema import check_storable, decode_schema, encode_schema, parse_type
-from datastore.ingestion.writers.records import writer
+from datastore.ingestion.writers.records import record_writer
 from datastore.storage.backends.memory import MemoryStorage
 
 NAMES = st.sampled_from(["a", "b", "text", "x_1", "Ä"])
@@ -176,7 +176,7 @@ def test_a_dataset_gives_back_what_was_written_in_either_format(parts: list[tupl
     expected = []
     for table, kind in parts:
         if table.schema.equals(schema) and storable(schema, kind):
-            with writer(storage, schema=schema, format=kind) as out:
+            with record_writer(storage, schema=schema, format=kind) as out:
                 out.write(table)
             expected += table.to_pylist()
     if not expected:
@@ -228,7 +228,7 @@ def widen(name: str) -> Step:
 def append(value: int, kind: RecordFormat) -> Step:
     def step(storage: MemoryStorage, rows: list[Row]) -> list[Row]:
         row = dict.fromkeys(open_dataset(storage).schema.names, value)
-        with writer(storage, format=kind) as out:
+        with record_writer(storage, format=kind) as out:
             out.write(row)
         return [*rows, row]
 
@@ -251,7 +251,7 @@ def test_after_any_changes_every_version_reads_as_if_all_its_rows_had_been_writt
     steps: list[Step],
 ) -> None:
     storage = MemoryStorage(uuid.uuid4().hex)
-    with writer(storage, schema={"a": "int32", "b": "int16"}) as out:
+    with record_writer(storage, schema={"a": "int32", "b": "int16"}) as out:
         out.write({"a": 1, "b": 2})
     rows: list[Row] = [{"a": 1, "b": 2}]
     history = [rows]

@@ -15,7 +15,7 @@ from datastore.storage.backends.fsspec_storage import FsspecStorage
 from datastore.storage.backends.local import LocalStorage
 from datastore.storage.backends.memory import MemoryStorage
 from datastore.storage.base import Storage
-from datastore.storage.resolve import Subfolder
+from datastore.storage.wrappers import Subfolder
 
 KEYS = st.sampled_from(["a/b/1", "a/b/2", "a/3", "a-b", "a.txt", "ab/4", "b", "é/ü"])  # none is a folder of another
 FOLDERS = st.sampled_from(["", "a", "a/b", "ab", "b", "nothing"])

@@ -10,7 +10,7 @@ from datastore.dataset.durability.verify import verify
 from datastore.dataset.log.commits import CommitLog
 from datastore.dataset.log.tags import list_tags, set_tag
 from datastore.dataset.operations.append import Operation, commit_shards
-from datastore.dataset.shards.segment_file import ShardInfo
+from datastore.dataset.shards.info import ShardInfo
 from datastore.dataset.snapshot import open_dataset
 from datastore.errors import ConflictError
 from datastore.storage.backends.memory import MemoryStorage

@@ -14,8 +14,8 @@ from datastore.dataset.operations.delete import delete
 from datastore.dataset.operations.expire import expire
 from datastore.dataset.operations.purge.purge import purge
 from datastore.dataset.operations.vacuum import DAY_S, vacuum
+from datastore.dataset.shards.info import ShardInfo
 from datastore.dataset.shards.inventory import version_files
-from datastore.dataset.shards.segment_file import ShardInfo
 from datastore.dataset.snapshot import open_dataset
 from datastore.errors import ConflictError, MissingError
 from datastore.storage.backends.memory import MemoryStorage

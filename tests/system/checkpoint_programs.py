@@ -23,7 +23,7 @@ from itertools import pairwise
 import torch
 
 from datastore.checkpoint.checkpointer import Checkpointer
-from datastore.checkpoint.settings import CheckpointOptions, Keep
+from datastore.checkpoint.steps import CheckpointerSettings, Keep
 from datastore.errors import DatastoreError
 
 State = dict[str, dict[str, torch.Tensor | int]]
@@ -52,7 +52,7 @@ def numbers_in(items: State) -> set[float]:
 
 
 def open_run(folder: str, rank: int, world: int, session: str) -> Checkpointer:
-    options = CheckpointOptions(wait_s=60)
+    options = CheckpointerSettings(wait_s=60)
     return Checkpointer(folder, keep=Keep(last=2), rank=rank, world=world, session=session, options=options)
 
 

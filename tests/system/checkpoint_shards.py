@@ -18,7 +18,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 
 from datastore.checkpoint.checkpointer import Checkpointer
-from datastore.checkpoint.settings import CheckpointOptions
+from datastore.checkpoint.steps import CheckpointerSettings
 
 WAIT_S = 100
 ROWS, COLUMNS = 7, 5
@@ -100,7 +100,7 @@ def restore(folder: Path, saved: str, layout: str, open_run: Callable[[Path], Ch
 def main(rank: int, world: int, meeting: str, folder: Path, jobs: list[str]) -> None:
     timeout = timedelta(seconds=WAIT_S)
     dist.init_process_group("gloo", init_method=meeting, rank=rank, world_size=world, timeout=timeout)
-    options = CheckpointOptions(wait_s=WAIT_S)
+    options = CheckpointerSettings(wait_s=WAIT_S)
     for number, job in enumerate(jobs):
         session = f"{Path(meeting).name}-{number}"
 

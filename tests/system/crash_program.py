@@ -39,7 +39,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from datastore.dataset.durability.parity import load_groups
+from datastore.dataset.durability.parity import protect
 from datastore.dataset.durability.repair import repair
 from datastore.dataset.durability.verify import verify
 from datastore.dataset.log.manifest import oldest_readable
@@ -54,18 +54,19 @@ from datastore.dataset.operations.expire import expire
 from datastore.dataset.operations.purge.purge import purge
 from datastore.dataset.operations.vacuum import vacuum
 from datastore.dataset.roots import create_at, place_dataset
+from datastore.dataset.shards.files import put_tokenizer
+from datastore.dataset.shards.parity_groups import load_groups
 from datastore.dataset.snapshot import Dataset, open_dataset
 from datastore.errors import MissingError
 from datastore.ingestion.importing import import_dataset
 from datastore.ingestion.ingest import ingest
 from datastore.ingestion.settings import IngestSettings
-from datastore.ingestion.writers.records import writer
+from datastore.ingestion.writers.records import record_writer
 from datastore.interop.export import export
 from datastore.storage.backends.local import LocalStorage
 from datastore.storage.base import Storage
-from datastore.storage.resolve import join_url, open_storage
-from datastore.store.protect import protect
-from datastore.store.tokenizers import put_tokenizer
+from datastore.storage.resolve import open_storage
+from datastore.storage.urls import join_url
 from datastore.testing.examples import make_shard
 
 with suppress(ImportError):
@@ -136,7 +137,7 @@ def records(workspace: str) -> None:
 
 
 def add_records(workspace: str, text: str) -> None:
-    with writer(join_url(workspace, "set"), schema=SCHEMA) as out:
+    with record_writer(join_url(workspace, "set"), schema=SCHEMA) as out:
         out.write({"text": f"{text}{index}", "n": index} for index in range(50))
 
 
@@ -399,7 +400,7 @@ def in_child(work: Callable[[], Any]) -> Any:
             with os.fdopen(writing, "w") as pipe:
                 json.dump(work(), pipe)
             os._exit(0)
-        except BaseException:  # noqa: BLE001 - nothing may run after this in a copy of the parent
+        except BaseException:  # noqa: BLE001 - as above
             traceback.print_exc()
             os._exit(1)
     os.close(writing)

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from datastore.cli.main import cli
-from datastore.cli.shell import Session, call
+from datastore.cli.shell import CliSession, call
 from datastore.digest import digest_hex
 
 RUN = """
@@ -59,7 +59,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
             "ingest src --to data --tokenizer tok.json --workers 1",
             "train run.toml --to run",
         ):
-            assert call(cli, line.split(), Session()) == 0
+            assert call(cli, line.split(), CliSession()) == 0
     finally:
         os.chdir(before)
     return folder
@@ -81,7 +81,7 @@ def told(here: Path, capfd: pytest.CaptureFixture[str]) -> Callable[..., str]:
     def run(*words: str, status: int, keeps: str = ".") -> str:
         before = tree(here / keeps)
         capfd.readouterr()
-        assert call(cli, list(words), Session()) == status
+        assert call(cli, list(words), CliSession()) == status
         out, err = capfd.readouterr()
         assert out == ""
         assert err.count("\n") == 1, err
@@ -158,7 +158,7 @@ def test_a_sample_longer_than_the_whole_dataset(told: Callable[..., str]) -> Non
 
 
 def test_a_tokenizer_that_does_not_match_the_dataset(told: Callable[..., str]) -> None:
-    assert call(cli, ["tokenizer", "train", "src", "--vocab", "280", "--to", "other.json"], Session()) == 0
+    assert call(cli, ["tokenizer", "train", "src", "--vocab", "280", "--to", "other.json"], CliSession()) == 0
     assert "tokenizer" in told("ingest", "run.toml", "--to", "data", "--tokenizer", "other.json", status=2)
 
 
@@ -194,7 +194,7 @@ def test_a_damaged_shard(told: Callable[..., str], here: Path, *, truncate: bool
 def test_verify_names_a_damaged_shard(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = next((here / "data" / "shards").rglob("*.arrow"))
     damage(path, truncate=False)
-    assert call(cli, ["verify", "data"], Session()) == 1
+    assert call(cli, ["verify", "data"], CliSession()) == 1
     assert str(path.relative_to(here / "data")) in capsys.readouterr().out
 
 
@@ -213,7 +213,7 @@ def test_a_run_that_belongs_to_another_config(told: Callable[..., str]) -> None:
 
 def test_a_run_that_belongs_to_another_dataset(told: Callable[..., str], here: Path) -> None:
     shutil.rmtree(here / "data")
-    assert call(cli, ["ingest", "src", "--to", "data", "--tokenizer", "tok.json", "--workers", "1"], Session()) == 0
+    assert call(cli, ["ingest", "src", "--to", "data", "--tokenizer", "tok.json", "--workers", "1"], CliSession()) == 0
     assert "uuid" in told("resume", "run", "--set", "train.steps=3", status=1, keeps="run/parts")
 
 
@@ -232,7 +232,7 @@ def test_more_bad_records_than_the_limit_allows(told: Callable[..., str], here: 
     (here / "lines.jsonl").write_text('{"text": "fine"}\nnot json\n', encoding="utf-8")
     line = told("ingest", "lines.jsonl", "--to", "new", status=3, keeps="data")
     assert line.startswith("error[rejected]: ")
-    assert call(cli, ["show", "new"], Session()) == 1
+    assert call(cli, ["show", "new"], CliSession()) == 1
 
 
 def datastore(*words: str, **options: object) -> "subprocess.Popen[str]":
@@ -259,7 +259,7 @@ def test_a_file_that_may_not_grow_further() -> None:
     assert out == ""
     assert err.startswith("error[storage]: ")
     assert err.count("\n") == 1
-    assert call(cli, ["ingest", "src", "--to", "new", "--tokenizer", "tok.json", "--workers", "1"], Session()) == 0
+    assert call(cli, ["ingest", "src", "--to", "new", "--tokenizer", "tok.json", "--workers", "1"], CliSession()) == 0
 
 
 def test_a_target_that_cannot_be_written(told: Callable[..., str]) -> None:
@@ -296,8 +296,8 @@ def test_an_interrupt_at_any_time_is_one_line_and_the_command_goes_on(seconds: f
         _, err = process.communicate(timeout=120)
     assert process.returncode in {0, 130, -signal.SIGINT}
     assert "datastore/" not in err  # A traceback of the interpreter's own start is not ours to prevent.
-    assert call(cli, list(words), Session()) == 0
-    assert call(cli, ["verify", "new"], Session()) == 0
+    assert call(cli, list(words), CliSession()) == 0
+    assert call(cli, ["verify", "new"], CliSession()) == 0
 
 
 def wait_for(path: Path, process: "subprocess.Popen[str]") -> None:

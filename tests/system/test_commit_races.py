@@ -17,9 +17,9 @@ from datastore.dataset.snapshot import open_dataset
 
 WRITER = """
 import sys
-from datastore.storage.resolve import open_storage
+from datastore.storage.resolve import open_storage  # noqa: E402
 from datastore.dataset.shards.files import shard_uid
-from datastore.dataset.operations.append import commit_shards
+from datastore.dataset.operations.append import commit_shards  # noqa: E402
 from datastore.testing.examples import make_shard
 
 url, name, commits = sys.argv[1], sys.argv[2], int(sys.argv[3])

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from datastore.storage.resolve import join_url
+from datastore.storage.urls import join_url
 
 PROGRAM = Path(__file__).with_name("crash_program.py")
 

@@ -12,14 +12,14 @@ from datastore.dataset.snapshot import open_dataset
 
 WORKER = """
 import random, sys, time
-from datastore.errors import ConflictError
-from datastore.storage.resolve import open_storage
+from datastore.errors import ConflictError  # noqa: E402
+from datastore.storage.resolve import open_storage  # noqa: E402
 from datastore.dataset.operations.compact import compact
-from datastore.dataset.snapshot import open_dataset
+from datastore.dataset.snapshot import open_dataset  # noqa: E402
 from datastore.dataset.operations.delete import delete
 from datastore.dataset.operations.purge.purge import purge
 from datastore.dataset.shards.files import shard_uid
-from datastore.dataset.operations.append import commit_shards
+from datastore.dataset.operations.append import commit_shards  # noqa: E402
 from datastore.testing.examples import make_shard
 
 url, role, name, rounds = sys.argv[1], sys.argv[2], int(sys.argv[3]), int(sys.argv[4])

@@ -7,11 +7,10 @@ import torch
 from torch.nn import functional
 
 from datastore.errors import ConfigError, ConflictError, MissingError
-from datastore.loader.place import Place
-from datastore.testing.runs import make_language, tiny_settings
-from datastore.train.validation import evaluate
+from datastore.loader.settings import Rank
+from datastore.testing.examples import make_language, tiny_settings
 from datastore.training.export.export import export, open_model
-from datastore.training.export.inference import Sampling, generate
+from datastore.training.export.inference import Sampling, evaluate, generate
 from datastore.training.run.folder import RunFolder, open_split
 from datastore.training.start import train
 
@@ -30,7 +29,7 @@ def loss_of_transformers(folder: Path, run: str) -> float:
     """Compute the validation loss without any code of ours, but for the samples."""
     from transformers import AutoModelForCausalLM
 
-    tokens = open_split(RunFolder.open(run).config()).samples(16, seq_len=32, place=Place()).mine
+    tokens = open_split(RunFolder.open(run).config()).samples(16, seq_len=32, rank=Rank()).mine
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     ids = torch.from_numpy(tokens).long()
     logits = model(ids[:, :-1]).logits

@@ -18,7 +18,7 @@ from datastore.dataset.snapshot import open_dataset
 from datastore.errors import DatastoreError, StorageError
 from datastore.ingestion.encoding.tokenizer import TokenizerSettings, train_tokenizer
 from datastore.ingestion.ingest import ingest
-from datastore.ingestion.report import Progress
+from datastore.ingestion.report import IngestProgress
 from datastore.ingestion.settings import IngestSettings
 
 PROGRAM = """
@@ -193,9 +193,9 @@ def test_two_that_do_the_same_ingest_at_once_commit_once(
 def test_a_worker_that_dies_is_reported_with_its_task(
     ground: Ground, undisturbed: dict[str, str], tmp_path: Path
 ) -> None:
-    def shoot(_: Progress) -> None:
+    def shoot(_: IngestProgress) -> None:
         for pid in children(os.getpid()):
-            if b"datastore.ingest.worker" in Path(f"/proc/{pid}/cmdline").read_bytes():
+            if b"datastore.ingestion.workers" in Path(f"/proc/{pid}/cmdline").read_bytes():
                 os.kill(pid, signal.SIGKILL)
 
     to = tmp_path / "data"

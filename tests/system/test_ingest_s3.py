@@ -8,7 +8,8 @@ from datastore.dataset.durability.verify import verify
 from datastore.dataset.snapshot import open_dataset
 from datastore.ingestion.ingest import ingest
 from datastore.ingestion.settings import IngestSettings
-from datastore.storage.resolve import join_url, open_storage
+from datastore.storage.resolve import open_storage
+from datastore.storage.urls import join_url
 
 pytestmark = pytest.mark.s3
 

@@ -11,7 +11,7 @@ from datastore.dataset.log.commits import CommitLog
 from datastore.dataset.log.identity import read_info
 from datastore.dataset.shards.files import shard_uid
 from datastore.dataset.snapshot import open_dataset
-from datastore.storage.probe import probe_exclusive
+from datastore.storage.base import probe_exclusive
 from datastore.storage.resolve import open_storage
 
 pytestmark = pytest.mark.s3
@@ -19,9 +19,9 @@ pytestmark = pytest.mark.s3
 WRITERS = 8
 WRITER = """
 import sys
-from datastore.storage.resolve import open_storage
+from datastore.storage.resolve import open_storage  # noqa: E402
 from datastore.dataset.shards.files import shard_uid
-from datastore.dataset.operations.append import commit_shards
+from datastore.dataset.operations.append import commit_shards  # noqa: E402
 from datastore.testing.examples import make_shard
 
 url, name, commits = sys.argv[1], sys.argv[2], int(sys.argv[3])

@@ -13,10 +13,9 @@ import pytest
 
 from datastore.errors import StorageError
 from datastore.storage.backends.fsspec_storage import FsspecStorage
-from datastore.storage.backends.s3 import S3Storage
+from datastore.storage.backends.s3 import S3Storage, forget_clients
 from datastore.storage.base import Storage
 from datastore.storage.resolve import open_storage
-from datastore.storage.s3_client import forget_clients
 from datastore.testing.examples import make_dataset
 
 pytestmark = pytest.mark.s3

@@ -20,8 +20,7 @@ from datastore.dataset.log.lease import LEASE_KEY, single_writer
 from datastore.dataset.snapshot import open_dataset
 from datastore.errors import ConflictError
 from datastore.storage.backends.fsspec_storage import FsspecStorage
-from datastore.storage.base import Storage
-from datastore.storage.probe import probe_exclusive
+from datastore.storage.base import Storage, probe_exclusive
 from datastore.testing.examples import make_dataset
 
 RCLONE = shutil.which("rclone", path=str(Path(sys.executable).parent)) or shutil.which("rclone")

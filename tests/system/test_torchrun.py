@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from datastore.testing.runs import make_language, tiny_settings
-from datastore.train.proof import prove
+from datastore.testing.examples import make_language, tiny_settings
 from datastore.training.metrics import read_metrics
+from datastore.training.run.audit import prove
 from datastore.training.run.folder import RunFolder
 from datastore.training.settings import Settings, flatten
 from datastore.training.start import train

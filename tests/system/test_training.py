@@ -16,12 +16,10 @@ import torch
 from datastore.document import encode
 from datastore.errors import ConfigError, ConflictError, ResumeError, WaitError
 from datastore.storage.backends.memory import MemoryStorage
-from datastore.testing.runs import make_language, tiny_settings
-from datastore.train.progress import Progress
-from datastore.train.proof import prove
+from datastore.testing.examples import make_language, tiny_settings
 from datastore.training.export.export import open_model
-from datastore.training.metrics import MetricsWriter, read_metrics
-from datastore.training.run.audit import read_history
+from datastore.training.metrics import MetricsWriter, TrainingProgress, read_metrics
+from datastore.training.run.audit import prove, read_history
 from datastore.training.run.folder import RunFolder
 from datastore.training.run.record import record_bytes
 from datastore.training.settings import Settings
@@ -35,8 +33,8 @@ PROGRAM = """
 import sys
 sys.path.insert(0, sys.argv[1])
 from pathlib import Path
-import msgspec
-from datastore.training.settings import Settings
+import msgspec  # noqa: E402
+from datastore.training.settings import Settings  # noqa: E402
 from datastore.training.start import train
 settings = msgspec.json.decode(Path(sys.argv[2]).read_bytes(), type=Settings)
 train(settings, sys.argv[3], on_progress=lambda progress: print(progress.step, flush=True))
@@ -197,11 +195,11 @@ def test_any_number_of_ranks_and_micro_batches_learns_the_same(language: str, tm
     assert prove(str(tmp_path / "changed")).worlds == [1, 2]
 
 
-def _stop_at(step: int) -> Callable[[Progress], None]:
+def _stop_at(step: int) -> Callable[[TrainingProgress], None]:
     """Return a progress that asks the run to stop, once: a second signal would end this process."""
     asked: list[int] = []
 
-    def look(progress: Progress) -> None:
+    def look(progress: TrainingProgress) -> None:
         if progress.step >= step and not asked:
             asked.append(progress.step)
             signal.raise_signal(signal.SIGTERM)

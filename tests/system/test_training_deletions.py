@@ -17,16 +17,13 @@ from datastore.errors import ConfigError, MissingError
 from datastore.ingestion.writers.tokens import token_writer
 from datastore.loader.batch import Batch
 from datastore.storage.resolve import open_storage
-from datastore.testing.examples import make_dataset, make_shard
-from datastore.testing.runs import make_language, tiny_settings
-from datastore.train.progress import Progress
-from datastore.train.proof import prove
+from datastore.testing.examples import make_dataset, make_language, make_shard, tiny_settings
 from datastore.training.distributed import Ranks
 from datastore.training.launcher import Launch
-from datastore.training.metrics import read_metrics
+from datastore.training.metrics import TrainingProgress, read_metrics
 from datastore.training.model import GPT
 from datastore.training.objectives import Causal, MicroBatch
-from datastore.training.run.audit import read_history, trace
+from datastore.training.run.audit import prove, read_history, trace
 from datastore.training.run.data import ValidationSamples
 from datastore.training.run.folder import RunFolder
 from datastore.training.settings import ModelSettings
@@ -152,8 +149,8 @@ def begun(folder: Path, *overrides: str) -> tuple[Dataset, str]:
     return dataset, run
 
 
-def go_on(run: str, steps: int) -> list[Progress]:
-    seen: list[Progress] = []
+def go_on(run: str, steps: int) -> list[TrainingProgress]:
+    seen: list[TrainingProgress] = []
     resume(run, overrides=[f"train.steps={steps}"], on_progress=seen.append)
     return seen
 
@@ -249,7 +246,7 @@ def test_a_run_stays_where_it_is_once_its_shards_were_replaced(tmp_path: Path) -
     assert sessions(run) == [1, 2]
 
 
-def test_a_dataset_without_a_tokenizer_asks_what_to_read_in_place_of_what_is_deleted(tmp_path: Path) -> None:
+def test_a_dataset_without_a_tokenizer_asks_what_to_read_in_rank_of_what_is_deleted(tmp_path: Path) -> None:
     made = make_dataset(open_storage(tmp_path / "data"), [[900, 900]])
     url, run = str(tmp_path / "data"), str(tmp_path / "run")
     settings = tiny_settings(url, "train.steps=2", "eval.every=0", f"model.vocab_size={2**16}")

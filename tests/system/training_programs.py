@@ -18,7 +18,7 @@ from datastore.training.launcher import Launch
 from datastore.training.objectives import MicroBatch, Objective
 from datastore.training.optim import make_optimizer
 from datastore.training.settings import OptimSettings
-from datastore.training.trainer import Outcome, Watcher, Work, run_loop
+from datastore.training.trainer import Observer, StepOutcome, Work, run_loop
 
 Report = Callable[[dict[str, Any]], None]
 
@@ -54,7 +54,7 @@ class Rows:
         return 0
 
 
-class Ledger(Watcher):
+class Ledger(Observer):
     """Remembers losses and prints each."""
 
     def __init__(self, rank: int) -> None:
@@ -66,7 +66,7 @@ class Ledger(Watcher):
         return False
 
     @override
-    def settled(self, outcome: Outcome) -> None:
+    def settled(self, outcome: StepOutcome) -> None:
         self.losses.append(outcome.loss)
         sys.stdout.write(f"rank {self.rank} iteration {outcome.step} loss {outcome.loss!r}\n")
         sys.stdout.flush()

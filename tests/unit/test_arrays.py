@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from datastore.formats.arrays import numbers_of
+from datastore.formats.arrow import numbers_of
 from datastore.testing.examples import make_dataset
 
 TYPES = [pa.int8(), pa.uint16(), pa.int32(), pa.uint32(), pa.int64(), pa.float32(), pa.float64(), pa.bool_()]
@@ -36,7 +36,7 @@ def test_opening_and_reading_a_dataset_does_not_bring_pandas(tmp_path: Path) -> 
     make_dataset(tmp_path, [[3, 4], [5]])
     program = f"""
 import sys
-from datastore.dataset.snapshot import open_dataset
+from datastore.dataset.snapshot import open_dataset  # noqa: E402
 dataset = open_dataset({str(tmp_path)!r})
 segments = dataset.segments
 _ = segments.tokens, segments.uid64, segments.values_start, segments.itemsize, dataset.token_shard(0), dataset.deletions

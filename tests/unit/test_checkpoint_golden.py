@@ -15,7 +15,7 @@ import torch
 
 from datastore.checkpoint.checkpointer import Checkpointer
 from datastore.checkpoint.format.manifest import StepCommit
-from datastore.checkpoint.saving.snapshot import PerRank
+from datastore.checkpoint.items import PerRank
 
 ROOT = Path(__file__).parents[2] / "schemas" / "golden"
 STEPS = (10, 20)

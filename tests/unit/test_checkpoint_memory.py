@@ -13,11 +13,11 @@ import numpy as np
 import pytest
 import torch
 
-from datastore.checkpoint.buffers import BufferPool
 from datastore.checkpoint.checkpointer import Checkpointer
-from datastore.checkpoint.chunks import Chunk
+from datastore.checkpoint.format.manifest import Chunk
 from datastore.checkpoint.loading import reader as reading
 from datastore.checkpoint.loading.sources import Sources
+from datastore.checkpoint.saving.snapshot import BufferPool
 from datastore.digest import digest_hex
 from datastore.errors import CorruptError, MissingError
 from datastore.storage.backends.local import LocalStorage
@@ -46,7 +46,7 @@ def test_a_cleared_pool_keeps_nothing() -> None:
 
 
 def test_an_older_kernel_gets_its_pages_touched_by_hand(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("datastore.checkpoint.buffers._POPULATE_WRITE", 9999)
+    monkeypatch.setattr("datastore.checkpoint.saving.snapshot._POPULATE_WRITE", 9999)
     assert BufferPool().take(5000)[:5000].eq(0).all()
 
 

@@ -5,7 +5,7 @@ from concurrent.futures import wait
 
 import pytest
 
-from datastore.checkpoint.parallel import each, in_thread
+from datastore.threads import each, in_thread
 
 
 @pytest.mark.parametrize("threads", [1, 2, 7])

@@ -11,18 +11,17 @@ import pytest
 import torch
 
 from datastore.checkpoint.checkpointer import Checkpointer
-from datastore.checkpoint.ranks import Member
-from datastore.checkpoint.saving.snapshot import PerRank
-from datastore.checkpoint.settings import CheckpointOptions
-from datastore.checkpoint.votes import StorageVote, all_equal
+from datastore.checkpoint.items import PerRank
+from datastore.checkpoint.ranks import SavingRank, StorageVote, all_equal
+from datastore.checkpoint.steps import CheckpointerSettings
 from datastore.errors import ConflictError, CorruptError, DatastoreError, ResumeError, StorageError, WaitError
 from datastore.storage.backends.memory import MemoryStorage
 from datastore.storage.base import Storage
-from datastore.storage.reasons import missing
+from datastore.storage.errors import missing
 
 T = TypeVar("T")
-PATIENT = CheckpointOptions(wait_s=60)
-HASTY = CheckpointOptions(wait_s=0.3)
+PATIENT = CheckpointerSettings(wait_s=60)
+HASTY = CheckpointerSettings(wait_s=0.3)
 
 
 @pytest.fixture
@@ -35,7 +34,7 @@ def on_ranks(world: int, work: Callable[[int], T]) -> list[T]:
         return list(pool.map(work, range(world)))
 
 
-def member(storage: Storage, rank: int, world: int, *, options: CheckpointOptions = PATIENT) -> Checkpointer:
+def member(storage: Storage, rank: int, world: int, *, options: CheckpointerSettings = PATIENT) -> Checkpointer:
     return Checkpointer(storage, rank=rank, world=world, session="s1", options=options)
 
 
@@ -297,7 +296,7 @@ def test_votes_of_earlier_sessions_are_swept(storage: MemoryStorage) -> None:
 
 def test_an_agreement_is_the_least_of_all_votes_each_time(storage: MemoryStorage) -> None:
     def one(rank: int) -> list[Any]:
-        vote = StorageVote(Member(storage, rank, 3, "s", PATIENT))
+        vote = StorageVote(SavingRank(storage, rank, 3, "s", PATIENT))
         return [vote(rank + 5), vote(-rank), all_equal(vote, 7), all_equal(vote, rank)]
 
     assert on_ranks(3, one) == [[5, -2, True, False]] * 3

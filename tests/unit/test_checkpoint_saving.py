@@ -14,11 +14,11 @@ import pytest
 import torch
 from typing_extensions import Buffer, override
 
-from datastore.checkpoint.buffers import BufferPool
 from datastore.checkpoint.checkpointer import Checkpointer
 from datastore.checkpoint.format.manifest import Entry
 from datastore.checkpoint.saving import write as save
-from datastore.checkpoint.settings import Keep
+from datastore.checkpoint.saving.snapshot import BufferPool
+from datastore.checkpoint.steps import Keep
 from datastore.errors import (
     ConfigError,
     ConflictError,
@@ -526,7 +526,7 @@ def restored_weights(storage: Flaky) -> torch.Tensor:
 
 ENDS_WITHOUT_CLOSING = """
 import sys, torch
-from datastore.checkpoint.checkpointer import Checkpointer
+from datastore.checkpoint.checkpointer import Checkpointer  # noqa: E402
 ck = Checkpointer(sys.argv[1])
 ck.save(1, {"state": {f"t{i}": torch.full((1000,), 1.0) for i in range(200)}})
 if len(sys.argv) > 2:

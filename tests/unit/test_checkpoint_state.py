@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from datastore.checkpoint.checkpointer import Checkpointer
-from datastore.checkpoint.saving.snapshot import PerRank
+from datastore.checkpoint.items import PerRank
 from datastore.errors import ConfigError, CorruptError, DatastoreError, MissingError, ResumeError
 
 COLOURS, WIDTH = 50, 8
@@ -340,6 +340,6 @@ def test_a_saved_step_can_be_looked_into(url: str, caplog: pytest.LogCaptureFixt
 
 
 def test_looking_at_a_run_from_outside_needs_no_torch() -> None:
-    program = "import sys, datastore.checkpoint.inspect, datastore.checkpoint.retention; print('torch' in sys.modules)"
+    program = "import sys, datastore.checkpoint.inspect, datastore.checkpoint.steps; print('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert done.stdout == "False\n"

@@ -8,8 +8,8 @@ import click
 import pytest
 
 from datastore.cli.main import cli
-from datastore.cli.shell import Session, call
-from datastore.testing.runs import make_language, tiny_settings
+from datastore.cli.shell import CliSession, call
+from datastore.testing.examples import make_language, tiny_settings
 from datastore.training.start import train
 
 
@@ -83,7 +83,7 @@ def test_the_flags_are_those_that_people_use() -> None:
 
 @pytest.mark.parametrize("path", COMMANDS, ids=" ".join)
 def test_help_ends_with_an_example_and_needs_nothing(path: tuple[str, ...], capsys: pytest.CaptureFixture[str]) -> None:
-    assert call(cli, [*path, "--help"], Session()) == 0
+    assert call(cli, [*path, "--help"], CliSession()) == 0
     shown = capsys.readouterr().out
     assert f"  datastore {' '.join(path)}" in shown.partition("Example:")[2]
     assert "--debug" in shown
@@ -110,7 +110,7 @@ def test_json_tells_what_the_storage_was_asked_for(
     monkeypatch.chdir(run)
     Path("text").mkdir(exist_ok=True)
     Path("text/a.txt").write_text("a document")
-    assert call(cli, [*words.split(), "--json"], Session()) == 0
+    assert call(cli, [*words.split(), "--json"], CliSession()) == 0
     storage = json.loads(capsys.readouterr().out)["storage"]
     asked = storage["get" if "ingest" not in words else "put"]
     assert set(asked) == {"requests", "bytes", "retries", "seconds"}
@@ -153,9 +153,9 @@ def test_json_is_one_document_and_nothing_else(
     run: Path, words: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(run)
-    assert call(cli, [*words.split(), "--json"], Session()) == 0
+    assert call(cli, [*words.split(), "--json"], CliSession()) == 0
     json.loads(capsys.readouterr().out)
-    assert call(cli, words.split(), Session()) == 0
+    assert call(cli, words.split(), CliSession()) == 0
     text = capsys.readouterr().out
     assert text.strip()
     assert not text.startswith(("{", "["))
@@ -165,9 +165,9 @@ def test_a_tag_is_set_moved_and_removed(
     run: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(run)
-    assert call(cli, ["tag", "data", "v1"], Session()) == 0
-    assert call(cli, ["show", "data@v1", "--json"], Session()) == 0
+    assert call(cli, ["tag", "data", "v1"], CliSession()) == 0
+    assert call(cli, ["show", "data@v1", "--json"], CliSession()) == 0
     out = capsys.readouterr().out
     assert json.loads(out[out.index("{") :])["tags"] == {"v1": 1}
-    assert call(cli, ["tag", "data", "v1", "--delete"], Session()) == 0
-    assert call(cli, ["show", "data@v1"], Session()) == 1
+    assert call(cli, ["tag", "data", "v1", "--delete"], CliSession()) == 0
+    assert call(cli, ["show", "data@v1"], CliSession()) == 1

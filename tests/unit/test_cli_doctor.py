@@ -6,11 +6,11 @@ from pathlib import Path
 import pytest
 
 from datastore.cli.doctor import doctor
-from datastore.cli.shell import Session, call
+from datastore.cli.shell import CliSession, call
 
 
 def test_it_reports_the_machine_and_says_what_is_missing(capsys: pytest.CaptureFixture[str]) -> None:
-    assert call(doctor, ["--json"], Session()) == 0
+    assert call(doctor, ["--json"], CliSession()) == 0
     facts = json.loads(capsys.readouterr().out)
     assert facts["machine"]["cores"] >= 1
     assert facts["packages"]["pyarrow"]
@@ -18,7 +18,7 @@ def test_it_reports_the_machine_and_says_what_is_missing(capsys: pytest.CaptureF
 
 
 def test_a_storage_is_probed_and_left_as_it_was(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert call(doctor, ["--json", "--url", str(tmp_path / "new")], Session()) == 0
+    assert call(doctor, ["--json", "--url", str(tmp_path / "new")], CliSession()) == 0
     probe = json.loads(capsys.readouterr().out)["storage"]
     assert probe["exclusive"] is True
     assert probe["write_mb_per_s"] > 0
@@ -27,11 +27,11 @@ def test_a_storage_is_probed_and_left_as_it_was(tmp_path: Path, capsys: pytest.C
 
 
 def test_the_text_names_every_package(capsys: pytest.CaptureFixture[str]) -> None:
-    assert call(doctor, [], Session()) == 0
+    assert call(doctor, [], CliSession()) == 0
     out = capsys.readouterr().out
     assert all(name in out for name in ("python", "cores", "pyarrow", "torch", "s3fs"))
 
 
 def test_a_storage_that_cannot_be_written_is_an_error(capsys: pytest.CaptureFixture[str]) -> None:
-    assert call(doctor, ["--url", "/proc/nowhere"], Session()) == 1
+    assert call(doctor, ["--url", "/proc/nowhere"], CliSession()) == 1
     assert capsys.readouterr().err.startswith("error[storage]: ")

@@ -6,10 +6,12 @@ import sys
 import pytest
 
 from datastore.cli.output import fields, moment, progress_bar, say_json, table
-from datastore.cli.training import TrainingLine, line_of
-from datastore.train.progress import Progress
+from datastore.cli.runs import TrainingLine, line_of
+from datastore.training.metrics import TrainingProgress
 
-NOW = Progress(step=1200, steps=3000, loss=2.5, validation_loss=2.75, tokens_per_s=12345.6, data_wait=0.0012, eta_s=90)
+NOW = TrainingProgress(
+    step=1200, steps=3000, loss=2.5, validation_loss=2.75, tokens_per_s=12345.6, data_wait=0.0012, eta_s=90
+)
 
 
 class Terminal(io.StringIO):
@@ -35,7 +37,7 @@ def test_fields_without_a_value_are_left_out(capsys: pytest.CaptureFixture[str])
 
 
 def test_json_takes_documents(capsys: pytest.CaptureFixture[str]) -> None:
-    say_json([Progress(step=1, steps=2)])
+    say_json([TrainingProgress(step=1, steps=2)])
     assert '"step": 1' in capsys.readouterr().out
 
 
@@ -47,7 +49,7 @@ def test_the_line_says_step_loss_rate_wait_and_what_is_left() -> None:
     assert line_of(NOW) == (
         "step 1,200/3,000  loss 2.5000  validation 2.7500  12,346 tokens/s  waiting for data 0.1%  1 min 30 s left"
     )
-    assert line_of(Progress(step=0, steps=3)) == "step 0/3"
+    assert line_of(TrainingProgress(step=0, steps=3)) == "step 0/3"
 
 
 def test_on_a_terminal_the_line_is_redrawn_and_a_new_validation_loss_stays(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -63,13 +65,13 @@ def test_on_a_terminal_the_line_is_redrawn_and_a_new_validation_loss_stays(monke
 def test_elsewhere_only_notes_are_shown(capsys: pytest.CaptureFixture[str]) -> None:
     with TrainingLine() as line:
         line.update(NOW)
-        line.update(Progress(step=4, steps=9, note="resumed at step 4"))
+        line.update(TrainingProgress(step=4, steps=9, note="resumed at step 4"))
     assert capsys.readouterr().err == "resumed at step 4\n"
 
 
 def test_other_ranks_show_nothing(capsys: pytest.CaptureFixture[str]) -> None:
     with TrainingLine(shown=False) as line:
-        line.update(Progress(step=4, steps=9, note="resumed at step 4"))
+        line.update(TrainingProgress(step=4, steps=9, note="resumed at step 4"))
     assert capsys.readouterr().err == ""
 
 

@@ -7,14 +7,14 @@ from collections.abc import Callable
 import click
 import pytest
 
-from datastore.cli.shell import Group, Session, call, debug_option, last_words
+from datastore.cli.shell import CliSession, CommandGroup, call, debug_option, last_words
 from datastore.errors import ConfigError, CorruptError, RejectedError, StorageError
 
 
 def ending_in(action: Callable[[], object]) -> click.Group:
     """Return a command line with one command `go` that does `action`."""
 
-    @click.group(cls=Group, params=[debug_option()])
+    @click.group(cls=CommandGroup, params=[debug_option()])
     def line() -> None:
         pass
 
@@ -46,7 +46,7 @@ def raising(error: BaseException) -> Callable[[], object]:
     ids=lambda value: type(value).__name__ if isinstance(value, Exception) else "",
 )
 def test_an_error_is_one_line_and_a_status(error: Exception, status: int, capsys: pytest.CaptureFixture[str]) -> None:
-    assert call(ending_in(raising(error)), ["go"], Session()) == status
+    assert call(ending_in(raising(error)), ["go"], CliSession()) == status
     out, err = capsys.readouterr()
     assert out == ""
     assert err.startswith("error[")
@@ -55,13 +55,13 @@ def test_an_error_is_one_line_and_a_status(error: Exception, status: int, capsys
 
 def test_an_error_has_its_code_its_fact_its_values_and_its_hint(capsys: pytest.CaptureFixture[str]) -> None:
     error = ConfigError("world must\nbe positive", world=0, hint="Set WORLD_SIZE.")
-    call(ending_in(raising(error)), ["go"], Session())
+    call(ending_in(raising(error)), ["go"], CliSession())
     assert capsys.readouterr().err == "error[config]: world must be positive (world=0). Set WORLD_SIZE.\n"
 
 
 @pytest.mark.parametrize("arguments", [["go", "--colour"], ["come"], ["go", "there"], ["--colour"]])
 def test_wrong_use_is_one_line_that_names_the_help(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
-    assert call(ending_in(lambda: None), arguments, Session()) == 2
+    assert call(ending_in(lambda: None), arguments, CliSession()) == 2
     err = capsys.readouterr().err
     assert err.startswith("error[usage]: ")
     assert "--help`" in err
@@ -70,36 +70,38 @@ def test_wrong_use_is_one_line_that_names_the_help(arguments: list[str], capsys:
 
 @pytest.mark.parametrize("arguments", [["--debug", "go"], ["go", "--debug"]])
 def test_debug_shows_the_traceback_before_the_line(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
-    assert call(ending_in(raising(ConfigError("wrong"))), arguments, Session()) == 2
+    assert call(ending_in(raising(ConfigError("wrong"))), arguments, CliSession()) == 2
     err = capsys.readouterr().err
     assert "Traceback (most recent call last)" in err
     assert err.endswith("error[config]: wrong.\n")
 
 
 def test_an_interrupt_says_that_the_work_goes_on_and_ends_with_130(capsys: pytest.CaptureFixture[str]) -> None:
-    assert call(ending_in(raising(KeyboardInterrupt())), ["go"], Session()) == 130
+    assert call(ending_in(raising(KeyboardInterrupt())), ["go"], CliSession()) == 130
     assert capsys.readouterr().err.strip().startswith("interrupted: ")
 
 
 def test_a_command_may_return_its_status() -> None:
-    assert call(ending_in(lambda: 1), ["go"], Session()) == 1
-    assert call(ending_in(lambda: None), ["go"], Session()) == 0
+    assert call(ending_in(lambda: 1), ["go"], CliSession()) == 1
+    assert call(ending_in(lambda: None), ["go"], CliSession()) == 0
 
 
 def test_a_bug_is_one_line_and_its_traceback_needs_debug(capsys: pytest.CaptureFixture[str]) -> None:
     bug = ZeroDivisionError("division by zero")
-    last_words(Session())(type(bug), bug, None)
+    last_words(CliSession())(type(bug), bug, None)
     short = capsys.readouterr().err
     assert short.startswith("error[bug]: ZeroDivisionError: division by zero.")
     assert short.count("\n") == 1
-    last_words(Session(debug=True))(type(bug), bug, None)
+    last_words(CliSession(debug=True))(type(bug), bug, None)
     assert "ZeroDivisionError: division by zero\n" in capsys.readouterr().err
 
 
 def test_a_reader_that_goes_away_is_no_error() -> None:
-    program = "from datastore.cli.output import say\nimport click, sys\nfrom datastore.cli.shell import call, Session\n"
+    program = (
+        "from datastore.cli.output import say\nimport click, sys\nfrom datastore.cli.shell import call, CliSession\n"
+    )
     program += "@click.command()\ndef go():\n    for i in range(100000): say('x' * 80)\n"
-    program += "sys.exit(call(go, [], Session()))"
+    program += "sys.exit(call(go, [], CliSession()))"
     with subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
         assert process.stdout is not None
         assert process.stderr is not None

@@ -8,11 +8,13 @@ import msgspec
 import pytest
 from typing_extensions import Buffer, override
 
-from datastore.dataset.log.commits import HINT_KEY, CommitLog, utc_now
-from datastore.dataset.log.manifest import Commit, Hint, Totals, commit_key
+from datastore.dataset.log.commits import HINT_KEY, CommitLog
+from datastore.dataset.log.keys import commit_key
+from datastore.dataset.log.manifest import Commit, Hint, Totals
 from datastore.digest import sha256_hex
 from datastore.document import seal
 from datastore.errors import ConflictError, CorruptError, MissingError, StorageError
+from datastore.host import utc_now
 from datastore.storage.backends.memory import MemoryStorage
 
 

@@ -11,17 +11,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from datastore.dataset.durability.verify import verify
-from datastore.dataset.log.manifest import commit_key
-from datastore.dataset.operations import transaction as replace
+from datastore.dataset.log.keys import commit_key
 from datastore.dataset.operations.append import commit_shards
-from datastore.dataset.operations.compact import Member, compact, group_members
+from datastore.dataset.operations.compact import Candidate, compact, group_members
 from datastore.dataset.operations.delete import delete
 from datastore.dataset.operations.purge.purge import purge
 from datastore.dataset.shards.files import read_token_table, shard_uid, write_token_shard
-from datastore.dataset.shards.segment_file import ShardInfo
+from datastore.dataset.shards.info import ShardInfo
 from datastore.dataset.snapshot import Dataset, open_dataset
 from datastore.errors import ConfigError, ConflictError
-from datastore.ingestion.writers.records import writer
+from datastore.ingestion.writers.records import record_writer
 from datastore.storage.backends.local import LocalStorage
 from datastore.storage.backends.memory import MemoryStorage
 from datastore.storage.base import Storage
@@ -188,7 +187,7 @@ def test_columns_beside_the_tokens_go_with_them() -> None:
 @pytest.mark.parametrize("form", ["arrow", "parquet"])
 def test_records_are_compacted_in_their_format(storage: Storage, form: str) -> None:
     for part in range(3):
-        with writer(storage, format=form) as out:  # type: ignore[arg-type]
+        with record_writer(storage, format=form) as out:  # type: ignore[arg-type]
             out.write([{"id": f"{part}-{n}", "text": "x" * n} for n in range(3)])
     delete(storage, ids=["1-1"])
     rows = list(open_dataset(storage).iter_records())
@@ -202,7 +201,7 @@ def test_records_are_compacted_in_their_format(storage: Storage, form: str) -> N
 
 def test_records_of_other_formats_are_not_put_together(storage: Storage) -> None:
     for form in ("arrow", "parquet", "parquet"):
-        with writer(storage, format=form) as out:  # type: ignore[arg-type]
+        with record_writer(storage, format=form) as out:  # type: ignore[arg-type]
             out.write({"text": form})
     compact(storage)
     dataset = open_dataset(storage)
@@ -247,9 +246,7 @@ def test_a_delete_of_another_shard_merges(storage: Storage) -> None:
 
 
 def test_many_segments_are_changed_each_in_its_place(storage: Storage, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("datastore.dataset.operations.append.MAX_SEGMENT_SHARDS", 3)
-    monkeypatch.setattr("datastore.dataset.shards.segment_file.MAX_SEGMENT_SHARDS", 3)
-    monkeypatch.setattr(replace, "MAX_SEGMENT_SHARDS", 3)
+    monkeypatch.setattr("datastore.dataset.shards.segments.MAX_SEGMENT_SHARDS", 3)
     lengths = [[4], [5], [4000], [6], [7], [5000], [6000], [7000], [8000], [8], [9]]
     commit_shards(storage, [make_shard(storage, shard_uid("m", i), lengths=each) for i, each in enumerate(lengths)])
     before = open_dataset(storage)
@@ -280,7 +277,7 @@ def test_groups_are_runs_of_neighbours_of_a_kind_within_the_target(drawn: list[t
     given_members, index = [], 0
     for step, size, deleted, kind in drawn:
         index += step
-        given_members.append(Member(index, size, deleted, kind))
+        given_members.append(Candidate(index, size, deleted, kind))
     groups = list(group_members(given_members, target_bytes=target))
     assert [m for group in groups for m in group] == [m for m in given_members if any(m in g for g in groups)]
     for group in groups:

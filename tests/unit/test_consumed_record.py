@@ -4,12 +4,12 @@ from hypothesis import strategies as st
 
 from datastore.errors import CorruptError
 from datastore.storage.backends.memory import MemoryStorage
-from datastore.training.run.record import Record, StepEntry, read_segments, record_bytes
+from datastore.training.run.record import ConsumptionRecord, StepEntry, read_segments, record_bytes
 
 ENTRIES = [StepEntry(step=i + 1, cursor=8 * i, samples=8, fingerprint=f"{i:016x}") for i in range(20)]
 
 
-def keep(record: Record, storage: MemoryStorage, session: str) -> dict[str, str]:
+def keep(record: ConsumptionRecord, storage: MemoryStorage, session: str) -> dict[str, str]:
     """Save as a checkpoint does: the segment first, then the state that names it."""
     segment = record.close_segment(session)
     if segment is not None:
@@ -23,9 +23,9 @@ def test_the_surviving_record_is_that_of_a_run_without_interruptions(sessions: l
     storage = MemoryStorage("killed")
     for found in list(storage.list()):
         storage.delete(found.key)
-    state, step = Record().state_dict(), 0
+    state, step = ConsumptionRecord().state_dict(), 0
     for number, (saved, lost) in enumerate(sessions):
-        record = Record()
+        record = ConsumptionRecord()
         record.load_state_dict(state)
         for entry in ENTRIES[step : step + saved]:
             record.add(entry)
@@ -34,7 +34,7 @@ def test_the_surviving_record_is_that_of_a_run_without_interruptions(sessions: l
         for entry in ENTRIES[step : step + lost]:
             record.add(entry)
         keep(record, storage, f"s{number}x")
-    last = Record()
+    last = ConsumptionRecord()
     last.load_state_dict(state)
     survivors = [entry for _, entries in read_segments(storage, last.last) for entry in entries]
     assert record_bytes(survivors) == record_bytes(ENTRIES[:step])
@@ -42,7 +42,7 @@ def test_the_surviving_record_is_that_of_a_run_without_interruptions(sessions: l
 
 def test_a_flipped_bit_in_a_segment_is_found() -> None:
     storage = MemoryStorage("flipped")
-    record = Record()
+    record = ConsumptionRecord()
     record.add(ENTRIES[0])
     keep(record, storage, "s")
     key = record.last.key
@@ -55,7 +55,7 @@ def test_a_flipped_bit_in_a_segment_is_found() -> None:
 
 def test_a_step_that_is_missing_is_found() -> None:
     storage = MemoryStorage("gap")
-    record = Record()
+    record = ConsumptionRecord()
     record.add(ENTRIES[0])
     record.add(ENTRIES[2])
     keep(record, storage, "s")
@@ -64,6 +64,6 @@ def test_a_step_that_is_missing_is_found() -> None:
 
 
 def test_a_save_without_new_steps_writes_no_segment() -> None:
-    record = Record()
+    record = ConsumptionRecord()
     assert record.close_segment("s") is None
     assert record.state_dict() == {"key": "", "digest": ""}

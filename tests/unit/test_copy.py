@@ -7,6 +7,7 @@ import pytest
 from typing_extensions import Buffer
 
 from datastore.dataset.diff import diff
+from datastore.dataset.durability.parity import protect
 from datastore.dataset.durability.repair import repair
 from datastore.dataset.durability.verify import verify
 from datastore.dataset.log.commits import CommitLog
@@ -22,11 +23,11 @@ from datastore.dataset.snapshot import Dataset, open_dataset
 from datastore.errors import ConfigError, ConflictError, CorruptError, FormatError, MissingError
 from datastore.ingestion.ingest import ingest
 from datastore.ingestion.settings import IngestSettings
-from datastore.ingestion.writers.records import writer
+from datastore.ingestion.writers.records import record_writer
 from datastore.storage.backends.memory import MemoryStorage
 from datastore.storage.base import Storage
+from datastore.storage.resolve import open_storage
 from datastore.storage.wrappers import LinkedStorage, is_link
-from datastore.store.protect import protect
 from datastore.testing.examples import make_dataset, make_shard
 
 
@@ -344,13 +345,13 @@ def test_a_shallow_clone_is_not_copied_but_cloned(source: MemoryStorage, target:
 
 
 def test_records_on_a_disk_are_mapped_through_a_shallow_clone(tmp_path: Path) -> None:
-    with writer(tmp_path / "a") as out:
+    with record_writer(tmp_path / "a") as out:
         out.write([{"text": "x"}, {"text": "y"}])
     clone(tmp_path / "a", tmp_path / "b", shallow=True)
     new = open_dataset(tmp_path / "b")
     assert new.to_arrow()["text"].to_pylist() == ["x", "y"]
     assert new.storage.local_path(new.segments.shard(0).path) is not None
-    with writer(tmp_path / "b") as out:
+    with record_writer(tmp_path / "b") as out:
         out.write([{"text": "z"}])
     assert [row["text"] for row in open_dataset(tmp_path / "b").iter_records()] == ["x", "y", "z"]
 
@@ -359,7 +360,7 @@ def test_without_the_feature_a_link_is_refused(target: MemoryStorage, tmp_path: 
     secret = tmp_path / "a" / "b" / "secret"
     secret.parent.mkdir(parents=True)
     secret.write_bytes(b"secret")
-    storage: Storage = LinkedStorage(target)
+    storage: Storage = LinkedStorage(target, open_storage)
     assert storage.get(str(secret)) == b"secret"
     with pytest.raises(ConfigError):
         target.get(str(secret))
@@ -373,7 +374,7 @@ def test_without_the_feature_a_link_is_refused(target: MemoryStorage, tmp_path: 
 def test_a_link_leads_to_a_file_below_a_folder(target: MemoryStorage, key: str) -> None:
     assert is_link(key)
     with pytest.raises((ConfigError, MissingError)):
-        LinkedStorage(target).get(key)
+        LinkedStorage(target, open_storage).get(key)
 
 
 @pytest.mark.parametrize("copies", [1, 2], ids=["stripe", "mirrors"])

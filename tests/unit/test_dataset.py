@@ -10,17 +10,17 @@ import pytest
 
 from datastore.dataset.log.commits import CommitLog
 from datastore.dataset.log.identity import create_dataset
-from datastore.dataset.log.manifest import INFO_KEY, commit_key
+from datastore.dataset.log.keys import commit_key
+from datastore.dataset.log.manifest import INFO_KEY
 from datastore.dataset.log.tags import list_tags, read_tag, remove_tag, set_tag
 from datastore.dataset.operations.append import commit_shards
-from datastore.dataset.shards.files import shard_uid, write_token_shard
+from datastore.dataset.shards.files import put_tokenizer, shard_uid, write_token_shard
 from datastore.dataset.snapshot import open_dataset, split_reference
 from datastore.document import seal
 from datastore.errors import ConfigError, ConflictError, CorruptError, FormatError, MissingError, StorageError
 from datastore.storage.backends.local import LocalStorage
 from datastore.storage.backends.memory import MemoryStorage
 from datastore.storage.base import Storage
-from datastore.store.tokenizers import put_tokenizer
 from datastore.testing.examples import documents_of, make_dataset, make_shard
 
 

@@ -17,7 +17,7 @@ from datastore.dataset.operations.selection import Matcher, Selection, read_ids
 from datastore.dataset.shards.segment_file import SEGMENT_SCHEMA
 from datastore.dataset.snapshot import Dataset, open_dataset
 from datastore.errors import ConfigError, ConflictError, CorruptError, DependencyError, MissingError
-from datastore.ingestion.writers.records import writer
+from datastore.ingestion.writers.records import record_writer
 from datastore.storage.backends.local import LocalStorage
 from datastore.storage.backends.memory import MemoryStorage
 from datastore.storage.base import Storage
@@ -38,7 +38,7 @@ def dataset(storage: Storage) -> Dataset:
 
 @pytest.fixture
 def records(storage: Storage) -> Dataset:
-    with writer(storage) as out:
+    with record_writer(storage) as out:
         out.write([{"id": n, "source": f"part-{n % 2}", "note": None if n == 3 else "x" * n} for n in range(8)])
     return open_dataset(storage)
 
@@ -141,7 +141,7 @@ def test_records_are_deleted_by_their_own_columns(storage: Storage) -> None:
 
 
 def test_records_without_an_id_are_named_by_a_condition_only(storage: Storage) -> None:
-    with writer(storage) as out:
+    with record_writer(storage) as out:
         out.write([{"text": "a"}, {"text": "b"}])
     with pytest.raises(ConfigError, match="no column id"):
         delete(storage, ids=["a"])
@@ -229,7 +229,7 @@ def test_deletes_of_other_shards_merge_and_those_of_the_same_shard_conflict(stor
 
 
 def test_a_delete_conflicts_with_an_overwrite(storage: Storage, dataset: Dataset) -> None:
-    with writer(storage, operation="overwrite") as out:
+    with record_writer(storage, operation="overwrite") as out:
         out.write({"x": 1})
     with pytest.raises(ConflictError, match="changed meanwhile"):
         delete(dataset, where="true")

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from datastore.dataset.durability.verify import verify
-from datastore.dataset.operations.append import draft_commit, publish, with_shards
+from datastore.dataset.operations.transaction import draft_commit, publish
 from datastore.dataset.shards.deletions import (
     DELETIONS_SCHEMA,
     Deletions,
@@ -19,9 +19,10 @@ from datastore.dataset.shards.deletions import (
     load_deletions,
     store_deletions,
 )
+from datastore.dataset.shards.segments import with_shards
 from datastore.dataset.snapshot import open_dataset
 from datastore.errors import CorruptError
-from datastore.ingestion.writers.records import writer
+from datastore.ingestion.writers.records import record_writer
 from datastore.storage.backends.memory import MemoryStorage
 from datastore.storage.base import Storage
 from datastore.testing.examples import make_dataset
@@ -136,12 +137,12 @@ def test_an_append_keeps_what_is_deleted_and_an_overwrite_does_not(storage: Stor
 
 
 def test_deleted_records_are_not_read(storage: Storage) -> None:
-    with writer(storage) as out:
+    with record_writer(storage) as out:
         out.write([{"x": number} for number in range(4)])
     delete(storage, 0, [0, 2])
     assert [row["x"] for row in open_dataset(storage).iter_records()] == [1, 3]
     assert open_dataset(storage).to_arrow().column("x").to_pylist() == [1, 3]
-    with writer(storage, operation="overwrite") as out:
+    with record_writer(storage, operation="overwrite") as out:
         out.write([{"x": 7}])
     assert not open_dataset(storage).deletions
 

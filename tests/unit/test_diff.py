@@ -12,7 +12,7 @@ from datastore.dataset.diff import Changes, diff
 from datastore.dataset.operations.append import commit_shards
 from datastore.dataset.operations.delete import delete
 from datastore.dataset.snapshot import Dataset, open_dataset
-from datastore.ingestion.writers.records import writer
+from datastore.ingestion.writers.records import record_writer
 from datastore.storage.backends.memory import MemoryStorage
 from datastore.testing.examples import make_dataset, make_shard
 
@@ -100,9 +100,9 @@ def test_a_document_in_another_shard_is_no_change(storage: MemoryStorage) -> Non
 
 
 def test_records_are_listed_themselves(storage: MemoryStorage) -> None:
-    with writer(storage) as out:
+    with record_writer(storage) as out:
         out.write([{"text": "a"}, {"text": "b"}])
-    with writer(storage) as out:
+    with record_writer(storage) as out:
         out.write([{"text": "c"}])
     found = diff(f"{storage.url}@1", storage)
     assert found.added == Changes(1, 1, 0)

@@ -21,7 +21,7 @@ import click
 import pytest
 
 from datastore.cli.main import cli
-from datastore.cli.shell import Session, call
+from datastore.cli.shell import CliSession, call
 
 ROOT = Path(__file__).parents[2]
 PAGES = sorted([ROOT / "README.md", *(ROOT / "docs").rglob("*.md")])
@@ -80,7 +80,7 @@ def headings(page: Path) -> set[str]:
 
 def datastore(line: str) -> None:
     """Run one command line in this process and expect success."""
-    assert call(cli, shlex.split(line, comments=True)[1:], Session()) == 0, line
+    assert call(cli, shlex.split(line, comments=True)[1:], CliSession()) == 0, line
 
 
 @pytest.fixture(scope="session")

@@ -16,7 +16,7 @@ from datastore.dataset.operations.evolve import evolve
 from datastore.dataset.snapshot import open_dataset
 from datastore.errors import ConfigError, CorruptError, FormatError
 from datastore.formats.evolution import SchemaChange, adapt, changed
-from datastore.ingestion.writers.records import writer
+from datastore.ingestion.writers.records import record_writer
 from datastore.storage.backends.local import LocalStorage
 from datastore.storage.backends.memory import MemoryStorage
 from datastore.storage.base import Storage
@@ -28,7 +28,7 @@ ROWS = [{"text": "one", "stars": 1}, {"text": "two", "stars": None}]
 @pytest.fixture(params=["local", "memory"])
 def storage(request: pytest.FixtureRequest, tmp_path: Path) -> Storage:
     made = LocalStorage(tmp_path / "set") if request.param == "local" else MemoryStorage(uuid.uuid4().hex)
-    with writer(made, schema={"text": "string", "stars": "int32"}) as out:
+    with record_writer(made, schema={"text": "string", "stars": "int32"}) as out:
         out.write(ROWS)
     return made
 
@@ -69,9 +69,9 @@ def test_names_may_change_places(storage: Storage) -> None:
 
 def test_new_rows_have_the_new_columns_and_both_are_read_together(storage: Storage) -> None:
     evolve(storage, add={"vector": "fixed_size_list<float>[2]"})
-    with pytest.raises(ConfigError, match="other columns"), writer(storage) as out:
+    with pytest.raises(ConfigError, match="other columns"), record_writer(storage) as out:
         out.write(ROWS)
-    with writer(storage, format="parquet") as out:
+    with record_writer(storage, format="parquet") as out:
         out.write({"text": "new", "stars": 3, "vector": [1, 2]})
     assert [row["vector"] for row in rows(storage)] == [None, None, [1, 2]]
     assert open_dataset(storage).to_arrow()["vector"].null_count == 2
@@ -168,7 +168,7 @@ def test_a_field_keeps_what_its_metadata_say(storage: Storage) -> None:
 
 def test_rows_of_the_old_schema_are_not_committed_after_a_change(storage: Storage) -> None:
     files = keys(storage, "shards")
-    out = writer(storage)
+    out = record_writer(storage)
     out.write(ROWS)
     evolve(storage, add={"lang": "string"})
     with pytest.raises(ConfigError, match="another schema than the dataset has now"), out:
@@ -179,7 +179,7 @@ def test_rows_of_the_old_schema_are_not_committed_after_a_change(storage: Storag
 
 def test_an_append_that_was_first_is_kept(storage: Storage) -> None:
     dataset = open_dataset(storage)
-    with writer(storage) as out:
+    with record_writer(storage) as out:
         out.write(ROWS)
     evolve(dataset, drop=["stars"])
     assert rows(storage) == [{"text": row["text"]} for row in ROWS + ROWS]
@@ -223,7 +223,7 @@ def test_a_package_that_does_not_know_changes_refuses_what_was_changed(
 def test_an_overwrite_starts_anew(storage: Storage) -> None:
     evolve(storage, add={"lang": "string"})
     schema = open_dataset(storage).schema
-    with writer(storage, schema=schema, operation="overwrite") as out:
+    with record_writer(storage, schema=schema, operation="overwrite") as out:
         out.write({"text": "x", "stars": 1, "lang": "de"})
     dataset = open_dataset(storage)
     assert dataset.schema.metadata is None
@@ -235,7 +235,7 @@ def test_an_overwrite_starts_anew(storage: Storage) -> None:
 def test_sql_sees_old_and_new_rows_and_a_scan_of_files_says_no(storage: Storage) -> None:
     pytest.importorskip("duckdb")
     evolve(storage, rename={"stars": "n"}, add={"lang": "string"}, defaults={"lang": "en"})
-    with writer(storage) as out:
+    with record_writer(storage) as out:
         out.write({"text": "x", "n": 5, "lang": "de"})
     dataset = open_dataset(storage)
     found = dataset.sql("SELECT sum(n) AS n, count(lang) AS langs FROM records").to_pylist()

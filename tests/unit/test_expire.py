@@ -44,7 +44,7 @@ def grow(storage: MemoryStorage, versions: int) -> None:
 def at(monkeypatch: pytest.MonkeyPatch, seconds: float) -> None:
     """Let commits be made at that time."""
     stamp = time.strftime("%Y-%m-%dT%H:%M:%S.000000Z", time.gmtime(seconds))
-    monkeypatch.setattr("datastore.dataset.operations.append.utc_now", lambda: stamp)
+    monkeypatch.setattr("datastore.dataset.operations.transaction.utc_now", lambda: stamp)
 
 
 def test_an_expired_version_says_what_can_be_read_instead(storage: MemoryStorage) -> None:

@@ -51,7 +51,7 @@ def test_help_loads_click_and_nothing_else_heavy() -> None:
 
 
 def test_opening_a_dataset_loads_no_torch() -> None:
-    assert "torch" not in loaded_by("import datastore as ds; ds.open, ds.Loader, ds.writer, ds.ingest_files")
+    assert "torch" not in loaded_by("import datastore as ds; ds.open, ds.Loader, ds.record_writer, ds.ingest")
 
 
 @pytest.mark.parametrize("name", datastore.__all__)
@@ -92,7 +92,7 @@ def test_the_version_is_the_installed_one() -> None:
 @pytest.mark.slow
 def test_a_type_checker_knows_what_open_returns(tmp_path: Path) -> None:
     program = tmp_path / "program.py"
-    program.write_text("import datastore as ds\nreveal_type(ds.open('x'))\nds.Place(rank='no')\n", encoding="utf-8")
+    program.write_text("import datastore as ds\nreveal_type(ds.open('x'))\nds.Rank(rank='no')\n", encoding="utf-8")
     done = subprocess.run(
         [sys.executable, "-m", "mypy", "--strict", "--no-error-summary", str(program)],
         check=False,
@@ -100,4 +100,4 @@ def test_a_type_checker_knows_what_open_returns(tmp_path: Path) -> None:
         text=True,
     )
     assert 'Revealed type is "datastore.dataset.snapshot.Dataset"' in done.stdout
-    assert 'Argument "rank" to "Place" has incompatible type "str"' in done.stdout
+    assert 'Argument "rank" to "Rank" has incompatible type "str"' in done.stdout

@@ -23,7 +23,8 @@ from datastore.errors import ConfigError, ConflictError, FormatError, MissingErr
 from datastore.ingestion.encoding.tokenizer import TokenizerSettings, train_tokenizer
 from datastore.ingestion.estimate import estimate
 from datastore.ingestion.ingest import ingest
-from datastore.ingestion.report import IngestReport, Progress
+from datastore.ingestion.reading.documents import decode_rejects
+from datastore.ingestion.report import IngestProgress, IngestReport
 from datastore.ingestion.settings import IngestSettings
 from datastore.storage.backends.local import LocalStorage
 
@@ -69,7 +70,8 @@ class Ingester:
 
     def rejects(self, report: IngestReport) -> list[tuple[str, int, str]]:
         journal = Journal(LocalStorage(Path(self.url)), report.ingest_id)
-        return [(reject.source, reject.offset, reject.reason) for reject in journal.rejects()]
+        found = (reject for key, raw in journal.rejects() for reject in decode_rejects(raw, where=key))
+        return [(reject.source, reject.offset, reject.reason) for reject in found]
 
 
 @pytest.fixture
@@ -382,7 +384,7 @@ def test_a_file_that_goes_away_meanwhile_is_noticed(run: Ingester, src: Path, mo
 
 
 def test_progress_runs_from_nothing_to_everything(run: Ingester, src: Path) -> None:
-    seen: list[Progress] = []
+    seen: list[IngestProgress] = []
     ingest([str(src)], run.url, settings=IngestSettings(**run.base), progress=seen.append)
     assert (seen[0].tasks_done, seen[0].source_bytes, seen[0].documents) == (0, 0, 0)
     last = seen[-1]
@@ -396,14 +398,14 @@ def test_an_interrupted_ingest_goes_on_where_it_was(run: Ingester, src: Path, tm
     class Stop(Exception):  # noqa: N818
         pass
 
-    def stop_after_two(progress: Progress) -> None:
+    def stop_after_two(progress: IngestProgress) -> None:
         if progress.tasks_done == 2:
             raise Stop
 
     settings = IngestSettings(**run.base)
     with pytest.raises(Stop):
         ingest([str(src)], run.url, settings=settings, progress=stop_after_two)
-    seen: list[Progress] = []
+    seen: list[IngestProgress] = []
     report = ingest([str(src)], run.url, settings=settings, progress=seen.append)
     assert report.tasks_resumed == 2
     assert seen[0].tasks_done == 2

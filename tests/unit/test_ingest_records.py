@@ -2,15 +2,15 @@
 
 import pytest
 
-from datastore.ingest.records import Record, Reject, line_parser, text_parser
-from datastore.ingest.split import Piece
+from datastore.ingestion.reading.documents import Reject, TextRecord, line_parser, text_parser
+from datastore.ingestion.reading.streams import RecordPiece
 
 
-def piece(data: bytes, offset: int = 40, length: int | None = None) -> Piece:
-    return Piece(offset, data, len(data) if length is None else length, ended=True)
+def piece(data: bytes, offset: int = 40, length: int | None = None) -> RecordPiece:
+    return RecordPiece(offset, data, len(data) if length is None else length, ended=True)
 
 
-def line(data: bytes) -> Record | Reject | None:
+def line(data: bytes) -> TextRecord | Reject | None:
     return line_parser("f.jsonl", text_key="text", id_key="id")(piece(data))
 
 
@@ -65,20 +65,20 @@ def test_a_blank_line_is_no_record(data: bytes) -> None:
     ],
 )
 def test_a_document_is_called_by_its_id_or_by_its_place(data: bytes, name: str, named: bool) -> None:  # noqa: FBT001
-    assert line(data) == Record(name, "f.jsonl", 40, len(data), "a", named)
+    assert line(data) == TextRecord(name, "f.jsonl", 40, len(data), "a", named)
 
 
 def test_a_surrogate_pair_is_one_character() -> None:
     found = line(b'{"text": "\\ud83d\\ude00"}')
-    assert isinstance(found, Record)
+    assert isinstance(found, TextRecord)
     assert found.text == "\N{GRINNING FACE}"
 
 
 def test_a_byte_order_mark_belongs_to_no_document() -> None:
     whole = text_parser("f.txt", whole=True)(piece(b"\xef\xbb\xbfhello", offset=0))
-    assert whole == Record("f.txt", "f.txt", 3, 5, "hello", named=False)
+    assert whole == TextRecord("f.txt", "f.txt", 3, 5, "hello", named=False)
     first = line_parser("f", text_key="text", id_key="id")(piece(b'\xef\xbb\xbf{"text": "a"}', offset=0))
-    assert isinstance(first, Record)
+    assert isinstance(first, TextRecord)
     assert first.text == "a"
 
 
@@ -94,7 +94,7 @@ def test_a_text_file_that_is_not_utf8_is_rejected_never_repaired(data: bytes, re
 def test_the_text_of_a_file_is_kept_to_the_byte() -> None:
     data = "  \r\nnaïve\t\n\n".encode()
     found = text_parser("f.txt", whole=True)(piece(data, offset=0))
-    assert isinstance(found, Record)
+    assert isinstance(found, TextRecord)
     assert found.text.encode() == data
 
 

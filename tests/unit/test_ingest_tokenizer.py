@@ -16,7 +16,7 @@ from datastore.ingestion.settings import IngestSettings
 
 PROGRAM = """
 import hashlib, sys
-from datastore.ingestion.encoding.tokenizer import TokenizerSettings, train_tokenizer
+from datastore.ingestion.encoding.tokenizer import TokenizerSettings, train_tokenizer  # noqa: E402
 raw = train_tokenizer([sys.argv[1]], settings=TokenizerSettings(vocab_size=600))
 print(hashlib.sha256(raw).hexdigest())
 """

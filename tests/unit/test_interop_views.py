@@ -18,7 +18,7 @@ from datastore.dataset.shards.files import shard_uid, write_token_shard
 from datastore.dataset.snapshot import Dataset, open_dataset
 from datastore.errors import ConfigError, DependencyError
 from datastore.formats.documents import DOCUMENTS_SCHEMA
-from datastore.ingestion.writers.records import writer
+from datastore.ingestion.writers.records import record_writer
 from datastore.storage.backends.memory import MemoryStorage
 from datastore.testing.examples import documents_of, make_dataset
 
@@ -45,7 +45,7 @@ def thinned(dataset: Dataset) -> Dataset:
 
 @pytest.fixture
 def records(url: str) -> Dataset:
-    with writer(url, schema=pa.schema([("text", pa.string()), ("n", pa.int64())])) as out:
+    with record_writer(url, schema=pa.schema([("text", pa.string()), ("n", pa.int64())])) as out:
         out.write({"text": f"ü{n}", "n": n} for n in range(1000))
     return open_dataset(url)
 
@@ -249,7 +249,7 @@ class TestSql:
 
     def test_only_the_columns_that_are_asked_for_are_read(self, monkeypatch: pytest.MonkeyPatch) -> None:
         name = "memory://pushed-down/set"
-        with writer(name, schema=pa.schema([("text", pa.string()), ("n", pa.int64())])) as out:
+        with record_writer(name, schema=pa.schema([("text", pa.string()), ("n", pa.int64())])) as out:
             out.write({"text": "x" * 10_000, "n": n} for n in range(1000))
         dataset = open_dataset(name)
         read: list[int] = []

@@ -13,14 +13,13 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from datastore.dataset.shards.segment_file import Segments
+from datastore.dataset.shards.segments import Segments
 from datastore.dataset.snapshot import Dataset, open_dataset
 from datastore.errors import ConfigError, CorruptError, DatastoreError, ResumeError
 from datastore.loader.batch import fingerprint_of
 from datastore.loader.loader import Loader
 from datastore.loader.order.samples import sample_grid
-from datastore.loader.place import Place
-from datastore.loader.settings import LoaderOptions
+from datastore.loader.settings import LoaderSettings, Rank
 from datastore.loader.stream import lanes_for
 from datastore.storage.backends.fsspec_storage import FsspecStorage
 from datastore.testing.examples import make_dataset
@@ -109,7 +108,7 @@ def test_skipping_is_the_same_as_reading(dataset: Dataset) -> None:
 
 
 def test_a_plan_is_what_comes_and_moves_nothing(dataset: Dataset) -> None:
-    loader = loader_of(dataset, place=Place(1, 3))
+    loader = loader_of(dataset, rank=Rank(1, 3))
     next(loader)
     planned = loader.plan(5)
     assert loader.cursor == 8
@@ -117,7 +116,7 @@ def test_a_plan_is_what_comes_and_moves_nothing(dataset: Dataset) -> None:
 
 
 def test_a_finite_pass_can_be_skipped_to_its_end(dataset: Dataset) -> None:
-    loader = loader_of(dataset, options=LoaderOptions(epochs=1))
+    loader = loader_of(dataset, options=LoaderSettings(epochs=1))
     loader.skip(loader.batches_per_epoch - 1)
     (last,) = list(loader)
     assert last.valid.sum() == loader.samples_per_epoch % 8
@@ -159,9 +158,9 @@ def test_a_state_that_is_none_is_refused(dataset: Dataset, change: dict[str, obj
 
 
 def test_lanes_of_a_saved_state_win_over_options(dataset: Dataset) -> None:
-    first = loader_of(dataset, options=LoaderOptions(lanes=2, window=64))
+    first = loader_of(dataset, options=LoaderSettings(lanes=2, window=64))
     next(first)
-    second = loader_of(dataset, options=LoaderOptions(lanes=1, window=9))
+    second = loader_of(dataset, options=LoaderSettings(lanes=1, window=9))
     second.load_state_dict(first.state_dict())
     assert np.array_equal(next(second).samples, next(first).samples)
     assert second.state_dict()["lanes"] == 2
@@ -174,9 +173,9 @@ def test_lanes_of_a_saved_state_win_over_options(dataset: Dataset) -> None:
         ({"seq_len": 0}, "seq_len must be at least 1"),
         ({"seed": -1}, "seed out of range"),
         ({"global_batch": 0}, "global_batch is smaller than the number of readers"),
-        ({"options": LoaderOptions(lanes=0)}, r"`\$\.lanes`"),
-        ({"options": LoaderOptions(epochs=0)}, r"`\$\.epochs`"),
-        ({"options": LoaderOptions(memory_bytes=0)}, r"`\$\.memory_bytes`"),
+        ({"options": LoaderSettings(lanes=0)}, r"`\$\.lanes`"),
+        ({"options": LoaderSettings(epochs=0)}, r"`\$\.epochs`"),
+        ({"options": LoaderSettings(memory_bytes=0)}, r"`\$\.memory_bytes`"),
     ],
 )
 def test_what_does_not_fit_is_refused_at_once(dataset: Dataset, changes: dict[str, object], fact: str) -> None:
@@ -191,10 +190,10 @@ def test_the_longest_sample_is_the_whole_dataset(dataset: Dataset) -> None:
 
 
 def test_records_are_refused(tmp_path: Path) -> None:
-    from datastore.ingestion.writers.records import writer
+    from datastore.ingestion.writers.records import record_writer
 
     schema = pa.schema([("text", pa.string())])
-    with writer(str(tmp_path / "records"), schema=schema) as out:
+    with record_writer(str(tmp_path / "records"), schema=schema) as out:
         out.write([{"text": "hello"}])
     with pytest.raises(ConfigError, match="holds records, and a loader reads tokens"):
         loader_of(open_dataset(str(tmp_path / "records")))
@@ -328,7 +327,7 @@ def test_a_child_forked_while_a_thread_holds_the_lock_does_not_wait_for_it(remot
 
 
 def test_rows_that_only_fill_up_leave_no_trace_in_the_fingerprint(dataset: Dataset) -> None:
-    *_, last = loader_of(dataset, options=LoaderOptions(epochs=1))
+    *_, last = loader_of(dataset, options=LoaderSettings(epochs=1))
     kept = last.valid
     assert 0 < kept.sum() < 8
     alone = fingerprint_of(last.tokens[kept], positions=last.positions[kept], samples=last.samples[kept])
@@ -350,7 +349,7 @@ def test_a_fingerprint_tells_positions_samples_and_tokens_apart(dataset: Dataset
 
 
 def test_a_remote_loader_warns_when_memory_is_too_short_for_its_lanes(remote: Dataset) -> None:
-    options = LoaderOptions(lanes=64, window=8, memory_bytes=8_192)
+    options = LoaderSettings(lanes=64, window=8, memory_bytes=8_192)
     with pytest.warns(RuntimeWarning, match=r"memory_bytes \(8 KiB\) cannot hold one block of each"):
         next(loader_of(remote, options=options))
     with warnings.catch_warnings():
@@ -359,7 +358,7 @@ def test_a_remote_loader_warns_when_memory_is_too_short_for_its_lanes(remote: Da
 
 
 def test_each_block_is_fetched_once_if_memory_allows(remote: Dataset) -> None:
-    with loader_of(remote, options=LoaderOptions(epochs=1)) as loader:
+    with loader_of(remote, options=LoaderSettings(epochs=1)) as loader:
         for _ in loader:
             pass
         stats = loader.stats()
@@ -380,7 +379,7 @@ def test_lanes_follow_the_size_of_the_dataset(dataset: Dataset) -> None:
     def lanes(tokens: int, seq_len: int, **options: int) -> int:
         columns = Segments(dataset.segments.batches)
         columns.__dict__["block_bytes"] = np.full(3, 2**21)
-        return lanes_for(columns, sample_grid(np.array([tokens]), seq_len=seq_len), LoaderOptions(**options))
+        return lanes_for(columns, sample_grid(np.array([tokens]), seq_len=seq_len), LoaderSettings(**options))
 
     assert lanes(10_000, 16) == 2, "small: a lane for each window"
     assert lanes(100, 16) == 1

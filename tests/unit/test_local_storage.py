@@ -13,14 +13,14 @@ from pathlib import Path
 import pytest
 
 from datastore.errors import StorageError
-from datastore.storage import writeback
 from datastore.storage.backends import local
+from datastore.storage.backends import syscalls as writeback
 from datastore.storage.backends.local import LocalStorage
 
 WRITER = """
 import sys
 from pathlib import Path
-from datastore.storage.backends.local import LocalStorage
+from datastore.storage.backends.local import LocalStorage  # noqa: E402
 storage = LocalStorage(Path(sys.argv[1]))
 print("ready", flush=True)
 while True:

@@ -6,11 +6,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from datastore.cache.opening import open_blocks
 from datastore.dataset.snapshot import Dataset
 from datastore.errors import CorruptError, DatastoreError, MissingError
 from datastore.loader.cache.mapped import MappedBlocks
 from datastore.loader.cache.memory import BlockCache
+from datastore.loader.loader import open_blocks
 from datastore.testing.examples import make_dataset
 
 BLOCK = 4096

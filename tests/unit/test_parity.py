@@ -10,16 +10,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from datastore.dataset.durability.parity import (
-    Group,
-    Member,
     choose_groups,
-    decode_groups,
-    drop_parity,
-    encode_groups,
-    load_groups,
-    members_of,
     mix,
-    parity_keys,
+    protect,
+    shares_roots,
+    unprotected,
     write_group,
     xor_files,
 )
@@ -27,13 +22,22 @@ from datastore.dataset.durability.verify import verify
 from datastore.dataset.operations.append import commit_shards
 from datastore.dataset.operations.purge.purge import purge
 from datastore.dataset.roots import open_roots, place_dataset
+from datastore.dataset.shards.files import put_tokenizer
+from datastore.dataset.shards.parity_groups import (
+    Group,
+    Member,
+    decode_groups,
+    drop_parity,
+    encode_groups,
+    load_groups,
+    members_of,
+    parity_keys,
+)
 from datastore.dataset.snapshot import Dataset, open_dataset
 from datastore.digest import digest_bytes
 from datastore.errors import ConfigError, ConflictError, CorruptError
 from datastore.storage.backends.memory import MemoryStorage
 from datastore.storage.base import Storage
-from datastore.store.protect import protect, shares_roots, unprotected
-from datastore.store.tokenizers import put_tokenizer
 from datastore.testing.examples import make_dataset, make_shard
 
 

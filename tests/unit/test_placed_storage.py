@@ -10,13 +10,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 from typing_extensions import Buffer, override
 
+from datastore.dataset.log.keys import is_data, is_immutable
 from datastore.errors import ConflictError, MissingError, StorageError
 from datastore.storage.backends.local import LocalStorage
 from datastore.storage.backends.memory import MemoryStorage
 from datastore.storage.base import Stat, Storage
 from datastore.storage.hedging import Patience, all_answers, first_answer
 from datastore.storage.placed import PlacedStorage, lost_roots
-from datastore.storage.rendezvous import Root, behind_key, is_data, is_immutable, rank_roots
+from datastore.storage.rendezvous import Root, behind_key, rank_roots
 
 SOON = Patience(hedge_s=0.05, read_s=0.3, write_s=0.3)
 

@@ -17,15 +17,14 @@ from datastore.dataset.operations.delete import delete
 from datastore.dataset.operations.evolve import evolve
 from datastore.dataset.operations.purge.plan import list_certificates
 from datastore.dataset.operations.purge.purge import purge
-from datastore.dataset.shards.files import shard_uid
+from datastore.dataset.shards.files import put_tokenizer, shard_uid
 from datastore.dataset.snapshot import Dataset, open_dataset
 from datastore.digest import sha256_hex
 from datastore.errors import ConfigError, ConflictError, MissingError, StorageError
-from datastore.ingestion.writers.records import writer
+from datastore.ingestion.writers.records import record_writer
 from datastore.storage.backends.local import LocalStorage
 from datastore.storage.backends.memory import MemoryStorage
 from datastore.storage.base import Storage
-from datastore.store.tokenizers import put_tokenizer
 from datastore.testing.examples import make_dataset, make_shard
 
 SHARDS = [[3, 40, 5], [6], [7, 0, 9, 10]]
@@ -241,7 +240,7 @@ def test_a_dataset_that_was_only_appended_to_keeps_its_versions(storage: Storage
 
 
 def test_records_become_blank(storage: Storage) -> None:
-    with writer(storage) as out:
+    with record_writer(storage) as out:
         out.write([{"id": f"person-{n}", "text": f"secret-{n}" * 3} for n in range(4)])
     report = purge(storage, ids=["person-2"])
     after = open_dataset(storage)
@@ -391,7 +390,7 @@ def test_segments_that_a_version_to_be_kept_names_are_not_removed(storage: Stora
 @pytest.mark.parametrize("form", ["arrow", "parquet"])
 def test_rows_of_an_older_schema_stay_readable(storage: Storage, form: str) -> None:
     for part in range(2):
-        with writer(storage, format=form) as out:  # type: ignore[arg-type]
+        with record_writer(storage, format=form) as out:  # type: ignore[arg-type]
             out.write([{**dict.fromkeys(open_names(storage)), "id": f"{part}-{n}"} for n in range(3)])
         evolve(
             storage,

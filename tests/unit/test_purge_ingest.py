@@ -18,7 +18,7 @@ from datastore.ingestion.destination import open_target
 from datastore.ingestion.encoding.tokenizer import TokenizerSettings, train_tokenizer
 from datastore.ingestion.ingest import ingest
 from datastore.ingestion.settings import IngestSettings
-from datastore.ingestion.writers.records import writer
+from datastore.ingestion.writers.records import record_writer
 from datastore.storage.backends.local import LocalStorage
 
 
@@ -115,7 +115,7 @@ def test_an_ingest_that_was_not_committed_is_named_and_not_touched(
 
 def test_a_column_that_was_dropped_does_not_keep_a_purged_row(tmp_path: Path) -> None:
     evolve = pytest.importorskip("datastore.dataset.operations.evolve").evolve
-    with writer(tmp_path / "set") as out:
+    with record_writer(tmp_path / "set") as out:
         out.write([{"id": "a", "note": "secret-of-a"}, {"id": "b", "note": "of-b"}])
     evolve(tmp_path / "set", drop=["note"])
     purge(str(tmp_path / "set"), ids=["a"])
@@ -133,7 +133,7 @@ def test_two_that_do_the_same_ingest_add_it_once_even_if_its_shards_are_compacte
     before = open_target(str(to))
     ingest([str(source)], to=str(to), settings=settings(tokenizer))
     assert compact(str(to)).committed
-    monkeypatch.setattr("datastore.ingest.prepare.open_target", lambda _: before)
+    monkeypatch.setattr("datastore.ingestion.ingest.open_target", lambda _: before)
     ingest([str(source)], to=str(to), settings=settings(tokenizer))
     dataset = open_dataset(to)
     assert dataset.commit.operation == "compact"

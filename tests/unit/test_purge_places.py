@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from datastore.dataset.durability.parity import protect
 from datastore.dataset.durability.verify import verify
 from datastore.dataset.operations.delete import delete
 from datastore.dataset.operations.purge.plan import list_certificates
@@ -12,7 +13,6 @@ from datastore.dataset.operations.purge.purge import purge
 from datastore.dataset.roots import open_roots, place_dataset
 from datastore.dataset.snapshot import Dataset, open_dataset
 from datastore.errors import StorageError
-from datastore.store.protect import protect
 from datastore.testing.examples import make_dataset
 
 

@@ -11,11 +11,13 @@ from typing_extensions import Buffer, override
 
 from datastore.dataset.durability.verify import verify
 from datastore.dataset.operations.delete import delete
-from datastore.dataset.shards.segment_file import BatchRange, Segments, ShardLayout, frame_ranges, segment_of
+from datastore.dataset.shards.info import BatchRange, ShardLayout, frame_ranges
+from datastore.dataset.shards.segment_file import segment_of
+from datastore.dataset.shards.segments import Segments
 from datastore.dataset.snapshot import Dataset, open_dataset
 from datastore.errors import ConfigError, CorruptError
 from datastore.formats.records import BATCH_BYTES
-from datastore.ingestion.writers.records import writer
+from datastore.ingestion.writers.records import record_writer
 from datastore.storage.backends.memory import MemoryStorage
 
 KINDS = pytest.mark.parametrize("kind", ["arrow", "parquet"])
@@ -56,7 +58,7 @@ def table() -> pa.Table:
 def written(kind: str, *, shards: int = 1) -> tuple[CountingStorage, Dataset]:
     storage = CountingStorage(uuid.uuid4().hex)
     for _ in range(shards):
-        with writer(storage, format=kind) as out:  # type: ignore[arg-type]
+        with record_writer(storage, format=kind) as out:  # type: ignore[arg-type]
             out.write(table())
     storage.asked.clear()
     return storage, open_dataset(storage)
@@ -160,7 +162,7 @@ def test_the_frame_is_what_no_batch_has() -> None:
 
 
 def test_a_shard_from_before_batches_had_ranges_is_read_whole(tmp_path: Path) -> None:
-    with writer(tmp_path / "set") as out:
+    with record_writer(tmp_path / "set") as out:
         out.write(table())
     dataset = open_dataset(tmp_path / "set")
     shards = [msgspec.structs.replace(shard, layout=ShardLayout()) for shard in dataset.segments]

@@ -6,14 +6,7 @@ import pytest
 
 from datastore.errors import ConfigError, CorruptError
 from datastore.formats.records import BATCH_BYTES, check_format, decode_records, encode_records
-from datastore.formats.schema import (
-    check_rows,
-    check_storable,
-    decode_schema,
-    encode_schema,
-    parse_type,
-    record_schema,
-)
+from datastore.formats.schema import check_rows, check_storable, decode_schema, encode_schema, parse_type, record_schema
 
 NESTED = pa.schema(
     {

@@ -12,7 +12,7 @@ from datastore.dataset.durability.verify import verify
 from datastore.dataset.snapshot import open_dataset
 from datastore.errors import ConfigError
 from datastore.ingestion.writers import records
-from datastore.ingestion.writers.records import RecordWriter, writer
+from datastore.ingestion.writers.records import RecordWriter, record_writer
 from datastore.storage.backends.local import LocalStorage
 from datastore.storage.backends.memory import MemoryStorage
 from datastore.storage.base import Storage
@@ -47,7 +47,7 @@ def interrupted(out: RecordWriter, error: BaseException) -> None:
     ids=["list", "tuple", "table", "batch"],
 )
 def test_rows_come_back_in_whatever_form_they_were_given(storage: Storage, given: object) -> None:
-    with writer(storage, schema=SCHEMA) as out:
+    with record_writer(storage, schema=SCHEMA) as out:
         out.write(given)  # type: ignore[arg-type]
     assert out.commit is not None
     dataset = open_dataset(storage)
@@ -58,7 +58,7 @@ def test_rows_come_back_in_whatever_form_they_were_given(storage: Storage, given
 
 
 def test_rows_may_be_given_one_by_one_and_the_first_decides_the_schema(storage: Storage) -> None:
-    with writer(storage) as out:
+    with record_writer(storage) as out:
         for row in ROWS:
             out.write(row)
     assert open_dataset(storage).schema.equals(SCHEMA)
@@ -66,7 +66,7 @@ def test_rows_may_be_given_one_by_one_and_the_first_decides_the_schema(storage: 
 
 @pytest.mark.usefixtures("small_shards")
 def test_an_exception_in_the_block_leaves_nothing(storage: Storage) -> None:
-    out = writer(storage, schema=SCHEMA)
+    out = record_writer(storage, schema=SCHEMA)
     with pytest.raises(OSError, match="broken"), out:
         interrupted(out, OSError("broken"))
     assert [stat.key for stat in storage.list()] == ["datastore.json"]
@@ -74,10 +74,10 @@ def test_an_exception_in_the_block_leaves_nothing(storage: Storage) -> None:
 
 @pytest.mark.usefixtures("small_shards")
 def test_an_exception_leaves_the_version_before(storage: Storage) -> None:
-    with writer(storage, schema=SCHEMA) as out:
+    with record_writer(storage, schema=SCHEMA) as out:
         out.write(many(500))
     before = sorted(stat.key for stat in storage.list())
-    out = writer(storage)
+    out = record_writer(storage)
     with pytest.raises(KeyboardInterrupt), out:
         interrupted(out, KeyboardInterrupt())
     assert sorted(stat.key for stat in storage.list()) == before
@@ -86,7 +86,7 @@ def test_an_exception_leaves_the_version_before(storage: Storage) -> None:
 
 @pytest.mark.usefixtures("small_shards")
 def test_many_rows_become_many_shards_in_order(storage: Storage) -> None:
-    with writer(storage) as out:
+    with record_writer(storage) as out:
         out.write(many(300))
         out.write(many(300))
     dataset = open_dataset(storage)
@@ -97,7 +97,7 @@ def test_many_rows_become_many_shards_in_order(storage: Storage) -> None:
 
 def test_a_second_block_appends_and_may_leave_out_the_schema(storage: Storage) -> None:
     for _ in range(2):
-        with writer(storage) as out:
+        with record_writer(storage) as out:
             out.write(ROWS)
     dataset = open_dataset(storage)
     assert dataset.version == 2
@@ -105,23 +105,23 @@ def test_a_second_block_appends_and_may_leave_out_the_schema(storage: Storage) -
 
 
 def test_an_overwrite_may_change_the_schema(storage: Storage) -> None:
-    with writer(storage) as out:
+    with record_writer(storage) as out:
         out.write(ROWS)
-    with writer(storage, operation="overwrite") as out:
+    with record_writer(storage, operation="overwrite") as out:
         out.write({"n": 1})
     assert list(open_dataset(storage).iter_records()) == [{"n": 1}]
     assert list(open_dataset(storage, version=1).iter_records()) == ROWS
 
 
 def test_no_rows_are_a_dataset_if_the_schema_is_known(storage: Storage) -> None:
-    with writer(storage, schema=SCHEMA):
+    with record_writer(storage, schema=SCHEMA):
         pass
     assert open_dataset(storage).to_arrow().schema.equals(SCHEMA)
     assert list(open_dataset(storage).iter_records()) == []
 
 
 def test_no_rows_and_no_schema_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="no schema is known"), writer(tmp_path / "set") as out:
+    with pytest.raises(ConfigError, match="no schema is known"), record_writer(tmp_path / "set") as out:
         out.write([])
 
 
@@ -131,7 +131,7 @@ def test_no_rows_and_no_schema_are_refused(tmp_path: Path) -> None:
     ids=["missing column", "unknown column", "wrong type", "number as text", "nothing"],
 )
 def test_a_row_that_does_not_fit_is_refused_and_the_block_may_go_on(storage: Storage, row: dict) -> None:
-    with writer(storage, schema=SCHEMA) as out:
+    with record_writer(storage, schema=SCHEMA) as out:
         out.write(ROWS)
         with pytest.raises(ConfigError):
             out.write([ROWS[0], row])
@@ -139,22 +139,22 @@ def test_a_row_that_does_not_fit_is_refused_and_the_block_may_go_on(storage: Sto
 
 
 def test_another_schema_than_the_dataset_s_is_refused_before_any_row(storage: Storage) -> None:
-    with writer(storage) as out:
+    with record_writer(storage) as out:
         out.write(ROWS)
     with pytest.raises(ConfigError, match="another schema"):
-        writer(storage, schema=pa.schema({"text": pa.string()}))
+        record_writer(storage, schema=pa.schema({"text": pa.string()}))
 
 
 def test_records_are_not_appended_to_tokens(storage: Storage) -> None:
     make_dataset(storage, [[1]])
     with pytest.raises(ConfigError, match="tokens, not records"):
-        writer(storage, schema=SCHEMA)
+        record_writer(storage, schema=SCHEMA)
 
 
 def test_a_place_that_holds_something_else_is_refused(storage: Storage) -> None:
     storage.put("notes.txt", b"x")
     with pytest.raises(ConfigError, match="not a dataset"):
-        writer(storage, schema=SCHEMA)
+        record_writer(storage, schema=SCHEMA)
 
 
 @pytest.mark.parametrize("kind", ["arrow", "parquet"])
@@ -166,7 +166,7 @@ def test_a_schema_may_be_written_as_texts(storage: Storage, kind: Literal["arrow
         "vector": "fixed_size_list<float>[2]",
         "label": "dictionary<string>",
     }
-    with writer(storage, schema=schema, format=kind) as out:
+    with record_writer(storage, schema=schema, format=kind) as out:
         out.write(row)
     dataset = open_dataset(storage)
     assert list(dataset.iter_records()) == [row]
@@ -176,7 +176,7 @@ def test_a_schema_may_be_written_as_texts(storage: Storage, kind: Literal["arrow
 
 def test_a_dataset_may_hold_both_formats(storage: Storage) -> None:
     for kind in ("arrow", "parquet", "arrow"):
-        with writer(storage, schema=SCHEMA, format=kind) as out:  # type: ignore[arg-type]
+        with record_writer(storage, schema=SCHEMA, format=kind) as out:  # type: ignore[arg-type]
             out.write(ROWS)
     dataset = open_dataset(storage)
     assert [shard.path.rpartition(".")[2] for shard in dataset.segments] == ["arrow", "parquet", "arrow"]
@@ -187,15 +187,15 @@ def test_a_dataset_may_hold_both_formats(storage: Storage) -> None:
 def test_a_column_that_the_format_cannot_keep_is_refused_before_any_row(storage: Storage) -> None:
     schema = pa.schema({"x": pa.month_day_nano_interval()})
     with pytest.raises(ConfigError, match="cannot be stored as Parquet"):
-        writer(storage, schema=schema, format="parquet")
-    with writer(storage, schema=schema) as out:
+        record_writer(storage, schema=schema, format="parquet")
+    with record_writer(storage, schema=schema) as out:
         out.write({"x": None})
     with pytest.raises(ConfigError, match="cannot be stored as Parquet"):
-        writer(storage, format="parquet")
+        record_writer(storage, format="parquet")
 
 
 def test_a_schema_read_from_a_parquet_file_with_numbered_columns_is_taken_without_the_numbers(storage: Storage) -> None:
     field = pa.field("n", pa.int64(), metadata={"PARQUET:field_id": "7", "unit": "m"})
-    with writer(storage, schema=pa.schema([field])) as out:
+    with record_writer(storage, schema=pa.schema([field])) as out:
         out.write({"n": 1})
     assert open_dataset(storage).schema.field("n").metadata == {b"unit": b"m"}

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from datastore.errors import ConflictError, DatastoreError, MissingError, StorageError
 from datastore.storage.backends.fsspec_storage import FsspecStorage
-from datastore.storage.foreign import scrub, translate
+from datastore.storage.errors import scrub, translate
 from datastore.storage.retry import RetryPolicy
 
 

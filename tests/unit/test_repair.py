@@ -7,23 +7,24 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from datastore.cache.opening import open_blocks
 from datastore.cli.main import cli
-from datastore.cli.shell import Session, call
-from datastore.dataset.durability.health import exposure
+from datastore.cli.shell import CliSession, call
+from datastore.dataset.durability.health import health
+from datastore.dataset.durability.parity import protect
 from datastore.dataset.durability.repair import repair
 from datastore.dataset.durability.verify import verify
 from datastore.dataset.log.identity import create_dataset
-from datastore.dataset.log.manifest import INFO_KEY, commit_key
+from datastore.dataset.log.keys import commit_key
+from datastore.dataset.log.manifest import INFO_KEY
 from datastore.dataset.roots import create_at, open_roots, place_dataset
 from datastore.dataset.snapshot import Dataset, open_dataset
 from datastore.errors import ConfigError, ConflictError, CorruptError, FormatError, StorageError
 from datastore.loader.cache.mapped import MappedBlocks
 from datastore.loader.cache.memory import BlockCache
+from datastore.loader.loader import open_blocks
 from datastore.storage.backends.local import LocalStorage
 from datastore.storage.backends.memory import MemoryStorage
 from datastore.storage.placed import PlacedStorage
-from datastore.store.protect import protect
 from datastore.testing.examples import make_dataset, make_shard
 
 BLOCK = 4096
@@ -75,7 +76,7 @@ def test_any_root_opens_the_dataset(disks: list[Path]) -> None:
 def test_a_dataset_that_was_there_is_copied_by_repair(disks: list[Path]) -> None:
     make_dataset(disks[0], [[10]] * 4)
     place_dataset(disks[0], roots=[str(disks[1])], copies=2)
-    assert exposure(disks[0]).degraded == 8
+    assert health(disks[0]).degraded == 8
     assert repair(str(disks[0])).ok
     shutil.rmtree(disks[0])
     assert verify(open_dataset(disks[1])).files
@@ -232,14 +233,14 @@ def test_a_mirror_that_was_away_is_brought_up_to_date(disks: list[Path], tmp_pat
     disks[2].rename(tmp_path / "away")
     make_dataset(open_roots(disks[0])[0], [[1]], name="meanwhile")
     (tmp_path / "away").rename(disks[2])
-    found = exposure(disks[0])
+    found = health(disks[0])
     assert [loss.behind for loss in found.roots] == [False, False, True]
     assert found.degraded == 2
     report = repair(str(disks[2]))
     assert report.ok
     assert report.repaired >= 4  # A shard, its documents, a commit, a segment.
-    assert not any(loss.behind for loss in exposure(disks[0]).roots)
-    assert exposure(disks[0]).degraded == 0
+    assert not any(loss.behind for loss in health(disks[0]).roots)
+    assert health(disks[0]).degraded == 0
 
 
 def test_what_a_full_disk_sent_elsewhere_is_brought_home(disks: list[Path]) -> None:
@@ -257,7 +258,7 @@ def test_what_a_full_disk_sent_elsewhere_is_brought_home(disks: list[Path]) -> N
 
 def test_what_a_lost_disk_would_cost_is_counted(disks: list[Path]) -> None:
     dataset = on(disks, copies=1)
-    found = exposure(disks[0])
+    found = health(disks[0])
     assert found.unprotected == found.files == 8
     for loss, disk in zip(found.roots, disks, strict=True):
         lost = {
@@ -268,7 +269,7 @@ def test_what_a_lost_disk_would_cost_is_counted(disks: list[Path]) -> None:
         assert (loss.shards, loss.documents, loss.rebuilt) == (len(lost), 2 * len(lost), 0)
         assert loss.versions == bool(lost)
     protect(str(disks[0]), width=2)
-    safe = exposure(disks[0])
+    safe = health(disks[0])
     assert [loss.documents for loss in safe.roots] == [0, 0, 0]
     assert sum(loss.rebuilt for loss in safe.roots) == 8 + safe.groups
     assert safe.unprotected == 0
@@ -276,7 +277,7 @@ def test_what_a_lost_disk_would_cost_is_counted(disks: list[Path]) -> None:
 
 def test_one_disk_holds_all_there_is_to_lose(tmp_path: Path) -> None:
     make_dataset(tmp_path / "set", [[5, 6]] * 2)
-    worst = exposure(tmp_path / "set").worst
+    worst = health(tmp_path / "set").worst
     assert (worst.documents, worst.tokens, worst.versions) == (4, 22, 1)
 
 
@@ -312,7 +313,7 @@ def test_writers_go_on_while_a_disk_is_filled(disks: list[Path]) -> None:
 
 def run(line: str, capsys: pytest.CaptureFixture[str]) -> tuple[int, str]:
     capsys.readouterr()
-    status = call(cli, line.split(), Session())
+    status = call(cli, line.split(), CliSession())
     return status, capsys.readouterr().out
 
 

@@ -13,7 +13,9 @@ from datastore.errors import ConfigError, DependencyError
 from datastore.storage.backends.local import LocalStorage
 from datastore.storage.backends.memory import MemoryStorage
 from datastore.storage.backends.s3 import S3Storage
-from datastore.storage.resolve import Subfolder, join_url, open_storage, strip_credentials
+from datastore.storage.resolve import open_storage
+from datastore.storage.urls import join_url, strip_credentials
+from datastore.storage.wrappers import Subfolder
 
 ROOTS = st.sampled_from(
     ["s3://bucket", "s3://bucket/books/", "/", "/data/", "data", "file:///data", "memory://x", "memory://x/y/"]

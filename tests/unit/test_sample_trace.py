@@ -11,7 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from datastore.dataset.log.manifest import TokenizerRef, tokenizer_key
+from datastore.dataset.log.keys import tokenizer_key
+from datastore.dataset.log.manifest import TokenizerRef
 from datastore.dataset.operations.append import commit_shards
 from datastore.dataset.shards.files import shard_uid, write_token_shard
 from datastore.dataset.snapshot import Dataset, open_dataset
@@ -20,7 +21,7 @@ from datastore.errors import ConfigError, ResumeError
 from datastore.formats.documents import DOCUMENTS_SCHEMA
 from datastore.formats.tokentext import TokenText
 from datastore.loader.loader import Loader
-from datastore.loader.place import Place
+from datastore.loader.settings import Rank
 from datastore.loader.trace import DocumentSpan, Tracer, locate, plan_step
 from datastore.storage.backends.local import LocalStorage
 from datastore.testing.examples import make_dataset
@@ -133,12 +134,12 @@ def test_a_batch_names_its_documents_row_by_row(dataset: Dataset) -> None:
 
 
 def test_a_step_is_planned_again_from_its_state(dataset: Dataset) -> None:
-    loader = Loader(dataset, seq_len=4, global_batch=6, seed=9, place=Place(1, 2))
+    loader = Loader(dataset, seq_len=4, global_batch=6, seed=9, rank=Rank(1, 2))
     whole = Loader(dataset, seq_len=4, global_batch=6, seed=9)
     for _ in range(3):
         state = loader.state_dict()
         batch, everything = next(loader), next(whole)
-        planned = plan_step(dataset, state, global_batch=6, place=Place(1, 2))
+        planned = plan_step(dataset, state, global_batch=6, rank=Rank(1, 2))
         assert np.array_equal(planned.samples, batch.samples)
         assert np.array_equal(plan_step(dataset, state, global_batch=6).samples, everything.samples)
 

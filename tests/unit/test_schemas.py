@@ -19,7 +19,7 @@ from datastore.dataset.log.tags import list_tags
 from datastore.dataset.snapshot import Dataset, open_dataset
 from datastore.document import decode
 from datastore.errors import CorruptError
-from datastore.ingestion.writers.records import writer
+from datastore.ingestion.writers.records import record_writer
 from datastore.testing.examples import make_dataset
 
 ROOT = Path(__file__).parents[2]
@@ -47,14 +47,14 @@ def test_the_check_notices_a_schema_that_is_stale_missing_or_left_over(
 ) -> None:
     folder = Path(shutil.copytree(SCHEMAS, tmp_path / "schemas"))
     monkeypatch.setattr(tool(), "ROOT", folder)
-    (folder / "store/Tag.json").write_text("{}")
+    (folder / "dataset/Tag.json").write_text("{}")
     (folder / "arrow/segment.txt").unlink()
-    (folder / "store/Gone.json").write_text("{}")
+    (folder / "dataset/Gone.json").write_text("{}")
     assert tool().main(["--check"]) == 1
     assert [line.split()[0] for line in capsys.readouterr().out.splitlines()] == [
         "schemas/arrow/segment.txt",
-        "schemas/store/Gone.json",
-        "schemas/store/Tag.json",
+        "schemas/dataset/Gone.json",
+        "schemas/dataset/Tag.json",
     ]
     assert tool().main([]) == 0
     assert tool().main(["--check"]) == 0
@@ -76,7 +76,7 @@ def test_schema_and_decoder_judge_alike(case: Path) -> None:
 
 def test_there_are_good_and_bad_cases_of_each_stored_document_of_the_store() -> None:
     for name in tool().documents():
-        if name.startswith("store/"):
+        if name.startswith("dataset/"):
             kinds = {case.name.split("-")[0] for case in (SCHEMAS / "cases" / name).glob("*.json")}
             assert kinds == {"good", "bad"}, name
 
@@ -84,7 +84,7 @@ def test_there_are_good_and_bad_cases_of_each_stored_document_of_the_store() -> 
 def test_what_is_written_today_satisfies_the_schemas(tmp_path: Path) -> None:
     make_dataset(tmp_path / "set", [[1, 2]])
     for name, file in (("DatasetInfo", "datastore.json"), ("Commit", "_log/00000000000000000001.json")):
-        schema = json.loads((SCHEMAS / "store" / f"{name}.json").read_text())
+        schema = json.loads((SCHEMAS / "dataset" / f"{name}.json").read_text())
         jsonschema.validate(json.loads((tmp_path / "set" / file).read_text()), schema)
 
 
@@ -151,6 +151,6 @@ def test_a_golden_store_verifies(golden: Path) -> None:
 
 def test_a_golden_store_can_be_appended_to(golden: Path) -> None:
     dataset = open_dataset(golden / "records")
-    with writer(golden / "records") as out:
+    with record_writer(golden / "records") as out:
         out.write(dataset.to_arrow())
     assert open_dataset(golden / "records").totals.documents == 2 * dataset.totals.documents

@@ -7,16 +7,9 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from datastore.dataset.shards.segment_file import (
-    SEGMENT_SCHEMA,
-    ColumnLayout,
-    Segments,
-    ShardInfo,
-    ShardLayout,
-    decode_segment,
-    encode_segment,
-    segment_of,
-)
+from datastore.dataset.shards.info import ColumnLayout, ShardInfo, ShardLayout
+from datastore.dataset.shards.segment_file import SEGMENT_SCHEMA, decode_segment, encode_segment, segment_of
+from datastore.dataset.shards.segments import Segments
 from datastore.errors import CorruptError
 
 

@@ -8,10 +8,9 @@ from hypothesis import strategies as st
 from datastore.dataset.snapshot import Dataset, open_dataset
 from datastore.errors import ConfigError
 from datastore.loader.loader import Loader
-from datastore.loader.place import Place
+from datastore.loader.settings import Rank
 from datastore.storage.backends.memory import MemoryStorage
-from datastore.testing.examples import make_dataset
-from datastore.testing.runs import make_language
+from datastore.testing.examples import make_dataset, make_language
 from datastore.training.run.data import Stretch, make_split
 
 SHARDS = [[5, 7], [1], [30, 2, 11], [4]]
@@ -49,8 +48,8 @@ def test_training_and_validation_share_no_token_and_lose_none(dataset: Dataset, 
 @pytest.mark.parametrize("world", [1, 2, 3, 20])
 def test_any_number_of_ranks_validates_on_the_same_samples(tmp_path: Path, world: int) -> None:
     split = make_split(make_language(tmp_path), holdout=0.1, validation=None)
-    alone = split.samples(16, seq_len=32, place=Place())
-    parts = [split.samples(16, seq_len=32, place=Place(rank, world)) for rank in range(world)]
+    alone = split.samples(16, seq_len=32, rank=Rank())
+    parts = [split.samples(16, seq_len=32, rank=Rank(rank, world)) for rank in range(world)]
     together = np.concatenate([part.mine for part in parts])
     assert {part.count for part in parts} == {alone.count} == {16}
     assert sorted(map(tuple, together.tolist())) == sorted(map(tuple, alone.mine.tolist()))
@@ -59,7 +58,7 @@ def test_any_number_of_ranks_validates_on_the_same_samples(tmp_path: Path, world
 def test_what_cannot_be_validated_on_is_refused(tmp_path: Path) -> None:
     dataset = make_language(tmp_path / "one")
     with pytest.raises(ConfigError, match="nothing to validate on"):
-        make_split(dataset, holdout=0, validation=None).samples(4, seq_len=32, place=Place())
+        make_split(dataset, holdout=0, validation=None).samples(4, seq_len=32, rank=Rank())
     with pytest.raises(ConfigError, match="is the training dataset"):
         make_split(dataset, holdout=0, validation=open_dataset(tmp_path / "one"))
     other = make_dataset(tmp_path / "other", SHARDS)

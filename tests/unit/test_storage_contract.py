@@ -10,7 +10,7 @@ from typing_extensions import Buffer, override
 from datastore.errors import MissingError
 from datastore.storage.backends.memory import MemoryStorage
 from datastore.storage.base import Stat, Storage, check_key
-from datastore.storage.reasons import conflict
+from datastore.storage.errors import conflict
 from datastore.testing.storage import StorageContract
 
 PAUSE = threading.Event()

@@ -12,9 +12,9 @@ from datastore.errors import ConflictError, MissingError, StorageError
 from datastore.storage.backends.local import LocalStorage
 from datastore.storage.backends.memory import MemoryStorage
 from datastore.storage.base import Storage
-from datastore.storage.resolve import Subfolder
 from datastore.storage.retry import Requests, RetryPolicy
 from datastore.storage.statistics import OperationStatistics, add_statistics, total_statistics
+from datastore.storage.wrappers import Subfolder
 
 QUICK = RetryPolicy(tries=5, first_tries=2, first_pause_s=0.0)
 

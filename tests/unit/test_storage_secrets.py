@@ -13,14 +13,13 @@ import pytest
 from typing_extensions import override
 
 from datastore.cli.main import cli
-from datastore.cli.shell import Session, call
+from datastore.cli.shell import CliSession, call
 from datastore.errors import DatastoreError
 from datastore.storage.backends.fsspec_storage import FsspecStorage
-from datastore.storage.backends.s3 import S3Storage
+from datastore.storage.backends.s3 import S3Storage, forget_clients
 from datastore.storage.backends.web import WebStorage
 from datastore.storage.base import Storage
 from datastore.storage.retry import RetryPolicy
-from datastore.storage.s3_client import forget_clients
 
 SECRETS = [
     "AKIAMARKEDMARKED1234",
@@ -142,8 +141,8 @@ def test_keys_of_the_environment_are_not_shown(
     forget_clients()
     with caplog.at_level(logging.INFO):
         for command in ("show s3://bucket/x", "verify s3://bucket/x", "doctor --url s3://bucket/x", "ls s3://bucket/x"):
-            assert call(cli, command.split(), Session()) == 1
-            assert call(cli, ["--debug", *command.split()], Session()) == 1
+            assert call(cli, command.split(), CliSession()) == 1
+            assert call(cli, ["--debug", *command.split()], CliSession()) == 1
     forget_clients()
     told = capsys.readouterr()
     assert told.err.strip()
@@ -157,8 +156,8 @@ def test_what_is_stored_where_a_secret_leads_does_not_hold_it(echo: str, tmp_pat
     (tmp_path / "src").mkdir()
     (tmp_path / "src" / "a.txt").write_text("text")
     target = tmp_path / "set"
-    assert call(cli, ["ingest", url, str(tmp_path / "src"), "--to", str(target)], Session()) == 1
-    assert call(cli, ["ingest", str(tmp_path / "src"), "--to", str(target)], Session()) == 0
+    assert call(cli, ["ingest", url, str(tmp_path / "src"), "--to", str(target)], CliSession()) == 1
+    assert call(cli, ["ingest", str(tmp_path / "src"), "--to", str(target)], CliSession()) == 0
     written = [path for path in target.rglob("*") if path.is_file()]
     assert written
     for path in written:

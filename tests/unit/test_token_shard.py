@@ -6,7 +6,7 @@ import pytest
 
 from datastore.digest import digest_hex
 from datastore.errors import ConfigError, CorruptError
-from datastore.formats.flatbuffer import Int, Structs, Table, encode_flatbuffer
+from datastore.formats.arrow import Int, Structs, Table, encode_flatbuffer
 from datastore.formats.tokens import (
     ColumnType,
     decode_token_table,

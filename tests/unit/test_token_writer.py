@@ -12,8 +12,7 @@ from datastore.dataset.snapshot import open_dataset
 from datastore.errors import ConfigError, ConflictError, MissingError, StorageError
 from datastore.ingestion.writers.tokens import TokenWriter, token_writer
 from datastore.storage.resolve import open_storage
-from datastore.testing.examples import make_dataset
-from datastore.testing.runs import make_language
+from datastore.testing.examples import make_dataset, make_language
 
 COLUMNS = {"loss_mask": "bool", "logits": ("float16", 3), "weight": "float32"}
 

@@ -10,11 +10,10 @@ from torch.utils.data import DataLoader
 from datastore.dataset.snapshot import Dataset
 from datastore.errors import ConfigError
 from datastore.loader.loader import Loader
-from datastore.loader.place import Place
-from datastore.loader.settings import LoaderOptions
+from datastore.loader.settings import LoaderSettings, Rank
 from datastore.testing.examples import make_dataset
 from datastore.testing.resume import check_resumes_everywhere
-from datastore.torch import BUFFERS, TensorStream, TokenDataset, place_of, stream
+from datastore.torch import BUFFERS, TensorStream, TokenDataset, rank_of, stream
 
 
 @pytest.fixture
@@ -22,9 +21,9 @@ def dataset(tmp_path: Path) -> Dataset:
     return make_dataset(tmp_path / "data", [[5_000], [3_000, 100]], block_bytes=4096)
 
 
-def loader_of(dataset: Dataset, *, epochs: int | None = None, place: Place | None = None) -> Loader:
-    options = LoaderOptions(epochs=epochs, threads=1)
-    return Loader(dataset, seq_len=16, global_batch=6, place=place or Place(), options=options)
+def loader_of(dataset: Dataset, *, epochs: int | None = None, rank: Rank | None = None) -> Loader:
+    options = LoaderSettings(epochs=epochs, threads=1)
+    return Loader(dataset, seq_len=16, global_batch=6, rank=rank or Rank(), options=options)
 
 
 def test_tensors_are_the_batches_of_the_loader(dataset: Dataset) -> None:
@@ -93,7 +92,7 @@ def test_worker_processes_are_refused_with_the_way_out(dataset: Dataset) -> None
 
 
 class FakeMesh:
-    """What `place_of` asks of a DeviceMesh, without processes."""
+    """What `rank_of` asks of a DeviceMesh, without processes."""
 
     def __init__(self, **dimensions: tuple[int, int]) -> None:
         self.mesh_dim_names: tuple[str, ...] | None = tuple(dimensions)
@@ -109,23 +108,23 @@ class FakeMesh:
 
 
 def test_ranks_that_share_a_model_replica_share_their_data() -> None:
-    assert place_of(FakeMesh(replicate=(1, 2), shard=(2, 4), tp=(1, 2))) == Place(6, 8)
-    assert place_of(FakeMesh(pp=(1, 2), dp=(2, 3), cp=(0, 4))) == Place(2, 3)
-    assert place_of(FakeMesh(tp=(1, 2))) == Place(0, 1)
+    assert rank_of(FakeMesh(replicate=(1, 2), shard=(2, 4), tp=(1, 2))) == Rank(6, 8)
+    assert rank_of(FakeMesh(pp=(1, 2), dp=(2, 3), cp=(0, 4))) == Rank(2, 3)
+    assert rank_of(FakeMesh(tp=(1, 2))) == Rank(0, 1)
 
 
 def test_a_mesh_of_one_dimension_divides_the_data_and_more_need_names() -> None:
     mesh = FakeMesh(x=(1, 2))
     mesh.mesh_dim_names = None
-    assert place_of(mesh) == Place(1, 2)
+    assert rank_of(mesh) == Rank(1, 2)
     mesh = FakeMesh(x=(1, 2), y=(0, 2))
     mesh.mesh_dim_names = None
     with pytest.raises(ConfigError, match="have no names"):
-        place_of(mesh)
+        rank_of(mesh)
 
 
 def test_a_loader_for_another_place_than_the_mesh_says_is_refused(dataset: Dataset) -> None:
     mesh = FakeMesh(dp=(1, 2))
-    stream(loader_of(dataset, place=Place(1, 2)), mesh=mesh).close()
+    stream(loader_of(dataset, rank=Rank(1, 2)), mesh=mesh).close()
     with pytest.raises(ConfigError, match=r"loader='rank 0 of 1', mesh='rank 1 of 2'"):
         stream(loader_of(dataset), mesh=mesh)

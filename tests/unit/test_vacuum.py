@@ -10,24 +10,26 @@ import msgspec
 import pytest
 
 import datastore.dataset.operations.vacuum as vacuuming
+from datastore.dataset.durability.parity import protect
 from datastore.dataset.durability.repair import repair
 from datastore.dataset.durability.verify import verify
 from datastore.dataset.log.commits import CommitLog
 from datastore.dataset.log.tags import set_tag
-from datastore.dataset.operations.append import commit_shards, draft_commit, publish, with_shards
+from datastore.dataset.operations.append import commit_shards
 from datastore.dataset.operations.expire import expire
+from datastore.dataset.operations.transaction import draft_commit, publish
 from datastore.dataset.operations.vacuum import DAY_S, vacuum
 from datastore.dataset.roots import open_roots, place_dataset
 from datastore.dataset.shards.inventory import KeySet
+from datastore.dataset.shards.segments import with_shards
 from datastore.dataset.snapshot import open_dataset
 from datastore.errors import ConfigError, ConflictError, CorruptError, MissingError
 from datastore.ingestion.ingest import ingest
 from datastore.ingestion.settings import IngestSettings
-from datastore.ingestion.writers.records import writer
+from datastore.ingestion.writers.records import record_writer
 from datastore.storage.backends.local import LocalStorage
 from datastore.storage.backends.memory import MemoryStorage
 from datastore.storage.base import Stat
-from datastore.store.protect import protect
 from datastore.testing.examples import make_dataset, make_shard
 
 
@@ -238,7 +240,7 @@ SETTINGS = IngestSettings(task_bytes=4096, workers=1)
 
 def interrupted(sources: Path, to: str, monkeypatch: pytest.MonkeyPatch, *, after: int) -> None:
     """Run an ingest that dies when that many of its shards are stored."""
-    import datastore.ingestion.sinks as sinks
+    from datastore.ingestion import sinks
 
     stored = sinks.write_record_shard
     left = iter(range(after))
@@ -301,7 +303,7 @@ def test_of_an_abandoned_ingest_tasks_go_before_the_plan_and_shards_last(
             order.append(key)
             super().delete(key)
 
-    with writer(storage) as out:
+    with record_writer(storage) as out:
         out.write([{"id": "a", "source": "s", "offset": 0, "text": "t"}])
     storage.put("ingests/0/plan.json", b"a plan")
     storage.put("ingests/0/done/1.json", b"a task")

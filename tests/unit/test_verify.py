@@ -12,10 +12,11 @@ from typing_extensions import Buffer, override
 
 from datastore.dataset.durability.blocks import BadBlock, Blocks, Draw, Room, check_blocks
 from datastore.dataset.durability.verify import verify
-from datastore.dataset.log.manifest import INFO_KEY, commit_key, sum_refs
+from datastore.dataset.log.keys import commit_key
+from datastore.dataset.log.manifest import INFO_KEY, sum_refs
 from datastore.dataset.operations.append import commit_records, commit_shards
 from datastore.dataset.shards.deletions import store_deletions
-from datastore.dataset.shards.files import write_token_shard
+from datastore.dataset.shards.files import put_tokenizer, write_token_shard
 from datastore.dataset.shards.segment_file import BLOCK_BYTES
 from datastore.dataset.snapshot import Dataset, open_dataset
 from datastore.document import seal
@@ -23,11 +24,10 @@ from datastore.errors import ConfigError, CorruptError, StorageError
 from datastore.ingestion.encoding.tokenizer import TokenizerSettings, train_tokenizer
 from datastore.ingestion.ingest import ingest
 from datastore.ingestion.settings import IngestSettings
-from datastore.ingestion.writers.records import writer
+from datastore.ingestion.writers.records import record_writer
 from datastore.storage.backends.local import LocalStorage
 from datastore.storage.backends.memory import MemoryStorage
 from datastore.storage.base import Storage
-from datastore.store.tokenizers import put_tokenizer
 from datastore.testing.examples import make_dataset, make_shard
 
 
@@ -214,7 +214,7 @@ def forged(storage: Storage, **changes: object) -> Dataset:
 
 def test_what_decodes_as_the_manifest_says_has_no_complaint(storage: Storage) -> None:
     assert verify(forged(storage), deep=True).ok
-    with writer(MemoryStorage(uuid.uuid4().hex)) as out:
+    with record_writer(MemoryStorage(uuid.uuid4().hex)) as out:
         out.write({"text": "one"})
     assert verify(open_dataset(out.storage), deep=True).ok
 
@@ -256,7 +256,7 @@ def test_documents_of_another_shard_are_found_by_decoding(storage: Storage) -> N
 
 
 def test_a_record_shard_with_other_rows_is_found_by_decoding() -> None:
-    with writer(MemoryStorage(uuid.uuid4().hex)) as out:
+    with record_writer(MemoryStorage(uuid.uuid4().hex)) as out:
         out.write({"text": f"{index}"} for index in range(3))
     shard = msgspec.structs.replace(next(iter(open_dataset(out.storage).segments)), documents=4)
     assert out.schema is not None
@@ -340,7 +340,7 @@ def test_a_segment_that_leads_out_of_the_dataset_is_named_and_not_followed(
         dataset.token_shard(0)
 
 
-def test_a_whole_path_is_no_place_of_a_dataset_that_refers_to_no_other(storage: Storage) -> None:
+def test_a_whole_path_is_no_rank_of_a_dataset_that_refers_to_no_other(storage: Storage) -> None:
     dataset = forged(storage, path="/etc/passwd")
     assert [(bad.path, bad.reason) for bad in verify(dataset).bad] == [("/etc/passwd", "not a valid key")]
 

@@ -10,14 +10,20 @@
 
 Everything but the hint is written once and never changed. Steps and ranks are padded with zeros, so that names sort
 as numbers do. A part may hold nothing new: a `PartInfo` then points into parts of earlier saves only.
+
+The unit of verification: a piece of a tensor is hashed in chunks, so that one bad block is named and the rest is not.
 """
 
 import re
-from typing import Annotated, Any
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
 
-import msgspec
+from typing_extensions import Buffer
 
-from datastore.document import Document, Sealed
+from datastore.digest import digest_hex
+from datastore.document import Count, Document, Positive, Sealed
+from datastore.errors import CorruptError
 
 __all__ = [
     "CHUNK_BYTES",
@@ -27,6 +33,7 @@ __all__ = [
     "RUN_KEY",
     "STEPS",
     "VOTES",
+    "Chunk",
     "Entry",
     "LatestHint",
     "PartInfo",
@@ -34,6 +41,7 @@ __all__ = [
     "RunInfo",
     "StepCommit",
     "StepRef",
+    "chunks_of",
     "failure_key",
     "info_key",
     "part_key",
@@ -48,17 +56,19 @@ DIGEST_HEX = 32
 """Hex digits of one chunk's xxh3_128."""
 
 RUN_KEY = "run.json"
+
 LATEST_KEY = "refs/latest.json"
+
 STEPS = "steps"
+
 PARTS = "parts"
+
 VOTES = "votes"
 
 _STEP = re.compile(r"steps/(\d{10,})\.json")
+
 _PART = re.compile(r"parts/(\d{10,})-[0-9a-f]{16}-\d{5,}\.(?:safetensors|json|failed)")
 
-
-Count = Annotated[int, msgspec.Meta(ge=0)]
-Positive = Annotated[int, msgspec.Meta(ge=1)]
 Shape = tuple[Count, ...]
 
 
@@ -194,3 +204,44 @@ def step_of_key(key: str) -> int | None:
     """Return the step that a step file or a part belongs to, or None if `key` is neither."""
     found = _STEP.fullmatch(key) or _PART.fullmatch(key)
     return int(found[1]) if found else None
+
+
+@dataclass(frozen=True, slots=True, order=True)
+class Chunk:
+    """A byte range of a part with its digest; ordered as they lie on disk."""
+
+    part: str
+    start: int
+    stop: int
+    digest: str
+    tensor: str
+
+    @property
+    def size_bytes(self) -> int:
+        """Its length."""
+        return self.stop - self.start
+
+    def check(self, data: Buffer) -> None:
+        """Raise `CorruptError` unless `data` are the bytes that were written."""
+        self.compare(digest_hex(data))
+
+    def compare(self, digest: str) -> None:
+        """Raise `CorruptError` unless `digest` is that of the bytes that were written."""
+        if digest != self.digest:
+            raise CorruptError(
+                "a chunk of a checkpoint does not match its digest",
+                part=self.part,
+                tensor=self.tensor,
+                start=self.start,
+                stop=self.stop,
+                hint="Restore this part from a copy, or use an earlier step.",
+            )
+
+
+def chunks_of(entry: Entry, chunk_bytes: int, *, first: int = 0, last: int | None = None) -> Iterator[Chunk]:
+    """Yield the chunks `first` to `last` (all, if None) of a piece."""
+    count = -(-(entry.stop - entry.start) // chunk_bytes)
+    for i in range(first, count if last is None else last):
+        start = entry.start + i * chunk_bytes
+        stop = min(start + chunk_bytes, entry.stop)
+        yield Chunk(entry.part, start, stop, entry.digests[i * DIGEST_HEX : (i + 1) * DIGEST_HEX], entry.tensor)

@@ -22,7 +22,7 @@ from datastore.errors import ConfigError
 
 __all__ = [
     "Describe",
-    "Packed",
+    "PackedTree",
     "TensorSpec",
     "child_name",
     "differences",
@@ -55,7 +55,7 @@ Describe = Callable[[Any, str], TensorSpec | None]
 
 
 @dataclass(frozen=True, slots=True)
-class Packed(Generic[T]):
+class PackedTree(Generic[T]):
     """A tree taken apart."""
 
     skeleton: Any
@@ -67,15 +67,15 @@ def child_name(name: str, key: str | int) -> str:
     return f"{name}/{str(key).replace('~', '~0').replace('/', '~1')}"
 
 
-def pack(value: Any, *, name: str, describe: Describe) -> Packed[Any]:
+def pack(value: Any, *, name: str, describe: Describe) -> PackedTree[Any]:
     """Return `value` as a skeleton and its tensors.
 
     Raises:
         ConfigError: a leaf or a key is neither a tensor nor a plain value; the message has its path.
     """
-    packed: Packed[Any] = Packed(skeleton=None)
+    packed: PackedTree[Any] = PackedTree(skeleton=None)
     skeleton = _Packer(describe, packed.tensors).pack(value, name, 0)
-    return Packed(skeleton=skeleton, tensors=packed.tensors)
+    return PackedTree(skeleton=skeleton, tensors=packed.tensors)
 
 
 class _Packer:

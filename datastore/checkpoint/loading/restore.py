@@ -20,20 +20,19 @@ import torch
 
 from datastore.checkpoint.format.manifest import StepCommit
 from datastore.checkpoint.format.tree import specs, unpack
-from datastore.checkpoint.loading.reader import Reader
-from datastore.checkpoint.loading.targets import Target, target_of
-from datastore.checkpoint.placing import transfers_of, unfit_tensors
-from datastore.checkpoint.ranks import Member
+from datastore.checkpoint.loading.reader import Reader, transfers_of, unfit_tensors
+from datastore.checkpoint.loading.targets import RestoreTarget, target_of
+from datastore.checkpoint.ranks import Agree, SavingRank, all_equal
 from datastore.checkpoint.steps import StepLog, WholeStep
-from datastore.checkpoint.votes import Agree, all_equal
 from datastore.errors import ConflictError, CorruptError, DatastoreError, MissingError, ResumeError
 
 __all__ = ["Damaged", "Restored", "Restorer"]
 
 T = TypeVar("T")
+
 Damage: TypeAlias = CorruptError | MissingError
 
-_log = getLogger(__name__)
+_LOGGER = getLogger(__name__)
 
 _SHOWN = 20
 """How many differences one error lists."""
@@ -84,7 +83,7 @@ class _Plan:
 class Restorer:
     """Loads steps into the items of one rank. All ranks make the same calls."""
 
-    def __init__(self, member: Member, items: Mapping[str, Any], *, agree: Agree, partial: bool) -> None:
+    def __init__(self, member: SavingRank, items: Mapping[str, Any], *, agree: Agree, partial: bool) -> None:
         self._member = member
         self._log = StepLog(member.storage)
         self._targets = [target_of(name, item, member.rank) for name, item in items.items()]
@@ -110,7 +109,7 @@ class Restorer:
                 restored, whole = found
                 return replace(restored, fell_back=tuple(passed)), whole
             passed.append(Damaged(step, str(error)))
-            _log.warning("STEP %d OF %s IS DAMAGED, falling back to the step before: %s", step, self._log.url, error)
+            _LOGGER.warning("STEP %d OF %s IS DAMAGED, falling back to the step before: %s", step, self._log.url, error)
 
     def exactly(self, step: int) -> tuple[Restored, WholeStep]:
         """Load `step`.
@@ -149,7 +148,7 @@ class Restorer:
         done, error = self._together(lambda: self._loaded(plan))
         if done is None:
             fact = f"the state in memory is partly overwritten by a step that changed while it was read: {error.fact}"
-            _log.error("%s", fact)
+            _LOGGER.error("%s", fact)
             return None, CorruptError(fact, hint="Restore another step before you use it.", **error.values)
         metrics = unpack(commit.metrics, name="metrics", tensors={})
         restored = Restored(step, commit.save_id, metrics, commit.time, commit.session, commit.world)
@@ -222,7 +221,7 @@ class Restorer:
                 self._accept(target, plan)
         return True
 
-    def _accept(self, target: Target, plan: _Plan) -> None:
+    def _accept(self, target: RestoreTarget, plan: _Plan) -> None:
         try:
             target.accept(plan.whole.commit.items[target.key], plan.destinations[target.key])
         except (CorruptError, MissingError) as error:

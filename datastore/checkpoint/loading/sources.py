@@ -16,16 +16,14 @@ from itertools import groupby
 
 import numpy as np
 import xxhash
-from numpy.typing import NDArray
 
-from datastore.checkpoint.chunks import Chunk
-from datastore.checkpoint.parallel import each
+from datastore.checkpoint.format.manifest import Chunk
+from datastore.checkpoint.tensors import Bytes
 from datastore.errors import CorruptError, MissingError
 from datastore.storage.base import Storage
+from datastore.threads import each
 
-__all__ = ["Bytes", "Sources"]
-
-Bytes = NDArray[np.uint8]
+__all__ = ["Sources"]
 
 _FETCH_BYTES = 16 * 2**20
 """Remote chunks that lie side by side are fetched together up to this size: a request costs some 50 ms."""

@@ -14,13 +14,13 @@ import torch
 from typing_extensions import override
 
 from datastore.checkpoint.format.tree import TensorSpec, child_name, differences, spec_differences, specs, unpack
-from datastore.checkpoint.saving.snapshot import PerRank, item_key, pack_item, unwrapped
+from datastore.checkpoint.items import PerRank, item_key, pack_item, unwrapped
 from datastore.checkpoint.tensors import DTYPES, describe, local_piece
 
-__all__ = ["Target", "target_of"]
+__all__ = ["RestoreTarget", "target_of"]
 
 
-class Target(ABC):
+class RestoreTarget(ABC):
     """One item of a running program, seen as a place for one saved item."""
 
     def __init__(self, name: str, item: Any, rank: int) -> None:
@@ -54,7 +54,7 @@ class Target(ABC):
         return unpack(saved, name=self.key, tensors=tensors)
 
 
-def target_of(name: str, item: Any, rank: int) -> Target:
+def target_of(name: str, item: Any, rank: int) -> RestoreTarget:
     """Return `item` as a target.
 
     Raises:
@@ -68,7 +68,7 @@ def target_of(name: str, item: Any, rank: int) -> Target:
     return (_DictTarget if isinstance(inner, dict) else _StatefulTarget)(name, item, rank)
 
 
-class _DictTarget(Target):
+class _DictTarget(RestoreTarget):
     """Tensors are filled in place; the dict gets the saved values under the keys it has (an empty one gets all)."""
 
     @override
@@ -82,7 +82,7 @@ class _DictTarget(Target):
         self._item.update(state)
 
 
-class _StatefulTarget(Target):
+class _StatefulTarget(RestoreTarget):
     """Given copies through `load_state_dict`: whether its state shares memory with it is its own affair."""
 
     @override
@@ -99,7 +99,7 @@ class _StatefulTarget(Target):
         return super()._destination(name, spec) if found is None else torch.empty_like(found, requires_grad=False)
 
 
-class _ModuleTarget(Target):
+class _ModuleTarget(RestoreTarget):
     """Filled in place; `load_state_dict` is called only for what is no parameter or buffer (extra state, clones)."""
 
     def __init__(self, name: str, item: Any, rank: int) -> None:
@@ -127,7 +127,7 @@ def _tensors_of(module: torch.nn.Module) -> Iterator[torch.Tensor]:
     return chain(module.parameters(), module.buffers())
 
 
-class _OptimizerTarget(Target):
+class _OptimizerTarget(RestoreTarget):
     """Filled in place where it has state already; new state has the shape that the parameter dictates."""
 
     @override

@@ -25,23 +25,24 @@ from datastore.checkpoint.format.manifest import (
     step_key,
 )
 from datastore.checkpoint.format.tree import specs
-from datastore.checkpoint.plan import check_coverage
-from datastore.checkpoint.ranks import Member, now, writer
+from datastore.checkpoint.ranks import SavingRank, wait_until, writer
 from datastore.checkpoint.steps import StepLog
-from datastore.checkpoint.waiting import wait_until
+from datastore.checkpoint.tensors import check_coverage
 from datastore.document import seal, unseal
 from datastore.errors import ConflictError, CorruptError, DatastoreError, MissingError, StorageError, WaitError
+from datastore.host import utc_now
 from datastore.storage.base import Storage
 
 __all__ = ["await_commit", "build_commit", "gather_parts", "leave_note", "make_room", "put_commit", "write_hint"]
 
-_log = getLogger(__name__)
+_LOGGER = getLogger(__name__)
 
 _ATTEMPTS = 5
+
 _FIRST_PAUSE_S = 0.1
 
 
-def gather_parts(member: Member, ref: StepRef) -> list[PartInfo]:
+def gather_parts(member: SavingRank, ref: StepRef) -> list[PartInfo]:
     """Return every rank's document of the save `ref`, in rank order, each part's size checked.
 
     Raises:
@@ -84,7 +85,7 @@ def _check_size(storage: Storage, info: PartInfo) -> None:
             raise StorageError("a part is not as long as it was written", part=info.part, found=found, hint=hint)
 
 
-def leave_note(member: Member, ref: StepRef, error: BaseException) -> None:
+def leave_note(member: SavingRank, ref: StepRef, error: BaseException) -> None:
     """Tell the other ranks, if that is possible at all, that this one cannot do its part of the save `ref`."""
     if member.world > 1:
         with suppress(DatastoreError):
@@ -98,7 +99,7 @@ def _raise_noted(storage: Storage, ref: StepRef, rank: int) -> None:
 
 
 def build_commit(
-    member: Member,
+    member: SavingRank,
     parts: list[PartInfo],
     *,
     parent: StepRef | None,
@@ -128,7 +129,7 @@ def build_commit(
         save_id=first.save_id,
         session=member.session,
         parent=parent,
-        time=now(),
+        time=utc_now(),
         writer=writer(),
         world=member.world,
         parts=tuple(_ref_of(info) for info in parts),
@@ -144,7 +145,9 @@ def _ref_of(info: PartInfo) -> PartRef:
     return PartRef(rank=info.rank, info=key, info_digest=info.digest, part=info.part, size_bytes=info.size_bytes)
 
 
-def make_room(member: Member, *, head: StepRef | None, damaged: AbstractSet[int], failed: AbstractSet[StepRef]) -> None:
+def make_room(
+    member: SavingRank, *, head: StepRef | None, damaged: AbstractSet[int], failed: AbstractSet[StepRef]
+) -> None:
     """Make sure that the next commit continues the history that this process is in, which ends at `head`.
 
     Rank 0 removes steps after `head` that a restore found damaged: training went on from an earlier one. Saves of
@@ -158,7 +161,7 @@ def make_room(member: Member, *, head: StepRef | None, damaged: AbstractSet[int]
     newer = [step for step in log.steps() if head is None or step > head.step]
     for step in reversed(newer):
         if step in damaged and member.rank == 0:
-            _log.warning("removing the damaged step %d of %s: training went on from an earlier one", step, log.url)
+            _LOGGER.warning("removing the damaged step %d of %s: training went on from an earlier one", step, log.url)
             member.storage.delete(step_key(step))
     newer = [step for step in newer if step not in damaged]
     if any(_ref_of_step(log, step) not in failed for step in newer):
@@ -216,7 +219,7 @@ def _committed(storage: Storage, ref: StepRef) -> bool:
     return True
 
 
-def await_commit(member: Member, ref: StepRef) -> StepCommit:
+def await_commit(member: SavingRank, ref: StepRef) -> StepCommit:
     """Return the commit of the save `ref`, which rank 0 makes.
 
     Raises:
@@ -244,4 +247,4 @@ def write_hint(storage: Storage, ref: StepRef) -> None:
     try:
         storage.put(LATEST_KEY, seal(LatestHint(step=ref.step, save_id=ref.save_id)))
     except StorageError as error:
-        _log.warning("the hint to the newest step was not written: %s", error)
+        _LOGGER.warning("the hint to the newest step was not written: %s", error)

@@ -2,17 +2,31 @@
 
 Everything here may run in a thread of its own: it touches the training program's tensors only until it says that the
 state is staged.
+
+What a save returns: the promise that it will be staged, then committed, or that the reason why not will be heard.
+
+An error is raised by whichever comes first: this handle, the next save, or `close`. It is raised there once; after
+that a new save may try again. If none of them comes, because the program ends, it is at least logged.
+
+Where this process stands in the run: the step its state comes from, and what of it is already stored.
+
+A run is one line of steps. A process may only add to the end of the line, and only if its own state comes from there:
+it has saved or restored the last step itself. Saving after an older step was restored on purpose is refused until
+`rewind` has dropped the steps after it, so a run never mixes two histories.
 """
 
-from collections.abc import Callable, Mapping
+import threading
+import weakref
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping
+from concurrent.futures import Future, wait
+from dataclasses import dataclass
 from logging import getLogger
 from typing import Any
 
-from datastore.checkpoint.buffers import BufferPool
-from datastore.checkpoint.format.manifest import PartInfo, RunInfo, StepCommit, StepRef
-from datastore.checkpoint.history import History
-from datastore.checkpoint.ranks import Member, ensure_run
-from datastore.checkpoint.retention import collect
+from datastore.checkpoint.format.manifest import Entry, PartInfo, RunInfo, StepCommit, StepRef
+from datastore.checkpoint.items import item_digests
+from datastore.checkpoint.ranks import SavingRank, ensure_run
 from datastore.checkpoint.saving.commit import (
     await_commit,
     build_commit,
@@ -22,20 +36,90 @@ from datastore.checkpoint.saving.commit import (
     put_commit,
     write_hint,
 )
-from datastore.checkpoint.saving.snapshot import Snapshot
+from datastore.checkpoint.saving.snapshot import BufferPool, Snapshot
 from datastore.checkpoint.saving.write import Known, stage, write_share
-from datastore.checkpoint.settings import Keep
-from datastore.errors import DatastoreError
+from datastore.checkpoint.steps import Keep, collect
+from datastore.errors import ConflictError, DatastoreError, WaitError
 
-__all__ = ["Saver"]
+__all__ = ["Handle", "SaveHistory", "Saver"]
 
-_log = getLogger(__name__)
+_LOGGER = getLogger(__name__)
+
+
+class SaveHistory:
+    """Changed by the thread that saves and by restores, which never run at the same time."""
+
+    def __init__(self) -> None:
+        self.head: _Head | None = None
+        self.known = Known()
+        self.damaged: frozenset[int] = frozenset()
+        self.failed: set[StepRef] = set()
+        self._attempts: Counter[int] = Counter()
+
+    @property
+    def ref(self) -> StepRef | None:
+        """The name of the head, if there is one."""
+        return None if self.head is None else self.head.ref
+
+    def next_attempt(self, step: int) -> int:
+        """Count the saves of `step` in this session, failed ones included: equal on all ranks."""
+        self._attempts[step] += 1
+        return self._attempts[step]
+
+    def restored(self, commit: StepCommit, entries: Iterable[Entry], damaged: Iterable[int]) -> None:
+        """Continue from `commit`; the steps `damaged` after it were found unusable."""
+        self.head = _Head(commit, item_digests(commit.items))
+        self.known = Known().after(entries)
+        self.damaged = frozenset(damaged)
+        self.failed.clear()
+
+    def committed(self, commit: StepCommit, entries: Iterable[Entry]) -> None:
+        """Continue from `commit`, which this process has just taken part in."""
+        self.head = _Head(commit, item_digests(commit.items))
+        self.known = self.known.after(entries)
+        self.damaged = frozenset()
+        self.failed.clear()
+
+    def leave(self) -> None:
+        """Forget the head: its step is no longer part of the run."""
+        self.head = None
+        self.known = Known()
+        self.failed.clear()
+
+    def check_next(self, step: int) -> None:
+        """Raise unless `step` may follow the head, or is it.
+
+        Raises:
+            ConflictError: it lies before the head.
+        """
+        if self.head is not None and step < self.head.ref.step:
+            raise ConflictError(
+                "this step lies before the one that was saved or restored last",
+                step=step,
+                last=self.head.ref.step,
+                hint="Number steps upwards; to go back, restore an older step and call rewind().",
+            )
+
+    def check_same(self, snapshot: Snapshot, metrics: Mapping[str, Any], *, changed: bool) -> StepCommit:
+        """Return the head's commit if saving it again would change nothing.
+
+        Raises:
+            ConflictError: the state (`changed`: its tensors) or the metrics are others than those committed.
+        """
+        assert self.head is not None
+        commit = self.head.commit
+        digests = item_digests({**snapshot.items, **snapshot.own_items})
+        theirs = {name: digest for name, digest in self.head.digests.items() if "@" not in name or name in digests}
+        if changed or digests != theirs or (metrics and metrics != commit.metrics):
+            hint = "Save each step once, or change nothing in between."
+            raise ConflictError("this step is committed with another content", step=commit.step, hint=hint)
+        return commit
 
 
 class Saver:
     """Saves one step after the other; not for concurrent use."""
 
-    def __init__(self, member: Member, keep: Keep, history: History) -> None:
+    def __init__(self, member: SavingRank, keep: Keep, history: SaveHistory) -> None:
         self._member = member
         self._keep = keep
         self._history = history
@@ -81,7 +165,7 @@ class Saver:
         try:
             collect(self._member.storage, self._keep, session=self._member.session)
         except DatastoreError as error:
-            _log.warning("old checkpoints were not removed: %s", error)
+            _LOGGER.warning("old checkpoints were not removed: %s", error)
 
     def _write(self, ref: StepRef, snapshot: Snapshot, *, copy: bool, staged: Callable[[], None]) -> PartInfo:
         share = stage(snapshot, self._history.known, self.pool, threads=self._member.options.threads, copy=copy)
@@ -109,3 +193,102 @@ class Saver:
     def _make_room(self) -> None:
         history = self._history
         make_room(self._member, head=history.ref, damaged=history.damaged, failed=history.failed)
+
+
+class Handle:
+    """One save in flight. Thread-safe."""
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+        self._staged: Future[None] = Future()
+        self._committed: Future[StepCommit] = Future()
+        self._heard = threading.Event()
+        weakref.finalize(self, _tell, step, self._committed, self._heard)
+
+    def staged(self, *, timeout_s: float | None = None) -> None:
+        """Wait until the state may change again: it has been copied.
+
+        Raises:
+            WaitError: it took longer than `timeout_s`; the save goes on.
+            DatastoreError: the save failed.
+        """
+        self._wait(self._staged, timeout_s, "copied")
+
+    def committed(self, *, timeout_s: float | None = None) -> StepCommit:
+        """Wait until the step is durable on all ranks and can be restored; return its commit.
+
+        Raises:
+            WaitError: it took longer than `timeout_s`; the save goes on.
+            DatastoreError: the save failed; the steps before it are intact.
+        """
+        self._wait(self._committed, timeout_s, "committed")
+        return self._committed.result()
+
+    @property
+    def done(self) -> bool:
+        """Whether the save has ended, well or not."""
+        return self._committed.done()
+
+    def wait_staged(self) -> None:
+        """Wait as `staged` does; a failure is left for others to raise."""
+        wait([self._staged])
+
+    def raise_unheard(self) -> None:
+        """Wait for the end; raise the error of a failed save unless it has been raised before."""
+        wait([self._committed])
+        if not self._heard.is_set():
+            self._raise(self._committed)
+
+    def run(self, work: Callable[[Callable[[], None]], StepCommit]) -> None:
+        """Do `work`, which calls its argument when the state is staged; keep its result, or raise and keep its error."""
+        try:
+            commit = work(self._mark_staged)
+        except BaseException as error:
+            for future in (self._staged, self._committed):
+                if not future.done():
+                    future.set_exception(error)
+            raise
+        self._mark_staged()
+        self._committed.set_result(commit)
+
+    def run_here(self, work: Callable[[Callable[[], None]], StepCommit]) -> None:
+        """Do `work` as `run` does, for a caller who hears of its error by this call."""
+        self._heard.set()
+        self.run(work)
+
+    def _mark_staged(self) -> None:
+        if not self._staged.done():
+            self._staged.set_result(None)
+
+    def _wait(self, future: Future[Any], timeout_s: float | None, what: str) -> None:
+        futures: list[Future[Any]] = [future]
+        wait(futures, timeout=timeout_s)
+        if not future.done():
+            hint = "Wait longer; the save goes on."
+            raise WaitError(f"the step is not {what} yet", step=self.step, waited_s=timeout_s, hint=hint)
+        self._raise(future)
+
+    def _raise(self, future: Future[Any]) -> None:
+        if future.exception() is not None:
+            self._heard.set()
+            future.result()
+
+
+def _tell(step: int, committed: Future[StepCommit], heard: threading.Event) -> None:
+    """Log the error of a save that has been forgotten."""
+    error = committed.exception() if committed.done() else None
+    if error is not None and not heard.is_set():
+        _LOGGER.error("step %d was not saved: %s", step, error)
+
+
+@dataclass(frozen=True, slots=True)
+class _Head:
+    """The step that the state in memory was loaded from or saved to last."""
+
+    commit: StepCommit
+    digests: dict[str, str]
+
+    @property
+    def ref(self) -> StepRef:
+        """Its name."""
+        return self.commit.ref

@@ -3,35 +3,28 @@
 Items are named objects with `state_dict()` or nested dicts. A module is looked at through `torch.compile` and
 `DistributedDataParallel`, so a checkpoint does not tell how it was wrapped. Tensors that share their memory (tied
 weights) are stored once. Nothing is copied here: it takes milliseconds whatever the size of the model.
+
+Memory that is used again and again for staging: touched once, pinned where CUDA is there.
+
+Fresh memory costs 15 times what copying costs (1,114 against 72 ms per GB), because the kernel must find and clear
+each page. So a buffer stays with the pool between saves; the price is memory of the size of this rank's part.
 """
 
-import re
+import mmap
+import threading
 from collections.abc import Mapping
 from dataclasses import dataclass
 from math import prod
 from typing import Any
 
-import msgspec
 import torch
 
-from datastore.checkpoint.format.tree import Packed, TensorSpec, pack, specs
-from datastore.checkpoint.plan import owners
-from datastore.checkpoint.tensors import Piece, describe, local_piece, memory_key
-from datastore.digest import digest_hex
-from datastore.errors import ConfigError
+from datastore.checkpoint.format.tree import TensorSpec, specs
+from datastore.checkpoint.items import PerRank, item_key, pack_item
+from datastore.checkpoint.tensors import TensorPiece, describe, local_piece, memory_key, owners
 from datastore.formats.safetensors import ITEM_BYTES
 
-__all__ = ["Captured", "PerRank", "Snapshot", "capture", "item_digests", "item_key", "pack_item", "unwrapped"]
-
-_ITEM_NAME = re.compile(r"[A-Za-z0-9_.-]+")
-_WRAPPER = "_orig_mod"
-
-
-@dataclass(frozen=True, slots=True)
-class PerRank:
-    """An item of which each rank has its own, such as the state of a random generator; restored in the same world only."""
-
-    state: Any
+__all__ = ["BufferPool", "Captured", "Snapshot", "capture"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,7 +33,7 @@ class Captured:
 
     name: str
     spec: TensorSpec
-    piece: Piece
+    piece: TensorPiece
     aliases: tuple[str, ...]
 
     @property
@@ -100,69 +93,50 @@ def _pieces_of(
     return tuple(item for item in mine if item.piece.box.elements or not prod(item.spec.shape))
 
 
-def item_key(name: str, item: Any, rank: int) -> str:
-    """Return the name that `item` is stored under.
+_POPULATE_WRITE = 23
+"""MADV_POPULATE_WRITE of Linux 5.14: touch every page now, in one call. Source: madvise(2)."""
 
-    Raises:
-        ConfigError: not a name.
-    """
-    if not isinstance(name, str) or not _ITEM_NAME.fullmatch(name) or name == "__metadata__":
-        hint = "Use letters, digits, '.', '_' and '-'."
-        raise ConfigError("not a name for an item of a checkpoint", name=name, hint=hint)
-    return f"{name}@{rank}" if isinstance(item, PerRank) else name
+_PAGE_BYTES = 2 * 2**20
 
 
-def pack_item(name: str, item: Any, rank: int) -> Packed[torch.Tensor]:
-    """Return the state of one item as a skeleton and tensors.
+class BufferPool:
+    """Hands out byte tensors on the CPU. Invariant: it keeps at most one free buffer, the largest one given back."""
 
-    Raises:
-        ConfigError: it has no state, or a leaf of it cannot be stored.
-    """
-    key = item_key(name, item, rank)
-    return pack(_state_of(key, item.state if isinstance(item, PerRank) else item), name=key, describe=describe)
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._free: torch.Tensor | None = None
 
+    def take(self, size_bytes: int) -> torch.Tensor:
+        """Return a buffer of at least `size_bytes`, its content undefined; it belongs to the caller until given back."""
+        with self._lock:
+            free, self._free = self._free, None
+        if free is not None and free.numel() >= size_bytes:
+            return free
+        del free  # Give the memory back before asking for more.
+        return _allocate(max(size_bytes, 1))
 
-def _state_of(name: str, item: Any) -> dict[str, Any]:
-    if isinstance(item, dict):
-        return item
-    if isinstance(item, torch.nn.Module):
-        return _module_state(name, unwrapped(item))
-    if callable(getattr(item, "state_dict", None)) and callable(getattr(item, "load_state_dict", None)):
-        state = item.state_dict()
-        if isinstance(state, dict):
-            return state
-        raise ConfigError("state_dict() did not return a dict", item=name, type=type(state).__name__)
-    hint = "Pass a dict, or an object with state_dict() and load_state_dict()."
-    raise ConfigError("this item has no state to save", item=name, type=type(item).__name__, hint=hint)
+    def give(self, buffer: torch.Tensor) -> None:
+        """Take `buffer` back."""
+        with self._lock:
+            if self._free is None or self._free.numel() < buffer.numel():
+                self._free = buffer
 
-
-def unwrapped(module: torch.nn.Module) -> torch.nn.Module:
-    """Return the module inside `torch.compile`, `DistributedDataParallel` and `DataParallel`."""
-    while True:
-        inner = getattr(module, _WRAPPER, None)
-        if not isinstance(inner, torch.nn.Module) and type(module).__name__ in {
-            "DistributedDataParallel",
-            "DataParallel",
-        }:
-            inner = getattr(module, "module", None)
-        if not isinstance(inner, torch.nn.Module):
-            return module
-        module = inner
+    def clear(self) -> None:
+        """Return the free memory to the system."""
+        with self._lock:
+            self._free = None
 
 
-def _module_state(name: str, module: torch.nn.Module) -> dict[str, Any]:
-    state = module.state_dict()
-    plain = {_plain_name(key): value for key, value in state.items()}
-    if len(plain) < len(state):
-        raise ConfigError("two tensors have one name", item=name, hint=f"Rename what is called {_WRAPPER!r}.")
-    return plain
-
-
-def _plain_name(key: str) -> str:
-    """Return a parameter's name without the level that `torch.compile` puts around compiled submodules."""
-    return ".".join(part for part in key.split(".") if part != _WRAPPER)
-
-
-def item_digests(items: Mapping[str, Any]) -> dict[str, str]:
-    """Return a digest of each skeleton: equal on two ranks exactly if their values and tensor shapes are."""
-    return {name: digest_hex(msgspec.json.encode(skeleton, order="deterministic")) for name, skeleton in items.items()}
+def _allocate(size_bytes: int) -> torch.Tensor:
+    rounded = -(-size_bytes // _PAGE_BYTES) * _PAGE_BYTES
+    if torch.cuda.is_available():
+        return torch.empty(rounded, dtype=torch.uint8, pin_memory=True)
+    memory = mmap.mmap(-1, rounded, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    # A forked worker must not make the parent copy pages on its next save; it has no business here anyway.
+    memory.madvise(mmap.MADV_DONTFORK)
+    buffer = torch.frombuffer(memory, dtype=torch.uint8)
+    try:
+        memory.madvise(_POPULATE_WRITE)
+    except OSError:  # An older kernel: touch the pages ourselves.
+        buffer.zero_()
+    return buffer

@@ -15,17 +15,15 @@ from typing import TypeAlias
 import numpy as np
 import torch
 
-from datastore.checkpoint.buffers import BufferPool
-from datastore.checkpoint.chunks import chunks_of
-from datastore.checkpoint.format.manifest import CHUNK_BYTES, Entry, PartInfo, StepRef, info_key, part_key
-from datastore.checkpoint.loading.sources import Bytes
-from datastore.checkpoint.parallel import each, in_thread
-from datastore.checkpoint.ranks import Member
-from datastore.checkpoint.saving.snapshot import Captured, Snapshot, item_digests
-from datastore.checkpoint.tensors import DTYPES, byte_view
+from datastore.checkpoint.format.manifest import CHUNK_BYTES, Entry, PartInfo, StepRef, chunks_of, info_key, part_key
+from datastore.checkpoint.items import item_digests
+from datastore.checkpoint.ranks import SavingRank
+from datastore.checkpoint.saving.snapshot import BufferPool, Captured, Snapshot
+from datastore.checkpoint.tensors import DTYPES, Bytes, byte_view
 from datastore.digest import digest_hex
 from datastore.document import seal
 from datastore.formats.safetensors import ITEM_BYTES, HeaderTensor, encode_header
+from datastore.threads import each, in_thread
 
 __all__ = ["Known", "Staged", "stage", "write_share"]
 
@@ -151,7 +149,7 @@ def _slices(moves: Iterable[tuple[torch.Tensor, Captured]]) -> Iterator[tuple[By
                 yield data[start : start + _SLICE_BYTES], source[start : start + _SLICE_BYTES]
 
 
-def write_share(member: Member, run_id: str, ref: StepRef, *, snapshot: Snapshot, staged: Staged) -> PartInfo:
+def write_share(member: SavingRank, run_id: str, ref: StepRef, *, snapshot: Snapshot, staged: Staged) -> PartInfo:
     """Write this rank's part, if there is anything new, and its document; return the document.
 
     Raises:

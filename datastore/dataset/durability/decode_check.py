@@ -17,10 +17,12 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from datastore.dataset.durability.blocks import BadBlock
-from datastore.dataset.durability.parity import Group, xor_files
-from datastore.dataset.shards.deletions import Deletions, deletions_key, merge_spans
+from datastore.dataset.durability.parity import xor_files
+from datastore.dataset.log.keys import deletions_key
+from datastore.dataset.shards.deletions import Deletions, merge_spans
 from datastore.dataset.shards.files import read_documents, read_record_shard
-from datastore.dataset.shards.segment_file import ShardInfo
+from datastore.dataset.shards.info import ShardInfo
+from datastore.dataset.shards.parity_groups import Group
 from datastore.dataset.snapshot import Dataset
 from datastore.digest import digest_bytes
 from datastore.errors import DatastoreError

@@ -9,19 +9,20 @@ from collections.abc import Collection, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 
-from datastore.dataset.durability.parity import Group
+from datastore.dataset.durability.parity import live_groups, unprotected
 from datastore.dataset.log.commits import CommitLog
+from datastore.dataset.log.keys import is_data
 from datastore.dataset.log.manifest import SegmentRef, oldest_readable
-from datastore.dataset.shards.segment_file import Segments, ShardInfo
-from datastore.dataset.shards.segments import load_segment
+from datastore.dataset.shards.info import ShardInfo
+from datastore.dataset.shards.parity_groups import Group
+from datastore.dataset.shards.segments import Segments, load_segment
 from datastore.dataset.snapshot import Dataset, open_dataset
 from datastore.errors import DatastoreError
 from datastore.storage.base import Storage
 from datastore.storage.placed import PlacedStorage
-from datastore.storage.rendezvous import Root, is_data
-from datastore.store.protect import live_groups, unprotected
+from datastore.storage.rendezvous import Root
 
-__all__ = ["Exposure", "RootLoss", "exposure"]
+__all__ = ["Health", "RootLoss", "health"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,7 +51,7 @@ class RootLoss:
 
 
 @dataclass(frozen=True, slots=True)
-class Exposure:
+class Health:
     """What a dataset can stand to lose."""
 
     url: str
@@ -77,7 +78,7 @@ class Exposure:
         return max(self.roots, key=lambda loss: (loss.documents, loss.shards))
 
 
-def exposure(url: str | os.PathLike[str] | Storage) -> Exposure:
+def health(url: str | os.PathLike[str] | Storage) -> Health:
     """Return what each place of the dataset at `url` would cost if it were lost.
 
     Raises:
@@ -88,7 +89,7 @@ def exposure(url: str | os.PathLike[str] | Storage) -> Exposure:
     look = _Look(dataset)
     copies = storage.width if isinstance(storage, PlacedStorage) else 1
     alone = {member.path for member in unprotected(dataset, look.groups)} if copies == 1 else set()
-    return Exposure(
+    return Health(
         url=dataset.url,
         version=dataset.version,
         copies=copies,

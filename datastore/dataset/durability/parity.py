@@ -6,55 +6,43 @@ where `copies` cost all of it, and saves one file per group: members lie on diff
 
 Groups are written once and stand in a table that the commit names. New shards are unprotected until the next `protect`;
 a group that a member has left, or that is not full, is made anew when there are new files for it.
+
+`protect`: parity files for what has none yet, and one commit that names them.
 """
 
 import heapq
-from collections.abc import Collection, Iterable, Iterator, Sequence
+import logging
+import os
+import time
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
+from functools import partial
 
+import msgspec
 import numpy as np
 import numpy.typing as npt
-import pyarrow as pa
 import xxhash
 
-from datastore.dataset.log.manifest import Commit, ParityRef
-from datastore.dataset.shards.segment_file import BLOCK_BYTES, ShardInfo
+from datastore.dataset.log.keys import parity_table_key
+from datastore.dataset.log.manifest import INFO_KEY, Commit, ParityRef
+from datastore.dataset.operations.transaction import DatasetLike, draft_commit, open_for_change, publish
+from datastore.dataset.shards.parity_groups import (
+    Group,
+    Member,
+    load_groups,
+    members_of,
+    store_groups,
+)
+from datastore.dataset.shards.segment_file import BLOCK_BYTES
+from datastore.dataset.snapshot import Dataset
 from datastore.digest import block_digests, digest_bytes, digest_hex, require_digest
-from datastore.errors import CorruptError, MissingError, StorageError
+from datastore.errors import ConfigError, ConflictError, CorruptError, MissingError, StorageError
 from datastore.storage.base import Storage
-from datastore.storage.verified import read_checked
+from datastore.threads import in_parallel
+from datastore.units import Progress
 
-__all__ = [
-    "PARITY_SCHEMA",
-    "Group",
-    "Member",
-    "choose_groups",
-    "decode_groups",
-    "drop_parity",
-    "encode_groups",
-    "load_groups",
-    "members_of",
-    "parity_keys",
-    "parity_table_key",
-    "store_groups",
-    "write_group",
-    "xor_files",
-]
+__all__ = ["ProtectReport", "choose_groups", "protect", "unprotected", "write_group", "xor_files"]
 
-_TYPES: dict[str, pa.DataType] = {
-    "path": pa.string(),
-    "size_bytes": pa.int64(),
-    "digest": pa.binary(16),
-    "block_digests": pa.binary(),
-    "member_paths": pa.list_(pa.field("item", pa.string(), nullable=False)),
-    "member_bytes": pa.list_(pa.field("item", pa.int64(), nullable=False)),
-    "member_digests": pa.list_(pa.field("item", pa.binary(16), nullable=False)),
-}
-
-PARITY_SCHEMA = pa.schema(pa.field(name, kind, nullable=False) for name, kind in _TYPES.items())
-"""One row per group: its parity file, as a segment describes a shard's, and the files that it protects."""
-
-_FOLDER = "_parity"
 _PIECE_BYTES = 4 * 2**20
 """Read, digested and mixed in at a time: 7 to 8 GB of files per CPU-second (AMD EPYC, 2026-11-25, tools/bench/redundancy)."""
 
@@ -62,39 +50,6 @@ _SALTS = 64
 """Names tried for a parity file, of which the one is taken that lies on another root than its members."""
 
 Bytes = npt.NDArray[np.uint8]
-
-
-@dataclass(frozen=True, slots=True)
-class Member:
-    """A file that a group protects."""
-
-    path: str
-    size_bytes: int
-    digest: bytes
-
-
-@dataclass(frozen=True, slots=True)
-class Group:
-    """Some files, and the parity file that is the XOR of them."""
-
-    path: str
-    size_bytes: int
-    digest: bytes
-    block_digests: bytes
-    """Of each `BLOCK_BYTES` of the parity file."""
-
-    members: tuple[Member, ...]
-
-
-def members_of(shards: Iterable[ShardInfo]) -> Iterator[Member]:
-    """Yield the files of `shards` that lie in the dataset itself, and are not empty."""
-    for shard in shards:
-        for path, size_bytes, digest in (
-            (shard.path, shard.size_bytes, shard.digest),
-            (shard.docs_path, shard.docs_bytes, shard.docs_digest),
-        ):
-            if size_bytes and not path.startswith("/") and "://" not in path:
-                yield Member(path, size_bytes, digest)
 
 
 def choose_groups(files: Sequence[tuple[Member, str]], *, width: int, roots: int) -> list[tuple[Member, ...]]:
@@ -200,119 +155,174 @@ def _place_for(storage: Storage, members: Sequence[Member]) -> str:
     return best
 
 
-def parity_table_key(digest: str) -> str:
-    """Return the key of the table of groups with that digest."""
-    return f"{_FOLDER}/{digest}.arrow"
+_LOGGER = logging.getLogger(__name__)
+
+_MAX_TABLES = 16
+"""With more tables than this a commit gets a single one in their place."""
+
+_THREADS = 4
 
 
-def encode_groups(groups: Sequence[Group]) -> bytes:
-    """Return the file that holds `groups`."""
-    columns = {
-        name: [getattr(group, name) for group in groups] for name in ("path", "size_bytes", "digest", "block_digests")
-    }
-    for name, attribute in (("paths", "path"), ("bytes", "size_bytes"), ("digests", "digest")):
-        columns[f"member_{name}"] = [[getattr(member, attribute) for member in group.members] for group in groups]
-    table = pa.table(columns, schema=PARITY_SCHEMA)
-    sink = pa.BufferOutputStream()
-    with pa.ipc.new_file(sink, PARITY_SCHEMA) as writer:
-        writer.write_table(table)
-    return sink.getvalue().to_pybytes()
+@dataclass(frozen=True, slots=True)
+class ProtectReport:
+    """What was protected, and what protects the version now."""
+
+    url: str
+    version: int
+    committed: bool
+    """Whether there was anything to do."""
+
+    new_groups: int
+    read_bytes: int
+    written_bytes: int
+    groups: int
+    files: int
+    parity_bytes: int
+    shared_roots: int
+    """Groups of which a lost root would take more than one file, so that it could not be made again."""
+
+    seconds: float
 
 
-def decode_groups(raw: pa.Buffer, *, where: str) -> list[Group]:
-    """Return the groups that a file holds; its digest is the caller's to check first.
+def protect(target: DatasetLike, *, width: int = 4, progress: Progress | None = None) -> ProtectReport:
+    """Make parity files for groups of `width` files of `target` that have none; nothing is done for those that do.
+
+    Where a dataset lies on R roots, `width` up to R - 1 survives the loss of any one of them.
 
     Raises:
-        CorruptError: not an Arrow file with the columns of `PARITY_SCHEMA`.
+        ConfigError: `width` is less than one.
+        CorruptError, MissingError: a file is damaged or gone: `repair` it first.
+        ConflictError: what it protects was changed meanwhile.
     """
+    if width < 1:
+        raise ConfigError("a group has at least one file", width=width, hint="Choose 1 or more.")
+    started = time.monotonic()
+    dataset = open_for_change(target)
+    storage = dataset.storage
+    wanted = {member.path: member for member in members_of(dataset.segments)}
+    kept, tables = _whole_groups(dataset, wanted, width=width)
+    todo = _missing(dataset, wanted, kept, width=width)
+    new: list[Group] = []
+    read_bytes, total = 0, sum(member.size_bytes for members in todo for member in members)
+    threads = min(_THREADS, os.cpu_count() or 1)
+    for group in in_parallel(partial(write_group, storage), todo, threads=threads):
+        new.append(group)
+        read_bytes += sum(member.size_bytes for member in group.members)
+        if progress is not None:
+            progress(read_bytes, total)
+    changed = bool(new) or len(kept) < sum(ref.groups for ref in dataset.commit.parity)
+    commit = _commit(dataset, tables, kept, new) if changed else dataset.commit
+    return ProtectReport(
+        url=dataset.url,
+        version=commit.version,
+        committed=commit is not dataset.commit,
+        new_groups=len(new),
+        read_bytes=read_bytes,
+        written_bytes=sum(group.size_bytes for group in new),
+        groups=sum(ref.groups for ref in commit.parity),
+        files=sum(ref.files for ref in commit.parity),
+        parity_bytes=sum(ref.size_bytes for ref in commit.parity),
+        shared_roots=sum(shares_roots(storage, group) for group in [*kept, *new]),
+        seconds=time.monotonic() - started,
+    )
+
+
+def unprotected(dataset: Dataset, groups: Sequence[Group]) -> list[Member]:
+    """Return the files of `dataset` that none of `groups` protects."""
+    covered = {(member.path, member.digest) for group in groups for member in group.members}
+    return [member for member in members_of(dataset.segments) if (member.path, member.digest) not in covered]
+
+
+def shares_roots(storage: Storage, group: Group) -> bool:
+    """Return whether one lost root would take two files of `group`, parity included, that lie nowhere else."""
+    homes = [storage.copies(path) for path in (group.path, *(member.path for member in group.members))]
+    single = [copies[0].url for copies in homes if len(copies) == 1]
+    return len(set(single)) < len(single)
+
+
+def live_groups(dataset: Dataset) -> list[Group]:
+    """Return the groups of `dataset` all of whose members are files of it."""
+    wanted = {member.path: member for member in members_of(dataset.segments)}
+    groups = (group for ref in dataset.commit.parity for group in load_groups(dataset.storage, ref))
+    return [group for group in groups if _is_live(group, wanted)]
+
+
+def _is_live(group: Group, wanted: dict[str, Member]) -> bool:
+    return all(wanted.get(member.path) == member for member in group.members)
+
+
+def _whole_groups(
+    dataset: Dataset, wanted: dict[str, Member], *, width: int
+) -> tuple[list[Group], list[tuple[ParityRef, list[Group]]]]:
+    """Return the groups to keep, and by table those to keep of it; short groups stay only if there is nothing new."""
+    tables = [(ref, _readable(dataset.storage, ref)) for ref in dataset.commit.parity]
+    live = [group for _, groups in tables for group in groups if _is_live(group, wanted)]
+    fresh = {_class(member) for member in unprotected(dataset, live)}
+    kept = {group.path for group in live if len(group.members) >= width or _class(group.members[0]) not in fresh}
+    by_table = [(ref, [group for group in groups if group.path in kept]) for ref, groups in tables]
+    return [group for _, groups in by_table for group in groups], by_table
+
+
+def _readable(storage: Storage, ref: ParityRef) -> list[Group]:
+    """Return the groups of a table; none if it is lost: what it names is protected anew."""
     try:
-        table = pa.ipc.open_file(raw).read_all().select(PARITY_SCHEMA.names)
-        table.validate(full=True)
-        if not table.schema.equals(PARITY_SCHEMA):
-            raise CorruptError("a column of parity groups has another type", where=where)
-        groups = [_group(row) for row in table.to_pylist()]
-    except (pa.ArrowException, OSError, KeyError, ValueError, MemoryError) as error:
-        fact = f"not a table of parity groups: {error}"
-        raise CorruptError(fact, where=where, hint="Restore this file from a copy.") from None
-    if any(
-        size < 0 for group in groups for size in (group.size_bytes, *(member.size_bytes for member in group.members))
-    ):
-        raise CorruptError("a file of a parity group has less than no bytes", where=where)
+        return load_groups(storage, ref)
+    except (CorruptError, MissingError) as error:
+        _LOGGER.warning("a table of parity groups is lost, its files are protected anew: %s", error)
+        storage.delete(parity_table_key(ref.digest))
+        return []
+
+
+def _class(member: Member) -> str:
+    """Return what may be in one group: shards with shards, documents with documents, which are much smaller."""
+    return member.path.partition("/")[0]
+
+
+def _missing(
+    dataset: Dataset, wanted: dict[str, Member], kept: Collection[Group], *, width: int
+) -> list[tuple[Member, ...]]:
+    covered = {member.path for group in kept for member in group.members}
+    files = [(member, dataset.storage.copies(path)[0].url) for path, member in wanted.items() if path not in covered]
+    roots = len(dataset.storage.copies(INFO_KEY))
+    groups = []
+    for kind in sorted({_class(member) for member, _ in files}):
+        groups += choose_groups([file for file in files if _class(file[0]) == kind], width=width, roots=roots)
     return groups
 
 
-def _group(row: dict[str, object]) -> Group:
-    members = zip(row["member_paths"], row["member_bytes"], row["member_digests"], strict=True)  # type: ignore[call-overload]
-    return Group(
-        path=str(row["path"]),
-        size_bytes=int(row["size_bytes"]),  # type: ignore[call-overload]
-        digest=row["digest"],  # type: ignore[arg-type]
-        block_digests=row["block_digests"],  # type: ignore[arg-type]
-        members=tuple(Member(*member) for member in members),
-    )
+def _commit(
+    dataset: Dataset, tables: list[tuple[ParityRef, list[Group]]], kept: list[Group], new: list[Group]
+) -> Commit:
+    storage = dataset.storage
+    same = [ref for ref, groups in tables if len(groups) == ref.groups]
+    if len(same) >= _MAX_TABLES:
+        same, moved = [], kept
+    else:
+        moved = [group for ref, groups in tables if len(groups) < ref.groups for group in groups]
+    refs = (*same, *([store_groups(storage, [*moved, *new])] if moved or new else []))
+
+    def build(newest: Commit | None) -> Commit:
+        gone = _without_members(dataset, newest, new)
+        for group in gone:
+            # A purge came between: what was made from the purged bytes goes, too.
+            storage.delete(group.path)
+        if newest is None or newest.parity != dataset.commit.parity or gone:
+            raise ConflictError(
+                "what is protected was changed meanwhile",
+                url=dataset.url,
+                started_from=dataset.version,
+                newest=newest.version if newest else None,
+                hint="Nothing was lost. Give the same command again: it starts from the newest version.",
+            )
+        return msgspec.structs.replace(draft_commit("protect", parent=newest), parity=refs)
+
+    return publish(storage, dataset.info, build)
 
 
-def store_groups(storage: Storage, groups: Sequence[Group]) -> ParityRef:
-    """Store a table of `groups`; return how a commit names it."""
-    raw = encode_groups(groups)
-    digest = digest_hex(raw)
-    storage.put(parity_table_key(digest), raw)
-    return ParityRef(
-        digest=digest,
-        file_bytes=len(raw),
-        groups=len(groups),
-        files=sum(len(group.members) for group in groups),
-        size_bytes=sum(group.size_bytes for group in groups),
-    )
-
-
-def load_groups(storage: Storage, ref: ParityRef) -> list[Group]:
-    """Return the groups of one table.
-
-    Raises:
-        MissingError, CorruptError: the table is gone or damaged.
-    """
-    key = parity_table_key(ref.digest)
-    return decode_groups(read_checked(storage, key, size_bytes=ref.file_bytes, digest=ref.digest), where=key)
-
-
-def parity_keys(storage: Storage, commit: Commit) -> Iterator[str]:
-    """Yield the keys of all tables and parity files that `commit` refers to.
-
-    Raises:
-        MissingError, CorruptError: as `load_groups`.
-    """
-    for ref in commit.parity:
-        yield parity_table_key(ref.digest)
-        for group in load_groups(storage, ref):
-            yield group.path
-
-
-def drop_parity(storage: Storage, commit: Commit, paths: Collection[str]) -> tuple[tuple[ParityRef, ...], list[str]]:
-    """Return the refs of `commit` without the groups that protect one of `paths`; and every parity file that does.
-
-    A parity file and the other members give back the bytes of a file that was removed, so whoever removes them for
-    good removes these, those of all versions: each table that is stored is looked through.
-
-    Raises:
-        CorruptError: a table is damaged.
-    """
-    gone = frozenset(paths)
-
-    def covers(group: Group) -> bool:
-        return any(member.path in gone for member in group.members)
-
-    refs: list[ParityRef] = []
-    for ref in commit.parity:
-        groups = load_groups(storage, ref)
-        kept = [group for group in groups if not covers(group)]
-        if len(kept) == len(groups):
-            refs.append(ref)
-        elif kept:
-            refs.append(store_groups(storage, kept))
-    keys: set[str] = set()
-    for stat in storage.list(_FOLDER):
-        digest = stat.key.removeprefix(f"{_FOLDER}/").removesuffix(".arrow")
-        raw = read_checked(storage, stat.key, size_bytes=stat.size_bytes, digest=digest)
-        keys.update(group.path for group in decode_groups(raw, where=stat.key) if covers(group))
-    return tuple(refs), sorted(keys)
+def _without_members(dataset: Dataset, newest: Commit | None, groups: Sequence[Group]) -> list[Group]:
+    """Return those of `groups` that have a file which is not one of `newest`."""
+    if newest is None or newest.segments == dataset.commit.segments:
+        return []
+    current = Dataset(dataset.storage, info=dataset.info, commit=newest)
+    there = {member.path: member for member in members_of(current.segments)}
+    return [group for group in groups if not _is_live(group, there)]

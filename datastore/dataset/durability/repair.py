@@ -6,34 +6,30 @@ but bytes that have its digest, in one step, so a repair that is cut off, or fai
 """
 
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 
-from datastore.dataset.durability.blocks import Room
+from datastore.dataset.durability.blocks import File, Rebuilder, Room, files_of, parity_file
 from datastore.dataset.durability.mirrors import Finding, equalize, soundness
-from datastore.dataset.durability.parity import Group, load_groups, parity_table_key
 from datastore.dataset.log.commits import HINT_KEY, CommitLog
-from datastore.dataset.log.manifest import INFO_KEY, Commit, Hint, oldest_readable, tokenizer_key
+from datastore.dataset.log.identity import CARD_KEY, card_text
+from datastore.dataset.log.keys import deletions_key, is_data, parity_table_key, segment_key, tokenizer_key
+from datastore.dataset.log.manifest import INFO_KEY, Commit, Hint, oldest_readable
 from datastore.dataset.log.tags import list_tags, read_tagged
 from datastore.dataset.roots import RootChange, change_roots, open_roots, store_info
-from datastore.dataset.shards.deletions import deletions_key
-from datastore.dataset.shards.segment_file import Segments, segment_key
-from datastore.dataset.shards.segments import load_segment
+from datastore.dataset.shards.parity_groups import Group, load_groups
+from datastore.dataset.shards.segments import Segments, load_segment
 from datastore.dataset.snapshot import Dataset, open_dataset
 from datastore.document import seal
 from datastore.errors import DatastoreError
 from datastore.storage.base import Storage
 from datastore.storage.placed import PlacedStorage
-from datastore.storage.rendezvous import Root, behind_key, is_data
-from datastore.store.card import CARD_KEY, card_text
-from datastore.store.parallel import in_parallel
-from datastore.store.rebuild import File, Rebuilder, files_of, parity_file
+from datastore.storage.rendezvous import Root, behind_key
+from datastore.threads import in_parallel
+from datastore.units import Progress
 
 __all__ = ["RepairReport", "repair"]
-
-Progress = Callable[[int, int], None]
-"""Called with the files looked at, and to look at."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -18,35 +18,26 @@ from operator import call
 
 from datastore.dataset.durability.blocks import BadBlock, Blocks, Draw, Room, check_copies
 from datastore.dataset.durability.decode_check import DeepCheck
-from datastore.dataset.durability.parity import Group, load_groups, parity_table_key
 from datastore.dataset.log.commits import CommitLog
 from datastore.dataset.log.identity import read_info
-from datastore.dataset.log.manifest import (
-    INFO_KEY,
-    Commit,
-    ParityRef,
-    SegmentRef,
-    commit_key,
-    sum_refs,
-    tag_key,
-    tokenizer_key,
-)
+from datastore.dataset.log.keys import commit_key, deletions_key, parity_table_key, segment_key, tag_key, tokenizer_key
+from datastore.dataset.log.manifest import INFO_KEY, Commit, ParityRef, SegmentRef, sum_refs
 from datastore.dataset.log.tags import list_tags, read_tagged
-from datastore.dataset.shards.deletions import deletions_key, load_deletion
-from datastore.dataset.shards.segment_file import BLOCK_BYTES, Segments, ShardInfo, segment_key, segment_ref
-from datastore.dataset.shards.segments import load_segment
+from datastore.dataset.shards.deletions import load_deletion
+from datastore.dataset.shards.files import read_tokenizer
+from datastore.dataset.shards.info import ShardInfo
+from datastore.dataset.shards.parity_groups import Group, load_groups
+from datastore.dataset.shards.segment_file import BLOCK_BYTES, segment_ref
+from datastore.dataset.shards.segments import Segments, load_segment
 from datastore.dataset.snapshot import Dataset
 from datastore.errors import ConfigError, CorruptError, DatastoreError
 from datastore.storage.base import Storage
-from datastore.store.parallel import THREADS, in_parallel
-from datastore.store.tokenizers import read_tokenizer
+from datastore.threads import THREADS, in_parallel
+from datastore.units import Progress
 
 __all__ = ["VerifyReport", "verify"]
 
 _COMMIT = re.compile(r"_log/\d{20}\.json")
-
-Progress = Callable[[int, int], None]
-"""Called with the bytes of shards and documents read, and to read, from the thread that called `verify`."""
 
 
 @dataclass(frozen=True, slots=True)

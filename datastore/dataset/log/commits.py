@@ -9,38 +9,32 @@ Versions have no gaps, and a commit is never removed.
 """
 
 import logging
-import secrets
-import time
 import uuid
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import dataclass
-from datetime import UTC, datetime
-from functools import cache
-from importlib.metadata import version as installed_version
-from threading import Event
 from typing import TypeVar
 
 import msgspec
 
-from datastore.dataset.log.lease import single_writer
-from datastore.dataset.log.manifest import READABLE_FEATURES, Commit, DatasetInfo, Hint, commit_key, oldest_readable
+from datastore.dataset.log.keys import commit_key
+from datastore.dataset.log.lease import CommitPatience, single_writer
+from datastore.dataset.log.manifest import READABLE_FEATURES, Commit, DatasetInfo, Hint, oldest_readable
 from datastore.digest import sha256_hex
 from datastore.document import seal, unseal
 from datastore.errors import ConflictError, CorruptError, FormatError, MissingError, StorageError
 from datastore.storage.base import Storage
 from datastore.storage.verified import first_sound
+from datastore.threads import in_parallel
 
-__all__ = ["HINT_KEY", "CommitLog", "StoredCommit", "is_commit", "utc_now", "writer_name"]
+__all__ = ["HINT_KEY", "CommitLog", "StoredCommit", "is_commit", "read_history"]
 
 A = TypeVar("A")
+
 B = TypeVar("B")
 
 HINT_KEY = "_log/_last"
-
-_FIRST_PAUSE_S = 0.005
-_LONGEST_PAUSE_S = 1.0
 
 _LOGGER = logging.getLogger(__name__)
 
@@ -149,7 +143,7 @@ class CommitLog:
             StorageError: the storage failed and holds no commit of ours; nothing has changed.
         """
         commit_id = uuid.uuid4().hex
-        patience = _Patience(self.patience_s)
+        patience = CommitPatience(self.patience_s)
         with nullcontext() if self.exclusive else single_writer(self.storage):
             newest = self._newest()
             while True:
@@ -164,7 +158,7 @@ class CommitLog:
                 patience.wait(commit_key(commit.version))
                 newest = self._above(faster, self._find(commit.version + 1))
 
-    def _put(self, commit: Commit, patience: "_Patience") -> StoredCommit | None:
+    def _put(self, commit: Commit, patience: "CommitPatience") -> StoredCommit | None:
         """Store `commit` and return None; or the other one that its version's key holds."""
         key, raw = commit_key(commit.version), seal(commit)
         while True:
@@ -183,7 +177,7 @@ class CommitLog:
                 raise failure
             patience.wait(key)
 
-    def _read_back(self, version: int, patience: "_Patience") -> StoredCommit | None:
+    def _read_back(self, version: int, patience: "CommitPatience") -> StoredCommit | None:
         while True:
             try:
                 return self._find(version)
@@ -260,26 +254,6 @@ class CommitLog:
             _LOGGER.warning("version %d is committed, but its hint was not written: %s", commit.version, error)
 
 
-class _Patience:
-    """Waits with exponential back-off and full jitter until a deadline."""
-
-    def __init__(self, limit_s: float) -> None:
-        self.deadline = time.monotonic() + limit_s
-        self.limit_s = limit_s
-        self.longest_s = _FIRST_PAUSE_S
-
-    def wait(self, key: str) -> None:
-        if time.monotonic() >= self.deadline:
-            raise ConflictError(
-                "could not commit in time",
-                where=key,
-                patience_s=self.limit_s,
-                hint="Nothing of this commit is visible. Try again when fewer writers are at work.",
-            )
-        Event().wait(secrets.SystemRandom().uniform(0, self.longest_s))
-        self.longest_s = min(self.longest_s * 2, _LONGEST_PAUSE_S)
-
-
 def _after(newest: StoredCommit | None, draft: Commit) -> Commit:
     """Return `draft` as the version that follows `newest`, as it will be read back; what has expired stays so."""
     commit = msgspec.structs.replace(
@@ -320,12 +294,11 @@ def is_commit(raw: bytes, version: int) -> bool:
         return False
 
 
-def utc_now() -> str:
-    """Return the time as it stands in manifests: UTC, ISO 8601, microseconds."""
-    return datetime.now(UTC).isoformat(timespec="microseconds").replace("+00:00", "Z")
+def read_history(storage: Storage, newest: Commit) -> list[Commit]:
+    """Return all versions up to `newest`, oldest first, also those that have expired.
 
-
-@cache
-def writer_name() -> str:
-    """Return the name and version of this package as they stand in commits; reading them once takes a millisecond."""
-    return f"datastore {installed_version('datastore')}"
+    Raises:
+        MissingError, CorruptError: a commit is gone or damaged.
+    """
+    log = CommitLog(storage)
+    return [*in_parallel(lambda version: log.stored(version).commit, range(1, newest.version)), newest]

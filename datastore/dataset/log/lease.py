@@ -5,6 +5,7 @@ apart by reading the lease back after that time. A writer that was stopped for l
 held back by anything: that is the price of such storage, and why datasets on it say so when they are made.
 """
 
+import secrets
 import time
 import uuid
 from collections.abc import Iterator
@@ -17,9 +18,35 @@ from datastore.storage.base import Storage
 
 __all__ = ["LEASE_KEY", "WriterLease", "single_writer"]
 
+_FIRST_PAUSE_S = 0.005
+
+_LONGEST_PAUSE_S = 1.0
+
+
+class CommitPatience:
+    """Waits with exponential back-off and full jitter until a deadline."""
+
+    def __init__(self, limit_s: float) -> None:
+        self.deadline = time.monotonic() + limit_s
+        self.limit_s = limit_s
+        self.longest_s = _FIRST_PAUSE_S
+
+    def wait(self, key: str) -> None:
+        if time.monotonic() >= self.deadline:
+            raise ConflictError(
+                "could not commit in time",
+                where=key,
+                patience_s=self.limit_s,
+                hint="Nothing of this commit is visible. Try again when fewer writers are at work.",
+            )
+        Event().wait(secrets.SystemRandom().uniform(0, self.longest_s))
+        self.longest_s = min(self.longest_s * 2, _LONGEST_PAUSE_S)
+
+
 LEASE_KEY = "_log/_writer"
 
 _LEASE_S = 60.0
+
 _SETTLE_S = 0.1
 
 

@@ -9,7 +9,7 @@ from typing import Annotated, Literal
 
 import msgspec
 
-from datastore.document import Document, Sealed
+from datastore.document import Count, Document, Hex32, Sealed, Sha256, Version
 
 __all__ = [
     "INFO_KEY",
@@ -28,11 +28,8 @@ __all__ = [
     "Tag",
     "TokenizerRef",
     "Totals",
-    "commit_key",
     "oldest_readable",
     "sum_refs",
-    "tag_key",
-    "tokenizer_key",
 ]
 
 INFO_KEY = "datastore.json"
@@ -44,10 +41,7 @@ READABLE_FEATURES: frozenset[str] = frozenset({"deletions", "evolution", "layout
 """Features that this package knows; a dataset or a version with any other one is refused, not misread."""
 
 Kind = Literal["tokens", "records"]
-Count = Annotated[int, msgspec.Meta(ge=0)]
-Version = Annotated[int, msgspec.Meta(ge=1)]
-Hex32 = Annotated[str, msgspec.Meta(pattern="^[0-9a-f]{32}$")]
-Sha256 = Annotated[str, msgspec.Meta(pattern="^[0-9a-f]{64}$")]
+
 Sha256OrNone = Annotated[str, msgspec.Meta(pattern="^([0-9a-f]{64})?$")]
 
 
@@ -251,18 +245,3 @@ def sum_refs(refs: tuple[SegmentRef, ...], deletions: tuple[DeletionRef, ...] = 
 def oldest_readable(info: DatasetInfo, newest: Commit) -> int:
     """Return the oldest version whose files are kept: this one and all after it can be opened."""
     return min(newest.version, max(newest.min_version, info.oldest_version))
-
-
-def commit_key(version: int) -> str:
-    """Return the key of the commit of `version`: twenty digits, so that names sort like numbers."""
-    return f"_log/{version:020d}.json"
-
-
-def tag_key(name: str) -> str:
-    """Return the key of the tag `name`."""
-    return f"refs/tags/{name}.json"
-
-
-def tokenizer_key(sha256: str) -> str:
-    """Return the key of a tokenizer's bytes."""
-    return f"tokenizers/{sha256}.json"

@@ -2,10 +2,12 @@
 
 import re
 
-from datastore.dataset.log.commits import CommitLog, utc_now
-from datastore.dataset.log.manifest import Commit, Tag, tag_key
+from datastore.dataset.log.commits import CommitLog
+from datastore.dataset.log.keys import tag_key
+from datastore.dataset.log.manifest import Commit, Tag
 from datastore.document import seal, unseal
 from datastore.errors import ConfigError, ConflictError, CorruptError, MissingError
+from datastore.host import utc_now
 from datastore.storage.base import Storage
 from datastore.storage.verified import first_sound
 

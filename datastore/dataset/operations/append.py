@@ -5,41 +5,24 @@ the order of the commits, and nothing that is there is touched, small segments a
 are merged so that their number stays logarithmic.
 """
 
-import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Literal
 
 import msgspec
 import pyarrow as pa
 
-from datastore.dataset.log.commits import CommitLog, utc_now, writer_name
 from datastore.dataset.log.identity import create_dataset
-from datastore.dataset.log.manifest import Commit, DatasetInfo, SegmentRef, TokenizerRef, Totals, sum_refs
-from datastore.dataset.shards.segment_file import (
-    MAX_SEGMENT_SHARDS,
-    SEGMENT_SCHEMA,
-    ColumnLayout,
-    ShardInfo,
-    ShardLayout,
-    encode_segment,
-    merge_tail,
-    segment_key,
-    segment_of,
-    segment_ref,
-)
-from datastore.dataset.shards.segments import Loaded, load_segment, load_segments
-from datastore.errors import ConfigError, ConflictError, StorageError
+from datastore.dataset.log.manifest import Commit, TokenizerRef
+from datastore.dataset.operations.transaction import draft_commit, publish
+from datastore.dataset.shards.info import ColumnLayout, ShardInfo
+from datastore.dataset.shards.segments import Loaded, load_segments, with_shards
+from datastore.errors import ConfigError, ConflictError
 from datastore.formats.schema import decode_schema, encode_schema
 from datastore.storage.base import Storage
-from datastore.store.card import write_card
 
-__all__ = ["Operation", "commit_records", "commit_shards", "draft_commit", "publish", "with_shards"]
+__all__ = ["Operation", "commit_records", "commit_shards"]
 
 Operation = Literal["append", "overwrite"]
-
-Build = Callable[[Commit | None], Commit]
-
-_LOGGER = logging.getLogger(__name__)
 
 
 def commit_shards(
@@ -79,34 +62,6 @@ def commit_records(
     return _add(storage, shards, msgspec.structs.replace(draft, kind="records", record_schema=encode_schema(schema)))
 
 
-def draft_commit(
-    operation: str, *, parent: Commit | None = None, ingest_id: str = "", config_digest: str = ""
-) -> Commit:
-    """Return a commit that says who and why, and is otherwise like `parent`; the log fills in the rest."""
-    if parent is not None:
-        return msgspec.structs.replace(
-            parent,
-            operation=operation,
-            time=utc_now(),
-            writer=writer_name(),
-            ingest_id=ingest_id,
-            config_digest=config_digest,
-        )
-    return Commit(
-        version=1,
-        parent_sha256="",
-        commit_id="",
-        operation=operation,
-        time=utc_now(),
-        writer=writer_name(),
-        kind="tokens",
-        segments=(),
-        totals=Totals(),
-        ingest_id=ingest_id,
-        config_digest=config_digest,
-    )
-
-
 def _add(storage: Storage, shards: Sequence[ShardInfo], draft: Commit) -> Commit:
     if len({shard.uid for shard in shards}) != len(shards):
         raise ConfigError("the same shard is given twice", hint="Give each task its own id.")
@@ -131,53 +86,6 @@ def _add(storage: Storage, shards: Sequence[ShardInfo], draft: Commit) -> Commit
         return with_shards(storage, added, kept=newest.segments, shards=fresh, loaded=loaded)
 
     return publish(storage, info, build)
-
-
-def publish(storage: Storage, info: DatasetInfo, build: Build) -> Commit:
-    """Commit what `build` makes of the newest version, as `CommitLog.append`; then write the dataset's card."""
-
-    def leave_card(commit: Commit) -> None:
-        try:
-            write_card(storage, info, commit)
-        except StorageError as error:
-            _LOGGER.warning("version %d is committed, but its card was not written: %s", commit.version, error)
-
-    return CommitLog(storage, exclusive=info.exclusive).append(build, then=leave_card)
-
-
-def with_shards(
-    storage: Storage,
-    draft: Commit,
-    *,
-    kept: Sequence[SegmentRef],
-    shards: Sequence[ShardInfo],
-    loaded: Loaded | None = None,
-) -> Commit:
-    """Return `draft` with the segments `kept`, those at their end merged, and stored new ones for `shards`.
-
-    Its totals and features are made to fit; its deletions stay what they are. Segments that are `loaded` are not read.
-    """
-    merged = merge_tail([ref.shards for ref in kept], len(shards))
-    rows = [load_segment(storage, ref, loaded=loaded) for ref in kept[len(kept) - merged :]]
-    if shards:
-        rows.append(segment_of(shards))
-    table = pa.Table.from_batches(rows, schema=SEGMENT_SCHEMA).combine_chunks()
-    refs = list(kept[: len(kept) - merged])
-    for start in range(0, table.num_rows, MAX_SEGMENT_SHARDS):
-        batch = table.slice(start, MAX_SEGMENT_SHARDS).to_batches()[0]
-        raw = encode_segment(batch)
-        ref = segment_ref(batch, raw)
-        storage.put(segment_key(ref.digest), raw)
-        refs.append(ref)
-    features = set(draft.features)
-    if any(shard.layout != ShardLayout() for shard in shards):
-        features.add("layout")
-    return msgspec.structs.replace(
-        draft,
-        segments=tuple(refs),
-        totals=sum_refs(tuple(refs), draft.deletions),
-        features=tuple(sorted(features)),
-    )
 
 
 def _check_fits(storage: Storage, newest: Commit, draft: Commit) -> None:

@@ -6,7 +6,6 @@ high: what the source removes (`vacuum` after `expire`, `purge`) is lost to the 
 `clone` of a shallow clone makes a whole dataset of it.
 """
 
-import os
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -16,21 +15,22 @@ import pyarrow as pa
 
 from datastore.dataset.log.commits import CommitLog
 from datastore.dataset.log.identity import create_dataset
+from datastore.dataset.log.keys import segment_key
 from datastore.dataset.log.manifest import REFERENCES, Commit, Origin, SegmentRef
-from datastore.dataset.operations.append import draft_commit, publish
-from datastore.dataset.shards.segment_file import encode_segment, segment_key, segment_ref
+from datastore.dataset.operations.copy import copy_tokenizers, open_target, transfer
+from datastore.dataset.operations.transaction import draft_commit, publish
+from datastore.dataset.shards.inventory import File, data_files, manifest_files
+from datastore.dataset.shards.segment_file import encode_segment, segment_ref
 from datastore.dataset.shards.segments import load_segment
 from datastore.dataset.snapshot import Dataset, open_dataset
 from datastore.errors import ConfigError, ConflictError
-from datastore.storage.base import Storage
+from datastore.storage.base import Storage, StorageLike
 from datastore.storage.placed import PlacedStorage
-from datastore.storage.resolve import join_url
+from datastore.storage.urls import join_url
 from datastore.storage.wrappers import is_link
-from datastore.store.transfer import File, Progress, copy_tokenizers, data_files, manifest_files, open_target, transfer
+from datastore.units import Progress
 
 __all__ = ["CloneReport", "clone"]
-
-Place = str | os.PathLike[str] | Storage
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,7 +54,7 @@ class CloneReport:
 
 
 def clone(
-    source: Place | Dataset, target: Place, *, shallow: bool = False, progress: Progress | None = None
+    source: StorageLike | Dataset, target: StorageLike, *, shallow: bool = False, progress: Progress | None = None
 ) -> CloneReport:
     """Make a new dataset at `target` of one version of `source` (`URL@3`, `URL@tag`; without it the newest).
 
@@ -103,7 +103,7 @@ def clone(
     )
 
 
-def _free(target: Place) -> Storage:
+def _free(target: StorageLike) -> Storage:
     """Return the storage of a place where a dataset can be made."""
     storage, info = open_target(target)
     if info is None or CommitLog(storage).newest() is None:

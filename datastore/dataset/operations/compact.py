@@ -18,28 +18,30 @@ import numpy as np
 import pyarrow as pa
 
 from datastore.dataset.log.manifest import Commit, sum_refs
-from datastore.dataset.operations.append import draft_commit, publish
 from datastore.dataset.operations.transaction import (
-    Target,
-    changing,
-    open_to_change,
-    replace_shards,
+    DatasetLike,
+    draft_commit,
+    explain_expiry,
+    open_for_change,
+    publish,
+    remove_orphans,
     require_unchanged,
-    withdraw,
 )
 from datastore.dataset.shards.deletions import drop_deletions
 from datastore.dataset.shards.files import read_documents, read_token_table, write_record_shard, write_token_shard
-from datastore.dataset.shards.segment_file import ShardInfo
+from datastore.dataset.shards.info import ShardInfo
+from datastore.dataset.shards.inventory import files_of
+from datastore.dataset.shards.segments import replace_shards
 from datastore.dataset.snapshot import Dataset
 from datastore.digest import digest_hex
 from datastore.errors import ConfigError, ConflictError
 from datastore.formats.tokens import TokenTable
-from datastore.store.leftovers import files_of
-from datastore.store.parallel import in_parallel
+from datastore.threads import in_parallel
 
-__all__ = ["TARGET_BYTES", "CompactReport", "Member", "compact", "group_members"]
+__all__ = ["TARGET_BYTES", "Candidate", "CompactReport", "compact", "group_members"]
 
 TARGET_BYTES = 64 * 2**20
+
 _LARGEST_TARGET = 2**30
 
 
@@ -67,7 +69,7 @@ class CompactReport:
 
 
 @dataclass(frozen=True, slots=True)
-class Member:
+class Candidate:
     """A shard that may be put together with its neighbours."""
 
     index: int
@@ -88,7 +90,7 @@ class _Group:
     members: Sequence[tuple[int, ShardInfo]]
 
 
-def compact(target: Target, *, target_bytes: int = TARGET_BYTES, dry_run: bool = False) -> CompactReport:
+def compact(target: DatasetLike, *, target_bytes: int = TARGET_BYTES, dry_run: bool = False) -> CompactReport:
     """Put small neighbouring shards of `target` together into shards of up to `target_bytes`, and drop deleted rows.
 
     A shard of at least half of that, of which nothing is deleted, stays as it is. The result makes a new version with
@@ -102,8 +104,8 @@ def compact(target: Target, *, target_bytes: int = TARGET_BYTES, dry_run: bool =
     if not 0 < target_bytes <= _LARGEST_TARGET:
         raise ConfigError("not a size for shards", target_bytes=target_bytes, hint="Choose one up to 1 GiB.")
     started = time.monotonic()
-    dataset = open_to_change(target)
-    with changing(dataset, operation="compact"):
+    dataset = open_for_change(target)
+    with explain_expiry(dataset, operation="compact"):
         report = _compacted(dataset, target_bytes, dry_run=dry_run)
     return replace(report, seconds=time.monotonic() - started)
 
@@ -131,13 +133,13 @@ def _compacted(dataset: Dataset, target_bytes: int, *, dry_run: bool) -> Compact
     )
 
 
-def group_members(members: Iterable[Member], *, target_bytes: int) -> Iterator[list[Member]]:
+def group_members(members: Iterable[Candidate], *, target_bytes: int) -> Iterator[list[Candidate]]:
     """Yield the runs of neighbours that are worth putting together: several, or one of which something is deleted.
 
     `members`, in order, are all shards that may be written anew. A run ends where the next one would make it larger than
     `target_bytes`, so what comes of it, given again, is not worth it any more.
     """
-    group: list[Member] = []
+    group: list[Candidate] = []
     size_bytes = 0
     for member in members:
         fits = group and (member.index, member.kind) == (group[-1].index + 1, group[-1].kind)
@@ -151,7 +153,7 @@ def group_members(members: Iterable[Member], *, target_bytes: int) -> Iterator[l
         yield group
 
 
-def _members(dataset: Dataset, target_bytes: int) -> Iterator[Member]:
+def _members(dataset: Dataset, target_bytes: int) -> Iterator[Candidate]:
     """Yield the shards that are less than half full, or of which something is deleted."""
     segments = dataset.segments
     deleted = set(segments.find(sorted(dataset.deletions.uids)).tolist())
@@ -161,7 +163,7 @@ def _members(dataset: Dataset, target_bytes: int) -> Iterator[Member]:
         gone = dataset.deletions.rows(shard.uid).size
         share = _deleted_tokens(dataset, shard) / shard.tokens if shard.tokens else gone / max(1, shard.documents)
         columns = [(column.name, column.dtype, column.width) for column in shard.layout.columns]
-        yield Member(
+        yield Candidate(
             index=index,
             live_bytes=round(shard.size_bytes * (1 - share)),
             deleted=bool(gone),
@@ -263,5 +265,5 @@ def _commit(dataset: Dataset, groups: Sequence[_Group], made: Sequence[ShardInfo
         return publish(storage, dataset.info, build)
     except ConflictError:
         pairs = [(group, shard) for group, shard in zip(groups, made, strict=True) if shard is not None]
-        withdraw(dataset, {each.uid: files_of([shard]) for group, shard in pairs for _, each in group.members})
+        remove_orphans(dataset, {each.uid: files_of([shard]) for group, shard in pairs for _, each in group.members})
         raise

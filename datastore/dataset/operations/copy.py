@@ -5,42 +5,37 @@ run again, it goes on with what is missing. Once there is one, a copy brings it 
 of the newest version only; the log, which is a chain, is always whole, and says so for the others: they have expired here.
 
 Nobody may write to a copy but the next copy: versions of its own would not fit into the log of the source.
+
+Files on their way from one place to another, each checked against its digest before it is written there.
 """
 
 import os
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import msgspec
 
 from datastore.dataset.log.commits import HINT_KEY, CommitLog
-from datastore.dataset.log.identity import create_dataset
-from datastore.dataset.log.manifest import (
-    INFO_KEY,
-    REFERENCES,
-    Commit,
-    DatasetInfo,
-    Hint,
-    commit_key,
-    oldest_readable,
-    tag_key,
-)
+from datastore.dataset.log.identity import create_dataset, require_free, write_card
+from datastore.dataset.log.keys import commit_key, tag_key, tokenizer_key
+from datastore.dataset.log.manifest import INFO_KEY, REFERENCES, Commit, DatasetInfo, Hint, oldest_readable
 from datastore.dataset.log.tags import list_tags, read_tag
 from datastore.dataset.roots import open_roots
+from datastore.dataset.shards.files import read_tokenizer
+from datastore.dataset.shards.inventory import File, data_files, manifest_files
 from datastore.dataset.snapshot import Dataset, open_dataset, split_reference
 from datastore.digest import sha256_hex
 from datastore.document import seal, unseal
-from datastore.errors import ConfigError, ConflictError, CorruptError, MissingError
-from datastore.storage.base import Storage
-from datastore.storage.resolve import strip_credentials
-from datastore.store.card import write_card
-from datastore.store.parallel import in_parallel
-from datastore.store.transfer import Progress, copy_tokenizers, data_files, manifest_files, open_target, transfer
+from datastore.errors import ConfigError, ConflictError, CorruptError, FormatError, MissingError, StorageError
+from datastore.storage.base import Storage, StorageLike
+from datastore.storage.resolve import open_storage
+from datastore.storage.urls import strip_credentials
+from datastore.storage.verified import read_checked
+from datastore.threads import in_parallel
+from datastore.units import Progress
 
-__all__ = ["CopyReport", "copy"]
-
-Place = str | os.PathLike[str] | Storage
+__all__ = ["CopyReport", "Transferred", "copy", "copy_tokenizers", "open_target", "transfer"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,7 +63,9 @@ class CopyReport:
     seconds: float
 
 
-def copy(source: Place, target: Place, *, all_versions: bool = False, progress: Progress | None = None) -> CopyReport:
+def copy(
+    source: StorageLike, target: StorageLike, *, all_versions: bool = False, progress: Progress | None = None
+) -> CopyReport:
     """Copy the newest version of a dataset, or every one that can be read, to `target`, with the tags of what is copied.
 
     Raises:
@@ -113,7 +110,7 @@ def copy(source: Place, target: Place, *, all_versions: bool = False, progress: 
     )
 
 
-def _opened(source: Place) -> Dataset:
+def _opened(source: StorageLike) -> Dataset:
     if not isinstance(source, Storage) and split_reference(os.fspath(source))[1]:
         raise ConfigError(
             "a copy is of the newest version, or of all",
@@ -123,7 +120,7 @@ def _opened(source: Place) -> Dataset:
     return open_dataset(source)
 
 
-def _target(target: Place, source: Dataset) -> tuple[Storage, DatasetInfo | None]:
+def _target(target: StorageLike, source: Dataset) -> tuple[Storage, DatasetInfo | None]:
     """Return where to copy to, and what dataset is there, which is none or an earlier copy."""
     storage, info = open_target(target)
     if info is None:
@@ -230,3 +227,72 @@ def _copy_tags(dataset: Dataset, target: Storage, *, oldest: int) -> int:
             target.put(tag_key(name), dataset.storage.get(tag_key(name)))
             copied += 1
     return copied
+
+
+_PASSES = 3
+"""How often to look for what is missing: the last look finds everything there, unless somebody removes it."""
+
+
+@dataclass(slots=True)
+class Transferred:
+    """What was copied, and what was there."""
+
+    files: int = 0
+    bytes: int = 0
+    present: int = 0
+
+
+def transfer(
+    source: Storage, target: Storage, files: Sequence[File], *, progress: Progress | None = None
+) -> Transferred:
+    """Copy those of `files` that are not there.
+
+    One that is there with the right size is taken for whole: writes are atomic. Memory: as many files as threads, and
+    the names of all that are there.
+
+    Raises:
+        MissingError, CorruptError: a file of the source is gone or damaged.
+        StorageError: the target cannot be written, or somebody removes from it what was copied.
+    """
+    folders = {file.to.partition("/")[0] for file in files}
+    total = sum(file.size_bytes for file in files)
+    done: Transferred | None = None
+
+    def bring(file: File) -> int:
+        target.put(file.to, read_checked(source, file.key, size_bytes=file.size_bytes, digest=file.digest))
+        return file.size_bytes
+
+    for _ in range(_PASSES):
+        sizes = {stat.key: stat.size_bytes for folder in folders for stat in target.list(folder)}
+        wanted = [file for file in files if sizes.get(file.to) != file.size_bytes]
+        done = done or Transferred(present=len(files) - len(wanted))
+        if not wanted:
+            return done
+        at = total - sum(file.size_bytes for file in wanted)
+        for size_bytes in in_parallel(bring, wanted):
+            done.files, done.bytes, at = done.files + 1, done.bytes + size_bytes, at + size_bytes
+            if progress is not None:
+                progress(at, total)
+    raise StorageError(
+        "what was copied does not stay", url=target.url, hint="Stop whoever removes it, then run the same again."
+    )
+
+
+def open_target(place: str | os.PathLike[str] | Storage) -> tuple[Storage, DatasetInfo | None]:
+    """Return the storage of a place to write a dataset to, and the identity of the one that is there, if one is.
+
+    Raises:
+        ConfigError: the place holds something else.
+        FormatError, CorruptError: the dataset that is there is not readable.
+    """
+    try:
+        return open_roots(place)
+    except (MissingError, FormatError):
+        storage = place if isinstance(place, Storage) else open_storage(place)
+        return storage, require_free(storage)
+
+
+def copy_tokenizers(source: Storage, target: Storage, commits: Iterable[Commit]) -> None:
+    """Copy the tokenizers that `commits` name, each checked against its sha256."""
+    for ref in {commit.tokenizer for commit in commits if commit.tokenizer is not None}:
+        target.put(tokenizer_key(ref.sha256), read_tokenizer(source, ref))

@@ -19,16 +19,22 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from datastore.dataset.log.manifest import Commit, sum_refs
-from datastore.dataset.operations.append import draft_commit, publish
 from datastore.dataset.operations.selection import Matcher, Selection
-from datastore.dataset.operations.transaction import Target, changing, open_to_change, require_unchanged
+from datastore.dataset.operations.transaction import (
+    DatasetLike,
+    draft_commit,
+    explain_expiry,
+    open_for_change,
+    publish,
+    require_unchanged,
+)
 from datastore.dataset.shards.deletions import add_deletions
 from datastore.dataset.shards.files import read_documents
-from datastore.dataset.shards.segment_file import ShardInfo
+from datastore.dataset.shards.info import ShardInfo
 from datastore.dataset.snapshot import Dataset
 from datastore.errors import MissingError
 from datastore.formats.documents import DOCUMENTS_SCHEMA
-from datastore.store.parallel import in_parallel
+from datastore.threads import in_parallel
 
 __all__ = ["DeleteReport", "FoundDocuments", "ShardDeletion", "commit_deletion", "delete", "find_documents"]
 
@@ -97,7 +103,7 @@ class FoundDocuments:
 
 
 def delete(
-    target: Target,
+    target: DatasetLike,
     *,
     ids: Iterable[str] | None = None,
     sources: Iterable[str] = (),
@@ -118,8 +124,8 @@ def delete(
     """
     started = time.monotonic()
     selection = Selection.of(ids=ids, sources=sources, where=where)
-    dataset = open_to_change(target)
-    with changing(dataset, operation="delete"):
+    dataset = open_for_change(target)
+    with explain_expiry(dataset, operation="delete"):
         found = find_documents(dataset, selection)
     if found.missing and not allow_missing:
         raise MissingError(

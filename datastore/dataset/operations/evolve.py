@@ -13,21 +13,20 @@ import msgspec
 import pyarrow as pa
 
 from datastore.dataset.log.manifest import Commit
-from datastore.dataset.operations.append import draft_commit, publish
-from datastore.dataset.operations.transaction import Target, open_to_change
+from datastore.dataset.operations.transaction import DatasetLike, draft_commit, open_for_change, publish
 from datastore.errors import ConfigError
 from datastore.formats.evolution import DEFAULT, SchemaChange, changed, column_ids
 from datastore.formats.records import check_format
 from datastore.formats.schema import MEDIA_TYPE, SchemaLike, check_storable, decode_schema, encode_schema
 
-__all__ = ["Column", "describe", "evolve"]
+__all__ = ["ColumnInfo", "describe", "evolve"]
 
 FEATURE = "evolution"
 """What a reader has to know of a version whose shards may have an older schema."""
 
 
 @dataclass(frozen=True, slots=True)
-class Column:
+class ColumnInfo:
     """A column as people see it."""
 
     name: str
@@ -41,19 +40,19 @@ class Column:
     """What rows have that are older than it, as JSON; None for null."""
 
 
-def describe(schema: pa.Schema) -> list[Column]:
+def describe(schema: pa.Schema) -> list[ColumnInfo]:
     """Return the columns of a record dataset's schema."""
     found = []
     for field, number in zip(schema, column_ids(schema), strict=True):
         notes = {key: value.decode() for key, value in (field.metadata or {}).items() if key in {MEDIA_TYPE, DEFAULT}}
         found.append(
-            Column(field.name, str(field.type), field.nullable, number, notes.get(MEDIA_TYPE), notes.get(DEFAULT))
+            ColumnInfo(field.name, str(field.type), field.nullable, number, notes.get(MEDIA_TYPE), notes.get(DEFAULT))
         )
     return found
 
 
 def evolve(
-    target: Target,
+    target: DatasetLike,
     *,
     add: SchemaLike | None = None,
     defaults: Mapping[str, Any] | None = None,
@@ -73,7 +72,7 @@ def evolve(
     change = SchemaChange(
         drop=drop, rename=dict(rename or {}), widen=dict(widen or {}), add=add or {}, defaults=dict(defaults or {})
     )
-    dataset = open_to_change(target)
+    dataset = open_for_change(target)
 
     def build(newest: Commit | None) -> Commit:
         newest = newest or dataset.commit

@@ -14,8 +14,7 @@ import msgspec
 from datastore.dataset.log.commits import CommitLog
 from datastore.dataset.log.manifest import Commit, oldest_readable
 from datastore.dataset.log.tags import list_tags, read_tag
-from datastore.dataset.operations.append import draft_commit, publish
-from datastore.dataset.operations.transaction import Target, open_to_change
+from datastore.dataset.operations.transaction import DatasetLike, draft_commit, open_for_change, publish
 from datastore.errors import ConfigError
 from datastore.storage.base import Storage
 
@@ -47,7 +46,7 @@ class ExpireReport:
 
 
 def expire(
-    target: Target, *, keep_last: int | None = None, older_than_s: float | None = None, dry_run: bool = False
+    target: DatasetLike, *, keep_last: int | None = None, older_than_s: float | None = None, dry_run: bool = False
 ) -> ExpireReport:
     """Let old versions of a dataset expire: they cannot be opened any more, and `vacuum` removes what only they need.
 
@@ -67,7 +66,7 @@ def expire(
         raise ConfigError(
             "not a limit", keep_last=keep_last, older_than_s=older_than_s, hint="Keep at least the newest version."
         )
-    dataset = open_to_change(target)
+    dataset = open_for_change(target)
     storage, info = dataset.storage, dataset.info
     reports = list[ExpireReport]()
 

@@ -5,42 +5,85 @@ changed. So each remembers the shards it started from, and gives way if the newe
 to any other shard meanwhile does not matter. Only segments that name a replaced shard are written again.
 """
 
+import logging
 import os
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from itertools import chain
-from typing import cast
 
+import msgspec
 import numpy as np
-import pyarrow as pa
-import pyarrow.compute as pc
 
 from datastore.dataset.log.commits import CommitLog
-from datastore.dataset.log.manifest import Commit, SegmentRef
+from datastore.dataset.log.identity import write_card
+from datastore.dataset.log.manifest import Commit, DatasetInfo, Totals
 from datastore.dataset.shards.files import remove_unused
-from datastore.dataset.shards.segment_file import (
-    MAX_SEGMENT_SHARDS,
-    SEGMENT_SCHEMA,
-    ShardInfo,
-    encode_segment,
-    segment_key,
-    segment_of,
-    segment_ref,
-)
-from datastore.dataset.shards.segments import load_segment
+from datastore.dataset.shards.inventory import data_paths
 from datastore.dataset.snapshot import Dataset, open_dataset, split_reference
-from datastore.errors import ConfigError, ConflictError, MissingError
+from datastore.errors import ConfigError, ConflictError, MissingError, StorageError
+from datastore.host import package_name, utc_now
 from datastore.storage.base import Storage
-from datastore.storage.resolve import strip_credentials
-from datastore.store.leftovers import data_paths
+from datastore.storage.urls import strip_credentials
 
-__all__ = ["Target", "changing", "open_to_change", "replace_shards", "require_unchanged", "withdraw"]
+__all__ = [
+    "DatasetLike",
+    "draft_commit",
+    "explain_expiry",
+    "open_for_change",
+    "publish",
+    "remove_orphans",
+    "require_unchanged",
+]
 
-Target = str | os.PathLike[str] | Storage | Dataset
+Build = Callable[[Commit | None], Commit]
+
+_LOGGER = logging.getLogger(__name__)
+
+
+def draft_commit(
+    operation: str, *, parent: Commit | None = None, ingest_id: str = "", config_digest: str = ""
+) -> Commit:
+    """Return a commit that says who and why, and is otherwise like `parent`; the log fills in the rest."""
+    if parent is not None:
+        return msgspec.structs.replace(
+            parent,
+            operation=operation,
+            time=utc_now(),
+            writer=package_name(),
+            ingest_id=ingest_id,
+            config_digest=config_digest,
+        )
+    return Commit(
+        version=1,
+        parent_sha256="",
+        commit_id="",
+        operation=operation,
+        time=utc_now(),
+        writer=package_name(),
+        kind="tokens",
+        segments=(),
+        totals=Totals(),
+        ingest_id=ingest_id,
+        config_digest=config_digest,
+    )
+
+
+def publish(storage: Storage, info: DatasetInfo, build: Build) -> Commit:
+    """Commit what `build` makes of the newest version, as `CommitLog.append`; then write the dataset's card."""
+
+    def leave_card(commit: Commit) -> None:
+        try:
+            write_card(storage, info, commit)
+        except StorageError as error:
+            _LOGGER.warning("version %d is committed, but its card was not written: %s", commit.version, error)
+
+    return CommitLog(storage, exclusive=info.exclusive).append(build, then=leave_card)
+
+
+DatasetLike = str | os.PathLike[str] | Storage | Dataset
 """A dataset to change: its URL, its storage, or a version of it that was opened before."""
 
 
-def open_to_change(target: Target) -> Dataset:
+def open_for_change(target: DatasetLike) -> Dataset:
     """Return the newest version of `target`; a dataset that is open already is what the change starts from.
 
     Raises:
@@ -60,7 +103,7 @@ def open_to_change(target: Target) -> Dataset:
 
 
 @contextmanager
-def changing(dataset: Dataset, *, operation: str) -> Iterator[None]:
+def explain_expiry(dataset: Dataset, *, operation: str) -> Iterator[None]:
     """Say that another was faster if the block misses a file because `dataset` has expired since it was opened.
 
     Raises:
@@ -105,7 +148,7 @@ def require_unchanged(base: Dataset, newest: Commit | None, *, uids: Collection[
     return current
 
 
-def withdraw(base: Dataset, made: Mapping[str, Sequence[str]]) -> None:
+def remove_orphans(base: Dataset, made: Mapping[str, Sequence[str]]) -> None:
     """After a conflict, remove the files `made` from shards of `base` that have changed: they can never be committed.
 
     What was made from others stays, to be found by whoever tries again. A failure leaves files that no version names.
@@ -130,66 +173,3 @@ def _changed(base: Dataset, current: Dataset, uids: Collection[str]) -> list[str
         for uid in sorted(uids)
         if present.get(uid) != before[uid] or not np.array_equal(current.deletions.rows(uid), base.deletions.rows(uid))
     ]
-
-
-def replace_shards(
-    storage: Storage, refs: Sequence[SegmentRef], new: Mapping[str, Sequence[ShardInfo]]
-) -> tuple[SegmentRef, ...]:
-    """Return `refs` with each shard whose uid is in `new` replaced, where it stands, by those given for it.
-
-    Segments that change are stored anew, neighbours among them as one if it is not too large; the others stay.
-    """
-    fresh = segment_of(list(chain.from_iterable(new.values())))
-    places, at = dict[bytes, range](), 0
-    for uid, shards in new.items():
-        places[bytes.fromhex(uid)] = range(at, at + len(shards))
-        at += len(shards)
-    out: list[SegmentRef] = []
-    pending: list[pa.RecordBatch] = []
-    for ref in refs:
-        batch = _replaced(load_segment(storage, ref), fresh, places)
-        if pending and (batch is None or sum(b.num_rows for b in pending) + batch.num_rows > MAX_SEGMENT_SHARDS):
-            out += _stored(storage, pending)
-            pending = []
-        if batch is None:
-            out.append(ref)
-        else:
-            pending.append(batch)
-    return (*out, *_stored(storage, pending))
-
-
-def _replaced(batch: pa.RecordBatch, fresh: pa.RecordBatch, places: Mapping[bytes, range]) -> pa.RecordBatch | None:
-    """Return `batch` with the rows that have a place in `fresh` replaced; None if it has none."""
-    wanted = pa.array(list(places), SEGMENT_SCHEMA.field("uid").type)
-    hit = pc.is_in(batch.column("uid"), value_set=wanted)
-    hits = np.flatnonzero(hit.to_numpy(zero_copy_only=False))
-    if not hits.size:
-        return None
-    uids = cast("list[bytes]", batch.column("uid").filter(hit).to_pylist())
-    pieces = []
-    start = 0
-    for row, uid in zip(hits.tolist(), uids, strict=True):
-        place = places[uid]
-        pieces += [np.arange(start, row), np.arange(place.start, place.stop) + batch.num_rows]
-        start = row + 1
-    order = np.concatenate([*pieces, np.arange(start, batch.num_rows)])
-    both = pa.Table.from_batches([batch, fresh], schema=SEGMENT_SCHEMA).combine_chunks()
-    return _one_batch(both.take(pa.array(order)))
-
-
-def _stored(storage: Storage, batches: Sequence[pa.RecordBatch]) -> list[SegmentRef]:
-    """Store `batches` as one segment each of at most `MAX_SEGMENT_SHARDS` rows; no rows give none."""
-    table = pa.Table.from_batches(batches, schema=SEGMENT_SCHEMA)
-    refs = []
-    for start in range(0, table.num_rows, MAX_SEGMENT_SHARDS):
-        batch = _one_batch(table.slice(start, MAX_SEGMENT_SHARDS))
-        raw = encode_segment(batch)
-        ref = segment_ref(batch, raw)
-        storage.put(segment_key(ref.digest), raw)
-        refs.append(ref)
-    return refs
-
-
-def _one_batch(table: pa.Table) -> pa.RecordBatch:
-    batches = table.combine_chunks().to_batches()
-    return batches[0] if batches else pa.RecordBatch.from_pylist([], schema=SEGMENT_SCHEMA)

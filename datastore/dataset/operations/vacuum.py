@@ -10,7 +10,7 @@ A writer that takes longer than `older_than_s` from its first shard to its commi
 
 import time
 import uuid
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from itertools import groupby, islice
 
@@ -18,12 +18,13 @@ from datastore.dataset.log.commits import CommitLog
 from datastore.dataset.log.identity import PROBE_FOLDER
 from datastore.dataset.log.manifest import Commit, oldest_readable
 from datastore.dataset.operations.expire import time_of
-from datastore.dataset.operations.transaction import Target, open_to_change
+from datastore.dataset.operations.transaction import DatasetLike, open_for_change
 from datastore.dataset.shards.inventory import KeySet, version_files
 from datastore.dataset.snapshot import Dataset
 from datastore.errors import ConfigError, MissingError
 from datastore.storage.base import Stat, Storage
-from datastore.store.parallel import in_parallel
+from datastore.threads import in_parallel
+from datastore.units import Progress
 
 __all__ = ["DAY_S", "Amount", "VacuumReport", "vacuum"]
 
@@ -43,14 +44,15 @@ _KINDS = {
 """What lies in the folders that are looked through."""
 
 _INGESTS = "ingests"
+
 _UNFINISHED = "unfinished writes"
+
 _PLAN = "/plan.json"
+
 _OF_INGESTS = {"shards", "documents", "tokenizers"}
+
 _AT_ONCE = 4096
 """Keys that are looked up together."""
-
-Progress = Callable[[int, int], None]
-"""Called with the files removed, and to remove."""
 
 Found = tuple[str, Stat]
 """The kind of a file, and what the listing says of it."""
@@ -127,7 +129,7 @@ class _Ingest:
 
 
 def vacuum(
-    target: Target, *, dry_run: bool = True, older_than_s: float = DAY_S, progress: Progress | None = None
+    target: DatasetLike, *, dry_run: bool = True, older_than_s: float = DAY_S, progress: Progress | None = None
 ) -> VacuumReport:
     """Remove the files of a dataset that no readable version names; with `dry_run`, the default, only say which.
 
@@ -142,7 +144,7 @@ def vacuum(
     if older_than_s < 0:
         raise ConfigError("not an age", older_than_s=older_than_s, hint="Give a number of seconds from 0.")
     started = time.monotonic()
-    dataset = open_to_change(target)
+    dataset = open_for_change(target)
     storage = dataset.storage
     now = time.time() if dry_run else _clock_of(storage)
     before = now - older_than_s

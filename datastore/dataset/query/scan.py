@@ -7,7 +7,7 @@ import pyarrow as pa
 import pyarrow.dataset
 import pyarrow.fs
 
-from datastore.dataset.shards.segment_file import ShardInfo
+from datastore.dataset.shards.info import ShardInfo
 from datastore.errors import ConfigError
 from datastore.formats.documents import DOCUMENTS_SCHEMA
 from datastore.storage.as_fsspec import ReadOnlyFileSystem

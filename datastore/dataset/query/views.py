@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
     from datastore.dataset.log.manifest import Kind
     from datastore.dataset.shards.deletions import Deletions
-    from datastore.dataset.shards.segment_file import Segments
+    from datastore.dataset.shards.segments import Segments
 
     class _Shards:
         """What `Dataset` has and `Views` uses."""

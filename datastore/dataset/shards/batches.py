@@ -19,14 +19,15 @@ import pyarrow as pa
 from typing_extensions import Buffer
 
 from datastore.dataset.shards.files import read_record_shard
-from datastore.dataset.shards.segment_file import Segments, ShardInfo, frame_ranges
+from datastore.dataset.shards.info import ShardInfo, frame_ranges
+from datastore.dataset.shards.segments import Segments
 from datastore.digest import check_digest, digest_of, require_digest
 from datastore.errors import ConfigError, CorruptError, StorageError
 from datastore.formats.evolution import adapt, source_names
 from datastore.formats.records import decode_batch, read_frame
 from datastore.storage.base import Storage
 from datastore.storage.verified import check_range, first_sound, has_digest
-from datastore.store.parallel import in_parallel
+from datastore.threads import in_parallel
 
 __all__ = ["BatchReader"]
 

@@ -15,10 +15,11 @@ import numpy.typing as npt
 import pyarrow as pa
 from typing_extensions import Buffer
 
+from datastore.dataset.log.keys import deletions_key
 from datastore.dataset.log.manifest import Commit, DeletionRef
 from datastore.digest import digest_hex
 from datastore.errors import CorruptError
-from datastore.formats.arrays import numbers_of
+from datastore.formats.arrow import numbers_of
 from datastore.storage.base import Storage
 from datastore.storage.verified import read_checked
 
@@ -27,7 +28,6 @@ __all__ = [
     "Deletions",
     "add_deletions",
     "decode_deletions",
-    "deletions_key",
     "drop_deletions",
     "encode_deletions",
     "load_deletion",
@@ -37,7 +37,9 @@ __all__ = [
 ]
 
 I64 = npt.NDArray[np.int64]
+
 Rows = npt.NDArray[np.int32]
+
 Lengths = Mapping[str, npt.NDArray[np.integer]]
 
 DELETIONS_SCHEMA = pa.schema(
@@ -55,6 +57,7 @@ _MERGE_RATIO = 4
 """A table is merged into the one added after it if it has less than this many times its documents."""
 
 _NONE: Rows = np.empty(0, np.int32)
+
 _NO_LENGTHS: Lengths = MappingProxyType({})
 
 
@@ -87,11 +90,6 @@ class Deletions:
     def documents(self) -> int:
         """How many documents are deleted."""
         return sum(rows.size for rows in self._rows.values())
-
-
-def deletions_key(digest: str) -> str:
-    """Return the key of the table of deletions with that digest."""
-    return f"deletions/{digest}.arrow"
 
 
 def merge_spans(spans: npt.NDArray[np.integer]) -> I64:

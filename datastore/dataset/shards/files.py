@@ -1,4 +1,7 @@
-"""Shards on their way in and out of storage: each is written once, with its digests, and read against them."""
+"""Shards on their way in and out of storage: each is written once, with its digests, and read against them.
+
+Tokenizers in a dataset: the exact bytes that made the tokens, named by their sha256.
+"""
 
 import logging
 from collections.abc import Iterable, Mapping, Sequence
@@ -8,29 +11,28 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
+from typing_extensions import Buffer
 
-from datastore.dataset.shards.segment_file import (
-    BLOCK_BYTES,
-    BatchRange,
-    ColumnLayout,
-    ShardInfo,
-    ShardLayout,
-    frame_ranges,
-)
-from datastore.digest import block_digests, digest_bytes, digest_hex
-from datastore.errors import ConfigError, StorageError
+from datastore.dataset.log.keys import tokenizer_key
+from datastore.dataset.log.manifest import TokenizerRef
+from datastore.dataset.shards.info import BatchRange, ColumnLayout, ShardInfo, ShardLayout, frame_ranges
+from datastore.dataset.shards.segment_file import BLOCK_BYTES
+from datastore.digest import block_digests, digest_bytes, digest_hex, sha256_hex
+from datastore.errors import ConfigError, CorruptError, StorageError
 from datastore.formats.documents import DOCUMENTS_SCHEMA, decode_documents, encode_documents
 from datastore.formats.evolution import schema_id
 from datastore.formats.records import RecordFormat, decode_records, encode_records
 from datastore.formats.tokens import Offsets, Tokens, TokenTable, decode_token_table, decode_tokens, encode_tokens
 from datastore.storage.base import Storage
-from datastore.storage.verified import read_checked
+from datastore.storage.verified import first_sound, read_checked
 
 __all__ = [
+    "put_tokenizer",
     "read_documents",
     "read_record_shard",
     "read_token_shard",
     "read_token_table",
+    "read_tokenizer",
     "remove_unused",
     "shard_uid",
     "write_record_shard",
@@ -114,7 +116,7 @@ def write_record_shard(
     *,
     uid: str,
     table: pa.Table,
-    format: RecordFormat = "arrow",  # noqa: A002 - what it is called everywhere
+    format: RecordFormat = "arrow",  # noqa: A002
     name: str = "",
 ) -> ShardInfo:
     """Store the rows of `table` as a record shard; return what a commit needs to know of it.
@@ -207,3 +209,36 @@ def remove_unused(storage: Storage, paths: Iterable[str]) -> None:
             storage.delete(path)
         except StorageError as error:
             _LOGGER.warning("an unused file is left behind: %s", error)
+
+
+def put_tokenizer(storage: Storage, raw: Buffer, *, vocab_size: int, end_of_text: int) -> TokenizerRef:
+    """Store the `tokenizer.json` bytes `raw`; return how a commit names them. Storing them twice is no error."""
+    ref = TokenizerRef(sha256=sha256_hex(raw), vocab_size=vocab_size, end_of_text=end_of_text)
+    storage.put(tokenizer_key(ref.sha256), raw)
+    return ref
+
+
+def read_tokenizer(storage: Storage, ref: TokenizerRef) -> bytes:
+    """Return the bytes of the tokenizer `ref`.
+
+    Raises:
+        MissingError: the file is gone.
+        CorruptError: its sha256 differs.
+    """
+    key = tokenizer_key(ref.sha256)
+    return first_sound(
+        storage, key, lambda place: _checked(place.get(key), ref), is_good=lambda raw: sha256_hex(raw) == ref.sha256
+    )
+
+
+def _checked(raw: bytes, ref: TokenizerRef) -> bytes:
+    found = sha256_hex(raw)
+    if found != ref.sha256:
+        raise CorruptError(
+            "tokenizer does not match its sha256",
+            where=tokenizer_key(ref.sha256),
+            expected=ref.sha256,
+            found=found,
+            hint="Restore this file from a copy.",
+        )
+    return raw

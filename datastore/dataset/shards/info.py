@@ -6,13 +6,10 @@ from typing import Annotated, Literal
 import msgspec
 
 from datastore.dataset.log.manifest import Kind
-from datastore.document import Document
+from datastore.document import Count, Document, Hex32
 from datastore.errors import CorruptError
 
 __all__ = ["PLAIN", "BatchRange", "ColumnLayout", "ShardInfo", "ShardLayout", "frame_ranges"]
-
-Count = Annotated[int, msgspec.Meta(ge=0)]
-Hex32 = Annotated[str, msgspec.Meta(pattern="^[0-9a-f]{32}$")]
 
 
 class ColumnLayout(Document, frozen=True, kw_only=True):

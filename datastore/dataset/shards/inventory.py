@@ -1,21 +1,36 @@
 """Which files a version needs: what its commit names, and what its segments and parity groups name in turn."""
 
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
+import pyarrow.compute as pc
 import xxhash
 
-from datastore.dataset.durability.parity import Group, load_groups, parity_table_key
-from datastore.dataset.log.manifest import Commit, ParityRef, SegmentRef, tokenizer_key
-from datastore.dataset.shards.deletions import deletions_key
-from datastore.dataset.shards.segment_file import segment_key
+from datastore.dataset.log.keys import deletions_key, parity_table_key, segment_key, tokenizer_key
+from datastore.dataset.log.manifest import Commit, ParityRef, SegmentRef
+from datastore.dataset.shards.info import ShardInfo
+from datastore.dataset.shards.parity_groups import Group, load_groups
 from datastore.dataset.shards.segments import load_segment
 from datastore.storage.base import Storage
-from datastore.store.parallel import in_parallel
+from datastore.threads import in_parallel
 
-__all__ = ["KeySet", "commit_files", "parity_files", "shard_files", "version_files"]
+__all__ = [
+    "File",
+    "KeySet",
+    "commit_files",
+    "data_files",
+    "data_paths",
+    "files_of",
+    "index_keys",
+    "manifest_files",
+    "parity_files",
+    "shard_files",
+    "version_files",
+]
 
 Hashes = npt.NDArray[np.uint64]
 
@@ -80,3 +95,90 @@ class KeySet:
 
 def _hashes(keys: Iterable[str]) -> Hashes:
     return np.fromiter((xxhash.xxh3_64_intdigest(key.encode()) for key in keys), np.uint64)
+
+
+def files_of(shards: Iterable[ShardInfo]) -> list[str]:
+    """Return the files of `shards`."""
+    return [path for shard in shards for path in (shard.path, shard.docs_path) if path]
+
+
+def data_paths(storage: Storage, refs: Iterable[SegmentRef]) -> Any:
+    """Return the paths of all shards, and of their documents files, that the segments `refs` name."""
+    return pa.chunked_array(list(in_parallel(lambda ref: paths_of(storage, ref), refs)), pa.string())
+
+
+def paths_of(storage: Storage, ref: SegmentRef) -> Any:
+    """Return the paths in a segment that lie in its dataset."""
+    batch = load_segment(storage, ref)
+    both: Any = pa.concat_arrays([batch.column("path"), batch.column("docs_path")])
+    none_or_elsewhere: Any = pc.match_substring_regex(both, "^$|^/|://")
+    return both.filter(pc.invert(none_or_elsewhere))
+
+
+def index_keys(commit: Commit) -> Iterator[str]:
+    """Yield the keys of the segments and tables of deletions that a version names."""
+    yield from (segment_key(ref.digest) for ref in commit.segments)
+    yield from (deletions_key(ref.digest) for ref in commit.deletions)
+
+
+_COLUMNS = ["path", "size_bytes", "digest", "docs_path", "docs_bytes", "docs_digest"]
+
+
+@dataclass(frozen=True, slots=True)
+class File:
+    """A file that a manifest names, and what it is called in the other place."""
+
+    key: str
+    size_bytes: int
+    digest: bytes | str
+    to: str
+
+
+def data_files(storage: Storage, commits: Iterable[Commit]) -> Iterator[File]:
+    """Yield every shard, documents file and parity file of `commits` once, and what the parity files protect."""
+    segments, parity = dict[str, SegmentRef](), dict[str, ParityRef]()
+    for commit in commits:
+        segments |= {ref.digest: ref for ref in commit.segments}
+        parity |= {ref.digest: ref for ref in commit.parity}
+    seen = set[str]()
+    for found in in_parallel(lambda ref: _shards(storage, ref), segments.values()):
+        yield from _fresh(found, seen)
+    for found in in_parallel(lambda ref: _groups(storage, ref), parity.values()):
+        yield from _fresh(found, seen)
+
+
+def manifest_files(commits: Iterable[Commit]) -> list[File]:
+    """Return the tables that `commits` name, each once."""
+    files = dict[str, File]()
+    for commit in commits:
+        named = {segment_key(ref.digest): (ref.file_bytes, ref.digest) for ref in commit.segments}
+        named |= {deletions_key(ref.digest): (ref.file_bytes, ref.digest) for ref in commit.deletions}
+        named |= {parity_table_key(ref.digest): (ref.file_bytes, ref.digest) for ref in commit.parity}
+        files |= {key: File(key, size_bytes, digest, key) for key, (size_bytes, digest) in named.items()}
+    return list(files.values())
+
+
+def _fresh(files: Iterable[File], seen: set[str]) -> Iterator[File]:
+    for file in files:
+        if file.key not in seen:
+            seen.add(file.key)
+            yield file
+
+
+def _shards(storage: Storage, ref: SegmentRef) -> list[File]:
+    """Return the files that one segment names."""
+    files = []
+    for row in load_segment(storage, ref).select(_COLUMNS).to_pylist():
+        files.append(File(row["path"], row["size_bytes"], row["digest"], row["path"]))
+        if row["docs_path"]:
+            files.append(File(row["docs_path"], row["docs_bytes"], row["docs_digest"], row["docs_path"]))
+    return files
+
+
+def _groups(storage: Storage, ref: ParityRef) -> list[File]:
+    """Return the parity files of one table, and their members: what has left the version still helps to save the rest."""
+    files = []
+    for group in load_groups(storage, ref):
+        files.append(File(group.path, group.size_bytes, group.digest, group.path))
+        files += [File(member.path, member.size_bytes, member.digest, member.path) for member in group.members]
+    return files

@@ -1,18 +1,320 @@
 """From a commit to its columns: the segments of a version, read, checked and mapped."""
 
+import bisect
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import cached_property
+from itertools import chain
+from typing import Any, cast
+
+import msgspec
+import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
+import pyarrow.compute as pc
 
-from datastore.dataset.log.manifest import Commit, SegmentRef
-from datastore.dataset.shards.segment_file import Segments, decode_segment, segment_key
-from datastore.errors import CorruptError
-from datastore.storage.base import Storage
+from datastore.dataset.log.keys import segment_key
+from datastore.dataset.log.manifest import Commit, SegmentRef, sum_refs
+from datastore.dataset.shards.info import PLAIN, ColumnLayout, ShardInfo, ShardLayout
+from datastore.dataset.shards.segment_file import (
+    BINARY16,
+    MAX_SEGMENT_SHARDS,
+    SEGMENT_SCHEMA,
+    decode_segment,
+    encode_segment,
+    int64_column,
+    itemsizes,
+    not_a_segment,
+    segment_of,
+    segment_ref,
+)
+from datastore.document import decode
+from datastore.errors import ConfigError, CorruptError
+from datastore.formats.arrow import numbers_of
+from datastore.storage.base import Storage, check_key
 from datastore.storage.verified import Forget, map_checked
-from datastore.store.parallel import in_parallel
+from datastore.threads import in_parallel
 
-__all__ = ["Loaded", "load_segment", "load_segments"]
+__all__ = ["Loaded", "Segments", "load_segment", "load_segments", "merge_tail", "replace_shards", "with_shards"]
 
 Loaded = dict[str, pa.RecordBatch]
 """Segments by their digest, which stands for their bytes: one read once need not be read again."""
+
+
+def with_shards(
+    storage: Storage,
+    draft: Commit,
+    *,
+    kept: Sequence[SegmentRef],
+    shards: Sequence[ShardInfo],
+    loaded: Loaded | None = None,
+) -> Commit:
+    """Return `draft` with the segments `kept`, those at their end merged, and stored new ones for `shards`.
+
+    Its totals and features are made to fit; its deletions stay what they are. Segments that are `loaded` are not read.
+    """
+    merged = merge_tail([ref.shards for ref in kept], len(shards))
+    rows = [load_segment(storage, ref, loaded=loaded) for ref in kept[len(kept) - merged :]]
+    if shards:
+        rows.append(segment_of(shards))
+    table = pa.Table.from_batches(rows, schema=SEGMENT_SCHEMA).combine_chunks()
+    refs = list(kept[: len(kept) - merged])
+    for start in range(0, table.num_rows, MAX_SEGMENT_SHARDS):
+        batch = table.slice(start, MAX_SEGMENT_SHARDS).to_batches()[0]
+        raw = encode_segment(batch)
+        ref = segment_ref(batch, raw)
+        storage.put(segment_key(ref.digest), raw)
+        refs.append(ref)
+    features = set(draft.features)
+    if any(shard.layout != ShardLayout() for shard in shards):
+        features.add("layout")
+    return msgspec.structs.replace(
+        draft,
+        segments=tuple(refs),
+        totals=sum_refs(tuple(refs), draft.deletions),
+        features=tuple(sorted(features)),
+    )
+
+
+def replace_shards(
+    storage: Storage, refs: Sequence[SegmentRef], new: Mapping[str, Sequence[ShardInfo]]
+) -> tuple[SegmentRef, ...]:
+    """Return `refs` with each shard whose uid is in `new` replaced, where it stands, by those given for it.
+
+    Segments that change are stored anew, neighbours among them as one if it is not too large; the others stay.
+    """
+    fresh = segment_of(list(chain.from_iterable(new.values())))
+    places, at = dict[bytes, range](), 0
+    for uid, shards in new.items():
+        places[bytes.fromhex(uid)] = range(at, at + len(shards))
+        at += len(shards)
+    out: list[SegmentRef] = []
+    pending: list[pa.RecordBatch] = []
+    for ref in refs:
+        batch = _replaced(load_segment(storage, ref), fresh, places)
+        if pending and (batch is None or sum(b.num_rows for b in pending) + batch.num_rows > MAX_SEGMENT_SHARDS):
+            out += _stored(storage, pending)
+            pending = []
+        if batch is None:
+            out.append(ref)
+        else:
+            pending.append(batch)
+    return (*out, *_stored(storage, pending))
+
+
+def _replaced(batch: pa.RecordBatch, fresh: pa.RecordBatch, places: Mapping[bytes, range]) -> pa.RecordBatch | None:
+    """Return `batch` with the rows that have a place in `fresh` replaced; None if it has none."""
+    wanted = pa.array(list(places), SEGMENT_SCHEMA.field("uid").type)
+    hit = pc.is_in(batch.column("uid"), value_set=wanted)
+    hits = np.flatnonzero(hit.to_numpy(zero_copy_only=False))
+    if not hits.size:
+        return None
+    uids = cast("list[bytes]", batch.column("uid").filter(hit).to_pylist())
+    pieces = []
+    start = 0
+    for row, uid in zip(hits.tolist(), uids, strict=True):
+        place = places[uid]
+        pieces += [np.arange(start, row), np.arange(place.start, place.stop) + batch.num_rows]
+        start = row + 1
+    order = np.concatenate([*pieces, np.arange(start, batch.num_rows)])
+    both = pa.Table.from_batches([batch, fresh], schema=SEGMENT_SCHEMA).combine_chunks()
+    return _one_batch(both.take(pa.array(order)))
+
+
+def _stored(storage: Storage, batches: Sequence[pa.RecordBatch]) -> list[SegmentRef]:
+    """Store `batches` as one segment each of at most `MAX_SEGMENT_SHARDS` rows; no rows give none."""
+    table = pa.Table.from_batches(batches, schema=SEGMENT_SCHEMA)
+    refs = []
+    for start in range(0, table.num_rows, MAX_SEGMENT_SHARDS):
+        batch = _one_batch(table.slice(start, MAX_SEGMENT_SHARDS))
+        raw = encode_segment(batch)
+        ref = segment_ref(batch, raw)
+        storage.put(segment_key(ref.digest), raw)
+        refs.append(ref)
+    return refs
+
+
+def _one_batch(table: pa.Table) -> pa.RecordBatch:
+    batches = table.combine_chunks().to_batches()
+    return batches[0] if batches else pa.RecordBatch.from_pylist([], schema=SEGMENT_SCHEMA)
+
+
+_MERGE_RATIO = 4
+"""A segment at the tail is merged into the one after it if it has less than this many times its shards."""
+
+_ROWS_AT_ONCE = 1024
+"""Rows turned into objects at a time when all are visited."""
+
+
+def merge_tail(segments: Sequence[int], added: int) -> int:
+    """Return how many segments at the end of `segments` (their sizes) to merge with `added` new shards.
+
+    Each shard is rewritten a few times on its way into a full segment: every merge of it at least grows its segment
+    by a quarter. Large segments are never rewritten for a small append.
+    """
+    merged, total = 0, added
+    for size in reversed(segments):
+        if size >= _MERGE_RATIO * total or size + total > MAX_SEGMENT_SHARDS:
+            break
+        merged, total = merged + 1, total + size
+    return merged
+
+
+class Segments:
+    """All shards of a version, in order; immutable, safe for any number of threads.
+
+    Columns are NumPy arrays over all shards: views of the mapped file when there is one segment.
+    """
+
+    def __init__(self, batches: Sequence[pa.RecordBatch], *, forget: Callable[[], None] = lambda: None) -> None:
+        self._forget = forget
+        self.batches = tuple(batch for batch in batches if batch.num_rows)
+        ends = np.cumsum([batch.num_rows for batch in self.batches], dtype=np.int64)
+        self._ends: list[int] = ends.tolist()
+
+    def __len__(self) -> int:
+        return self._ends[-1] if self._ends else 0
+
+    def __iter__(self) -> Iterator[ShardInfo]:
+        for batch in self.batches:
+            for start in range(0, batch.num_rows, _ROWS_AT_ONCE):
+                yield from _infos(batch.slice(start, _ROWS_AT_ONCE))
+
+    def shard(self, index: int) -> ShardInfo:
+        """Return shard `index`.
+
+        Raises:
+            IndexError: there is no such shard.
+        """
+        if not 0 <= index < len(self):
+            raise IndexError(index)
+        place = bisect.bisect_right(self._ends, index)
+        batch = self.batches[place]
+        return _infos(batch.slice(index - self._ends[place] + batch.num_rows, 1))[0]
+
+    @cached_property
+    def documents(self) -> npt.NDArray[np.int64]:
+        """Documents of each shard."""
+        return self._column("documents")
+
+    @cached_property
+    def tokens(self) -> npt.NDArray[np.int64]:
+        """Tokens of each shard."""
+        return self._column("tokens")
+
+    @cached_property
+    def size_bytes(self) -> npt.NDArray[np.int64]:
+        """Size of each shard's file."""
+        return self._column("size_bytes")
+
+    @cached_property
+    def values_start(self) -> npt.NDArray[np.int64]:
+        """Byte position of each shard's first token."""
+        return self._column("values_start")
+
+    @cached_property
+    def block_bytes(self) -> npt.NDArray[np.int64]:
+        """Bytes per block of each shard's file; the last block may be shorter."""
+        return self._column("block_bytes")
+
+    @cached_property
+    def itemsize(self) -> npt.NDArray[np.int64]:
+        """Bytes per token of each shard: 2 or 4 (0 for records)."""
+        return self._concat([itemsizes(batch) for batch in self.batches], np.dtype(np.int64))
+
+    @cached_property
+    def uid64(self) -> npt.NDArray[np.uint64]:
+        """First 8 bytes of each shard's uid, big-endian: the number that its first 16 hex digits write."""
+        return self._concat([_uid64(batch) for batch in self.batches], np.dtype(np.uint64))
+
+    def digests_of(self, uids: Sequence[str]) -> dict[str, bytes]:
+        """Return the digests of those of `uids` that name a shard in here. O(shards), without an object per shard."""
+        wanted = pa.array([bytes.fromhex(uid) for uid in uids], BINARY16)
+        found: dict[str, bytes] = {}
+        for batch in self.batches:
+            mask = pc.is_in(batch.column("uid"), value_set=wanted)
+            for row in batch.select(["uid", "digest"]).filter(mask).to_pylist():
+                found[row["uid"].hex()] = row["digest"]
+        return found
+
+    @cached_property
+    def columns(self) -> tuple[ColumnLayout, ...]:
+        """The columns that all token shards have beside `tokens`; where they start is that of the first shard's."""
+        return self.shard(0).layout.columns if len(self) else ()
+
+    def column_start(self, name: str) -> npt.NDArray[np.int64]:
+        """Return the byte position of the first value of column `name` in each shard's file. O(shards), 1 us each.
+
+        Raises:
+            CorruptError: a shard does not have it.
+        """
+        starts = np.empty(len(self), np.int64)
+        at = 0
+        for batch in self.batches:
+            for raw in cast("list[bytes]", batch.column("layout").to_pylist()):
+                found = next((column for column in _layout(raw).columns if column.name == name), None)
+                if found is None:
+                    raise CorruptError("a shard lacks a column of the dataset", shard=self.shard(at).path, column=name)
+                # In whole numbers of Python, which do not overflow.
+                value_bytes = int(self.tokens[at]) * found.width * np.dtype(found.dtype).itemsize
+                if found.values_start + value_bytes > int(self.size_bytes[at]):
+                    raise CorruptError("a column is larger than its file", shard=self.shard(at).path, column=name)
+                starts[at] = found.values_start
+                at += 1
+        return starts
+
+    def find(self, uids: Sequence[str]) -> npt.NDArray[np.int64]:
+        """Return the index of the shard that each of `uids` names, -1 where there is none. O(shards), without objects."""
+        wanted = pa.array([bytes.fromhex(uid) for uid in uids], BINARY16)
+        found = np.full(len(uids), -1, np.int64)
+        for batch, end in zip(self.batches, self._ends, strict=True):
+            places: Any = pc.index_in(batch.column("uid"), value_set=wanted)
+            which = numbers_of(places.fill_null(-1))
+            here = np.flatnonzero(which >= 0)
+            found[which[here]] = end - batch.num_rows + here
+        return found
+
+    def _column(self, name: str) -> npt.NDArray[np.int64]:
+        return self._concat([int64_column(batch, name) for batch in self.batches], np.dtype(np.int64))
+
+    def _concat(self, parts: list[npt.NDArray[Any]], dtype: np.dtype[Any]) -> npt.NDArray[Any]:
+        if len(parts) == 1:
+            return parts[0]
+        whole = np.concatenate(parts) if parts else np.empty(0, dtype)
+        self._forget()  # What was copied need not stay mapped as well.
+        return whole
+
+
+def _infos(rows: pa.RecordBatch) -> list[ShardInfo]:
+    """Return `rows` as objects; their strings are checked here, where they are read, not when the segment is opened."""
+    try:
+        rows.validate(full=True)
+        return [_info(row) for row in rows.to_pylist()]
+    except (pa.ArrowInvalid, msgspec.ValidationError) as error:
+        raise not_a_segment(str(error), "a row of it") from None
+
+
+def _info(row: dict[str, Any]) -> ShardInfo:
+    found = msgspec.convert({**row, "uid": row["uid"].hex(), "layout": _layout(row["layout"])}, ShardInfo)
+    if {bool(found.dtype), bool(found.offsets_dtype), bool(found.docs_path)} != {found.kind == "tokens"}:
+        raise not_a_segment("a shard of tokens has types and documents, one of records has none", "a row of it")
+    for path in (found.path, *filter(None, [found.docs_path])):
+        # The places of other datasets are whole URLs or paths: whether they may be named here, the storage knows.
+        if not (path.startswith("/") or "://" in path):
+            try:
+                check_key(path)
+            except ConfigError:
+                raise not_a_segment(f"{path!r} leads out of the dataset", "a row of it") from None
+    return found
+
+
+def _layout(raw: bytes) -> ShardLayout:
+    return decode(ShardLayout, raw, where="a segment's column layout") if raw else PLAIN
+
+
+def _uid64(batch: pa.RecordBatch) -> npt.NDArray[np.uint64]:
+    column = batch.column("uid")
+    raw = memoryview(cast("pa.Buffer", column.buffers()[1]))[16 * column.offset : 16 * (column.offset + len(column))]
+    return np.frombuffer(raw, dtype=">u8")[::2].astype(np.uint64)
 
 
 def load_segments(storage: Storage, commit: Commit, *, loaded: Loaded | None = None) -> Segments:

@@ -14,9 +14,9 @@ import numpy.typing as npt
 from datastore.digest import sha256_hex
 from datastore.errors import ConfigError
 from datastore.formats.tokens import Tokens, narrow_tokens, token_dtype
-from datastore.ingest.records import Reason
 from datastore.ingestion.encoding.gigatoken import open_fast
 from datastore.ingestion.encoding.reference import Encoder, Ids, ReferenceEncoder, load_tokenizer
+from datastore.ingestion.reading.documents import Reason
 from datastore.ingestion.settings import IngestSettings
 
 __all__ = ["Counts", "Encoded", "TextEncoder"]

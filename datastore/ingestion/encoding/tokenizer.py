@@ -16,9 +16,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from datastore.digest import digest_bytes
 from datastore.document import Document
 from datastore.errors import ConfigError
-from datastore.ingest.records import Record
-from datastore.ingestion.plan import make_plan, orders
-from datastore.ingestion.reading.documents import read_part
+from datastore.ingestion.plan import make_plan, work_items
+from datastore.ingestion.reading.documents import TextRecord, read_part
 from datastore.ingestion.reading.sources import list_sources
 from datastore.ingestion.settings import IngestSettings
 from datastore.storage.resolve import open_storage
@@ -101,7 +100,7 @@ def _sample(sources: Sequence[str], reading: IngestSettings, sample_bytes: int) 
     reading = msgspec.structs.replace(reading, task_bytes=_PART_BYTES)
     listing, roots = list_sources(sources, reading)
     plan = make_plan(listing, settings=reading, kind="records", reading_digest="")
-    parts = [part for order in orders(plan) for part in order.parts]
+    parts = [part for order in work_items(plan) for part in order.parts]
     parts.sort(key=lambda part: digest_bytes(f"{part[0].path} {part[1]}".encode()))
     left = sample_bytes
     for file, start, stop in parts:
@@ -109,6 +108,6 @@ def _sample(sources: Sequence[str], reading: IngestSettings, sample_bytes: int) 
             return
         url, key = roots.locate(file.path)
         for found in read_part(open_storage(url), key, file=file, span=(start, stop), settings=reading):
-            if isinstance(found, Record):
+            if isinstance(found, TextRecord):
                 left -= found.length
                 yield found.text

@@ -2,21 +2,108 @@
 
 A part is a range of a file. It is read in chunks, so memory does not grow with the file; that the file still is the
 one that was planned is checked at its end, before anything of it is marked done.
+
+From the bytes of a record to its text, or to the reason why it has none: a pure function.
+
+Strict on purpose. Bytes that are no UTF-8 are never replaced, a missing text is never an empty one: what a model
+learns from is exactly what the file says, and the rest is counted by reason and kept aside.
+
+Sources that are tables, in the formats of other libraries: their rows, or the texts in one of their columns.
 """
 
-from collections.abc import Iterator
+import json
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, Literal, NamedTuple
 
-from datastore.errors import ConflictError, MissingError, StorageError
-from datastore.ingest.records import Parser, Record, Reject, line_parser, reject, text_parser
-from datastore.ingest.split import Piece, lookback, split_records
-from datastore.ingest.tables import is_table, read_texts
+import orjson
+import pyarrow as pa
+
+from datastore.dataset.journal import SourceFile
+from datastore.errors import ConfigError, ConflictError, CorruptError, MissingError, StorageError
 from datastore.ingestion.reading.listing import SkipReason
-from datastore.ingestion.reading.sources import SourceFile
-from datastore.ingestion.reading.streams import Stream, open_stream, read_chunks
+from datastore.ingestion.reading.streams import (
+    HEAD_BYTES,
+    RecordPiece,
+    SourceStream,
+    lookback,
+    open_stream,
+    read_chunks,
+    split_records,
+)
 from datastore.ingestion.settings import IngestSettings
+from datastore.interop.base import Rows, Span
+from datastore.interop.cells import is_binary, is_text
+from datastore.interop.formats import FORMATS
 from datastore.storage.base import Storage
 
-__all__ = ["check_unchanged", "read_part", "separator_of"]
+__all__ = [
+    "Reason",
+    "Reject",
+    "TextRecord",
+    "check_unchanged",
+    "decode_rejects",
+    "encode_rejects",
+    "is_cuttable",
+    "is_table",
+    "line_parser",
+    "read_part",
+    "read_rows",
+    "read_texts",
+    "reject",
+    "separator_of",
+    "text_parser",
+]
+
+Reason = Literal[
+    "bomb",
+    "corrupt_stream",
+    "duplicate_id",
+    "empty_text",
+    "id_not_text",
+    "invalid_json",
+    "invalid_utf8",
+    "lone_surrogate",
+    "missing_text",
+    "no_tokens",
+    "nul",
+    "null_text",
+    "special_token",
+    "text_not_string",
+    "token_out_of_range",
+    "too_long",
+    "truncated",
+]
+"""Why a document was rejected; `docs/` explains each."""
+
+
+class Reject(NamedTuple):
+    """One record that gives no document."""
+
+    source: str
+    offset: int
+    reason: Reason
+    excerpt: str
+    """Its first 200 bytes; those that are no UTF-8 as `\\xNN`."""
+
+
+def encode_rejects(rejects: Sequence[Reject]) -> bytes:
+    """Return `rejects` as JSON lines."""
+    return b"".join(orjson.dumps(reject._asdict(), option=orjson.OPT_APPEND_NEWLINE) for reject in rejects)
+
+
+def decode_rejects(raw: bytes, *, where: str) -> Iterator[Reject]:
+    """Yield the rejects of the JSON lines `raw`.
+
+    Raises:
+        CorruptError: a line is damaged, as far as that shows: only people read them.
+    """
+    for line in raw.split(b"\n")[:-1]:
+        try:
+            found = Reject(**orjson.loads(line))
+        except (TypeError, ValueError) as error:
+            raise CorruptError(f"a line is no reject: {error}", where=where) from None
+        yield found
+
 
 _PROBE_BYTES = 8192
 """Where a NUL makes a file of a folder binary; git looks about as far."""
@@ -27,9 +114,21 @@ def separator_of(file: SourceFile, settings: IngestSettings) -> bytes:
     return b"\n" if file.format == "jsonl" else settings.separator.encode()
 
 
+class TextRecord(NamedTuple):
+    """One document: bytes `[offset, offset + length)` of its source hold it."""
+
+    id: str
+    source: str
+    offset: int
+    length: int
+    text: str
+    named: bool
+    """Whether the id stands in the data, so that another document may have it, too."""
+
+
 def read_part(
     storage: Storage, key: str, *, file: SourceFile, span: tuple[int, int], settings: IngestSettings
-) -> Iterator[Record | Reject | SkipReason]:
+) -> Iterator[TextRecord | Reject | SkipReason]:
     """Yield what the records of `file` that begin in the byte range `span` are, in order.
 
     A file of a folder that proves to be binary yields the one word `binary`. Offsets into a compressed file count its
@@ -58,7 +157,7 @@ def read_part(
             stop=None if file.codec else stop,
             limit_bytes=settings.max_document_bytes,
         )
-        yield from _parsed(pieces, stream, file=file, settings=settings)
+        yield from _records_of(pieces, stream, file=file, settings=settings)
     except (MissingError, StorageError) as error:
         if isinstance(error, StorageError) and error.fact != "the object ends too early":
             raise
@@ -80,9 +179,9 @@ def check_unchanged(storage: Storage, key: str, *, file: SourceFile) -> None:
         raise _changed(file)
 
 
-def _parsed(
-    pieces: Iterator[Piece], stream: Stream, *, file: SourceFile, settings: IngestSettings
-) -> Iterator[Record | Reject | SkipReason]:
+def _records_of(
+    pieces: Iterator[RecordPiece], stream: SourceStream, *, file: SourceFile, settings: IngestSettings
+) -> Iterator[TextRecord | Reject | SkipReason]:
     parse, separator = _parser(file, settings), separator_of(file, settings)
     end = 0
     for piece in pieces:
@@ -98,6 +197,9 @@ def _parsed(
             yield found
     if stream.fault is not None:
         yield reject(file.path, end, stream.fault, b"")
+
+
+Parser = Callable[[RecordPiece], TextRecord | Reject | None]
 
 
 def _parser(file: SourceFile, settings: IngestSettings) -> Parser:
@@ -120,3 +222,176 @@ def _changed(file: SourceFile) -> ConflictError:
         file=file.path,
         hint="Run the same command again when nothing writes to the source; what is done and unchanged is kept.",
     )
+
+
+_BOM = b"\xef\xbb\xbf"
+
+
+def reject(source: str, offset: int, reason: Reason, data: bytes | str) -> Reject:
+    """Return the reject for the record that begins with `data`."""
+    raw = data if isinstance(data, bytes) else data[:HEAD_BYTES].encode("utf-8", "surrogatepass")
+    return Reject(source, offset, reason, raw[:HEAD_BYTES].decode("utf-8", "backslashreplace"))
+
+
+def text_parser(source: str, *, whole: bool) -> Parser:
+    """Return the parser for a text file: the piece is the document, without a byte order mark.
+
+    If it is the `whole` file, the document is called after it, otherwise after its byte offset, too.
+    """
+
+    def parse(piece: RecordPiece) -> TextRecord | Reject | None:
+        offset, data, length = piece.offset, piece.data, piece.length
+        if offset == 0 and data.startswith(_BOM):
+            offset, data, length = 3, data[3:], length - 3
+        if length > len(data):
+            return reject(source, offset, "too_long", data)
+        try:
+            text = data.decode("utf-8")
+        except UnicodeDecodeError:
+            return reject(source, offset, "invalid_utf8", data)
+        if not whole and not text.strip():
+            return None
+        reason = _text_reason(text)
+        if reason is not None:
+            return reject(source, offset, reason, data)
+        return TextRecord(source if whole else f"{source}#{offset}", source, offset, length, text, named=False)
+
+    return parse
+
+
+def line_parser(source: str, *, text_key: str, id_key: str) -> Parser:
+    """Return the parser for JSON lines: an object with the text under one key and perhaps an id under another.
+
+    A blank line is no record.
+    """
+
+    def parse(piece: RecordPiece) -> TextRecord | Reject | None:
+        offset, data = piece.offset, piece.data
+        if offset == 0 and data.startswith(_BOM):
+            data = data[3:]
+        if piece.length > len(piece.data):
+            return reject(source, offset, "too_long", data)
+        try:
+            row = orjson.loads(data)
+        except orjson.JSONDecodeError:
+            return reject(source, offset, _why_not_json(data), data) if data.strip() else None
+        text = row.get(text_key) if isinstance(row, dict) else None
+        if type(text) is not str or not text or "\0" in text:
+            return reject(source, offset, _why_no_text(row, text_key), data)
+        name = row.get(id_key)
+        if name is None:
+            return TextRecord(f"{source}#{offset}", source, offset, piece.length, text, named=False)
+        if type(name) not in {str, int} or name == "":
+            return reject(source, offset, "id_not_text", data)
+        return TextRecord(str(name), source, offset, piece.length, text, named=True)
+
+    return parse
+
+
+def _text_reason(text: str) -> Reason | None:
+    if not text:
+        return "empty_text"
+    return "nul" if "\0" in text else None
+
+
+def _why_no_text(row: Any, text_key: str) -> Reason:
+    if not isinstance(row, dict):
+        return "invalid_json"
+    if text_key not in row:
+        return "missing_text"
+    text = row[text_key]
+    if text is None:
+        return "null_text"
+    return (_text_reason(text) or "text_not_string") if isinstance(text, str) else "text_not_string"
+
+
+def _why_not_json(data: bytes) -> Reason:
+    """Return why orjson refused `data`: it is right, but does not say whether bytes, syntax or surrogates are wrong."""
+    try:
+        text = data.decode("utf-8")
+    except UnicodeDecodeError:
+        return "invalid_utf8"
+    try:
+        row = json.loads(text)
+        json.dumps(row, ensure_ascii=False).encode("utf-8")
+    except UnicodeEncodeError:
+        return "lone_surrogate"
+    except (ValueError, RecursionError):
+        return "invalid_json"
+    return "invalid_json"  # NaN and the like: json takes what the standard forbids.
+
+
+def is_table(file: SourceFile) -> bool:
+    """Return whether `file` holds rows and columns."""
+    return file.format in FORMATS
+
+
+def is_cuttable(file: SourceFile) -> bool:
+    """Return whether ranges of `file` can be read apart."""
+    return is_table(file) and FORMATS[file.format].can_be_cut
+
+
+def read_rows(storage: Storage, key: str, *, file: SourceFile, span: Span) -> Iterator[Rows]:
+    """Yield the rows that begin in the byte range `span` of `file`, in order.
+
+    Raises:
+        CorruptError: the file is damaged.
+        ConfigError: it holds what cannot, or must not, be read.
+    """
+    yield from FORMATS[file.format].read(storage, key, span)
+
+
+def read_texts(
+    storage: Storage, key: str, *, file: SourceFile, span: Span, settings: IngestSettings
+) -> Iterator[TextRecord | Reject]:
+    """Yield what the texts of those rows are; the offset of a document is the number of its row in the file.
+
+    Raises:
+        ConfigError: there is no column of texts.
+        CorruptError: the file is damaged.
+    """
+    for first, table in read_rows(storage, key, file=file, span=span):
+        texts = _texts(table, settings.text_key, file)
+        names = table.column(settings.id_key).to_pylist() if settings.id_key in table.column_names else None
+        for row, value in enumerate(texts):
+            name = names[row] if names is not None else None
+            yield _record_of_row(value, name, file.path, row=first + row, limit_bytes=settings.max_document_bytes)
+
+
+def _texts(table: pa.Table, name: str, file: SourceFile) -> list[Any]:
+    kind = table.schema.field(name).type if name in table.column_names else None
+    if kind is None or not (is_text(kind) or is_binary(kind)):
+        raise ConfigError(
+            "the rows have no such column of text",
+            file=file.path,
+            text_key=name,
+            columns=table.column_names,
+            hint="Set text_key to the column of texts.",
+        )
+    return table.column(name).to_pylist()
+
+
+def _record_of_row(value: Any, name: Any, source: str, *, row: int, limit_bytes: int) -> TextRecord | Reject:
+    if value is None:
+        return reject(source, row, "null_text", b"")
+    raw = value if isinstance(value, bytes) else value.encode()
+    try:
+        text = raw.decode()
+    except UnicodeDecodeError:
+        return reject(source, row, "invalid_utf8", raw)
+    reason = _reason(text, raw, limit_bytes)
+    if reason is not None:
+        return reject(source, row, reason, raw)
+    if name is None:
+        return TextRecord(f"{source}#{row}", source, row, len(raw), text, named=False)
+    if type(name) not in {str, int} or name == "":
+        return reject(source, row, "id_not_text", raw)
+    return TextRecord(str(name), source, row, len(raw), text, named=True)
+
+
+def _reason(text: str, raw: bytes, limit_bytes: int) -> Reason | None:
+    if len(raw) > limit_bytes:
+        return "too_long"
+    if not text:
+        return "empty_text"
+    return "nul" if "\0" in text else None

@@ -1,18 +1,28 @@
 """What a file's name says: whether to take it, and how to read it.
 
 Names decide only what they decide surely. A file that looks like text may still turn out binary when it is read.
+
+The files of a local folder, sorted, without ever leaving it.
+
+Links are not followed: one that leads out could pull in anything the user may read, one that stays inside would give
+the same text twice, and a loop would never end. The folder itself may be named through a link.
 """
 
+import os
+from collections import Counter
+from collections.abc import Iterator
 from fnmatch import fnmatchcase
-from pathlib import PurePosixPath
+from pathlib import Path, PurePosixPath
 from typing import Literal
 
+from datastore.dataset.journal import Codec
+from datastore.dataset.log.manifest import INFO_KEY
 from datastore.errors import ConfigError
-from datastore.ingestion.reading.streams import Codec
 from datastore.ingestion.settings import IngestSettings
-from datastore.storage.base import check_key
+from datastore.storage.base import Stat, check_key
+from datastore.storage.errors import explain
 
-__all__ = ["Globs", "SkipReason", "kind_of", "odd_name"]
+__all__ = ["Globs", "SkipReason", "kind_of", "odd_name", "walk"]
 
 SkipReason = Literal[
     "binary", "dataset", "empty", "excluded", "hidden", "odd_name", "outside_root", "special_file", "symlink"
@@ -25,7 +35,9 @@ one elsewhere, which is refused.
 """
 
 _CODECS: dict[str, Codec] = {".gz": "gz", ".zst": "zst"}
+
 _LINES = {".jsonl", ".ndjson"}
+
 _COMPRESSED_TEXT = {".txt", ".md"}
 
 _BINARY_SUFFIXES = """
@@ -33,6 +45,7 @@ _BINARY_SUFFIXES = """
     npy npz o obj ogg onnx orc otf parquet pdf pkl png pt pth pyc pyd pyo rar safetensors so sqlite tar tgz tif tiff ttf
     wasm wav webm webp whl woff woff2 xz zip zst
 """
+
 _BINARY = frozenset(f".{suffix}" for suffix in _BINARY_SUFFIXES.split())
 
 
@@ -89,3 +102,49 @@ def _below(key: str, glob: str) -> bool:
     """Return whether a folder on the way to `key` matches."""
     parts = key.split("/")
     return any(_matches("/".join(parts[:end]), glob) for end in range(1, len(parts)))
+
+
+def walk(root: Path, globs: Globs, skipped: Counter[str], below: str = "") -> Iterator[Stat]:
+    """Yield the regular files below `root` (resolved) that `globs` takes; count all others in `skipped`.
+
+    Raises:
+        MissingError, StorageError: a folder cannot be read.
+    """
+    try:
+        with os.scandir(root / below) as found:
+            entries = sorted(found, key=lambda entry: os.fsencode(entry.name))
+    except OSError as error:
+        raise explain(error, key=below or ".", url=str(root)) from None
+    if any(entry.name == INFO_KEY for entry in entries):
+        skipped["dataset"] += 1
+        return
+    for entry in entries:
+        key = f"{below}/{entry.name}" if below else entry.name
+        reason = _reason_to_skip(entry, key, root, globs)
+        if reason is not None:
+            skipped[reason] += 1
+        elif entry.is_dir(follow_symlinks=False):
+            yield from walk(root, globs, skipped, key)
+        else:
+            facts = entry.stat(follow_symlinks=False)
+            yield Stat(key=key, size_bytes=facts.st_size, modified=facts.st_mtime)
+
+
+def _reason_to_skip(entry: "os.DirEntry[str]", key: str, root: Path, globs: Globs) -> SkipReason | None:
+    folder = entry.is_dir(follow_symlinks=False)
+    if entry.name.startswith("."):
+        return "hidden"
+    if globs.prunes(key) if folder else not globs.takes(key):
+        return "excluded"
+    if odd_name(key):
+        return "odd_name"
+    if entry.is_symlink():
+        return "symlink" if _stays_inside(root, key) else "outside_root"
+    return None if folder or entry.is_file(follow_symlinks=False) else "special_file"
+
+
+def _stays_inside(root: Path, key: str) -> bool:
+    try:
+        return (root / key).resolve().is_relative_to(root)
+    except (OSError, RuntimeError):  # A loop of links leads nowhere.
+        return True

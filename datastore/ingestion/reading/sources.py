@@ -9,44 +9,24 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from stat import S_ISDIR
-from typing import Annotated, Literal
+from typing import Literal
 
 import msgspec
 
+from datastore.dataset.journal import Codec, SourceFile
 from datastore.dataset.log.manifest import INFO_KEY
 from datastore.digest import digest_hex
 from datastore.document import Document
 from datastore.errors import ConfigError, MissingError
-from datastore.ingest.walk import walk
-from datastore.ingestion.reading.listing import Globs, SkipReason, kind_of, odd_name
-from datastore.ingestion.reading.streams import Codec
+from datastore.ingestion.reading.listing import Globs, SkipReason, kind_of, odd_name, walk
 from datastore.ingestion.settings import IngestSettings
-from datastore.interop.formats import FORMATS, ImportFormat
+from datastore.interop.formats import FORMATS
 from datastore.storage.base import Stat, Storage
-from datastore.storage.reasons import ABSENT, explain
-from datastore.storage.resolve import open_storage, strip_credentials
+from datastore.storage.errors import ABSENT, explain
+from datastore.storage.resolve import open_storage
+from datastore.storage.urls import strip_credentials
 
-__all__ = ["Listing", "Roots", "SourceFile", "list_sources", "read_url"]
-
-Count = Annotated[int, msgspec.Meta(ge=0)]
-
-
-class SourceFile(Document, frozen=True, kw_only=True):
-    """One file to read."""
-
-    path: str
-    """`<name of the source>/<path below it>`; a source that is one file has no second part."""
-
-    size_bytes: Count
-    modified: float
-    """Seconds since the epoch, by the clock of its storage; 0.0 if unknown."""
-
-    format: Literal["text", "jsonl", ImportFormat]
-    codec: Codec
-    lone: bool
-    """Whether the user named this very file, so that nothing about it is skipped."""
-
-    fingerprint: str
+__all__ = ["Listing", "Roots", "list_sources", "read_url"]
 
 
 class Listing(Document, frozen=True, kw_only=True):

@@ -20,26 +20,26 @@ from datastore.dataset.log.manifest import Commit
 from datastore.dataset.operations.append import Operation, commit_records
 from datastore.dataset.roots import create_at
 from datastore.dataset.shards.files import remove_unused, shard_uid, write_record_shard
-from datastore.dataset.shards.segment_file import ShardInfo
+from datastore.dataset.shards.info import ShardInfo
 from datastore.errors import ConfigError
 from datastore.formats.evolution import without_numbers
 from datastore.formats.records import RecordFormat, check_format
 from datastore.formats.schema import SchemaLike, check_rows, check_storable, decode_schema, record_schema
 from datastore.storage.base import Storage
 
-__all__ = ["RecordWriter", "writer"]
+__all__ = ["RecordWriter", "record_writer"]
 
 _SHARD_BYTES = 64 * 2**20
 
 Rows = pa.Table | pa.RecordBatch | Mapping[str, Any] | Iterable[Mapping[str, Any]]
 
 
-def writer(
+def record_writer(
     url: str | os.PathLike[str] | Storage,
     *,
     schema: SchemaLike | None = None,
     operation: Operation = "append",
-    format: RecordFormat = "arrow",  # noqa: A002 - what it is called everywhere
+    format: RecordFormat = "arrow",  # noqa: A002
 ) -> "RecordWriter":
     """Return a writer of records to the dataset at `url`, which is made if it is not there.
 

@@ -23,17 +23,16 @@ import pyarrow as pa
 
 from datastore.dataset.log.manifest import Commit, TokenizerRef
 from datastore.dataset.operations.append import commit_shards
-from datastore.dataset.shards.files import read_documents, remove_unused, shard_uid, write_token_shard
-from datastore.dataset.shards.segment_file import Segments, ShardInfo
-from datastore.dataset.shards.segments import load_segments
+from datastore.dataset.shards.files import put_tokenizer, read_documents, remove_unused, shard_uid, write_token_shard
+from datastore.dataset.shards.info import ShardInfo
+from datastore.dataset.shards.segments import Segments, load_segments
 from datastore.digest import digest_bytes
 from datastore.errors import ConfigError, ConflictError
 from datastore.formats.documents import DOCUMENTS_SCHEMA
 from datastore.formats.tokens import ColumnType, column_type, encode_tokens, narrow_tokens, token_dtype
-from datastore.ingestion.destination import Target, open_target
+from datastore.ingestion.destination import Destination, open_target
 from datastore.ingestion.settings import IngestSettings
 from datastore.storage.base import Storage
-from datastore.store.tokenizers import put_tokenizer
 
 __all__ = ["ColumnTypes", "TokenWriter", "token_writer"]
 
@@ -92,7 +91,7 @@ class TokenWriter:
 
     def __init__(
         self,
-        target: Target,
+        target: Destination,
         *,
         tokenizer: TokenizerRef | None,
         vocab_size: int,
@@ -225,7 +224,7 @@ class TokenWriter:
             remove_unused(self.storage, (path for shard in self._shards for path in (shard.path, shard.docs_path)))
 
 
-def _check_columns(target: Target, declared: Sequence[ColumnType]) -> None:
+def _check_columns(target: Destination, declared: Sequence[ColumnType]) -> None:
     """Refuse at once what a commit would refuse in the end."""
     if target.newest is None:
         return

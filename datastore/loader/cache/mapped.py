@@ -14,11 +14,11 @@ import numpy as np
 import pyarrow as pa
 from typing_extensions import override
 
-from datastore.cache.layout import I64, BlockLayout, BlockRange
-from datastore.dataset.shards.segment_file import Segments, ShardInfo
+from datastore.dataset.shards.info import ShardInfo
+from datastore.dataset.shards.segments import Segments
 from datastore.digest import DIGEST_BYTES, digest_bytes
 from datastore.errors import CorruptError, MissingError, StorageError
-from datastore.loader.cache.blocks import BlockStats, TokenBlocks, damaged
+from datastore.loader.cache.blocks import I64, BlockLayout, BlockRange, BlockStats, TokenBlocks, damaged
 from datastore.storage.base import Storage
 from datastore.storage.verified import has_digest
 

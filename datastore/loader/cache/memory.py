@@ -9,30 +9,99 @@ known, the one least recently used. A block that is fetched ahead never pushes o
 
 A hold pins its blocks before it fetches them, so they cannot be evicted under it. One thread holds, others fetch
 ahead; while the holder waits for room, no other thread takes any.
+
+One remote shard's place in memory: an anonymous map as large as its file, filled block by block.
 """
 
+import mmap
 import threading
 from collections import Counter, OrderedDict
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from itertools import islice
 
 import numpy as np
 from typing_extensions import override
 
-from datastore.cache.future import NEVER, Future
-from datastore.cache.layout import I64, BlockLayout
-from datastore.cache.region import Region
-from datastore.dataset.shards.segment_file import Segments
-from datastore.errors import ConfigError
-from datastore.loader.cache.blocks import BlockStats, TokenBlocks
+from datastore.dataset.shards.info import ShardInfo
+from datastore.dataset.shards.segments import Segments
+from datastore.digest import DIGEST_BYTES, digest_bytes
+from datastore.errors import ConfigError, MissingError, StorageError
+from datastore.loader.cache.blocks import I64, BlockLayout, BlockRange, BlockStats, TokenBlocks, damaged
+from datastore.loader.cache.prefetch import NEVER, Future
 from datastore.storage.base import Storage
+from datastore.storage.verified import has_digest
 from datastore.units import format_bytes
 
-__all__ = ["BlockCache"]
+__all__ = ["BlockCache", "Region"]
 
 _LOOKED_AT = 64
 """Blocks looked at together when one has to go."""
+
+
+class Region:
+    """The bytes of one shard. Blocks are independent: several threads may fill different ones."""
+
+    def __init__(self, storage: Storage, info: ShardInfo) -> None:
+        self._storage = storage
+        self._info = info
+        # Private: pages of a shared map would not go away by MADV_DONTNEED.
+        self._map = mmap.mmap(-1, info.size_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        self.data = memoryview(self._map).toreadonly()
+        itemsize = np.dtype(info.dtype).itemsize
+        values = self.data[info.values_start : info.values_start + info.tokens * itemsize]
+        self.tokens = values.cast("H" if itemsize == 2 else "I")
+
+    def fill(self, block: BlockRange) -> int:
+        """Fetch a block and check it; return how many times it had to be fetched again.
+
+        Raises:
+            CorruptError: its bytes are wrong each time, or the object is too short.
+            MissingError: the object is gone.
+            StorageError: the storage failed.
+        """
+        at = block.index * DIGEST_BYTES
+        wanted = self._info.block_digests[at : at + DIGEST_BYTES]
+        target = memoryview(self._map)[block.start : block.stop]
+        for attempt in range(_FETCHES):
+            self._read(block, target)
+            if digest_bytes(target) == wanted:
+                return attempt
+        if self._read_copy(block, target, wanted):
+            return _FETCHES
+        raise damaged("a block does not match its digest", shard=self._info, block=block, fetched=f"{_FETCHES} times")
+
+    def release(self, block: BlockRange) -> None:
+        """Return the memory of a block to the kernel; it reads as zeros from now on."""
+        page = mmap.PAGESIZE
+        start = -(-block.start // page) * page
+        # The rest of the last page is padding. Between blocks, a page that two share must stay.
+        last = block.stop == self._info.size_bytes
+        stop = -(-block.stop // page) * page if last else block.stop // page * page
+        if stop > start:
+            self._map.madvise(mmap.MADV_DONTNEED, start, stop - start)
+
+    def _read(self, block: BlockRange, target: memoryview) -> None:
+        try:
+            self._storage.read_into(self._info.path, block.start, target)
+        except StorageError:
+            found = self._storage.stat(self._info.path).size_bytes
+            if found < block.stop:
+                raise damaged(
+                    "the shard's file is cut short", shard=self._info, block=block, size_bytes=found
+                ) from None
+            raise
+
+    def _read_copy(self, block: BlockRange, target: memoryview, wanted: bytes) -> bool:
+        """Fill `target` from the first copy that is right, and have the others healed; return whether there is one."""
+        copies = self._storage.copies(self._info.path)
+        for copy in copies if len(copies) > 1 else ():
+            with suppress(MissingError, StorageError):
+                copy.read_into(self._info.path, block.start, target)
+                if digest_bytes(target) == wanted:
+                    self._storage.heal(self._info.path, has_digest(self._info.digest))
+                    return True
+        return False
 
 
 class BlockCache(TokenBlocks):
@@ -264,3 +333,7 @@ def _subtract(counts: Counter[int], keys: list[int]) -> None:
         counts[key] -= 1
         if not counts[key]:
             del counts[key]
+
+
+_FETCHES = 2
+"""Wrong bytes are fetched once more: the first ones may have been damaged on the way."""

@@ -19,11 +19,10 @@ from pathlib import Path
 from typing_extensions import Buffer, override
 
 from datastore.errors import DatastoreError
-from datastore.storage.backends.syscalls import Unsupported, name_if_free
+from datastore.storage.backends.syscalls import Unsupported, name_if_free, write_all
 from datastore.storage.base import Stat, Storage, check_key
-from datastore.storage.reasons import ABSENT, conflict, explain, missing, too_short
-from datastore.storage.statistics import Meter, OperationStatistics
-from datastore.storage.writeback import write_all
+from datastore.storage.errors import ABSENT, conflict, explain, missing, too_short
+from datastore.storage.statistics import OperationStatistics, RequestMeter
 
 __all__ = ["LocalStorage"]
 
@@ -49,7 +48,7 @@ class LocalStorage(Storage):
     def __init__(self, root: Path) -> None:
         self._base = str(root.absolute())
         self._exclusive = True
-        self._meter = Meter()
+        self._meter = RequestMeter()
 
     @override
     def __repr__(self) -> str:

@@ -11,8 +11,8 @@ from pathlib import Path
 from typing_extensions import Buffer, override
 
 from datastore.storage.base import Stat, Storage, check_key
-from datastore.storage.reasons import conflict, missing, too_short
-from datastore.storage.statistics import Meter, OperationStatistics
+from datastore.storage.errors import conflict, missing, too_short
+from datastore.storage.statistics import OperationStatistics, RequestMeter
 
 __all__ = ["MemoryStorage"]
 
@@ -27,7 +27,7 @@ class MemoryStorage(Storage):
     def __init__(self, name: str) -> None:
         self._name = check_key(name)
         self._values = _spaces.setdefault(name, {})
-        self._meter = Meter()
+        self._meter = RequestMeter()
 
     @override
     def __repr__(self) -> str:

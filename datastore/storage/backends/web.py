@@ -25,11 +25,10 @@ from typing_extensions import Buffer, override
 
 from datastore.errors import ConfigError
 from datastore.storage.base import ReadOnly, Stat, check_key
-from datastore.storage.ranges import fill_from
-from datastore.storage.reasons import cut_short, missing, too_short
+from datastore.storage.errors import cut_short, missing, too_short
+from datastore.storage.ranges import fill_from, ranges_at_once
 from datastore.storage.retry import Requests, RetryPolicy
 from datastore.storage.statistics import OperationStatistics
-from datastore.storage.threads import ranges_at_once
 from datastore.storage.urls import secrets_of, strip_credentials
 
 __all__ = ["WebStorage"]

@@ -15,7 +15,7 @@ from typing_extensions import Buffer, override
 from datastore.errors import ConfigError, FormatError
 from datastore.storage.as_fsspec import StoredFile
 from datastore.storage.base import ReadOnly, Stat, Storage, check_key
-from datastore.storage.reasons import missing, too_short
+from datastore.storage.errors import missing, too_short
 from datastore.storage.statistics import OperationStatistics
 
 __all__ = ["ZipStorage"]

@@ -13,13 +13,13 @@ from datastore.document import Document
 from datastore.errors import ConfigError, ConflictError, MissingError
 from datastore.storage.base import Storage
 from datastore.storage.resolve import open_storage
-from datastore.train.assembly import build_model
 from datastore.training.export.huggingface import HuggingFaceModel, read_folder, write_folder
 from datastore.training.hooks.base import HookSet, RunState, make_hooks
 from datastore.training.hooks.quantize import Quantize, QuantizeSettings
 from datastore.training.model import GPT
 from datastore.training.optim import make_optimizer
 from datastore.training.run.folder import RunConfig, RunFolder, is_run, open_split
+from datastore.training.trainer import build_model
 
 __all__ = ["QUANTIZATIONS", "Exported", "export", "open_model"]
 

@@ -1,22 +1,39 @@
 """What one step of a run consumed, down to file, byte and text: computed again, not looked up.
 
 The record says at which position a step began; dataset and order say the rest. Nothing was logged per sample.
+
+The proof that a run consumed its planned samples, each exactly once, read from its own record.
+
+One process plans every step again from dataset, seed and settings, reads the tokens again, and compares: cursors follow
+each other from 0, every step's fingerprint is that of the samples and tokens that were planned, and within an epoch no
+sample comes twice. Neither the number of ranks nor the number of interruptions is known to it.
+
+Each step is read from the version of the dataset that its session read. If that version has been purged, the samples of a
+step are proven by the plan, which deletions do not change, and its tokens where none of them has been deleted since.
 """
 
-from dataclasses import dataclass
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from itertools import groupby
 from typing import Any
 
+import msgspec
 import numpy as np
 
 from datastore.checkpoint.checkpointer import Checkpointer
 from datastore.dataset.snapshot import Dataset
 from datastore.errors import ConfigError, MissingError
-from datastore.loader.place import Place
+from datastore.loader.batch import Batch
+from datastore.loader.loader import Loader
+from datastore.loader.order.samples import Gaps
+from datastore.loader.settings import Rank
 from datastore.loader.trace import DocumentSpan, Tracer, plan_step
-from datastore.training.run.folder import RunConfig, RunFolder, Session, open_split, own_versions
-from datastore.training.run.record import Record, StepEntry, read_segments
+from datastore.training.run.data import Versions
+from datastore.training.run.folder import RunConfig, RunFolder, RunSession, open_split, own_versions
+from datastore.training.run.record import ConsumptionRecord, StepEntry, read_segments
 
-__all__ = ["History", "StepTrace", "TracedSample", "TracedSpan", "read_history", "trace"]
+__all__ = ["Proof", "StepHistory", "StepTrace", "TracedSample", "TracedSpan", "prove", "read_history", "trace"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,7 +92,7 @@ class StepTrace:
 
 
 @dataclass(frozen=True, slots=True)
-class History:
+class StepHistory:
     """How the newest checkpoint came to be."""
 
     loader: dict[str, Any]
@@ -85,14 +102,14 @@ class History:
     """Every step that led to it, in order, with the session that took it."""
 
 
-def read_history(folder: RunFolder) -> History:
+def read_history(folder: RunFolder) -> StepHistory:
     """Return the history of a run up to its newest sound checkpoint.
 
     Raises:
         MissingError: the run has no checkpoint yet.
         CorruptError: the record or every checkpoint is damaged.
     """
-    record = Record()
+    record = ConsumptionRecord()
     loader: dict[str, Any] = {}
     with Checkpointer(folder.storage) as checkpointer:
         if checkpointer.latest() is None:
@@ -101,7 +118,7 @@ def read_history(folder: RunFolder) -> History:
             )
         checkpointer.restore({"record": record, "data": loader}, partial=True)
     segments = read_segments(folder.storage, record.last)
-    return History(loader, [(_session_of(key), entry) for key, entries in segments for entry in entries])
+    return StepHistory(loader, [(_session_of(key), entry) for key, entries in segments for entry in entries])
 
 
 def trace(run: str, step: int, *, rank: int | None = None, limit: int = 0) -> StepTrace:
@@ -132,7 +149,7 @@ def trace(run: str, step: int, *, rank: int | None = None, limit: int = 0) -> St
         dataset,
         history.loader | {"cursor": entry.cursor, "version": dataset.version},
         global_batch=entry.samples,
-        place=Place() if rank is None else Place(rank, world),
+        rank=Rank() if rank is None else Rank(rank, world),
     )
     chosen = np.argsort(plan.positions)[: limit or None]
     tracer = Tracer(dataset, seq_len=config.settings.data.seq_len, deletions=config.settings.loader.deletions)
@@ -153,7 +170,7 @@ def trace(run: str, step: int, *, rank: int | None = None, limit: int = 0) -> St
     )
 
 
-def _dataset_of(config: RunConfig, session: Session) -> Dataset:
+def _dataset_of(config: RunConfig, session: RunSession) -> Dataset:
     """Return the training data as `session` read it; if that version is gone, as it is now, without what was purged."""
     try:
         return open_split(config, session.data or own_versions(config)).training
@@ -178,3 +195,152 @@ def _traced(tracer: Tracer, span: DocumentSpan, *, known: bool) -> TracedSpan:
 
 def _session_of(key: str) -> str:
     return key.removesuffix(".jsonl").rpartition("-")[2]
+
+
+_SHOWN = 5
+
+
+@dataclass(frozen=True, slots=True)
+class Proof:
+    """What was compared, and what differs."""
+
+    steps: int
+    samples: int
+    """Consumed by all steps."""
+
+    distinct: int
+    """Different ones among them."""
+
+    epoch_samples: int
+    """Samples in one pass over the training data."""
+
+    sessions: int
+    """Sessions that took these steps."""
+
+    worlds: list[int]
+    """How many ranks each of them had."""
+
+    purged: int = 0
+    """Steps with tokens that cannot be compared any more: their version is gone, and they have been deleted since."""
+
+    problems: list[str] = field(default_factory=list)
+    """Empty: every sample of the planned order was consumed exactly once."""
+
+    @property
+    def holds(self) -> bool:
+        """Whether there is no problem."""
+        return not self.problems
+
+
+def prove(run: str) -> Proof:
+    """Compare the record of `run` with its plan, up to its newest checkpoint. Reads all tokens of those steps again.
+
+    Raises:
+        MissingError: there is no run, or it has no checkpoint yet.
+        CorruptError: the record or the dataset is damaged.
+    """
+    folder = RunFolder.open(run)
+    config = folder.config()
+    history = read_history(folder)
+    sessions = [folder.session(name) for name in dict.fromkeys(session for session, _ in history.steps)]
+    count: _Count | None = None
+    problems: list[str] = []
+    cursor = 0
+    for session, (_, steps) in zip(sessions, groupby(history.steps, key=lambda step: step[0]), strict=True):
+        with _reader_of(config, history, session.data or own_versions(config), cursor=cursor) as reader:
+            count = count or _Count(reader.loader.samples_per_epoch)
+            for _, entry in steps:
+                problems += _compare(entry, reader, count)
+            cursor = reader.loader.cursor
+    count = count or _Count(0)
+    return Proof(
+        steps=len(history.steps),
+        samples=count.samples,
+        distinct=int(count.ever.sum()),
+        epoch_samples=len(count.ever),
+        sessions=len(sessions),
+        worlds=[session.world for session in sessions],
+        purged=count.purged,
+        problems=problems[:_SHOWN],
+    )
+
+
+class _Count:
+    """Which samples came, in this epoch and ever. Memory: two bytes for each sample of an epoch."""
+
+    def __init__(self, epoch_samples: int) -> None:
+        self.samples = self.purged = 0
+        self.ever = np.zeros(epoch_samples, np.bool_)
+        self._epoch = -1
+        self._seen = np.zeros(epoch_samples, np.bool_)
+
+    def add(self, batch: Batch) -> int:
+        """Count the samples of `batch`; return how many of them had come before in their epoch."""
+        again = 0
+        epochs = batch.positions // len(self.ever)
+        for epoch in np.unique(epochs):
+            if epoch != self._epoch:
+                self._epoch = int(epoch)
+                self._seen[:] = False
+            samples = batch.samples[epochs == epoch]
+            again += len(samples) - len(np.unique(samples[~self._seen[samples]]))
+            self._seen[samples] = True
+            self.ever[samples] = True
+        self.samples += len(batch.samples)
+        return again
+
+
+@dataclass(frozen=True, slots=True)
+class _Reader:
+    """A loader of all samples of each step."""
+
+    loader: Loader
+    later: Gaps | None
+    """What is deleted in the version that it reads, if that is a later one than was trained on."""
+
+    def hides(self, batch: Batch) -> bool:
+        """Return whether tokens of `batch` are deleted that may not have been when they were trained on."""
+        if self.later is None:
+            return False
+        begin = batch.samples * self.loader.seq_len
+        first, last = self.later.touched(begin, begin + self.loader.seq_len + 1)
+        return bool((last > first).any())
+
+
+@contextmanager
+def _reader_of(config: RunConfig, history: StepHistory, versions: Versions, *, cursor: int) -> Iterator[_Reader]:
+    """Yield a reader of the steps from `cursor` on, of a session that read `versions`."""
+    exact = True
+    try:
+        dataset = open_split(config, versions).training
+    except MissingError:
+        dataset, exact = open_split(config).training, False
+    data = config.settings.data
+    with Loader(
+        dataset,
+        seq_len=data.seq_len,
+        global_batch=data.global_batch,
+        seed=data.seed,
+        options=config.settings.loader,
+    ) as loader:
+        loader.load_state_dict(history.loader | {"cursor": cursor, "version": dataset.version})
+        yield _Reader(loader, None if exact or not dataset.deleted_spans.size else Gaps(dataset.deleted_spans))
+
+
+def _compare(entry: StepEntry, reader: _Reader, count: _Count) -> list[str]:
+    """Return what is wrong with one step."""
+    batch = next(reader.loader)
+    planned = StepEntry(
+        step=entry.step,
+        cursor=batch.cursor,
+        samples=len(batch.samples),
+        fingerprint=f"{batch.fingerprint():016x}",
+    )
+    if planned.fingerprint != entry.fingerprint and reader.hides(batch):
+        count.purged += 1
+        planned = msgspec.structs.replace(planned, fingerprint=entry.fingerprint)
+    again = count.add(batch)
+    problems = [f"step {entry.step} has samples that came before in this epoch: {again}"] if again else []
+    if entry != planned:
+        problems.append(f"step {entry.step} was planned as {planned}, and recorded as {entry}")
+    return problems

@@ -4,6 +4,16 @@ By default the last `holdout` of the token stream, which is what was ingested la
 datasets of their own: the same shards, some counted as shorter than they are. The cut is a number of tokens, so it may go
 through a shard, and no sample straddles it. The price: the end of the stream is no random choice. Who wants another one
 ingests it as a dataset of its own and names that as `data.validation`.
+
+Which versions of its datasets a run reads: documents may be deleted while it goes on.
+
+A run is bound to the shards it began with. When it goes on, it reads the newest version that still begins with them, and
+what has been deleted in it is masked: every sample stays at its step, so nothing else changes. Each session records what it
+read, so that what it consumed can be computed again. A run stays with the version it began with if that version is named in
+`data.url`, or if deleted documents are left out (`loader.deletions = "compact"`), which moves every sample after them.
+
+The price: two runs of the same settings differ if documents were deleted in between, and one that was interrupted then
+differs from one that was not. That is what a delete asks for.
 """
 
 from dataclasses import dataclass
@@ -16,17 +26,31 @@ import numpy.typing as npt
 import pyarrow as pa
 from typing_extensions import override
 
-from datastore.dataset.shards.segment_file import SEGMENT_SCHEMA, Segments, ShardLayout
-from datastore.dataset.snapshot import Dataset
-from datastore.errors import ConfigError
+from datastore.dataset.shards.info import ShardLayout
+from datastore.dataset.shards.segment_file import SEGMENT_SCHEMA
+from datastore.dataset.shards.segments import Segments
+from datastore.dataset.snapshot import Dataset, open_dataset, split_reference
+from datastore.document import Document
+from datastore.errors import ConfigError, MissingError, ResumeError
 from datastore.loader.loader import Loader
-from datastore.loader.place import Place
-from datastore.loader.settings import LoaderOptions
+from datastore.loader.settings import DeletionMode, LoaderSettings, Rank
+from datastore.loader.state import shards_fingerprint
 
-__all__ = ["Split", "Stretch", "ValidationSamples", "make_split"]
+__all__ = [
+    "DatasetRef",
+    "Split",
+    "Stretch",
+    "ValidationSamples",
+    "Versions",
+    "make_split",
+    "open_at",
+    "ref_of",
+    "version_to_read",
+]
 
 _VALIDATION_SEED = 0
-_DEFAULTS = LoaderOptions()
+
+_DEFAULTS = LoaderSettings()
 
 
 class Stretch(Dataset):
@@ -71,7 +95,7 @@ class Split:
     validation: Dataset
 
     def samples(
-        self, count: int, *, seq_len: int, place: Place, options: LoaderOptions = _DEFAULTS
+        self, count: int, *, seq_len: int, rank: Rank, options: LoaderSettings = _DEFAULTS
     ) -> ValidationSamples:
         """Return this rank's part of `count` validation samples.
 
@@ -92,18 +116,18 @@ class Split:
                 seq_len=seq_len,
                 hint="Raise data.holdout, name a data.validation dataset, or set eval.every = 0.",
             )
-        shared = count >= place.world
+        shared = count >= rank.world
         loader = Loader(
             self.validation,
             seq_len=seq_len,
             global_batch=count,
             seed=_VALIDATION_SEED,
-            place=place if shared else Place(),
-            options=LoaderOptions(deletions=options.deletions, end_of_text=options.end_of_text),
+            rank=rank if shared else Rank(),
+            options=LoaderSettings(deletions=options.deletions, end_of_text=options.end_of_text),
         )
         with loader:
             batch = next(loader)
-        rows = len(batch.tokens) if shared or place.rank == 0 else 0
+        rows = len(batch.tokens) if shared or rank.rank == 0 else 0
         mask = batch.loss_mask
         return ValidationSamples(batch.tokens[:rows], count, mask if mask is None else mask[:rows])
 
@@ -179,3 +203,102 @@ def _moved_layouts(batch: pa.RecordBatch, skipped: npt.NDArray[np.int64]) -> "pa
             layouts[shard] = msgspec.json.encode(msgspec.structs.replace(layout, columns=moved))
     found: pa.Array[Any] = pa.array(layouts, SEGMENT_SCHEMA.field("layout").type)
     return found
+
+
+class DatasetRef(Document, frozen=True, kw_only=True):
+    """A dataset at one version."""
+
+    uuid: str
+    version: int
+    shards: int = 0
+    """How many it has; 0 if that was not noted yet."""
+
+    fingerprint: str = ""
+    """Names them."""
+
+
+class Versions(Document, frozen=True, kw_only=True):
+    """What a session reads."""
+
+    training: int
+    validation: int = 0
+    """0: there is no other dataset for it."""
+
+
+def ref_of(dataset: Dataset) -> DatasetRef:
+    """Return what binds a run to `dataset`."""
+    shards = len(dataset.segments)
+    fingerprint = shards_fingerprint(dataset.segments, shards=shards)
+    return DatasetRef(uuid=dataset.uuid, version=dataset.version, shards=shards, fingerprint=fingerprint)
+
+
+def version_to_read(url: str, ref: DatasetRef, *, deletions: DeletionMode) -> int:
+    """Return the newest version that differs from `ref` by deletions (and perhaps later shards) only, or `ref`'s own.
+
+    Raises:
+        MissingError: there is no dataset any more.
+    """
+    base, name = split_reference(url)
+    newest = open_dataset(base)
+    if name or deletions == "compact" or not ref.shards or newest.uuid != ref.uuid:
+        return ref.version
+    own = _readable(base, ref.version)
+    found, beyond = own or newest, newest.version
+    if _begins_with(newest, ref):
+        found = newest
+    else:
+        # The versions that begin with the run's shards follow each other: the last one before the shards were replaced.
+        low = ref.version
+        while beyond - low > 1:
+            middle = (low + beyond) // 2
+            one = _readable(base, middle)
+            if one is not None and not _begins_with(one, ref):
+                beyond = middle
+            else:
+                low, found = middle, one or found
+        if not _begins_with(found, ref):
+            return ref.version
+    unchanged = own is not None and own.commit.deletions == found.commit.deletions
+    return ref.version if unchanged else found.version
+
+
+def open_at(url: str, ref: DatasetRef, *, version: int) -> Dataset:
+    """Return the shards of `ref` as they are in `version`.
+
+    Raises:
+        MissingError: that version is not there any more.
+        ResumeError: another dataset lies at the URL, or that version has other shards.
+    """
+    dataset = open_dataset(split_reference(url)[0], version=version)
+    if dataset.uuid != ref.uuid:
+        raise ResumeError(
+            "another dataset lies at this URL",
+            url=dataset.url,
+            expected_uuid=ref.uuid,
+            found_uuid=dataset.uuid,
+            hint="Put the dataset of the run back, or set data.url to where it lies now.",
+        )
+    if not ref.shards or version == ref.version:
+        return dataset
+    if not _begins_with(dataset, ref):
+        raise ResumeError(
+            "the version does not have the shards of the run",
+            url=dataset.url,
+            version=version,
+            hint=f"Use version {ref.version}, or start a new run.",
+        )
+    if len(dataset.segments) == ref.shards:
+        return dataset
+    return Stretch(dataset, start=0, stop=int(dataset.segments.tokens[: ref.shards].sum()))
+
+
+def _begins_with(dataset: Dataset, ref: DatasetRef) -> bool:
+    segments = dataset.segments
+    return len(segments) >= ref.shards and shards_fingerprint(segments, shards=ref.shards) == ref.fingerprint
+
+
+def _readable(url: str, version: int) -> Dataset | None:
+    try:
+        return open_dataset(url, version=version)
+    except MissingError:
+        return None

@@ -16,23 +16,23 @@ import msgspec
 from datastore.dataset.snapshot import open_dataset
 from datastore.document import Sealed, decode, encode, seal, unseal
 from datastore.errors import ConfigError, MissingError, ResumeError
+from datastore.host import utc_now
 from datastore.storage.base import Storage
-from datastore.storage.resolve import open_storage, strip_credentials
-from datastore.train.versions import DatasetRef, Versions, open_at, ref_of, version_to_read
-from datastore.training.run.data import Split, make_split
+from datastore.storage.resolve import open_storage
+from datastore.storage.urls import strip_credentials
+from datastore.training.run.data import DatasetRef, Split, Versions, make_split, open_at, ref_of, version_to_read
 from datastore.training.settings import Settings, changed_keys
 
 __all__ = [
     "CONFIG_KEY",
     "RunConfig",
     "RunFolder",
-    "Session",
+    "RunSession",
     "decode_config",
     "encode_config",
     "new_session",
     "open_split",
     "own_versions",
-    "utc_now",
     "versions_to_read",
 ]
 
@@ -55,7 +55,7 @@ class RunConfig(Sealed, frozen=True, kw_only=True):
     """UTC, ISO 8601."""
 
 
-class Session(Sealed, frozen=True, kw_only=True):
+class RunSession(Sealed, frozen=True, kw_only=True):
     """`sessions/<session>.json`: one process group that worked on a run."""
 
     session: str
@@ -153,22 +153,22 @@ class RunFolder:
         """Make `config` that of the run; only the holder of the lock may."""
         self.storage.put(CONFIG_KEY, seal(config))
 
-    def add_session(self, session: Session) -> None:
+    def add_session(self, session: RunSession) -> None:
         """Store the record of a session that begins to take steps."""
         self.storage.put(f"sessions/{session.session}.json", seal(session))
 
     def threads_before(self, world: int) -> int:
         """Return how many threads the last session with as many ranks gave each; 0 if there was none."""
         for found in reversed(list(self.storage.list("sessions"))):
-            session = unseal(Session, self.storage.get(found.key), where=found.key)
+            session = unseal(RunSession, self.storage.get(found.key), where=found.key)
             if session.world == world:
                 return session.threads
         return 0
 
-    def session(self, name: str) -> Session:
+    def session(self, name: str) -> RunSession:
         """Return the record of one session."""
         key = f"sessions/{name}.json"
-        return unseal(Session, self.storage.get(key), where=key)
+        return unseal(RunSession, self.storage.get(key), where=key)
 
 
 def is_run(storage: Storage) -> bool:
@@ -260,8 +260,3 @@ def _without_secrets(settings: Settings) -> Settings:
         settings.data, url=strip_credentials(settings.data.url), validation=strip_credentials(settings.data.validation)
     )
     return msgspec.structs.replace(settings, data=data)
-
-
-def utc_now() -> str:
-    """Return the time as documents store it."""
-    return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())

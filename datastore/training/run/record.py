@@ -14,13 +14,11 @@ from typing import Annotated, Any
 import msgspec
 
 from datastore.digest import check_digest, digest_hex
-from datastore.document import Document, decode
+from datastore.document import Count, Document, decode
 from datastore.errors import CorruptError
 from datastore.storage.base import Storage
 
-__all__ = ["Record", "SegmentLink", "StepEntry", "read_segments", "record_bytes"]
-
-Count = Annotated[int, msgspec.Meta(ge=0)]
+__all__ = ["ConsumptionRecord", "SegmentLink", "StepEntry", "read_segments", "record_bytes"]
 
 
 class StepEntry(Document, frozen=True, kw_only=True):
@@ -47,7 +45,7 @@ class _Head(Document, frozen=True, kw_only=True):
     previous: SegmentLink
 
 
-class Record:
+class ConsumptionRecord:
     """The record of a run while it grows. `last` and the lines not yet written are the same on every rank."""
 
     def __init__(self) -> None:

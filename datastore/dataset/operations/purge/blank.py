@@ -21,7 +21,7 @@ import pyarrow.compute as pc
 import pyarrow.types as pt
 
 from datastore.dataset.shards.files import read_documents, read_record_shard, read_token_shard, write_record_shard
-from datastore.dataset.shards.segment_file import ShardInfo
+from datastore.dataset.shards.info import ShardInfo
 from datastore.digest import block_digests, digest_bytes, digest_hex
 from datastore.errors import ConfigError
 from datastore.formats.documents import encode_documents

@@ -2,34 +2,49 @@
 
 A plan names what the purge has written and what it will remove, so that whoever comes after a crash can finish it
 without knowing what was purged. Neither names an id: sha256 only, which whoever can guess an id can confirm.
+
+What is left of documents that no version to be kept has: files that only old versions name, and journals of ingests.
+
+`vacuum` removes what no version needs in its own time, found by listing. A purge cannot wait, and must be able to say what
+it removed: so this asks the log itself, every version of it, and gives names. It costs one read per version, and
+one per segment that is in no version to be kept.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import PurePosixPath
-from typing import Annotated
+from typing import Any
 
 import msgspec
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
 
-from datastore.dataset.durability.parity import parity_keys
-from datastore.dataset.log.commits import CommitLog, utc_now
+from datastore.dataset.journal import clear_journals
+from datastore.dataset.log.commits import CommitLog, read_history
+from datastore.dataset.log.manifest import Commit, SegmentRef
 from datastore.dataset.log.tags import list_tags, read_tag, remove_tag
 from datastore.dataset.operations.purge.blank import blank_name, is_blank
-from datastore.dataset.shards.segment_file import ShardInfo
+from datastore.dataset.shards.info import ShardInfo
+from datastore.dataset.shards.inventory import data_paths, files_of, index_keys, paths_of
+from datastore.dataset.shards.parity_groups import parity_keys
 from datastore.dataset.snapshot import Dataset
-from datastore.document import Sealed, seal, unseal
+from datastore.document import Count, Hex32, Sealed, Sha256, Version, seal, unseal
 from datastore.errors import CorruptError, MissingError, StorageError
+from datastore.host import utc_now
 from datastore.storage.base import Storage
 from datastore.storage.placed import PlacedStorage, lost_roots
-from datastore.store.leftovers import clear_journals, data_paths, files_of, index_keys, read_history
-from datastore.store.parallel import in_parallel
+from datastore.threads import in_parallel
 
 __all__ = [
-    "Outcome",
+    "Leftovers",
     "PurgeCertificate",
+    "PurgeOutcome",
     "certificate_key",
     "deleted_shards",
     "end_of_text",
+    "find_leftovers",
     "finish_plan",
     "forget_plan",
     "keep_plan",
@@ -40,12 +55,8 @@ __all__ = [
 ]
 
 _FOLDER = "purges"
-_PLANS = "purges/plans"
 
-Count = Annotated[int, msgspec.Meta(ge=0)]
-Version = Annotated[int, msgspec.Meta(ge=1)]
-Hex32 = Annotated[str, msgspec.Meta(pattern="^[0-9a-f]{32}$")]
-Sha256 = Annotated[str, msgspec.Meta(pattern="^[0-9a-f]{64}$")]
+_PLANS = "purges/plans"
 
 
 class PurgeCertificate(Sealed, frozen=True, kw_only=True):
@@ -89,14 +100,14 @@ class PurgeCertificate(Sealed, frozen=True, kw_only=True):
 
 
 @dataclass(frozen=True, slots=True)
-class Outcome:
+class PurgeOutcome:
     """What the end of a purge has made and found."""
 
     certificate: PurgeCertificate
     unfinished_ingests: tuple[str, ...]
 
 
-def finish_plan(dataset: Dataset, plan: PurgeCertificate) -> Outcome:
+def finish_plan(dataset: Dataset, plan: PurgeCertificate) -> PurgeOutcome:
     """Remove what `plan`, whose commit stands, says is left; read all of it back; store the certificate.
 
     Safe to do twice, and by two at once. What the newest version names is not removed, whatever the plan says.
@@ -129,7 +140,7 @@ def finish_plan(dataset: Dataset, plan: PurgeCertificate) -> Outcome:
     )
     certificate = _stored(storage, certificate, folder=_FOLDER)
     forget_plan(storage, plan)
-    return Outcome(certificate, journals.unfinished)
+    return PurgeOutcome(certificate, journals.unfinished)
 
 
 def _check_blank(dataset: Dataset, plan: PurgeCertificate) -> int:
@@ -243,3 +254,53 @@ def _stored(storage: Storage, document: PurgeCertificate, *, folder: str) -> Pur
     sealed = unseal(PurgeCertificate, raw, where=folder)
     storage.put(f"{folder}/{sealed.digest}.json", raw)
     return sealed
+
+
+@dataclass(frozen=True, slots=True)
+class Leftovers:
+    """What versions before `oldest` need that those from it on do not."""
+
+    oldest: int
+    """The first version after all those that name one of `data`."""
+
+    data: tuple[str, ...]
+    """Shards and documents files."""
+
+    index: tuple[str, ...]
+    """Segments and tables of deletions."""
+
+
+def find_leftovers(storage: Storage, history: Sequence[Commit], new: Commit) -> Leftovers:
+    """Return what is left over once `new` has followed the versions of `history`, oldest first.
+
+    What lies in another dataset is no leftover of this one. Segments that are gone say nothing any more.
+    """
+    kept = {ref.digest for ref in new.segments}
+    refs = {ref.digest: ref for commit in history for ref in commit.segments if ref.digest not in kept}
+    found = [paths for paths in in_parallel(partial(_paths_if_there, storage), refs.values()) if paths is not None]
+    paths = pa.chunked_array([paths for _, paths in found], pa.string())
+    gone = _others(paths, data_paths(storage, new.segments))
+    holders, start = set[str](), 0
+    for digest, own in found:
+        if gone[start : start + len(own)].any():
+            holders.add(digest)
+        start += len(own)
+    oldest = 1 + max((c.version for c in history if any(ref.digest in holders for ref in c.segments)), default=0)
+    data = paths.filter(pa.array(gone)).unique().to_pylist()
+    index = {key for commit in history[: oldest - 1] for key in index_keys(commit)}
+    index -= {key for commit in [*history[oldest - 1 :], new] for key in index_keys(commit)}
+    return Leftovers(oldest=oldest, data=tuple(sorted(str(path) for path in data)), index=tuple(sorted(index)))
+
+
+def _paths_if_there(storage: Storage, ref: SegmentRef) -> tuple[str, Any] | None:
+    try:
+        return ref.digest, paths_of(storage, ref)
+    except MissingError:
+        return None
+
+
+def _others(paths: Any, kept: Any) -> Any:
+    """Return which of `paths` are not among `kept`."""
+    if not len(paths):
+        return np.zeros(0, np.bool_)
+    return ~pc.is_in(paths, value_set=kept.combine_chunks()).to_numpy(zero_copy_only=False)

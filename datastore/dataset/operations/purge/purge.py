@@ -17,10 +17,9 @@ from functools import partial
 import msgspec
 import pyarrow.compute as pc
 
-from datastore.dataset.durability.parity import drop_parity
-from datastore.dataset.log.commits import CommitLog, writer_name
+from datastore.dataset.journal import journal_files
+from datastore.dataset.log.commits import CommitLog, read_history
 from datastore.dataset.log.manifest import Commit, sum_refs
-from datastore.dataset.operations.append import draft_commit, publish
 from datastore.dataset.operations.delete import FoundDocuments, commit_deletion, find_documents
 from datastore.dataset.operations.purge.blank import BlankedShard, blank_shard
 from datastore.dataset.operations.purge.plan import (
@@ -28,6 +27,7 @@ from datastore.dataset.operations.purge.plan import (
     certificate_key,
     deleted_shards,
     end_of_text,
+    find_leftovers,
     finish_plan,
     forget_plan,
     keep_plan,
@@ -38,20 +38,25 @@ from datastore.dataset.operations.purge.plan import (
 )
 from datastore.dataset.operations.selection import Selection
 from datastore.dataset.operations.transaction import (
-    Target,
-    changing,
-    open_to_change,
-    replace_shards,
+    DatasetLike,
+    draft_commit,
+    explain_expiry,
+    open_for_change,
+    publish,
+    remove_orphans,
     require_unchanged,
-    withdraw,
 )
-from datastore.dataset.shards.segment_file import ShardInfo
+from datastore.dataset.shards.info import ShardInfo
+from datastore.dataset.shards.inventory import data_paths, files_of
+from datastore.dataset.shards.parity_groups import drop_parity
+from datastore.dataset.shards.segments import replace_shards
 from datastore.dataset.snapshot import Dataset
 from datastore.digest import sha256_hex
 from datastore.errors import ConfigError, ConflictError, MissingError
+from datastore.host import package_name
 from datastore.storage.base import Storage
-from datastore.store.leftovers import data_paths, files_of, find_leftovers, is_elsewhere, journal_files, read_history
-from datastore.store.parallel import in_parallel
+from datastore.storage.wrappers import is_link
+from datastore.threads import in_parallel
 
 __all__ = ["PurgeReport", "finish_purges", "purge"]
 
@@ -106,7 +111,7 @@ class PurgeReport:
 
 
 def purge(
-    target: Target,
+    target: DatasetLike,
     *,
     ids: Iterable[str] | None = None,
     sources: Iterable[str] = (),
@@ -128,9 +133,9 @@ def purge(
         StorageError: a place of the dataset cannot be reached, or failed. Purge again to finish.
     """
     started = time.monotonic()
-    dataset = open_to_change(target)
+    dataset = open_for_change(target)
     require_all_places(dataset.storage)
-    with changing(dataset, operation="purge"):
+    with explain_expiry(dataset, operation="purge"):
         resumed = () if dry_run else finish_purges(dataset)
         found = _found(dataset, ids, sources, where)
         report = replace(_outlook(dataset, found), resumed=resumed)
@@ -204,7 +209,7 @@ def _found(
 
 
 def _blank(dataset: Dataset, shard: ShardInfo) -> BlankedShard:
-    if is_elsewhere(shard.path):
+    if is_link(shard.path):
         raise ConfigError(
             "the documents lie in the dataset from which this one was cloned",
             url=dataset.url,
@@ -237,7 +242,7 @@ def _purged(dataset: Dataset, found: FoundDocuments, report: PurgeReport, *, dro
         commit = publish(storage, dataset.info, build)
     except (ConfigError, ConflictError):
         _forget(storage, plans)  # Nothing of it is committed, for certain.
-        withdraw(dataset, {each.shard.uid: files_of([each.shard]) for each in blanked})
+        remove_orphans(dataset, {each.shard.uid: files_of([each.shard]) for each in blanked})
         raise
     _forget(storage, [plan for plan in plans if plan.digest != commit.config_digest])
     if not plans or plans[-1].digest != commit.config_digest:
@@ -280,7 +285,7 @@ def _planned(current: Dataset, blanked: Sequence[BlankedShard]) -> tuple[Commit,
         oldest=left.oldest,
         oldest_before=before.min_version,
         begun=draft.time,
-        writer=writer_name(),
+        writer=package_name(),
         documents=sum(each.documents for each in blanked),
         tokens=sum(each.tokens for each in blanked),
         ids_sha256=tuple(sorted(sha256_hex(name.encode()) for each in blanked for name in each.ids)),

@@ -1,0 +1,95 @@
+"""An item: something with state, its name and its skeleton."""
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import msgspec
+import torch
+
+from datastore.checkpoint.format.tree import PackedTree, pack
+from datastore.checkpoint.tensors import describe
+from datastore.digest import digest_hex
+from datastore.errors import ConfigError
+
+__all__ = ["PerRank", "item_digests", "item_key", "pack_item", "unwrapped"]
+
+_ITEM_NAME = re.compile(r"[A-Za-z0-9_.-]+")
+
+_WRAPPER = "_orig_mod"
+
+
+@dataclass(frozen=True, slots=True)
+class PerRank:
+    """An item of which each rank has its own, such as the state of a random generator; restored in the same world only."""
+
+    state: Any
+
+
+def item_key(name: str, item: Any, rank: int) -> str:
+    """Return the name that `item` is stored under.
+
+    Raises:
+        ConfigError: not a name.
+    """
+    if not isinstance(name, str) or not _ITEM_NAME.fullmatch(name) or name == "__metadata__":
+        hint = "Use letters, digits, '.', '_' and '-'."
+        raise ConfigError("not a name for an item of a checkpoint", name=name, hint=hint)
+    return f"{name}@{rank}" if isinstance(item, PerRank) else name
+
+
+def pack_item(name: str, item: Any, rank: int) -> PackedTree[torch.Tensor]:
+    """Return the state of one item as a skeleton and tensors.
+
+    Raises:
+        ConfigError: it has no state, or a leaf of it cannot be stored.
+    """
+    key = item_key(name, item, rank)
+    return pack(_state_of(key, item.state if isinstance(item, PerRank) else item), name=key, describe=describe)
+
+
+def _state_of(name: str, item: Any) -> dict[str, Any]:
+    if isinstance(item, dict):
+        return item
+    if isinstance(item, torch.nn.Module):
+        return _module_state(name, unwrapped(item))
+    if callable(getattr(item, "state_dict", None)) and callable(getattr(item, "load_state_dict", None)):
+        state = item.state_dict()
+        if isinstance(state, dict):
+            return state
+        raise ConfigError("state_dict() did not return a dict", item=name, type=type(state).__name__)
+    hint = "Pass a dict, or an object with state_dict() and load_state_dict()."
+    raise ConfigError("this item has no state to save", item=name, type=type(item).__name__, hint=hint)
+
+
+def unwrapped(module: torch.nn.Module) -> torch.nn.Module:
+    """Return the module inside `torch.compile`, `DistributedDataParallel` and `DataParallel`."""
+    while True:
+        inner = getattr(module, _WRAPPER, None)
+        if not isinstance(inner, torch.nn.Module) and type(module).__name__ in {
+            "DistributedDataParallel",
+            "DataParallel",
+        }:
+            inner = getattr(module, "module", None)
+        if not isinstance(inner, torch.nn.Module):
+            return module
+        module = inner
+
+
+def _module_state(name: str, module: torch.nn.Module) -> dict[str, Any]:
+    state = module.state_dict()
+    plain = {_plain_name(key): value for key, value in state.items()}
+    if len(plain) < len(state):
+        raise ConfigError("two tensors have one name", item=name, hint=f"Rename what is called {_WRAPPER!r}.")
+    return plain
+
+
+def _plain_name(key: str) -> str:
+    """Return a parameter's name without the level that `torch.compile` puts around compiled submodules."""
+    return ".".join(part for part in key.split(".") if part != _WRAPPER)
+
+
+def item_digests(items: Mapping[str, Any]) -> dict[str, str]:
+    """Return a digest of each skeleton: equal on two ranks exactly if their values and tensor shapes are."""
+    return {name: digest_hex(msgspec.json.encode(skeleton, order="deterministic")) for name, skeleton in items.items()}

@@ -1,0 +1,3 @@
+"""The floor."""
+
+__all__: list[str] = []

@@ -1,0 +1,100 @@
+"""Model FLOPs utilization: the arithmetic that training a token needs, over what the device could do in that time.
+
+    6 x parameters + 12 x layers x width x seq_len     FLOPs per token, forward and backward, attention not halved for causality
+
+Source: A. Chowdhery et al., "PaLM", arXiv:2204.02311, appendix B; peaks from the makers' data sheets, dense bf16.
+"""
+
+from dataclasses import dataclass
+
+import torch
+
+from datastore.errors import ConfigError
+from datastore.host import cores
+from datastore.training.distributed import Ranks
+from datastore.training.launcher import Launch
+from datastore.training.settings import ModelSettings, StepSettings
+
+__all__ = ["Machine", "autocast", "device_name", "flops_per_token", "peak_flops", "pick_device", "use_machine"]
+
+
+def pick_device(wanted: str, launch: Launch) -> torch.device:
+    """Return the device of this rank for the setting "auto", "cpu" or "cuda".
+
+    Raises:
+        ConfigError: "cuda" without a GPU for each rank of this machine.
+    """
+    found = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if wanted == "cpu" or (wanted == "auto" and not found):
+        return torch.device("cpu")
+    if found <= launch.local_rank:
+        raise ConfigError(
+            "not enough GPUs",
+            found=found,
+            ranks_here=launch.local_world,
+            hint='Start fewer, or set train.device = "cpu".',
+        )
+    return torch.device("cuda", launch.local_rank)
+
+
+def device_name(device: torch.device) -> str:
+    """Return what a person calls the device."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else f"cpu ({cores()} cores)"
+
+
+def autocast(device: torch.device, precision: str) -> torch.autocast:
+    """Return the context in which matrices are multiplied in "bf16" or "fp32"."""
+    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=precision == "bf16")
+
+
+@dataclass(frozen=True, slots=True)
+class Machine:
+    """What the settings that say "auto" became here."""
+
+    precision: str
+    compiled: bool
+    threads: int
+
+
+def use_machine(settings: StepSettings, ranks: Ranks, *, threads: int) -> Machine:
+    """Set torch up for this rank; `threads` is what an earlier session used, 0 if there was none."""
+    device = ranks.device
+    threads = settings.threads or threads or max(1, cores() // ranks.launch.local_world)
+    torch.set_num_threads(threads)
+    # On a CPU every kernel used here gives the same bits each time; the switch would only slow down what is not used.
+    torch.use_deterministic_algorithms(settings.deterministic and device.type == "cuda", warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+        native = torch.cuda.is_bf16_supported()
+    else:
+        able = torch.cpu.get_capabilities()
+        native = bool(able.get("amx_bf16") or able.get("avx512_bf16") or able.get("bf16"))
+    precision = settings.precision if settings.precision != "auto" else ("bf16" if native else "fp32")
+    compiled = device.type == "cuda" if settings.compile == "auto" else settings.compile
+    return Machine(precision, compiled, threads)
+
+
+_PEAKS = {
+    "B200": 2250e12,
+    "H200": 989e12,
+    "H100 PCIe": 756e12,
+    "H100": 989e12,
+    "A100": 312e12,
+    "L40S": 362e12,
+    "L4": 121e12,
+    "RTX 4090": 165e12,
+}
+
+
+def flops_per_token(shape: ModelSettings, *, parameters: int, seq_len: int) -> float:
+    """Return the FLOPs of training on one token; `parameters` counts a tied embedding once, as it is multiplied once."""
+    return 6.0 * parameters + 12.0 * shape.layers * shape.width * seq_len
+
+
+def peak_flops(device: torch.device) -> float | None:
+    """Return the peak of `device` per second in bf16; None if it is not known."""
+    if device.type != "cuda":
+        return None
+    name = torch.cuda.get_device_name(device)
+    return next((peak for part, peak in _PEAKS.items() if part in name), None)
