@@ -17,7 +17,7 @@ from datastore.checkpoint.checkpointer import Checkpointer
 from datastore.checkpoint.format.manifest import StepCommit
 from datastore.checkpoint.items import PerRank
 
-ROOT = Path(__file__).parents[2] / "schemas" / "golden"
+ROOT = Path(__file__).parents[3] / "schemas" / "golden"
 STEPS = (10, 20)
 
 
