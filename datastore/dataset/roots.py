@@ -16,18 +16,26 @@ from pathlib import Path
 import msgspec
 
 from datastore.dataset.log.identity import PROBE_FOLDER, create_dataset, read_info
-from datastore.dataset.log.keys import commit_key
+from datastore.dataset.log.keys import BEHIND_FOLDER, behind_key, commit_key, is_data, is_immutable
 from datastore.dataset.log.manifest import INFO_KEY, DatasetInfo, Placement, RootRef
 from datastore.document import seal
 from datastore.errors import ConfigError, ConflictError, FormatError, MissingError
-from datastore.storage.base import Storage, probe_exclusive
+from datastore.storage.base import Root, Storage, probe_exclusive
 from datastore.storage.hedging import Answers, all_answers
-from datastore.storage.placed import PlacedStorage
-from datastore.storage.rendezvous import BEHIND_FOLDER, Root, behind_key
+from datastore.storage.placed import PlacedStorage, Rules
 from datastore.storage.resolve import open_storage
 from datastore.storage.wrappers import Subfolder
 
-__all__ = ["RootChange", "change_roots", "create_at", "open_roots", "place_dataset", "same_place", "store_info"]
+__all__ = [
+    "RootChange",
+    "change_roots",
+    "create_at",
+    "open_roots",
+    "place_dataset",
+    "placement_rules",
+    "same_place",
+    "store_info",
+]
 
 _LOGGER = logging.getLogger(__name__)
 
@@ -83,8 +91,12 @@ def _assemble(storage: Storage, info: DatasetInfo) -> tuple[Storage, DatasetInfo
     behind = {roots[index].id for index, one in found.values.items() if _placement(one) != placement}
     marks = all_answers([partial(_marks, roots[index].storage) for index in found.values], _OPEN_S)
     behind.update(*marks.values.values())
-    placed = PlacedStorage(roots, copies=placement.copies, url=storage.url, guard=INFO_KEY, behind=behind)
-    return placed, newest
+    return PlacedStorage(roots, placement_rules(placement.copies), url=storage.url, behind=behind), newest
+
+
+def placement_rules(copies: int, *, guard: str = INFO_KEY) -> Rules:
+    """Return how the keys of a dataset with that many copies are placed."""
+    return Rules(copies=copies, is_data=is_data, is_immutable=is_immutable, behind_key=behind_key, guard=guard)
 
 
 def _infos(roots: Sequence[Root]) -> Answers[DatasetInfo]:

@@ -1,7 +1,8 @@
 """The contract between this package and any byte store.
 
-Eight methods are enough for the whole package, and a ninth that says what they cost. A backend that passes `datastore.testing.StorageContract`
-can hold a dataset and a run; nothing else about it matters.
+Nineteen members: two properties and eight methods that a backend must have, and nine with a default, five of which say
+what a storage on several disks is made of. A backend that passes `datastore.testing.StorageContract` can hold a dataset
+and a run; nothing else about it matters.
 
 Promises every backend keeps:
 
@@ -21,7 +22,7 @@ Asked once, when a dataset is created; the answer is recorded there. It costs th
 import os
 import re
 import uuid
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol, runtime_checkable
@@ -31,7 +32,7 @@ from typing_extensions import Buffer, override
 from datastore.errors import ConfigError, ConflictError
 from datastore.storage.statistics import OperationStatistics
 
-__all__ = ["ReadOnly", "Stat", "Storage", "StorageLike", "check_key", "probe_exclusive"]
+__all__ = ["ReadOnly", "Root", "Stat", "Storage", "StorageLike", "check_key", "probe_exclusive"]
 
 _BAD_KEY = re.compile(r"[\\\x00-\x1f\ud800-\udfff]|(?:\A|/)(?:\.{0,2}|\.(?:[^/]*\.)?tmp)(?:/|\Z)")
 """A bad character anywhere, or a part that is empty, dots, or a temporary name."""
@@ -45,6 +46,14 @@ class Stat:
     size_bytes: int
     modified: float
     """Seconds since the epoch, by the backend's clock; 0.0 if it does not say."""
+
+
+@dataclass(frozen=True, slots=True)
+class Root:
+    """One of the places of a storage. Its id, not its address, decides what lies there: a disk may be mounted elsewhere."""
+
+    id: str
+    storage: "Storage"
 
 
 @runtime_checkable
@@ -126,7 +135,7 @@ class Storage(Protocol):
         return {}
 
     def copies(self, key: str) -> "Sequence[Storage]":
-        """Return the places that should each hold all of `key`, the one to read first first; by default this one.
+        """Return the places that should each hold all of `key`, in the order in which to read them; by default this one.
 
         Who finds that the bytes are not what was written asks the others, then calls `heal`.
         """
@@ -144,6 +153,23 @@ class Storage(Protocol):
         With `dry_run` nothing is removed. The default is for backends on which nothing is left: it finds nothing.
         """
         del before, dry_run
+        return ()
+
+    def roots(self) -> "Sequence[Root]":
+        """Return the places that it is made of, the one that decides first; by default itself, whose id is empty."""
+        return (Root("", self),)
+
+    def homes(self, key: str) -> "Sequence[Root]":
+        """Return the roots that should have `key`, the first to ask first; by default all there are."""
+        check_key(key)
+        return self.roots()
+
+    def lost(self) -> "Sequence[str]":
+        """Return the URLs of the roots that are not there now; by default none."""
+        return ()
+
+    def behind(self) -> "Collection[str]":
+        """Return the ids of the roots that have missed a write; by default none."""
         return ()
 
 

@@ -19,6 +19,7 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Collection, Iterator, Sequence
+from dataclasses import dataclass
 from functools import partial
 from itertools import groupby
 from pathlib import Path
@@ -26,15 +27,14 @@ from typing import TypeVar
 
 from typing_extensions import Buffer, override
 
-from datastore.dataset.log.keys import is_data, is_immutable
 from datastore.errors import ConflictError, DatastoreError, MissingError, StorageError
-from datastore.storage.base import Stat, Storage, check_key
+from datastore.storage.base import Root, Stat, Storage, check_key
 from datastore.storage.errors import missing
 from datastore.storage.hedging import Answers, Patience, all_answers, first_answer
-from datastore.storage.rendezvous import Root, behind_key, rank_roots
+from datastore.storage.rendezvous import rank_roots
 from datastore.storage.statistics import OperationStatistics, add_statistics
 
-__all__ = ["PlacedStorage", "lost_roots"]
+__all__ = ["PlacedStorage", "Rules"]
 
 T = TypeVar("T")
 
@@ -47,9 +47,24 @@ _AVOID_S = 30.0
 _LOGGER = logging.getLogger(__name__)
 
 
-def lost_roots(storage: Storage) -> Urls:
-    """Return the URLs of the roots of `storage` that are not there now; of a storage in one place, none."""
-    return storage.lost() if isinstance(storage, PlacedStorage) else ()
+@dataclass(frozen=True, slots=True)
+class Rules:
+    """What has to be known of the keys to place them; whoever lays them out knows it."""
+
+    copies: int
+    """How many copies there should be of what is data."""
+
+    is_data: Callable[[str], bool]
+    """Whether a key lies on some roots only."""
+
+    is_immutable: Callable[[str], bool]
+    """Whether a key never has other bytes than its first ones, so that any good copy is as good as another."""
+
+    behind_key: Callable[[str], str]
+    """The key that says that the root of this id has missed a write."""
+
+    guard: str = ""
+    """A root is there if it holds this key; empty: it is taken to be there."""
 
 
 class PlacedStorage(Storage):
@@ -58,22 +73,19 @@ class PlacedStorage(Storage):
     def __init__(
         self,
         roots: Sequence[Root],
+        rules: Rules,
         *,
-        copies: int,
         url: str = "",
-        guard: str = "",
         behind: Collection[str] = (),
         patience: Patience = Patience(),  # noqa: B008 - frozen
     ) -> None:
-        self.roots = tuple(roots)
-        self.width = copies
-        """How many copies there should be of what is data."""
+        self.rules = rules
         self.patience = patience
-        self.behind = set(behind)
+        self._roots = tuple(roots)
+        self._behind = set(behind)
         self.healed: list[tuple[str, str]] = []
         """Key and URL of each copy that was written anew."""
         self._url = url or roots[0].storage.url
-        self._guard = guard
         self._ids = [root.id for root in roots]
         self._slow_until: dict[str, float] = {}
         self._told: set[str] = set()
@@ -81,7 +93,7 @@ class PlacedStorage(Storage):
 
     @override
     def __repr__(self) -> str:
-        return f"PlacedStorage({[root.storage.url for root in self.roots]!r}, copies={self.width})"
+        return f"PlacedStorage({[root.storage.url for root in self._roots]!r}, copies={self.rules.copies})"
 
     @property
     @override
@@ -92,7 +104,7 @@ class PlacedStorage(Storage):
     @property
     @override
     def exclusive(self) -> bool:
-        return self.roots[0].storage.exclusive
+        return self._roots[0].storage.exclusive
 
     @override
     def get(self, key: str) -> bytes:
@@ -121,9 +133,9 @@ class PlacedStorage(Storage):
     @override
     def put(self, key: str, *chunks: Buffer) -> None:
         first = self._decider(key)
-        if not is_data(key):
+        if not self.rules.is_data(key):
             self._write([first], lambda storage: storage.put(key, *chunks))
-        self._spread(key, chunks, done=[] if is_data(key) else [first])
+        self._spread(key, chunks, done=[] if self.rules.is_data(key) else [first])
 
     @override
     def put_new(self, key: str, *chunks: Buffer) -> None:
@@ -134,7 +146,7 @@ class PlacedStorage(Storage):
     @override
     def delete(self, key: str) -> None:
         first = self._decider(key)
-        others = [root for root in self.roots if root is not first]
+        others = [root for root in self._roots if root is not first]
         answers = self._try_all(others, lambda storage: storage.delete(key))
         for index, error in answers.errors.items():
             self._falls_behind(others[index], key, error)
@@ -143,13 +155,13 @@ class PlacedStorage(Storage):
 
     @override
     def list(self, folder: str = "") -> Iterator[Stat]:
-        data = not folder or is_data(f"{folder}/")
+        data = not folder or self.rules.is_data(f"{folder}/")
         if folder:
             check_key(folder)
-        roots = list(self.roots) if data else self._trusted()
+        roots = list(self._roots) if data else self._trusted()
         answers = self._try_all(roots, _nothing)
         failed = len(answers.errors)
-        if failed and failed >= (self.width if data else len(roots)):
+        if failed and failed >= (self.rules.copies if data else len(roots)):
             raise next(iter(answers.errors.values()))
         lists = [_tagged(roots[index], folder) for index in sorted(answers.values)]
         for key, found in groupby(heapq.merge(*lists, key=lambda item: item[0].key), key=lambda item: item[0].key):
@@ -167,35 +179,43 @@ class PlacedStorage(Storage):
 
     @override
     def statistics(self) -> dict[str, OperationStatistics]:
-        return add_statistics(root.storage.statistics() for root in self.roots)
+        return add_statistics(root.storage.statistics() for root in self._roots)
 
     @override
     def clear_unfinished(self, *, before: float, dry_run: bool = False) -> Sequence[Stat]:
-        found = self._try_all(self.roots, lambda storage: storage.clear_unfinished(before=before, dry_run=dry_run))
+        found = self._try_all(self._roots, lambda storage: storage.clear_unfinished(before=before, dry_run=dry_run))
         return [stat for stats in found.values.values() for stat in stats]
 
     @override
     def copies(self, key: str) -> Sequence[Storage]:
         homes = self.homes(check_key(key))
-        late = [] if is_data(key) else [root for root in self.roots if root not in homes]
+        late = [] if self.rules.is_data(key) else [root for root in self._roots if root not in homes]
         return [root.storage for root in (*homes, *late)]
 
     @override
     def heal(self, key: str, is_good: Callable[[bytes], bool]) -> None:
-        if key in self._healing or not is_immutable(key):
+        if key in self._healing or not self.rules.is_immutable(key):
             return
         self._healing.add(key)
         threading.Thread(target=self._heal, args=(key, is_good), name="datastore-heal", daemon=True).start()
 
-    def homes(self, key: str) -> Roots:
-        """Return the roots that should have `key`, the first to ask first."""
-        ranked = self._ranked(key)
-        return ranked[: self.width] if is_data(key) else ranked
+    @override
+    def roots(self) -> Roots:
+        return self._roots
 
+    @override
+    def behind(self) -> Collection[str]:
+        return self._behind
+
+    @override
+    def homes(self, key: str) -> Roots:
+        ranked = self._ranked(key)
+        return ranked[: self.rules.copies] if self.rules.is_data(key) else ranked
+
+    @override
     def lost(self) -> Urls:
-        """Return the URLs of the roots that are not there now."""
-        answers = self._try_all(self.roots, _nothing)
-        return [self.roots[index].storage.url for index in sorted(answers.errors)]
+        answers = self._try_all(self._roots, _nothing)
+        return [self._roots[index].storage.url for index in sorted(answers.errors)]
 
     def heal_now(self, key: str, is_good: Callable[[bytes], bool]) -> Urls:
         """Write the copies of `key` anew that are not good; return the URLs of their roots, none if no copy is good."""
@@ -237,8 +257,8 @@ class PlacedStorage(Storage):
         return raw if raw is not None and is_good(raw) else None
 
     def _ranked(self, key: str) -> Roots:
-        if is_data(key):
-            return [self.roots[index] for index in rank_roots(self._ids, key)]
+        if self.rules.is_data(key):
+            return [self._roots[index] for index in rank_roots(self._ids, key)]
         return self._trusted()
 
     def _order(self, key: str) -> Roots:
@@ -248,13 +268,13 @@ class PlacedStorage(Storage):
 
     def _trusted(self) -> Roots:
         """Return the roots that have missed nothing; the first is among them, for it decides."""
-        return [root for root in self.roots if root is self.roots[0] or root.id not in self.behind]
+        return [root for root in self._roots if root is self._roots[0] or root.id not in self._behind]
 
     def _read(self, key: str, read: Callable[[Storage], T]) -> T:
         roots = self._order(check_key(key))
         answers = self._ask(roots, read)
-        if not answers.values and not is_data(key) and not any(map(_says_missing, answers.errors.values())):
-            roots = [root for root in self.roots if root.id in self.behind] or roots
+        if not answers.values and not self.rules.is_data(key) and not any(map(_says_missing, answers.errors.values())):
+            roots = [root for root in self._roots if root.id in self._behind] or roots
             answers = self._ask(roots, read)
         for index, value in answers.values.items():
             self._note_gap(key, [roots[other] for other in answers.errors if other < index])
@@ -271,7 +291,7 @@ class PlacedStorage(Storage):
     def _note_gap(self, key: str, roots: Sequence[Root]) -> None:
         """Another root had to be asked than `roots`; those of them that should have `key` get it again."""
         homes = {root.id for root in self.homes(key)}
-        if any(root.id in homes for root in roots) and is_immutable(key):
+        if any(root.id in homes for root in roots) and self.rules.is_immutable(key):
             for root in roots:
                 self._tell(root, f"it could not give {key}; another root did")
             self.heal(key, lambda _: True)
@@ -282,18 +302,18 @@ class PlacedStorage(Storage):
         checks = self._try_all(absent, _nothing)
         failed = [error for error in answers.errors.values() if not _says_missing(error)]
         failed += checks.errors.values()
-        if not failed or (checks.values and not is_data(key)):
+        if not failed or (checks.values and not self.rules.is_data(key)):
             return missing(key=key, url=self._url)
         return failed[0]
 
     def _decider(self, key: str) -> Root:
         """Return the root that decides whether `key` is there; nothing is written without the first root of all."""
         check_key(key)
-        answers = self._try_all(self.roots[:1], _nothing)
+        answers = self._try_all(self._roots[:1], _nothing)
         for error in answers.errors.values():
             raise StorageError(
                 "the first root of the dataset is not there, so nothing can be written",
-                root=self.roots[0].storage.url,
+                root=self._roots[0].storage.url,
                 cause=str(error),
                 hint="Mount it again; or, if its disk is gone, run `datastore repair URL --promote`.",
             ) from None
@@ -302,10 +322,10 @@ class PlacedStorage(Storage):
     def _spread(self, key: str, chunks: Sequence[Buffer], *, done: Sequence[Root]) -> None:
         """Write `key` to all roots that it should lie on, or others in their place, besides those that have it."""
         homes = self.homes(key)
-        spare = [root for root in self._ranked(key) if root not in homes] if is_data(key) else []
+        spare = [root for root in self._ranked(key) if root not in homes] if self.rules.is_data(key) else []
         todo = [root for root in homes if root not in done]
-        if not is_data(key):
-            todo += [root for root in self.roots if root not in homes]  # Behind, and maybe back.
+        if not self.rules.is_data(key):
+            todo += [root for root in self._roots if root not in homes]  # Behind, and maybe back.
         written = len(done)
         failures: list[tuple[Root, DatastoreError]] = []
         while todo:
@@ -327,9 +347,9 @@ class PlacedStorage(Storage):
         return all_answers([partial(self._guarded, root, call) for root in roots], self.patience.write_s)
 
     def _guarded(self, root: Root, call: Callable[[Storage], T]) -> T:
-        if self._guard:
+        if self.rules.guard:
             try:
-                root.storage.stat(self._guard)
+                root.storage.stat(self.rules.guard)
             except MissingError:
                 raise StorageError(
                     "a root of the dataset is not there",
@@ -341,9 +361,9 @@ class PlacedStorage(Storage):
     def _falls_behind(self, root: Root, key: str, error: DatastoreError) -> None:
         """Record that `root` has missed a write, so that `repair` finds it and readers do not believe it."""
         self._tell(root, f"it missed {key} ({error}); run `datastore repair` when it is back")
-        self.behind.add(root.id)
-        others = [other for other in self.roots if other is not root]
-        marked = self._try_all(others, partial(_mark, key=behind_key(root.id), text=f"missed {key}\n"))
+        self._behind.add(root.id)
+        others = [other for other in self._roots if other is not root]
+        marked = self._try_all(others, partial(_mark, key=self.rules.behind_key(root.id), text=f"missed {key}\n"))
         if others and not marked.values:
             raise error
 

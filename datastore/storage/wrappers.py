@@ -3,14 +3,14 @@
 A wrapper of your own inherits from `WrappedStorage` and overrides what it changes.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from pathlib import Path
 from threading import Lock
 
 from typing_extensions import Buffer, override
 
 from datastore.errors import ConfigError
-from datastore.storage.base import Stat, Storage, check_key
+from datastore.storage.base import Root, Stat, Storage, check_key
 from datastore.storage.statistics import OperationStatistics, add_statistics
 from datastore.storage.urls import join_url
 
@@ -104,6 +104,23 @@ class WrappedStorage(Storage):
     def clear_unfinished(self, *, before: float, dry_run: bool = False) -> Sequence[Stat]:
         return self.inner.clear_unfinished(before=before, dry_run=dry_run)
 
+    @override
+    def roots(self) -> Sequence[Root]:
+        return self.inner.roots()
+
+    @override
+    def homes(self, key: str) -> Sequence[Root]:
+        storage, name = self._place(key)
+        return storage.homes(name)
+
+    @override
+    def lost(self) -> Sequence[str]:
+        return self.inner.lost()
+
+    @override
+    def behind(self) -> Collection[str]:
+        return self.inner.behind()
+
     def _place(self, key: str) -> tuple[Storage, str]:
         """Return where the bytes of `key` are, and what they are called there."""
         return self.inner, key
@@ -138,6 +155,17 @@ class Subfolder(WrappedStorage):
     @override
     def clear_unfinished(self, *, before: float, dry_run: bool = False) -> Sequence[Stat]:
         return ()  # Who clears up does so at the root.
+
+    @override
+    def roots(self) -> Sequence[Root]:
+        return [self._below(root) for root in super().roots()]
+
+    @override
+    def homes(self, key: str) -> Sequence[Root]:
+        return [self._below(root) for root in super().homes(key)]
+
+    def _below(self, root: Root) -> Root:
+        return Root(root.id, Subfolder(root.storage, self._prefix))
 
     @override
     def _place(self, key: str) -> tuple[Storage, str]:

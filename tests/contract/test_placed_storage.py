@@ -5,18 +5,19 @@ from pathlib import Path
 
 import pytest
 
+from datastore.dataset.roots import placement_rules
 from datastore.storage.backends.local import LocalStorage
 from datastore.storage.backends.memory import MemoryStorage
-from datastore.storage.base import Storage
+from datastore.storage.base import Root, Storage
 from datastore.storage.placed import PlacedStorage
-from datastore.storage.rendezvous import Root
 from datastore.storage.wrappers import Subfolder
 from datastore.testing.storage import StorageContract
 
 
 def on_disks(folder: Path, *, roots: int, copies: int) -> PlacedStorage:
     return PlacedStorage(
-        [Root(str(number), LocalStorage(folder / f"disk{number}")) for number in range(roots)], copies=copies
+        [Root(str(number), LocalStorage(folder / f"disk{number}")) for number in range(roots)],
+        placement_rules(copies, guard=""),
     )
 
 
@@ -44,7 +45,7 @@ class TestTwoCopiesOnThreeRoots(StorageContract):
     @pytest.fixture
     def storage(self) -> Storage:
         roots = [Root(str(number), MemoryStorage(uuid.uuid4().hex)) for number in range(3)]
-        return Subfolder(PlacedStorage(roots, copies=2), "docs")
+        return Subfolder(PlacedStorage(roots, placement_rules(2, guard="")), "docs")
 
 
 class TestOneRootOfTwoIsGone(StorageContract):
@@ -55,4 +56,4 @@ class TestOneRootOfTwoIsGone(StorageContract):
         first = LocalStorage(tmp_path / "there")
         first.put("guard", b"x")
         roots = [Root("0", first), Root("1", LocalStorage(tmp_path / "not mounted"))]
-        return Subfolder(PlacedStorage(roots, copies=2, guard="guard"), "log")
+        return Subfolder(PlacedStorage(roots, placement_rules(2, guard="guard")), "log")

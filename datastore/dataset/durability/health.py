@@ -5,7 +5,7 @@ are there from the listing, and what parity could make again from its groups. Wh
 """
 
 import os
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 
@@ -18,9 +18,7 @@ from datastore.dataset.shards.parity_groups import Group
 from datastore.dataset.shards.segments import Segments, load_segment
 from datastore.dataset.snapshot import Dataset, open_dataset
 from datastore.errors import DatastoreError
-from datastore.storage.base import Storage
-from datastore.storage.placed import PlacedStorage
-from datastore.storage.rendezvous import Root
+from datastore.storage.base import Root, Storage
 
 __all__ = ["Health", "RootLoss", "health"]
 
@@ -85,9 +83,8 @@ def health(url: str | os.PathLike[str] | Storage) -> Health:
         DatastoreError: the dataset cannot be opened, or a root that is there cannot be listed.
     """
     dataset = open_dataset(url)
-    storage = dataset.storage
     look = _Look(dataset)
-    copies = storage.width if isinstance(storage, PlacedStorage) else 1
+    copies = dataset.info.placement.copies if dataset.info.placement else 1
     alone = {member.path for member in unprotected(dataset, look.groups)} if copies == 1 else set()
     return Health(
         url=dataset.url,
@@ -107,10 +104,9 @@ class _Look:
 
     def __init__(self, dataset: Dataset) -> None:
         storage = dataset.storage
-        placed = storage if isinstance(storage, PlacedStorage) else None
-        self.roots: Sequence[Root] = placed.roots if placed else [Root("", storage)]
-        self.behind: Collection[str] = placed.behind if placed else ()
-        lost = set(placed.lost()) if placed else set()
+        self.roots = storage.roots()
+        self.behind = storage.behind()
+        lost = set(storage.lost())
         self.lost = {root.id for root in self.roots if root.storage.url in lost}
         self.shards = list(dataset.segments)
         self.versions = list(_segments_of_versions(dataset))
@@ -118,7 +114,7 @@ class _Look:
         self.sizes = {path: size for shard in self.shards for path, size in _files(shard)}
         self.sizes |= {group.path: group.size_bytes for group in self.groups}
         self.paths = list(self.sizes)
-        self.homes = {path: {root.id for root in placed.homes(path)} if placed else {""} for path in self.paths}
+        self.homes = {path: {root.id for root in storage.homes(path)} for path in self.paths}
         self.there: dict[str, set[str]] = {path: set() for path in self.paths}
         for root in self.roots:
             for stat in root.storage.list() if root.id not in self.lost else ():

@@ -10,11 +10,10 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 from datastore.dataset.log.commits import HINT_KEY, is_commit
-from datastore.dataset.log.keys import is_data, is_immutable
+from datastore.dataset.log.keys import BEHIND_FOLDER, is_data, is_immutable
 from datastore.digest import digest_hex, sha256_hex
 from datastore.errors import DatastoreError, MissingError
-from datastore.storage.base import Storage
-from datastore.storage.rendezvous import BEHIND_FOLDER, Root
+from datastore.storage.base import Root, Storage
 from datastore.storage.verified import has_digest
 
 __all__ = ["Finding", "equalize", "soundness"]

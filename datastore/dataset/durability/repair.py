@@ -14,7 +14,7 @@ from datastore.dataset.durability.blocks import File, Rebuilder, Room, files_of,
 from datastore.dataset.durability.mirrors import Finding, equalize, soundness
 from datastore.dataset.log.commits import HINT_KEY, CommitLog
 from datastore.dataset.log.identity import CARD_KEY, card_text
-from datastore.dataset.log.keys import deletions_key, is_data, parity_table_key, segment_key, tokenizer_key
+from datastore.dataset.log.keys import behind_key, deletions_key, is_data, parity_table_key, segment_key, tokenizer_key
 from datastore.dataset.log.manifest import INFO_KEY, Commit, Hint, oldest_readable
 from datastore.dataset.log.tags import list_tags, read_tagged
 from datastore.dataset.roots import RootChange, change_roots, open_roots, store_info
@@ -23,9 +23,7 @@ from datastore.dataset.shards.segments import Segments, load_segment
 from datastore.dataset.snapshot import Dataset, open_dataset
 from datastore.document import seal
 from datastore.errors import DatastoreError
-from datastore.storage.base import Storage
-from datastore.storage.placed import PlacedStorage
-from datastore.storage.rendezvous import Root, behind_key
+from datastore.storage.base import Root, Storage
 from datastore.threads import in_parallel
 from datastore.units import Progress
 
@@ -90,7 +88,7 @@ def repair(
     survey = _Survey(open_dataset(storage), storage, places)
     survey.run(progress, dry_run=dry_run)
     findings += survey.findings
-    lost = tuple(root.storage.url for root in _roots(storage) if root.id not in {place.id for place in places})
+    lost = tuple(root.storage.url for root in storage.roots() if root.id not in {place.id for place in places})
     if not dry_run:
         _trust_again(places, findings)
         _write_cards(survey.dataset, places)
@@ -107,21 +105,17 @@ def repair(
     )
 
 
-def _roots(storage: Storage) -> Sequence[Root]:
-    return storage.roots if isinstance(storage, PlacedStorage) else [Root("", storage)]
-
-
 def _places(storage: Storage, change: RootChange) -> list[Root]:
     """Return the roots that can be read and written, those that are being filled among them."""
-    lost = set(storage.lost()) if isinstance(storage, PlacedStorage) else set()
+    lost = set(storage.lost())
     return [
-        root for root in _roots(storage) if root.storage.url not in lost or root.id in change.filled | change.returned
+        root for root in storage.roots() if root.storage.url not in lost or root.id in change.filled | change.returned
     ]
 
 
 def _small(storage: Storage, places: Sequence[Root], change: RootChange, *, dry_run: bool) -> Iterator[Finding]:
     """Repair what is not data."""
-    behind = storage.behind if isinstance(storage, PlacedStorage) else set()
+    behind = storage.behind()
     trusted = [root for root in places if root.id not in change.filled and (root.id not in behind or root is places[0])]
     alone = len(places) == 1
     if alone and not soundness(HINT_KEY)(_bytes(storage, HINT_KEY)) and not dry_run:
@@ -216,10 +210,8 @@ class _Survey:
 
     def _homes(self, path: str) -> list[Root]:
         """Return the roots that should have `path`, as far as they are there."""
-        storage = self.storage
-        homes = storage.homes(path) if isinstance(storage, PlacedStorage) else self.places
         there = {root.id for root in self.places}
-        return [root for root in homes if root.id in there]
+        return [root for root in self.storage.homes(path) if root.id in there]
 
     def _look(self, file: File, room: Room) -> dict[str, str]:
         """Return what is wrong with the copies of `file`, by the id of their root."""
@@ -247,7 +239,7 @@ class _Survey:
 
     def _tidy(self) -> None:
         """Remove copies from where they do not belong, now that all are where they do: a full disk sent them there."""
-        if not isinstance(self.storage, PlacedStorage):
+        if len(self.storage.roots()) == 1:
             return
         for root in self.places:
             strays = [

@@ -3,6 +3,9 @@
 import re
 
 __all__ = [
+    "BEHIND_FOLDER",
+    "PARITY_TABLES",
+    "behind_key",
     "commit_key",
     "deletions_key",
     "is_data",
@@ -44,6 +47,15 @@ def deletions_key(digest: str) -> str:
 def segment_key(digest: str) -> str:
     """Return the key of the segment with that digest."""
     return f"_segments/{digest}.arrow"
+
+
+BEHIND_FOLDER = "_behind"
+"""Marks of roots that have missed a write, by id."""
+
+
+def behind_key(root_id: str) -> str:
+    """Return the key that says that a root has missed something."""
+    return f"{BEHIND_FOLDER}/{root_id}"
 
 
 _DATA = ("shards/", "docs/", "parity/")

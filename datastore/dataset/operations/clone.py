@@ -25,7 +25,6 @@ from datastore.dataset.shards.segments import load_segment
 from datastore.dataset.snapshot import Dataset, open_dataset
 from datastore.errors import ConfigError, ConflictError
 from datastore.storage.base import Storage, StorageLike
-from datastore.storage.placed import PlacedStorage
 from datastore.storage.urls import join_url
 from datastore.storage.wrappers import is_link
 from datastore.units import Progress
@@ -132,8 +131,7 @@ def _link_to(storage: Storage) -> Callable[[str], str]:
     def link(path: str) -> str:
         if not path or is_link(path):
             return path
-        home = storage.homes(path)[0].storage if isinstance(storage, PlacedStorage) else storage
-        return join_url(home.url, path)
+        return join_url(storage.homes(path)[0].storage.url, path)
 
     return link
 

@@ -10,14 +10,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 from typing_extensions import Buffer, override
 
-from datastore.dataset.log.keys import is_data, is_immutable
+from datastore.dataset.log.keys import behind_key, is_data, is_immutable
+from datastore.dataset.roots import placement_rules
 from datastore.errors import ConflictError, MissingError, StorageError
 from datastore.storage.backends.local import LocalStorage
 from datastore.storage.backends.memory import MemoryStorage
-from datastore.storage.base import Stat, Storage
+from datastore.storage.base import Root, Stat, Storage
 from datastore.storage.hedging import Patience, all_answers, first_answer
-from datastore.storage.placed import PlacedStorage, lost_roots
-from datastore.storage.rendezvous import Root, behind_key, rank_roots
+from datastore.storage.placed import PlacedStorage
+from datastore.storage.rendezvous import rank_roots
 
 SOON = Patience(hedge_s=0.05, read_s=0.3, write_s=0.3)
 
@@ -59,7 +60,7 @@ def three(*, copies: int) -> tuple[PlacedStorage, list[Fragile]]:
     for disk in disks:
         MemoryStorage.put(disk, "guard", b"x")
     roots = [Root(str(number), disk) for number, disk in enumerate(disks)]
-    return PlacedStorage(roots, copies=copies, guard="guard", patience=SOON), disks
+    return PlacedStorage(roots, placement_rules(copies, guard="guard"), patience=SOON), disks
 
 
 def holders(disks: list[Fragile], key: str) -> list[int]:
@@ -162,7 +163,7 @@ def test_a_late_answer_does_not_write_into_what_was_read() -> None:
             self.done.set()
 
     late, other = Late(uuid.uuid4().hex), MemoryStorage(uuid.uuid4().hex)
-    storage = PlacedStorage([Root("0", late), Root("1", other)], copies=2, patience=SOON)
+    storage = PlacedStorage([Root("0", late), Root("1", other)], placement_rules(2, guard=""), patience=SOON)
     storage.put("log", b"right")
     target = bytearray(5)
     storage.read_into("log", 0, target)
@@ -188,7 +189,7 @@ def test_a_key_is_missing_only_if_roots_that_are_there_say_so() -> None:
     home = disks[homes(storage, "shards/a")[0]]
     disks[0].delete("guard") if home is not disks[0] else None
     with pytest.raises(MissingError):
-        PlacedStorage(storage.roots, copies=1).get("shards/never")
+        PlacedStorage(storage.roots(), placement_rules(1, guard="")).get("shards/never")
     home._values.clear()  # The empty folder below which a disk is not mounted.
     with pytest.raises(StorageError, match="a root of the dataset is not there"):
         storage.get("shards/a")
@@ -259,7 +260,7 @@ def test_nothing_is_written_without_the_first_root_and_everything_read() -> None
     ):
         with pytest.raises(StorageError, match="--promote"):
             write()
-    assert lost_roots(storage) == [disks[0].url]
+    assert storage.lost() == [disks[0].url]
 
 
 def test_the_first_root_decides_who_was_first() -> None:
@@ -338,7 +339,9 @@ def test_what_may_change_is_not_healed_behind_the_back_of_who_changes_it() -> No
 
 def test_a_mapped_file_is_the_first_that_is_there(tmp_path: Path) -> None:
     disks = [LocalStorage(tmp_path / str(number)) for number in range(2)]
-    storage: Storage = PlacedStorage([Root(str(number), disk) for number, disk in enumerate(disks)], copies=2)
+    storage: Storage = PlacedStorage(
+        [Root(str(number), disk) for number, disk in enumerate(disks)], placement_rules(2, guard="")
+    )
     storage.put("shards/a", b"x")
     paths = []
     for _ in range(2):

@@ -34,7 +34,6 @@ from datastore.document import Count, Hex32, Sealed, Sha256, Version, seal, unse
 from datastore.errors import CorruptError, MissingError, StorageError
 from datastore.host import utc_now
 from datastore.storage.base import Storage
-from datastore.storage.placed import PlacedStorage, lost_roots
 from datastore.threads import in_parallel
 
 __all__ = [
@@ -163,7 +162,7 @@ def _check_blank(dataset: Dataset, plan: PurgeCertificate) -> int:
 
 def _check_gone(storage: Storage, keys: Sequence[str]) -> int:
     """Look for the files `keys` in every place that the dataset has; return how many places that were."""
-    places = [root.storage for root in storage.roots] if isinstance(storage, PlacedStorage) else [storage]
+    places = [root.storage for root in storage.roots()]
 
     def found(key: str) -> str:
         for place in places:
@@ -235,7 +234,7 @@ def require_all_places(storage: Storage) -> None:
     Raises:
         StorageError: one does not.
     """
-    lost = list(lost_roots(storage))
+    lost = list(storage.lost())
     if lost:
         raise StorageError(
             "a place of the dataset cannot be reached, and what lies there cannot be purged",
