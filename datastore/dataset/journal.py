@@ -13,6 +13,7 @@ import msgspec
 import numpy as np
 import numpy.typing as npt
 
+from datastore.dataset.log.keys import JOURNALS_FOLDER, journal_folder
 from datastore.dataset.log.manifest import Commit, Kind
 from datastore.dataset.shards.info import ShardInfo
 from datastore.digest import check_digest, digest_hex, sha256_hex
@@ -118,7 +119,7 @@ class Journal:
 
     def __init__(self, storage: Storage, ingest_id: str) -> None:
         self.storage = storage
-        self.folder = f"ingests/{ingest_id}"
+        self.folder = journal_folder(ingest_id)
 
     def find_plan(self) -> Plan | None:
         """Return the plan, or None if none was made.
@@ -253,7 +254,7 @@ def journal_files(storage: Storage, history: Iterable[Commit]) -> set[str]:
     One that found a document twice has written its shard again without it, and the first one is named by no version.
     """
     ingest_ids = {commit.ingest_id for commit in history}
-    keys = [stat.key for stat in storage.list("ingests")]
+    keys = [stat.key for stat in storage.list(JOURNALS_FOLDER)]
     done = [key for key in keys if key.split("/")[1] in ingest_ids and key.split("/")[2] == "done"]
     tasks = in_parallel(lambda key: unseal(TaskDone, storage.get(key), where=key), done)
     paths = (path for task in tasks for shard in task.shards for path in (shard.path, shard.docs_path))
@@ -268,7 +269,7 @@ def clear_journals(storage: Storage, ingest_ids: Collection[str], *, ids_sha256:
     """
     cleared, unfinished = set[str](), set[str]()
     removals = list[str]()
-    for stat in storage.list("ingests"):
+    for stat in storage.list(JOURNALS_FOLDER):
         _, ingest_id, *rest = stat.key.split("/")
         if ingest_id not in ingest_ids:
             unfinished.add(ingest_id)

@@ -15,9 +15,18 @@ from pathlib import Path
 
 import msgspec
 
-from datastore.dataset.log.identity import PROBE_FOLDER, create_dataset, read_info
-from datastore.dataset.log.keys import BEHIND_FOLDER, behind_key, commit_key, is_data, is_immutable
-from datastore.dataset.log.manifest import INFO_KEY, DatasetInfo, Placement, RootRef
+from datastore.dataset.log.identity import create_dataset, read_info
+from datastore.dataset.log.keys import (
+    BEHIND_FOLDER,
+    INFO_KEY,
+    PLACEMENT,
+    PROBE_FOLDER,
+    behind_key,
+    commit_key,
+    is_data,
+    is_immutable,
+)
+from datastore.dataset.log.manifest import DatasetInfo, Placement, RootRef
 from datastore.document import seal
 from datastore.errors import ConfigError, ConflictError, FormatError, MissingError
 from datastore.storage.base import Root, Storage, probe_exclusive
@@ -305,7 +314,7 @@ def _has(place: Storage, info: DatasetInfo) -> bool:
 
 
 def _placed(info: DatasetInfo, placement: Placement) -> DatasetInfo:
-    features = tuple(sorted({*info.features, "placement"}))
+    features = tuple(sorted({*info.features, PLACEMENT}))
     return msgspec.structs.replace(info, placement=placement, features=features)
 
 

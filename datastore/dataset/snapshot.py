@@ -11,7 +11,8 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from datastore.dataset.log.commits import CommitLog
-from datastore.dataset.log.manifest import REFERENCES, Commit, DatasetInfo, Kind, Totals
+from datastore.dataset.log.keys import REFERENCES
+from datastore.dataset.log.manifest import Commit, DatasetInfo, Kind, Totals
 from datastore.dataset.log.tags import read_tagged
 from datastore.dataset.query.views import Views
 from datastore.dataset.roots import open_roots

@@ -26,7 +26,7 @@ from hypothesis import strategies as st
 
 from datastore.dataset.durability.verify import verify
 from datastore.dataset.journal import Journal, TaskDone
-from datastore.dataset.log.manifest import INFO_KEY
+from datastore.dataset.log.keys import INFO_KEY
 from datastore.dataset.operations.append import commit_records, commit_shards
 from datastore.dataset.shards.files import put_tokenizer, read_token_shard
 from datastore.dataset.shards.info import BatchRange, ColumnLayout, ShardInfo, ShardLayout

@@ -16,7 +16,8 @@ from pathlib import Path
 import pytest
 
 from datastore.dataset.log.identity import read_info
-from datastore.dataset.log.lease import LEASE_KEY, single_writer
+from datastore.dataset.log.keys import LEASE_KEY
+from datastore.dataset.log.lease import single_writer
 from datastore.dataset.snapshot import open_dataset
 from datastore.errors import ConflictError
 from datastore.storage.backends.fsspec_storage import FsspecStorage

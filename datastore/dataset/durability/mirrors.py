@@ -9,8 +9,17 @@ import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
-from datastore.dataset.log.commits import HINT_KEY, is_commit
-from datastore.dataset.log.keys import BEHIND_FOLDER, is_data, is_immutable
+from datastore.dataset.log.commits import is_commit
+from datastore.dataset.log.keys import (
+    BEHIND_FOLDER,
+    HINT_KEY,
+    LEASE_KEY,
+    is_data,
+    is_immutable,
+    sha256_in,
+    table_digest_in,
+    version_of_key,
+)
 from datastore.digest import digest_hex, sha256_hex
 from datastore.errors import DatastoreError, MissingError
 from datastore.storage.base import Root, Storage
@@ -18,11 +27,7 @@ from datastore.storage.verified import has_digest
 
 __all__ = ["Finding", "equalize", "soundness"]
 
-_NAMED = re.compile(r"(?:_segments|_parity|deletions)/([0-9a-f]{32})\.arrow")
-_TOKENIZER = re.compile(r"tokenizers/([0-9a-f]{64})\.json")
-_COMMIT = re.compile(r"_log/(\d{20})\.json")
 _OWN_DIGEST = re.compile(rb'"digest": "([0-9a-f]{32})"')
-_LEASE = "_log/_writer"
 
 _LOGGER = logging.getLogger(__name__)
 
@@ -45,13 +50,12 @@ class Finding:
 
 def soundness(key: str) -> Callable[[bytes], bool]:
     """Return a function that tells, as far as that can be told, whether bytes are those that were written as `key`."""
-    if found := _NAMED.fullmatch(key):
-        return has_digest(found[1])
-    if found := _TOKENIZER.fullmatch(key):
-        sha256 = found[1]
+    if digest := table_digest_in(key):
+        return has_digest(digest)
+    if sha256 := sha256_in(key):
         return lambda raw: sha256_hex(raw) == sha256
-    if found := _COMMIT.fullmatch(key):
-        version = int(found[1])
+    version = version_of_key(key)
+    if version is not None:
         return lambda raw: is_commit(raw, version)
     return _is_intact if key.endswith(".json") or key == HINT_KEY else _anything
 
@@ -74,7 +78,7 @@ def equalize(
     `trusted` are those of them that have missed nothing, the first to believe first; `skip` are keys to leave alone.
     """
     keys = {stat.key for root in roots for stat in root.storage.list() if not is_data(stat.key)}
-    for key in sorted(keys - skip - {_LEASE}):
+    for key in sorted(keys - skip - {LEASE_KEY}):
         if not key.startswith(f"{BEHIND_FOLDER}/"):
             yield from _equalize(key, roots, trusted, dry_run=dry_run)
 
@@ -84,7 +88,7 @@ def _equalize(key: str, roots: Sequence[Root], trusted: Sequence[Root], *, dry_r
     if len(roots) == 1 and is_sound is _anything:
         return
     found = {root.id: _read(root.storage, key) for root in roots}
-    believed = [*trusted, *([root for root in roots if root not in trusted] if _NAMED.fullmatch(key) else [])]
+    believed = [*trusted, *([root for root in roots if root not in trusted] if table_digest_in(key) else [])]
     right = next((raw for root in believed if (raw := found[root.id]) is not None and is_sound(raw)), None)
     if right is not None:
         wrong = [root for root in roots if found[root.id] != right]

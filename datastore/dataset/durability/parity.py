@@ -23,8 +23,8 @@ import numpy as np
 import numpy.typing as npt
 import xxhash
 
-from datastore.dataset.log.keys import parity_table_key
-from datastore.dataset.log.manifest import INFO_KEY, Commit, ParityRef
+from datastore.dataset.log.keys import INFO_KEY, parity_key, parity_table_key
+from datastore.dataset.log.manifest import Commit, ParityRef
 from datastore.dataset.operations.transaction import DatasetLike, draft_commit, open_for_change, publish
 from datastore.dataset.shards.parity_groups import (
     Group,
@@ -146,7 +146,7 @@ def _place_for(storage: Storage, members: Sequence[Member]) -> str:
     best, fewest = "", len(taken) + 1
     for salt in range(_SALTS):
         name = digest_hex(*(member.digest for member in members), salt.to_bytes(2, "big"))
-        path = f"parity/{name[:2]}/{name}.xor"
+        path = parity_key(name)
         shared = sum(taken.count(copy.url) for copy in storage.copies(path))
         if shared < fewest:
             best, fewest = path, shared

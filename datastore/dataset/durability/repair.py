@@ -12,10 +12,20 @@ from dataclasses import dataclass, field
 
 from datastore.dataset.durability.blocks import File, Rebuilder, Room, files_of, parity_file
 from datastore.dataset.durability.mirrors import Finding, equalize, soundness
-from datastore.dataset.log.commits import HINT_KEY, CommitLog
-from datastore.dataset.log.identity import CARD_KEY, card_text
-from datastore.dataset.log.keys import behind_key, deletions_key, is_data, parity_table_key, segment_key, tokenizer_key
-from datastore.dataset.log.manifest import INFO_KEY, Commit, Hint, oldest_readable
+from datastore.dataset.log.commits import CommitLog
+from datastore.dataset.log.identity import card_text
+from datastore.dataset.log.keys import (
+    CARD_KEY,
+    HINT_KEY,
+    INFO_KEY,
+    behind_key,
+    deletions_key,
+    is_data,
+    parity_table_key,
+    segment_key,
+    tokenizer_key,
+)
+from datastore.dataset.log.manifest import Commit, Hint, oldest_readable
 from datastore.dataset.log.tags import list_tags, read_tagged
 from datastore.dataset.roots import RootChange, change_roots, open_roots, store_info
 from datastore.dataset.shards.parity_groups import Group, load_groups

@@ -8,7 +8,6 @@ A sample reads all of the manifest and a share of the blocks: one run finds wide
 """
 
 import os
-import re
 import secrets
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
@@ -20,8 +19,18 @@ from datastore.dataset.durability.blocks import BadBlock, Blocks, Draw, Room, ch
 from datastore.dataset.durability.decode_check import DeepCheck
 from datastore.dataset.log.commits import CommitLog
 from datastore.dataset.log.identity import read_info
-from datastore.dataset.log.keys import commit_key, deletions_key, parity_table_key, segment_key, tag_key, tokenizer_key
-from datastore.dataset.log.manifest import INFO_KEY, Commit, ParityRef, SegmentRef, sum_refs
+from datastore.dataset.log.keys import (
+    INFO_KEY,
+    LOG_FOLDER,
+    commit_key,
+    deletions_key,
+    parity_table_key,
+    segment_key,
+    tag_key,
+    tokenizer_key,
+    version_of_key,
+)
+from datastore.dataset.log.manifest import Commit, ParityRef, SegmentRef, sum_refs
 from datastore.dataset.log.tags import list_tags, read_tagged
 from datastore.dataset.shards.deletions import load_deletion
 from datastore.dataset.shards.files import read_tokenizer
@@ -36,8 +45,6 @@ from datastore.threads import THREADS, in_parallel
 from datastore.units import Progress
 
 __all__ = ["VerifyReport", "verify"]
-
-_COMMIT = re.compile(r"_log/\d{20}\.json")
 
 
 @dataclass(frozen=True, slots=True)
@@ -244,8 +251,8 @@ def _check_history(storage: Storage, newest: Commit) -> _Found:
         bad.append(BadBlock(commit_key(newest.version), None, "its totals are not the sums over its segments"))
     later: set[str] = set()
     with suppress(ConfigError):  # A web server lists nothing.
-        keys = (stat.key for stat in storage.list("_log"))
-        later = {key for key in keys if key > commit_key(newest.version) and _COMMIT.fullmatch(key)}
+        keys = (stat.key for stat in storage.list(LOG_FOLDER))
+        later = {key for key in keys if (version_of_key(key) or 0) > newest.version}
     gaps = [commit_key(newest.version + 1 + index) for index in range(len(later))]
     bad += [BadBlock(key, None, "the commit is missing, later ones are there") for key in gaps if key not in later]
     return _Found(newest.version, 0, bad)

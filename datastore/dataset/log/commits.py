@@ -18,9 +18,9 @@ from typing import TypeVar
 
 import msgspec
 
-from datastore.dataset.log.keys import commit_key
+from datastore.dataset.log.keys import HINT_KEY, READABLE_FEATURES, commit_key
 from datastore.dataset.log.lease import CommitPatience, single_writer
-from datastore.dataset.log.manifest import READABLE_FEATURES, Commit, DatasetInfo, Hint, oldest_readable
+from datastore.dataset.log.manifest import Commit, DatasetInfo, Hint, oldest_readable
 from datastore.digest import sha256_hex
 from datastore.document import seal, unseal
 from datastore.errors import ConflictError, CorruptError, FormatError, MissingError, StorageError
@@ -28,13 +28,11 @@ from datastore.storage.base import Storage
 from datastore.storage.verified import first_sound
 from datastore.threads import in_parallel
 
-__all__ = ["HINT_KEY", "CommitLog", "StoredCommit", "is_commit", "read_history"]
+__all__ = ["CommitLog", "StoredCommit", "is_commit", "read_history"]
 
 A = TypeVar("A")
 
 B = TypeVar("B")
-
-HINT_KEY = "_log/_last"
 
 _LOGGER = logging.getLogger(__name__)
 

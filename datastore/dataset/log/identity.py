@@ -10,7 +10,8 @@ from contextlib import suppress
 
 import msgspec
 
-from datastore.dataset.log.manifest import INFO_KEY, READABLE_FEATURES, Commit, DatasetInfo
+from datastore.dataset.log.keys import CARD_KEY, INFO_KEY, JOURNALS_FOLDER, PROBE_FOLDER, READABLE_FEATURES
+from datastore.dataset.log.manifest import Commit, DatasetInfo
 from datastore.document import seal, unseal
 from datastore.errors import ConfigError, ConflictError, FormatError, MissingError
 from datastore.host import utc_now
@@ -19,11 +20,9 @@ from datastore.storage.verified import first_sound
 from datastore.storage.wrappers import Subfolder
 from datastore.units import format_bytes, format_count
 
-__all__ = ["CARD_KEY", "PROBE_FOLDER", "card_text", "create_dataset", "read_info", "require_free", "write_card"]
+__all__ = ["card_text", "create_dataset", "read_info", "require_free", "write_card"]
 
-PROBE_FOLDER = "_probe"
-
-_EARLY = {"shards", "docs", "parity", "tokenizers", "ingests", PROBE_FOLDER}
+_EARLY = {"shards", "docs", "parity", "tokenizers", JOURNALS_FOLDER, PROBE_FOLDER}
 """Folders of ours that may be there before the dataset is: writers fill them first, or died before they made it."""
 
 _LOOK_AT_KEYS = 1000
@@ -142,9 +141,6 @@ def _foreign_key(storage: Storage) -> str:
         keys = (stat.key for stat in itertools.islice(storage.list(), _LOOK_AT_KEYS))
         return next((key for key in keys if key.split("/")[0] not in _EARLY), "")
     return ""
-
-
-CARD_KEY = "README.md"
 
 
 def card_text(info: DatasetInfo, commit: Commit) -> str:

@@ -12,11 +12,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from threading import Event
 
+from datastore.dataset.log.keys import LEASE_KEY
 from datastore.document import Sealed, seal, unseal
 from datastore.errors import ConflictError, CorruptError, MissingError
 from datastore.storage.base import Storage
 
-__all__ = ["LEASE_KEY", "WriterLease", "single_writer"]
+__all__ = ["WriterLease", "single_writer"]
 
 _FIRST_PAUSE_S = 0.005
 
@@ -42,8 +43,6 @@ class CommitPatience:
         Event().wait(secrets.SystemRandom().uniform(0, self.longest_s))
         self.longest_s = min(self.longest_s * 2, _LONGEST_PAUSE_S)
 
-
-LEASE_KEY = "_log/_writer"
 
 _LEASE_S = 60.0
 

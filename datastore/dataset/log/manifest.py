@@ -12,9 +12,6 @@ import msgspec
 from datastore.document import Count, Document, Hex32, Sealed, Sha256, Version
 
 __all__ = [
-    "INFO_KEY",
-    "READABLE_FEATURES",
-    "REFERENCES",
     "Commit",
     "DatasetInfo",
     "DeletionRef",
@@ -31,14 +28,6 @@ __all__ = [
     "oldest_readable",
     "sum_refs",
 ]
-
-INFO_KEY = "datastore.json"
-
-REFERENCES = "references"
-"""The feature of a version whose shards lie elsewhere: their paths are URLs."""
-
-READABLE_FEATURES: frozenset[str] = frozenset({"deletions", "evolution", "layout", "placement", REFERENCES})
-"""Features that this package knows; a dataset or a version with any other one is refused, not misread."""
 
 Kind = Literal["tokens", "records"]
 

@@ -3,7 +3,7 @@
 import re
 
 from datastore.dataset.log.commits import CommitLog
-from datastore.dataset.log.keys import tag_key
+from datastore.dataset.log.keys import TAGS_FOLDER, tag_key
 from datastore.dataset.log.manifest import Commit, Tag
 from datastore.document import seal, unseal
 from datastore.errors import ConfigError, ConflictError, CorruptError, MissingError
@@ -14,7 +14,6 @@ from datastore.storage.verified import first_sound
 __all__ = ["list_tags", "read_tag", "read_tagged", "remove_tag", "set_tag"]
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
-_FOLDER = "refs/tags"
 
 
 def set_tag(storage: Storage, name: str, commit: Commit, *, replace: bool = False) -> Tag:
@@ -94,7 +93,7 @@ def read_tagged(storage: Storage, name: str) -> Commit:
 def list_tags(storage: Storage) -> list[str]:
     """Return the names of all tags, sorted; on a web server, which cannot be listed, none."""
     try:
-        names = [stat.key.removeprefix(f"{_FOLDER}/") for stat in storage.list(_FOLDER)]
+        names = [stat.key.removeprefix(f"{TAGS_FOLDER}/") for stat in storage.list(TAGS_FOLDER)]
     except ConfigError:
         return []
     return sorted(name.removesuffix(".json") for name in names if name.endswith(".json") and "/" not in name)

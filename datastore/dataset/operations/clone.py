@@ -15,8 +15,8 @@ import pyarrow as pa
 
 from datastore.dataset.log.commits import CommitLog
 from datastore.dataset.log.identity import create_dataset
-from datastore.dataset.log.keys import segment_key
-from datastore.dataset.log.manifest import REFERENCES, Commit, Origin, SegmentRef
+from datastore.dataset.log.keys import REFERENCES, segment_key
+from datastore.dataset.log.manifest import Commit, Origin, SegmentRef
 from datastore.dataset.operations.copy import copy_tokenizers, open_target, transfer
 from datastore.dataset.operations.transaction import draft_commit, publish
 from datastore.dataset.shards.inventory import File, data_files, manifest_files

@@ -17,6 +17,7 @@ import msgspec
 import numpy as np
 import pyarrow as pa
 
+from datastore.dataset.log.keys import DELETIONS
 from datastore.dataset.log.manifest import Commit, sum_refs
 from datastore.dataset.operations.transaction import (
     DatasetLike,
@@ -258,7 +259,7 @@ def _commit(dataset: Dataset, groups: Sequence[_Group], made: Sequence[ShardInfo
             segments=segments,
             deletions=deletions,
             totals=sum_refs(segments, deletions),
-            features=tuple(sorted(set(commit.features) - (set() if deletions else {"deletions"}))),
+            features=tuple(sorted(set(commit.features) - (set() if deletions else {DELETIONS}))),
         )
 
     try:

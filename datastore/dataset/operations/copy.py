@@ -16,10 +16,20 @@ from dataclasses import dataclass
 
 import msgspec
 
-from datastore.dataset.log.commits import HINT_KEY, CommitLog
+from datastore.dataset.log.commits import CommitLog
 from datastore.dataset.log.identity import create_dataset, require_free, write_card
-from datastore.dataset.log.keys import commit_key, tag_key, tokenizer_key
-from datastore.dataset.log.manifest import INFO_KEY, REFERENCES, Commit, DatasetInfo, Hint, oldest_readable
+from datastore.dataset.log.keys import (
+    CERTIFICATES_FOLDER,
+    HINT_KEY,
+    INFO_KEY,
+    PLACEMENT,
+    REFERENCES,
+    commit_key,
+    plan_key,
+    tag_key,
+    tokenizer_key,
+)
+from datastore.dataset.log.manifest import Commit, DatasetInfo, Hint, oldest_readable
 from datastore.dataset.log.tags import list_tags, read_tag
 from datastore.dataset.roots import open_roots
 from datastore.dataset.shards.files import read_tokenizer
@@ -92,7 +102,7 @@ def copy(
     copy_tokenizers(dataset.storage, storage, commits)
     info = _identity(storage, dataset.info, info, oldest=oldest if known < dataset.version or all_versions else None)
     transfer(dataset.storage, storage, manifest_files(commits))
-    certificates = (stat.key for stat in dataset.storage.list("purges") if stat.key.count("/") == 1)
+    certificates = (stat.key for stat in dataset.storage.list(CERTIFICATES_FOLDER) if stat.key.count("/") == 1)
     _copy_plain(dataset.storage, storage, certificates)
     _copy_log(dataset, storage, known=known)
     storage.put(HINT_KEY, seal(Hint(version=dataset.version)))
@@ -154,7 +164,7 @@ def _common(source: CommitLog, target: CommitLog, dataset: Dataset) -> int:
 def _identity(storage: Storage, source: DatasetInfo, present: DatasetInfo | None, *, oldest: int | None) -> DatasetInfo:
     """Store which versions the copy has; return its identity. `oldest` is None if that stays as it is."""
     if present is None:
-        features = tuple(name for name in source.features if name != "placement")
+        features = tuple(name for name in source.features if name != PLACEMENT)
         like = msgspec.structs.replace(source, features=features, placement=None, oldest_version=oldest or 1)
         return create_dataset(storage, like=like)
     if oldest is None or oldest == present.oldest_version:
@@ -215,7 +225,7 @@ class _Chain:
                 )
             self._expected = commit.parent_sha256
             if commit.ingest_id:
-                self.plans.add(f"ingests/{commit.ingest_id}/plan.json")
+                self.plans.add(plan_key(commit.ingest_id))
             yield key, raw
 
 

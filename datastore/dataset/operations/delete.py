@@ -18,6 +18,7 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from datastore.dataset.log.keys import DELETIONS
 from datastore.dataset.log.manifest import Commit, sum_refs
 from datastore.dataset.operations.selection import Matcher, Selection
 from datastore.dataset.operations.transaction import (
@@ -188,7 +189,7 @@ def commit_deletion(dataset: Dataset, found: FoundDocuments) -> Commit:
             draft_commit("delete", parent=current),
             deletions=refs,
             totals=sum_refs(current.segments, refs),
-            features=tuple(sorted({*current.features, "deletions"})),
+            features=tuple(sorted({*current.features, DELETIONS})),
         )
 
     return publish(dataset.storage, dataset.info, build)

@@ -12,6 +12,7 @@ from typing import Any
 import msgspec
 import pyarrow as pa
 
+from datastore.dataset.log.keys import EVOLUTION
 from datastore.dataset.log.manifest import Commit
 from datastore.dataset.operations.transaction import DatasetLike, draft_commit, open_for_change, publish
 from datastore.errors import ConfigError
@@ -21,7 +22,6 @@ from datastore.formats.schema import MEDIA_TYPE, SchemaLike, check_storable, dec
 
 __all__ = ["ColumnInfo", "describe", "evolve"]
 
-FEATURE = "evolution"
 """What a reader has to know of a version whose shards may have an older schema."""
 
 
@@ -95,5 +95,5 @@ def _changed(newest: Commit, change: SchemaChange) -> Commit:
     return msgspec.structs.replace(
         draft_commit("evolve", parent=newest),
         record_schema=encode_schema(schema),
-        features=tuple(sorted({*newest.features, FEATURE})),
+        features=tuple(sorted({*newest.features, EVOLUTION})),
     )

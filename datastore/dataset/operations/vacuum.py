@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from itertools import groupby, islice
 
 from datastore.dataset.log.commits import CommitLog
-from datastore.dataset.log.identity import PROBE_FOLDER
+from datastore.dataset.log.keys import JOURNALS_FOLDER, KINDS, PROBE_FOLDER
 from datastore.dataset.log.manifest import Commit, oldest_readable
 from datastore.dataset.operations.expire import time_of
 from datastore.dataset.operations.transaction import DatasetLike, open_for_change
@@ -31,25 +31,11 @@ __all__ = ["DAY_S", "Amount", "VacuumReport", "vacuum"]
 DAY_S = 86_400.0
 """An ingest that has written nothing for so long is abandoned; other files of that age belong to no writer at work."""
 
-_KINDS = {
-    "shards": "shards",
-    "docs": "documents",
-    "_segments": "segments",
-    "deletions": "deletions",
-    "_parity": "parity",
-    "parity": "parity",
-    "tokenizers": "tokenizers",
-    PROBE_FOLDER: "probes",
-}
-"""What lies in the folders that are looked through."""
-
-_INGESTS = "ingests"
-
 _UNFINISHED = "unfinished writes"
 
 _PLAN = "/plan.json"
 
-_OF_INGESTS = {"shards", "documents", "tokenizers"}
+_OFJOURNALS_FOLDER = {"shards", "documents", "tokenizers"}
 
 _AT_ONCE = 4096
 """Keys that are looked up together."""
@@ -154,7 +140,7 @@ def vacuum(
     running = [ingest for ingest in ingests if not 0 < ingest.touched < min(before, now - DAY_S)]
     _spare(found, running)
     _spare_named_since(found, dataset)
-    journals = [(_INGESTS, stat) for ingest in ingests if ingest not in running for stat in ingest.files]
+    journals = [(JOURNALS_FOLDER, stat) for ingest in ingests if ingest not in running for stat in ingest.files]
     left = storage.clear_unfinished(before=before, dry_run=dry_run)
     if not dry_run:
         _remove(storage, _in_order(journals, found.unnamed), before=before, progress=progress)
@@ -186,7 +172,7 @@ def _look(storage: Storage, named: KeySet, before: float) -> _Findings:
     while part := list(islice(listing, _AT_ONCE)):
         found.listed += len(part)
         for stat, stays in zip(part, named.has([stat.key for stat in part]), strict=True):
-            kind = _KINDS.get(stat.key.partition("/")[0])
+            kind = KINDS.get(stat.key.partition("/")[0])
             if stays or kind is None:
                 continue
             if _is_old(stat, before):
@@ -205,7 +191,7 @@ def _unfinished_ingests(dataset: Dataset, committed: set[str]) -> list[_Ingest]:
     """Return the ingests that no version was made by; `committed` are those of the readable ones."""
     ingests = [
         _Ingest(name, list(files))
-        for name, files in groupby(dataset.storage.list(_INGESTS), key=lambda stat: stat.key.split("/")[1])
+        for name, files in groupby(dataset.storage.list(JOURNALS_FOLDER), key=lambda stat: stat.key.split("/")[1])
     ]
     unknown = {ingest.id: ingest for ingest in ingests if ingest.id not in committed}
     log = CommitLog(dataset.storage)
@@ -223,9 +209,11 @@ def _unfinished_ingests(dataset: Dataset, committed: set[str]) -> list[_Ingest]:
 def _spare(found: _Findings, running: Sequence[_Ingest]) -> None:
     """Keep what was written since the first of the `running` ingests began: their shards are written after that."""
     since = min((ingest.begun for ingest in running), default=float("inf"))
-    kept = [pair for pair in found.unnamed if pair[0] in _OF_INGESTS and pair[1].modified >= since]
+    kept = [pair for pair in found.unnamed if pair[0] in _OFJOURNALS_FOLDER and pair[1].modified >= since]
     found.of_ingests += _total(stat for _, stat in kept)
-    found.unnamed = [pair for pair in found.unnamed if not (pair[0] in _OF_INGESTS and pair[1].modified >= since)]
+    found.unnamed = [
+        pair for pair in found.unnamed if not (pair[0] in _OFJOURNALS_FOLDER and pair[1].modified >= since)
+    ]
 
 
 def _spare_named_since(found: _Findings, dataset: Dataset) -> None:
@@ -278,7 +266,7 @@ def _clock_of(storage: Storage) -> float:
 
 
 def _amounts(files: Iterable[Found]) -> dict[str, Amount]:
-    amounts = dict.fromkeys([*_KINDS.values(), _INGESTS, _UNFINISHED], Amount())
+    amounts = dict.fromkeys([*KINDS.values(), JOURNALS_FOLDER, _UNFINISHED], Amount())
     for kind, stat in files:
         amounts[kind] += Amount(1, stat.size_bytes)
     return {kind: amount for kind, amount in amounts.items() if amount.files}

@@ -13,7 +13,7 @@ import numpy.typing as npt
 import pyarrow as pa
 from typing_extensions import Buffer
 
-from datastore.dataset.log.keys import tokenizer_key
+from datastore.dataset.log.keys import documents_key, shard_key, tokenizer_key
 from datastore.dataset.log.manifest import TokenizerRef
 from datastore.dataset.shards.info import BatchRange, ColumnLayout, ShardInfo, ShardLayout, frame_ranges
 from datastore.dataset.shards.segment_file import BLOCK_BYTES
@@ -77,8 +77,8 @@ def write_token_shard(
             hint="Row i of the documents describes row i of the shard, and counts its tokens.",
         )
     docs = encode_documents(documents)
-    docs_path = f"docs/{uid[:2]}/{uid}.parquet"
-    path = _shard_path(uid)
+    docs_path = documents_key(uid)
+    path = shard_key(uid)
     storage.put(docs_path, docs)
     storage.put(path, encoded.data)
     sources = documents.column("source")
@@ -126,7 +126,7 @@ def write_record_shard(
     """
     encoded = encode_records(table, format=format)
     data = encoded.data
-    path = _shard_path(name or uid, format)
+    path = shard_key(name or uid, suffix=format)
     storage.put(path, data)
     batches = tuple(BatchRange(*span, digest_bytes(data[span.start : span.stop])) for span in encoded.batches)
     frame = [data[start:stop] for start, stop in frame_ranges(batches, len(data))]
@@ -196,10 +196,6 @@ def read_documents(storage: Storage, shard: ShardInfo, *, columns: Sequence[str]
     """
     raw = read_checked(storage, shard.docs_path, size_bytes=shard.docs_bytes, digest=shard.docs_digest)
     return decode_documents(raw, columns=columns)
-
-
-def _shard_path(name: str, suffix: str = "arrow") -> str:
-    return f"shards/{name[:2]}/{name}.{suffix}"
 
 
 def remove_unused(storage: Storage, paths: Iterable[str]) -> None:

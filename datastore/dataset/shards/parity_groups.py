@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import pyarrow as pa
 
-from datastore.dataset.log.keys import PARITY_TABLES, parity_table_key
+from datastore.dataset.log.keys import PARITY_TABLES_FOLDER, parity_table_key
 from datastore.dataset.log.manifest import Commit, ParityRef
 from datastore.dataset.shards.info import ShardInfo
 from datastore.digest import digest_hex
@@ -179,8 +179,8 @@ def drop_parity(storage: Storage, commit: Commit, paths: Collection[str]) -> tup
         elif kept:
             refs.append(store_groups(storage, kept))
     keys: set[str] = set()
-    for stat in storage.list(PARITY_TABLES):
-        digest = stat.key.removeprefix(f"{PARITY_TABLES}/").removesuffix(".arrow")
+    for stat in storage.list(PARITY_TABLES_FOLDER):
+        digest = stat.key.removeprefix(f"{PARITY_TABLES_FOLDER}/").removesuffix(".arrow")
         raw = read_checked(storage, stat.key, size_bytes=stat.size_bytes, digest=digest)
         keys.update(group.path for group in decode_groups(raw, where=stat.key) if covers(group))
     return tuple(refs), sorted(keys)

@@ -12,7 +12,7 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from datastore.dataset.log.keys import segment_key
+from datastore.dataset.log.keys import LAYOUT, segment_key
 from datastore.dataset.log.manifest import Commit, SegmentRef, sum_refs
 from datastore.dataset.shards.info import PLAIN, ColumnLayout, ShardInfo, ShardLayout
 from datastore.dataset.shards.segment_file import (
@@ -66,7 +66,7 @@ def with_shards(
         refs.append(ref)
     features = set(draft.features)
     if any(shard.layout != ShardLayout() for shard in shards):
-        features.add("layout")
+        features.add(LAYOUT)
     return msgspec.structs.replace(
         draft,
         segments=tuple(refs),

@@ -16,7 +16,7 @@ from pathlib import Path, PurePosixPath
 from typing import Literal
 
 from datastore.dataset.journal import Codec
-from datastore.dataset.log.manifest import INFO_KEY
+from datastore.dataset.log.keys import INFO_KEY
 from datastore.errors import ConfigError
 from datastore.ingestion.settings import IngestSettings
 from datastore.storage.base import Stat, check_key

@@ -14,7 +14,7 @@ from typing import Literal
 import msgspec
 
 from datastore.dataset.journal import Codec, SourceFile
-from datastore.dataset.log.manifest import INFO_KEY
+from datastore.dataset.log.keys import INFO_KEY
 from datastore.digest import digest_hex
 from datastore.document import Document
 from datastore.errors import ConfigError, MissingError

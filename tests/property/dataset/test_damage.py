@@ -21,8 +21,7 @@ from hypothesis import strategies as st
 
 from datastore.dataset.durability.parity import protect
 from datastore.dataset.durability.verify import verify
-from datastore.dataset.log.commits import HINT_KEY
-from datastore.dataset.log.keys import commit_key
+from datastore.dataset.log.keys import HINT_KEY, commit_key
 from datastore.dataset.log.tags import read_tag, set_tag
 from datastore.dataset.operations.append import commit_shards
 from datastore.dataset.operations.delete import delete

@@ -14,9 +14,7 @@ from hypothesis import strategies as st
 from datastore.dataset.durability.parity import protect
 from datastore.dataset.durability.repair import RepairReport, repair
 from datastore.dataset.durability.verify import verify
-from datastore.dataset.log.identity import CARD_KEY
-from datastore.dataset.log.keys import commit_key, is_data
-from datastore.dataset.log.manifest import INFO_KEY
+from datastore.dataset.log.keys import CARD_KEY, INFO_KEY, commit_key, is_data
 from datastore.dataset.log.tags import set_tag
 from datastore.dataset.roots import create_at, open_roots, place_dataset
 from datastore.dataset.shards.parity_groups import Group, load_groups

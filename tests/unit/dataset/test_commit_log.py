@@ -8,8 +8,8 @@ import msgspec
 import pytest
 from typing_extensions import Buffer, override
 
-from datastore.dataset.log.commits import HINT_KEY, CommitLog
-from datastore.dataset.log.keys import commit_key
+from datastore.dataset.log.commits import CommitLog
+from datastore.dataset.log.keys import HINT_KEY, commit_key
 from datastore.dataset.log.manifest import Commit, Hint, Totals
 from datastore.digest import sha256_hex
 from datastore.document import seal

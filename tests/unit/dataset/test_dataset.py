@@ -10,8 +10,7 @@ import pytest
 
 from datastore.dataset.log.commits import CommitLog
 from datastore.dataset.log.identity import create_dataset
-from datastore.dataset.log.keys import commit_key
-from datastore.dataset.log.manifest import INFO_KEY
+from datastore.dataset.log.keys import INFO_KEY, commit_key
 from datastore.dataset.log.tags import list_tags, read_tag, remove_tag, set_tag
 from datastore.dataset.operations.append import commit_shards
 from datastore.dataset.shards.files import put_tokenizer, shard_uid, write_token_shard

@@ -8,8 +8,9 @@ import pytest
 from typing_extensions import Buffer, override
 
 from datastore.dataset.log.identity import create_dataset
-from datastore.dataset.log.lease import LEASE_KEY, WriterLease, single_writer
-from datastore.dataset.log.manifest import INFO_KEY, DatasetInfo
+from datastore.dataset.log.keys import INFO_KEY, LEASE_KEY
+from datastore.dataset.log.lease import WriterLease, single_writer
+from datastore.dataset.log.manifest import DatasetInfo
 from datastore.dataset.snapshot import open_dataset
 from datastore.document import seal, unseal
 from datastore.errors import ConflictError

@@ -14,8 +14,7 @@ from datastore.dataset.durability.parity import protect
 from datastore.dataset.durability.repair import repair
 from datastore.dataset.durability.verify import verify
 from datastore.dataset.log.identity import create_dataset
-from datastore.dataset.log.keys import commit_key
-from datastore.dataset.log.manifest import INFO_KEY
+from datastore.dataset.log.keys import INFO_KEY, commit_key
 from datastore.dataset.roots import create_at, open_roots, place_dataset
 from datastore.dataset.snapshot import Dataset, open_dataset
 from datastore.errors import ConfigError, ConflictError, CorruptError, FormatError, StorageError

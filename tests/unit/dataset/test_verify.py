@@ -12,8 +12,8 @@ from typing_extensions import Buffer, override
 
 from datastore.dataset.durability.blocks import BadBlock, Blocks, Draw, Room, check_blocks
 from datastore.dataset.durability.verify import verify
-from datastore.dataset.log.keys import commit_key
-from datastore.dataset.log.manifest import INFO_KEY, sum_refs
+from datastore.dataset.log.keys import INFO_KEY, commit_key
+from datastore.dataset.log.manifest import sum_refs
 from datastore.dataset.operations.append import commit_records, commit_shards
 from datastore.dataset.shards.deletions import store_deletions
 from datastore.dataset.shards.files import put_tokenizer, write_token_shard

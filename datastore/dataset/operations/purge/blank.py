@@ -20,6 +20,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.types as pt
 
+from datastore.dataset.log.keys import documents_key, shard_key
 from datastore.dataset.shards.files import read_documents, read_record_shard, read_token_shard, write_record_shard
 from datastore.dataset.shards.info import ShardInfo
 from datastore.digest import block_digests, digest_bytes, digest_hex
@@ -103,17 +104,17 @@ def _blank_tokens(storage: Storage, shard: ShardInfo, rows: Rows, name: str, end
     fresh = gone.filter(pc.not_equal(gone.column("digest"), pa.scalar(_NO_DIGEST, pa.binary(16))))
     documents = _blank_documents(before, rows)
     docs = encode_documents(documents)
-    folder = f"{shard.uid[:2]}/{name}"
-    storage.put(f"docs/{folder}.parquet", docs)
-    storage.put(f"shards/{folder}.arrow", data)
+    path, docs_path = shard_key(name), documents_key(name)
+    storage.put(docs_path, docs)
+    storage.put(path, data)
     sources = [source for source in documents.column("source").to_pylist() if source]
     return BlankedShard(
         shard=msgspec.structs.replace(
             shard,
-            path=f"shards/{folder}.arrow",
+            path=path,
             digest=digest_bytes(data),
             block_digests=block_digests(data, shard.block_bytes),
-            docs_path=f"docs/{folder}.parquet",
+            docs_path=docs_path,
             docs_bytes=len(docs),
             docs_digest=digest_bytes(docs),
             source_first=sources[0] if sources else "",

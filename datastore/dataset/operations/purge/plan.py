@@ -10,7 +10,7 @@ it removed: so this asks the log itself, every version of it, and gives names. I
 one per segment that is in no version to be kept.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import PurePosixPath
@@ -23,6 +23,7 @@ import pyarrow.compute as pc
 
 from datastore.dataset.journal import clear_journals
 from datastore.dataset.log.commits import CommitLog, read_history
+from datastore.dataset.log.keys import CERTIFICATES_FOLDER, PURGE_PLANS_FOLDER, certificate_key, purge_plan_key
 from datastore.dataset.log.manifest import Commit, SegmentRef
 from datastore.dataset.log.tags import list_tags, read_tag, remove_tag
 from datastore.dataset.operations.purge.blank import blank_name, is_blank
@@ -40,7 +41,6 @@ __all__ = [
     "Leftovers",
     "PurgeCertificate",
     "PurgeOutcome",
-    "certificate_key",
     "deleted_shards",
     "end_of_text",
     "find_leftovers",
@@ -52,10 +52,6 @@ __all__ = [
     "require_all_places",
     "tags_before",
 ]
-
-_FOLDER = "purges"
-
-_PLANS = "purges/plans"
 
 
 class PurgeCertificate(Sealed, frozen=True, kw_only=True):
@@ -137,7 +133,7 @@ def finish_plan(dataset: Dataset, plan: PurgeCertificate) -> PurgeOutcome:
         files_checked=checked,
         files_unnamed=sum(key not in known for key in there),
     )
-    certificate = _stored(storage, certificate, folder=_FOLDER)
+    certificate = _stored(storage, certificate, certificate_key)
     forget_plan(storage, plan)
     return PurgeOutcome(certificate, journals.unfinished)
 
@@ -183,28 +179,23 @@ def _check_gone(storage: Storage, keys: Sequence[str]) -> int:
 
 def list_certificates(storage: Storage) -> list[PurgeCertificate]:
     """Return the certificates of all finished purges of a dataset, oldest first."""
-    found = [_read(storage, stat.key) for stat in storage.list(_FOLDER) if not stat.key.startswith(f"{_PLANS}/")]
+    found = [_read(storage, stat.key) for stat in storage.list(CERTIFICATES_FOLDER) if stat.key.count("/") == 1]
     return sorted(found, key=lambda certificate: certificate.version)
 
 
 def list_plans(storage: Storage) -> list[tuple[PurgeCertificate, float]]:
     """Return the plans that are there, each with the time at which it was stored (0.0: unknown)."""
-    return [(_read(storage, stat.key), stat.modified) for stat in storage.list(_PLANS)]
+    return [(_read(storage, stat.key), stat.modified) for stat in storage.list(PURGE_PLANS_FOLDER)]
 
 
 def keep_plan(storage: Storage, plan: PurgeCertificate) -> PurgeCertificate:
     """Store `plan`, and return it with its digest, by which its commit names it."""
-    return _stored(storage, plan, folder=_PLANS)
+    return _stored(storage, plan, purge_plan_key)
 
 
 def forget_plan(storage: Storage, plan: PurgeCertificate) -> None:
     """Remove a plan that will not be needed."""
-    storage.delete(f"{_PLANS}/{plan.digest}.json")
-
-
-def certificate_key(certificate: PurgeCertificate) -> str:
-    """Return the key of a certificate."""
-    return f"{_FOLDER}/{certificate.digest}.json"
+    storage.delete(purge_plan_key(plan.digest))
 
 
 def deleted_shards(dataset: Dataset, *, blank: bool) -> list[ShardInfo]:
@@ -247,11 +238,11 @@ def _read(storage: Storage, key: str) -> PurgeCertificate:
     return unseal(PurgeCertificate, storage.get(key), where=key)
 
 
-def _stored(storage: Storage, document: PurgeCertificate, *, folder: str) -> PurgeCertificate:
+def _stored(storage: Storage, document: PurgeCertificate, key_of: Callable[[str], str]) -> PurgeCertificate:
     """Store `document` under its digest, and return it with that."""
     raw = seal(document)
-    sealed = unseal(PurgeCertificate, raw, where=folder)
-    storage.put(f"{folder}/{sealed.digest}.json", raw)
+    sealed = unseal(PurgeCertificate, raw, where="a purge")
+    storage.put(key_of(sealed.digest), raw)
     return sealed
 
 

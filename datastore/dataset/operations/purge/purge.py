@@ -19,12 +19,12 @@ import pyarrow.compute as pc
 
 from datastore.dataset.journal import journal_files
 from datastore.dataset.log.commits import CommitLog, read_history
+from datastore.dataset.log.keys import certificate_key
 from datastore.dataset.log.manifest import Commit, sum_refs
 from datastore.dataset.operations.delete import FoundDocuments, commit_deletion, find_documents
 from datastore.dataset.operations.purge.blank import BlankedShard, blank_shard
 from datastore.dataset.operations.purge.plan import (
     PurgeCertificate,
-    certificate_key,
     deleted_shards,
     end_of_text,
     find_leftovers,
@@ -259,7 +259,7 @@ def _purged(dataset: Dataset, found: FoundDocuments, report: PurgeReport, *, dro
         tags=plan.tags_removed,
         parity_files=sum(key.startswith("parity/") for key in plan.files_removed),
         certificate=outcome.certificate,
-        certificate_key=certificate_key(outcome.certificate),
+        certificate_key=certificate_key(outcome.certificate.digest),
         unfinished_ingests=outcome.unfinished_ingests,
         unnamed_files=outcome.certificate.files_unnamed,
     )
