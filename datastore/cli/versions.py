@@ -30,11 +30,10 @@ TARGET = click.argument("target")
 @json_option
 def log(*, url: str, limit: int, as_json: bool) -> None:
     """List the versions of the dataset at URL, newest first; the chain of their sha256 is checked."""
-    from datastore.dataset.log.commits import CommitLog
     from datastore.dataset.snapshot import open_dataset
 
     newest = open_dataset(url)
-    commits = list(islice(CommitLog(newest.storage).history(newest.commit), limit or None))
+    commits = list(islice(newest.log.history(newest.commit), limit or None))
     if as_json:
         say_json(commits)
         return
@@ -62,14 +61,13 @@ def log(*, url: str, limit: int, as_json: bool) -> None:
 
 def _notes(newest: "Dataset") -> Callable[[int], str]:
     """Return a function that gives what there is to say of a version: its tags, or that it has expired."""
-    from datastore.dataset.log.commits import CommitLog
     from datastore.dataset.log.manifest import oldest_readable
     from datastore.dataset.log.tags import list_tags, read_tag
 
     tags: dict[int, list[str]] = {}
     for name in list_tags(newest.storage):
         tags.setdefault(read_tag(newest.storage, name).version, []).append(name)
-    oldest = oldest_readable(newest.info, CommitLog(newest.storage).newest() or newest.commit)
+    oldest = oldest_readable(newest.info, newest.log.newest() or newest.commit)
 
     def notes(version: int) -> str:
         return ", ".join(tags.get(version, [])) or ("expired" if version < oldest else "")

@@ -44,6 +44,15 @@ class Dataset(Views):
     def __repr__(self) -> str:
         return f"Dataset({self.url!r}, version={self.version})"
 
+    @cached_property
+    def log(self) -> CommitLog:
+        """All versions of the dataset."""
+        return CommitLog(self.storage, exclusive=self.info.exclusive)
+
+    def at(self, commit: Commit) -> "Dataset":
+        """Return another version of the dataset, whose commit was read already."""
+        return Dataset(self.storage, info=self.info, commit=commit)
+
     @property
     def url(self) -> str:
         """Where it lies, without version and credentials."""

@@ -6,18 +6,14 @@ are there from the listing, and what parity could make again from its groups. Wh
 
 import os
 from collections.abc import Collection, Iterator
-from contextlib import suppress
 from dataclasses import dataclass
 
 from datastore.dataset.durability.parity import live_groups, unprotected
-from datastore.dataset.log.commits import CommitLog
 from datastore.dataset.log.keys import is_data
-from datastore.dataset.log.manifest import SegmentRef, oldest_readable
 from datastore.dataset.shards.info import ShardInfo
 from datastore.dataset.shards.parity_groups import Group
 from datastore.dataset.shards.segments import Segments, load_segment
 from datastore.dataset.snapshot import Dataset, open_dataset
-from datastore.errors import DatastoreError
 from datastore.storage.base import Root, Storage
 
 __all__ = ["Health", "RootLoss", "health"]
@@ -109,7 +105,10 @@ class _Look:
         lost = set(storage.lost())
         self.lost = {root.id for root in self.roots if root.storage.url in lost}
         self.shards = list(dataset.segments)
-        self.versions = list(_segments_of_versions(dataset))
+        self.versions = [
+            commit.segments
+            for commit in dataset.log.readable_versions(dataset.commit, info=dataset.info, skip_damaged=True)
+        ]
         self.groups: list[Group] = live_groups(dataset)
         self.sizes = {path: size for shard in self.shards for path, size in _files(shard)}
         self.sizes |= {group.path: group.size_bytes for group in self.groups}
@@ -172,11 +171,3 @@ def _files(shard: ShardInfo) -> Iterator[tuple[str, int]]:
 def _paths(group: Group) -> Iterator[str]:
     yield group.path
     yield from (member.path for member in group.members)
-
-
-def _segments_of_versions(dataset: Dataset) -> Iterator[tuple[SegmentRef, ...]]:
-    log, newest = CommitLog(dataset.storage), dataset.commit
-    for version in range(oldest_readable(dataset.info, newest), newest.version):
-        with suppress(DatastoreError):
-            yield log.read(version).segments
-    yield newest.segments

@@ -323,6 +323,6 @@ def _without_members(dataset: Dataset, newest: Commit | None, groups: Sequence[G
     """Return those of `groups` that have a file which is not one of `newest`."""
     if newest is None or newest.segments == dataset.commit.segments:
         return []
-    current = Dataset(dataset.storage, info=dataset.info, commit=newest)
+    current = dataset.at(newest)
     there = {member.path: member for member in members_of(current.segments)}
     return [group for group in groups if not _is_live(group, there)]

@@ -25,7 +25,7 @@ from datastore.dataset.log.keys import (
     segment_key,
     tokenizer_key,
 )
-from datastore.dataset.log.manifest import Commit, Hint, oldest_readable
+from datastore.dataset.log.manifest import Commit, Hint
 from datastore.dataset.log.tags import list_tags, read_tagged
 from datastore.dataset.roots import RootChange, change_roots, open_roots, store_info
 from datastore.dataset.shards.parity_groups import Group, load_groups
@@ -209,10 +209,7 @@ class _Survey:
 
     def _commits(self) -> list[Commit]:
         storage, newest = self.storage, self.dataset.commit
-        log, found = CommitLog(storage), [newest]
-        for version in range(oldest_readable(self.dataset.info, newest), newest.version):
-            with suppress(DatastoreError):
-                found.append(log.read(version))
+        found = list(self.dataset.log.readable_versions(newest, info=self.dataset.info, skip_damaged=True))
         for name in list_tags(storage):
             with suppress(DatastoreError):
                 found.append(read_tagged(storage, name))

@@ -17,7 +17,7 @@ from operator import call
 
 from datastore.dataset.durability.blocks import BadBlock, Blocks, Draw, Room, check_copies
 from datastore.dataset.durability.decode_check import DeepCheck
-from datastore.dataset.log.commits import CommitLog
+from datastore.dataset.log.commits import CommitLog, check_chain
 from datastore.dataset.log.identity import read_info
 from datastore.dataset.log.keys import (
     INFO_KEY,
@@ -244,8 +244,12 @@ def _check_history(storage: Storage, newest: Commit) -> _Found:
             bad.append(BadBlock(commit_key(version), None, error.fact))
             expected = ""
             continue
-        if expected not in {"", found.sha256} or (version == newest.version and found.commit != newest):
-            bad.append(BadBlock(commit_key(version), None, "not the commit that the next was built on"))
+        try:
+            check_chain(version, found.sha256, expected=expected)
+        except CorruptError as error:
+            bad.append(BadBlock(commit_key(version), None, error.fact))
+        if version == newest.version and found.commit != newest:
+            bad.append(BadBlock(commit_key(version), None, "not the commit that was opened"))
         expected = found.commit.parent_sha256
     if sum_refs(newest.segments, newest.deletions) != newest.totals:
         bad.append(BadBlock(commit_key(newest.version), None, "its totals are not the sums over its segments"))

@@ -23,12 +23,12 @@ from datastore.dataset.log.lease import CommitPatience, single_writer
 from datastore.dataset.log.manifest import Commit, DatasetInfo, Hint, oldest_readable
 from datastore.digest import sha256_hex
 from datastore.document import seal, unseal
-from datastore.errors import ConflictError, CorruptError, FormatError, MissingError, StorageError
+from datastore.errors import ConflictError, CorruptError, DatastoreError, FormatError, MissingError, StorageError
 from datastore.storage.base import Storage
 from datastore.storage.verified import first_sound
 from datastore.threads import in_parallel
 
-__all__ = ["CommitLog", "StoredCommit", "is_commit", "read_history"]
+__all__ = ["CommitLog", "StoredCommit", "check_chain", "is_commit", "read_history"]
 
 A = TypeVar("A")
 
@@ -115,16 +115,28 @@ class CommitLog:
         yield commit
         while commit.version > 1:
             parent = self.stored(commit.version - 1)
-            if parent.sha256 != commit.parent_sha256:
-                raise CorruptError(
-                    "a commit is not the one that the next was built on",
-                    where=commit_key(parent.commit.version),
-                    expected=commit.parent_sha256,
-                    found=parent.sha256,
-                    hint="Restore it from a copy.",
-                )
+            check_chain(parent.commit.version, parent.sha256, expected=commit.parent_sha256)
             commit = parent.commit
             yield commit
+
+    def readable_versions(self, newest: Commit, *, info: DatasetInfo, skip_damaged: bool = False) -> Iterator[Commit]:
+        """Yield every version that can be read, oldest first, `newest` last: one read each, many at once.
+
+        Raises:
+            MissingError, CorruptError: one is gone or damaged, unless those are to be skipped.
+        """
+
+        def read(version: int) -> Commit | None:
+            try:
+                return self.read(version)
+            except DatastoreError:
+                if skip_damaged:
+                    return None
+                raise
+
+        older = in_parallel(read, range(oldest_readable(info, newest), newest.version))
+        yield from (commit for commit in older if commit is not None)
+        yield newest
 
     def append(
         self, build: Callable[[Commit | None], Commit], *, then: Callable[[Commit], None] = lambda _: None
@@ -282,6 +294,22 @@ def _unsealed(raw: bytes, version: int) -> StoredCommit:
             hint="Install a newer datastore.",
         )
     return StoredCommit(commit, sha256_hex(raw))
+
+
+def check_chain(version: int, sha256: str, *, expected: str) -> None:
+    """Check that the commit of `version` is the one that its successor was built on; an empty `expected` says nothing.
+
+    Raises:
+        CorruptError: it is another one.
+    """
+    if expected not in {"", sha256}:
+        raise CorruptError(
+            "a commit is not the one that the next was built on",
+            where=commit_key(version),
+            expected=expected,
+            found=sha256,
+            hint="Restore it from a copy.",
+        )
 
 
 def is_commit(raw: bytes, version: int) -> bool:

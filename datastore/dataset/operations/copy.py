@@ -16,7 +16,7 @@ from dataclasses import dataclass
 
 import msgspec
 
-from datastore.dataset.log.commits import CommitLog
+from datastore.dataset.log.commits import CommitLog, check_chain
 from datastore.dataset.log.identity import create_dataset, require_free, write_card
 from datastore.dataset.log.keys import (
     CERTIFICATES_FOLDER,
@@ -37,7 +37,7 @@ from datastore.dataset.shards.inventory import File, data_files, manifest_files
 from datastore.dataset.snapshot import Dataset, open_dataset, split_reference
 from datastore.digest import sha256_hex
 from datastore.document import seal, unseal
-from datastore.errors import ConfigError, ConflictError, CorruptError, FormatError, MissingError, StorageError
+from datastore.errors import ConfigError, ConflictError, FormatError, MissingError, StorageError
 from datastore.storage.base import Storage, StorageLike
 from datastore.storage.resolve import open_storage
 from datastore.storage.urls import strip_credentials
@@ -88,8 +88,9 @@ def copy(
     started = time.monotonic()
     dataset = _opened(source)
     oldest = oldest_readable(dataset.info, dataset.commit) if all_versions else dataset.version
-    log = CommitLog(dataset.storage)
-    commits = [*in_parallel(log.read, range(oldest, dataset.version)), dataset.commit]
+    commits = [dataset.commit]
+    if all_versions:
+        commits = list(dataset.log.readable_versions(dataset.commit, info=dataset.info))
     if any(REFERENCES in commit.features for commit in commits):
         raise ConfigError(
             "a shallow clone has no shards of its own to copy",
@@ -97,7 +98,7 @@ def copy(
             hint="Make a whole dataset of it with `datastore clone`, which brings them.",
         )
     storage, info = _target(target, dataset)
-    known = _common(log, CommitLog(storage), dataset) if info else 0
+    known = _common(dataset.log, CommitLog(storage), dataset) if info else 0
     done = transfer(dataset.storage, storage, list(data_files(dataset.storage, commits)), progress=progress)
     copy_tokenizers(dataset.storage, storage, commits)
     info = _identity(storage, dataset.info, info, oldest=oldest if known < dataset.version or all_versions else None)
@@ -219,10 +220,7 @@ class _Chain:
         """Yield key and bytes of each of `versions`, which go down by one."""
         for key, raw in in_parallel(lambda key: (key, self._storage.get(key)), map(commit_key, versions)):
             commit = unseal(Commit, raw, where=key)
-            if self._expected not in {"", sha256_hex(raw)}:
-                raise CorruptError(
-                    "a commit is not the one that the next was built on", where=key, hint="Restore it from a copy."
-                )
+            check_chain(commit.version, sha256_hex(raw), expected=self._expected)
             self._expected = commit.parent_sha256
             if commit.ingest_id:
                 self.plans.add(plan_key(commit.ingest_id))

@@ -72,7 +72,7 @@ def expire(
 
     def build(newest: Commit | None) -> Commit:
         current = newest or dataset.commit
-        log, before = CommitLog(storage), oldest_readable(info, current)
+        log, before = dataset.log, oldest_readable(info, current)
         wanted = current.version if keep_last is None else _last(log, current, keep_last, oldest=before)
         if older_than_s is not None:
             wanted = min(wanted, _newest_at(log, time.time() - older_than_s, oldest=before, newest=current))

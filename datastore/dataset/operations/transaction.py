@@ -112,7 +112,7 @@ def explain_expiry(dataset: Dataset, *, operation: str) -> Iterator[None]:
     try:
         yield
     except MissingError as error:
-        newest = CommitLog(dataset.storage).newest()
+        newest = dataset.log.newest()
         if newest is None or newest.min_version <= dataset.version:
             raise
         raise ConflictError(
@@ -132,7 +132,7 @@ def require_unchanged(base: Dataset, newest: Commit | None, *, uids: Collection[
     """
     if newest is None:
         raise ConflictError("the dataset is gone", url=base.url, hint="Check the URL.")
-    current = Dataset(base.storage, info=base.info, commit=newest)
+    current = base.at(newest)
     changed = _changed(base, current, uids)
     if changed:
         raise ConflictError(
@@ -154,11 +154,11 @@ def remove_orphans(base: Dataset, made: Mapping[str, Sequence[str]]) -> None:
     What was made from others stays, to be found by whoever tries again. A failure leaves files that no version names.
     """
     storage = base.storage
-    newest = CommitLog(storage).newest()
+    newest = base.log.newest()
     if newest is None:
         return
     named = {str(path) for path in data_paths(storage, newest.segments).to_pylist()}
-    changed = _changed(base, Dataset(storage, info=base.info, commit=newest), made)
+    changed = _changed(base, base.at(newest), made)
     remove_unused(storage, {path for uid in changed for path in made[uid]} - named)
 
 

@@ -14,9 +14,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from itertools import groupby, islice
 
-from datastore.dataset.log.commits import CommitLog
 from datastore.dataset.log.keys import JOURNALS_FOLDER, KINDS, PROBE_FOLDER
-from datastore.dataset.log.manifest import Commit, oldest_readable
+from datastore.dataset.log.manifest import oldest_readable
 from datastore.dataset.operations.expire import time_of
 from datastore.dataset.operations.transaction import DatasetLike, open_for_change
 from datastore.dataset.shards.inventory import KeySet, version_files
@@ -134,7 +133,7 @@ def vacuum(
     storage = dataset.storage
     now = time.time() if dry_run else _clock_of(storage)
     before = now - older_than_s
-    commits = _readable(dataset)
+    commits = list(dataset.log.readable_versions(dataset.commit, info=dataset.info))
     found = _look(storage, KeySet(version_files(storage, commits)), before)
     ingests = _unfinished_ingests(dataset, {commit.ingest_id for commit in commits})
     running = [ingest for ingest in ingests if not 0 < ingest.touched < min(before, now - DAY_S)]
@@ -156,13 +155,6 @@ def vacuum(
         running=tuple(ingest.id for ingest in running),
         seconds=time.monotonic() - started,
     )
-
-
-def _readable(dataset: Dataset) -> list[Commit]:
-    """Return every version that can be read."""
-    log = CommitLog(dataset.storage)
-    older = range(oldest_readable(dataset.info, dataset.commit), dataset.version)
-    return [*in_parallel(log.read, older), dataset.commit]
 
 
 def _look(storage: Storage, named: KeySet, before: float) -> _Findings:
@@ -194,7 +186,7 @@ def _unfinished_ingests(dataset: Dataset, committed: set[str]) -> list[_Ingest]:
         for name, files in groupby(dataset.storage.list(JOURNALS_FOLDER), key=lambda stat: stat.key.split("/")[1])
     ]
     unknown = {ingest.id: ingest for ingest in ingests if ingest.id not in committed}
-    log = CommitLog(dataset.storage)
+    log = dataset.log
     version = oldest_readable(dataset.info, dataset.commit) - 1
     while version and unknown:
         commit = log.read(version)
@@ -218,7 +210,7 @@ def _spare(found: _Findings, running: Sequence[_Ingest]) -> None:
 
 def _spare_named_since(found: _Findings, dataset: Dataset) -> None:
     """Keep what versions name that were committed after `dataset` was opened."""
-    log = CommitLog(dataset.storage)
+    log = dataset.log
     newest = log.newest() or dataset.commit
     later = [log.read(version) for version in range(dataset.version + 1, newest.version + 1)]
     if later:

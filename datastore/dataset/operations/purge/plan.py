@@ -22,7 +22,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from datastore.dataset.journal import clear_journals
-from datastore.dataset.log.commits import CommitLog, read_history
+from datastore.dataset.log.commits import read_history
 from datastore.dataset.log.keys import CERTIFICATES_FOLDER, PURGE_PLANS_FOLDER, certificate_key, purge_plan_key
 from datastore.dataset.log.manifest import Commit, SegmentRef
 from datastore.dataset.log.tags import list_tags, read_tag, remove_tag
@@ -108,7 +108,7 @@ def finish_plan(dataset: Dataset, plan: PurgeCertificate) -> PurgeOutcome:
     Safe to do twice, and by two at once. What the newest version names is not removed, whatever the plan says.
     """
     storage = dataset.storage
-    newest = CommitLog(storage).newest() or dataset.commit
+    newest = dataset.log.newest() or dataset.commit
     history = read_history(storage, newest)
     readable = history[plan.oldest - 1 :]
     live = {str(path) for path in data_paths(storage, {ref for c in readable for ref in c.segments}).to_pylist()}
@@ -121,7 +121,7 @@ def finish_plan(dataset: Dataset, plan: PurgeCertificate) -> PurgeOutcome:
     ingests = {commit.ingest_id for commit in history} - {""}
     journals = clear_journals(storage, ingests, ids_sha256=frozenset(plan.ids_sha256))
     require_all_places(storage)
-    checked = _check_blank(Dataset(storage, info=dataset.info, commit=newest), plan) + _check_gone(storage, gone)
+    checked = _check_blank(dataset.at(newest), plan) + _check_gone(storage, gone)
     known = live.union(parity_keys(storage, newest))
     there = (stat.key for folder in ("shards", "docs", "parity") for stat in storage.list(folder))
     certificate = msgspec.structs.replace(

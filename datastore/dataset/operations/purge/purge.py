@@ -18,7 +18,7 @@ import msgspec
 import pyarrow.compute as pc
 
 from datastore.dataset.journal import journal_files
-from datastore.dataset.log.commits import CommitLog, read_history
+from datastore.dataset.log.commits import read_history
 from datastore.dataset.log.keys import certificate_key
 from datastore.dataset.log.manifest import Commit, sum_refs
 from datastore.dataset.operations.delete import FoundDocuments, commit_deletion, find_documents
@@ -168,13 +168,12 @@ def finish_purges(dataset: Dataset) -> tuple[PurgeCertificate, ...]:
         CorruptError, StorageError: as `purge`.
     """
     storage = dataset.storage
-    log = CommitLog(storage)
     plans = list_plans(storage)
     certified = {certificate.version for certificate in list_certificates(storage)} if plans else set[int]()
     finished = []
     for plan, stored_at in plans:
         try:
-            committed = log.stored(plan.version).commit.config_digest == plan.digest
+            committed = dataset.log.stored(plan.version).commit.config_digest == plan.digest
         except MissingError:
             committed = False
         if committed and plan.version in certified:
@@ -224,7 +223,7 @@ def _purged(dataset: Dataset, found: FoundDocuments, report: PurgeReport, *, dro
     """Delete what is `found`, write shards of which something is deleted again, commit that, and remove what is left."""
     storage = dataset.storage
     if found.rows:
-        dataset = Dataset(storage, info=dataset.info, commit=commit_deletion(dataset, found))
+        dataset = dataset.at(commit_deletion(dataset, found))
     touched = deleted_shards(dataset, blank=False)
     blanked = list(in_parallel(partial(_blank, dataset), touched, threads=_REWRITERS))
     plans: list[PurgeCertificate] = []
@@ -248,7 +247,7 @@ def _purged(dataset: Dataset, found: FoundDocuments, report: PurgeReport, *, dro
     if not plans or plans[-1].digest != commit.config_digest:
         return replace(report, version=commit.version, documents=0, tokens=0, shards=0, tags=())
     plan = plans[-1]
-    outcome = finish_plan(Dataset(storage, info=dataset.info, commit=commit), plan)
+    outcome = finish_plan(dataset.at(commit), plan)
     return replace(
         report,
         version=commit.version,
