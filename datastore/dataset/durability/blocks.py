@@ -17,26 +17,21 @@ from dataclasses import dataclass
 import numpy as np
 
 from datastore.dataset.durability.parity import Bytes, mix
-from datastore.dataset.shards.info import ShardInfo
-from datastore.dataset.shards.parity_groups import Group, Member
-from datastore.dataset.shards.segment_file import BLOCK_BYTES
-from datastore.digest import DIGEST_BYTES, digest_bytes
+from datastore.dataset.shards.inventory import StoredFile, files_of_group
+from datastore.dataset.shards.parity_groups import Group
+from datastore.digest import digest_bytes
 from datastore.errors import ConfigError, DatastoreError, MissingError, StorageError
 from datastore.storage.base import Storage
 from datastore.storage.errors import explain, too_short
 
 __all__ = [
     "BadBlock",
-    "Blocks",
     "Draw",
-    "File",
     "Rebuilder",
     "Rebuilt",
     "Room",
     "check_blocks",
     "check_copies",
-    "files_of",
-    "parity_file",
 ]
 
 Read = Callable[[int, memoryview], None]
@@ -52,33 +47,6 @@ class BadBlock:
     """Its number; None if the file as a whole is meant."""
 
     reason: str
-
-
-@dataclass(frozen=True, slots=True)
-class Blocks:
-    """A file as its manifest describes it."""
-
-    path: str
-    size_bytes: int
-    block_bytes: int
-    digests: bytes
-    """xxh3_128 of each block, end to end; the last block may be shorter."""
-
-    def __len__(self) -> int:
-        return (self.size_bytes + self.block_bytes - 1) // self.block_bytes
-
-    @property
-    def sound(self) -> bool:
-        """Whether there is a digest for each block."""
-        return len(self.digests) == DIGEST_BYTES * len(self)
-
-    def end_of(self, block: int) -> int:
-        """Return where a block ends."""
-        return min((block + 1) * self.block_bytes, self.size_bytes)
-
-    def bytes_in(self, chosen: Sequence[int]) -> int:
-        """Return how many bytes the blocks `chosen` have."""
-        return sum(self.end_of(block) - block * self.block_bytes for block in chosen)
 
 
 class Room(threading.local):
@@ -128,54 +96,54 @@ class Draw:
         self._row += 1
 
 
-def check_blocks(storage: Storage, blocks: Blocks, *, chosen: Sequence[int], room: Room) -> list[BadBlock]:
+def check_blocks(storage: Storage, file: StoredFile, *, chosen: Sequence[int], room: Room) -> list[BadBlock]:
     """Return those of the blocks `chosen` that are missing, unreadable or wrong; read through `room`, one at a time.
 
     That the file has the size it should have is checked, too.
     """
-    if not blocks.sound:
-        return [BadBlock(blocks.path, None, "its digests do not match its size")]
+    if not file.sound:
+        return [BadBlock(file.key, None, "its digests do not match its size")]
     try:
-        with _opened(storage, blocks.path) as (found_bytes, read):
+        with _opened(storage, file.key) as (found_bytes, read):
             bad = []
-            if found_bytes != blocks.size_bytes:
-                fact = f"the file has {found_bytes} bytes, not {blocks.size_bytes}"
-                bad.append(BadBlock(blocks.path, None, fact))
-            there = [block for block in chosen if blocks.end_of(block) <= found_bytes]
-            bad += [BadBlock(blocks.path, block, "the file ends before") for block in chosen[len(there) :]]
-            return bad + list(_bad_blocks(blocks, there, read, room))
+            if found_bytes != file.size_bytes:
+                fact = f"the file has {found_bytes} bytes, not {file.size_bytes}"
+                bad.append(BadBlock(file.key, None, fact))
+            there = [block for block in chosen if file.end_of(block) <= found_bytes]
+            bad += [BadBlock(file.key, block, "the file ends before") for block in chosen[len(there) :]]
+            return bad + list(_bad_blocks(file, there, read, room))
     except MissingError:
-        return [BadBlock(blocks.path, None, "the file is missing")]
+        return [BadBlock(file.key, None, "the file is missing")]
     except (ConfigError, StorageError) as error:  # A key that no storage takes is a file that cannot be read.
-        return [BadBlock(blocks.path, None, error.fact)]
+        return [BadBlock(file.key, None, error.fact)]
 
 
-def check_copies(storage: Storage, blocks: Blocks, *, chosen: Sequence[int], room: Room) -> list[BadBlock]:
+def check_copies(storage: Storage, file: StoredFile, *, chosen: Sequence[int], room: Room) -> list[BadBlock]:
     """Return what `check_blocks` finds in all copies of the file, with the place of each if there are several."""
     try:
-        copies = storage.copies(blocks.path)
+        copies = storage.copies(file.key)
     except ConfigError:  # A key that no storage takes: told below.
         copies = ()
     if len(copies) < 2:
-        return check_blocks(storage, blocks, chosen=chosen, room=room)
+        return check_blocks(storage, file, chosen=chosen, room=room)
     return [
         BadBlock(bad.path, bad.block, f"{bad.reason} (in {copy.url})")
         for copy in copies
-        for bad in check_blocks(copy, blocks, chosen=chosen, room=room)
+        for bad in check_blocks(copy, file, chosen=chosen, room=room)
     ]
 
 
-def _bad_blocks(blocks: Blocks, chosen: Sequence[int], read: Read, room: Room) -> Iterator[BadBlock]:
+def _bad_blocks(file: StoredFile, chosen: Sequence[int], read: Read, room: Room) -> Iterator[BadBlock]:
     for block in chosen:
-        start = block * blocks.block_bytes
-        target = room.of(blocks.end_of(block) - start)
+        start = block * file.block_bytes
+        target = room.of(file.end_of(block) - start)
         try:
             read(start, target)
         except (MissingError, StorageError) as error:
-            yield BadBlock(blocks.path, block, error.fact)
+            yield BadBlock(file.key, block, error.fact)
             continue
-        if digest_bytes(target) != blocks.digests[block * DIGEST_BYTES : (block + 1) * DIGEST_BYTES]:
-            yield BadBlock(blocks.path, block, "the bytes do not match their digest")
+        if digest_bytes(target) != file.digest_of(block):
+            yield BadBlock(file.key, block, "the bytes do not match their digest")
 
 
 @contextmanager
@@ -208,23 +176,6 @@ def _opened(storage: Storage, path: str) -> Iterator[tuple[int, Read]]:
 
 
 @dataclass(frozen=True, slots=True)
-class File:
-    """A file as its manifest describes it: as blocks, and as a whole."""
-
-    blocks: Blocks
-    digest: bytes
-
-    @property
-    def path(self) -> str:
-        """Its key."""
-        return self.blocks.path
-
-    def faults(self, place: Storage, room: Room) -> list[BadBlock]:
-        """Return what is wrong with the copy at `place`."""
-        return check_blocks(place, self.blocks, chosen=range(len(self.blocks)), room=room)
-
-
-@dataclass(frozen=True, slots=True)
 class Rebuilt:
     """The bytes of a file, or why there are none."""
 
@@ -232,42 +183,23 @@ class Rebuilt:
     how: str
 
 
-def files_of(shards: Iterator[ShardInfo]) -> Iterator[File]:
-    """Yield the files of `shards` that lie in the dataset itself."""
-    for shard in shards:
-        files = (
-            (File(Blocks(shard.path, shard.size_bytes, shard.block_bytes, shard.block_digests), shard.digest)),
-            _one_block(shard.docs_path, shard.docs_bytes, shard.docs_digest),
-        )
-        yield from (file for file in files if file.path and not file.path.startswith("/") and "://" not in file.path)
-
-
-def parity_file(group: Group) -> File:
-    """Return the parity file of `group`."""
-    return File(Blocks(group.path, group.size_bytes, BLOCK_BYTES, group.block_digests), group.digest)
-
-
-def _one_block(path: str, size_bytes: int, digest: bytes) -> File:
-    return File(Blocks(path, size_bytes, max(1, size_bytes), digest if size_bytes else b""), digest)
-
-
 class Rebuilder:
     """Makes files again. `places` are all storages that may hold a copy of something."""
 
-    def __init__(self, places: Sequence[Storage], *, files: Mapping[str, File], groups: Sequence[Group]) -> None:
+    def __init__(self, places: Sequence[Storage], *, files: Mapping[str, StoredFile], groups: Sequence[Group]) -> None:
         self._places = places
         self._files = files
         self._groups: dict[str, list[Group]] = {}
         for group in groups:
-            for path in (group.path, *(member.path for member in group.members)):
+            for path in group.paths:
                 self._groups.setdefault(path, []).append(group)
 
-    def rebuild(self, file: File) -> Rebuilt:
+    def rebuild(self, file: StoredFile) -> Rebuilt:
         """Return all bytes of `file`; memory: its size, and a block of each other file of its group."""
-        data = np.empty(file.blocks.size_bytes, np.uint8)
+        data = np.empty(file.size_bytes, np.uint8)
         parity = 0
-        for block in range(len(file.blocks)):
-            start, stop = block * file.blocks.block_bytes, file.blocks.end_of(block)
+        for block in range(len(file)):
+            start, stop = block * file.block_bytes, file.end_of(block)
             target = data[start:stop]
             if self._copied(file, block, target):
                 continue
@@ -279,22 +211,21 @@ class Rebuilder:
             return Rebuilt(None, "its blocks are right, but its digest is not")
         return Rebuilt(data, "made again from parity" if parity else "put together from its copies")
 
-    def _copied(self, file: File, block: int, target: Bytes) -> bool:
+    def _copied(self, file: StoredFile, block: int, target: Bytes) -> bool:
         """Fill `target` with a good copy of a block; return whether there is one."""
-        blocks = file.blocks
-        wanted = blocks.digests[block * DIGEST_BYTES : (block + 1) * DIGEST_BYTES]
+        wanted = file.digest_of(block)
         for place in self._places:
             try:
-                place.read_into(blocks.path, block * blocks.block_bytes, target.data)
+                place.read_into(file.key, block * file.block_bytes, target.data)
             except DatastoreError:
                 continue
             if digest_bytes(target.data) == wanted:
                 return True
         return False
 
-    def _mixed(self, file: File, block: int, target: Bytes) -> str:
+    def _mixed(self, file: StoredFile, block: int, target: Bytes) -> str:
         """Fill `target` with a block made from its group; return why that cannot be done, or ""."""
-        groups = self._groups.get(file.path, [])
+        groups = self._groups.get(file.key, [])
         if not groups:
             return "there is no good copy of it, and no parity"
         reason = ""
@@ -304,38 +235,31 @@ class Rebuilder:
                 return ""
         return reason
 
-    def _mixed_from(self, group: Group, file: File, block: int, target: Bytes) -> str:
-        start = block * file.blocks.block_bytes
+    def _mixed_from(self, group: Group, file: StoredFile, block: int, target: Bytes) -> str:
+        start = block * file.block_bytes
         target[:] = 0
-        for other in self._others(group, file.path):
-            stop = min(start + target.size, other.blocks.size_bytes)
+        for other in self._others(group, file.key):
+            stop = min(start + target.size, other.size_bytes)
             if start < stop:
                 part = self._range(other, start, stop)
                 if part is None:
-                    return f"there is no good copy of it, and {other.path} of its group is damaged at the same place"
+                    return f"there is no good copy of it, and {other.key} of its group is damaged at the same place"
                 mix(target[: stop - start], part)
-        wanted = file.blocks.digests[block * DIGEST_BYTES : (block + 1) * DIGEST_BYTES]
+        wanted = file.digest_of(block)
         return "" if digest_bytes(target.data) == wanted else "its group does not give its bytes back"
 
-    def _others(self, group: Group, path: str) -> Iterator[File]:
-        if group.path != path:
-            yield self._files.get(group.path) or parity_file(group)
-        for member in group.members:
-            if member.path != path:
-                yield self._files.get(member.path) or _member_file(member)
+    def _others(self, group: Group, path: str) -> Iterator[StoredFile]:
+        for file in files_of_group(group):
+            if file.key != path:
+                yield self._files.get(file.key, file)
 
-    def _range(self, file: File, start: int, stop: int) -> Bytes | None:
+    def _range(self, file: StoredFile, start: int, stop: int) -> Bytes | None:
         """Return bytes `[start, stop)` of `file`, from blocks that are good; None if one is not."""
-        size = file.blocks.block_bytes
+        size = file.block_bytes
         first, last = start // size, (stop - 1) // size
-        found = np.empty(file.blocks.end_of(last) - first * size, np.uint8)
+        found = np.empty(file.end_of(last) - first * size, np.uint8)
         for block in range(first, last + 1):
             at = (block - first) * size
-            if not self._copied(file, block, found[at : file.blocks.end_of(block) - first * size]):
+            if not self._copied(file, block, found[at : file.end_of(block) - first * size]):
                 return None
         return found[start - first * size : stop - first * size]
-
-
-def _member_file(member: Member) -> File:
-    """Return a file that has left the version: its blocks are not known any more."""
-    return _one_block(member.path, member.size_bytes, member.digest)

@@ -5,12 +5,12 @@ are there from the listing, and what parity could make again from its groups. Wh
 """
 
 import os
-from collections.abc import Collection, Iterator
+from collections.abc import Collection
 from dataclasses import dataclass
 
 from datastore.dataset.durability.parity import live_groups, unprotected
 from datastore.dataset.log.keys import is_data
-from datastore.dataset.shards.info import ShardInfo
+from datastore.dataset.shards.inventory import files_of
 from datastore.dataset.shards.parity_groups import Group
 from datastore.dataset.shards.segments import Segments, load_segment
 from datastore.dataset.snapshot import Dataset, open_dataset
@@ -110,7 +110,7 @@ class _Look:
             for commit in dataset.log.readable_versions(dataset.commit, info=dataset.info, skip_damaged=True)
         ]
         self.groups: list[Group] = live_groups(dataset)
-        self.sizes = {path: size for shard in self.shards for path, size in _files(shard)}
+        self.sizes = {file.key: file.size_bytes for file in files_of(self.shards)}
         self.sizes |= {group.path: group.size_bytes for group in self.groups}
         self.paths = list(self.sizes)
         self.homes = {path: {root.id for root in storage.homes(path)} for path in self.paths}
@@ -121,7 +121,7 @@ class _Look:
                     self.there[stat.key].add(root.id)
         self._groups_of: dict[str, list[Group]] = {}
         for group in self.groups:
-            for path in _paths(group):
+            for path in group.paths:
                 self._groups_of.setdefault(path, []).append(group)
         self._storage = storage
 
@@ -132,7 +132,7 @@ class _Look:
         gone = {path for path in only if not self._can_be_made(path, only)}
         if len(self.roots) == 1:
             gone = only = set(self.paths)
-        shards = [shard for shard in self.shards if any(path in gone for path, _ in _files(shard))]
+        shards = [shard for shard in self.shards if any(file.key in gone for file in files_of([shard]))]
         return RootLoss(
             root=root.storage.url,
             there=root.id not in self.lost,
@@ -148,8 +148,7 @@ class _Look:
 
     def _can_be_made(self, path: str, gone: Collection[str]) -> bool:
         return any(
-            not any(other in gone for other in _paths(group) if other != path)
-            for group in self._groups_of.get(path, ())
+            not any(other in gone for other in group.paths if other != path) for group in self._groups_of.get(path, ())
         )
 
     def _versions_without(self, gone: Collection[str]) -> int:
@@ -158,16 +157,5 @@ class _Look:
         lacking: dict[str, bool] = {}
         for ref in (ref for refs in self.versions for ref in refs if ref.digest not in lacking):
             segment = Segments([load_segment(self._storage, ref)]) if gone else ()
-            lacking[ref.digest] = any(path in gone for shard in segment for path, _ in _files(shard))
+            lacking[ref.digest] = any(file.key in gone for file in files_of(segment))
         return sum(any(lacking[ref.digest] for ref in refs) for refs in self.versions)
-
-
-def _files(shard: ShardInfo) -> Iterator[tuple[str, int]]:
-    for path, size in ((shard.path, shard.size_bytes), (shard.docs_path, shard.docs_bytes)):
-        if path and not path.startswith("/") and "://" not in path:
-            yield path, size
-
-
-def _paths(group: Group) -> Iterator[str]:
-    yield group.path
-    yield from (member.path for member in group.members)

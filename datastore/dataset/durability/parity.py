@@ -14,7 +14,7 @@ import heapq
 import logging
 import os
 import time
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -26,11 +26,11 @@ import xxhash
 from datastore.dataset.log.keys import INFO_KEY, parity_key, parity_table_key
 from datastore.dataset.log.manifest import Commit, ParityRef
 from datastore.dataset.operations.transaction import DatasetLike, draft_commit, open_for_change, publish
+from datastore.dataset.shards.inventory import files_of
 from datastore.dataset.shards.parity_groups import (
     Group,
     Member,
     load_groups,
-    members_of,
     store_groups,
 )
 from datastore.dataset.shards.segment_file import BLOCK_BYTES
@@ -41,7 +41,7 @@ from datastore.storage.base import Storage
 from datastore.threads import in_parallel
 from datastore.units import Progress
 
-__all__ = ["ProtectReport", "choose_groups", "protect", "unprotected", "write_group", "xor_files"]
+__all__ = ["ProtectReport", "choose_groups", "members_of", "protect", "unprotected", "write_group", "xor_files"]
 
 _PIECE_BYTES = 4 * 2**20
 """Read, digested and mixed in at a time: 7 to 8 GB of files per CPU-second (AMD EPYC, 2026-11-25, tools/bench/redundancy)."""
@@ -199,7 +199,7 @@ def protect(target: DatasetLike, *, width: int = 4, progress: Progress | None = 
     started = time.monotonic()
     dataset = open_for_change(target)
     storage = dataset.storage
-    wanted = {member.path: member for member in members_of(dataset.segments)}
+    wanted = {member.path: member for member in members_of(dataset)}
     kept, tables = _whole_groups(dataset, wanted, width=width)
     todo = _missing(dataset, wanted, kept, width=width)
     new: list[Group] = []
@@ -227,22 +227,29 @@ def protect(target: DatasetLike, *, width: int = 4, progress: Progress | None = 
     )
 
 
+def members_of(dataset: Dataset) -> Iterator[Member]:
+    """Yield what can be protected: the files of `dataset` that lie in it, and are not empty."""
+    for file in files_of(dataset.segments):
+        if file.size_bytes:
+            yield Member(file.key, file.size_bytes, file.digest)
+
+
 def unprotected(dataset: Dataset, groups: Sequence[Group]) -> list[Member]:
     """Return the files of `dataset` that none of `groups` protects."""
     covered = {(member.path, member.digest) for group in groups for member in group.members}
-    return [member for member in members_of(dataset.segments) if (member.path, member.digest) not in covered]
+    return [member for member in members_of(dataset) if (member.path, member.digest) not in covered]
 
 
 def shares_roots(storage: Storage, group: Group) -> bool:
     """Return whether one lost root would take two files of `group`, parity included, that lie nowhere else."""
-    homes = [storage.copies(path) for path in (group.path, *(member.path for member in group.members))]
+    homes = [storage.copies(path) for path in group.paths]
     single = [copies[0].url for copies in homes if len(copies) == 1]
     return len(set(single)) < len(single)
 
 
 def live_groups(dataset: Dataset) -> list[Group]:
     """Return the groups of `dataset` all of whose members are files of it."""
-    wanted = {member.path: member for member in members_of(dataset.segments)}
+    wanted = {member.path: member for member in members_of(dataset)}
     groups = (group for ref in dataset.commit.parity for group in load_groups(dataset.storage, ref))
     return [group for group in groups if _is_live(group, wanted)]
 
@@ -323,6 +330,5 @@ def _without_members(dataset: Dataset, newest: Commit | None, groups: Sequence[G
     """Return those of `groups` that have a file which is not one of `newest`."""
     if newest is None or newest.segments == dataset.commit.segments:
         return []
-    current = dataset.at(newest)
-    there = {member.path: member for member in members_of(current.segments)}
+    there = {member.path: member for member in members_of(dataset.at(newest))}
     return [group for group in groups if not _is_live(group, there)]

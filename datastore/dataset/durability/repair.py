@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 
-from datastore.dataset.durability.blocks import File, Rebuilder, Room, files_of, parity_file
+from datastore.dataset.durability.blocks import Rebuilder, Room, check_blocks
 from datastore.dataset.durability.mirrors import Finding, equalize, soundness
 from datastore.dataset.log.commits import CommitLog
 from datastore.dataset.log.identity import card_text
@@ -19,15 +19,13 @@ from datastore.dataset.log.keys import (
     HINT_KEY,
     INFO_KEY,
     behind_key,
-    deletions_key,
     is_data,
-    parity_table_key,
-    segment_key,
     tokenizer_key,
 )
 from datastore.dataset.log.manifest import Commit, Hint
 from datastore.dataset.log.tags import list_tags, read_tagged
 from datastore.dataset.roots import RootChange, change_roots, open_roots, store_info
+from datastore.dataset.shards.inventory import StoredFile, files_of, parity_file, tables_of
 from datastore.dataset.shards.parity_groups import Group, load_groups
 from datastore.dataset.shards.segments import Segments, load_segment
 from datastore.dataset.snapshot import Dataset, open_dataset
@@ -168,7 +166,7 @@ class _Survey:
     storage: Storage
     """Its own, without what it may refer to elsewhere."""
     places: Sequence[Root]
-    files: dict[str, File] = field(default_factory=dict)
+    files: dict[str, StoredFile] = field(default_factory=dict)
     groups: dict[str, Group] = field(default_factory=dict)
     findings: list[Finding] = field(default_factory=list)
     copies: int = 0
@@ -191,18 +189,18 @@ class _Survey:
     def _collect(self) -> None:
         """Find all files that a readable version or a tag names."""
         storage = self.storage
-        segments = {ref.digest: ref for commit in self._commits() for ref in commit.segments}
-        tables = {ref.digest: ref for commit in self._commits() for ref in commit.parity}
+        commits = self._commits()
+        segments = {ref.digest: ref for commit in commits for ref in commit.segments}
+        tables = {ref.digest: ref for commit in commits for ref in commit.parity}
         for ref in segments.values():
             with suppress(DatastoreError):  # Told when the small files were looked at, or below.
-                self.files |= {file.path: file for file in files_of(iter(Segments([load_segment(storage, ref)])))}
+                self.files |= {file.key: file for file in files_of(Segments([load_segment(storage, ref)]))}
         for table in tables.values():
             with suppress(DatastoreError):
                 self.groups |= {group.path: group for group in load_groups(storage, table)}
         self.files |= {path: parity_file(group) for path, group in self.groups.items()}
-        small = [*map(segment_key, segments), *(parity_table_key(ref.digest) for ref in self.dataset.commit.parity)]
-        small += [deletions_key(ref.digest) for commit in self._commits() for ref in commit.deletions]
-        small += [tokenizer_key(commit.tokenizer.sha256) for commit in self._commits() if commit.tokenizer]
+        small = [file.key for commit in commits for file in tables_of(commit)]
+        small += [tokenizer_key(commit.tokenizer.sha256) for commit in commits if commit.tokenizer]
         there = {stat.key for root in self.places for stat in root.storage.list() if not is_data(stat.key)}
         for key in sorted(set(small) - there):
             self.findings.append(Finding(key, storage.url, "it is missing", "", "there is no copy of it"))
@@ -220,29 +218,29 @@ class _Survey:
         there = {root.id for root in self.places}
         return [root for root in self.storage.homes(path) if root.id in there]
 
-    def _look(self, file: File, room: Room) -> dict[str, str]:
+    def _look(self, file: StoredFile, room: Room) -> dict[str, str]:
         """Return what is wrong with the copies of `file`, by the id of their root."""
         faults = {}
-        for root in self._homes(file.path):
-            bad = file.faults(root.storage, room)
+        for root in self._homes(file.key):
+            bad = check_blocks(root.storage, file, chosen=range(len(file)), room=room)
             if bad:
-                block = "" if bad[0].block is None or len(file.blocks) < 2 else f"block {bad[0].block}: "
+                block = "" if bad[0].block is None or len(file) < 2 else f"block {bad[0].block}: "
                 faults[root.id] = f"{block}{bad[0].reason}"
             self.copies += 1
-            self.bytes += file.blocks.size_bytes
+            self.bytes += file.size_bytes
         return faults
 
-    def _mend(self, file: File, faults: Mapping[str, str], rebuilder: Rebuilder, *, dry_run: bool) -> None:
+    def _mend(self, file: StoredFile, faults: Mapping[str, str], rebuilder: Rebuilder, *, dry_run: bool) -> None:
         rebuilt = rebuilder.rebuild(file)
-        for root in self._homes(file.path):
+        for root in self._homes(file.key):
             if root.id in faults:
                 how, reason = (rebuilt.how, "") if rebuilt.data is not None else ("", rebuilt.how)
                 if rebuilt.data is not None and not dry_run:
                     try:
-                        root.storage.put(file.path, rebuilt.data.data)
+                        root.storage.put(file.key, rebuilt.data.data)
                     except DatastoreError as error:
                         how, reason = "", str(error)
-                self.findings.append(Finding(file.path, root.storage.url, faults[root.id], how, reason))
+                self.findings.append(Finding(file.key, root.storage.url, faults[root.id], how, reason))
 
     def _tidy(self) -> None:
         """Remove copies from where they do not belong, now that all are where they do: a full disk sent them there."""

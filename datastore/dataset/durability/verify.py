@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from operator import call
 
-from datastore.dataset.durability.blocks import BadBlock, Blocks, Draw, Room, check_copies
+from datastore.dataset.durability.blocks import BadBlock, Draw, Room, check_copies
 from datastore.dataset.durability.decode_check import DeepCheck
 from datastore.dataset.log.commits import CommitLog, check_chain
 from datastore.dataset.log.identity import read_info
@@ -35,8 +35,9 @@ from datastore.dataset.log.tags import list_tags, read_tagged
 from datastore.dataset.shards.deletions import load_deletion
 from datastore.dataset.shards.files import read_tokenizer
 from datastore.dataset.shards.info import ShardInfo
+from datastore.dataset.shards.inventory import StoredFile, files_of, parity_file
 from datastore.dataset.shards.parity_groups import Group, load_groups
-from datastore.dataset.shards.segment_file import BLOCK_BYTES, segment_ref
+from datastore.dataset.shards.segment_file import segment_ref
 from datastore.dataset.shards.segments import Segments, load_segment
 from datastore.dataset.snapshot import Dataset
 from datastore.errors import ConfigError, CorruptError, DatastoreError
@@ -153,8 +154,8 @@ def _checks(dataset: Dataset, draw: Draw, look: DeepCheck | None) -> Iterator[Ca
         yield partial(_Found, found.files, found.size_bytes, found.bad)
         unread: list[BadBlock] = []
         for shard in _rows(segments, segment_key(ref.digest), unread):
-            drawn = [(blocks, draw.of(len(blocks)) if blocks.sound else ()) for blocks in _files_of(shard)]
-            wanted = [(blocks, chosen) for blocks, chosen in drawn if chosen or not blocks.sound]
+            drawn = [(file, draw.of(len(file)) if file.sound else ()) for file in files_of([shard], linked=True)]
+            wanted = [(file, chosen) for file, chosen in drawn if chosen or not file.sound]
             if wanted:
                 yield partial(_check_shard, storage, wanted, room, partial(look.shard, shard) if look else None)
         yield partial(_Found, 0, 0, unread)
@@ -167,11 +168,11 @@ def _parity_checks(dataset: Dataset, draw: Draw, room: Room, look: DeepCheck | N
         found = _one(parity_table_key(table.digest), partial(_take_groups, storage, table, groups))
         yield partial(_Found, found.files, found.size_bytes, found.bad)
         for group in groups:
-            blocks = Blocks(group.path, group.size_bytes, BLOCK_BYTES, group.block_digests)
-            drawn = draw.of(len(blocks)) if blocks.sound else ()
-            if drawn or not blocks.sound:
+            file = parity_file(group)
+            drawn = draw.of(len(file)) if file.sound else ()
+            if drawn or not file.sound:
                 yield partial(
-                    _check_shard, storage, [(blocks, drawn)], room, partial(look.group, group) if look else None
+                    _check_shard, storage, [(file, drawn)], room, partial(look.group, group) if look else None
                 )
 
 
@@ -210,26 +211,19 @@ def _check_segment(storage: Storage, ref: SegmentRef, into: list[Segments]) -> N
         raise CorruptError("the sums over its shards are not those that the commit names")
 
 
-def _files_of(shard: ShardInfo) -> Iterator[Blocks]:
-    yield Blocks(shard.path, shard.size_bytes, shard.block_bytes, shard.block_digests)
-    if shard.docs_path:
-        # The documents have one digest: a single block as long as the file.
-        yield Blocks(shard.docs_path, shard.docs_bytes, max(1, shard.docs_bytes), shard.docs_digest)
-
-
 def _check_shard(
     storage: Storage,
-    files: Sequence[tuple[Blocks, Sequence[int]]],
+    files: Sequence[tuple[StoredFile, Sequence[int]]],
     room: Room,
     look: Callable[[], list[BadBlock]] | None,
 ) -> _Found:
     """Check blocks of the files of one shard; if they are sound, `look` at what they hold."""
     bad: list[BadBlock] = []
-    for blocks, chosen in files:
-        bad += check_copies(storage, blocks, chosen=chosen, room=room)
+    for file, chosen in files:
+        bad += check_copies(storage, file, chosen=chosen, room=room)
     if look is not None and not bad:
         bad = look()
-    return _Found(len(files), sum(blocks.bytes_in(chosen) for blocks, chosen in files), bad)
+    return _Found(len(files), sum(file.bytes_in(chosen) for file, chosen in files), bad)
 
 
 def _check_history(storage: Storage, newest: Commit) -> _Found:

@@ -19,7 +19,7 @@ from datastore.dataset.log.keys import REFERENCES, segment_key
 from datastore.dataset.log.manifest import Commit, Origin, SegmentRef
 from datastore.dataset.operations.copy import copy_tokenizers, open_target, transfer
 from datastore.dataset.operations.transaction import draft_commit, publish
-from datastore.dataset.shards.inventory import File, data_files, manifest_files
+from datastore.dataset.shards.inventory import files_of_versions, tables_of
 from datastore.dataset.shards.segment_file import encode_segment, segment_ref
 from datastore.dataset.shards.segments import load_segment
 from datastore.dataset.snapshot import Dataset, open_dataset
@@ -68,11 +68,11 @@ def clone(
     dataset = source if isinstance(source, Dataset) else open_dataset(source)
     storage = _free(target)
     base = msgspec.structs.replace(dataset.commit, segments=(), parity=())
-    wanted = [] if shallow else [_brought(file) for file in data_files(dataset.storage, [_unprotected(dataset.commit)])]
-    done = transfer(dataset.storage, storage, wanted, progress=progress)
+    wanted = [] if shallow else list(files_of_versions(dataset.storage, [_unprotected(dataset.commit)]))
+    done = transfer(dataset.storage, storage, wanted, rename=_key_of, progress=progress)
     copy_tokenizers(dataset.storage, storage, [base])
     info = create_dataset(storage)
-    transfer(dataset.storage, storage, manifest_files([base]))
+    transfer(dataset.storage, storage, list(tables_of(base)))
     segments = tuple(_renamed(dataset, storage, _link_to(dataset.storage) if shallow else _key_of))
     features = {*base.features} - {REFERENCES} | ({REFERENCES} if shallow else set())
 
@@ -114,10 +114,6 @@ def _free(target: StorageLike) -> Storage:
 
 def _unprotected(commit: Commit) -> Commit:
     return msgspec.structs.replace(commit, parity=())
-
-
-def _brought(file: File) -> File:
-    return File(file.key, file.size_bytes, file.digest, _key_of(file.key))
 
 
 def _key_of(path: str) -> str:

@@ -266,5 +266,12 @@ def _commit(dataset: Dataset, groups: Sequence[_Group], made: Sequence[ShardInfo
         return publish(storage, dataset.info, build)
     except ConflictError:
         pairs = [(group, shard) for group, shard in zip(groups, made, strict=True) if shard is not None]
-        remove_orphans(dataset, {each.uid: files_of([shard]) for group, shard in pairs for _, each in group.members})
+        remove_orphans(
+            dataset,
+            {
+                each.uid: [file.key for file in files_of([shard], linked=True)]
+                for group, shard in pairs
+                for _, each in group.members
+            },
+        )
         raise

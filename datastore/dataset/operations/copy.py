@@ -11,7 +11,7 @@ Files on their way from one place to another, each checked against its digest be
 
 import os
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import msgspec
@@ -33,7 +33,7 @@ from datastore.dataset.log.manifest import Commit, DatasetInfo, Hint, oldest_rea
 from datastore.dataset.log.tags import list_tags, read_tag
 from datastore.dataset.roots import open_roots
 from datastore.dataset.shards.files import read_tokenizer
-from datastore.dataset.shards.inventory import File, data_files, manifest_files
+from datastore.dataset.shards.inventory import StoredFile, files_of_versions, tables_of
 from datastore.dataset.snapshot import Dataset, open_dataset, split_reference
 from datastore.digest import sha256_hex
 from datastore.document import seal, unseal
@@ -99,10 +99,11 @@ def copy(
         )
     storage, info = _target(target, dataset)
     known = _common(dataset.log, CommitLog(storage), dataset) if info else 0
-    done = transfer(dataset.storage, storage, list(data_files(dataset.storage, commits)), progress=progress)
+    done = transfer(dataset.storage, storage, list(files_of_versions(dataset.storage, commits)), progress=progress)
     copy_tokenizers(dataset.storage, storage, commits)
     info = _identity(storage, dataset.info, info, oldest=oldest if known < dataset.version or all_versions else None)
-    transfer(dataset.storage, storage, manifest_files(commits))
+    tables = {file.key: file for commit in commits for file in tables_of(commit)}
+    transfer(dataset.storage, storage, list(tables.values()))
     certificates = (stat.key for stat in dataset.storage.list(CERTIFICATES_FOLDER) if stat.key.count("/") == 1)
     _copy_plain(dataset.storage, storage, certificates)
     _copy_log(dataset, storage, known=known)
@@ -251,9 +252,14 @@ class Transferred:
 
 
 def transfer(
-    source: Storage, target: Storage, files: Sequence[File], *, progress: Progress | None = None
+    source: Storage,
+    target: Storage,
+    files: Sequence[StoredFile],
+    *,
+    rename: Callable[[str], str] = str,
+    progress: Progress | None = None,
 ) -> Transferred:
-    """Copy those of `files` that are not there.
+    """Copy those of `files` that are not there; `rename` says what each is called there.
 
     One that is there with the right size is taken for whole: writes are atomic. Memory: as many files as threads, and
     the names of all that are there.
@@ -262,17 +268,17 @@ def transfer(
         MissingError, CorruptError: a file of the source is gone or damaged.
         StorageError: the target cannot be written, or somebody removes from it what was copied.
     """
-    folders = {file.to.partition("/")[0] for file in files}
+    folders = {rename(file.key).partition("/")[0] for file in files}
     total = sum(file.size_bytes for file in files)
     done: Transferred | None = None
 
-    def bring(file: File) -> int:
-        target.put(file.to, read_checked(source, file.key, size_bytes=file.size_bytes, digest=file.digest))
+    def bring(file: StoredFile) -> int:
+        target.put(rename(file.key), read_checked(source, file.key, size_bytes=file.size_bytes, digest=file.digest))
         return file.size_bytes
 
     for _ in range(_PASSES):
         sizes = {stat.key: stat.size_bytes for folder in folders for stat in target.list(folder)}
-        wanted = [file for file in files if sizes.get(file.to) != file.size_bytes]
+        wanted = [file for file in files if sizes.get(rename(file.key)) != file.size_bytes]
         done = done or Transferred(present=len(files) - len(wanted))
         if not wanted:
             return done

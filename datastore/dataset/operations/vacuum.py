@@ -18,7 +18,7 @@ from datastore.dataset.log.keys import JOURNALS_FOLDER, KINDS, PROBE_FOLDER
 from datastore.dataset.log.manifest import oldest_readable
 from datastore.dataset.operations.expire import time_of
 from datastore.dataset.operations.transaction import DatasetLike, open_for_change
-from datastore.dataset.shards.inventory import KeySet, version_files
+from datastore.dataset.shards.inventory import KeySet, keys_of_versions
 from datastore.dataset.snapshot import Dataset
 from datastore.errors import ConfigError, MissingError
 from datastore.storage.base import Stat, Storage
@@ -134,7 +134,7 @@ def vacuum(
     now = time.time() if dry_run else _clock_of(storage)
     before = now - older_than_s
     commits = list(dataset.log.readable_versions(dataset.commit, info=dataset.info))
-    found = _look(storage, KeySet(version_files(storage, commits)), before)
+    found = _look(storage, KeySet(keys_of_versions(storage, commits)), before)
     ingests = _unfinished_ingests(dataset, {commit.ingest_id for commit in commits})
     running = [ingest for ingest in ingests if not 0 < ingest.touched < min(before, now - DAY_S)]
     _spare(found, running)
@@ -214,7 +214,7 @@ def _spare_named_since(found: _Findings, dataset: Dataset) -> None:
     newest = log.newest() or dataset.commit
     later = [log.read(version) for version in range(dataset.version + 1, newest.version + 1)]
     if later:
-        named = KeySet(version_files(dataset.storage, later)).has([stat.key for _, stat in found.unnamed])
+        named = KeySet(keys_of_versions(dataset.storage, later)).has([stat.key for _, stat in found.unnamed])
         found.unnamed = [pair for pair, stays in zip(found.unnamed, named, strict=True) if not stays]
 
 

@@ -1,13 +1,12 @@
 """The tables of parity groups."""
 
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 
 import pyarrow as pa
 
-from datastore.dataset.log.keys import PARITY_TABLES_FOLDER, parity_table_key
+from datastore.dataset.log.keys import PARITY_TABLES_FOLDER, parity_table_key, table_digest_in
 from datastore.dataset.log.manifest import Commit, ParityRef
-from datastore.dataset.shards.info import ShardInfo
 from datastore.digest import digest_hex
 from datastore.errors import CorruptError
 from datastore.storage.base import Storage
@@ -21,7 +20,6 @@ __all__ = [
     "drop_parity",
     "encode_groups",
     "load_groups",
-    "members_of",
     "parity_keys",
     "store_groups",
 ]
@@ -61,16 +59,10 @@ class Group:
 
     members: tuple[Member, ...]
 
-
-def members_of(shards: Iterable[ShardInfo]) -> Iterator[Member]:
-    """Yield the files of `shards` that lie in the dataset itself, and are not empty."""
-    for shard in shards:
-        for path, size_bytes, digest in (
-            (shard.path, shard.size_bytes, shard.digest),
-            (shard.docs_path, shard.docs_bytes, shard.docs_digest),
-        ):
-            if size_bytes and not path.startswith("/") and "://" not in path:
-                yield Member(path, size_bytes, digest)
+    @property
+    def paths(self) -> tuple[str, ...]:
+        """Of its parity file and of what it protects."""
+        return (self.path, *(member.path for member in self.members))
 
 
 def encode_groups(groups: Sequence[Group]) -> bytes:
@@ -102,9 +94,7 @@ def decode_groups(raw: pa.Buffer, *, where: str) -> list[Group]:
     except (pa.ArrowException, OSError, KeyError, ValueError, MemoryError) as error:
         fact = f"not a table of parity groups: {error}"
         raise CorruptError(fact, where=where, hint="Restore this file from a copy.") from None
-    if any(
-        size < 0 for group in groups for size in (group.size_bytes, *(member.size_bytes for member in group.members))
-    ):
+    if any(size < 0 for group in groups for size in (group.size_bytes, *(file.size_bytes for file in group.members))):
         raise CorruptError("a file of a parity group has less than no bytes", where=where)
     return groups
 
@@ -180,7 +170,9 @@ def drop_parity(storage: Storage, commit: Commit, paths: Collection[str]) -> tup
             refs.append(store_groups(storage, kept))
     keys: set[str] = set()
     for stat in storage.list(PARITY_TABLES_FOLDER):
-        digest = stat.key.removeprefix(f"{PARITY_TABLES_FOLDER}/").removesuffix(".arrow")
+        digest = table_digest_in(stat.key)
+        if digest is None:
+            continue
         raw = read_checked(storage, stat.key, size_bytes=stat.size_bytes, digest=digest)
         keys.update(group.path for group in decode_groups(raw, where=stat.key) if covers(group))
     return tuple(refs), sorted(keys)

@@ -15,7 +15,7 @@ from datastore.dataset.operations.expire import expire
 from datastore.dataset.operations.purge.purge import purge
 from datastore.dataset.operations.vacuum import DAY_S, vacuum
 from datastore.dataset.shards.info import ShardInfo
-from datastore.dataset.shards.inventory import version_files
+from datastore.dataset.shards.inventory import keys_of_versions
 from datastore.dataset.snapshot import open_dataset
 from datastore.errors import ConflictError, MissingError
 from datastore.storage.backends.memory import MemoryStorage
@@ -105,7 +105,7 @@ class VacuumHistory(RuleBasedStateMachine):
                 assert self._content(version) == self.held[version]
                 assert verify(open_dataset(self.storage, version=version)).ok
         commits = [open_dataset(self.storage, version=version).commit for version in self.held if version >= oldest]
-        needed = {key for part in version_files(self.storage, commits) for key in part}
+        needed = {key for part in keys_of_versions(self.storage, commits) for key in part}
         present = {stat.key: stat for stat in self.storage.list() if stat.key.startswith(DATA)}
         spare = [stat for key, stat in present.items() if key not in needed]
         assert len(spare) == done.young.files

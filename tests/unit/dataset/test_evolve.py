@@ -11,7 +11,7 @@ import pyarrow as pa
 import pytest
 
 from datastore.dataset.durability.verify import verify
-from datastore.dataset.log import commits, manifest
+from datastore.dataset.log import commits
 from datastore.dataset.operations.evolve import evolve
 from datastore.dataset.snapshot import open_dataset
 from datastore.errors import ConfigError, CorruptError, FormatError
@@ -215,7 +215,7 @@ def test_a_package_that_does_not_know_changes_refuses_what_was_changed(
     storage: Storage, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     evolve(storage, drop=["stars"])
-    monkeypatch.setattr(commits, "READABLE_FEATURES", manifest.READABLE_FEATURES - {"evolution"})
+    monkeypatch.setattr(commits, "READABLE_FEATURES", commits.READABLE_FEATURES - {"evolution"})
     with pytest.raises(FormatError, match="does not know"):
         open_dataset(storage)
 

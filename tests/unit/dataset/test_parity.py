@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from datastore.dataset.durability.parity import (
     choose_groups,
+    members_of,
     mix,
     protect,
     shares_roots,
@@ -30,7 +31,6 @@ from datastore.dataset.shards.parity_groups import (
     drop_parity,
     encode_groups,
     load_groups,
-    members_of,
     parity_keys,
 )
 from datastore.dataset.snapshot import Dataset, open_dataset
@@ -126,7 +126,7 @@ def test_protect_covers_every_file_once_and_a_second_time_does_nothing(storage: 
     assert dataset.commit.operation == "protect"
     assert dataset.commit.segments == made.commit.segments
     assert sorted(m.path for group in groups_of(dataset) for m in group.members) == sorted(
-        m.path for m in members_of(dataset.segments)
+        m.path for m in members_of(dataset)
     )
     assert (report.groups, report.files, report.new_groups) == (4, 10, 4)
     assert unprotected(dataset, groups_of(dataset)) == []

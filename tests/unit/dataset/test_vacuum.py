@@ -363,7 +363,7 @@ def test_an_ingest_that_was_taken_for_abandoned_commits_nothing(
         commit = CommitLog(other).newest()
         assert commit is not None
         CommitLog(storage).append(lambda _: commit)
-        monkeypatch.setattr(vacuuming, "version_files", lambda *_: iter(()))
+        monkeypatch.setattr(vacuuming, "keys_of_versions", lambda *_: iter(()))
         vacuum(storage, dry_run=False)
         return done
 

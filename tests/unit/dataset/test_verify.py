@@ -10,13 +10,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 from typing_extensions import Buffer, override
 
-from datastore.dataset.durability.blocks import BadBlock, Blocks, Draw, Room, check_blocks
+from datastore.dataset.durability.blocks import BadBlock, Draw, Room, check_blocks
 from datastore.dataset.durability.verify import verify
 from datastore.dataset.log.keys import INFO_KEY, commit_key
 from datastore.dataset.log.manifest import sum_refs
 from datastore.dataset.operations.append import commit_records, commit_shards
 from datastore.dataset.shards.deletions import store_deletions
 from datastore.dataset.shards.files import put_tokenizer, write_token_shard
+from datastore.dataset.shards.inventory import StoredFile
 from datastore.dataset.shards.segment_file import BLOCK_BYTES
 from datastore.dataset.snapshot import Dataset, open_dataset
 from datastore.document import seal
@@ -134,7 +135,7 @@ def test_a_sector_that_cannot_be_read_is_one_bad_block() -> None:
 def test_digests_that_cannot_belong_to_the_size_are_named() -> None:
     storage = MemoryStorage(uuid.uuid4().hex)
     storage.put("file", b"ten bytes.")
-    blocks = Blocks("file", size_bytes=10, block_bytes=4, digests=bytes(32))
+    blocks = StoredFile("file", 10, bytes(16), block_bytes=4, block_digests=bytes(32))
     found = check_blocks(storage, blocks, chosen=[0], room=Room())
     assert found == [BadBlock("file", None, "its digests do not match its size")]
 

@@ -10,7 +10,7 @@ it removed: so this asks the log itself, every version of it, and gives names. I
 one per segment that is in no version to be kept.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import PurePosixPath
@@ -23,13 +23,20 @@ import pyarrow.compute as pc
 
 from datastore.dataset.journal import clear_journals
 from datastore.dataset.log.commits import read_history
-from datastore.dataset.log.keys import CERTIFICATES_FOLDER, PURGE_PLANS_FOLDER, certificate_key, purge_plan_key
+from datastore.dataset.log.keys import (
+    CERTIFICATES_FOLDER,
+    PARITY_TABLES_FOLDER,
+    PURGE_PLANS_FOLDER,
+    certificate_key,
+    purge_plan_key,
+)
 from datastore.dataset.log.manifest import Commit, SegmentRef
 from datastore.dataset.log.tags import list_tags, read_tag, remove_tag
 from datastore.dataset.operations.purge.blank import blank_name, is_blank
 from datastore.dataset.shards.info import ShardInfo
-from datastore.dataset.shards.inventory import data_paths, files_of, index_keys, paths_of
+from datastore.dataset.shards.inventory import data_paths, files_of, paths_in, tables_of
 from datastore.dataset.shards.parity_groups import parity_keys
+from datastore.dataset.shards.segments import load_segment
 from datastore.dataset.snapshot import Dataset
 from datastore.document import Count, Hex32, Sealed, Sha256, Version, seal, unseal
 from datastore.errors import CorruptError, MissingError, StorageError
@@ -112,7 +119,7 @@ def finish_plan(dataset: Dataset, plan: PurgeCertificate) -> PurgeOutcome:
     history = read_history(storage, newest)
     readable = history[plan.oldest - 1 :]
     live = {str(path) for path in data_paths(storage, {ref for c in readable for ref in c.segments}).to_pylist()}
-    kept = live.union(*map(index_keys, readable))
+    kept = live.union(*map(_index_keys, readable))
     gone = [key for key in plan.files_removed if key not in kept]
     for _ in in_parallel(storage.delete, gone):
         pass
@@ -153,7 +160,7 @@ def _check_blank(dataset: Dataset, plan: PurgeCertificate) -> int:
             raise CorruptError(
                 "a purged shard is not blank where it must be", where=shard.path, hint="Purge again; then look at it."
             )
-    return len(files_of(shards))
+    return len(list(files_of(shards)))
 
 
 def _check_gone(storage: Storage, keys: Sequence[str]) -> int:
@@ -277,16 +284,21 @@ def find_leftovers(storage: Storage, history: Sequence[Commit], new: Commit) -> 
         start += len(own)
     oldest = 1 + max((c.version for c in history if any(ref.digest in holders for ref in c.segments)), default=0)
     data = paths.filter(pa.array(gone)).unique().to_pylist()
-    index = {key for commit in history[: oldest - 1] for key in index_keys(commit)}
-    index -= {key for commit in [*history[oldest - 1 :], new] for key in index_keys(commit)}
+    index = {key for commit in history[: oldest - 1] for key in _index_keys(commit)}
+    index -= {key for commit in [*history[oldest - 1 :], new] for key in _index_keys(commit)}
     return Leftovers(oldest=oldest, data=tuple(sorted(str(path) for path in data)), index=tuple(sorted(index)))
 
 
 def _paths_if_there(storage: Storage, ref: SegmentRef) -> tuple[str, Any] | None:
     try:
-        return ref.digest, paths_of(storage, ref)
+        return ref.digest, paths_in(load_segment(storage, ref))
     except MissingError:
         return None
+
+
+def _index_keys(commit: Commit) -> Iterator[str]:
+    """Yield the keys of the segments and tables of deletions that a version names; what is parity goes by its own rules."""
+    return (file.key for file in tables_of(commit) if not file.key.startswith(PARITY_TABLES_FOLDER))
 
 
 def _others(paths: Any, kept: Any) -> Any:

@@ -241,7 +241,7 @@ def _purged(dataset: Dataset, found: FoundDocuments, report: PurgeReport, *, dro
         commit = publish(storage, dataset.info, build)
     except (ConfigError, ConflictError):
         _forget(storage, plans)  # Nothing of it is committed, for certain.
-        remove_orphans(dataset, {each.shard.uid: files_of([each.shard]) for each in blanked})
+        remove_orphans(dataset, {each.shard.uid: [file.key for file in files_of([each.shard])] for each in blanked})
         raise
     _forget(storage, [plan for plan in plans if plan.digest != commit.config_digest])
     if not plans or plans[-1].digest != commit.config_digest:
@@ -288,7 +288,7 @@ def _planned(current: Dataset, blanked: Sequence[BlankedShard]) -> tuple[Commit,
         documents=sum(each.documents for each in blanked),
         tokens=sum(each.tokens for each in blanked),
         ids_sha256=tuple(sorted(sha256_hex(name.encode()) for each in blanked for name in each.ids)),
-        files_written=tuple(sorted(files_of(each.shard for each in blanked))),
+        files_written=tuple(sorted(file.key for file in files_of(each.shard for each in blanked))),
         files_removed=(*sorted(strays.union(left.data)), *parity_files, *left.index),
         tags_removed=tags_before(storage, left.oldest),
     )
