@@ -12,15 +12,16 @@ import msgspec
 import pyarrow as pa
 
 from datastore.dataset.log.identity import create_dataset
-from datastore.dataset.log.manifest import Commit, TokenizerRef
+from datastore.dataset.log.keys import LAYOUT
+from datastore.dataset.log.manifest import Commit, SegmentRef, TokenizerRef, sum_refs
 from datastore.dataset.operations.transaction import draft_commit, publish
-from datastore.dataset.shards.info import ColumnLayout, ShardInfo
-from datastore.dataset.shards.segments import Loaded, load_segments, with_shards
+from datastore.dataset.shards.info import PLAIN, ColumnLayout, ShardInfo
+from datastore.dataset.shards.segments import Loaded, append_shards, load_segments
 from datastore.errors import ConfigError, ConflictError
 from datastore.formats.schema import decode_schema, encode_schema
 from datastore.storage.base import Storage
 
-__all__ = ["Operation", "commit_records", "commit_shards"]
+__all__ = ["Operation", "commit_records", "commit_shards", "with_shards"]
 
 Operation = Literal["append", "overwrite"]
 
@@ -86,6 +87,25 @@ def _add(storage: Storage, shards: Sequence[ShardInfo], draft: Commit) -> Commit
         return with_shards(storage, added, kept=newest.segments, shards=fresh, loaded=loaded)
 
     return publish(storage, info, build)
+
+
+def with_shards(
+    storage: Storage,
+    draft: Commit,
+    *,
+    kept: Sequence[SegmentRef],
+    shards: Sequence[ShardInfo],
+    loaded: Loaded | None = None,
+) -> Commit:
+    """Return `draft` with `shards` after those of `kept`, its totals and features made to fit; its deletions stay."""
+    segments = append_shards(storage, kept, shards, loaded=loaded)
+    layout = {LAYOUT} if any(shard.layout != PLAIN for shard in shards) else set()
+    return msgspec.structs.replace(
+        draft,
+        segments=segments,
+        totals=sum_refs(segments, draft.deletions),
+        features=tuple(sorted({*draft.features, *layout})),
+    )
 
 
 def _check_fits(storage: Storage, newest: Commit, draft: Commit) -> None:

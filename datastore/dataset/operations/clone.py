@@ -15,13 +15,12 @@ import pyarrow as pa
 
 from datastore.dataset.log.commits import CommitLog
 from datastore.dataset.log.identity import create_dataset
-from datastore.dataset.log.keys import REFERENCES, segment_key
+from datastore.dataset.log.keys import REFERENCES
 from datastore.dataset.log.manifest import Commit, Origin, SegmentRef
 from datastore.dataset.operations.copy import copy_tokenizers, open_target, transfer
 from datastore.dataset.operations.transaction import draft_commit, publish
 from datastore.dataset.shards.inventory import files_of_versions, tables_of
-from datastore.dataset.shards.segment_file import encode_segment, segment_ref
-from datastore.dataset.shards.segments import load_segment
+from datastore.dataset.shards.segments import load_segment, store_segments
 from datastore.dataset.snapshot import Dataset, open_dataset
 from datastore.errors import ConfigError, ConflictError
 from datastore.storage.base import Storage, StorageLike
@@ -140,7 +139,4 @@ def _renamed(dataset: Dataset, target: Storage, rename: Callable[[str], str]) ->
             paths = pa.array([rename(str(path)) for path in batch.column(name).to_pylist()], pa.string())
             at = batch.schema.get_field_index(name)
             batch = batch.set_column(at, batch.schema.field(name), paths)
-        raw = encode_segment(batch)
-        fresh = segment_ref(batch, raw)
-        target.put(segment_key(fresh.digest), raw)
-        yield fresh
+        yield from store_segments(target, pa.Table.from_batches([batch]))

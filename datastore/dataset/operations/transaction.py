@@ -151,15 +151,17 @@ def require_unchanged(base: Dataset, newest: Commit | None, *, uids: Collection[
 def remove_orphans(base: Dataset, made: Mapping[str, Sequence[str]]) -> None:
     """After a conflict, remove the files `made` from shards of `base` that have changed: they can never be committed.
 
-    What was made from others stays, to be found by whoever tries again. A failure leaves files that no version names.
+    What was made from others stays, to be found by whoever tries again, and what any readable version names. A failure
+    leaves files that no version names. One read for each version.
     """
-    storage = base.storage
     newest = base.log.newest()
     if newest is None:
         return
-    named = {str(path) for path in data_paths(storage, newest.segments).to_pylist()}
-    changed = _changed(base, base.at(newest), made)
-    remove_unused(storage, {path for uid in changed for path in made[uid]} - named)
+    orphans = {path for uid in _changed(base, base.at(newest), made) for path in made[uid]}
+    if orphans:
+        # Equal files have equal names: another version, even one before `base`, may have been committed with them.
+        refs = {ref for commit in base.log.readable_versions(newest, info=base.info) for ref in commit.segments}
+        remove_unused(base.storage, orphans.difference(map(str, data_paths(base.storage, refs).to_pylist())))
 
 
 def _changed(base: Dataset, current: Dataset, uids: Collection[str]) -> list[str]:

@@ -1,4 +1,4 @@
-"""From a commit to its columns: the segments of a version, read, checked and mapped."""
+"""All shards of a version as columns: its segments loaded, appended to, replaced in, stored."""
 
 import bisect
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -12,8 +12,8 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from datastore.dataset.log.keys import LAYOUT, segment_key
-from datastore.dataset.log.manifest import Commit, SegmentRef, sum_refs
+from datastore.dataset.log.keys import segment_key
+from datastore.dataset.log.manifest import Commit, SegmentRef
 from datastore.dataset.shards.info import PLAIN, ColumnLayout, ShardInfo, ShardLayout
 from datastore.dataset.shards.segment_file import (
     BINARY16,
@@ -34,45 +34,34 @@ from datastore.storage.base import Storage, check_key
 from datastore.storage.verified import Forget, map_checked
 from datastore.threads import in_parallel
 
-__all__ = ["Loaded", "Segments", "load_segment", "load_segments", "merge_tail", "replace_shards", "with_shards"]
+__all__ = [
+    "Loaded",
+    "Segments",
+    "append_shards",
+    "load_segment",
+    "load_segments",
+    "merge_tail",
+    "replace_shards",
+    "store_segments",
+]
 
 Loaded = dict[str, pa.RecordBatch]
 """Segments by their digest, which stands for their bytes: one read once need not be read again."""
 
 
-def with_shards(
-    storage: Storage,
-    draft: Commit,
-    *,
-    kept: Sequence[SegmentRef],
-    shards: Sequence[ShardInfo],
-    loaded: Loaded | None = None,
-) -> Commit:
-    """Return `draft` with the segments `kept`, those at their end merged, and stored new ones for `shards`.
+def append_shards(
+    storage: Storage, kept: Sequence[SegmentRef], shards: Sequence[ShardInfo], *, loaded: Loaded | None = None
+) -> tuple[SegmentRef, ...]:
+    """Return the segments `kept`, those at their end merged, and stored new ones for `shards`.
 
-    Its totals and features are made to fit; its deletions stay what they are. Segments that are `loaded` are not read.
+    Segments that are `loaded` are not read.
     """
     merged = merge_tail([ref.shards for ref in kept], len(shards))
     rows = [load_segment(storage, ref, loaded=loaded) for ref in kept[len(kept) - merged :]]
     if shards:
         rows.append(segment_of(shards))
     table = pa.Table.from_batches(rows, schema=SEGMENT_SCHEMA).combine_chunks()
-    refs = list(kept[: len(kept) - merged])
-    for start in range(0, table.num_rows, MAX_SEGMENT_SHARDS):
-        batch = table.slice(start, MAX_SEGMENT_SHARDS).to_batches()[0]
-        raw = encode_segment(batch)
-        ref = segment_ref(batch, raw)
-        storage.put(segment_key(ref.digest), raw)
-        refs.append(ref)
-    features = set(draft.features)
-    if any(shard.layout != ShardLayout() for shard in shards):
-        features.add(LAYOUT)
-    return msgspec.structs.replace(
-        draft,
-        segments=tuple(refs),
-        totals=sum_refs(tuple(refs), draft.deletions),
-        features=tuple(sorted(features)),
-    )
+    return (*kept[: len(kept) - merged], *store_segments(storage, table))
 
 
 def replace_shards(
@@ -92,13 +81,13 @@ def replace_shards(
     for ref in refs:
         batch = _replaced(load_segment(storage, ref), fresh, places)
         if pending and (batch is None or sum(b.num_rows for b in pending) + batch.num_rows > MAX_SEGMENT_SHARDS):
-            out += _stored(storage, pending)
+            out += store_segments(storage, pa.Table.from_batches(pending, schema=SEGMENT_SCHEMA))
             pending = []
         if batch is None:
             out.append(ref)
         else:
             pending.append(batch)
-    return (*out, *_stored(storage, pending))
+    return (*out, *store_segments(storage, pa.Table.from_batches(pending, schema=SEGMENT_SCHEMA)))
 
 
 def _replaced(batch: pa.RecordBatch, fresh: pa.RecordBatch, places: Mapping[bytes, range]) -> pa.RecordBatch | None:
@@ -120,9 +109,8 @@ def _replaced(batch: pa.RecordBatch, fresh: pa.RecordBatch, places: Mapping[byte
     return _one_batch(both.take(pa.array(order)))
 
 
-def _stored(storage: Storage, batches: Sequence[pa.RecordBatch]) -> list[SegmentRef]:
-    """Store `batches` as one segment each of at most `MAX_SEGMENT_SHARDS` rows; no rows give none."""
-    table = pa.Table.from_batches(batches, schema=SEGMENT_SCHEMA)
+def store_segments(storage: Storage, table: pa.Table) -> list[SegmentRef]:
+    """Store the rows of `table` as segments of at most `MAX_SEGMENT_SHARDS` rows each; no rows give none."""
     refs = []
     for start in range(0, table.num_rows, MAX_SEGMENT_SHARDS):
         batch = _one_batch(table.slice(start, MAX_SEGMENT_SHARDS))

@@ -320,3 +320,13 @@ def test_memory_is_that_of_one_new_shard_however_many_there_are(tmp_path: Path) 
     tracemalloc.stop()
     assert len(open_dataset(storage).segments) == 8
     assert peak < 4 * target
+
+
+def test_a_compact_that_gives_way_leaves_the_equal_file_of_an_older_version(storage: Storage) -> None:
+    before = appended(storage, [3, 4], [5])
+    compact(storage, target_bytes=10**6)
+    made = open_dataset(storage)
+    commit_shards(storage, [make_shard(storage, shard_uid("other", 0), lengths=[9])], operation="overwrite")
+    with pytest.raises(ConflictError, match="changed meanwhile"):
+        compact(before, target_bytes=10**6)
+    assert live(open_dataset(storage, version=made.version)) == live(before)

@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from datastore.dataset.durability.verify import verify
+from datastore.dataset.operations.append import with_shards
 from datastore.dataset.operations.transaction import draft_commit, publish
 from datastore.dataset.shards.deletions import (
     DELETIONS_SCHEMA,
@@ -19,7 +20,6 @@ from datastore.dataset.shards.deletions import (
     load_deletions,
     store_deletions,
 )
-from datastore.dataset.shards.segments import with_shards
 from datastore.dataset.snapshot import open_dataset
 from datastore.errors import CorruptError
 from datastore.ingestion.writers.records import record_writer

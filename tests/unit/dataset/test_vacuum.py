@@ -15,13 +15,12 @@ from datastore.dataset.durability.repair import repair
 from datastore.dataset.durability.verify import verify
 from datastore.dataset.log.commits import CommitLog
 from datastore.dataset.log.tags import set_tag
-from datastore.dataset.operations.append import commit_shards
+from datastore.dataset.operations.append import commit_shards, with_shards
 from datastore.dataset.operations.expire import expire
 from datastore.dataset.operations.transaction import draft_commit, publish
 from datastore.dataset.operations.vacuum import DAY_S, vacuum
 from datastore.dataset.roots import open_roots, place_dataset
 from datastore.dataset.shards.inventory import KeySet
-from datastore.dataset.shards.segments import with_shards
 from datastore.dataset.snapshot import open_dataset
 from datastore.errors import ConfigError, ConflictError, CorruptError, MissingError
 from datastore.ingestion.ingest import ingest
