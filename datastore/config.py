@@ -1,19 +1,23 @@
 """Settings: a TOML file and `--set key=value` overrides become one frozen record, or one clear error.
 
-A setting is declared once, in the `Document` beside the code that uses it; nothing here knows any of them.
+A setting is declared once, in the `Document` beside the code that uses it; nothing here knows any of them. A setting that
+names a class, such as a hook or an objective, may name one of somebody else.
 """
 
 import tomllib
 from collections.abc import Mapping, Sequence
+from importlib import import_module
+from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any, TypeVar
 
 from datastore.document import Document, convert
-from datastore.errors import ConfigError, MissingError
+from datastore.errors import ConfigError, DependencyError, MissingError
 
-__all__ = ["load_settings", "parse_override", "settings_from"]
+__all__ = ["find_class", "load_settings", "parse_override", "settings_from"]
 
 D = TypeVar("D", bound=Document)
+T = TypeVar("T")
 
 
 def load_settings(kind: type[D], path: Path, overrides: Sequence[str] = ()) -> D:
@@ -73,3 +77,34 @@ def parse_override(text: str) -> tuple[list[str], Any]:
 
 def _deep_copy(table: Mapping[str, Any]) -> dict[str, Any]:
     return {key: _deep_copy(value) if isinstance(value, Mapping) else value for key, value in table.items()}
+
+
+def find_class(name: str, *, base: type[T], ours: Mapping[str, str], group: str) -> type[T]:
+    """Return the class that a setting calls `name`; it inherits from `base`.
+
+    The name is one of `ours` (name -> `module:Class`), an entry point in `group`, or `module:Class` itself.
+
+    Raises:
+        ConfigError: there is none of that name, or it is something else.
+        DependencyError: its module cannot be imported.
+    """
+    what = f"{'an' if base.__name__[0] in 'AEIOU' else 'a'} {base.__name__.lower()}"
+    others = {point.name: point.value for point in entry_points(group=group)}
+    path = name if ":" in name else ours.get(name) or others.get(name)
+    if path is None:
+        raise ConfigError(
+            f"no such {base.__name__.lower()}",
+            use=name,
+            known=sorted({*ours, *others}),
+            hint=f"Use one of these, module:Class, or an entry point in the group {group}.",
+        )
+    module, _, attribute = path.partition(":")
+    try:
+        kind = getattr(import_module(module), attribute, None)
+    except ModuleNotFoundError as error:
+        raise DependencyError(f"{what} cannot be imported", use=name, missing=error.name) from None
+    if not (isinstance(kind, type) and issubclass(kind, base)):
+        raise ConfigError(
+            f"not {what}", use=name, found=repr(kind), hint=f"Name a class that inherits {base.__name__}."
+        )
+    return kind

@@ -8,6 +8,7 @@ What a running and a finished run tell: records that go to a progress line, to a
 """
 
 import time
+from collections import deque
 from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -19,9 +20,12 @@ from datastore.document import Document
 from datastore.errors import DependencyError
 from datastore.storage.base import Storage
 
-__all__ = ["MetricsWriter", "Result", "TrainingProgress", "read_metrics"]
+__all__ = ["MetricsWriter", "Result", "StepMeter", "TrainingProgress", "read_metrics"]
 
 _FLUSH_S = 10.0
+
+_RECENT_STEPS = 20
+"""What a progress line is an average over."""
 
 
 class MetricsWriter:
@@ -142,3 +146,41 @@ class Result(Document, frozen=True, kw_only=True):
 
     world: int
     parameters: int
+
+
+class StepMeter:
+    """Counts what steps cost and turns it into numbers: over the last few steps for a progress line, over all for the result."""
+
+    def __init__(self, *, tokens_per_step: int) -> None:
+        self._tokens_per_step = tokens_per_step
+        self._recent: deque[tuple[float, float]] = deque(maxlen=_RECENT_STEPS)
+        self._seconds = self._waited = 0.0
+        self._steps = 0
+
+    def add(self, *, seconds: float, waited: float) -> None:
+        """Count a step that took `seconds`, for `waited` of which ranks waited for data."""
+        self._recent.append((seconds, waited))
+        self._seconds, self._waited, self._steps = self._seconds + seconds, self._waited + waited, self._steps + 1
+
+    @property
+    def tokens_per_s(self) -> float | None:
+        """Mean over all steps; None before the first."""
+        return self._steps * self._tokens_per_step / self._seconds if self._steps else None
+
+    @property
+    def data_wait(self) -> float | None:
+        """Fraction of the time of all steps in which ranks waited for data; None before the first."""
+        return self._waited / self._seconds if self._steps else None
+
+    def progress(self, step: int, steps: int) -> TrainingProgress:
+        """Return where a run of `steps` steps is after `step` of them, without losses and notes."""
+        seconds, recent = sum(seconds for seconds, _ in self._recent), len(self._recent)
+        if not recent:
+            return TrainingProgress(step=step, steps=steps)
+        return TrainingProgress(
+            step=step,
+            steps=steps,
+            tokens_per_s=recent * self._tokens_per_step / seconds,
+            data_wait=sum(wait for _, wait in self._recent) / seconds,
+            eta_s=(steps - step) * seconds / recent,
+        )

@@ -4,15 +4,23 @@ Which ones count is said by the loss mask: those of deleted documents do not, no
 in which none does has the loss 0.
 """
 
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, ClassVar
 
 from torch import Tensor, nn
 from torch.nn import functional
+from typing_extensions import override
 
-__all__ = ["Causal", "MicroBatch", "Objective"]
+from datastore.config import find_class
+from datastore.document import Document, convert
+
+__all__ = ["Causal", "MicroBatch", "Objective", "make_objective"]
 
 _IGNORED = -100
+_NOTHING = Document()
+_OURS = {"causal": "datastore.training.objectives:Causal"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,25 +49,33 @@ class MicroBatch:
         return None if self.loss_mask is None else self.loss_mask[:, 1:].sum()
 
 
-class Objective(Protocol):
-    """What is learned."""
+class Objective(ABC):
+    """What is learned; inherit, and name the class in `[objective]`: `use = "module:Class"`."""
 
+    Settings: ClassVar[type[Document]] = Document
+    """The keys of the `[objective]` table besides `use`; an instance is the one argument of the constructor."""
+
+    def __init__(self, settings: Document = _NOTHING) -> None:
+        self.settings = settings
+
+    @abstractmethod
     def outputs(self, model: nn.Module, batch: MicroBatch) -> Tensor:
         """Return the model's outputs for `batch`."""
-        ...
 
+    @abstractmethod
     def loss(self, outputs: Tensor, batch: MicroBatch) -> Tensor:
         """Return the mean loss over the targets of `batch` that count, a scalar."""
-        ...
 
 
 class Causal(Objective):
     """Predict each next token; the loss is in nats per token."""
 
+    @override
     def outputs(self, model: nn.Module, batch: MicroBatch) -> Tensor:
         """Return the logits [B, T, V]."""
         return model(batch.inputs)  # type: ignore[no-any-return]
 
+    @override
     def loss(self, outputs: Tensor, batch: MicroBatch) -> Tensor:
         """Return the cross-entropy, computed in float32."""
         logits, learned = outputs.flatten(0, 1).float(), batch.learned
@@ -67,3 +83,15 @@ class Causal(Objective):
             return functional.cross_entropy(logits, batch.targets.flatten())
         targets = batch.targets.masked_fill(~batch.loss_mask[:, 1:], _IGNORED).flatten()
         return functional.cross_entropy(logits, targets, ignore_index=_IGNORED, reduction="sum") / learned.clamp(min=1)
+
+
+def make_objective(table: Mapping[str, Any]) -> Objective:
+    """Return the objective that an `[objective]` table names: one of ours, an entry point in `datastore.objectives`, or a class.
+
+    Raises:
+        ConfigError: an unknown objective, or a setting that it does not know or that is out of range.
+        DependencyError: its module cannot be imported.
+    """
+    kind: type[Objective] = find_class(table["use"], base=Objective, ours=_OURS, group="datastore.objectives")  # type: ignore[type-abstract]
+    own = {key: value for key, value in table.items() if key != "use"}
+    return kind(convert(kind.Settings, own, where="objective"))

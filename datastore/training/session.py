@@ -1,6 +1,7 @@
-"""One rank's work on a run: join the others, restore, take steps, leave.
+"""One rank's part in a run: join the others, restore, take steps, leave.
 
-Everything here happens once. What happens in each step is in `loop.py`, what happens between some of them in `keeper.py`.
+Everything here happens once. What happens in each step is in `trainer.py`, what happens between some of them in
+`supervisor.py`.
 """
 
 import platform
@@ -14,7 +15,7 @@ from pathlib import Path
 
 from datastore.checkpoint.checkpointer import Checkpointer
 from datastore.checkpoint.steps import CheckpointerSettings, Keep
-from datastore.document import Document, decode, encode
+from datastore.document import decode, encode
 from datastore.errors import ConfigError
 from datastore.host import utc_now
 from datastore.loader.settings import Rank
@@ -36,87 +37,76 @@ from datastore.training.run.folder import (
     versions_to_read,
 )
 from datastore.training.run.lock import RunLock
-from datastore.training.settings import Settings, check_world
+from datastore.training.settings import SessionRequest, Settings, check_world
 from datastore.training.supervisor import Outputs, Supervisor
-from datastore.training.trainer import Parts, assemble, run_loop
+from datastore.training.trainer import Trainer
 
-__all__ = ["SessionRequest", "run_session"]
-
-
-class SessionRequest(Document, frozen=True, kw_only=True):
-    """What to do; the same on every rank."""
-
-    run: str
-    """URL of the run folder."""
-
-    settings: Settings
-    fresh: bool
-    """Whether the run may be new; if not, it must exist."""
-
-    take_over: bool = False
-    """Whether to take the lock of a process of another machine, which is known to be gone."""
+__all__ = ["run_session"]
 
 
-def run_session(task: SessionRequest, launch: Launch, report: Callable[[TrainingProgress], None]) -> Result:
+def run_session(request: SessionRequest, launch: Launch, report: Callable[[TrainingProgress], None]) -> Result:
     """Take this rank's part in a run until its last step or a signal; return how it ended, the same on every rank.
 
     Raises:
         DatastoreError: see `trainer.train`.
     """
     started = time.monotonic()
-    check_world(task.settings, launch.world)
+    check_world(request.settings, launch.world)
     stop = threading.Event()
     with ExitStack() as stack:
         stack.enter_context(on_first_signal(stop.set))
-        device = pick_device(task.settings.train.device, launch)
-        ranks = stack.enter_context(connect(launch, device=device, timeout_s=task.settings.train.timeout_s))
+        device = pick_device(request.settings.train.device, launch)
+        ranks = stack.enter_context(connect(launch, device=device, timeout_s=request.settings.train.timeout_s))
         name = ranks.share("session", new_session())
-        folder = RunFolder.open(task.run)
-        lock = RunLock(folder.storage, session=name, take_over=task.take_over)
+        folder = RunFolder.open(request.run)
+        lock = RunLock(folder.storage, session=name, take_over=request.take_over)
         if ranks.rank == 0:
             stack.enter_context(lock)
-        config = _agree_on_config(task, folder, ranks)
+        config = _agree_on_config(request, folder, ranks)
         machine = use_machine(config.settings.train, ranks, threads=folder.threads_before(ranks.world))
         versions = _agree_on_versions(config, ranks)
         split = open_split(config, versions)
-        parts = assemble(config, split, ranks, machine=machine)
-        stack.callback(parts.loader.close)
+        trainer = Trainer.build(config, split, ranks, machine=machine)
+        stack.callback(trainer.loader.close)
         checkpointer = stack.enter_context(_open_checkpointer(config.settings, folder, ranks, session=name))
-        keeper = Supervisor(parts, session=name, checkpointer=checkpointer, samples=_samples(split, parts), stop=stop)
-        note = "; ".join(filter(None, (keeper.restore(), _deletions_note(config, split, versions))))
-        resumed_from = parts.run.step
+        supervisor = Supervisor(
+            trainer, session=name, checkpointer=checkpointer, samples=_samples(split, trainer), stop=stop
+        )
+        trainer.guard = checkpointer.guard
+        note = "; ".join(filter(None, (supervisor.restore(), _deletions_note(config, split, versions))))
+        resumed_from = trainer.state.step
         if ranks.rank == 0:
             folder.store(config)  # Not before: what does not work must not be in the way of what does.
-            folder.add_session(_session(name, parts, versions))
+            folder.add_session(_session(name, trainer, versions))
             metrics = MetricsWriter(
                 folder.storage, session=name, first_step=resumed_from + 1, tensorboard=_board(config.settings, folder)
             )
             stack.callback(metrics.close)
-            keeper.outputs = Outputs(folder.storage, lock, metrics, report)
-        keeper.tell(note)
-        if parts.run.step < parts.run.steps:
-            run_loop(parts.run, parts.work(checkpointer.guard), keeper)
+            supervisor.outputs = Outputs(folder.storage, lock, metrics, report)
+        supervisor.tell(note)
+        if trainer.state.step < trainer.state.steps:
+            trainer.run(supervisor)
     return Result(
         run=folder.url,
-        step=parts.run.step,
-        steps=parts.run.steps,
+        step=trainer.state.step,
+        steps=trainer.state.steps,
         resumed_from=resumed_from,
-        stopped=parts.run.step < parts.run.steps,
-        loss=keeper.last.loss if keeper.last else None,
-        validation_loss=keeper.validation_loss,
-        tokens_per_s=keeper.tokens_per_s,
-        data_wait=keeper.data_wait,
+        stopped=trainer.state.step < trainer.state.steps,
+        loss=supervisor.last.loss if supervisor.last else None,
+        validation_loss=supervisor.validation_loss,
+        tokens_per_s=supervisor.meter.tokens_per_s,
+        data_wait=supervisor.meter.data_wait,
         seconds=time.monotonic() - started,
         world=ranks.world,
-        parameters=parameter_count(parts.run.model),
+        parameters=parameter_count(trainer.state.model),
     )
 
 
-def _agree_on_config(task: SessionRequest, folder: RunFolder, ranks: Ranks) -> RunConfig:
+def _agree_on_config(request: SessionRequest, folder: RunFolder, ranks: Ranks) -> RunConfig:
     """Return what rank 0 finds in the run folder, or will put there."""
     text = ""
     if ranks.rank == 0:
-        text = encode_config(folder.begin(task.settings) if task.fresh else folder.again(task.settings))
+        text = encode_config(folder.begin(request.settings) if request.fresh else folder.again(request.settings))
     return decode_config(ranks.share("config", text))
 
 
@@ -147,25 +137,25 @@ def _open_checkpointer(settings: Settings, folder: RunFolder, ranks: Ranks, *, s
     )
 
 
-def _samples(split: Split, parts: Parts) -> ValidationSamples | None:
-    settings = parts.settings
+def _samples(split: Split, trainer: Trainer) -> ValidationSamples | None:
+    settings = trainer.settings
     if not settings.eval.every:
         return None
-    rank = Rank(parts.ranks.rank, parts.ranks.world)
+    rank = Rank(trainer.ranks.rank, trainer.ranks.world)
     return split.samples(settings.eval.samples, seq_len=settings.data.seq_len, rank=rank, options=settings.loader)
 
 
-def _session(name: str, parts: Parts, versions: Versions) -> RunSession:
+def _session(name: str, trainer: Trainer, versions: Versions) -> RunSession:
     return RunSession(
         session=name,
         started=utc_now(),
-        from_step=parts.run.step,
-        world=parts.ranks.world,
+        from_step=trainer.state.step,
+        world=trainer.ranks.world,
         host=socket.gethostname(),
-        device=device_name(parts.run.device),
-        precision=parts.machine.precision,
-        compiled=parts.machine.compiled,
-        threads=parts.machine.threads,
+        device=device_name(trainer.state.device),
+        precision=trainer.machine.precision,
+        compiled=trainer.machine.compiled,
+        threads=trainer.machine.threads,
         versions={
             "datastore": version("datastore"),
             "python": platform.python_version(),

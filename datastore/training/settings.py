@@ -6,6 +6,7 @@
     [train]  how many steps, and how this machine takes them
     [checkpoint] [eval] [metrics]   what is kept and reported
     [loader] memory and threads of the loader, and what becomes of deleted documents
+    [objective] use = "causal"      what is learned; it owns its other keys
     [[hooks]] use = "prune" ...     in the order in which they run; each hook owns its other keys
 
 Every value has a default except `data.url`. A value that depends on the machine may be "auto"; what it became is
@@ -27,6 +28,7 @@ __all__ = [
     "MetricsSettings",
     "ModelSettings",
     "OptimSettings",
+    "SessionRequest",
     "Settings",
     "StepSettings",
     "changed_keys",
@@ -204,13 +206,28 @@ class Settings(Document, frozen=True, kw_only=True):
     eval: EvalSettings = EvalSettings()
     metrics: MetricsSettings = MetricsSettings()
     loader: LoaderSettings = LoaderSettings()
+    objective: dict[str, Any] = msgspec.field(default_factory=lambda: {"use": "causal"})
     hooks: tuple[dict[str, Any], ...] = ()
 
     def __post_init__(self) -> None:
         if self.loader.epochs is not None:
             raise ValueError("loader.epochs cannot be set: training is endless, train.steps ends it")
-        if any(not isinstance(hook.get("use"), str) for hook in self.hooks):
-            raise ValueError('each of [[hooks]] needs use = "name" or "module:Class"')
+        if any(not isinstance(table.get("use"), str) for table in (self.objective, *self.hooks)):
+            raise ValueError('each of [[hooks]], and [objective], needs use = "name" or "module:Class"')
+
+
+class SessionRequest(Document, frozen=True, kw_only=True):
+    """What a session is to do; the same on every rank."""
+
+    run: str
+    """URL of the run folder."""
+
+    settings: Settings
+    fresh: bool
+    """Whether the run may be new; if not, it must exist."""
+
+    take_over: bool = False
+    """Whether to take the lock of a process of another machine, which is known to be gone."""
 
 
 def flatten(settings: Settings) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from datastore.document import convert
 from datastore.errors import ConfigError
 from datastore.training.launcher import Launch, spawn
 from datastore.training.metrics import Result, TrainingProgress
-from datastore.training.settings import Settings, check_world
+from datastore.training.settings import SessionRequest, Settings, check_world
 
 __all__ = ["resume", "train"]
 
@@ -47,8 +47,8 @@ def train(
         WaitError: a rank died or did not answer in time.
         StorageError: the run or the dataset cannot be read or written.
     """
-    task = {"run": run, "settings": msgspec.to_builtins(settings), "fresh": True, "take_over": take_over}
-    return _run(task, settings, processes=processes, launch=launch, on_progress=on_progress)
+    request = SessionRequest(run=run, settings=settings, fresh=True, take_over=take_over)
+    return _run(request, processes=processes, launch=launch, on_progress=on_progress)
 
 
 def resume(
@@ -70,31 +70,23 @@ def resume(
 
     before = RunFolder.open(run).config().settings
     settings = settings_from(Settings, msgspec.to_builtins(before), overrides=overrides, where=run)
-    task = {"run": run, "settings": msgspec.to_builtins(settings), "fresh": False, "take_over": take_over}
-    return _run(task, settings, processes=processes, launch=launch, on_progress=on_progress)
+    request = SessionRequest(run=run, settings=settings, fresh=False, take_over=take_over)
+    return _run(request, processes=processes, launch=launch, on_progress=on_progress)
 
 
 def work(launch: Launch, arguments: dict[str, Any], report: Callable[[dict[str, Any]], None]) -> dict[str, Any]:
     """Be one rank: what `spawn` calls in each process. Takes and returns JSON values."""
-    from datastore.training.session import SessionRequest, run_session  # noqa: PLC0415 - loads torch
+    from datastore.training.session import run_session  # noqa: PLC0415 - loads torch
 
-    task = convert(SessionRequest, arguments, where="the launcher")
-    result = run_session(task, launch, lambda progress: report(msgspec.to_builtins(progress)))
+    request = convert(SessionRequest, arguments, where="the launcher")
+    result = run_session(request, launch, lambda progress: report(msgspec.to_builtins(progress)))
     return msgspec.to_builtins(result)  # type: ignore[no-any-return]
 
 
 def _run(
-    task: dict[str, Any],
-    settings: Settings,
-    *,
-    processes: int,
-    launch: Launch,
-    on_progress: Callable[[TrainingProgress], None] | None,
+    request: SessionRequest, *, processes: int, launch: Launch, on_progress: Callable[[TrainingProgress], None] | None
 ) -> Result:
-    def relay(event: dict[str, Any]) -> None:
-        if on_progress is not None:
-            on_progress(msgspec.convert(event, TrainingProgress))
-
+    tell = on_progress or (lambda _progress: None)
     if processes != 1 and launch.world > 1:
         raise ConfigError(
             "ranks were started from outside, and processes are asked for",
@@ -102,7 +94,15 @@ def _run(
             processes=processes,
             hint="Use torchrun or --processes, not both.",
         )
-    check_world(settings, max(launch.world, processes) if processes > 0 else processes)
+    check_world(request.settings, max(launch.world, processes) if processes > 0 else processes)
     if processes == 1:
-        return msgspec.convert(work(launch, task, relay), Result)
-    return msgspec.convert(spawn(f"{__name__}:work", task, processes=processes, on_event=relay)[0], Result)
+        from datastore.training.session import run_session  # noqa: PLC0415 - loads torch
+
+        return run_session(request, launch, tell)
+    results = spawn(
+        f"{__name__}:work",
+        msgspec.to_builtins(request),
+        processes=processes,
+        on_event=lambda event: tell(msgspec.convert(event, TrainingProgress)),
+    )
+    return msgspec.convert(results[0], Result)

@@ -7,11 +7,11 @@ cursor, and the link to the record of how the weights came to be. Rank 0 writes 
 import math
 import threading
 import time
-from collections import deque
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from typing import Any
 
+import msgspec
 from typing_extensions import override
 
 from datastore.checkpoint.checkpointer import Checkpointer
@@ -20,19 +20,17 @@ from datastore.storage.base import Storage
 from datastore.storage.statistics import total_statistics
 from datastore.training.hooks.base import RunState
 from datastore.training.machine import flops_per_token, peak_flops
-from datastore.training.metrics import MetricsWriter, TrainingProgress
+from datastore.training.metrics import MetricsWriter, StepMeter, TrainingProgress
 from datastore.training.model import parameter_count
 from datastore.training.run.data import ValidationSamples
 from datastore.training.run.lock import RunLock
 from datastore.training.run.record import ConsumptionRecord, StepEntry
-from datastore.training.trainer import Observer, Parts, StepOutcome
+from datastore.training.trainer import Observer, StepOutcome, Trainer
 from datastore.training.validation import validation_loss
 
 __all__ = ["Outputs", "Supervisor"]
 
 _PROGRESS_S = 0.25
-
-_RECENT_STEPS = 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,46 +43,33 @@ class Outputs:
     report: Callable[[TrainingProgress], None]
 
 
-@dataclass(slots=True)
-class _Meter:
-    """Time and waiting, over the last few steps and over all."""
-
-    recent: deque[tuple[float, float]] = field(default_factory=lambda: deque(maxlen=_RECENT_STEPS))
-    seconds: float = 0.0
-    waited: float = 0.0
-    steps: int = 0
-
-    def add(self, seconds: float, waited: float) -> None:
-        self.recent.append((seconds, waited))
-        self.seconds, self.waited, self.steps = self.seconds + seconds, self.waited + waited, self.steps + 1
-
-
 class Supervisor(Observer):
     """Keeps one run on one rank. Every rank has one; rank 0's has `outputs`."""
 
     def __init__(
         self,
-        parts: Parts,
+        trainer: Trainer,
         *,
         session: str,
         checkpointer: Checkpointer,
         samples: ValidationSamples | None,
         stop: threading.Event,
     ) -> None:
-        self._parts = parts
-        self._settings = parts.settings
+        self._trainer = trainer
+        self._settings = trainer.settings
         self._session = session
         self._checkpointer = checkpointer
         self._samples = samples
         self._stop = stop
         self._record = ConsumptionRecord()
-        self._items = parts.items() | {"record": self._record}
-        self._meter = _Meter()
+        self._items = trainer.items() | {"record": self._record}
+        data = self._settings.data
+        self.meter = StepMeter(tokens_per_step=data.global_batch * data.seq_len)
         self._line: dict[str, Any] = {}
         self._reported = 0.0
-        self._peak = peak_flops(parts.run.device)
+        self._peak = peak_flops(trainer.state.device)
         self._flops_per_token = flops_per_token(
-            self._settings.model, parameters=parameter_count(parts.run.model), seq_len=self._settings.data.seq_len
+            self._settings.model, parameters=parameter_count(trainer.state.model), seq_len=self._settings.data.seq_len
         )
         self.outputs: Outputs | None = None
         self.last: StepOutcome | None = None
@@ -92,10 +77,10 @@ class Supervisor(Observer):
 
     def restore(self) -> str:
         """Load the newest sound checkpoint, if there is one; return a note about it."""
-        if self._parts.ranks.least(self._checkpointer.latest() or 0) == 0:
+        if self._trainer.ranks.least(self._checkpointer.latest() or 0) == 0:
             return ""
-        found = self._checkpointer.restore(self._items, agree=self._parts.ranks.least)
-        self._parts.run.step = found.step
+        found = self._checkpointer.restore(self._items, agree=self._trainer.ranks.least)
+        self._trainer.state.step = found.step
         self.validation_loss = found.metrics.get("validation_loss")
         passed = "".join(
             f"; the newer checkpoint of step {bad.step} is damaged: {bad.reason}" for bad in found.fell_back
@@ -124,7 +109,7 @@ class Supervisor(Observer):
                 fingerprint=f"{outcome.fingerprint:016x}",
             )
         )
-        self._meter.add(outcome.seconds, outcome.wait_seconds)
+        self.meter.add(seconds=outcome.seconds, waited=outcome.wait_seconds)
         self.last = outcome
         if self.outputs is not None:
             self._write_line()
@@ -152,36 +137,11 @@ class Supervisor(Observer):
         if self.outputs is None:
             return
         self._reported = time.monotonic()
-        steps = self._settings.train.steps
-        recent = len(self._meter.recent)
-        seconds = sum(seconds for seconds, _ in self._meter.recent)
-        step = self._parts.run.step
+        progress = self.meter.progress(self._trainer.state.step, self._settings.train.steps)
+        loss = self.last.loss if self.last is not None else None
         self.outputs.report(
-            TrainingProgress(
-                step=step,
-                steps=steps,
-                loss=self.last.loss if self.last is not None else None,
-                validation_loss=self.validation_loss,
-                tokens_per_s=recent * self._tokens_per_step / seconds if recent else None,
-                data_wait=sum(wait for _, wait in self._meter.recent) / seconds if recent else None,
-                eta_s=(steps - step) * seconds / recent if recent else None,
-                note=note,
-            )
+            msgspec.structs.replace(progress, loss=loss, validation_loss=self.validation_loss, note=note)
         )
-
-    @property
-    def tokens_per_s(self) -> float | None:
-        """Mean over all steps of this session; None before the first."""
-        return self._meter.steps * self._tokens_per_step / self._meter.seconds if self._meter.steps else None
-
-    @property
-    def data_wait(self) -> float | None:
-        """Fraction of the time of all steps in which ranks waited for data; None before the first."""
-        return self._meter.waited / self._meter.seconds if self._meter.steps else None
-
-    @property
-    def _tokens_per_step(self) -> int:
-        return self._settings.data.global_batch * self._settings.data.seq_len
 
     def _eval_due(self, step: int) -> bool:
         every = self._settings.eval.every
@@ -194,9 +154,14 @@ class Supervisor(Observer):
     def _evaluate(self) -> None:
         if self._samples is None:
             return
-        parts = self._parts
+        trainer = self._trainer
         found = validation_loss(
-            parts.run.model, self._samples, ranks=parts.ranks, precision=parts.machine.precision, rows=parts.micro_rows
+            trainer.state.model,
+            self._samples,
+            objective=trainer.objective,
+            ranks=trainer.ranks,
+            precision=trainer.machine.precision,
+            rows=trainer.micro_rows,
         )
         self.validation_loss = self._line["validation_loss"] = found.loss
 
@@ -225,12 +190,12 @@ class Supervisor(Observer):
             "data_wait": outcome.wait_seconds / outcome.seconds,
         }
         if self._peak is not None:
-            line["mfu"] = line["tokens_per_s"] * self._flops_per_token / (self._peak * self._parts.ranks.world)
-        cache = self._parts.loader.stats()
+            line["mfu"] = line["tokens_per_s"] * self._flops_per_token / (self._peak * self._trainer.ranks.world)
+        cache = self._trainer.loader.stats()
         line |= {f"cache_{key}": cache[key] for key in ("hits", "fills", "evictions") if key in cache}
-        spent = total_statistics(self._parts.loader.dataset.storage.statistics())
+        spent = total_statistics(self._trainer.loader.dataset.storage.statistics())
         line |= {f"storage_{name}": value for name, value in asdict(spent).items()}
-        for hook in self._parts.hooks.values():
+        for hook in self._trainer.hooks.values():
             line |= hook.metrics()
         return line
 

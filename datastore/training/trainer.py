@@ -1,26 +1,24 @@
-"""The loop: batches become steps. It knows neither pruning nor distillation, and neither files nor signals.
+"""The trainer of one rank: its parts put together in the one order that works, and the loop that makes steps of batches.
 
-    take the next batch; for each micro-batch: outputs, loss, hooks, backward
-    hooks change gradients; clip; step; hooks see moved parameters
-    once a step later, when it costs no waiting: what the step was like
+    build   model, hooks, device, compile, ranks, optimizer, hooks again, loader
+    step    the next batch; for each micro-batch: outputs, loss, hooks, backward
+            hooks change gradients; clip; step; hooks see moved parameters
+    run     steps, each looked at one step late, when it costs no waiting; pauses where the observer wants one
+
+The loop knows neither pruning nor distillation, and neither files nor signals. The same seed gives the same initial weights
+on any device, as they are drawn on the CPU.
 
 The loss of a step is the mean over the global batch, whatever the number of ranks and micro-batches: a micro-batch counts
 by its rows, and what a rank adds is scaled so that the mean over ranks is the mean over rows, also if ranks have unequal
 numbers of them. Where a loss mask says which targets count, it is the mean over those: their number is summed over ranks
 before the first forward pass, and a micro-batch counts by its own.
-
-The parts of a run, put together in the one order that works: model, hooks, device, ranks, optimizer, loader.
-
-Hooks change the model before it is compiled and distributed, and see it again when the optimizer exists. The same seed gives
-the same initial weights on any device, as they are drawn on the CPU.
 """
 
 import time
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from functools import partial
-from typing import Any, Protocol
+from typing import Any, Protocol, Self
 
 import msgspec
 import torch
@@ -35,39 +33,13 @@ from datastore.training.distributed import Ranks
 from datastore.training.hooks.base import Hook, HookSet, RunState, make_hooks
 from datastore.training.machine import Machine, autocast
 from datastore.training.model import GPT, Block
-from datastore.training.objectives import Causal, MicroBatch, Objective
+from datastore.training.objectives import MicroBatch, Objective, make_objective
 from datastore.training.optim import learning_rate, make_optimizer, named_state, set_learning_rate
 from datastore.training.run.data import Split
 from datastore.training.run.folder import RunConfig
 from datastore.training.settings import Settings
 
-__all__ = ["Observer", "Parts", "StepOutcome", "Work", "assemble", "build_model", "run_loop", "seed_step"]
-
-
-@dataclass(frozen=True, slots=True)
-class Work:
-    """What the loop works with; none of it changes while it runs."""
-
-    model: nn.Module
-    """As distributed: calling it is what averages gradients."""
-
-    objective: Objective
-    hooks: Sequence[Hook]
-    ranks: Ranks
-    batches: Callable[[], Batch]
-    rows: int
-    """Samples in a global batch."""
-
-    micro_rows: int
-    precision: str
-    clip: float
-    rate: Callable[[int], float]
-    """Learning rate of the step after so many."""
-
-    guard: Callable[[], AbstractContextManager[None]]
-    """Entered while parameters and the state of hooks move: a checkpoint may still be copying them."""
-
-    seed: int = 0
+__all__ = ["Observer", "StepOutcome", "Trainer", "build_model", "build_with_hooks", "seed_step"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,67 +85,225 @@ class Observer(Protocol):
         ...
 
 
-def run_loop(run: RunState, work: Work, watcher: Observer) -> None:
-    """Take steps until `run.steps`, or until some rank was asked to stop; end with a pause."""
-    late: Callable[[], StepOutcome] | None = None
-    stop = False
-    clock = time.perf_counter()
-    while run.step < run.steps and not stop:
-        now = take_step(run, work, stopping=watcher.stopping(), since=clock)
-        clock = time.perf_counter()
-        if late is not None:
-            stop = _settle(late, watcher)
-        late = now
-        last = stop or run.step == run.steps
-        if last or watcher.due(run.step):
-            stop = _settle(late, watcher) or stop
-            late = None
-            watcher.pause(run, last=stop or run.step == run.steps)
-            clock = time.perf_counter()
+@dataclass(slots=True, kw_only=True)
+class Trainer:
+    """One rank's model, optimizer, hooks and data, and the loop that moves them."""
 
+    settings: Settings
+    vocab_size: int
+    ranks: Ranks
+    machine: Machine
+    state: RunState
+    """What hooks and checkpoints see; `state.model` is the model without its wrapper."""
 
-def take_step(run: RunState, work: Work, *, stopping: bool, since: float) -> Callable[[], StepOutcome]:
-    """Take one step; the function returned waits for its numbers."""
-    started = time.perf_counter()
-    batch = work.batches()
-    waited = time.perf_counter() - started
-    seed_step(work.seed, run.step, run.rank)
-    loss = _backward(run, work, batch)
-    rate = work.rate(run.step)
-    set_learning_rate(run.optimizer, rate)
-    with work.guard():
-        for hook in work.hooks:
-            hook.gradients(run)
-        norm = torch.nn.utils.clip_grad_norm_(run.model.parameters(), work.clip or float("inf"))
-        run.optimizer.step()
-        run.optimizer.zero_grad(set_to_none=True)
-        run.step += 1
-        for hook in work.hooks:
-            hook.updated(run)
-    # Two small sums per step, looked at after the next one: `.item()` here would stall a GPU.
-    valid = int(batch.valid.sum())
-    exact = torch.tensor([_signed(batch.fingerprint()), valid, int(stopping)], dtype=torch.int64)
-    inexact = torch.stack((loss.double(), torch.tensor(waited / run.world, dtype=torch.float64, device=loss.device)))
-    sums = work.ranks.sum(exact.to(run.device)), work.ranks.sum(inexact)
-    step, seconds = run.step, time.perf_counter() - since
+    model: nn.Module
+    """The model as the loop calls it, distributed: calling it is what averages gradients."""
 
-    def finish() -> StepOutcome:
-        fingerprint, samples, stops = sums[0]().tolist()
-        mean, wait = sums[1]().tolist()
-        return StepOutcome(
-            step=step,
-            cursor=batch.cursor,
-            samples=samples,
-            fingerprint=fingerprint % 2**64,
-            loss=mean,
-            grad_norm=float(norm),
-            lr=rate,
-            seconds=seconds,
-            wait_seconds=wait,
-            stop=bool(stops),
+    hooks: Mapping[str, Hook]
+    objective: Objective
+    loader: Loader
+    guard: Callable[[], AbstractContextManager[None]] = nullcontext
+    """Entered while parameters and the state of hooks move: a checkpoint may still be copying them."""
+
+    @classmethod
+    def build(cls, config: RunConfig, split: Split, ranks: Ranks, *, machine: Machine) -> Self:
+        """Return the trainer of the run before its first step.
+
+        Raises:
+            ConfigError: a hook or the objective is unknown or wrongly set; the dataset has no sample.
+        """
+        settings = config.settings
+        objective = make_objective(settings.objective)
+        state, model, hooks = build_with_hooks(config, ranks, compiled=machine.compiled)
+        loader = Loader(
+            split.training,
+            seq_len=settings.data.seq_len,
+            global_batch=settings.data.global_batch,
+            seed=settings.data.seed,
+            rank=Rank(ranks.rank, ranks.world),
+            options=settings.loader,
         )
+        trainer = cls(
+            settings=settings,
+            vocab_size=config.vocab_size,
+            ranks=ranks,
+            machine=machine,
+            state=state,
+            model=model,
+            hooks=hooks,
+            objective=objective,
+            loader=loader,
+        )
+        if ranks.world > 1 or machine.compiled:
+            ranks.settle(model, trainer._loss_of_zeros)
+        return trainer
 
-    return finish
+    @property
+    def micro_rows(self) -> int:
+        """Samples per forward pass."""
+        share = -(-self.settings.data.global_batch // self.ranks.world)
+        return min(self.settings.train.micro_batch or share, share)
+
+    def items(self) -> dict[str, Any]:
+        """Return what a checkpoint holds, besides the record; tensors are the live ones."""
+        return {
+            "model": self.state.model,
+            "optim": named_state(self.state.model, self.state.optimizer),
+            "hooks": HookSet(self.hooks),
+            "data": self.loader,
+        }
+
+    def run(self, observer: Observer) -> None:
+        """Take steps until `state.steps`, or until some rank was asked to stop; end with a pause."""
+        state = self.state
+        late: Callable[[], StepOutcome] | None = None
+        stop = False
+        clock = time.perf_counter()
+        while state.step < state.steps and not stop:
+            now = self.step(stopping=observer.stopping(), since=clock)
+            clock = time.perf_counter()
+            if late is not None:
+                stop = _settle(late, observer)
+            late = now
+            last = stop or state.step == state.steps
+            if last or observer.due(state.step):
+                stop = _settle(late, observer) or stop
+                late = None
+                observer.pause(state, last=stop or state.step == state.steps)
+                clock = time.perf_counter()
+
+    def step(self, *, stopping: bool, since: float) -> "Callable[[], StepOutcome]":
+        """Take one step; the function returned waits for its numbers."""
+        state = self.state
+        started = time.perf_counter()
+        batch = self._next_batch()
+        waited = time.perf_counter() - started
+        seed_step(self.settings.train.seed, state.step, state.rank)
+        loss = self.backward(batch)
+        rate = learning_rate(self.settings.optim, state.step, self.settings.train.steps)
+        set_learning_rate(state.optimizer, rate)
+        with self.guard():
+            norm = self._update()
+        # Two small sums per step, looked at after the next one: `.item()` here would stall a GPU.
+        counts = [_signed(batch.fingerprint()), int(batch.valid.sum()), int(stopping)]
+        exact = self.ranks.sum(torch.tensor(counts, dtype=torch.int64).to(state.device))
+        mean_wait = torch.tensor(waited / state.world, dtype=torch.float64, device=loss.device)
+        inexact = self.ranks.sum(torch.stack((loss.double(), mean_wait)))
+        step, seconds = state.step, time.perf_counter() - since
+
+        def finish() -> StepOutcome:
+            fingerprint, samples, stops = exact().tolist()
+            mean, wait = inexact().tolist()
+            return StepOutcome(
+                step=step,
+                cursor=batch.cursor,
+                samples=samples,
+                fingerprint=fingerprint % 2**64,
+                loss=mean,
+                grad_norm=float(norm),
+                lr=rate,
+                seconds=seconds,
+                wait_seconds=wait,
+                stop=bool(stops),
+            )
+
+        return finish
+
+    def backward(self, batch: Batch) -> Tensor:
+        """Leave the gradient of the mean over the global batch in the parameters; return this rank's part of the mean."""
+        device, world = self.state.device, self.state.world
+        total = torch.zeros((), device=device)
+        pieces = list(_pieces(batch, device, rows=self.micro_rows))
+        whole = _learned(batch, device, self.ranks)
+        for number, micro in enumerate(pieces, start=1):
+            counted = micro.learned
+            rows = len(micro.tokens) / self.settings.data.global_batch
+            share = rows if whole is None or counted is None else (counted / whole).float()
+            with self.ranks.accumulating(self.model, last=number == len(pieces)):
+                with autocast(device, self.machine.precision):
+                    outputs = self.objective.outputs(self.model, micro)
+                    loss = self.objective.loss(outputs, micro)
+                    for hook in self.hooks.values():
+                        loss = hook.loss(loss, micro, outputs)
+                (loss * (share * world)).backward()  # type: ignore[no-untyped-call]
+            total += loss.detach() * share
+        return total
+
+    def _update(self) -> Tensor:
+        """Move the parameters along their gradients; return the norm of those before clipping."""
+        state = self.state
+        for hook in self.hooks.values():
+            hook.gradients(state)
+        norm = torch.nn.utils.clip_grad_norm_(state.model.parameters(), self.settings.optim.clip or float("inf"))
+        state.optimizer.step()
+        state.optimizer.zero_grad(set_to_none=True)
+        state.step += 1
+        for hook in self.hooks.values():
+            hook.updated(state)
+        return norm
+
+    def _next_batch(self) -> Batch:
+        """Return the next batch; a token that the model has no embedding for would end a GPU's process without a word."""
+        batch = next(self.loader)
+        largest = int(batch.tokens.max())
+        if largest >= self.vocab_size:
+            raise CorruptError(
+                "a token is outside of the vocabulary",
+                token=largest,
+                vocab_size=self.vocab_size,
+                cursor=batch.cursor,
+                hint="Set model.vocab_size, or ingest with a tokenizer.",
+            )
+        return batch
+
+    def _loss_of_zeros(self) -> Tensor:
+        shape = (self.micro_rows, self.settings.data.seq_len + 1)
+        batch = MicroBatch(torch.zeros(shape, dtype=torch.int64, device=self.state.device))
+        with autocast(self.state.device, self.machine.precision):
+            return self.objective.loss(self.objective.outputs(self.model, batch), batch)
+
+
+def build_model(config: RunConfig) -> GPT:
+    """Return the GPT of a run with its initial weights, on the CPU."""
+    model = GPT(msgspec.structs.replace(config.settings.model, vocab_size=config.vocab_size))
+    seed = digest_bytes(f"{config.settings.train.seed}/weights".encode())[:8]
+    model.initialize(torch.Generator().manual_seed(int.from_bytes(seed, "big")))
+    return model
+
+
+def build_with_hooks(
+    config: RunConfig, ranks: Ranks, *, compiled: bool = False
+) -> tuple[RunState, nn.Module, dict[str, Hook]]:
+    """Return the state of a run before its first step, its model as distributed over `ranks`, and its hooks, started.
+
+    Hooks change the model before it is compiled and distributed, and see it again when the optimizer exists.
+
+    Raises:
+        ConfigError, DependencyError: as `make_hooks`.
+    """
+    settings = config.settings
+    hooks = make_hooks(settings.hooks, where="settings")
+    model: nn.Module = build_model(config)
+    for hook in hooks.values():
+        model = hook.model(model)
+    model.to(ranks.device)
+    if compiled:
+        # Each block by itself: the same code, so it is compiled once, and hooks keep their modules.
+        for block in [module for module in model.modules() if isinstance(module, Block)]:
+            block.compile()
+    wrapped = ranks.distribute(model)
+    state = RunState(
+        model=model,
+        optimizer=make_optimizer(model, settings.optim),
+        step=0,
+        steps=settings.train.steps,
+        rank=ranks.rank,
+        world=ranks.world,
+        device=ranks.device,
+    )
+    for hook in hooks.values():
+        hook.start(state)
+    return state, wrapped, hooks
 
 
 def seed_step(seed: int, step: int, rank: int) -> None:
@@ -181,32 +311,12 @@ def seed_step(seed: int, step: int, rank: int) -> None:
     torch.manual_seed(int.from_bytes(digest_bytes(f"{seed}/{step}/{rank}".encode())[:8], "big"))
 
 
-def _backward(run: RunState, work: Work, batch: Batch) -> Tensor:
-    """Leave the gradient of the global mean in the parameters; return this rank's part of the mean."""
-    total = torch.zeros((), device=run.device)
-    pieces = _pieces(batch, run.device, rows=work.micro_rows)
-    whole = _learned(batch, run.device, work.ranks)
-    for number, micro in enumerate(pieces, start=1):
-        counted = micro.learned
-        rows = len(micro.tokens) / work.rows
-        share = rows if whole is None or counted is None else (counted / whole).float()
-        with work.ranks.accumulating(work.model, last=number == len(pieces)):
-            with autocast(run.device, work.precision):
-                outputs = work.objective.outputs(work.model, micro)
-                loss = work.objective.loss(outputs, micro)
-                for hook in work.hooks:
-                    loss = hook.loss(loss, micro, outputs)
-            (loss * (share * run.world)).backward()  # type: ignore[no-untyped-call]
-        total += loss.detach() * share
-    return total
-
-
-def _pieces(batch: Batch, device: torch.device, *, rows: int) -> list[MicroBatch]:
-    """Return the micro-batches of a batch. What is copied to the device are narrow token ids; they are widened there."""
+def _pieces(batch: Batch, device: torch.device, *, rows: int) -> Iterator[MicroBatch]:
+    """Yield the micro-batches of a batch. What is copied to the device are narrow token ids; they are widened there."""
     mask = batch.loss_mask
     tokens = torch.split(_to_device(torch.from_numpy(batch.tokens), device), rows)
     masks = torch.split(_to_device(torch.from_numpy(mask), device), rows) if mask is not None else [None] * len(tokens)
-    return [MicroBatch(piece.long(), masked) for piece, masked in zip(tokens, masks, strict=True)]
+    return (MicroBatch(piece.long(), masked) for piece, masked in zip(tokens, masks, strict=True))
 
 
 def _learned(batch: Batch, device: torch.device, ranks: Ranks) -> Tensor | None:
@@ -222,139 +332,12 @@ def _to_device(tensor: Tensor, device: torch.device) -> Tensor:
     return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
 
 
-def _settle(late: Callable[[], StepOutcome], watcher: Observer) -> bool:
+def _settle(late: Callable[[], StepOutcome], observer: Observer) -> bool:
     outcome = late()
-    watcher.settled(outcome)
+    observer.settled(outcome)
     return outcome.stop
 
 
 def _signed(value: int) -> int:
     """Return the int64 with the bits of an unsigned `value`."""
     return value - 2**64 if value >= 2**63 else value
-
-
-@dataclass(frozen=True, slots=True)
-class Parts:
-    """What a session works with."""
-
-    settings: Settings
-    machine: Machine
-    run: RunState
-    wrapped: nn.Module
-    """The model as the loop calls it; `run.model` is what hooks and checkpoints see."""
-
-    hooks: Mapping[str, Hook]
-    objective: Objective
-    loader: Loader
-    vocab_size: int
-    ranks: Ranks
-
-    @property
-    def micro_rows(self) -> int:
-        """Samples per forward pass."""
-        share = -(-self.settings.data.global_batch // self.ranks.world)
-        return min(self.settings.train.micro_batch or share, share)
-
-    def items(self) -> dict[str, Any]:
-        """Return what a checkpoint holds, besides the record; tensors are the live ones."""
-        return {
-            "model": self.run.model,
-            "optim": named_state(self.run.model, self.run.optimizer),
-            "hooks": HookSet(self.hooks),
-            "data": self.loader,
-        }
-
-    def work(self, guard: Callable[[], AbstractContextManager[None]]) -> Work:
-        """Return what the loop needs."""
-        optim, steps = self.settings.optim, self.settings.train
-        return Work(
-            model=self.wrapped,
-            objective=self.objective,
-            hooks=tuple(self.hooks.values()),
-            ranks=self.ranks,
-            batches=partial(_next_batch, self.loader, self.vocab_size),
-            rows=self.settings.data.global_batch,
-            micro_rows=self.micro_rows,
-            precision=self.machine.precision,
-            clip=optim.clip,
-            rate=lambda step: learning_rate(optim, step, steps.steps),
-            guard=guard,
-            seed=steps.seed,
-        )
-
-
-def build_model(config: RunConfig) -> GPT:
-    """Return the GPT of a run with its initial weights, on the CPU."""
-    model = GPT(msgspec.structs.replace(config.settings.model, vocab_size=config.vocab_size))
-    seed = digest_bytes(f"{config.settings.train.seed}/weights".encode())[:8]
-    model.initialize(torch.Generator().manual_seed(int.from_bytes(seed, "big")))
-    return model
-
-
-def assemble(config: RunConfig, split: Split, ranks: Ranks, *, machine: Machine) -> Parts:
-    """Return the parts of the run before its first step.
-
-    Raises:
-        ConfigError: a hook is unknown or wrongly set; the dataset has no sample.
-    """
-    settings = config.settings
-    hooks = make_hooks(settings.hooks, where="settings")
-    model: nn.Module = build_model(config)
-    for hook in hooks.values():
-        model = hook.model(model)
-    model.to(ranks.device)
-    if machine.compiled:
-        for block in _blocks(model):
-            block.compile()
-    wrapped = ranks.distribute(model)
-    objective = Causal()
-    run = RunState(
-        model=model,
-        optimizer=make_optimizer(model, settings.optim),
-        step=0,
-        steps=settings.train.steps,
-        rank=ranks.rank,
-        world=ranks.world,
-        device=ranks.device,
-    )
-    for hook in hooks.values():
-        hook.start(run)
-    loader = Loader(
-        split.training,
-        seq_len=settings.data.seq_len,
-        global_batch=settings.data.global_batch,
-        seed=settings.data.seed,
-        rank=Rank(ranks.rank, ranks.world),
-        options=settings.loader,
-    )
-    parts = Parts(settings, machine, run, wrapped, hooks, objective, loader, config.vocab_size, ranks)
-    if ranks.world > 1 or machine.compiled:
-        ranks.settle(wrapped, partial(_loss_of_zeros, parts))
-    return parts
-
-
-def _blocks(model: nn.Module) -> list[nn.Module]:
-    """Return what is compiled, each by itself: the same code, so it is compiled once, and hooks keep their modules."""
-    return [module for module in model.modules() if isinstance(module, Block)]
-
-
-def _loss_of_zeros(parts: Parts) -> torch.Tensor:
-    shape = (parts.micro_rows, parts.settings.data.seq_len + 1)
-    batch = MicroBatch(torch.zeros(shape, dtype=torch.int64, device=parts.run.device))
-    with autocast(parts.run.device, parts.machine.precision):
-        return parts.objective.loss(parts.objective.outputs(parts.wrapped, batch), batch)
-
-
-def _next_batch(loader: Loader, vocab_size: int) -> Batch:
-    """Return the next batch; a token that the model has no embedding for would end a GPU's process without a word."""
-    batch = next(loader)
-    largest = int(batch.tokens.max())
-    if largest >= vocab_size:
-        raise CorruptError(
-            "a token is outside of the vocabulary",
-            token=largest,
-            vocab_size=vocab_size,
-            cursor=batch.cursor,
-            hint="Set model.vocab_size, or ingest with a tokenizer.",
-        )
-    return batch

@@ -1,4 +1,4 @@
-"""The validation loss: the mean over all targets that count of the same samples each time, whoever computes it.
+"""The validation loss, equal for any number of ranks: the mean over all targets that count of the same samples each time.
 
 Each rank takes a part of them; sums are added in float64, so the number of ranks does not show in six digits.
 """
@@ -11,7 +11,7 @@ from torch import nn
 from datastore.document import Document
 from datastore.training.distributed import Ranks
 from datastore.training.machine import autocast
-from datastore.training.objectives import Causal, MicroBatch
+from datastore.training.objectives import MicroBatch, Objective
 from datastore.training.run.data import ValidationSamples
 
 __all__ = ["Evaluation", "validation_loss"]
@@ -35,10 +35,15 @@ class Evaluation(Document, frozen=True, kw_only=True):
 
 @torch.no_grad()
 def validation_loss(
-    model: nn.Module, samples: ValidationSamples, *, ranks: Ranks, precision: str, rows: int
+    model: nn.Module,
+    samples: ValidationSamples,
+    *,
+    objective: Objective,
+    ranks: Ranks,
+    precision: str,
+    rows: int,
 ) -> Evaluation:
     """Return the loss of `model`, which sees `rows` samples at a time; the same on every rank."""
-    objective = Causal()
     was_training = model.training
     model.eval()
     sums = torch.zeros(2, dtype=torch.float64, device=ranks.device)

@@ -18,6 +18,7 @@ from datastore.errors import ConfigError, ConflictError, ResumeError, WaitError
 from datastore.storage.backends.memory import MemoryStorage
 from datastore.testing.examples import make_language, tiny_settings
 from datastore.training.export.export import open_model
+from datastore.training.export.inference import evaluate
 from datastore.training.metrics import MetricsWriter, TrainingProgress, read_metrics
 from datastore.training.run.audit import prove, read_history
 from datastore.training.run.folder import RunFolder
@@ -291,3 +292,15 @@ def test_settings_survive_the_run_folder(language: str, tmp_path: Path) -> None:
     train(settings, str(tmp_path / "run"))
     assert RunFolder.open(str(tmp_path / "run")).config().settings == settings
     assert msgspec.json.decode((tmp_path / "run" / "config.json").read_bytes())["settings"]["hooks"] == [PRUNE]
+
+
+def test_an_objective_of_ones_own_is_what_is_trained_on_and_validated_with(language: str, tmp_path: Path) -> None:
+    short = ("train.steps=2", "eval.every=2")
+    plain = train(tiny_settings(language, *short), str(tmp_path / "plain"))
+    own = ("objective.use='training_hooks:Scaled'", "objective.by=1e-6")
+    scaled = train(tiny_settings(language, *short, *own), str(tmp_path / "scaled"))
+    assert plain.loss is not None
+    assert scaled.loss is not None
+    assert scaled.loss == pytest.approx(1e-6 * plain.loss, rel=0.2)
+    assert scaled.validation_loss == pytest.approx(evaluate(str(tmp_path / "scaled")).loss, rel=1e-4)
+    assert evaluate(str(tmp_path / "scaled")).loss < 1e-5

@@ -19,16 +19,18 @@ from datastore.loader.batch import Batch
 from datastore.storage.resolve import open_storage
 from datastore.testing.examples import make_dataset, make_language, make_shard, tiny_settings
 from datastore.training.distributed import Ranks
+from datastore.training.hooks.base import RunState
 from datastore.training.launcher import Launch
+from datastore.training.machine import Machine
 from datastore.training.metrics import TrainingProgress, read_metrics
 from datastore.training.model import GPT
 from datastore.training.objectives import Causal, MicroBatch
 from datastore.training.run.audit import prove, read_history, trace
 from datastore.training.run.data import ValidationSamples
 from datastore.training.run.folder import RunFolder
-from datastore.training.settings import ModelSettings
+from datastore.training.settings import DataSettings, ModelSettings, Settings, StepSettings
 from datastore.training.start import resume, train
-from datastore.training.trainer import Work, _backward
+from datastore.training.trainer import Trainer
 from datastore.training.validation import validation_loss
 
 CPU = torch.device("cpu")
@@ -65,21 +67,20 @@ def gradients(batches: list[Batch], *, micro_rows: int) -> list[torch.Tensor]:
     summed: list[torch.Tensor] = []
     for batch in batches:
         model = small_model()
-        work = Work(
-            model=model,
-            objective=Causal(),
-            hooks=(),
+        trainer = Trainer(
+            settings=Settings(
+                data=DataSettings(url="none", global_batch=rows), train=StepSettings(micro_batch=micro_rows)
+            ),
+            vocab_size=VOCABULARY,
             ranks=Together(world=len(batches), sums=learned),
-            batches=lambda: batch,  # noqa: B023
-            rows=rows,
-            micro_rows=micro_rows,
-            precision="fp32",
-            clip=0.0,
-            rate=lambda _: 0.0,
-            guard=None,  # type: ignore[arg-type]
+            machine=Machine("fp32", compiled=False, threads=1),
+            state=RunState(model, None, 0, 1, 0, len(batches), CPU),  # type: ignore[arg-type]
+            model=model,
+            hooks={},
+            objective=Causal(),
+            loader=None,  # type: ignore[arg-type]
         )
-        run = type("Run", (), {"device": CPU, "world": len(batches)})()
-        _backward(run, work, batch)
+        trainer.backward(batch)
         found = [parameter.grad / len(batches) for parameter in model.parameters()]
         summed = [a + b for a, b in zip(summed, found, strict=True)] if summed else found
     return summed
@@ -126,7 +127,7 @@ def test_the_validation_loss_is_the_mean_over_the_targets_that_count() -> None:
     tokens = generator.integers(0, VOCABULARY, (5, 9)).astype(np.uint16)
     mask = generator.integers(0, 2, (5, 9)).astype(np.bool_)
     ranks = Ranks(Launch(), CPU, None)
-    measure = partial(validation_loss, small_model(), ranks=ranks, precision="fp32")
+    measure = partial(validation_loss, small_model(), objective=Causal(), ranks=ranks, precision="fp32")
     found = measure(ValidationSamples(tokens, 5, mask), rows=2)
     logits = small_model()(torch.from_numpy(tokens.astype(np.int64))[:, :-1])[torch.from_numpy(mask[:, 1:])]
     wanted = functional.cross_entropy(logits, torch.from_numpy(tokens.astype(np.int64))[:, 1:][mask[:, 1:]])

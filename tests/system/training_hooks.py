@@ -13,7 +13,7 @@ from typing_extensions import override
 
 from datastore.document import Document
 from datastore.training.hooks.base import Hook, RunState
-from datastore.training.objectives import MicroBatch
+from datastore.training.objectives import Causal, MicroBatch
 
 
 class KillSettings(Document, frozen=True, kw_only=True):
@@ -79,3 +79,18 @@ class Noise(Hook):
     @override
     def loss(self, loss: Tensor, batch: MicroBatch, outputs: Tensor) -> Tensor:
         return loss * (1 + 0.1 * torch.rand(()))
+
+
+class ScaledSettings(Document, frozen=True, kw_only=True):
+    by: float
+
+
+class Scaled(Causal):
+    """The causal loss times a number: an objective of one's own."""
+
+    Settings: ClassVar[type[Document]] = ScaledSettings
+
+    @override
+    def loss(self, outputs: Tensor, batch: MicroBatch) -> Tensor:
+        assert isinstance(self.settings, ScaledSettings)
+        return self.settings.by * super().loss(outputs, batch)

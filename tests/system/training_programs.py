@@ -1,10 +1,10 @@
 """What tests let several ranks do with torch; imported by the processes that `datastore.training.launcher.spawn` starts."""
 
-import contextlib
 import os
 import signal
 import sys
 from collections.abc import Callable
+from itertools import repeat
 from typing import Any
 
 import numpy as np
@@ -15,10 +15,11 @@ from typing_extensions import override
 from datastore.training.distributed import Ranks, connect
 from datastore.training.hooks.base import RunState
 from datastore.training.launcher import Launch
+from datastore.training.machine import Machine
 from datastore.training.objectives import MicroBatch, Objective
 from datastore.training.optim import make_optimizer
-from datastore.training.settings import OptimSettings
-from datastore.training.trainer import Observer, StepOutcome, Work, run_loop
+from datastore.training.settings import DataSettings, OptimSettings, Settings, StepSettings
+from datastore.training.trainer import Observer, StepOutcome, Trainer
 
 Report = Callable[[dict[str, Any]], None]
 
@@ -127,22 +128,23 @@ def learn(ranks: Ranks, model: nn.Module, objective: Objective, *, lr: float, st
     tokens = np.arange(8 * ranks.rank, 8 * ranks.rank + 8, dtype=np.uint16)
     rows = Rows(np.stack([tokens, tokens], axis=1))
 
-    run = RunState(model, optimizer, 0, steps, ranks.rank, ranks.world, ranks.device)
-    work = Work(
-        model=wrapped,
-        objective=objective,
-        hooks=(),
+    trainer = Trainer(
+        settings=Settings(
+            data=DataSettings(url="none", global_batch=8 * ranks.world),
+            optim=OptimSettings(use="sgd", lr=lr, warmup=0, floor=1, weight_decay=0, clip=0),
+            train=StepSettings(steps=steps, micro_batch=8),
+        ),
+        vocab_size=2**16,
         ranks=ranks,
-        batches=lambda: rows,  # type: ignore[arg-type,return-value]
-        rows=8 * ranks.world,
-        micro_rows=8,
-        precision="fp32",
-        clip=0.0,
-        rate=lambda _step: lr,
-        guard=contextlib.nullcontext,
+        machine=Machine("fp32", compiled=False, threads=1),
+        state=RunState(model, optimizer, 0, steps, ranks.rank, ranks.world, ranks.device),
+        model=wrapped,
+        hooks={},
+        objective=objective,
+        loader=repeat(rows),  # type: ignore[arg-type]
     )
     ledger = Ledger(ranks.rank)
-    run_loop(run, work, ledger)
+    trainer.run(ledger)
     return ledger
 
 

@@ -6,20 +6,20 @@
 from typing import Any
 
 import torch
-from torch import nn
 
 from datastore.checkpoint.checkpointer import Checkpointer
 from datastore.document import Document
 from datastore.errors import ConfigError, ConflictError, MissingError
 from datastore.storage.base import Storage
 from datastore.storage.resolve import open_storage
+from datastore.training.distributed import Ranks
 from datastore.training.export.huggingface import HuggingFaceModel, read_folder, write_folder
-from datastore.training.hooks.base import HookSet, RunState, make_hooks
+from datastore.training.hooks.base import HookSet
 from datastore.training.hooks.quantize import Quantize, QuantizeSettings
+from datastore.training.launcher import Launch
 from datastore.training.model import GPT
-from datastore.training.optim import make_optimizer
 from datastore.training.run.folder import RunConfig, RunFolder, is_run, open_split
-from datastore.training.trainer import build_model
+from datastore.training.trainer import build_with_hooks
 
 __all__ = ["QUANTIZATIONS", "Exported", "export", "open_model"]
 
@@ -91,30 +91,16 @@ def open_model(source: str, *, step: int | None = None) -> HuggingFaceModel:
 
 
 def _from_run(folder: RunFolder, *, step: int | None) -> tuple[HuggingFaceModel, int]:
-    """Return the model of a step after all hooks have had their say: they may need their own state for that."""
+    """Return the model of a step after all hooks have exported it: they may need their own state for that."""
     config = folder.config()
-    settings = config.settings
-    hooks = make_hooks(settings.hooks, where=folder.url)
-    model: nn.Module = build_model(config)
-    for hook in hooks.values():
-        model = hook.model(model)
-    run = RunState(
-        model=model,
-        optimizer=make_optimizer(model, settings.optim),
-        step=0,
-        steps=settings.train.steps,
-        rank=0,
-        world=1,
-        device=torch.device("cpu"),
-    )
-    for hook in hooks.values():
-        hook.start(run)
-    found = _restore(folder.storage, {"model": model, "hooks": HookSet(hooks)}, step=step)
+    state, _, hooks = build_with_hooks(config, Ranks(Launch(), torch.device("cpu"), None))
+    found = _restore(folder.storage, {"model": state.model, "hooks": HookSet(hooks)}, step=step)
+    model = state.model
     for hook in hooks.values():
         model = hook.export(model)
     if not isinstance(model, GPT):
         raise ConfigError("a hook's export is not a GPT any more", found=type(model).__name__)
-    return HuggingFaceModel(model, settings.data.seq_len, _tokenizer(config), config.end_of_text), found
+    return HuggingFaceModel(model, config.settings.data.seq_len, _tokenizer(config), config.end_of_text), found
 
 
 def _restore(storage: Storage, items: dict[str, Any], *, step: int | None) -> int:

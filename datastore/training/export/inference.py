@@ -20,6 +20,7 @@ from datastore.training.export.export import open_model
 from datastore.training.export.huggingface import HuggingFaceModel
 from datastore.training.launcher import Launch
 from datastore.training.model import KeyValueCache
+from datastore.training.objectives import make_objective
 from datastore.training.run.folder import RunFolder, is_run, open_split
 from datastore.training.validation import Evaluation, validation_loss
 
@@ -113,4 +114,5 @@ def evaluate(source: str, *, run: str = "", step: int | None = None, samples: in
     )
     ranks = Ranks(Launch(), torch.device("cpu"), None)
     model = open_model(source, step=step).model
-    return validation_loss(model, held_out, ranks=ranks, precision="fp32", rows=_ROWS)
+    objective = make_objective(settings.objective)
+    return validation_loss(model, held_out, objective=objective, ranks=ranks, precision="fp32", rows=_ROWS)

@@ -16,23 +16,21 @@ A hook's state has the same keys from `start` on: a restore reads into tensors t
 in `gradients` and `updated` only: before those, a checkpoint of the step before may still be copying it.
 """
 
-import importlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from importlib.metadata import entry_points
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
+from datastore.config import find_class
 from datastore.document import Document, convert
-from datastore.errors import ConfigError, DependencyError, ResumeError
+from datastore.errors import ResumeError
 from datastore.training.objectives import MicroBatch
 
 __all__ = ["Hook", "HookSet", "RunState", "find_hook", "make_hooks"]
 
 _OURS = {"prune": "datastore.training.hooks.prune:Prune", "quantize": "datastore.training.hooks.quantize:Quantize"}
-_GROUP = "datastore.hooks"
 
 
 @dataclass(slots=True)
@@ -140,20 +138,4 @@ def find_hook(name: str) -> type[Hook]:
     Raises:
         ConfigError, DependencyError: as `make_hooks`.
     """
-    others = {point.name: point.value for point in entry_points(group=_GROUP)}
-    path = name if ":" in name else _OURS.get(name) or others.get(name)
-    if path is None:
-        raise ConfigError(
-            "no such hook",
-            use=name,
-            known=sorted({*_OURS, *others}),
-            hint=f"Use one of these, module:Class, or an entry point in the group {_GROUP}.",
-        )
-    module, _, attribute = path.partition(":")
-    try:
-        kind = getattr(importlib.import_module(module), attribute, None)
-    except ModuleNotFoundError as error:
-        raise DependencyError("a hook cannot be imported", use=name, missing=error.name) from None
-    if not (isinstance(kind, type) and issubclass(kind, Hook)):
-        raise ConfigError("not a hook", use=name, found=repr(kind), hint="Name a class that inherits Hook.")
-    return kind
+    return find_class(name, base=Hook, ours=_OURS, group="datastore.hooks")

@@ -5,7 +5,6 @@ import pytest
 import torch
 
 from datastore.errors import ConfigError, DependencyError, ResumeError
-from datastore.training.hooks import base
 from datastore.training.hooks.base import Hook, HookSet, find_hook, make_hooks
 from datastore.training.hooks.prune import Prune
 
@@ -26,7 +25,7 @@ def test_a_hook_is_found_by_our_name_by_its_path_and_by_an_entry_point(monkeypat
     assert find_hook("prune") is Prune
     assert find_hook("datastore.training.hooks.prune:Prune") is Prune
     point = EntryPoint(name="theirs", value="datastore.training.hooks.prune:Prune", group="datastore.hooks")
-    monkeypatch.setattr(base, "entry_points", lambda *, group: [point] if group == point.group else [])
+    monkeypatch.setattr("datastore.config.entry_points", lambda *, group: [point] if group == point.group else [])
     assert find_hook("theirs") is Prune
 
 
