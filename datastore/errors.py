@@ -16,7 +16,8 @@ A message is a fact, the values it rests on, and the way out:
 `fact (name=value, ...). Imperative hint.`
 """
 
-from typing import ClassVar
+from collections.abc import Mapping
+from typing import Any, ClassVar
 
 from typing_extensions import override
 
@@ -32,6 +33,7 @@ __all__ = [
     "ResumeError",
     "StorageError",
     "WaitError",
+    "error_from_dict",
 ]
 
 
@@ -53,6 +55,11 @@ class DatastoreError(Exception):
         text = f"{self.fact} ({shown})." if shown else f"{self.fact}."
         return f"{text} {self.hint}" if self.hint else text
 
+    def as_dict(self) -> dict[str, object]:
+        """Return `code`, `fact`, `hint` and `values` as JSON can hold them; what it cannot is text."""
+        values = {name: _plain(value) for name, value in self.values.items()}
+        return {"code": self.code, "fact": self.fact, "hint": self.hint, "values": values}
+
     @override
     def __reduce__(self) -> tuple[object, ...]:
         # Errors cross process borders (ingest workers); the default would drop hint and values.
@@ -61,6 +68,23 @@ class DatastoreError(Exception):
 
 def _rebuild(kind: type[DatastoreError], fact: str, hint: str, values: dict[str, object]) -> DatastoreError:
     return kind(fact, hint=hint, **values)
+
+
+def error_from_dict(value: Mapping[str, Any]) -> DatastoreError:
+    """Return the error that `as_dict` was called on, in another process perhaps, as the class of this module with its code."""
+    kinds = {kind.code: kind for kind in DatastoreError.__subclasses__() if kind.__module__ == __name__}
+    return _rebuild(kinds.get(value["code"], DatastoreError), value["fact"], value["hint"], value["values"])
+
+
+def _plain(value: object) -> object:
+    if isinstance(value, Mapping):
+        return {str(name): _plain(inner) for name, inner in value.items()}
+    if isinstance(value, list | tuple | set | frozenset):
+        return [_plain(inner) for inner in value]
+    if isinstance(value, float | bool | None) or (isinstance(value, int) and -(2**63) <= value < 2**63):
+        return value
+    text = value if isinstance(value, str) else str(value)
+    return text.encode("utf-8", "backslashreplace").decode()
 
 
 class ConfigError(DatastoreError, ValueError):

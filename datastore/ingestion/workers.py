@@ -20,13 +20,13 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from multiprocessing.connection import Connection, Pipe, wait
 from queue import SimpleQueue
+from typing import Any
 
 import msgspec
 
-from datastore import errors
 from datastore.dataset.journal import TaskDone
 from datastore.document import Document
-from datastore.errors import DatastoreError
+from datastore.errors import DatastoreError, error_from_dict
 from datastore.ingestion.plan import WorkItem
 from datastore.ingestion.tasks import Advance, Job, TaskRunner
 
@@ -38,10 +38,8 @@ Report = Callable[[Advance | TaskDone], None]
 class Failed(Document, frozen=True, kw_only=True, tag=True):
     """A task has failed with an error of ours."""
 
-    code: str
-    fact: str
-    hint: str
-    values: dict[str, msgspec.Raw]
+    error: dict[str, Any]
+    """As `DatastoreError.as_dict` gives it."""
 
 
 class Finished(Document, frozen=True, kw_only=True, tag=True):
@@ -127,7 +125,7 @@ def _serve(crew: Sequence[_Worker], pending: deque[WorkItem], report: Report) ->
                     _give_next(worker, pending)
                     report(done)
                 case Failed() as failure:
-                    raise _rebuilt(failure)
+                    raise error_from_dict(failure.error)
                 case Advance() as step:
                     report(step)
 
@@ -158,13 +156,6 @@ def _died(worker: _Worker) -> DatastoreError:
     )
 
 
-def _rebuilt(failure: Failed) -> DatastoreError:
-    kinds = {kind.code: kind for kind in (getattr(errors, name) for name in errors.__all__)}
-    values = {name: msgspec.json.decode(value) for name, value in failure.values.items()}
-    kind: type[DatastoreError] = kinds.get(failure.code, DatastoreError)
-    return kind(failure.fact, hint=failure.hint, **values)
-
-
 def serve(pipe: Connection) -> None:
     """Do the orders that come through `pipe` until it ends or a task fails."""
     waiting: SimpleQueue[bytes] = SimpleQueue()
@@ -175,8 +166,7 @@ def serve(pipe: Connection) -> None:
         try:
             done = bench.work(order, lambda step: _send(pipe, step))
         except DatastoreError as error:
-            values = {name: msgspec.Raw(_as_json(value)) for name, value in error.values.items()}
-            _send(pipe, Failed(code=error.code, fact=error.fact, hint=error.hint, values=values))
+            _send(pipe, Failed(error=error.as_dict()))
         else:
             _send(pipe, Finished(done=done))
 
@@ -192,13 +182,6 @@ def _listen(pipe: Connection, waiting: "SimpleQueue[bytes]") -> None:
 
 def _send(pipe: Connection, answer: Answer) -> None:
     pipe.send_bytes(msgspec.json.encode(answer))
-
-
-def _as_json(value: object) -> bytes:
-    try:
-        return msgspec.json.encode(value)
-    except (TypeError, OverflowError, UnicodeEncodeError):
-        return msgspec.json.encode(ascii(value))
 
 
 if __name__ == "__main__":

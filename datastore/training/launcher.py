@@ -37,17 +37,14 @@ from typing import Any
 import msgspec
 import orjson
 
-from datastore import errors
 from datastore.document import Document
-from datastore.errors import DatastoreError, WaitError
+from datastore.errors import DatastoreError, WaitError, error_from_dict
 
 __all__ = [
     "LOST_PEER",
     "ChildOrder",
     "Launch",
     "LostPeerError",
-    "error_from",
-    "error_to",
     "main",
     "on_first_signal",
     "spawn",
@@ -204,7 +201,7 @@ def _read(child: _Child, on_event: Callable[[dict[str, Any]], None]) -> bool:
         if "result" in message:
             child.result, child.done = message["result"], True
         elif "error" in message:
-            child.error = error_from(message["error"])
+            child.error = error_from_dict(message["error"])
         elif child.rank == 0:
             on_event(message["event"])
     return bool(data)
@@ -250,21 +247,6 @@ def _raise_first(children: list[_Child]) -> None:
         )
 
 
-def error_to(error: DatastoreError) -> dict[str, Any]:
-    """Return `error` as a JSON value."""
-    plain = {
-        name: value if isinstance(value, str | int | float | bool | None) else str(value)
-        for name, value in error.values.items()
-    }
-    return {"kind": type(error).__name__, "fact": error.fact, "hint": error.hint, "values": plain}
-
-
-def error_from(value: Mapping[str, Any]) -> DatastoreError:
-    """Return the error that `error_to` wrote."""
-    kind = getattr(errors, value["kind"], DatastoreError)
-    return kind(value["fact"], hint=value["hint"], **value["values"])
-
-
 _SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 
@@ -299,7 +281,7 @@ def main() -> int:
         except LostPeerError:
             return LOST_PEER
         except DatastoreError as error:
-            _write(pipe, {"error": error_to(error)})
+            _write(pipe, {"error": error.as_dict()})
             return 1
         _write(pipe, {"result": result})
     return 0

@@ -1,7 +1,9 @@
 """Errors say a fact, its values and the way out, also after they crossed a process border."""
 
 import pickle
+from pathlib import Path
 
+import orjson
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -9,7 +11,7 @@ from hypothesis import strategies as st
 from datastore import errors
 from datastore.errors import ConfigError, DatastoreError, MissingError, StorageError, WaitError
 
-KINDS = [getattr(errors, name) for name in errors.__all__]
+KINDS = [kind for name in errors.__all__ if isinstance(kind := getattr(errors, name), type)]
 NAMES = st.from_regex(r"[a-z][a-z_]{0,10}", fullmatch=True).filter(lambda name: name not in {"fact", "hint", "self"})
 VALUES = st.dictionaries(NAMES, st.integers() | st.text() | st.none() | st.booleans(), max_size=4)
 
@@ -60,3 +62,19 @@ def test_a_kind_is_also_the_builtin_that_fits(kind: type[DatastoreError], builti
 def test_a_storage_error_is_final_unless_it_says_otherwise() -> None:
     assert not StorageError("disk full").transient
     assert StorageError("slow down", transient=True).transient
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_an_error_crosses_a_process_border_as_json(kind: type[DatastoreError]) -> None:
+    values = {"path": Path("a/b"), "sizes": (1, 2**70), "by": {3: {"x"}}, "text": "a\ud800", "none": None, "half": 0.5}
+    error = kind("fact", hint="Hint.", transient=True, **values)
+    found = errors.error_from_dict(orjson.loads(orjson.dumps(error.as_dict())))
+    assert type(found) is kind
+    assert (found.fact, found.hint) == ("fact", "Hint.")
+    shown = {"path": "a/b", "sizes": [1, str(2**70)], "by": {"3": ["x"]}, "text": "a\\ud800", "none": None, "half": 0.5}
+    assert found.values == {"transient": True, **shown}
+
+
+def test_an_error_of_a_later_package_is_still_an_error_of_ours() -> None:
+    found = errors.error_from_dict({"code": "unheard of", "fact": "fact", "hint": "", "values": {}})
+    assert type(found) is DatastoreError
