@@ -38,6 +38,7 @@ __all__ = [
     "decode_tokens",
     "encode_tokens",
     "narrow_tokens",
+    "offsets_of",
     "token_dtype",
     "token_schema",
 ]
@@ -111,6 +112,14 @@ class TokenTable:
 def token_dtype(vocab_size: int) -> str:
     """Return the narrowest dtype that holds every id below `vocab_size`: `uint16` up to 65,536, else `uint32`."""
     return "uint16" if vocab_size <= 2**16 else "uint32"
+
+
+def offsets_of(lengths: npt.ArrayLike) -> Offsets:
+    """Return where each of some documents begins, end to end, and where the last ends: `len(lengths) + 1` numbers from 0."""
+    counts = np.asarray(lengths, np.int64)
+    offsets = np.zeros(counts.size + 1, np.int64)
+    np.cumsum(counts, out=offsets[1:])
+    return offsets
 
 
 def token_schema(dtype: str, *, columns: Sequence[ColumnType] = ()) -> pa.Schema:

@@ -3,7 +3,6 @@
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-import msgspec
 import pyarrow as pa
 
 from datastore.dataset.journal import Journal, Plan
@@ -14,7 +13,7 @@ from datastore.dataset.shards.files import read_tokenizer
 from datastore.dataset.snapshot import split_reference
 from datastore.errors import ConfigError, MissingError
 from datastore.formats.schema import decode_schema
-from datastore.ingestion.encoding.encoder import TextEncoder
+from datastore.ingestion.encoding.reference import facts_of, load_tokenizer
 from datastore.ingestion.reading.sources import read_url
 from datastore.ingestion.settings import IngestSettings
 from datastore.storage.base import Storage
@@ -95,8 +94,7 @@ class Destination:
             raw = read_tokenizer(self.storage, present)
         else:
             return None
-        facts = TextEncoder(raw, msgspec.structs.replace(settings, encoder="tokenizers"))
-        ref = TokenizerRef(sha256=facts.sha256, vocab_size=facts.vocab_size, end_of_text=facts.end_of_text)
+        ref = facts_of(raw, load_tokenizer(raw), end_of_text=settings.end_of_text)
         if self.newest is not None and ref != present and settings.operation != "overwrite":
             raise ConfigError(
                 "the dataset has another tokenizer" if present else f"the dataset holds {self._held()}",

@@ -24,6 +24,7 @@ from datastore.dataset.shards.files import (
 )
 from datastore.dataset.shards.info import ShardInfo
 from datastore.digest import digest_hex
+from datastore.formats.tokens import offsets_of
 from datastore.ingestion.reading.documents import Reject, reject
 
 __all__ = ["Deduplicated", "repeated", "without_duplicates"]
@@ -87,8 +88,7 @@ def _rewrite(journal: Journal, shard: ShardInfo, drop: Rows, *, into: Deduplicat
         table = read_documents(storage, shard)
         values, offsets = read_token_shard(storage, shard)
         if len(keep):
-            counts = np.diff(offsets)[keep]
-            new_offsets = np.concatenate(([0], np.cumsum(counts)))
+            new_offsets = offsets_of(np.diff(offsets)[keep])
             kept = np.concatenate([values[offsets[row] : offsets[row + 1]] for row in keep])
             documents = table.take(keep)
             written = write_token_shard(storage, uid=uid, values=kept, offsets=new_offsets, documents=documents)

@@ -1,17 +1,16 @@
-"""Documents on their way into shards, in order: collected until a shard is full, then stored.
+"""Documents and rows on their way into shards, in order: collected until a shard is full, then stored.
 
 A shard is full with the batch that reaches `shard_bytes`; batches are cut by the records alone, so the borders of
 shards are a function of the task and the settings.
 
-Rows and tokens that are taken over as they are, into shards.
-
-An import is strict: a row that does not fit ends it, for what another tool has written it has written on purpose. The
-shards depend on the task and the settings alone, as with text. Tokens are as wide as the tokenizer's vocabulary needs;
-without one, each shard is as wide as the largest id in it, which a reader does not notice.
+Rows and tokens that another tool has written are taken over as they are. That is strict: a row that does not fit ends
+it, for what a tool has written it has written on purpose. Tokens are as wide as the tokenizer's vocabulary needs; without
+one, each shard is as wide as the largest id in it, which a reader does not notice.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -25,7 +24,7 @@ from datastore.dataset.shards.info import ShardInfo
 from datastore.errors import ConfigError
 from datastore.formats.documents import DOCUMENTS_SCHEMA
 from datastore.formats.schema import check_rows
-from datastore.formats.tokens import Tokens, narrow_tokens, token_dtype
+from datastore.formats.tokens import Tokens, narrow_tokens, offsets_of, token_dtype
 from datastore.ingestion.encoding.encoder import Counts, TextEncoder
 from datastore.ingestion.reading.documents import Reject, TextRecord, reject
 from datastore.storage.base import Storage
@@ -37,6 +36,7 @@ __all__ = [
     "CopySink",
     "RecordShards",
     "ShardSink",
+    "Sink",
     "TokenShards",
     "is_token_column",
 ]
@@ -52,37 +52,67 @@ RECORDS_SCHEMA = pa.schema(pa.field(name, kind, nullable=False) for name, kind i
 """The columns of text that stays text."""
 
 
-class ShardSink(Protocol):
-    """Takes the documents of one task."""
+class Sink(ABC):
+    """What one task gives, on its way into shards: collected until there are `shard_bytes`, then stored as one."""
 
-    shards: list[ShardInfo]
-    """What was stored so far."""
-
-    tokens: int
-
-    def add(self, records: Sequence[TextRecord]) -> tuple[list[TextRecord], list[Reject]]:
-        """Take a batch; return those that became documents, and the others."""
-        ...
+    def __init__(self, storage: Storage, task_id: str, *, shard_bytes: int) -> None:
+        self.storage = storage
+        self.shards: list[ShardInfo] = []
+        """What was stored so far."""
+        self.documents = 0
+        self.tokens = 0
+        self._task_id = task_id
+        self._shard_bytes = shard_bytes
+        self._collected_bytes = 0
 
     def flush(self) -> None:
         """Store what is left."""
-        ...
+        if self._collected():
+            self.shards.append(self._store(shard_uid(self._task_id, len(self.shards))))
+            self._collected_bytes = 0
+
+    def _take(self, *, documents: int, tokens: int, size_bytes: int) -> None:
+        """Count what was collected, and store it if that is enough."""
+        self.documents += documents
+        self.tokens += tokens
+        self._collected_bytes += size_bytes
+        if self._collected_bytes >= self._shard_bytes:
+            self.flush()
+
+    @abstractmethod
+    def _collected(self) -> int:
+        """Return how many documents or tables wait to be stored."""
+
+    @abstractmethod
+    def _store(self, uid: str) -> ShardInfo:
+        """Store what was collected as the shard `uid`, and collect anew."""
+
+
+class ShardSink(Sink):
+    """Takes the texts of one task."""
+
+    @abstractmethod
+    def add(self, records: Sequence[TextRecord]) -> tuple[list[TextRecord], list[Reject]]:
+        """Take a batch; return those that became documents, and the others."""
+
+
+class CopySink(Sink):
+    """Takes the rows of one task."""
+
+    @abstractmethod
+    def add(self, first: int, rows: pa.Table, *, source: str) -> None:
+        """Take rows of the file `source`, of which the first is row `first` of it."""
 
 
 class TokenShards(ShardSink):
     """Encodes, and stores tokens with a row for each document."""
 
     def __init__(self, storage: Storage, task_id: str, *, encoder: TextEncoder, shard_bytes: int) -> None:
-        self.shards = []
-        self.tokens = 0
-        self._storage = storage
-        self._task_id = task_id
+        super().__init__(storage, task_id, shard_bytes=shard_bytes)
         self._encoder = encoder
-        self._shard_bytes = shard_bytes
         self._values: list[Tokens] = []
         self._counts: list[Counts] = []
         self._records: list[TextRecord] = []
-        self._size_bytes = 0
 
     @override
     def add(self, records: Sequence[TextRecord]) -> tuple[list[TextRecord], list[Reject]]:
@@ -92,98 +122,59 @@ class TokenShards(ShardSink):
         self._values.append(encoded.values)
         self._counts.append(encoded.counts)
         self._records += taken
-        self._size_bytes += encoded.values.nbytes
-        self.tokens += encoded.values.size
-        if self._size_bytes >= self._shard_bytes:
-            self.flush()
+        self._take(documents=len(taken), tokens=encoded.values.size, size_bytes=encoded.values.nbytes)
         return taken, [reject(record.source, record.offset, reason, record.text) for record, reason in faulty]
 
     @override
-    def flush(self) -> None:
-        if not self._records:
-            return
-        counts = np.concatenate(self._counts)
-        offsets = np.zeros(len(counts) + 1, dtype=np.int64)
-        np.cumsum(counts, out=offsets[1:])
-        shard = write_token_shard(
-            self._storage,
-            uid=shard_uid(self._task_id, len(self.shards)),
-            values=narrow_tokens(np.concatenate(self._values), self._encoder.dtype),
-            offsets=offsets,
-            documents=_documents_of_texts(self._records, counts),
+    def _collected(self) -> int:
+        return len(self._records)
+
+    @override
+    def _store(self, uid: str) -> ShardInfo:
+        values = narrow_tokens(np.concatenate(self._values), self._encoder.dtype)
+        counts, records = np.concatenate(self._counts), self._records
+        self._values, self._counts, self._records = [], [], []
+        return write_token_shard(
+            self.storage,
+            uid=uid,
+            values=values,
+            offsets=offsets_of(counts),
+            documents=_documents_of_texts(records, counts),
         )
-        self.shards.append(shard)
-        self._values, self._counts, self._records, self._size_bytes = [], [], [], 0
 
 
 class RecordShards(ShardSink):
     """Stores texts as they are."""
 
     def __init__(self, storage: Storage, task_id: str, *, shard_bytes: int) -> None:
-        self.shards = []
-        self.tokens = 0
-        self._storage = storage
-        self._task_id = task_id
-        self._shard_bytes = shard_bytes
+        super().__init__(storage, task_id, shard_bytes=shard_bytes)
         self._records: list[TextRecord] = []
-        self._size_bytes = 0
 
     @override
     def add(self, records: Sequence[TextRecord]) -> tuple[list[TextRecord], list[Reject]]:
         self._records += records
-        self._size_bytes += sum(record.length for record in records)
-        if self._size_bytes >= self._shard_bytes:
-            self.flush()
+        self._take(documents=len(records), tokens=0, size_bytes=sum(record.length for record in records))
         return list(records), []
 
     @override
-    def flush(self) -> None:
-        if not self._records:
-            return
+    def _collected(self) -> int:
+        return len(self._records)
+
+    @override
+    def _store(self, uid: str) -> ShardInfo:
         names, sources, offsets, _, texts, _ = zip(*self._records, strict=True)
+        self._records = []
         table = pa.table([names, sources, offsets, texts], schema=RECORDS_SCHEMA)
-        uid = shard_uid(self._task_id, len(self.shards))
-        self.shards.append(write_record_shard(self._storage, uid=uid, table=table))
-        self._records, self._size_bytes = [], 0
-
-
-def _documents_of_texts(records: Sequence[TextRecord], counts: Counts) -> pa.Table:
-    names, sources, offsets, lengths, texts, _ = zip(*records, strict=True)
-    digests = [xxhash.xxh3_128_digest(text.encode()) for text in texts]
-    return pa.table(
-        [names, sources, offsets, lengths, counts, pa.array(digests, pa.binary(16))], schema=DOCUMENTS_SCHEMA
-    )
-
-
-class CopySink(Protocol):
-    """Takes the rows of one task."""
-
-    shards: list[ShardInfo]
-    documents: int
-    tokens: int
-
-    def add(self, first: int, rows: pa.Table, *, source: str) -> None:
-        """Take rows of the file `source`, of which the first is row `first` of it."""
-        ...
-
-    def flush(self) -> None:
-        """Store what is left."""
-        ...
+        return write_record_shard(self.storage, uid=uid, table=table)
 
 
 class CopiedRows(CopySink):
     """Stores all columns, as records of `schema`."""
 
     def __init__(self, storage: Storage, task_id: str, *, schema: pa.Schema, shard_bytes: int) -> None:
-        self.shards = []
-        self.documents = 0
-        self.tokens = 0
-        self._storage = storage
-        self._task_id = task_id
+        super().__init__(storage, task_id, shard_bytes=shard_bytes)
         self._schema = schema
-        self._shard_bytes = shard_bytes
         self._parts: list[pa.Table] = []
-        self._bytes = 0
 
     @override
     def add(self, first: int, rows: pa.Table, *, source: str) -> None:
@@ -193,17 +184,16 @@ class CopiedRows(CopySink):
             raise ConfigError(
                 error.fact, file=source, row=first, hint="Import files of one schema at a time."
             ) from None
-        self.documents += rows.num_rows
-        self._bytes += rows.nbytes
-        if self._bytes >= self._shard_bytes:
-            self.flush()
+        self._take(documents=rows.num_rows, tokens=0, size_bytes=rows.nbytes)
 
     @override
-    def flush(self) -> None:
-        if self._parts:
-            uid = shard_uid(self._task_id, len(self.shards))
-            self.shards.append(write_record_shard(self._storage, uid=uid, table=pa.concat_tables(self._parts)))
-            self._parts, self._bytes = [], 0
+    def _collected(self) -> int:
+        return len(self._parts)
+
+    @override
+    def _store(self, uid: str) -> ShardInfo:
+        table, self._parts = pa.concat_tables(self._parts), []
+        return write_record_shard(self.storage, uid=uid, table=table)
 
 
 class CopiedTokens(CopySink):
@@ -212,47 +202,37 @@ class CopiedTokens(CopySink):
     def __init__(
         self, storage: Storage, task_id: str, *, key: str, tokenizer: TokenizerRef | None, shard_bytes: int
     ) -> None:
-        self.shards = []
-        self.documents = 0
-        self.tokens = 0
-        self._storage = storage
-        self._task_id = task_id
+        super().__init__(storage, task_id, shard_bytes=shard_bytes)
         self._key = key
         self._tokenizer = tokenizer
-        self._shard_bytes = shard_bytes
         self._values: list[Any] = []
         self._counts: list[Any] = []
-        self._documents: list[pa.Table] = []
-        self._bytes = 0
+        self._tables: list[pa.Table] = []
 
     @override
     def add(self, first: int, rows: pa.Table, *, source: str) -> None:
         values, counts = self._tokens_of(rows, source)
         self._values.append(values)
         self._counts.append(counts)
-        self._documents.append(_documents_of_rows(rows, counts, first=first, source=source))
-        self.documents += rows.num_rows
-        self.tokens += values.size
-        self._bytes += values.nbytes
-        if self._bytes >= self._shard_bytes:
-            self.flush()
+        self._tables.append(_documents_of_rows(rows, counts, first=first, source=source))
+        self._take(documents=rows.num_rows, tokens=values.size, size_bytes=values.nbytes)
 
     @override
-    def flush(self) -> None:
-        if not self._documents:
-            return
-        values = np.concatenate(self._values)
+    def _collected(self) -> int:
+        return len(self._tables)
+
+    @override
+    def _store(self, uid: str) -> ShardInfo:
+        values, counts, tables = np.concatenate(self._values), np.concatenate(self._counts), self._tables
+        self._values, self._counts, self._tables = [], [], []
         needed = self._tokenizer.vocab_size if self._tokenizer else int(values.max(initial=0)) + 1
-        offsets = np.concatenate([[0], np.cumsum(np.concatenate(self._counts), dtype=np.int64)])
-        shard = write_token_shard(
-            self._storage,
-            uid=shard_uid(self._task_id, len(self.shards)),
+        return write_token_shard(
+            self.storage,
+            uid=uid,
             values=narrow_tokens(values, token_dtype(needed)),
-            offsets=offsets,
-            documents=pa.concat_tables(self._documents),
+            offsets=offsets_of(counts),
+            documents=pa.concat_tables(tables),
         )
-        self.shards.append(shard)
-        self._values, self._counts, self._documents, self._bytes = [], [], [], 0
 
     def _tokens_of(self, rows: pa.Table, source: str) -> tuple[Any, Any]:
         """Return the ids end to end, as uint32, and how many each row has."""
@@ -315,3 +295,11 @@ def _fitting(given: Any, kind: pa.DataType, otherwise: Any) -> Any:
         return given.cast(kind) if not given.null_count else otherwise
     except pa.ArrowException:
         return otherwise
+
+
+def _documents_of_texts(records: Sequence[TextRecord], counts: Counts) -> pa.Table:
+    names, sources, offsets, lengths, texts, _ = zip(*records, strict=True)
+    digests = [xxhash.xxh3_128_digest(text.encode()) for text in texts]
+    return pa.table(
+        [names, sources, offsets, lengths, counts, pa.array(digests, pa.binary(16))], schema=DOCUMENTS_SCHEMA
+    )

@@ -25,6 +25,7 @@ from datastore.dataset.shards.segment_file import BLOCK_BYTES
 from datastore.dataset.snapshot import Dataset, open_dataset
 from datastore.digest import block_digests, digest_bytes
 from datastore.formats.documents import DOCUMENTS_SCHEMA
+from datastore.formats.tokens import offsets_of
 from datastore.storage.base import Storage
 from datastore.storage.resolve import open_storage
 from datastore.training.settings import Settings
@@ -58,7 +59,7 @@ def make_shard(
     storage: Storage, uid: str, *, lengths: Sequence[int], dtype: str = "uint16", block_bytes: int = BLOCK_BYTES
 ) -> ShardInfo:
     """Store a shard of random tokens, drawn from its uid, in documents of `lengths` tokens."""
-    offsets = np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)]).astype(np.int64)
+    offsets = offsets_of(lengths)
     generator = np.random.Generator(np.random.PCG64(int(uid, 16)))
     values = generator.integers(0, np.iinfo(dtype).max, size=int(offsets[-1]), dtype=dtype, endpoint=True)
     info = write_token_shard(storage, uid=uid, values=values, offsets=offsets, documents=documents_of(uid, lengths))
@@ -97,7 +98,7 @@ def make_language(url: str | os.PathLike[str], *, shards: int = 4, documents: in
         texts = [_sentence(rng, int(length)) for length in rng.integers(60, 140, documents)]
         lengths = [len(text) for text in texts]
         uid = shard_uid(f"language {seed}", index)
-        offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
+        offsets = offsets_of(lengths)
         values = np.concatenate(texts).astype(np.uint16)
         infos.append(
             write_token_shard(storage, uid=uid, values=values, offsets=offsets, documents=documents_of(uid, lengths))

@@ -36,7 +36,7 @@ from datastore.dataset.shards.segments import replace_shards
 from datastore.dataset.snapshot import Dataset
 from datastore.digest import digest_hex
 from datastore.errors import ConfigError, ConflictError
-from datastore.formats.tokens import TokenTable
+from datastore.formats.tokens import TokenTable, offsets_of
 from datastore.threads import in_parallel
 
 __all__ = ["TARGET_BYTES", "Candidate", "CompactReport", "compact", "group_members"]
@@ -215,8 +215,7 @@ def _merged_tokens(dataset: Dataset, group: _Group, uid: str) -> ShardInfo:
         documents.append(rows)
         at = part.stop
     merged = pa.concat_tables(documents)
-    offsets = np.zeros(merged.num_rows + 1, np.int64)
-    np.cumsum(merged.column("tokens").to_numpy(), out=offsets[1:])
+    offsets = offsets_of(merged.column("tokens").to_numpy())
     return write_token_shard(
         dataset.storage, uid=uid, values=values, offsets=offsets, documents=merged, columns=columns
     )

@@ -1,6 +1,6 @@
 """From texts to one flat array of token ids, each document ended by the end-of-text id.
 
-The ids are those that `tokenizers` gives; a faster encoder may stand in where it is known to give the same (`fast`).
+The ids are those that `tokenizers` gives; a faster encoder may stand in where it is known to give the same (`gigatoken.py`).
 A special token spelled out in a text is data, not an instruction: by default it becomes ordinary tokens, or any web
 page could end a document, or open a system prompt, in the middle of the training data.
 """
@@ -11,11 +11,16 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from datastore.digest import sha256_hex
-from datastore.errors import ConfigError
 from datastore.formats.tokens import Tokens, narrow_tokens, token_dtype
 from datastore.ingestion.encoding.gigatoken import open_fast
-from datastore.ingestion.encoding.reference import Encoder, Ids, ReferenceEncoder, load_tokenizer
+from datastore.ingestion.encoding.reference import (
+    Encoder,
+    Ids,
+    ReferenceEncoder,
+    facts_of,
+    load_tokenizer,
+    special_tokens,
+)
 from datastore.ingestion.reading.documents import Reason
 from datastore.ingestion.settings import IngestSettings
 
@@ -50,22 +55,12 @@ class TextEncoder:
 
     def __init__(self, raw: bytes, settings: IngestSettings, *, parallel: bool = False) -> None:
         tokenizer = load_tokenizer(raw)
-        vocabulary: dict[str, int] = tokenizer.get_vocab(with_added_tokens=True)
-        special = {i: token.content for i, token in tokenizer.get_added_tokens_decoder().items() if token.special}
-        end = vocabulary.get(settings.end_of_text)
-        if end is None:
-            raise ConfigError(
-                "the tokenizer has no such end-of-text token",
-                end_of_text=settings.end_of_text,
-                special_tokens=sorted(special.values())[:20],
-                hint="Set end_of_text to one of its special tokens.",
-            )
-        self.sha256 = sha256_hex(raw)
-        self.end_of_text = end
-        self.vocab_size = max(vocabulary.values()) + 1
+        facts = facts_of(raw, tokenizer, end_of_text=settings.end_of_text)
+        self.end_of_text = facts.end_of_text
+        self.vocab_size = facts.vocab_size
         self.dtype = token_dtype(self.vocab_size)
         self._special = np.zeros(self.vocab_size, dtype=bool)
-        self._special[[*special, end]] = settings.special_tokens != "allow"
+        self._special[[*special_tokens(tokenizer), self.end_of_text]] = settings.special_tokens != "allow"
         tokenizer.encode_special_tokens = settings.special_tokens == "escape"
         self._encoder: Encoder = ReferenceEncoder(tokenizer, parallel=parallel)
         if settings.special_tokens != "allow" and settings.encoder != "tokenizers":

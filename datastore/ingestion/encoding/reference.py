@@ -8,9 +8,11 @@ import numpy.typing as npt
 from tokenizers import Tokenizer
 from typing_extensions import override
 
+from datastore.dataset.log.manifest import TokenizerRef
+from datastore.digest import sha256_hex
 from datastore.errors import ConfigError
 
-__all__ = ["Encoder", "Ids", "ReferenceEncoder", "load_tokenizer"]
+__all__ = ["Encoder", "Ids", "ReferenceEncoder", "facts_of", "load_tokenizer", "special_tokens"]
 
 Ids = npt.NDArray[np.uint32]
 
@@ -41,6 +43,31 @@ def load_tokenizer(raw: bytes) -> Any:
     tokenizer.no_truncation()
     tokenizer.no_padding()
     return tokenizer
+
+
+def special_tokens(tokenizer: Any) -> dict[int, str]:
+    """Return the special tokens of `tokenizer` by id."""
+    added = tokenizer.get_added_tokens_decoder()
+    return {i: token.content for i, token in added.items() if token.special}
+
+
+def facts_of(raw: bytes, tokenizer: Any, *, end_of_text: str) -> TokenizerRef:
+    """Return what a dataset notes of a tokenizer: its sha256, the size of its vocabulary, the id that ends a document.
+
+    Raises:
+        ConfigError: it has no such end-of-text token.
+    """
+    vocabulary: dict[str, int] = tokenizer.get_vocab(with_added_tokens=True)
+    if end_of_text not in vocabulary:
+        raise ConfigError(
+            "the tokenizer has no such end-of-text token",
+            end_of_text=end_of_text,
+            special_tokens=sorted(special_tokens(tokenizer).values())[:20],
+            hint="Set end_of_text to one of its special tokens.",
+        )
+    return TokenizerRef(
+        sha256=sha256_hex(raw), vocab_size=max(vocabulary.values()) + 1, end_of_text=vocabulary[end_of_text]
+    )
 
 
 class ReferenceEncoder(Encoder):

@@ -1,6 +1,6 @@
 """Writing records: rows are collected into shards, and the end of the `with` block commits them all or none.
 
-    with writer("data/new", schema={"text": "string", "image": "image/jpeg"}) as out:
+    with record_writer("data/new", schema={"text": "string", "image": "image/jpeg"}) as out:
         out.write({"text": "one row", "image": jpeg})
 
 If the block raises, or is interrupted, what was written is removed and nothing is committed. A process that is
@@ -9,11 +9,13 @@ killed leaves shards that no version names: nobody reads them.
 
 import os
 import uuid
+from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping
 from types import TracebackType
 from typing import Any, Self
 
 import pyarrow as pa
+from typing_extensions import override
 
 from datastore.dataset.log.commits import CommitLog
 from datastore.dataset.log.manifest import Commit
@@ -27,7 +29,7 @@ from datastore.formats.records import RecordFormat, check_format
 from datastore.formats.schema import SchemaLike, check_rows, check_storable, decode_schema, record_schema
 from datastore.storage.base import Storage
 
-__all__ = ["RecordWriter", "record_writer"]
+__all__ = ["RecordWriter", "ShardWriter", "record_writer"]
 
 _SHARD_BYTES = 64 * 2**20
 
@@ -69,7 +71,41 @@ def record_writer(
     return RecordWriter(storage, schema=_checked(stored, format), operation=operation, format=format)
 
 
-class RecordWriter:
+class ShardWriter(ABC):
+    """The life of a writer: shards are stored as they fill, and the end of the `with` block commits them all or none."""
+
+    def __init__(self, storage: Storage) -> None:
+        self.storage = storage
+        self.commit: Commit | None = None
+        """The version that was committed, once the block has ended."""
+        self._shards: list[ShardInfo] = []
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if kind is not None:
+            self._withdraw()
+            return
+        self._store_shard()
+        self.commit = self._commit()
+
+    @abstractmethod
+    def _store_shard(self) -> None:
+        """Store what was collected as one more of `_shards`, if there is anything."""
+
+    @abstractmethod
+    def _commit(self) -> Commit:
+        """Make `_shards` part of the dataset."""
+
+    def _withdraw(self) -> None:
+        """Remove the shards written so far; no version names them."""
+        remove_unused(self.storage, (path for shard in self._shards for path in (shard.path, shard.docs_path) if path))
+
+
+class RecordWriter(ShardWriter):
     """Collects rows into shards of about 64 MiB. Not safe for several threads."""
 
     def __init__(
@@ -80,14 +116,11 @@ class RecordWriter:
         operation: Operation,
         format: RecordFormat = "arrow",  # noqa: A002
     ) -> None:
-        self.storage = storage
+        super().__init__(storage)
         self.schema = schema
         self.operation: Operation = operation
         self.format: RecordFormat = format
-        self.commit: Commit | None = None
-        """The version that was committed, once the block has ended."""
         self._task_id = uuid.uuid4().hex
-        self._shards: list[ShardInfo] = []
         self._parts: list[pa.Table] = []
         self._bytes = 0
 
@@ -109,16 +142,8 @@ class RecordWriter:
             if self._bytes >= _SHARD_BYTES - _SHARD_BYTES // 8:
                 self._store_shard()
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        if kind is not None:
-            self._withdraw()
-            return
-        self._store_shard()
+    @override
+    def _commit(self) -> Commit:
         if self.schema is None:
             raise ConfigError(
                 "nothing was written, and no schema is known",
@@ -126,7 +151,7 @@ class RecordWriter:
                 hint="Write a row, or give a schema.",
             )
         try:
-            self.commit = commit_records(self.storage, self._shards, schema=self.schema, operation=self.operation)
+            return commit_records(self.storage, self._shards, schema=self.schema, operation=self.operation)
         except ConfigError:
             # Somebody changed the dataset's schema meanwhile. Nothing is committed, for certain.
             self._withdraw()
@@ -144,16 +169,13 @@ class RecordWriter:
             self.schema = _checked(without_numbers(rows.schema.remove_metadata()), self.format)
         return check_rows(rows, self.schema)
 
+    @override
     def _store_shard(self) -> None:
         if self._parts:
             uid = shard_uid(self._task_id, len(self._shards))
             table = pa.concat_tables(self._parts)
             self._shards.append(write_record_shard(self.storage, uid=uid, table=table, format=self.format))
             self._parts, self._bytes = [], 0
-
-    def _withdraw(self) -> None:
-        """Remove the shards written so far; no version names them."""
-        remove_unused(self.storage, (shard.path for shard in self._shards))
 
 
 def _checked(schema: pa.Schema, format: RecordFormat) -> pa.Schema:  # noqa: A002

@@ -14,25 +14,26 @@ import os
 import uuid
 from collections.abc import Mapping, Sequence
 from functools import cached_property
-from types import MappingProxyType, TracebackType
-from typing import Any, Self
+from types import MappingProxyType
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
+from typing_extensions import override
 
 from datastore.dataset.log.manifest import Commit, TokenizerRef
 from datastore.dataset.operations.append import commit_shards
-from datastore.dataset.shards.files import put_tokenizer, read_documents, remove_unused, shard_uid, write_token_shard
+from datastore.dataset.shards.files import put_tokenizer, read_documents, shard_uid, write_token_shard
 from datastore.dataset.shards.info import ShardInfo
 from datastore.dataset.shards.segments import Segments, load_segments
 from datastore.digest import digest_bytes
 from datastore.errors import ConfigError, ConflictError
 from datastore.formats.documents import DOCUMENTS_SCHEMA
-from datastore.formats.tokens import ColumnType, column_type, encode_tokens, narrow_tokens, token_dtype
+from datastore.formats.tokens import ColumnType, column_type, encode_tokens, narrow_tokens, offsets_of, token_dtype
 from datastore.ingestion.destination import Destination, open_target
 from datastore.ingestion.settings import IngestSettings
-from datastore.storage.base import Storage
+from datastore.ingestion.writers.records import ShardWriter
 
 __all__ = ["ColumnTypes", "TokenWriter", "token_writer"]
 
@@ -86,7 +87,7 @@ def token_writer(
     return TokenWriter(target, tokenizer=ref, vocab_size=vocab_size, columns=declared, task_id=task_id)
 
 
-class TokenWriter:
+class TokenWriter(ShardWriter):
     """Collects documents into shards of about 64 MiB. Not safe for several threads."""
 
     def __init__(
@@ -98,16 +99,13 @@ class TokenWriter:
         columns: Sequence[ColumnType],
         task_id: str,
     ) -> None:
-        self.storage: Storage = target.storage
-        self.commit: Commit | None = None
-        """The version that has the documents, once the block has ended."""
+        super().__init__(target.storage)
         self._newest = target.newest
         self._tokenizer = tokenizer
         self._vocab_size = vocab_size
         self._columns = {column.name: column for column in columns}
         self._task_id = task_id
         self._unique_id = task_id or uuid.uuid4().hex
-        self._shards: list[ShardInfo] = []
         self._documents: list[tuple[str, str, int, bytes]] = []
         self._values: list[npt.NDArray[Any]] = []
         self._beside: dict[str, list[npt.NDArray[Any]]] = {name: [] for name in self._columns}
@@ -160,26 +158,18 @@ class TokenWriter:
         if self._size_bytes >= _SHARD_BYTES:
             self._store_shard()
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        if kind is not None:
-            self._withdraw()
-            return
-        self._store_shard()
+    @override
+    def _commit(self) -> Commit:
         if not self._shards:
             raise ConfigError("nothing was written", url=self.storage.url, hint="Write a document.")
-        self.commit = commit_shards(self.storage, self._shards, tokenizer=self._tokenizer)
+        return commit_shards(self.storage, self._shards, tokenizer=self._tokenizer)
 
+    @override
     def _store_shard(self) -> None:
         if not self._documents:
             return
         ids, sources, lengths, digests = zip(*self._documents, strict=True)
-        offsets = np.zeros(len(lengths) + 1, np.int64)
-        np.cumsum(lengths, out=offsets[1:])
+        offsets = offsets_of(lengths)
         zeros = np.zeros(len(lengths), np.int64)
         documents = pa.table(
             [ids, sources, zeros, zeros, np.array(lengths, np.int64), pa.array(digests, pa.binary(16))],
@@ -218,10 +208,10 @@ class TokenWriter:
     def _segments(self) -> Segments:
         return Segments([]) if self._newest is None else load_segments(self.storage, self._newest)
 
+    @override
     def _withdraw(self) -> None:
-        """Remove the shards written so far; no version names them. Those of a task id may be another run's, too."""
-        if not self._task_id:
-            remove_unused(self.storage, (path for shard in self._shards for path in (shard.path, shard.docs_path)))
+        if not self._task_id:  # Those of a task id may be another run's, too.
+            super()._withdraw()
 
 
 def _check_columns(target: Destination, declared: Sequence[ColumnType]) -> None:

@@ -17,10 +17,10 @@ A shard holds its tokens end to end, and beside them perhaps other columns of so
 stretch of the file is a track: blocks know no more of what they hold.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -28,6 +28,7 @@ import numpy.typing as npt
 from datastore.dataset.shards.info import ShardInfo
 from datastore.dataset.shards.segments import Segments
 from datastore.errors import CorruptError
+from datastore.storage.base import Storage
 
 __all__ = ["I64", "BlockLayout", "BlockRange", "BlockStats", "TokenBlocks", "Track", "damaged"]
 
@@ -139,19 +140,22 @@ class BlockLayout:
         return np.minimum(block_bytes, self._segments.size_bytes[shards] - start)
 
 
-class TokenBlocks(Protocol):
+class TokenBlocks(ABC):
     """The tokens of a dataset, block by block. Thread-safe; not to be used in a forked child."""
 
-    @property
-    def layout(self) -> BlockLayout:
+    def __init__(self, storage: Storage, segments: Segments) -> None:
+        self._storage = storage
+        self._segments = segments
+        self.layout = BlockLayout(segments)
         """The numbering of blocks."""
-        ...
+        self._hits = self._fills = self._filled_bytes = self._refetches = self._evictions = 0
 
     @property
     def budget_bytes(self) -> int | None:
         """How much can be held at once; None if there is no limit."""
-        ...
+        return None
 
+    @abstractmethod
     def hold(self, blocks: I64) -> AbstractContextManager[None]:
         """Return a context within which `blocks` (in any order, repeats allowed) are there.
 
@@ -161,27 +165,26 @@ class TokenBlocks(Protocol):
             StorageError: the storage failed.
             ConfigError: `blocks` need more than `budget_bytes`.
         """
-        ...
 
+    @abstractmethod
     def absent(self, blocks: I64) -> I64:
         """Return those of `blocks` that are not there, without waiting."""
-        ...
 
+    @abstractmethod
     def fetch(self, block: int) -> bool:
         """Bring one block ahead of its use, if there is room; return whether it is there now.
 
         Raises:
             DatastoreError: as `hold`.
         """
-        ...
 
+    @abstractmethod
     def tokens(self, shard: int) -> memoryview:
         """Return the flat tokens of a shard, read-only, one item per token; only those in held blocks are there."""
-        ...
 
+    @abstractmethod
     def data(self, shard: int) -> memoryview:
         """Return the bytes of a shard's file, read-only; only those of held blocks are there."""
-        ...
 
     def expect(self, batches: Sequence[I64]) -> None:  # noqa: ARG002 - the protocol
         """Take note of the blocks of batches to come, in order, after those told before; a cache may ignore it."""
@@ -197,11 +200,11 @@ class TokenBlocks(Protocol):
 
     def stats(self) -> BlockStats:
         """Return counts since the start."""
-        ...
+        return BlockStats(self._hits, self._fills, self._filled_bytes, self._refetches, self._evictions)
 
+    @abstractmethod
     def close(self) -> None:
         """Give back all memory. Views handed out stay valid for as long as they are referred to."""
-        ...
 
 
 def damaged(fact: str, *, shard: ShardInfo, block: BlockRange, **values: object) -> CorruptError:

@@ -18,7 +18,7 @@ from datastore.dataset.shards.info import ShardInfo
 from datastore.dataset.shards.segments import Segments
 from datastore.digest import DIGEST_BYTES, digest_bytes
 from datastore.errors import CorruptError, MissingError, StorageError
-from datastore.loader.cache.blocks import I64, BlockLayout, BlockRange, BlockStats, TokenBlocks, damaged
+from datastore.loader.cache.blocks import I64, BlockRange, TokenBlocks, damaged
 from datastore.storage.base import Storage
 from datastore.storage.verified import has_digest
 
@@ -44,27 +44,14 @@ class MappedBlocks(TokenBlocks):
     """The shards of `segments` in `storage`, all of which are files of this machine."""
 
     def __init__(self, storage: Storage, segments: Segments, *, max_maps: int = MAX_MAPS) -> None:
-        self._storage = storage
-        self._segments = segments
-        self._layout = BlockLayout(segments)
+        super().__init__(storage, segments)
         self._max_maps = max_maps
         self._lock = threading.Lock()
         self._maps: dict[int, _Map] = {}
         # Zeroed memory that nobody touches costs nothing, so this is as large as the part that is read.
-        self._checked = np.zeros(self._layout.blocks, np.bool_)
+        self._checked = np.zeros(self.layout.blocks, np.bool_)
         self._changes = 0
         """How often another copy of a shard was mapped in place of one that is damaged."""
-        self._hits = self._fills = self._filled_bytes = self._evictions = 0
-
-    @property
-    @override
-    def layout(self) -> BlockLayout:
-        return self._layout
-
-    @property
-    @override
-    def budget_bytes(self) -> int | None:
-        return None
 
     @override
     @contextmanager
@@ -79,7 +66,7 @@ class MappedBlocks(TokenBlocks):
                 break
             absent = self.absent(blocks)  # Another copy of a shard was mapped, and is to be checked from the start.
         else:
-            place = self._layout.range_of(int(absent[0]))
+            place = self.layout.range_of(int(absent[0]))
             raise damaged("no copy of the shard is whole", shard=self._segments.shard(place.shard), block=place)
         yield  # Nothing is given back: a map that is dropped lives on in the views that were handed out.
 
@@ -92,7 +79,7 @@ class MappedBlocks(TokenBlocks):
     def fetch(self, block: int) -> bool:
         if self._checked[block]:
             return True
-        place = self._layout.range_of(block)
+        place = self.layout.range_of(block)
         shard = self._map(place.shard)
         try:
             data = _checked(shard, place)
@@ -118,14 +105,10 @@ class MappedBlocks(TokenBlocks):
         return (found if found is not None else self._map(shard)).data
 
     @override
-    def stats(self) -> BlockStats:
-        return BlockStats(self._hits, self._fills, self._filled_bytes, evictions=self._evictions)
-
-    @override
     def close(self) -> None:
         with self._lock:
             self._maps.clear()
-            self._checked = np.zeros(self._layout.blocks, np.bool_)
+            self._checked = np.zeros(self.layout.blocks, np.bool_)
 
     def _from_another_copy(self, info: ShardInfo, place: BlockRange) -> memoryview | None:
         """Map another copy of the shard, in which the block is right, and return it; None if there is none."""
@@ -138,7 +121,7 @@ class MappedBlocks(TokenBlocks):
                 continue
             with self._lock:
                 self._maps[place.shard] = found
-                blocks = self._layout.of_shard(place.shard)
+                blocks = self.layout.of_shard(place.shard)
                 self._checked[blocks.start : blocks.stop] = False
                 self._changes += 1
             self._storage.heal(info.path, has_digest(info.digest))
@@ -154,7 +137,7 @@ class MappedBlocks(TokenBlocks):
                     oldest = next(iter(self._maps))
                     del self._maps[oldest]
                     self._evictions += 1
-                    blocks = self._layout.of_shard(oldest)
+                    blocks = self.layout.of_shard(oldest)
                     self._checked[blocks.start : blocks.stop] = False
                 found = self._maps[shard] = _open(self._storage, self._segments.shard(shard))
             return found

@@ -18,6 +18,7 @@ import threading
 from collections import Counter, OrderedDict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
+from dataclasses import replace
 from itertools import islice
 
 import numpy as np
@@ -27,7 +28,7 @@ from datastore.dataset.shards.info import ShardInfo
 from datastore.dataset.shards.segments import Segments
 from datastore.digest import DIGEST_BYTES, digest_bytes
 from datastore.errors import ConfigError, MissingError, StorageError
-from datastore.loader.cache.blocks import I64, BlockLayout, BlockRange, BlockStats, TokenBlocks, damaged
+from datastore.loader.cache.blocks import I64, BlockRange, BlockStats, TokenBlocks, damaged
 from datastore.loader.cache.prefetch import NEVER, Future
 from datastore.storage.base import Storage
 from datastore.storage.verified import has_digest
@@ -112,9 +113,7 @@ class BlockCache(TokenBlocks):
     """
 
     def __init__(self, storage: Storage, segments: Segments, *, budget_bytes: int) -> None:
-        self._storage = storage
-        self._segments = segments
-        self._layout = BlockLayout(segments)
+        super().__init__(storage, segments)
         self._budget_bytes = budget_bytes
         self._changed = threading.Condition()
         self._regions: dict[int, Region] = {}
@@ -124,15 +123,9 @@ class BlockCache(TokenBlocks):
         self._pins: Counter[int] = Counter()
         self._holders: Counter[int] = Counter()
         """How many holds each thread has open."""
-        self._resident = np.zeros(self._layout.blocks, np.bool_)
-        self._future = Future(self._layout.blocks)
+        self._resident = np.zeros(self.layout.blocks, np.bool_)
+        self._future = Future(self.layout.blocks)
         self._used_bytes = self._peak_bytes = self._waiting = 0
-        self._hits = self._fills = self._filled_bytes = self._refetches = self._evictions = 0
-
-    @property
-    @override
-    def layout(self) -> BlockLayout:
-        return self._layout
 
     @property
     @override
@@ -143,8 +136,8 @@ class BlockCache(TokenBlocks):
     @contextmanager
     def hold(self, blocks: I64) -> Iterator[None]:
         wanted = np.unique(blocks)
-        if len(wanted) * self._layout.largest_bytes > self._budget_bytes:
-            need = int(self._layout.sizes(wanted).sum())
+        if len(wanted) * self.layout.largest_bytes > self._budget_bytes:
+            need = int(self.layout.sizes(wanted).sum())
             if need > self._budget_bytes:
                 raise self._too_small(need)
         pinned, thread = wanted.tolist(), threading.get_ident()
@@ -200,15 +193,7 @@ class BlockCache(TokenBlocks):
     @override
     def stats(self) -> BlockStats:
         with self._changed:
-            return BlockStats(
-                self._hits,
-                self._fills,
-                self._filled_bytes,
-                self._refetches,
-                self._evictions,
-                self._used_bytes,
-                self._peak_bytes,
-            )
+            return replace(super().stats(), resident_bytes=self._used_bytes, peak_bytes=self._peak_bytes)
 
     @override
     def close(self) -> None:
@@ -218,7 +203,7 @@ class BlockCache(TokenBlocks):
 
     def _bring(self, block: int, *, urgent: bool) -> bool:
         """Make `block` resident; unless `urgent`, only if nobody else is at it and there is room."""
-        place = self._layout.range_of(block)
+        place = self.layout.range_of(block)
         size = place.stop - place.start
         with self._changed:
             if not self._claim(block, size, urgent=urgent):
@@ -303,13 +288,13 @@ class BlockCache(TokenBlocks):
         self._give_back(block, size)
 
     def _give_back(self, block: int, size: int) -> None:
-        place = self._layout.range_of(block)
+        place = self.layout.range_of(block)
         self._used_bytes -= size
         region = self._regions.get(place.shard)
         if region is None:
             return
         region.release(place)
-        if not any(other in self._recent or other in self._filling for other in self._layout.of_shard(place.shard)):
+        if not any(other in self._recent or other in self._filling for other in self.layout.of_shard(place.shard)):
             del self._regions[place.shard]
 
     def _too_small(self, need: int) -> ConfigError:
