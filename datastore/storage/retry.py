@@ -12,19 +12,29 @@ Source: M. Brooker, "Exponential Backoff And Jitter", AWS Architecture Blog, 201
 import logging
 import secrets as randomness
 import time
-from collections.abc import Callable, Iterable, Iterator
+from abc import abstractmethod
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
 from threading import Event
-from typing import TypeVar
+from typing import Literal, TypeVar
+
+from typing_extensions import Buffer, override
 
 from datastore.errors import ConflictError, StorageError
+from datastore.storage.base import Storage, check_key
 from datastore.storage.errors import is_unreachable, translate
-from datastore.storage.statistics import Operation, RequestMeter, Timed
+from datastore.storage.ranges import ranges_at_once
+from datastore.storage.statistics import Operation, OperationStatistics, RequestMeter, Timed
+from datastore.storage.urls import strip_credentials
 
-__all__ = ["Requests", "RetryPolicy"]
+__all__ = ["Reading", "RequestStorage", "Requests", "RetryPolicy"]
 
 T = TypeVar("T")
+
+Reading = Literal["get_ranges", "read_into"]
 
 _LOGGER = logging.getLogger(__name__)
 
@@ -138,6 +148,50 @@ class Requests:
         Event().wait(pause_s)
         tries.timed.requests += 1
         tries.timed.retries += 1
+
+
+class RequestStorage(Storage):
+    """What storages have in common that ask a server: a URL without secrets, requests, reads of ranges through `_read`."""
+
+    def __init__(self, url: str, *, policy: RetryPolicy | None = None, secrets: Iterable[str] = ()) -> None:
+        self._url = strip_credentials(url).rstrip("/")
+        self._requests = Requests(self._url, policy=policy, secrets=secrets)
+
+    @override
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self._url!r})"
+
+    @property
+    @override
+    def url(self) -> str:
+        return self._url
+
+    @override
+    def statistics(self) -> dict[str, OperationStatistics]:
+        return self._requests.meter.statistics()
+
+    @override
+    def get_ranges(self, key: str, ranges: Sequence[tuple[int, int]]) -> list[bytes]:
+        if not any(stop > start for start, stop in ranges):
+            self.stat(key)
+        return ranges_at_once(partial(self._read, "get_ranges", key), ranges)
+
+    @override
+    def read_into(self, key: str, start: int, target: Buffer) -> None:
+        view = memoryview(target).cast("B")
+        if view:
+            self._read("read_into", key, start, view)
+        else:
+            self.stat(key)
+
+    @override
+    def local_path(self, key: str) -> Path | None:
+        check_key(key)
+        return None
+
+    @abstractmethod
+    def _read(self, operation: Reading, key: str, start: int, view: memoryview) -> None:
+        """Fill `view`, which is not empty, with the bytes of `key` from `start` on, as one request."""
 
 
 class _Tries:

@@ -18,7 +18,6 @@ import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from functools import partial
-from pathlib import Path
 from threading import RLock
 from typing import Any, TypeVar
 
@@ -28,11 +27,11 @@ from typing_extensions import Buffer, override
 from datastore.errors import ConfigError, DependencyError
 from datastore.storage.backends.schemes import backend_of
 from datastore.storage.backends.unfinished import find_hidden, find_uploads, time_of
-from datastore.storage.base import Stat, Storage, check_key
+from datastore.storage.base import Stat, check_key
 from datastore.storage.errors import conflict, cut_short, http_status, is_lost, missing, too_short
 from datastore.storage.ranges import join, total_bytes
-from datastore.storage.retry import Requests, RetryPolicy
-from datastore.storage.statistics import Operation, OperationStatistics
+from datastore.storage.retry import Reading, RequestStorage, RetryPolicy
+from datastore.storage.statistics import Operation
 from datastore.storage.urls import secrets_of, strip_credentials
 
 __all__ = ["Connection", "FsspecStorage", "configured"]
@@ -40,7 +39,7 @@ __all__ = ["Connection", "FsspecStorage", "configured"]
 T = TypeVar("T")
 
 
-class FsspecStorage(Storage):
+class FsspecStorage(RequestStorage):
     """The objects below `url`. `options` go to fsspec's constructor; without them it looks in its usual places.
 
     Thread-safe. After a fork the connection is made anew: those of fsspec do not survive one.
@@ -49,30 +48,15 @@ class FsspecStorage(Storage):
     def __init__(
         self, url: str, options: Mapping[str, Any] | None = None, *, policy: RetryPolicy | None = None
     ) -> None:
-        self._url = strip_credentials(url).rstrip("/")
         self._backend = backend_of(url.partition("://")[0].lower())
         self._options = dict(self._backend.options) | dict(options or {})
-        secrets = tuple(secrets_of(url, self._options))
-        self._requests = Requests(self._url, policy=policy, secrets=secrets)
+        super().__init__(url, policy=policy, secrets=secrets_of(url, self._options))
         self._connection = Connection(url, self._options)
-
-    @override
-    def __repr__(self) -> str:
-        return f"FsspecStorage({self._url!r})"
-
-    @property
-    @override
-    def url(self) -> str:
-        return self._url
 
     @property
     @override
     def exclusive(self) -> bool:
         return bool(self._backend.creates)
-
-    @override
-    def statistics(self) -> dict[str, OperationStatistics]:
-        return self._requests.meter.statistics()
 
     @override
     def get(self, key: str) -> bytes:
@@ -92,13 +76,9 @@ class FsspecStorage(Storage):
         return [next(found) if stop > start else b"" for start, stop in ranges]
 
     @override
-    def read_into(self, key: str, start: int, target: Buffer) -> None:
-        view = memoryview(target).cast("B")
-        if not view:
-            self.stat(key)
-            return
+    def _read(self, operation: Reading, key: str, start: int, view: memoryview) -> None:
         path, asked = self._path(key), [(start, start + len(view))]
-        found = self._run("read_into", key, lambda: self._cat_ranges(key, path, asked, {}), sized=total_bytes)
+        found = self._run(operation, key, lambda: self._cat_ranges(key, path, asked, {}), sized=total_bytes)
         view[:] = found[0]
 
     @override
@@ -150,11 +130,6 @@ class FsspecStorage(Storage):
         for unfinished in old if not dry_run else ():
             self._run("delete", unfinished.stat.key, unfinished.remove)
         return [unfinished.stat for unfinished in old]
-
-    @override
-    def local_path(self, key: str) -> Path | None:
-        check_key(key)
-        return None
 
     def _run(self, operation: Operation, key: str, call: Callable[[], T], *, sized: Callable[[T], int] | int = 0) -> T:
         return self._requests.run(operation, key, lambda: self._connection.in_turn(call), sized=sized)

@@ -23,25 +23,21 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from typing_extensions import Buffer, override
 
 from datastore.errors import ConfigError, DatastoreError, MissingError
 from datastore.storage.backends.schemes import BACKENDS
 from datastore.storage.backends.unfinished import find_uploads
-from datastore.storage.base import Stat, Storage, check_key
+from datastore.storage.base import Stat, check_key
 from datastore.storage.errors import cut_short, error_code, http_status, too_short
-from datastore.storage.ranges import fill, gather, join, ranges_at_once, read_all, total_bytes
-from datastore.storage.retry import Requests, RetryPolicy
-from datastore.storage.statistics import OperationStatistics
-from datastore.storage.urls import secrets_of, split_url, strip_credentials
+from datastore.storage.ranges import fill, gather, join, read_all, total_bytes
+from datastore.storage.retry import Reading, RequestStorage, RetryPolicy
+from datastore.storage.urls import secrets_of, split_url
 from datastore.threads import all_at_once
 
 __all__ = ["S3Client", "S3Storage", "forget_clients", "s3_client", "understands"]
-
-Reading = Literal["get_ranges", "read_into"]
 
 Parts = Sequence[Mapping[str, object]]
 
@@ -56,7 +52,7 @@ _MOST_PARTS = 10_000
 _PARTS_AT_ONCE = 4
 
 
-class S3Storage(Storage):
+class S3Storage(RequestStorage):
     """The objects below `s3://bucket/prefix`. `options` are s3fs's; without them botocore looks in its usual places.
 
     Thread-safe, also after a fork.
@@ -65,21 +61,11 @@ class S3Storage(Storage):
     def __init__(
         self, url: str, options: Mapping[str, Any] | None = None, *, policy: RetryPolicy | None = None
     ) -> None:
-        self._url = strip_credentials(url).rstrip("/")
+        self._options = dict(options or {})
+        super().__init__(url, policy=policy, secrets=secrets_of(url, self._options))
         self._bucket, _, self._prefix = split_url(url)[1].strip("/").partition("/")
         if not self._bucket:
             raise ConfigError("the URL names nothing", url=self._url, hint="Write s3://NAME.")
-        self._options = dict(options or {})
-        self._requests = Requests(self._url, policy=policy, secrets=secrets_of(url, self._options))
-
-    @override
-    def __repr__(self) -> str:
-        return f"S3Storage({self._url!r})"
-
-    @property
-    @override
-    def url(self) -> str:
-        return self._url
 
     @property
     @override
@@ -87,27 +73,9 @@ class S3Storage(Storage):
         return True
 
     @override
-    def statistics(self) -> dict[str, OperationStatistics]:
-        return self._requests.meter.statistics()
-
-    @override
     def get(self, key: str) -> bytes:
         name = self._name(key)
         return self._requests.run("get", key, lambda: read_all(self._ask("get_object", name)), sized=len)
-
-    @override
-    def get_ranges(self, key: str, ranges: Sequence[tuple[int, int]]) -> list[bytes]:
-        if not any(stop > start for start, stop in ranges):
-            self.stat(key)
-        return ranges_at_once(partial(self._read, "get_ranges", key), ranges)
-
-    @override
-    def read_into(self, key: str, start: int, target: Buffer) -> None:
-        view = memoryview(target).cast("B")
-        if view:
-            self._read("read_into", key, start, view)
-        else:
-            self.stat(key)
 
     @override
     def put(self, key: str, *chunks: Buffer) -> None:
@@ -163,11 +131,6 @@ class S3Storage(Storage):
             unfinished.remove()
         return [unfinished.stat for unfinished in old]
 
-    @override
-    def local_path(self, key: str) -> Path | None:
-        check_key(key)
-        return None
-
     def _name(self, key: str) -> str:
         return f"{self._prefix}/{check_key(key)}" if self._prefix else check_key(key)
 
@@ -179,6 +142,7 @@ class S3Storage(Storage):
         answer: dict[str, Any] = getattr(found.client, operation)(**target, **arguments)
         return answer
 
+    @override
     def _read(self, operation: Reading, key: str, start: int, view: memoryview) -> None:
         name = self._name(key)
         self._requests.run(operation, key, lambda: self._fill(key, name, start, view), sized=len(view))

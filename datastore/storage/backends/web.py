@@ -12,23 +12,21 @@ import os
 import ssl
 import weakref
 from collections import defaultdict, deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from email.utils import parsedate_to_datetime
-from functools import cache, partial
+from functools import cache
 from http.client import HTTPConnection, HTTPException, HTTPResponse, HTTPSConnection
-from typing import Literal
 from urllib.parse import SplitResult, quote, unquote, urljoin, urlsplit
 from urllib.request import getproxies, proxy_bypass
 
-from typing_extensions import Buffer, override
+from typing_extensions import override
 
 from datastore.errors import ConfigError
 from datastore.storage.base import ReadOnly, Stat, check_key
 from datastore.storage.errors import cut_short, missing, too_short
-from datastore.storage.ranges import fill_from, ranges_at_once
-from datastore.storage.retry import Requests, RetryPolicy
-from datastore.storage.statistics import OperationStatistics
+from datastore.storage.ranges import fill_from
+from datastore.storage.retry import Reading, RequestStorage, RetryPolicy
 from datastore.storage.urls import secrets_of, strip_credentials
 
 __all__ = ["WebStorage"]
@@ -49,51 +47,23 @@ class WebError(Exception):
         self.status = status
 
 
-class WebStorage(ReadOnly):
+class WebStorage(RequestStorage, ReadOnly):
     """The files below `http://host/path` or `https://host/path`; a query is sent with each request. Thread-safe, also after a fork."""
 
     def __init__(self, url: str, *, policy: RetryPolicy | None = None) -> None:
         parts = urlsplit(url)
         if not parts.hostname:
             raise ConfigError("the URL names no host", url=strip_credentials(url), hint="Write https://HOST/PATH.")
-        self._url = strip_credentials(url).rstrip("/")
         self._parts = parts._replace(path=parts.path.rstrip("/"), fragment="")
         self._login = _basic(parts)
-        self._requests = Requests(self._url, policy=policy, secrets=secrets_of(url, {"password": self._login}))
+        super().__init__(url, policy=policy, secrets=secrets_of(url, {"password": self._login}))
         self._process = os.getpid()
         self._idle: defaultdict[Site, deque[HTTPConnection]] = defaultdict(deque)
         weakref.finalize(self, _close, self._idle)
 
     @override
-    def __repr__(self) -> str:
-        return f"WebStorage({self._url!r})"
-
-    @property
-    @override
-    def url(self) -> str:
-        return self._url
-
-    @override
-    def statistics(self) -> dict[str, OperationStatistics]:
-        return self._requests.meter.statistics()
-
-    @override
     def get(self, key: str) -> bytes:
         return self._requests.run("get", check_key(key), lambda: self._get(key), sized=len)
-
-    @override
-    def get_ranges(self, key: str, ranges: Sequence[tuple[int, int]]) -> list[bytes]:
-        if not any(stop > start for start, stop in ranges):
-            self.stat(key)
-        return ranges_at_once(partial(self._read, "get_ranges", key), ranges)
-
-    @override
-    def read_into(self, key: str, start: int, target: Buffer) -> None:
-        view = memoryview(target).cast("B")
-        if view:
-            self._read("read_into", key, start, view)
-        else:
-            self.stat(key)
 
     @override
     def list(self, folder: str = "") -> Iterator[Stat]:
@@ -119,7 +89,8 @@ class WebStorage(ReadOnly):
             modified = parsedate_to_datetime(answer.headers["Last-Modified"]).timestamp()
         return Stat(key=key, size_bytes=int(answer.headers.get("Content-Length", 0)), modified=modified)
 
-    def _read(self, operation: Literal["get_ranges", "read_into"], key: str, start: int, view: memoryview) -> None:
+    @override
+    def _read(self, operation: Reading, key: str, start: int, view: memoryview) -> None:
         self._requests.run(operation, check_key(key), lambda: self._fill(key, start, view), sized=len(view))
 
     def _fill(self, key: str, start: int, view: memoryview) -> None:
