@@ -1,6 +1,8 @@
-"""The same work on many files, a few at a time: what storage answers late, threads wait for together.
+"""Work on several threads, in three ways.
 
-Work in threads that the end of the program waits for.
+    in_parallel    the same work on many files, in order, a few at a time: a pool for this call
+    all_at_once    the requests of one read, which are short: a pool that all storages of the process share
+    in_thread, each    work that the end of the program waits for, such as a save
 
 The pools of `concurrent.futures` take no more work once the main thread has ended, so a save that a script leaves to
 itself by ending would fail half-way, unheard. Plain threads are waited for. The price is a new thread for each call,

@@ -2,20 +2,35 @@
 
     python tools/structure.py [FOLDER]
 
-Modules have at most 400 lines and functions at most 6 parameters; nothing is pickled; no `except` catches everything without raising
+A folder below the top shows at most 16 names, and the docstring of its `__init__` is the plan of that floor: it names each
+of them. A module has 60 to 380 lines, a few with a reason fewer, and its docstring says what it is: it begins neither with
+"What" nor with "TBD". Functions have at most 6 parameters; nothing is pickled; no `except` catches everything without raising
 again; below the command line nothing reads the environment and nothing sleeps (a wait must be interruptible).
 """
 
 import ast
+import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-MAX_LINES = 400
+MAX_NAMES = 16
+MIN_LINES = 60
+MAX_LINES = 380
 MAX_PARAMETERS = 6
 PICKLES = {"pickle", "cPickle", "dill", "cloudpickle", "marshal", "shelve"}
 EDGE_ONLY = {"os.environ", "os.getenv", "time.sleep"}
 BLIND = {"Exception", "BaseException"}
+
+SHORT = {
+    "__main__.py": "an entry point",
+    "host.py": "three facts that every document needs",
+    "ingestion/importing.py": "an entry point",
+    "interop/formats.py": "a registry",
+    "dataset/query/readable.py": "a protocol",
+    "storage/rendezvous.py": "a pure function with its source",
+}
+"""Modules that may have fewer lines, and why."""
 
 
 def broken_rules(root: Path) -> list[str]:
@@ -23,13 +38,35 @@ def broken_rules(root: Path) -> list[str]:
     found: list[str] = []
     for path in sorted(root.rglob("*.py")):
         text = path.read_text(encoding="utf-8")
-        lines = text.count("\n")
-        if lines > MAX_LINES:
-            found.append(f"{path}:{lines}: the module has more than {MAX_LINES} lines; split it")
+        tree = ast.parse(text, filename=str(path))
+        found.extend(f"{path}:{rule}" for rule in _rules_of_module(path, text.count("\n"), tree, root))
         below_cli = "cli" not in path.relative_to(root).parts
-        for node in ast.walk(ast.parse(text, filename=str(path))):
+        for node in ast.walk(tree):
             found.extend(f"{path}:{node.lineno}: {rule}" for rule in _rules(node, below_cli=below_cli))  # type: ignore[attr-defined]
     return found
+
+
+def _rules_of_module(path: Path, lines: int, tree: ast.Module, root: Path) -> Iterator[str]:
+    docstring = ast.get_docstring(tree) or ""
+    if re.match(r"What\b|TBD", docstring):
+        yield f'1: the docstring begins with "{docstring.split()[0]}"; begin with a noun or an imperative'
+    if lines > MAX_LINES:
+        yield f"{lines}: the module has more than {MAX_LINES} lines; split it"
+    if path.name == "__init__.py":
+        yield from _rules_of_floor(path.parent, docstring) if path.parent != root else ()
+    elif lines < MIN_LINES and path.relative_to(root).as_posix() not in SHORT:
+        yield f"{lines}: the module has fewer than {MIN_LINES} lines; it belongs to another, or into SHORT with a reason"
+
+
+def _rules_of_floor(folder: Path, plan: str) -> Iterator[str]:
+    names = sorted(
+        path.stem for path in folder.iterdir() if path.suffix == ".py" or path.is_dir() if not path.name.startswith("_")
+    )
+    if len(names) > MAX_NAMES:
+        yield f"1: the folder shows {len(names)} names, more than {MAX_NAMES}"
+    missing = [name for name in names if not re.search(rf"^ *(?:\w+, )*{name}\b", plan, re.MULTILINE)]
+    if missing:
+        yield f"1: the plan of the floor does not name {', '.join(missing)}"
 
 
 def _rules(node: ast.AST, *, below_cli: bool) -> Iterator[str]:

@@ -1,1 +1,14 @@
-"""Training state that is there whole or not at all: saved in parts, committed by one file, verified before it is loaded."""
+"""Training state that is there whole or not at all: saved in parts, committed by one file, verified before it is loaded.
+
+checkpointer   Checkpointer: what a training program calls
+saving         a save: snapshot, write, commit
+loading        a load: sources, reader, targets, restore
+inspect        look at a run without torch
+steps          the steps of a run: which there are, which are kept
+ranks          the ranks that save together: who, how they wait, how they agree
+items          something with state, its name and its skeleton
+tensors        tensors as bytes, and boxes of a whole
+format         the documents on disk
+"""
+
+__all__: list[str] = []

@@ -1,4 +1,4 @@
-"""An item: something with state, its name and its skeleton."""
+"""The items of a checkpoint: something with state, its name in the checkpoint, and its skeleton without tensors."""
 
 import re
 from collections.abc import Mapping

@@ -1,13 +1,11 @@
-"""Who is saving: the run, and this process's place among those that save together.
+"""The ranks that save together: which run it is, who belongs to it, how they wait for one another and how they agree.
 
 `run.json` is written by the first save, never by reading. If it was lost while steps are there, the next save writes
 it again with the identity that the steps carry.
 
-Wait for another process through storage: ask again with growing pauses, and give up in finite time.
+Ranks wait for one another through storage: each asks again with growing pauses, and gives up in finite time.
 
-How ranks agree on which step they restore: none may take one that another could not verify.
-
-An agreement is a function that every rank calls with a number, equally often, and that returns the least of them on
+They agree on which step they restore, since none may take one that another could not verify. An agreement is a function that every rank calls with a number, equally often, and that returns the least of them on
 every rank. That is enough for everything: the newest step that all can see, whether all found it sound (0 or 1), and
 whether all mean the same save. A trainer passes an all-reduce of its process group; without one the ranks meet in
 storage, at the price of one tiny file per rank and question.

@@ -1,17 +1,13 @@
-"""The steps of a run as they stand in storage: which there are, and what each is made of.
+"""The steps of a run as they stand in storage: which there are, what each is made of, which are kept and which removed.
 
 A step exists when its commit file does; nothing else is trusted. Every document that a commit names is compared with
 the digest in the commit, so a part from another save, or from another run, is found.
 
-What a run may forget: old steps, and the parts that no step needs any more.
-
-A part is removed only if no step that is kept names it, and only if its own step is not after the newest commit: a
+Old steps go, and the parts that no step needs any more. A part is removed only if no step that is kept names it, and only if its own step is not after the newest commit: a
 save in flight is always after it, on every rank, so what is being written is never touched, nor are the older parts
 that it points into, because those belong to the newest commit as well. The listing of parts is taken before the steps
 are read, so a commit that comes in between is seen. A step goes before its parts: a kill in between leaves parts that
 the next collection finds, never a step without its parts.
-
-How checkpoints are kept and how long ranks wait for one another.
 """
 
 from collections import defaultdict

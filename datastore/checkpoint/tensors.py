@@ -1,12 +1,10 @@
-"""Tensors as bytes: which ones can be stored, what they are called on disk, and which part of the whole is here.
+"""Tensors as bytes and as boxes of a whole: which can be stored, which part is here, who writes it, where it goes.
 
 A tensor that cannot be told apart by dtype, shape and bytes (sparse, quantized, on the meta device, of an unknown
 subclass) is refused by name rather than stored half. A DTensor is one piece of a whole; ranks that hold the same
 piece agree without a word that the one at coordinate 0 of the mesh dimensions it is replicated over writes it.
 
-Who writes which tensor and where pieces of tensors meet: pure arithmetic that every rank does alike.
-
-No rank asks another: the owner of a tensor that all ranks hold follows from the sizes alone, and a shard's place in
+Who writes which tensor, and where pieces of tensors meet, is pure arithmetic that every rank does alike. No rank asks another: the owner of a tensor that all ranks hold follows from the sizes alone, and a shard's place in
 the whole follows from its layout. The price is that ranks must hold the same state; the commit checks that they did.
 """
 

@@ -1,3 +1,9 @@
-"""The command line: parse, call one function, print. The only place that reads the environment."""
+"""The command line: parse, call one function, print. The only place that reads the environment.
+
+main          all commands
+shell         errors, exit codes, examples
+output        text, tables, JSON, progress
+ingest, interop, datasets, versions, deletion, redundancy, runs, checkpoints, doctor    the commands
+"""
 
 __all__: list[str] = []

@@ -1,7 +1,4 @@
-"""The commands that look at a dataset, check it, and name a version of it.
-
-The commands that show and change the columns of a record dataset.
-"""
+"""The commands that look at a dataset, check it, name a version of it, and change the columns of its records."""
 
 import json
 from collections.abc import Iterator

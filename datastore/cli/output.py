@@ -1,4 +1,4 @@
-"""What commands print: text for people or one JSON document on stdout, progress on stderr if that is a terminal."""
+"""The output of commands: text for people or one JSON document on stdout, progress on stderr if that is a terminal."""
 
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence

@@ -1,12 +1,8 @@
 """The commands about a run: start it, go on with it, look into what it saw, let its model speak.
 
-What the environment says about this process among others: the only place in the package that reads it.
-
-Launchers such as torchrun set `RANK`, `WORLD_SIZE`, `LOCAL_RANK`, `LOCAL_WORLD_SIZE`, `MASTER_ADDR` and `MASTER_PORT`.
-
-`datastore trace`: from a step back to files, byte offsets and text.
-
-The line that shows how training goes: redrawn in place on a terminal; elsewhere only what must not be missed.
+This is the only place in the package that reads the environment: launchers such as torchrun set `RANK`, `WORLD_SIZE`,
+`LOCAL_RANK`, `LOCAL_WORLD_SIZE`, `MASTER_ADDR` and `MASTER_PORT`. The line that shows how training goes is redrawn in place
+on a terminal; elsewhere only what must not be missed is printed.
 """
 
 import os

@@ -1,3 +1,14 @@
-"""Versions of a dataset: segments of shards, commits, tags; opening, writing and verifying them."""
+"""A dataset: a URL with a log of versions.
+
+snapshot     Dataset, one version, immutable; `open_dataset`
+roots        a dataset on several disks
+journal      what an ingest has planned and done
+diff         what changed between two versions
+log          versions: their documents, the log, names for them
+shards       what a version is made of
+query        a dataset as other libraries see it
+operations   each makes one commit
+durability   damage: found, survived, repaired
+"""
 
 __all__: list[str] = []

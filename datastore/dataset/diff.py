@@ -1,4 +1,4 @@
-"""What changed between two versions: segments that differ, in them shards, in those deleted rows, in those documents.
+"""The difference between two versions: segments that differ, in them shards, in those deleted rows, in those documents.
 
 Each step looks only at what the one before found different, so the counts come from manifests alone and cost as much as
 there was changed, not as much as there is. Shards are told apart by their uid: the two may be versions of one dataset,

@@ -1,4 +1,4 @@
-"""What an ingest has planned and done, in the dataset itself: `ingests/<id>/`.
+"""The journal of an ingest, in the dataset itself: `ingests/<id>/` says what was planned and what is done.
 
 `plan.json` and `done/<task>.json` are put-if-absent, and a task is marked done only after its shards, rejects and ids
 are stored. So a process may be killed at any moment, and several may work on one ingest without knowing of each

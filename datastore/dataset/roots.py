@@ -31,7 +31,8 @@ from datastore.document import seal
 from datastore.errors import ConfigError, ConflictError, FormatError, MissingError
 from datastore.storage.base import Root, Storage, probe_exclusive
 from datastore.storage.hedging import Answers, all_answers
-from datastore.storage.placed import PlacedStorage, Rules
+from datastore.storage.placed import PlacedStorage
+from datastore.storage.rendezvous import Rules
 from datastore.storage.resolve import open_storage
 from datastore.storage.wrappers import Subfolder
 

@@ -1,3 +1,13 @@
-"""Bytes and tables: what a token shard, a documents file and a record shard look like. No I/O happens here."""
+"""Bytes and tables: what a token shard, a documents file and a record shard look like. No I/O happens here.
+
+arrow         Arrow without pandas: NumPy views, and a writer of files of lists
+tokens        a token shard
+documents     the documents of a token shard
+tokentext     the text of tokens
+records       a record shard
+schema        the schema of records
+evolution     rows of an older schema as rows of a newer one
+safetensors   the header of a safetensors file
+"""
 
 __all__: list[str] = []

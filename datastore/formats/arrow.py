@@ -1,9 +1,7 @@
-"""Arrow arrays as NumPy arrays, without pandas.
+"""Arrow without pandas and without pyarrow's freedoms: arrays as NumPy views, and a writer of files of lists.
 
 `pa.Array.to_numpy` and `np.asarray` import pandas where it is installed, to ask whether the type is one of its own: 0.3 s
 and 40 MB for whoever wants to open a dataset (pyarrow 26, pandas 3.1, 2026-11-25). Fixed-width numbers need no asking.
-
-A writer for Arrow files of lists, and for the few flatbuffers that they are framed with.
 
 pyarrow cannot place buffers (it aligns them to 8 bytes) and its bytes may change between releases; a token shard
 promises 64-byte alignment and the same bytes for the same tokens, so its frame is written here. The price is

@@ -1,6 +1,19 @@
-"""How data comes in: plan -> read -> filter -> tokenize -> shard -> write -> commit.
+"""How data comes in: plan, read, filter, tokenize, shard, write, commit.
 
-Pure stages over batches of documents; only the edges (`sources`, `streams`, `journal`, `executor`) touch anything.
+ingest        prepare, run, commit
+settings      what a user may choose
+reading       from files to documents
+plan          tasks: a pure function of the listing and the settings
+destination   the dataset an ingest adds to
+tasks         one task: read, encode, store
+encoding      from text to tokens
+sinks         documents into shards
+workers       tasks in this process, or in several beside it
+duplicates    documents that are there twice
+writers       rows and tokens from a program of one's own
+importing     datasets of other libraries
+estimate      the cost, without doing it
+report        how far it is, and what it did
 """
 
 __all__: list[str] = []

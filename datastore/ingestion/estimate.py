@@ -1,4 +1,4 @@
-"""What an ingest would cost, without doing it: files and bytes are counted, the rest is scaled up from a sample.
+"""The cost of an ingest, without doing it: files and bytes are counted, the rest is scaled up from a sample.
 
 The sample is the beginning of some files spread evenly over the plan, so a source whose parts differ a lot is judged
 by a few of them; take the estimate as such.

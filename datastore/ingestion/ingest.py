@@ -3,9 +3,8 @@
 Plan, run, commit. Everything up to the commit can be interrupted and is picked up by the same call again, with any
 number of workers; the commit happens once, and once it has happened the same call adds nothing.
 
-What an ingest would do: everything that can be known, and refused, before anything is written.
-
-The end of an ingest: is what the tasks made good enough, and if so, one commit for all of it.
+`prepare` finds out everything that can be known, and refused, before anything is written. `commit_ingest` asks whether what
+the tasks made is good enough, and if so, makes one commit of it.
 """
 
 import time

@@ -1,4 +1,4 @@
-"""What an ingest tells: how far it is, and at the end what it did."""
+"""The report of an ingest: how far it is, and at the end what it did."""
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping

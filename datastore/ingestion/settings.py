@@ -1,4 +1,4 @@
-"""What a user may choose about an ingest, and which of it the shards depend on.
+"""The settings of an ingest, and which of them the shards depend on.
 
 Everything that can change a byte of a shard enters `reading_digest`, and with it the ids of tasks and shards; what
 only changes who does the work, or how much bad input is tolerable (`workers`, `on_error`, `max_reject_ratio`), does

@@ -1,12 +1,10 @@
-"""Runs the tasks of a job: in this process, or in several beside it.
+"""The workers of an ingest: the tasks of a job, run in this process or in several beside it.
 
 Workers are fresh processes that import this package, not copies of the caller: nothing of the caller's threads, locks
 or `__main__` gets into them, which is why it works from a notebook, too. They get a pipe and end when it ends, so a
 caller that is killed leaves nobody behind, and Ctrl-C reaches the caller alone.
 
-A worker process: `python -m datastore.ingestion.workers FD`, where FD is its end of a pipe.
-
-It takes a job and then orders, as JSON, and answers with what it did. It ends with the pipe, at once: whoever started
+A worker process is `python -m datastore.ingestion.workers FD`, where FD is its end of a pipe. It takes a job and then orders, as JSON, and answers with what it did. It ends with the pipe, at once: whoever started
 it may be gone, and a task that is cut off is done again by the next run.
 """
 

@@ -1,6 +1,4 @@
-"""What every foreign format has: a way to write rows, a way to read them, or both.
-
-An export appears whole or not at all.
+"""A foreign format: a way to write rows, a way to read them, or both. An export appears whole or not at all.
 
 On this machine it is written into a hidden folder beside the target, which takes the target's name at the end. On an
 object store there is no such rename: files are put one by one, and the last one is the one without which the format

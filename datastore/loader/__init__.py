@@ -1,1 +1,14 @@
-"""Which samples come when, and how they get into memory; see docs/order.md."""
+"""Which samples come when, and how they get into memory; see docs/order.md.
+
+loader     Loader: an iterator of batches
+settings   what a user may choose, and the rank that reads
+batch      one batch
+order      from a position to a sample: pure functions
+stream     a dataset as samples, deletions taken into account
+gather     what a batch reads, and the copy into it
+cache      blocks: mapped, kept in memory, fetched ahead
+state      the position, saved and loaded
+trace      from a batch back to documents
+"""
+
+__all__: list[str] = []

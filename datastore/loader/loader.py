@@ -4,7 +4,7 @@ It plans some thousand samples ahead, lets a few threads bring and check the blo
 batch is asked for. No rank talks to another, nothing is written, and no memory is shared between processes. What a
 batch holds does not depend on threads, memory or prefetching: those change only how long it takes.
 
-Which cache a dataset gets: a map where its shards are files of this machine, memory with a budget where not.
+A dataset gets a map where its shards are files of this machine, and memory with a budget where not.
 """
 
 import os

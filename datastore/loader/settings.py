@@ -1,6 +1,4 @@
-"""What a user may choose about loading; none of it changes a sample that a saved state has already fixed.
-
-Where a process stands among those that read together.
+"""The settings of a loader, none of which changes a sample that a saved state has already fixed, and the rank that it has.
 
 `rank` is the index among processes that read *different* data. Peers of tensor, pipeline or context parallelism read
 the same, so they share a rank here: it comes from the device mesh (`datastore.torch.rank_of`), never from RANK.

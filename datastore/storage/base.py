@@ -14,9 +14,8 @@ Promises every backend keeps:
 
 Promise 2 is what commits rest on. POSIX gives it through `link(2)`, S3 through `If-None-Match: *`.
 
-Ask a backend whether its put-if-absent is real: some gateways take the header and ignore it.
-
-Asked once, when a dataset is created; the answer is recorded there. It costs three requests.
+Some gateways take that header and ignore it. So a backend is asked once, when a dataset is created, whether its put-if-absent
+is real (`probe_exclusive`, three requests); the answer is recorded there.
 """
 
 import os

@@ -1,9 +1,7 @@
-"""What the kernel said, as an error of ours with a way out.
+"""Errors of a kernel or a storage library as errors of ours: with a way out, and without a secret.
 
 An `OSError` names an errno; a user needs to know what to do, and a caller whether to try again. Both stand here once,
 for the local disk as for every fsspec backend that speaks errno.
-
-What a storage library raised, as an error of ours that says whether to try again, and never shows a secret.
 
 Each fsspec backend has its own tree of errors (botocore, aiohttp, gcsfs, azure ...), and most are not installed here. So
 they are told apart by what they carry - an errno, an HTTP status, the name of a base class - and never imported.

@@ -19,7 +19,6 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Collection, Iterator, Sequence
-from dataclasses import dataclass
 from functools import partial
 from itertools import groupby
 from pathlib import Path
@@ -31,10 +30,10 @@ from datastore.errors import ConflictError, DatastoreError, MissingError, Storag
 from datastore.storage.base import Root, Stat, Storage, check_key
 from datastore.storage.errors import missing
 from datastore.storage.hedging import Answers, Patience, all_answers, first_answer
-from datastore.storage.rendezvous import rank_roots
+from datastore.storage.rendezvous import Rules, rank_roots
 from datastore.storage.statistics import OperationStatistics, add_statistics
 
-__all__ = ["PlacedStorage", "Rules"]
+__all__ = ["PlacedStorage"]
 
 T = TypeVar("T")
 
@@ -45,26 +44,6 @@ _AVOID_S = 30.0
 """How long a root that was slow is asked last."""
 
 _LOGGER = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True, slots=True)
-class Rules:
-    """What has to be known of the keys to place them; whoever lays them out knows it."""
-
-    copies: int
-    """How many copies there should be of what is data."""
-
-    is_data: Callable[[str], bool]
-    """Whether a key lies on some roots only."""
-
-    is_immutable: Callable[[str], bool]
-    """Whether a key never has other bytes than its first ones, so that any good copy is as good as another."""
-
-    behind_key: Callable[[str], str]
-    """The key that says that the root of this id has missed a write."""
-
-    guard: str = ""
-    """A root is there if it holds this key; empty: it is taken to be there."""
 
 
 class PlacedStorage(Storage):

@@ -3,7 +3,7 @@
 `http.client` can read from a socket straight into a buffer; the layers above it (urllib3, botocore's stream) collect pieces and
 join them, which costs as much processor time as the transfer itself. So both are asked for what lies below them.
 
-Requests of one call that are under way at once, on threads that all storages of a process share.
+The requests of one call are under way at once, on threads that all storages of a process share.
 """
 
 import io

@@ -7,11 +7,32 @@ lies on all roots.
 Source: D. Thaler, C. Ravishankar, "Using Name-Based Mappings to Increase Hit Rates", 1998.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 from datastore.digest import digest_bytes
 
-__all__ = ["rank_roots"]
+__all__ = ["Rules", "rank_roots"]
+
+
+@dataclass(frozen=True, slots=True)
+class Rules:
+    """What has to be known of the keys to place them; whoever lays them out knows it."""
+
+    copies: int
+    """How many copies there should be of what is data."""
+
+    is_data: Callable[[str], bool]
+    """Whether a key lies on some roots only."""
+
+    is_immutable: Callable[[str], bool]
+    """Whether a key never has other bytes than its first ones, so that any good copy is as good as another."""
+
+    behind_key: Callable[[str], str]
+    """The key that says that the root of this id has missed a write."""
+
+    guard: str = ""
+    """A root is there if it holds this key; empty: it is taken to be there."""
 
 
 def rank_roots(ids: Sequence[str], key: str) -> list[int]:

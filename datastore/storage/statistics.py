@@ -1,4 +1,4 @@
-"""What a storage was asked for: requests, bytes, retries and seconds of each kind of operation.
+"""Counts of what a storage was asked for: requests, bytes, retries and seconds of each kind of operation.
 
 Counting costs about a microsecond an operation, so it is always on. Bytes that are read through a memory map
 (`local_path`) are no requests and are not counted.

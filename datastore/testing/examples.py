@@ -1,8 +1,6 @@
-"""Small token datasets for tests of whatever reads one: every token and document follows from a few numbers.
+"""Small datasets and runs for tests of whatever reads one: every token and document follows from a few numbers.
 
-A run that takes seconds: a small language, and settings under which a tiny GPT learns it.
-
-Each of its 60 words is followed by one of two others, so a model that has learned it has a loss of about ln 2 = 0.69, and
+A run takes seconds: a small language, and settings under which a tiny GPT learns it. Each of its 60 words is followed by one of two others, so a model that has learned it has a loss of about ln 2 = 0.69, and
 one that has not of about ln 61 = 4.1. For tests of hooks, of the trainer, and of what reads runs.
 """
 

@@ -9,14 +9,10 @@ stdin when the parent dies, however it dies, and end too: no orphan trains on.
 
 The parent binds the port on which the ranks meet and rank 0 inherits the socket, so no other program can take it between.
 
-The first SIGTERM or SIGINT asks a run to stop; a second one ends the process at once.
-
-After the first, the default action of both signals is back: so the second works also while the process is inside a
+The first SIGTERM or SIGINT asks a run to stop; a second one ends the process at once. After the first, the default action of both signals is back: so the second works also while the process is inside a
 kernel or waits for a peer, where no Python handler would run. Nothing half-written is visible after that either.
 
-One rank that `launch.spawn` started: `python -m datastore.training.launcher`, its task on stdin.
-
-What goes on the pipe named in the task: `{"event": ...}` as often as it likes, then `{"result": ...}` or `{"error": ...}`.
+One rank is `python -m datastore.training.launcher`, its task on stdin. What goes on the pipe named in the task: `{"event": ...}` as often as it likes, then `{"result": ...}` or `{"error": ...}`.
 """
 
 import importlib

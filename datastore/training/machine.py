@@ -1,4 +1,6 @@
-"""Model FLOPs utilization: the arithmetic that training a token needs, over what the device could do in that time.
+"""The machine that a rank runs on: what settings that say "auto" become here, and how much of its peak is used.
+
+Model FLOPs utilization is the arithmetic that training a token needs, over what the device could do in that time.
 
     6 x parameters + 12 x layers x width x seq_len     FLOPs per token, forward and backward, attention not halved for causality
 

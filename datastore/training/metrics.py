@@ -1,10 +1,10 @@
-"""Numbers about a run: one JSON line per step, and TensorBoard if asked for.
+"""Numbers about a run: a JSON line per step, progress, the result, and TensorBoard if asked for.
 
 Lines go to `metrics/<first step>-<session>.jsonl`, which a thread replaces by a longer one every few seconds: object stores
 cannot append. A killed session loses at most those seconds of lines, and its steps are taken again by the next session,
 whose lines count (`read_metrics`).
 
-What a running and a finished run tell: records that go to a progress line, to another process, or to `--json`.
+The records of a running and of a finished run go to a progress line, to another process, or to `--json`.
 """
 
 import time

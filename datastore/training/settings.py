@@ -1,4 +1,4 @@
-"""What a training run can be told: one frozen record per part, read from TOML without loading torch.
+"""The settings of a training run: one frozen record per part, read from TOML without loading torch.
 
     [data]   which tokens, in which order, and what is held back for validation
     [model]  the shape of the GPT

@@ -1,4 +1,4 @@
-"""What happens between steps: the record of what was consumed, metrics, progress, evaluations, checkpoints.
+"""The supervisor of a run, between its steps: the record of what was consumed, metrics, progress, evaluations, checkpoints.
 
 A step is saved with everything that it needs to be gone on from, in one commit: weights, optimizer, hooks, the loader's
 cursor, and the link to the record of how the weights came to be. Rank 0 writes what is the same on all ranks.

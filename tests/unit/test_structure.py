@@ -26,7 +26,10 @@ def test_this_tree_keeps_the_rules(structure: ModuleType) -> None:
 @pytest.mark.parametrize(
     ("program", "rule"),
     [
-        ("x = 1\n" * 401, "more than 400 lines"),
+        ("x = 1\n" * 381, "more than 380 lines"),
+        ("x = 1\n" * 59, "fewer than 60 lines"),
+        ('"""What it is."""', 'begins with "What"'),
+        ('"""TBD."""', 'begins with "TBD."'),
         ("def f(a, b, c, d, e, f, g): ...", "f takes 7 parameters"),
         ("class A:\n    def __init__(self, a, b, c, d, e, f, *, g): ...", "__init__ takes 7 parameters"),
         ("try: ...\nexcept Exception: pass", "catches everything"),
@@ -54,11 +57,29 @@ def test_a_broken_rule_is_found(structure: ModuleType, tmp_path: Path, program: 
     ],
 )
 def test_what_is_allowed_is_not_found(structure: ModuleType, tmp_path: Path, program: str) -> None:
-    (tmp_path / "module.py").write_text(program, encoding="utf-8")
+    (tmp_path / "module.py").write_text(program + "\n" * structure.MIN_LINES, encoding="utf-8")
     assert structure.broken_rules(tmp_path) == []
+
+
+def test_a_floor_shows_few_names_and_its_plan_names_each(structure: ModuleType, tmp_path: Path) -> None:
+    floor = tmp_path / "floor"
+    floor.mkdir()
+    for number in range(16):
+        (floor / f"room{number:02}.py").write_text("\n" * structure.MIN_LINES, encoding="utf-8")
+    plan = "".join(f"    room{number:02}   a room\n" for number in range(16))
+    (floor / "__init__.py").write_text(f'"""A floor.\n\n{plan}"""\n', encoding="utf-8")
+    assert structure.broken_rules(tmp_path) == []
+    (floor / "attic").mkdir()
+    found = structure.broken_rules(tmp_path)
+    assert [rule.rpartition(": ")[2] for rule in found] == [
+        "the folder shows 17 names, more than 16",
+        "the plan of the floor does not name attic",
+    ]
 
 
 def test_the_command_line_may_read_the_environment(structure: ModuleType, tmp_path: Path) -> None:
     (tmp_path / "cli").mkdir()
-    (tmp_path / "cli" / "module.py").write_text("import os\nos.environ\n", encoding="utf-8")
+    (tmp_path / "cli" / "module.py").write_text(
+        "import os\nos.environ\n" + "\n" * structure.MIN_LINES, encoding="utf-8"
+    )
     assert structure.broken_rules(tmp_path) == []

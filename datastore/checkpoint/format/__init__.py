@@ -1,3 +1,7 @@
-"""The floor."""
+"""The documents of a run on disk.
+
+manifest   the documents, their keys, and chunks of pieces
+tree       state without its tensors: plain values as JSON
+"""
 
 __all__: list[str] = []

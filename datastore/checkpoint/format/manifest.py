@@ -1,4 +1,4 @@
-"""What a run stores beside its tensors: four kinds of sealed documents, and the keys they live under.
+"""The documents that a run stores beside its tensors: four kinds, sealed, and the keys they live under.
 
     run.json                                   RunInfo, written once
     parts/<step>-<save id>-<rank>.safetensors  the tensors that one rank wrote in one save
@@ -6,12 +6,12 @@
     parts/<step>-<save id>-<rank>.failed       a note that this rank could not do its part; text for people
     steps/<step>.json                          StepCommit, created put-if-absent: a step exists when this file does
     refs/latest.json                           LatestHint, never trusted
-    votes/<session>/<number>-<rank>            how ranks agree on what to restore; see `votes.py`
+    votes/<session>/<number>-<rank>            how ranks agree on what to restore; see `ranks.py`
 
 Everything but the hint is written once and never changed. Steps and ranks are padded with zeros, so that names sort
 as numbers do. A part may hold nothing new: a `PartInfo` then points into parts of earlier saves only.
 
-The unit of verification: a piece of a tensor is hashed in chunks, so that one bad block is named and the rest is not.
+A piece of a tensor is hashed in chunks, so that one bad block is named and the rest is not.
 """
 
 import re

@@ -4,9 +4,7 @@ First pass: each chunk that this rank needs is hashed and compared. Second pass,
 bytes are copied into the tensors, and what has been copied is hashed once more, because pages that the kernel dropped
 in between come from the disk again. Remote parts are kept in memory between the passes (see `sources.py`).
 
-Which saved bytes go where: the pieces of a step, as they were saved, against the pieces of tensors that are here.
-
-The layouts need not be related: whatever a saved box and a local box have in common is one transfer. A tensor that
+The layouts of what was saved and of what is here need not be related: whatever a saved box and a local box have in common is one transfer. A tensor that
 was saved by eight ranks is read by one, or by three, in the same way.
 """
 

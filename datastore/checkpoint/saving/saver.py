@@ -1,14 +1,11 @@
-"""The course of one save on one rank, from the captured state to the commit that all ranks see.
+"""One save on one rank, from the captured state to the commit that all ranks see; what it promises, and what may follow it.
 
 Everything here may run in a thread of its own: it touches the training program's tensors only until it says that the
 state is staged.
 
-What a save returns: the promise that it will be staged, then committed, or that the reason why not will be heard.
-
-An error is raised by whichever comes first: this handle, the next save, or `close`. It is raised there once; after
+It returns a promise: that it will be staged, then committed, or that the reason why not will be heard. An error is raised
+by whichever comes first: the handle, the next save, or `close`. It is raised there once; after
 that a new save may try again. If none of them comes, because the program ends, it is at least logged.
-
-Where this process stands in the run: the step its state comes from, and what of it is already stored.
 
 A run is one line of steps. A process may only add to the end of the line, and only if its own state comes from there:
 it has saved or restored the last step itself. Saving after an older step was restored on purpose is refused until

@@ -1,12 +1,10 @@
-"""What one save will hold, fixed at the moment of the call: plain values copied, tensors referred to.
+"""The content of one save, fixed at the moment of the call: plain values copied, tensors referred to, then staged in buffers.
 
 Items are named objects with `state_dict()` or nested dicts. A module is looked at through `torch.compile` and
 `DistributedDataParallel`, so a checkpoint does not tell how it was wrapped. Tensors that share their memory (tied
 weights) are stored once. Nothing is copied here: it takes milliseconds whatever the size of the model.
 
-Memory that is used again and again for staging: touched once, pinned where CUDA is there.
-
-Fresh memory costs 15 times what copying costs (1,114 against 72 ms per GB), because the kernel must find and clear
+Staging goes through buffers that are used again and again, touched once, and pinned where CUDA is there. Fresh memory costs 15 times what copying costs (1,114 against 72 ms per GB), because the kernel must find and clear
 each page. So a buffer stays with the pool between saves; the price is memory of the size of this rank's part.
 """
 

@@ -1,10 +1,8 @@
-"""The blocks of stored files, each checked against its digest without trusting any other: all of them, or some drawn.
+"""The blocks of stored files: each checked against its digest without trusting any other, and made again where it is wrong.
 
 A file of this machine is opened once and read into one buffer; everything else is asked for block by block.
 
-One file made again from what is left of it: good blocks of any of its copies, and parity for the rest.
-
-Parity works position by position, so a block can be made again if no other file of the group is damaged at the same
+A file is made again from what is left of it: good blocks of any of its copies, and parity for the rest. Parity works position by position, so a block can be made again if no other file of the group is damaged at the same
 place; two damaged files of a group may both come back. Nothing is returned but bytes that have the file's digest.
 """
 

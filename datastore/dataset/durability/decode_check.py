@@ -1,4 +1,4 @@
-"""What a shard must be beyond its digests: something that decodes, and says what the manifest and its documents say.
+"""A look into shards beyond their digests: each must decode, and say what the manifest and its documents say.
 
 Digests prove that the bytes are those that were written. This proves that what was written makes sense, so it finds
 faults of a writer, ours or another's, that no digest can. The price is reading each shard a second time, whole.

@@ -1,4 +1,4 @@
-"""What losing a disk would cost: for each place of a dataset, what would be gone for good if it were.
+"""The price of losing a disk: for each place of a dataset, what would be gone for good if it were.
 
 Nothing is read but the log, the segments and the listings: which copies should be where follows from their keys, which
 are there from the listing, and what parity could make again from its groups. Whether the bytes are right says `verify`.

@@ -7,7 +7,7 @@ where `copies` cost all of it, and saves one file per group: members lie on diff
 Groups are written once and stand in a table that the commit names. New shards are unprotected until the next `protect`;
 a group that a member has left, or that is not full, is made anew when there are new files for it.
 
-`protect`: parity files for what has none yet, and one commit that names them.
+`protect` makes parity files for what has none yet, and one commit that names them.
 """
 
 import heapq

@@ -1,6 +1,6 @@
-"""A dataset's identity: `datastore.json`, written once by whoever comes first.
+"""A dataset's identity: `datastore.json` for programs, written once by whoever comes first, and a README.md for people.
 
-The dataset card: a README.md for people who find the folder. No reader depends on it.
+No reader depends on the card for people who find the folder.
 """
 
 import itertools

@@ -5,8 +5,6 @@ run again, it goes on with what is missing. Once there is one, a copy brings it 
 of the newest version only; the log, which is a chain, is always whole, and says so for the others: they have expired here.
 
 Nobody may write to a copy but the next copy: versions of its own would not fit into the log of the source.
-
-Files on their way from one place to another, each checked against its digest before it is written there.
 """
 
 import os

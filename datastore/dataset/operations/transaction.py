@@ -1,8 +1,8 @@
-"""Shards written anew: what an operation that replaces some of them checks, and how their segments change.
+"""The frame of every change: open, build, check that nobody interfered, publish, and clean up after giving way.
 
 Two operations on the same shard never merge: which rows the second one meant was decided from what the first one has
 changed. So each remembers the shards it started from, and gives way if the newest version has others; what happened
-to any other shard meanwhile does not matter. Only segments that name a replaced shard are written again.
+to any other shard meanwhile does not matter.
 """
 
 import logging

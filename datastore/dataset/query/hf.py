@@ -1,6 +1,6 @@
 """Shards as tables of Hugging Face `datasets`: mapped, and opened again by path in its worker processes."""
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -8,8 +8,7 @@ from datasets import Dataset
 from datasets.table import ConcatenationTable, InMemoryTable, MemoryMappedTable
 from typing_extensions import override
 
-if TYPE_CHECKING:
-    from datastore.dataset.query.views import Views
+from datastore.dataset.query.readable import Readable
 
 __all__ = ["MappedShard", "mapped_dataset"]
 
@@ -40,7 +39,7 @@ for _name, _member in vars(MemoryMappedTable).items():
         setattr(MappedShard, _name, _keeping_class(_name))
 
 
-def mapped_dataset(dataset: "Views") -> Dataset:
+def mapped_dataset(dataset: Readable) -> Dataset:
     """Return what `Dataset.to_hf` promises."""
     schema = dataset.schema if dataset.kind == "records" else dataset.token_schema
     blocks: list[Any] = []

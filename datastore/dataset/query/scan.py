@@ -1,25 +1,23 @@
 """The files of a version as one `pyarrow.dataset.Dataset`: scanned by others, lazily, on any storage."""
 
 from collections.abc import Iterable
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
 import pyarrow as pa
 import pyarrow.dataset
 import pyarrow.fs
 
+from datastore.dataset.query.readable import Part, Readable
 from datastore.dataset.shards.info import ShardInfo
 from datastore.errors import ConfigError
 from datastore.formats.documents import DOCUMENTS_SCHEMA
 from datastore.storage.as_fsspec import ReadOnlyFileSystem
 from datastore.storage.base import Storage
 
-if TYPE_CHECKING:
-    from datastore.dataset.query.views import Part, Views
-
 __all__ = ["scan_files", "scan_shards"]
 
 
-def scan_shards(dataset: "Views", part: "Part", *, ignore_deletions: bool) -> pyarrow.dataset.Dataset:
+def scan_shards(dataset: Readable, part: Part, *, ignore_deletions: bool) -> pyarrow.dataset.Dataset:
     """Return what `Dataset.arrow_dataset` promises."""
     if part not in {"rows", "documents"}:
         raise ConfigError("no such part", part=part, hint="Ask for rows or documents.")
@@ -41,7 +39,7 @@ def scan_shards(dataset: "Views", part: "Part", *, ignore_deletions: bool) -> py
     return scan_files(dataset, part, dataset.segments)
 
 
-def scan_files(dataset: "Views", part: "Part", shards: Iterable[ShardInfo]) -> pyarrow.dataset.Dataset:
+def scan_files(dataset: Readable, part: Part, shards: Iterable[ShardInfo]) -> pyarrow.dataset.Dataset:
     """Return the files of `shards` as one dataset, deleted rows included. No file is opened before it is scanned.
 
     Raises:

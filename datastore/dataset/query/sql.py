@@ -7,22 +7,19 @@ these tables and nothing else; no file, network or extension can be reached from
 
 import tempfile
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
 
 import duckdb
 import pyarrow as pa
 
+from datastore.dataset.query.readable import Readable
 from datastore.dataset.query.scan import scan_files
 from datastore.errors import ConfigError
 from datastore.formats.documents import DOCUMENTS_SCHEMA
 
-if TYPE_CHECKING:
-    from datastore.dataset.query.views import Views
-
 __all__ = ["run_query"]
 
 
-def run_query(dataset: "Views", query: str) -> pa.Table:
+def run_query(dataset: Readable, query: str) -> pa.Table:
     """Return what `Dataset.sql` promises."""
     name = "records" if dataset.kind == "records" else "documents"
     with tempfile.TemporaryDirectory(prefix="datastore-sql-") as spill, duckdb.connect(":memory:") as connection:
@@ -40,7 +37,7 @@ def run_query(dataset: "Views", query: str) -> pa.Table:
             ) from None
 
 
-def _register(connection: duckdb.DuckDBPyConnection, dataset: "Views", name: str) -> None:
+def _register(connection: duckdb.DuckDBPyConnection, dataset: Readable, name: str) -> None:
     """Make the view `name`: the files of untouched shards, and the live rows of the others."""
     touched = dataset.deletions.uids | dataset.older_shards()
     untouched = (shard for shard in dataset.segments if shard.uid not in touched)
@@ -54,7 +51,7 @@ def _register(connection: duckdb.DuckDBPyConnection, dataset: "Views", name: str
     connection.execute(f"CREATE VIEW {name} AS {union}")
 
 
-def _live_rows(dataset: "Views", name: str, uids: frozenset[str]) -> pa.RecordBatchReader:
+def _live_rows(dataset: Readable, name: str, uids: frozenset[str]) -> pa.RecordBatchReader:
     schema = dataset.schema if name == "records" else DOCUMENTS_SCHEMA
     read = dataset.live_records if name == "records" else dataset.live_documents
 

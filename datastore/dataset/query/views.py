@@ -2,61 +2,30 @@
 
 Nothing is converted: they get the Arrow tables that the shards are, mapped where the files are on this machine. What
 goes through here honours deletions. `arrow_dataset` hands out the files themselves, which cannot, so it says no when
-there are some; and whoever scans files by himself reads them unchecked, as with any Parquet: `verify` checks them.
+there are some; and whoever scans files on their own reads them unchecked, as with any Parquet: `verify` checks them.
 """
 
 from collections.abc import Iterator, Sequence
-from functools import cached_property
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
+from datastore.dataset.query.readable import Part, Readable
 from datastore.dataset.shards.files import read_token_table
 from datastore.errors import ConfigError, DependencyError
 from datastore.formats.documents import DOCUMENTS_SCHEMA
 from datastore.formats.evolution import schema_id
 from datastore.formats.tokens import ColumnType, Offsets, token_schema
-from datastore.storage.base import Storage
 
 if TYPE_CHECKING:
     import pyarrow.dataset
 
-    from datastore.dataset.log.manifest import Kind
-    from datastore.dataset.shards.deletions import Deletions
-    from datastore.dataset.shards.segments import Segments
-
-    class _Shards:
-        """What `Dataset` has and `Views` uses."""
-
-        storage: Storage
-
-        @property
-        def url(self) -> str: ...
-        @property
-        def kind(self) -> Kind: ...
-        @property
-        def schema(self) -> pa.Schema: ...
-        @cached_property
-        def segments(self) -> Segments: ...
-        @cached_property
-        def deletions(self) -> Deletions: ...
-        def documents(self, index: int) -> pa.Table: ...
-        def record_shard(self, index: int) -> pa.Table: ...
-        def live_documents(self, index: int) -> pa.Table: ...
-        def live_records(self, index: int) -> pa.Table: ...
-        def live_rows(self, index: int) -> npt.NDArray[np.bool_] | None: ...
-        def iter_batches(self, *, columns: Sequence[str] | None = None) -> Iterator[pa.RecordBatch]: ...
-else:
-    _Shards = object
-
 __all__ = ["Views"]
 
-Part = Literal["rows", "documents"]
 
-
-class Views(_Shards):
+class Views(Readable):
     """The part of `Dataset` that speaks to other libraries."""
 
     @property

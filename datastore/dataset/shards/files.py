@@ -1,6 +1,6 @@
-"""Shards on their way in and out of storage: each is written once, with its digests, and read against them.
+"""The files of shards, read and written whole: each is written once, with its digests, and read against them.
 
-Tokenizers in a dataset: the exact bytes that made the tokens, named by their sha256.
+So are tokenizers: the exact bytes that made the tokens, named by their sha256.
 """
 
 import logging

@@ -1,4 +1,4 @@
-"""The tables of parity groups."""
+"""The tables of parity groups: which files share a parity file, encoded, checked, stored and loaded."""
 
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass

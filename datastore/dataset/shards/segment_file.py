@@ -1,4 +1,4 @@
-"""Segments: tables of shards, columnar, so that a million shards open without a million Python objects.
+"""The file of a segment: a table of shards, columnar, so that a million of them open without a million Python objects.
 
 A segment is an Arrow file named by the digest of its bytes: immutable, mapped when it is local, one record batch of
 at most 65,536 rows. An append writes a small one and merges the small ones before it (`merge_tail`), so there are

@@ -1,4 +1,4 @@
-"""What turns texts into ids, and the reference that every other encoder must agree with: `tokenizers`."""
+"""The reference that every other encoder must agree with: `tokenizers`, and the facts of a tokenizer."""
 
 from collections.abc import Sequence
 from typing import Any, Protocol

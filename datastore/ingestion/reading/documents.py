@@ -3,12 +3,11 @@
 A part is a range of a file. It is read in chunks, so memory does not grow with the file; that the file still is the
 one that was planned is checked at its end, before anything of it is marked done.
 
-From the bytes of a record to its text, or to the reason why it has none: a pure function.
+From the bytes of a record to its text, or to the reason why it has none, is a pure function, and strict on purpose:
+bytes that are no UTF-8 are never replaced, a missing text is never an empty one. What a model learns from is exactly what
+the file says, and the rest is counted by reason and kept aside.
 
-Strict on purpose. Bytes that are no UTF-8 are never replaced, a missing text is never an empty one: what a model
-learns from is exactly what the file says, and the rest is counted by reason and kept aside.
-
-Sources that are tables, in the formats of other libraries: their rows, or the texts in one of their columns.
+Of sources that are tables, in the formats of other libraries, it gives the rows, or the texts in one of their columns.
 """
 
 import json

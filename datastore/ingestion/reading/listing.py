@@ -1,8 +1,6 @@
-"""What a file's name says: whether to take it, and how to read it.
+"""The files of a local folder, and what their names say: whether to take them, and how to read them.
 
 Names decide only what they decide surely. A file that looks like text may still turn out binary when it is read.
-
-The files of a local folder, sorted, without ever leaving it.
 
 Links are not followed: one that leads out could pull in anything the user may read, one that stays inside would give
 the same text twice, and a loop would never end. The folder itself may be named through a link.

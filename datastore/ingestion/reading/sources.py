@@ -1,4 +1,4 @@
-"""What a source is: a folder of text, source code and JSON lines, or one such file; local, or behind any URL.
+"""A source: a folder of text, source code and JSON lines, or one such file; local, or behind any URL.
 
 A file is called `<name of the source>/<path below it>`, wherever the source lies, and known by its fingerprint: that
 name, its size and its time. So a moved folder is the same source, and a touched file is a new one: reading every

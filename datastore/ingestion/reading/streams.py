@@ -1,12 +1,10 @@
-"""The bytes of a source, in chunks, decompressed on the way.
+"""The bytes of a source: in chunks, decompressed on the way, and cut into records that many may read.
 
 A damaged stream is a fact about the data, not a failure of the program: what comes before the damage is delivered,
 then the stream ends and `fault` says why. Nothing is trusted to be small: a chunk of compressed bytes can only become
 some 128 MiB, and a file that keeps growing beyond `max_expansion` ends as a `bomb`.
 
-Where records begin and end in a byte stream, so that a file can be cut anywhere and read by many.
-
-A record belongs to the range that holds its first byte; a reader of a range looks one separator back and reads on
+A file can be cut anywhere. A record belongs to the range that holds its first byte; a reader of a range looks one separator back and reads on
 past its end. So over any cuts every record is read exactly once, whoever reads which range. The price is one
 separator and one partial record read twice per cut.
 """

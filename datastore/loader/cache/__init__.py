@@ -1,1 +1,9 @@
-"""Blocks of shards, checked before they are handed out: mapped where the file is local, kept in memory where not."""
+"""Blocks of shards, checked before they are handed out.
+
+blocks     their numbering, and the contract
+mapped     files of this machine
+memory     what is fetched from elsewhere, within a budget
+prefetch   what is fetched ahead, and what is given up
+"""
+
+__all__: list[str] = []

@@ -1,4 +1,4 @@
-"""The contract of whatever hands out tokens block by block.
+"""The blocks of all shards of a version, numbered from 0, and the contract of whatever hands out tokens by them.
 
 Promises:
 
@@ -8,9 +8,7 @@ Promises:
 
 Ranks share nothing: there is no lock, no shared memory and no file between processes.
 
-The blocks of all shards of a version, numbered from 0: what is fetched, checked and kept as one.
-
-A block is a range of bytes of a shard's file, with a digest in the manifest. Numbers, not objects: whether a batch is
+A block, which is fetched, checked and kept as one, is a range of bytes of a shard's file, with a digest in the manifest. Numbers, not objects: whether a batch is
 in memory is one look into an array, and a million shards cost 16 bytes each.
 
 A shard holds its tokens end to end, and beside them perhaps other columns of so many bytes for each token. Each such

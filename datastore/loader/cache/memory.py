@@ -9,8 +9,6 @@ known, the one least recently used. A block that is fetched ahead never pushes o
 
 A hold pins its blocks before it fetches them, so they cannot be evicted under it. One thread holds, others fetch
 ahead; while the holder waits for room, no other thread takes any.
-
-One remote shard's place in memory: an anonymous map as large as its file, filled block by block.
 """
 
 import mmap

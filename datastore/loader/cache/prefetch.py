@@ -1,12 +1,10 @@
-"""A few threads that fetch blocks ahead of their use, in the order in which they will be needed.
+"""Blocks fetched ahead of their use by a few threads, in the order of need; and when each is needed next.
 
 The future is known, so nothing is guessed. A fetch that fails here is dropped: whoever needs the block fetches it
 again and gets the error, at the sample it belongs to. Threads start with the first request and end with `close`, or
 when the prefetcher is garbage; a fork does not copy them, so a child makes its own prefetcher.
 
-When each block is needed next, as far as the batches to come are planned: what tells which block to give up.
-
-Lanes are visited in turn, so a rank comes back to its blocks in a cycle. If memory is too short for the cycle, giving up the
+When each block is needed next, as far as the batches to come are planned, tells which block to give up. Lanes are visited in turn, so a rank comes back to its blocks in a cycle. If memory is too short for the cycle, giving up the
 block used least recently gives up the one needed next, and nothing is ever found; giving up the one needed last keeps as
 many as fit. A wrong answer here costs time, never a wrong batch.
 

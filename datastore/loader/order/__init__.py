@@ -1,3 +1,9 @@
-"""The floor."""
+"""The order of samples: pure functions, see docs/order.md.
+
+order     from a position to a sample, from a cursor to batches
+lanes     lanes and windows
+samples   where samples begin in shards
+mix       the arithmetic of hashing, frozen
+"""
 
 __all__: list[str] = []

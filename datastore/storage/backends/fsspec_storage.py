@@ -1,15 +1,13 @@
 """Storage anywhere that fsspec reaches: S3, GCS, Azure, SFTP, WebDAV, HDFS and others.
 
-What fsspec does not promise is told per scheme in one table, `backends`. Where the store itself replaces an object in
+What fsspec does not promise is told per scheme in one table, `schemes.py`. Where the store itself replaces an object in
 one step we let it; everywhere else a write goes to a hidden file that is moved over its target. Where the store has a
 conditional write `put_new` uses it; everywhere else `exclusive` is False and a dataset there has one writer.
 
 Nothing is cached: each listing and each size is asked for again, because other processes write, too.
 
-One of fsspec's file systems, kept usable: connected when it is needed, after a fork and after a loss, and in turns.
-
-Some libraries connect once and for all (paramiko's SSH), others for each request; some can be used by many threads at
-once, others hand one thread's answer to another and then wait for ever. A table says which (`backends`).
+A file system of fsspec is kept usable: connected when it is needed, after a fork and after a loss, and in turns. Some libraries connect once and for all (paramiko's SSH), others for each request; some can be used by many threads at
+once, others hand one thread's answer to another and then wait for ever. The same table says which.
 """
 
 import os

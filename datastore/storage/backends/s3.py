@@ -8,9 +8,7 @@ so it is not used. The price is this module; without botocore, or with options i
 A value above 128 MiB is written in parts of 64 MiB, four at once; what `put_new` writes goes in one request, for Ceph
 16.2 ignores the condition at the end of an upload in parts.
 
-Clients for S3, made as s3fs makes its own, from the same options and the same usual places.
-
-botocore, which s3fs brings along, looks for credentials, profile, region and endpoint in the environment, in `~/.aws` and
+Clients are made as s3fs makes its own, from the same options and the same usual places. botocore, which s3fs brings along, looks for credentials, profile, region and endpoint in the environment, in `~/.aws` and
 at the machine's role; nothing of that is done here. An option that only s3fs understands makes `understands` say no, and the
 caller takes s3fs. Retries are switched off (ours are the only layer), and so is the check of a body against S3's own
 checksum, which would copy every byte: what this package reads it checks against digests of its own.

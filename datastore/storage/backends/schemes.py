@@ -1,4 +1,4 @@
-"""What each backend can do beyond what all can: one row per scheme, and a cautious one for schemes we do not know.
+"""The abilities of each backend beyond what all have: one row per scheme, and a cautious one for schemes we do not know.
 
 A row that promises too little costs speed or the second writer; one that promises too much costs data. So a scheme that a
 plugin registers with fsspec gets the cautious row: a write goes to a hidden file that is moved over its target, and nobody is

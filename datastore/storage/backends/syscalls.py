@@ -1,4 +1,4 @@
-"""Give a finished file its final name unless that name is taken, in one step of the kernel.
+"""System calls that Python does not wrap: give a file its name unless that is taken, and start the disk early.
 
 `link(2)` is the verb: it fails if the name exists, whoever made it, and shows the whole file or nothing. Where a
 file system has no hard links (FAT, some FUSE), `renameat2(2)` with RENAME_NOREPLACE does the same. Where neither
@@ -6,9 +6,7 @@ exists there is no such step, and `Unsupported` says so.
 
 Source: open(2) on O_EXCL and NFS (the link count decides), link(2), renameat2(2).
 
-Bytes on their way to the disk while later ones are still being copied.
-
-Left to itself the kernel collects a large file in memory and starts the disk when the flush is asked for: copying, then
+Bytes are on their way to the disk while later ones are still being copied. Left to itself the kernel collects a large file in memory and starts the disk when the flush is asked for: copying, then
 waiting. Asked after each piece, both happen at once: 0.91 GB took 300 ms instead of 440 (two cores, ext4, a disk of 2 GB/s).
 It is a hint and changes nothing about what is durable when: the flush at the end does that.
 

@@ -1,4 +1,4 @@
-"""What a killed writer leaves on a remote backend: hidden files that were to be moved, and uploads without an end.
+"""Leftovers of a killed writer on a remote backend: hidden files that were to be moved, and uploads without an end.
 
 No listing of keys shows either, but both cost space; S3 keeps the parts of an upload for ever unless the bucket has a
 rule that says otherwise.

@@ -1,6 +1,6 @@
-"""Text from a model: one token at a time, each drawn from the model's own distribution, the same for the same seed.
+"""A trained model in use: text from it, and its validation loss outside of training.
 
-The validation loss of a model outside of training: of a checkpoint, or of a folder that was exported from it.
+Tokens are drawn one at a time from the model's own distribution, the same for the same seed.
 """
 
 from collections.abc import Iterator

@@ -1,10 +1,8 @@
-"""What one step of a run consumed, down to file, byte and text: computed again, not looked up.
+"""The audit of a run: what a step consumed, down to file, byte and text, and the proof that each sample came once.
 
-The record says at which position a step began; dataset and order say the rest. Nothing was logged per sample.
+`trace` computes it again rather than looking it up: the record says at which position a step began; dataset and order say the rest. Nothing was logged per sample.
 
-The proof that a run consumed its planned samples, each exactly once, read from its own record.
-
-One process plans every step again from dataset, seed and settings, reads the tokens again, and compares: cursors follow
+`prove` reads the run's own record. One process plans every step again from dataset, seed and settings, reads the tokens again, and compares: cursors follow
 each other from 0, every step's fingerprint is that of the samples and tokens that were planned, and within an epoch no
 sample comes twice. Neither the number of ranks nor the number of interruptions is known to it.
 

@@ -1,13 +1,11 @@
-"""What is trained on and what is held back for validation.
+"""The data of a run: which version of which dataset, what is trained on and what is held back for validation.
 
 By default the last `holdout` of the token stream, which is what was ingested last, is never trained on. Both parts are
 datasets of their own: the same shards, some counted as shorter than they are. The cut is a number of tokens, so it may go
 through a shard, and no sample straddles it. The price: the end of the stream is no random choice. Who wants another one
 ingests it as a dataset of its own and names that as `data.validation`.
 
-Which versions of its datasets a run reads: documents may be deleted while it goes on.
-
-A run is bound to the shards it began with. When it goes on, it reads the newest version that still begins with them, and
+Documents may be deleted while a run goes on. It is bound to the shards it began with. When it goes on, it reads the newest version that still begins with them, and
 what has been deleted in it is masked: every sample stays at its step, so nothing else changes. Each session records what it
 read, so that what it consumed can be computed again. A run stays with the version it began with if that version is named in
 `data.url`, or if deleted documents are left out (`loader.deletions = "compact"`), which moves every sample after them.

@@ -1,11 +1,9 @@
-"""What a purge leaves in writing: its plan before it is committed, its certificate when all of it was done and read back.
+"""The plan of a purge before it is committed, and its certificate when all of it was done and read back.
 
 A plan names what the purge has written and what it will remove, so that whoever comes after a crash can finish it
 without knowing what was purged. Neither names an id: sha256 only, which whoever can guess an id can confirm.
 
-What is left of documents that no version to be kept has: files that only old versions name, and journals of ingests.
-
-`vacuum` removes what no version needs in its own time, found by listing. A purge cannot wait, and must be able to say what
+It removes files that only expired versions name, and what journals of ingests say of their documents. `vacuum` removes what no version needs in its own time, found by listing. A purge cannot wait, and must be able to say what
 it removed: so this asks the log itself, every version of it, and gives names. It costs one read per version, and
 one per segment that is in no version to be kept.
 """
