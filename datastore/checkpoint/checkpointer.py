@@ -98,7 +98,7 @@ class Checkpointer:
         Raises:
             ConfigError: something in `items` cannot be stored; the message has its path.
             ConflictError: `step` lies before the last one, or is committed with other content.
-            DatastoreError: the save before this one failed and nobody has heard of it; or this one, if `blocking`.
+            DatastoreError: the save before this one failed, which has not been raised yet; or this one, if `blocking`.
         """
         self._settle()
         if type(step) is not int or step < 0:
@@ -215,7 +215,7 @@ class Checkpointer:
         """Wait for the save in flight and give back its memory.
 
         Raises:
-            DatastoreError: the last save failed and nobody has heard of it.
+            DatastoreError: the last save failed, which has not been raised yet.
         """
         if self._closed or self._process != os.getpid():
             return
@@ -239,7 +239,7 @@ class Checkpointer:
             _LOGGER.error("the last save failed, too: %s", failure)  # noqa: TRY400 - one line, no trace
 
     def _settle(self) -> None:
-        """Wait until nothing is in flight; raise what nobody has heard of yet."""
+        """Wait until nothing is in flight; raise what has not been raised yet."""
         if self._process != os.getpid():
             hint = "Use it in the process that made it; workers need no checkpoints."
             raise ConfigError("a checkpointer does not survive a fork", url=self.url, hint=hint)

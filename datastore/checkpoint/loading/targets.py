@@ -83,7 +83,7 @@ class _DictTarget(RestoreTarget):
 
 
 class _StatefulTarget(RestoreTarget):
-    """Given copies through `load_state_dict`: whether its state shares memory with it is its own affair."""
+    """Given copies through `load_state_dict`: whether its state shares memory with it is not this package's business."""
 
     @override
     def problems(self, saved: Any) -> list[str]:

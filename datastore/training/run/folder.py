@@ -187,7 +187,7 @@ def own_versions(config: RunConfig) -> Versions:
 
 
 def versions_to_read(config: RunConfig) -> Versions:
-    """Return which versions of its datasets a run reads when it goes on now; see `versions.py`.
+    """Return which versions of its datasets a run reads when it goes on now; see `data.py`.
 
     Raises:
         MissingError: a dataset is not there any more.
