@@ -200,9 +200,8 @@ def _fit_map(array: Any, kind: Any, path: str) -> Any:
     absent = _nulls(array)
     starts = np.asarray(array.offsets)
     lengths = np.where(absent, 0, np.diff(starts))
-    places = _places(starts[:-1], lengths)
-    keys = fit_array(array.keys.take(places), kind.key_field, f"{path}{{key}}")
-    items = fit_array(array.items.take(places), kind.item_field, f"{path}{{}}")
+    keys = fit_array(_gathered(array.keys, starts[:-1], lengths), kind.key_field, f"{path}{{key}}")
+    items = fit_array(_gathered(array.items, starts[:-1], lengths), kind.item_field, f"{path}{{}}")
     offsets = pa.array(np.concatenate([[0], np.cumsum(lengths)]), pa.int32())
     made: Any = pa.MapArray
     return made.from_arrays(offsets, keys, items, kind, mask=pa.array(absent))
@@ -229,10 +228,18 @@ _PARTS: list[tuple[Callable[[Any, Any], bool], Callable[[Any, Any, str], Any]]] 
 """Types that are made of others, and how they are fitted part by part."""
 
 
-def _places(starts: Any, sizes: Any) -> Any:
-    """Return the indices of the items of lists that begin at `starts` and have `sizes` items."""
+def _gathered(values: Any, starts: Any, sizes: Any) -> Any:
+    """Return the items of lists that begin at `starts` and have `sizes` items, end to end."""
     ends = np.cumsum(sizes)
-    return pa.array(np.repeat(starts - (ends - sizes), sizes) + np.arange(ends[-1] if len(ends) else 0), pa.int64())
+    if not len(ends) or not ends[-1]:
+        return values.slice(0, 0)
+    first = int(starts[np.flatnonzero(sizes)[0]])
+    if np.array_equal((starts - first)[sizes > 0], (ends - sizes)[sizes > 0]):
+        return values.slice(first, int(ends[-1]))
+    try:
+        return values.take(pa.array(np.repeat(starts - (ends - sizes), sizes) + np.arange(ends[-1]), pa.int64()))
+    except pa.ArrowNotImplementedError:  # Of views pyarrow takes none (26.0.1).
+        return pa.concat_arrays([values.slice(int(at), int(size)) for at, size in zip(starts, sizes, strict=True)])
 
 
 def _lists(array: Any) -> tuple[Any, Any, Any]:
@@ -240,7 +247,7 @@ def _lists(array: Any) -> tuple[Any, Any, Any]:
     absent = _nulls(array)
     if kinds.is_list_view(array.type) or kinds.is_large_list_view(array.type):
         sizes = np.where(absent, 0, np.asarray(array.sizes))
-        return array.values.take(_places(np.asarray(array.offsets), sizes)), sizes, absent
+        return _gathered(array.values, np.asarray(array.offsets), sizes), sizes, absent
     lengths = np.where(absent, 0, pc.list_value_length(array).fill_null(0).to_numpy(zero_copy_only=False))
     return array.flatten(), lengths, absent
 
@@ -338,5 +345,5 @@ def _misfit(fact: str, path: str, array: Any, place: int) -> ConfigError:
     try:
         value = array[place].as_py()
     except (pa.ArrowException, ValueError, OverflowError):
-        value = str(array[place])
+        value = str(array[place : place + 1])  # A time that Python has no value for.
     return ConfigError(f"rows do not fit the schema: {fact}", column=path, row=place, value=value, hint=_HINT)

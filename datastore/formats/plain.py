@@ -6,7 +6,7 @@ where that says no is each value looked at, by the rules below.
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 from datetime import date, datetime
@@ -82,6 +82,8 @@ def same_values(given: Sequence[Any], array: Any) -> _Change | None:
 
 def _from_values(values: list[Any], path: str, field: "pa.Field[Any] | None") -> Any:
     """Return Python values as an array that gives them back."""
+    if field is not None and _has_map(field.type):
+        _check_maps(values, field.type, path)
     try:
         array: Any = pa.array(values, type=field.type if field is not None else None)
         array = array.combine_chunks() if isinstance(array, pa.ChunkedArray) else array
@@ -95,12 +97,17 @@ def _from_values(values: list[Any], path: str, field: "pa.Field[Any] | None") ->
             "rows do not fit the schema: a value would not read back as it was given",
             column=f"{path}{changed.path}",
             row=changed.row,
-            value=changed.given,
-            stored=changed.stored,
+            value=_text(changed.given),
+            stored=_text(changed.stored),
             type=str(array.type),
             hint="Give each struct the same keys, None for no value; write values that the column's type holds.",
         )
     return array
+
+
+def _text(value: Any) -> Any:
+    """Return what an error can show of `value`."""
+    return f"a {value.type} that Python has no value for" if isinstance(value, pa.Scalar) else value
 
 
 def _shown(scalar: Any) -> Any:
@@ -110,9 +117,44 @@ def _shown(scalar: Any) -> Any:
         return scalar
 
 
-def _has_bool_for_number(given: Sequence[Any], kind: Any) -> bool:
-    """Return whether a True was taken for a 1, which Python calls equal."""
-    return (pa.types.is_integer(kind) or pa.types.is_floating(kind)) and any(isinstance(value, bool) for value in given)
+def _has_map(kind: Any) -> bool:
+    return pa.types.is_map(kind) or any(_has_map(kind.field(index).type) for index in range(kind.num_fields))
+
+
+def _check_maps(values: Any, kind: Any, path: str) -> None:
+    """Refuse entries of maps that are no pairs, or have no key: pyarrow does not look at them before it relies on it."""
+    if pa.types.is_map(kind):
+        for value in values:
+            entries = list(value.items()) if isinstance(value, Mapping) else [] if value is None else list(value)
+            wrong = [e for e in entries if not isinstance(e, tuple | list) or len(e) != 2 or e[0] is None]
+            if wrong:
+                raise ConfigError(
+                    "an entry of a map is no pair", column=path, value=wrong[0], hint="Give key and value."
+                )
+            _check_maps([entry[1] for entry in entries], kind.item_type, f"{path}{{}}")
+    elif pa.types.is_struct(kind):
+        for field in (kind.field(index) for index in range(kind.num_fields)):
+            below = [value[field.name] for value in values if isinstance(value, Mapping) and field.name in value]
+            _check_maps(below, field.type, f"{path}.{field.name}")
+    elif kind.num_fields == 1:
+        items = [item for value in values if isinstance(value, list | tuple | np.ndarray) for item in value]
+        _check_maps(items, kind.field(0).type, f"{path}[]")
+
+
+def _has_bool_for_number(given: Iterable[Any], kind: Any) -> bool:
+    """Return whether a True may have been taken for a 1, which Python calls equal."""
+    if kind.num_fields == 0:
+        number = pa.types.is_integer(kind) or pa.types.is_floating(kind) or pa.types.is_decimal(kind)
+        return number and any(isinstance(value, bool) for value in given)
+    return any(map(_holds_bool, given))
+
+
+def _holds_bool(value: Any) -> bool:
+    if isinstance(value, Mapping):
+        return any(map(_holds_bool, value.values()))
+    if isinstance(value, list | tuple):
+        return any(map(_holds_bool, value))
+    return isinstance(value, bool)
 
 
 def _difference(given: Any, stored: Any) -> tuple[str, Any, Any] | None:
