@@ -125,7 +125,8 @@ def _check_maps(values: Any, kind: Any, path: str) -> None:
     """Refuse entries of maps that are no pairs, or have no key: pyarrow does not look at them before it relies on it."""
     if pa.types.is_map(kind):
         for value in values:
-            entries = list(value.items()) if isinstance(value, Mapping) else [] if value is None else list(value)
+            pairs = value.items() if isinstance(value, Mapping) else value
+            entries = list(pairs) if isinstance(pairs, Iterable) and not isinstance(pairs, str | bytes) else []
             wrong = [e for e in entries if not isinstance(e, tuple | list) or len(e) != 2 or e[0] is None]
             if wrong:
                 raise ConfigError(
