@@ -29,6 +29,10 @@ def with_accelerate(shuffle, seedable=False):
     return accelerator, accelerator.prepare(DataLoader(ROWS, batch_size=1, shuffle=shuffle))
 
 
+def with_torchdata():
+    return None, StatefulDataLoader(ROWS, batch_size=1, shuffle=True)
+
+
 def interrupted(name, start, save, load, exact):
     set_seed(0)
     state, loader = start()
@@ -53,8 +57,8 @@ def load(accelerator, folder):
     accelerator.load_state(folder)
 
 
-interrupted("torchdata, shuffled", lambda: (None, StatefulDataLoader(ROWS, batch_size=1, shuffle=True)),
-            lambda loader: loader.state_dict(), lambda loader, state: loader.load_state_dict(state), True)
+interrupted("torchdata, shuffled", with_torchdata, StatefulDataLoader.state_dict,
+            StatefulDataLoader.load_state_dict, True)
 interrupted("accelerate, in order", lambda: with_accelerate(False), save, load, True)
 interrupted("accelerate, seedable", lambda: with_accelerate(True, True), save, load, True)
 interrupted("accelerate, shuffled", lambda: with_accelerate(True), save, load, False)

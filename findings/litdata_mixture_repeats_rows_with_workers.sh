@@ -31,7 +31,8 @@ def write(folder, rows):
 def loader(mixture, workers):
     web = StreamingDataset("web", shuffle=False)
     books = StreamingDataset("books", shuffle=False)
-    mixed = CombinedStreamingDataset([web, books], weights=[0.8, 0.2], seed=1, iterate_over_all=False)
+    mixed = CombinedStreamingDataset(
+        [web, books], weights=[0.8, 0.2], seed=1, iterate_over_all=False)
     return StreamingDataLoader(mixed if mixture else web, batch_size=5, num_workers=workers)
 
 

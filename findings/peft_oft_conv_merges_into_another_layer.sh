@@ -31,7 +31,9 @@ def difference(layer, x):
     with torch.no_grad():
         trained = adapted(x)
         merged = adapted.merge_and_unload()(x)
-    return ((trained - plain).norm() / plain.norm()).item(), ((merged - trained).norm() / trained.norm()).item()
+    moved = (trained - plain).norm() / plain.norm()
+    changed = (merged - trained).norm() / trained.norm()
+    return moved.item(), changed.item()
 
 
 torch.manual_seed(0)

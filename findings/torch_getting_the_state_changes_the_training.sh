@@ -35,7 +35,7 @@ def train(optimizer, ask):
 
 for optimizer, changes in (("SGD", False), ("AdamW", True), ("NAdam", True), ("Rprop", True)):
     plain, asked = (train(getattr(torch.optim, optimizer), ask) for ask in (False, True))
-    print(f"{optimizer:6} moved {plain.norm():.6f}, moved {asked.norm():.6f} when asked for its state first")
+    print(f"{optimizer:6} moved {plain.norm():.6f}, moved {asked.norm():.6f} when asked first")
     assert torch.equal(plain, asked) != changes, optimizer
 assert asked.norm() < plain.norm() / 1000, "Rprop trains"
 PY
