@@ -116,7 +116,7 @@ def _machine() -> dict[str, object]:
     limit = _memory_limit_bytes()
     folder = Path.cwd()
     return {
-        "datastore": _version("datastore") or "not installed",
+        "datastore": _version("llm-datastore") or "not installed",
         "python": f"{platform.python_version()} ({sys.executable})",
         "system": f"{platform.system()} {platform.release()} {platform.machine()}",
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1,
@@ -182,7 +182,7 @@ def _advice(
     machine: dict[str, object], extras: dict[str, dict[str, str | None]], probe: StorageProbe | None
 ) -> list[str]:
     lines = [
-        f"The extra '{extra}' is not installed: pip install 'datastore[{extra}]' brings {', '.join(versions)}."
+        f"The extra '{extra}' is not installed: pip install 'llm-datastore[{extra}]' brings {', '.join(versions)}."
         for extra, versions in extras.items()
         if None in versions.values()
     ]

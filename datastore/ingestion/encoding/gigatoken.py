@@ -69,7 +69,7 @@ def open_fast(raw: bytes, reference: Encoder, *, escape: bool, required: bool) -
     """
     if find_spec("gigatoken") is None:
         if required:
-            raise DependencyError("gigatoken is not installed", hint="pip install 'datastore[fast]'.")
+            raise DependencyError("gigatoken is not installed", hint="pip install 'llm-datastore[fast]'.")
         return None
     config = json.loads(raw)
     backend = _load(_without_special(config) if escape else config)
