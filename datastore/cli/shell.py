@@ -44,6 +44,8 @@ class CliSession:
     """What one call of the command line has been told so far; `ctx.obj` of every command."""
 
     debug: bool = False
+    progress: str = ""
+    """How to show progress; empty: as suits stderr."""
 
 
 class CommandGroup(click.Group):

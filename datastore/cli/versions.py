@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from datastore.cli.output import fields, json_option, moment, progress_bar, say, say_json, table
+from datastore.cli.output import fields, json_option, moment, progress_option, say, say_json, table, with_progress
 from datastore.cli.shell import example
 
 if TYPE_CHECKING:  # pyarrow takes longer to load than a wrong option takes to find.
@@ -180,6 +180,7 @@ def expire(*, url: str, keep: int | None, older_than: str | None, dry_run: bool,
 @click.option(
     "--older-than", default="24h", metavar="TIME", help="Leave younger files: somebody may be about to commit them."
 )
+@progress_option
 @json_option
 def vacuum(*, url: str, delete: bool, older_than: str, as_json: bool) -> None:
     """Count, or remove, the files of the dataset at URL that no version which can be read names.
@@ -191,8 +192,10 @@ def vacuum(*, url: str, delete: bool, older_than: str, as_json: bool) -> None:
     from datastore.dataset.operations.vacuum import vacuum as vacuum_dataset
     from datastore.units import parse_seconds
 
-    with progress_bar("vacuum") as progress:
-        report = vacuum_dataset(url, dry_run=not delete, older_than_s=parse_seconds(older_than), progress=progress)
+    older_than_s = parse_seconds(older_than)
+    report = with_progress(
+        "vacuum", vacuum_dataset, unit="files", target=url, dry_run=not delete, older_than_s=older_than_s
+    )
     say_json(report) if as_json else _tell_vacuum(report)
 
 
@@ -225,6 +228,7 @@ def _tell_vacuum(report: "VacuumReport") -> None:
 @SOURCE
 @TARGET
 @click.option("--shallow", is_flag=True, help="Copy no shards: read those of SOURCE, which must not remove them.")
+@progress_option
 @json_option
 def clone(*, source: str, target: str, shallow: bool, as_json: bool) -> None:
     """Make a new dataset at TARGET of one version of SOURCE: another uuid, one version, no history.
@@ -235,8 +239,7 @@ def clone(*, source: str, target: str, shallow: bool, as_json: bool) -> None:
     from datastore.dataset.operations.clone import clone as clone_dataset
     from datastore.units import format_bytes
 
-    with progress_bar("clone") as progress:
-        report = clone_dataset(source, target, shallow=shallow, progress=progress)
+    report = with_progress("clone", clone_dataset, source=source, target=target, shallow=shallow)
     if as_json:
         say_json(report)
         return
@@ -259,6 +262,7 @@ def clone(*, source: str, target: str, shallow: bool, as_json: bool) -> None:
 @SOURCE
 @TARGET
 @click.option("--all-versions", is_flag=True, help="All versions that can be read, not only the newest.")
+@progress_option
 @json_option
 def copy(*, source: str, target: str, all_versions: bool, as_json: bool) -> None:
     """Copy the dataset at SOURCE to TARGET: the same uuid, the same versions, the tags of those that are copied.
@@ -269,8 +273,7 @@ def copy(*, source: str, target: str, all_versions: bool, as_json: bool) -> None
     from datastore.dataset.operations.copy import copy as copy_dataset
     from datastore.units import format_bytes, format_seconds
 
-    with progress_bar("copy") as progress:
-        report = copy_dataset(source, target, all_versions=all_versions, progress=progress)
+    report = with_progress("copy", copy_dataset, source=source, target=target, all_versions=all_versions)
     if as_json:
         say_json(report)
         return

@@ -21,6 +21,7 @@ from datastore.ingestion.reading.documents import TextRecord, read_part
 from datastore.ingestion.reading.sources import list_sources
 from datastore.ingestion.settings import IngestSettings
 from datastore.storage.resolve import open_storage
+from datastore.units import Progress
 
 __all__ = ["SMALLEST_VOCABULARY", "TokenizerSettings", "train_tokenizer"]
 
@@ -49,12 +50,17 @@ class TokenizerSettings(Document, frozen=True, kw_only=True):
 
 
 def train_tokenizer(
-    sources: Sequence[str], *, settings: TokenizerSettings | None = None, reading: IngestSettings | None = None
+    sources: Sequence[str],
+    *,
+    settings: TokenizerSettings | None = None,
+    reading: IngestSettings | None = None,
+    progress: Progress | None = None,
 ) -> bytes:
     """Return the `tokenizer.json` trained on a sample of `sources`.
 
     `reading` says how the sources are read (globs, keys, separator); what is bad in them is left out. The vocabulary
-    is smaller than asked for if the sample has no more pairs to merge.
+    is smaller than asked for if the sample has no more pairs to merge. `progress` gets the bytes of the sample that were
+    read, and all; merging, which follows, tells nothing.
 
     Raises:
         ConfigError: a special token is named twice, or the sources have no text.
@@ -75,7 +81,7 @@ def train_tokenizer(
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
         show_progress=False,
     )
-    texts = _Counted(_sample(sources, reading or IngestSettings(), settings.sample_bytes))
+    texts = _Counted(_sample(sources, reading or IngestSettings(), settings.sample_bytes, progress))
     tokenizer.train_from_iterator(texts, trainer)
     if not texts.count:
         raise ConfigError("the sources have no text to train on", sources=list(sources), hint="Check their format.")
@@ -95,7 +101,9 @@ class _Counted:
             yield text
 
 
-def _sample(sources: Sequence[str], reading: IngestSettings, sample_bytes: int) -> Iterator[str]:
+def _sample(
+    sources: Sequence[str], reading: IngestSettings, sample_bytes: int, progress: Progress | None
+) -> Iterator[str]:
     """Yield the texts of parts drawn by the digest of their place, until they are `sample_bytes` together."""
     reading = msgspec.structs.replace(reading, task_bytes=_PART_BYTES)
     listing, roots = list_sources(sources, reading)
@@ -103,7 +111,10 @@ def _sample(sources: Sequence[str], reading: IngestSettings, sample_bytes: int) 
     parts = [part for order in work_items(plan) for part in order.parts]
     parts.sort(key=lambda part: digest_bytes(f"{part[0].path} {part[1]}".encode()))
     left = sample_bytes
+    total = min(sample_bytes, sum(stop - start for _, start, stop in parts))
     for file, start, stop in parts:
+        if progress is not None:
+            progress(min(sample_bytes - left, total), total)
         if left <= 0:
             return
         url, key = roots.locate(file.path)

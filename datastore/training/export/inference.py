@@ -22,7 +22,8 @@ from datastore.training.launcher import Launch
 from datastore.training.model import KeyValueCache
 from datastore.training.objectives import make_objective
 from datastore.training.run.folder import RunFolder, is_run, open_split
-from datastore.training.validation import Evaluation, validation_loss
+from datastore.training.validation import Evaluation, loss_over, parts_of
+from datastore.units import Progress, telling
 
 __all__ = ["Sampling", "evaluate", "generate", "sample_tokens"]
 
@@ -94,11 +95,13 @@ def _draw(logits: Tensor, sampling: Sampling, generator: torch.Generator) -> int
 _ROWS = 16
 
 
-def evaluate(source: str, *, run: str = "", step: int | None = None, samples: int = 0) -> Evaluation:
+def evaluate(
+    source: str, *, run: str = "", step: int | None = None, samples: int = 0, progress: Progress | None = None
+) -> Evaluation:
     """Return the loss of the model at `source` on what `run` holds out, in float32 on the CPU.
 
     `source` is a run (at `step`, or its newest checkpoint) or a Hugging Face folder; `run` may be left out if `source` is
-    one. `samples` 0: as many as the run validates on.
+    one. `samples` 0: as many as the run validates on. `progress` gets the samples that were looked at, and all.
 
     Raises:
         MissingError: no model, no run, or no dataset there.
@@ -115,4 +118,8 @@ def evaluate(source: str, *, run: str = "", step: int | None = None, samples: in
     ranks = Ranks(Launch(), torch.device("cpu"), None)
     model = open_model(source, step=step).model
     objective = make_objective(settings.objective)
-    return validation_loss(model, held_out, objective=objective, ranks=ranks, precision="fp32", rows=_ROWS)
+    rows = len(held_out.mine)
+    parts = telling(
+        parts_of(held_out, rows=_ROWS), progress, size=lambda part: min(part.stop, rows) - part.start, total=rows
+    )
+    return loss_over(model, held_out, parts, objective=objective, ranks=ranks, precision="fp32")

@@ -1,6 +1,8 @@
 """Every command: its help, its flags, its JSON."""
 
+import contextlib
 import json
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -62,7 +64,7 @@ FLAGS = {
     "checkpoint export": "quantize replace step",
     "doctor": "url",
 }
-"""Every flag but --json, --debug and --help. A flag that goes or changes its name breaks somebody's script."""
+"""Every flag but --json, --debug, --progress and --help. A flag that goes or changes its name breaks somebody's script."""
 
 
 def test_the_flags_are_those_that_people_use() -> None:
@@ -73,7 +75,7 @@ def test_the_flags_are_those_that_people_use() -> None:
                 for parameter in command.params
                 if isinstance(parameter, click.Option)
                 for option in parameter.opts
-                if option not in {"--json", "--debug"}
+                if option not in {"--json", "--debug", "--progress"}
             )
         )
         for path, command in COMMANDS.items()
@@ -171,3 +173,74 @@ def test_a_tag_is_set_moved_and_removed(
     assert json.loads(out[out.index("{") :])["tags"] == {"v1": 1}
     assert call(cli, ["tag", "data", "v1", "--delete"], CliSession()) == 0
     assert call(cli, ["show", "data@v1"], CliSession()) == 1
+
+
+LONG = {
+    "ingest": "ingest src --to new --progress plain",
+    "import": "import exported --format parquet --to imported --progress plain",
+    "tokenizer train": "tokenizer train src --vocab 300 --to tok.json --progress plain",
+    "export": "export data --format parquet --to other --progress plain",
+    "verify": "verify data --progress plain",
+    "copy": "copy data copy2 --progress plain",
+    "clone": "clone data clone2 --progress plain",
+    "delete": "delete data --source none --progress plain",
+    "purge": "purge holed --progress plain",
+    "compact": "compact holed --progress plain",
+    "vacuum": "vacuum littered --delete --older-than 0s --progress plain",
+    "place": "place data --root second --progress plain",
+    "protect": "protect data --progress plain",
+    "repair": "repair data --dry-run --progress plain",
+    "train": "train run.toml --to newrun --progress plain",
+    "resume": "resume newrun --set train.steps=3 --progress plain",
+    "evaluate": "evaluate run --progress plain",
+    "checkpoint verify": "checkpoint verify run --progress plain",
+    "checkpoint export": "checkpoint export run model2 --progress plain",
+}
+"""A command line for every command that can take minutes."""
+
+
+@pytest.fixture(scope="module")
+def places(run: Path) -> Path:
+    """The folder `run`, and in it something for each of the long commands to do."""
+    with contextlib.chdir(run):
+        Path("src").mkdir()
+        Path("src/a.txt").write_text("some words to read, and to read again\n" * 50)
+        Path("run.toml").write_text(
+            '[data]\nurl = "data"\nseq_len = 8\nglobal_batch = 4\n[train]\nsteps = 2\n'
+            "[model]\nlayers = 1\nwidth = 16\nheads = 2\n[eval]\nsamples = 4\n"
+        )
+        for words in (
+            "export data --format parquet --to exported",
+            "ingest src --to holed",
+            "ingest src --to littered",
+        ):
+            assert call(cli, words.split(), CliSession()) == 0
+        Path("src/b.txt").write_text("more of the same")
+        assert call(cli, ["ingest", "src", "--to", "holed"], CliSession()) == 0
+        assert call(cli, ["delete", "holed", "--source", "*b.txt"], CliSession()) == 0
+        Path("littered/shards/00").mkdir(parents=True, exist_ok=True)
+        Path(f"littered/shards/00/{'0' * 32}.arrow").write_bytes(b"left behind")
+    return run
+
+
+def test_the_long_commands_are_those_with_the_option() -> None:
+    found = {
+        " ".join(path)
+        for path, command in COMMANDS.items()
+        if "--progress" in {option for parameter in command.params for option in parameter.opts}
+    }
+    assert found == set(LONG)
+
+
+@pytest.mark.parametrize("name", LONG)
+def test_a_long_command_says_how_far_it_is(
+    places: Path, name: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(places)
+    monkeypatch.setattr("datastore.cli.output.LINE_EVERY_S", 0.0)
+    assert call(cli, LONG[name].split(), CliSession()) == 0
+    err = capsys.readouterr().err
+    if name in {"train", "resume"}:
+        assert "step " in err
+    else:
+        assert re.search(r"^[a-z0-9 ]+: .+ of .+ \(\d+%\)", err, re.MULTILINE), err
