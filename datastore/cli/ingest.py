@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from datastore.cli.output import fields, json_option, progress_option, say, say_json, with_progress
-from datastore.cli.shell import CommandGroup, example
+from datastore.cli.shell import CommandGroup, example, given_options
 
 if TYPE_CHECKING:  # pyarrow takes longer to load than a wrong option takes to find.
     from datastore.ingestion.estimate import Estimate
@@ -65,8 +65,8 @@ def ingest(
     from datastore.ingestion.ingest import ingest as ingest_sources
     from datastore.ingestion.settings import IngestSettings
 
-    given = {name: value for name, value in options.items() if value not in (None, ())}
-    settings = settings_from(IngestSettings, given, overrides=overrides, where="the options")
+    given, origins = given_options(options)
+    settings = settings_from(IngestSettings, given, overrides=overrides, where="the options", origins=origins)
     if dry_run:
         from datastore.ingestion.estimate import estimate
 
@@ -163,9 +163,14 @@ def train(*, sources: tuple[str, ...], vocab_size: int, to: str, as_json: bool, 
     from datastore.storage.resolve import open_storage
     from datastore.units import format_bytes
 
-    given = {name: value for name, value in options.items() if value not in (None, ())}
-    reading = settings_from(IngestSettings, given, where="the options")
-    settings = settings_from(TokenizerSettings, {"vocab_size": vocab_size}, where="the options")
+    given, origins = given_options(options)
+    reading = settings_from(IngestSettings, given, where="the options", origins=origins)
+    settings = settings_from(
+        TokenizerSettings,
+        {"vocab_size": vocab_size},
+        where="the options",
+        origins={"vocab_size": f"--vocab {vocab_size}"},
+    )
     folder, slash, name = to.rpartition("/")
     target = open_storage(folder or slash or ".")
     raw = with_progress("tokenizer train", train_tokenizer, sources=sources, settings=settings, reading=reading)

@@ -7,7 +7,7 @@ import click
 
 from datastore.cli.ingest import in_source_bytes
 from datastore.cli.output import fields, json_option, progress_option, say, say_json, table, with_progress
-from datastore.cli.shell import example
+from datastore.cli.shell import example, given_options
 
 if TYPE_CHECKING:
     from datastore.ingestion.report import IngestReport
@@ -144,8 +144,8 @@ def import_(*, source: str, kind: Any, to: str, overrides: tuple[str, ...], as_j
     from datastore.ingestion.importing import import_dataset
     from datastore.ingestion.settings import IngestSettings
 
-    given = {name: value for name, value in options.items() if value is not None}
-    settings = settings_from(IngestSettings, given, overrides=overrides, where="the options")
+    given, origins = given_options(options)
+    settings = settings_from(IngestSettings, given, overrides=overrides, where="the options", origins=origins)
     report = with_progress(
         "import", in_source_bytes(import_dataset), source=source, to=to, format=kind, settings=settings
     )

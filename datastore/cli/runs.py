@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, Self
 import click
 
 from datastore.cli.output import PlainLines, json_option, progress_kind, progress_option, say, say_json, with_progress
-from datastore.cli.shell import example
+from datastore.cli.shell import example, given_options
 from datastore.errors import ConfigError
 from datastore.units import format_seconds
 
@@ -185,7 +185,10 @@ def generate(*, model: str, prompt: str | None, step: int | None, as_json: bool,
     from datastore.training.export.inference import Sampling
     from datastore.training.export.inference import generate as generate_text
 
-    text = generate_text(model, prompt or "", sampling=convert(Sampling, sampling, where="the options"), step=step)
+    given, origins = given_options(sampling)
+    text = generate_text(
+        model, prompt or "", sampling=convert(Sampling, given, where="the options", origins=origins), step=step
+    )
     if as_json:
         say_json({"prompt": prompt or "", "text": text})
         return

@@ -14,9 +14,10 @@ An error is `error[code]: fact (values). What to do.`. A traceback is shown with
 import os
 import sys
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from types import TracebackType
+from typing import Any
 
 import click
 
@@ -29,6 +30,7 @@ __all__ = [
     "call",
     "debug_option",
     "example",
+    "given_options",
     "last_words",
     "silence_stdout",
 ]
@@ -76,6 +78,20 @@ def debug_option() -> click.Option:
 def example(*lines: str) -> str:
     """Return the end of a command's help: lines that a user can paste."""
     return "\b\n" + "\n".join(("Example:", *(f"  {line}" for line in lines)))
+
+
+def given_options(options: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, str]]:
+    """Return the options that were given, by setting, and how each was written, for errors: `--on-error skip`."""
+    given = {name: value for name, value in options.items() if value not in (None, ())}
+    flags = _flags(click.get_current_context().command)
+    return given, {name: f"{flags[name]} {value}" for name, value in given.items()}
+
+
+def _flags(command: click.Command) -> dict[str, str]:
+    """Return the flag for each name by which Python knows an option of `command`."""
+    options = [option for option in command.params if isinstance(option, click.Option)]
+    spelled = {option.opts[0].removeprefix("--").replace("-", "_"): option.opts[0] for option in options}
+    return spelled | {option.name: option.opts[0] for option in options if option.name}
 
 
 def call(command: click.Command, arguments: Sequence[str] | None, session: CliSession) -> int:
