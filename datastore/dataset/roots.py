@@ -141,7 +141,7 @@ def place_dataset(url: str | os.PathLike[str], *, roots: Sequence[str], copies: 
             "there are not as many roots as copies",
             roots=len(places),
             copies=copies,
-            hint="Name more roots or fewer copies.",
+            hint="Give more of `roots`, or fewer `copies`.",
         )
     info = create_dataset(places[0], whole=False)
     known = list(info.placement.roots) if info.placement else []

@@ -111,7 +111,7 @@ def compact(
         ConflictError: another operation changed the same shards meanwhile; nothing has changed.
     """
     if not 0 < target_bytes <= _LARGEST_TARGET:
-        raise ConfigError("not a size for shards", target_bytes=target_bytes, hint="Choose one up to 1 GiB.")
+        raise ConfigError("not a size for shards", target_bytes=target_bytes, hint="Choose `target_bytes` up to 1 GiB.")
     started = time.monotonic()
     dataset = open_for_change(target)
     with explain_expiry(dataset, operation="compact"):

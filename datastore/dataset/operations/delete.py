@@ -159,7 +159,7 @@ def delete_selected(
             url=dataset.url,
             version=dataset.version,
             missing=list(found.missing[:_SHOWN]),
-            hint="Correct them, or allow missing ids.",
+            hint="Correct them, or allow it: `allow_missing`.",
         )
     commit = commit_deletion(dataset, found) if found.rows and not dry_run else dataset.commit
     return DeleteReport(

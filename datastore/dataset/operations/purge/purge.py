@@ -326,5 +326,5 @@ def _require_no_tags(tags: Sequence[str], *, drop_tags: bool) -> None:
         raise ConfigError(
             "tags name versions that hold what is to be purged",
             tags=list(tags),
-            hint="Let them go with their versions (drop_tags, --drop-tags), or remove them first.",
+            hint="Let them go with their versions (`drop_tags`), or remove them first.",
         )
