@@ -33,6 +33,7 @@ __all__ = [
     "encode",
     "json_schema",
     "seal",
+    "setting_names",
     "unseal",
 ]
 
@@ -156,7 +157,7 @@ def _is_about(name: str, key: str) -> bool:
 
 def _nearest(kind: type[Document], key: str) -> str:
     """Return the key that was meant: most like it in its own table, or of that name in another one."""
-    keys = _keys(kind)
+    keys = setting_names(kind)
     above, _, name = key.rpartition(".")
     elsewhere = [each for each in keys if each.rpartition(".")[2] == name]
     beside = {each.rpartition(".")[2]: each for each in keys if each.rpartition(".")[0] == above}
@@ -164,12 +165,12 @@ def _nearest(kind: type[Document], key: str) -> str:
     return next(iter([*elsewhere, *close]), "")
 
 
-def _keys(kind: Any, above: str = "") -> list[str]:
+def setting_names(kind: type[msgspec.Struct], above: str = "") -> list[str]:
     """Return the dotted names of all settings of `kind`, tables included."""
     keys = []
     for field in msgspec.structs.fields(kind):
         keys.append(f"{above}{field.encode_name}")
-        keys += _keys(field.type, f"{keys[-1]}.") if _is_record(field.type) else []
+        keys += setting_names(field.type, f"{keys[-1]}.") if _is_record(field.type) else []
     return keys
 
 

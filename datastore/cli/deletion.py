@@ -198,11 +198,11 @@ def _say_purged(report: "PurgeReport") -> None:
     epilog=example("datastore compact data/code --target '8 MiB'"),
 )
 @URL
-@click.option("--target", metavar="SIZE", default="64 MiB", help="What a full shard holds.")
+@click.option("--target", "target_bytes", metavar="SIZE", default="64 MiB", help="What a full shard holds.")
 @click.option("--dry-run", is_flag=True, help="Only say what would be merged.")
 @progress_option
 @json_option
-def compact(*, url: str, target: str, dry_run: bool, as_json: bool) -> None:
+def compact(*, url: str, target_bytes: str, dry_run: bool, as_json: bool) -> None:
     """Merge small neighbouring shards of the dataset at URL into full ones, without the documents that are deleted.
 
     Documents keep their order, but shards get new uids, and the order of samples follows from those: a new generation.
@@ -211,7 +211,9 @@ def compact(*, url: str, target: str, dry_run: bool, as_json: bool) -> None:
     from datastore.dataset.operations.compact import compact as compact_shards
     from datastore.units import format_bytes, format_seconds, parse_bytes
 
-    report = with_progress("compact", compact_shards, target=url, target_bytes=parse_bytes(target), dry_run=dry_run)
+    report = with_progress(
+        "compact", compact_shards, target=url, target_bytes=parse_bytes(target_bytes), dry_run=dry_run
+    )
     if as_json:
         say_json(report)
         return

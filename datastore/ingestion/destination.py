@@ -61,7 +61,9 @@ class Destination:
         """
         if self.newest is not None and self.newest.kind != kind:
             raise ConfigError(
-                f"the dataset holds {self.newest.kind}, not {kind}", url=self.storage.url, hint="Name another URL."
+                f"the dataset holds {self.newest.kind}, not {kind}",
+                url=self.storage.url,
+                hint="Name another URL, or replace all that it holds: `operation=overwrite`.",
             )
 
     def require_schema(self, schema: pa.Schema) -> None:
@@ -77,7 +79,7 @@ class Destination:
                 url=self.storage.url,
                 dataset=stored.names,
                 ingested=schema.names,
-                hint="Name another URL, or write rows of the dataset's columns.",
+                hint="Name another URL, or replace all that it holds: `operation=overwrite`.",
             )
 
     def choose_tokenizer(self, settings: IngestSettings) -> TokenizerChoice | None:
@@ -101,7 +103,7 @@ class Destination:
                 url=self.storage.url,
                 dataset=_shown(present),
                 given=_shown(ref),
-                hint="Leave out the tokenizer to use what the dataset has, or name another URL.",
+                hint="Leave out `tokenizer` to use what the dataset has; name another URL; or `operation=overwrite`.",
             )
         return TokenizerChoice(raw, ref)
 

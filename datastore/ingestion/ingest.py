@@ -98,7 +98,7 @@ class PreparedIngest:
         wanted = self.settings.workers
         if any(url.startswith("memory://") for url in urls):
             if wanted > 1:
-                raise ConfigError("other processes cannot see memory://", workers=wanted, hint="Set workers to 1.")
+                raise ConfigError("other processes cannot see memory://", workers=wanted, hint="Give `workers=1`.")
             return 1
         return max(1, min(tasks, wanted or cores()))
 
@@ -211,7 +211,7 @@ def commit_ingest(
             source=first.source,
             offset=first.offset,
             id=first.excerpt,
-            hint="Correct it, or set on_error to quarantine or skip.",
+            hint="Correct it, or set `on_error` to quarantine or skip.",
         )
     if not found.shards:
         if target.newest is None or settings.operation == "overwrite":
@@ -246,7 +246,7 @@ def _check_limit(documents: int, rejected: Counter[str], settings: IngestSetting
         of=documents + bad,
         reasons=dict(sorted(rejected.items())),
         max_reject_ratio=settings.max_reject_ratio,
-        hint=f"{look} the source, or allow it: max_reject_ratio = {enough:g}; what is done is kept for the next run.",
+        hint=f"{look} the source, or allow it: `max_reject_ratio={enough:g}`; what is done is kept for the next run.",
     )
 
 

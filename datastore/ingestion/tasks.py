@@ -246,7 +246,7 @@ class _Run:
                     source=reject.source,
                     offset=reject.offset,
                     begins=reject.excerpt[:40],
-                    hint="Correct it, or set on_error to quarantine or skip.",
+                    hint="Correct it, or set `on_error` to quarantine or skip.",
                 )
             self.rejected[reject.reason] += 1
             if self._on_error == "quarantine":

@@ -108,7 +108,7 @@ def end_of_text_of(stream: SampleStream, options: LoaderSettings) -> int:
         raise ConfigError(
             "documents are deleted, and no tokenizer says what to read in their place",
             url=stream.dataset.url,
-            hint='Set end_of_text to an id, or deletions to "compact", which leaves them out.',
+            hint="Name an id: `end_of_text=ID`; or leave them out: `deletions=compact`.",
         )
     if token >= 256 ** int(stream.dataset.segments.itemsize.max()):
         raise ConfigError("end_of_text is no token of the dataset", end_of_text=token, hint="Name a smaller id.")

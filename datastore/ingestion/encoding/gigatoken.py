@@ -75,7 +75,7 @@ def open_fast(raw: bytes, reference: Encoder, *, escape: bool, required: bool) -
     backend = _load(_without_special(config) if escape else config)
     if isinstance(backend, str):
         if required:
-            raise ConfigError(f"gigatoken cannot stand in for this tokenizer: {backend}", hint="Set encoder to auto.")
+            raise ConfigError(f"gigatoken cannot stand in for this tokenizer: {backend}", hint="Give `encoder=auto`.")
         return None
     ascii_only = config.get("normalizer") is not None
     return FastEncoder(backend, reference, ascii_only=ascii_only, probes=_probes(config))
@@ -128,7 +128,7 @@ class FastEncoder(Encoder):
                 text=text[:200],
                 gigatoken=fast[:20].tolist(),
                 tokenizers=slow[:20].tolist(),
-                hint="Set encoder to tokenizers and ingest into a new dataset; please report the text.",
+                hint="Give `encoder=tokenizers`, and ingest into a new dataset; please report the text.",
             )
 
 

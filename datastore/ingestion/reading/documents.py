@@ -365,7 +365,7 @@ def _texts(table: pa.Table, name: str, file: SourceFile) -> list[Any]:
             file=file.path,
             text_key=name,
             columns=table.column_names,
-            hint="Set text_key to the column of texts.",
+            hint="Name the column of texts: `text_key=COLUMN`.",
         )
     return table.column(name).to_pylist()
 

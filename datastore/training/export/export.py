@@ -71,7 +71,10 @@ def export(
     occupied = next((found.key for found in target.list()), None)
     if occupied is not None and not replace:
         raise ConflictError(
-            "the folder is not empty", url=target.url, found=occupied, hint="Name another one, or replace."
+            "the folder is not empty",
+            url=target.url,
+            found=occupied,
+            hint="Name another one, or overwrite it: `replace`.",
         )
     loaded, step = _from_run(RunFolder.open(run), step=step)
     if progress is not None:
@@ -95,7 +98,7 @@ def open_model(source: str, *, step: int | None = None) -> HuggingFaceModel:
     if is_run(storage):
         return _from_run(RunFolder(storage), step=step)[0]
     if step is not None:
-        raise ConfigError("a model folder has no steps", source=source, hint="Name a run, or leave the step out.")
+        raise ConfigError("a model folder has no steps", source=source, hint="Name a run, or leave out `step`.")
     try:
         return read_folder(storage)
     except MissingError as error:

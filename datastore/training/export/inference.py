@@ -59,7 +59,7 @@ def generate(source: str, prompt: str, *, sampling: Sampling | None = None, step
     ids = tokenizer.encode(prompt, add_special_tokens=False).ids
     start = ids or ([loaded.end_of_text] if loaded.end_of_text is not None else [])
     if not start:
-        raise ConfigError("there is nothing to start from", hint="Give a prompt.")
+        raise ConfigError("there is nothing to start from", hint="Give a `prompt`.")
     new = list(sample_tokens(loaded, start, sampling or Sampling()))
     # Decoded together: what a token is as text can depend on the one before it.
     return str(tokenizer.decode(ids + new, skip_special_tokens=True))
@@ -109,7 +109,9 @@ def evaluate(
     """
     run = run or source
     if not is_run(open_storage(run)):
-        raise ConfigError("no run says what to validate on", source=source, hint="Name the run that the model is from.")
+        raise ConfigError(
+            "no run says what to validate on", source=source, hint="Name the run that the model is from: `run=RUN`."
+        )
     config = RunFolder.open(run).config()
     settings = config.settings
     held_out = open_split(config).samples(
