@@ -26,13 +26,13 @@ from datastore.ingestion.destination import Destination, TokenizerChoice, open_t
 from datastore.ingestion.duplicates import without_duplicates
 from datastore.ingestion.plan import make_plan, work_items
 from datastore.ingestion.reading.documents import encode_rejects
+from datastore.ingestion.reading.rows import require_rows, rows_schema
 from datastore.ingestion.reading.sources import Listing, Roots, list_sources
 from datastore.ingestion.report import IngestProgress, IngestReport, Tally, rejected_in, skipped_in
 from datastore.ingestion.settings import IngestSettings, reading_digest
 from datastore.ingestion.sinks import RECORDS_SCHEMA
 from datastore.ingestion.tasks import Advance, Job
 from datastore.ingestion.workers import run_orders
-from datastore.interop.formats import FORMATS
 from datastore.storage.resolve import open_storage
 from datastore.storage.statistics import add_statistics
 from datastore.storage.urls import join_url
@@ -306,6 +306,9 @@ def prepare(sources: Sequence[str], to: str, settings: IngestSettings) -> Prepar
         ConfigError, MissingError, FormatError, CorruptError, StorageError: as `ingest`.
     """
     listing, roots = list_sources(sources, settings)
+    if settings.take != "text":
+        for file in listing.files:
+            require_rows(file)
     target = open_target(to)
     tokenizer = target.choose_tokenizer(settings) if settings.take != "rows" else None
     kind: Kind = "tokens" if tokenizer or settings.take == "tokens" else "records"
@@ -319,20 +322,22 @@ def prepare(sources: Sequence[str], to: str, settings: IngestSettings) -> Prepar
         kind=kind,
         reading_digest=reading_digest(settings, tokenizer_sha256=tokenizer.ref.sha256 if tokenizer else ""),
         known=base.known_files(),
-        record_schema=_record_schema(listing, roots, base) if settings.take == "rows" else b"",
+        record_schema=_record_schema(listing, roots, base, settings) if settings.take == "rows" else b"",
     )
     return PreparedIngest(settings=settings, roots=roots, target=target, tokenizer=tokenizer, plan=plan)
 
 
-def _record_schema(listing: Listing, roots: Roots, target: Destination) -> bytes:
+def _record_schema(listing: Listing, roots: Roots, target: Destination, settings: IngestSettings) -> bytes:
     """Return the columns that all files must have: those of the dataset, or in a new one those of the first file.
 
     Raises:
         ConfigError: the first file does not have them; better now than after all the reading.
     """
     first = listing.files[0]
+    if target.newest is not None and first.format == "jsonl":  # Each line is held against the columns as it is read.
+        return target.newest.record_schema
     url, key = roots.locate(first.path)
-    schema = FORMATS[first.format].schema(open_storage(url), key).remove_metadata()
+    schema = rows_schema(open_storage(url), key, file=first, settings=settings).remove_metadata()
     if target.newest is not None:
         check_rows(schema.empty_table(), decode_schema(target.newest.record_schema))
         return target.newest.record_schema

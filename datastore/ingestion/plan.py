@@ -11,7 +11,8 @@ from datastore.dataset.journal import Part, Plan, SourceFile, Task
 from datastore.dataset.log.manifest import Kind
 from datastore.digest import digest_hex
 from datastore.document import Document
-from datastore.ingestion.reading.documents import is_cuttable, separator_of
+from datastore.ingestion.reading.documents import separator_of
+from datastore.ingestion.reading.rows import is_cuttable, is_table
 from datastore.ingestion.reading.sources import Listing
 from datastore.ingestion.reading.streams import can_be_cut, cut_evenly
 from datastore.ingestion.settings import IngestSettings
@@ -88,11 +89,16 @@ def _parts(files: tuple[SourceFile, ...], settings: IngestSettings) -> Iterator[
     """Yield every part of every file with its weight."""
     for index, file in enumerate(files):
         ranges = [(0, file.size_bytes)]
-        if not file.codec and (can_be_cut(separator_of(file, settings)) or is_cuttable(file)):
+        if is_cuttable(file) if is_table(file) else _may_be_cut(file, settings):
             ranges = cut_evenly(file.size_bytes, settings.task_bytes)
         growth = _TYPICAL_EXPANSION if file.codec else 1
         for start, stop in ranges:
             yield Part(file=index, start=start, stop=stop), (stop - start) * growth + _FILE_WEIGHT
+
+
+def _may_be_cut(file: SourceFile, settings: IngestSettings) -> bool:
+    # Tokens of JSON lines are called after the number of their line, which who starts in the middle cannot know.
+    return not file.codec and settings.take != "tokens" and can_be_cut(separator_of(file, settings))
 
 
 def _groups(parts: Iterable[tuple[Part, int]], target: float) -> Iterator[list[Part]]:

@@ -51,7 +51,7 @@ class IngestSettings(Document, frozen=True, kw_only=True):
     """Read all files as those of this format. Empty: text and JSON lines, told by their names."""
 
     take: Take = "text"
-    """What of a row of such a format becomes a document: the text under `text_key`, all its columns, or its tokens."""
+    """What of a row of such a format, or of a JSON line, becomes a document: the text under `text_key`, all columns, or tokens."""
 
     include: tuple[Name, ...] = ()
     """Take only files of a folder that match one of these globs (a name, or with `/` the path in the folder)."""

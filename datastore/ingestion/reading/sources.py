@@ -184,6 +184,8 @@ def _source_file(
 ) -> SourceFile:
     # What a document of it is belongs to what the file is: the same lines read by another key are other documents.
     how = settings.text_key if kind[0] == "jsonl" else settings.separator
+    if settings.take != "text":
+        how = f"{settings.take} {settings.tokens_key}"
     facts = (path, stat.size_bytes, stat.modified, kind[0], how)
     return SourceFile(
         path=path,

@@ -26,6 +26,7 @@ from datastore.dataset.shards.info import ShardInfo
 from datastore.errors import ConfigError
 from datastore.formats.evolution import without_numbers
 from datastore.formats.records import RecordFormat, check_format
+from datastore.formats.rows import rows_to_table
 from datastore.formats.schema import SchemaLike, check_rows, check_storable, decode_schema, record_schema
 from datastore.storage.base import Storage
 
@@ -196,6 +197,6 @@ def _table_from(rows: list[Mapping[str, Any]], schema: pa.Schema | None) -> pa.T
                 hint="Give each row every column; None stands for no value.",
             )
     try:
-        return pa.Table.from_pylist([dict(row) for row in rows], schema=schema)
+        return pa.Table.from_pylist([dict(row) for row in rows]) if schema is None else rows_to_table(rows, schema)
     except (pa.ArrowException, TypeError, ValueError, OverflowError) as error:
         raise ConfigError(f"rows do not fit the schema: {error}", hint="Write values of the columns' types.") from None

@@ -226,7 +226,7 @@ def test_a_shard_of_nothing_but_repeated_ids_is_left_out(run: Ingester, tmp_path
 
 def test_too_many_rejects_commit_nothing_and_a_higher_limit_goes_on_from_there(run: Ingester, tmp_path: Path) -> None:
     path = lines(tmp_path / "bad.jsonl", *({"text": text(i)} for i in range(9)), b"{")
-    with pytest.raises(RejectedError, match=r"rejected=1, of=10.*invalid_json.*max_reject_ratio = 0\.1"):
+    with pytest.raises(RejectedError, match=r"rejected=1, of=10.*invalid_json.*`max_reject_ratio=0\.1`"):
         run(path)
     with pytest.raises(MissingError, match="no version yet"):
         run.open()
