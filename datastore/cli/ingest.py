@@ -98,6 +98,9 @@ def _tell_estimate(expected: "Estimate") -> None:
         {
             "to read": f"{expected.files:,} files, {format_bytes(expected.source_bytes)}",
             "already there": f"{expected.known_files:,} files" if expected.known_files else None,
+            "changed": f"{_files(expected.changed_files)}; their older documents stay"
+            if expected.changed_files
+            else None,
             "left out": _counts(expected.skipped),
             "would add": f"about {expected.documents:,} documents{tokens}, {format_bytes(expected.shard_bytes)}",
             "would reject": f"about {expected.rejects:,}" if expected.rejects else None,
@@ -120,6 +123,10 @@ def _tell(report: "IngestReport") -> None:
             "added": f"{report.documents:,} documents{tokens}",
             "from": f"{report.files:,} files, {format_bytes(report.text_bytes)} of text",
             "already there": f"{report.known_files:,} files" if report.known_files else None,
+            "changed": f"{_files(report.changed_files)} since version {report.changed_since}, added as new documents;"
+            " the older ones stay"
+            if report.changed_files
+            else None,
             "left out": _counts(report.skipped),
             "rejected": _counts(report.rejected, report.rejects),
             "shards": f"{report.shards:,}, {format_bytes(report.shard_bytes)}",
@@ -127,6 +134,10 @@ def _tell(report: "IngestReport") -> None:
             "taken over": f"{report.tasks_resumed} of {report.tasks} tasks" if report.tasks_resumed else None,
         }
     )
+
+
+def _files(count: int) -> str:
+    return f"{count:,} file{'s' * (count != 1)}"
 
 
 def _counts(reasons: Mapping[Any, int], where: str = "") -> str | None:

@@ -40,6 +40,9 @@ class Estimate:
     kind: Kind
     files: int
     known_files: int
+    changed_files: int
+    """Of the files, those that the dataset has in another state."""
+
     skipped: Mapping[str, int]
     source_bytes: int
     tasks: int
@@ -68,6 +71,7 @@ def estimate(sources: Sequence[str], to: str, *, settings: IngestSettings | None
         kind=plan.kind,
         files=len(plan.files),
         known_files=plan.known,
+        changed_files=len(prepared.changed),
         skipped=plan.skipped,
         source_bytes=total,
         tasks=len(every),

@@ -9,7 +9,7 @@ the tasks made is good enough, and if so, makes one commit of it.
 
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from datastore.dataset.journal import Journal, Plan, TaskDone
@@ -19,13 +19,13 @@ from datastore.dataset.log.manifest import Commit, Kind, TokenizerRef
 from datastore.dataset.operations.append import Operation, commit_records, commit_shards
 from datastore.dataset.shards.files import put_tokenizer
 from datastore.dataset.shards.info import ShardInfo
-from datastore.errors import ConfigError, RejectedError
+from datastore.errors import ConfigError, CorruptError, RejectedError
 from datastore.formats.schema import check_rows, check_storable, decode_schema, encode_schema
 from datastore.host import cores
 from datastore.ingestion.destination import Destination, TokenizerChoice, open_target
 from datastore.ingestion.duplicates import without_duplicates
-from datastore.ingestion.plan import make_plan, work_items
-from datastore.ingestion.reading.documents import encode_rejects
+from datastore.ingestion.plan import changed_since, make_plan, work_items
+from datastore.ingestion.reading.documents import decode_rejects, encode_rejects
 from datastore.ingestion.reading.rows import require_rows, rows_schema
 from datastore.ingestion.reading.sources import Listing, Roots, list_sources
 from datastore.ingestion.report import IngestProgress, IngestReport, Tally, rejected_in, skipped_in
@@ -66,7 +66,11 @@ def ingest(
         return _report(prepared, {}, outcome, resumed=0, started=started)
     resumed = _begin(prepared)
     tally = Tally(work_items(prepared.plan), resumed, progress)
-    done = _run(prepared, to, resumed, tally)
+    try:
+        done = _run(prepared, to, resumed, tally)
+    except (ConfigError, CorruptError, RejectedError):
+        prepared.target.forget(prepared.plan.ingest_id)  # The source is to be corrected, and then is another one.
+        raise
     outcome = commit_ingest(
         prepared.target,
         prepared.plan,
@@ -87,6 +91,8 @@ class PreparedIngest:
     target: Destination
     tokenizer: TokenizerChoice | None
     plan: Plan
+    changed: Mapping[str, int]
+    """Files that the dataset has in another state, and the last version that brought one."""
 
     def workers(self, tasks: int) -> int:
         """Return how many processes to use for that many tasks.
@@ -165,6 +171,8 @@ def _report(
         kind=plan.kind,
         files=len(plan.files),
         known_files=plan.known,
+        changed_files=len(prepared.changed),
+        changed_since=max(prepared.changed.values(), default=0),
         skipped=dict(sorted((Counter(plan.skipped) + skipped_in(done.values())).items())),
         documents=sum(shard.documents for shard in outcome.shards),
         tokens=sum(shard.tokens for shard in outcome.shards),
@@ -203,7 +211,10 @@ def commit_ingest(
         if settings.on_error == "quarantine":
             journal.put_rejects("duplicates", encode_rejects(found.rejects))
     where = join_url(target.storage.url, journal.folder, "rejects") if settings.on_error == "quarantine" else ""
-    _check_limit(sum(task.documents for task in tasks) - len(found.rejects), rejected, settings, where=where)
+    documents = sum(task.documents for task in tasks) - len(found.rejects)
+    if rejected and not documents:
+        raise _all_rejected(target, journal, rejected, where=where)
+    _check_limit(documents, rejected, settings, where=where)
     if settings.on_error == "fail" and found.rejects:
         first = found.rejects[0]
         raise RejectedError(
@@ -215,6 +226,7 @@ def commit_ingest(
         )
     if not found.shards:
         if target.newest is None or settings.operation == "overwrite":
+            target.forget(plan.ingest_id)
             raise ConfigError(
                 "the source is empty: there is no document in it",
                 sources=list(plan.sources),
@@ -225,6 +237,21 @@ def commit_ingest(
         return IngestOutcome(target.newest, (), rejected)
     return IngestOutcome(
         _commit(target, plan, found.shards, tokenizer, operation=settings.operation), found.shards, rejected
+    )
+
+
+def _all_rejected(target: Destination, journal: Journal, rejected: Counter[str], *, where: str) -> RejectedError:
+    """Return the error for a source without one good document; where nothing was before, nothing is left."""
+    first = next((each for key, raw in journal.rejects() for each in decode_rejects(raw, where=key)), None)
+    target.forget(journal.ingest_id)
+    seen = {"source": first.source, "offset": first.offset, "begins": first.excerpt[:40]} if first else {}
+    way = "Name the key of the text, `text_key=KEY`" if "missing_text" in rejected else "Correct the source"
+    return RejectedError(
+        "all documents were rejected, so nothing was committed",
+        rejected=rejected.total(),
+        reasons=dict(sorted(rejected.items())),
+        **seen,
+        hint=f"{way}{f'; all are described in {where}' if where and not target.fresh else ''}.",
     )
 
 
@@ -313,6 +340,7 @@ def prepare(sources: Sequence[str], to: str, settings: IngestSettings) -> Prepar
     tokenizer = target.choose_tokenizer(settings) if settings.take != "rows" else None
     kind: Kind = "tokens" if tokenizer or settings.take == "tokens" else "records"
     base = target if settings.operation == "append" else Destination(target.storage, None)
+    history = tuple(base.ingests())
     base.require_kind(kind)
     if kind == "records" and settings.take == "text":
         base.require_schema(RECORDS_SCHEMA)
@@ -321,10 +349,13 @@ def prepare(sources: Sequence[str], to: str, settings: IngestSettings) -> Prepar
         settings=settings,
         kind=kind,
         reading_digest=reading_digest(settings, tokenizer_sha256=tokenizer.ref.sha256 if tokenizer else ""),
-        known=base.known_files(),
+        known=frozenset(file.fingerprint for _, plan in history for file in plan.files),
         record_schema=_record_schema(listing, roots, base, settings) if settings.take == "rows" else b"",
     )
-    return PreparedIngest(settings=settings, roots=roots, target=target, tokenizer=tokenizer, plan=plan)
+    changed = changed_since(plan.files, history)
+    return PreparedIngest(
+        settings=settings, roots=roots, target=target, tokenizer=tokenizer, plan=plan, changed=changed
+    )
 
 
 def _record_schema(listing: Listing, roots: Roots, target: Destination, settings: IngestSettings) -> bytes:

@@ -17,7 +17,7 @@ from datastore.ingestion.reading.sources import Listing
 from datastore.ingestion.reading.streams import can_be_cut, cut_evenly
 from datastore.ingestion.settings import IngestSettings
 
-__all__ = ["WorkItem", "ingest_id_of", "make_plan", "source_bytes", "work_items"]
+__all__ = ["WorkItem", "changed_since", "ingest_id_of", "make_plan", "source_bytes", "work_items"]
 
 _FILE_WEIGHT = 4096
 """Opening a file costs as much as reading this many bytes of it."""
@@ -37,6 +37,24 @@ def ingest_id_of(files: Iterable[SourceFile], *, kind: Kind, reading_digest: str
     """Return the name of the ingest of these files in this way: the same files and settings, the same ingest."""
     prints = "\n".join(file.fingerprint for file in files)
     return digest_hex(f"{kind}/{reading_digest}\n{prints}".encode())
+
+
+def changed_since(files: Iterable[SourceFile], history: Iterable[tuple[int, Plan]]) -> dict[str, int]:
+    """Return the paths of `files` that were ingested in another state, never in this one, and the last version that did.
+
+    `history` are earlier ingests with their versions, newest first.
+    """
+    states: dict[str, set[tuple[int, float]]] = {}
+    versions: dict[str, int] = {}
+    for version, plan in history:
+        for file in plan.files:
+            states.setdefault(file.path, set()).add((file.size_bytes, file.modified))
+            versions.setdefault(file.path, version)
+    return {
+        file.path: versions[file.path]
+        for file in files
+        if file.path in states and (file.size_bytes, file.modified) not in states[file.path]
+    }
 
 
 def make_plan(
