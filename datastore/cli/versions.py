@@ -2,15 +2,17 @@
 
 from collections.abc import Callable
 from itertools import islice
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
+from datastore.cli.datasets import amounts
 from datastore.cli.output import fields, json_option, moment, progress_option, say, say_json, table, with_progress
 from datastore.cli.shell import example
 
 if TYPE_CHECKING:  # pyarrow takes longer to load than a wrong option takes to find.
     from datastore.dataset.diff import Diff
+    from datastore.dataset.log.manifest import Commit
     from datastore.dataset.operations.vacuum import Amount, VacuumReport
     from datastore.dataset.snapshot import Dataset
 
@@ -34,10 +36,10 @@ def log(*, url: str, limit: int, as_json: bool) -> None:
 
     newest = open_dataset(url)
     commits = list(islice(newest.log.history(newest.commit), limit or None))
-    if as_json:
-        say_json(commits)
-        return
     notes = _notes(newest)
+    if as_json:
+        say_json([_facts(commit) | notes(commit.version) for commit in commits])
+        return
     header = ("version", "time", "operation", "documents", "tokens", "shards", "writer", "")
     table(
         header,
@@ -46,11 +48,9 @@ def log(*, url: str, limit: int, as_json: bool) -> None:
                 c.version,
                 moment(c.time),
                 c.operation,
-                c.totals.documents - c.totals.deleted_documents,
-                c.totals.tokens - c.totals.deleted_tokens,
-                c.totals.shards,
+                *(amounts(c)[name] for name in ("documents", "tokens", "shards")),
                 c.writer,
-                notes(c.version),
+                ", ".join(notes(c.version)["tags"]) or ("expired" if notes(c.version)["expired"] else ""),
             )
             for c in commits
         ],
@@ -59,8 +59,15 @@ def log(*, url: str, limit: int, as_json: bool) -> None:
         say(f"... and {newest.version - len(commits):,} older; --limit 0 lists all")
 
 
-def _notes(newest: "Dataset") -> Callable[[int], str]:
-    """Return a function that gives what there is to say of a version: its tags, or that it has expired."""
+def _facts(commit: "Commit") -> dict[str, Any]:
+    """Return the commit, and how much the version holds by the names that `show` uses."""
+    import msgspec
+
+    return msgspec.to_builtins(commit) | amounts(commit)  # type: ignore[no-any-return]
+
+
+def _notes(newest: "Dataset") -> Callable[[int], dict[str, Any]]:
+    """Return a function that gives what there is to say of a version: its tags, and whether it has expired."""
     from datastore.dataset.log.manifest import oldest_readable
     from datastore.dataset.log.tags import list_tags, read_tag
 
@@ -69,8 +76,8 @@ def _notes(newest: "Dataset") -> Callable[[int], str]:
         tags.setdefault(read_tag(newest.storage, name).version, []).append(name)
     oldest = oldest_readable(newest.info, newest.log.newest() or newest.commit)
 
-    def notes(version: int) -> str:
-        return ", ".join(tags.get(version, [])) or ("expired" if version < oldest else "")
+    def notes(version: int) -> dict[str, Any]:
+        return {"tags": tags.get(version, []), "expired": version < oldest}
 
     return notes
 
@@ -211,7 +218,7 @@ def _tell_vacuum(report: "VacuumReport") -> None:
             "readable": kept,
             "too young": shown(report.young),
             "of ingests": shown(report.of_ingests),
-            **{kind: shown(amount) for kind, amount in report.removed.items()},
+            **{kind.replace("_", " "): shown(amount) for kind, amount in report.removed.items()},
         }
     )
     total = shown(report.total)
