@@ -180,7 +180,7 @@ def evaluate(*, model: str, run: str | None, step: int | None, samples: int, as_
 @STEP
 @json_option
 def generate(*, model: str, prompt: str | None, step: int | None, as_json: bool, **sampling: Any) -> None:
-    """Let MODEL, a run or an exported folder, go on with a text."""
+    """Let MODEL, a run or an exported folder, go on with a text; what is printed begins with that text."""
     from datastore.document import convert
     from datastore.training.export.inference import Sampling
     from datastore.training.export.inference import generate as generate_text
@@ -190,7 +190,8 @@ def generate(*, model: str, prompt: str | None, step: int | None, as_json: bool,
         model, prompt or "", sampling=convert(Sampling, given, where="the options", origins=origins), step=step
     )
     if as_json:
-        say_json({"prompt": prompt or "", "text": text})
+        prompt = prompt or ""
+        say_json({"prompt": prompt, "completion": text.removeprefix(prompt), "text": text})
         return
     say(text)
 

@@ -11,7 +11,7 @@ import torch
 from tokenizers import Tokenizer
 from torch import Tensor
 
-from datastore.document import Document
+from datastore.document import SettingsDocument
 from datastore.errors import ConfigError
 from datastore.loader.settings import Rank
 from datastore.storage.resolve import open_storage
@@ -28,7 +28,7 @@ from datastore.units import Progress, telling
 __all__ = ["Sampling", "evaluate", "generate", "sample_tokens"]
 
 
-class Sampling(Document, frozen=True, kw_only=True):
+class Sampling(SettingsDocument, frozen=True, kw_only=True):
     """How the next token is chosen."""
 
     tokens: Annotated[int, msgspec.Meta(gt=0)] = 128
@@ -44,7 +44,7 @@ class Sampling(Document, frozen=True, kw_only=True):
 
 
 def generate(source: str, prompt: str, *, sampling: Sampling | None = None, step: int | None = None) -> str:
-    """Return `prompt` and what the model goes on with.
+    """Return `prompt`, as it is, and what the model goes on with.
 
     `source` is a run folder (at `step`, or its newest checkpoint) or a Hugging Face folder.
 
@@ -61,8 +61,13 @@ def generate(source: str, prompt: str, *, sampling: Sampling | None = None, step
     if not start:
         raise ConfigError("there is nothing to start from", hint="Give a `prompt`.")
     new = list(sample_tokens(loaded, start, sampling or Sampling()))
-    # Decoded together: what a token is as text can depend on the one before it.
-    return str(tokenizer.decode(ids + new, skip_special_tokens=True))
+    # Decoded together: what a token is as text can depend on the one before it. But of the prompt the text is known, and
+    # a tokenizer may not give it back: spaces at its ends, a special token in it, or a word that it does not know.
+    whole = str(tokenizer.decode(ids + new, skip_special_tokens=True))
+    own = str(tokenizer.decode(ids, skip_special_tokens=True))
+    if not whole.startswith(own):
+        whole, own = str(tokenizer.decode(new, skip_special_tokens=True)), ""
+    return prompt + whole.removeprefix(own)
 
 
 @torch.inference_mode()
