@@ -18,7 +18,7 @@ import msgspec
 from typing_extensions import Buffer
 
 from datastore.digest import digest_hex
-from datastore.errors import ConfigError, CorruptError, FormatError
+from datastore.errors import ConfigError, CorruptError, FormatError, plain
 
 __all__ = [
     "Count",
@@ -26,6 +26,7 @@ __all__ = [
     "Hex32",
     "Positive",
     "Sealed",
+    "SettingsDocument",
     "Sha256",
     "Version",
     "convert",
@@ -54,6 +55,17 @@ S = TypeVar("S", bound="Sealed")
 
 class Document(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """A frozen record; an unknown field, a wrong type or a value out of range is refused when decoding."""
+
+
+class SettingsDocument(Document, frozen=True, kw_only=True):
+    """A record that users fill in: a NumPy number in it is the number that it is."""
+
+    def __post_init__(self) -> None:
+        for name in self.__struct_fields__:
+            value = getattr(self, name)
+            number = plain(value)
+            if number is not value:
+                msgspec.structs.force_setattr(self, name, number)
 
 
 class Sealed(Document, frozen=True, kw_only=True):
@@ -118,7 +130,7 @@ def convert(kind: type[D], value: Mapping[str, Any], *, where: str, origins: Map
     """
     try:
         _decoder(kind)
-        return msgspec.convert(value, type=kind)
+        return msgspec.convert(plain(dict(value)), type=kind)
     except msgspec.ValidationError as error:
         raise _mistake(kind, str(error), where=where, origins=origins or {}) from None
 

@@ -11,7 +11,7 @@ import msgspec
 
 from datastore.dataset.operations.append import Operation
 from datastore.digest import digest_hex
-from datastore.document import Document, Positive, encode
+from datastore.document import Positive, SettingsDocument, encode
 from datastore.interop.formats import ImportFormat
 
 __all__ = ["CODE_VERSION", "IngestSettings", "OnError", "SpecialTokens", "Take", "reading_digest"]
@@ -32,7 +32,7 @@ Ratio = Annotated[float, msgspec.Meta(ge=0, le=1)]
 Name = Annotated[str, msgspec.Meta(min_length=1)]
 
 
-class IngestSettings(Document, frozen=True, kw_only=True):
+class IngestSettings(SettingsDocument, frozen=True, kw_only=True):
     """How sources become shards."""
 
     tokenizer: str = ""

@@ -14,7 +14,7 @@ import msgspec
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from datastore.digest import digest_bytes
-from datastore.document import Document
+from datastore.document import SettingsDocument
 from datastore.errors import ConfigError
 from datastore.ingestion.plan import make_plan, work_items
 from datastore.ingestion.reading.documents import TextRecord, read_part
@@ -32,7 +32,7 @@ _PART_BYTES = 2**20
 """The sample is made of parts of about this size, or of whole files."""
 
 
-class TokenizerSettings(Document, frozen=True, kw_only=True):
+class TokenizerSettings(SettingsDocument, frozen=True, kw_only=True):
     """How a tokenizer is trained."""
 
     vocab_size: Annotated[int, msgspec.Meta(ge=SMALLEST_VOCABULARY, le=2**24)] = 16_384

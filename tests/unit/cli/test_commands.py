@@ -280,7 +280,18 @@ MORE = [
 ]
 """What reports and takes no time."""
 
-NAMED_BY_DATA = {"tags", "values", "packages", "extras", "files", "tensors", "reasons", "rejected", "skipped", "metrics"}
+NAMED_BY_DATA = {
+    "tags",
+    "values",
+    "packages",
+    "extras",
+    "files",
+    "tensors",
+    "reasons",
+    "rejected",
+    "skipped",
+    "metrics",
+}
 """Objects whose keys are names of somebody else."""
 
 
