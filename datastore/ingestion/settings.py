@@ -60,8 +60,10 @@ class IngestSettings(SettingsDocument, frozen=True, kw_only=True):
     """Leave out files and folders that match one of these globs."""
 
     text_key: Name = "text"
+    """The key of the text in a JSON line, or its column."""
+
     id_key: Name = "id"
-    """Keys of a JSON line, or columns; without an id, a document is called after its file and place in it."""
+    """The key of the id, or its column; without an id, a document is called after its file and place in it."""
 
     tokens_key: Name = "tokens"
     """The column of token ids, if tokens are taken over."""

@@ -85,8 +85,14 @@ class ModelSettings(SettingsDocument, frozen=True, kw_only=True):
     """The shape of the GPT. The default has 26 M parameters besides the embedding."""
 
     layers: Positive = 8
+    """Blocks of attention and feed-forward, one after the other."""
+
     width: Positive = 512
+    """Numbers that stand for a token between blocks."""
+
     heads: Positive = 8
+    """Query heads; each has `width / heads` numbers, a whole and even number."""
+
     kv_heads: Count = 0
     """Heads of keys and values, each shared by `heads / kv_heads` query heads; 0: as many as `heads`."""
 
@@ -100,7 +106,10 @@ class ModelSettings(SettingsDocument, frozen=True, kw_only=True):
     """Whether the output layer is the transposed embedding."""
 
     rope_theta: Annotated[float, msgspec.Meta(gt=0)] = 10_000.0
+    """Base of the rotary embedding: the longest wave has about 6 times so many tokens."""
+
     norm_eps: Annotated[float, msgspec.Meta(gt=0)] = 1e-5
+    """Added to the mean square in each RMSNorm."""
 
     @override
     def __post_init__(self) -> None:
@@ -125,6 +134,8 @@ class OptimSettings(SettingsDocument, frozen=True, kw_only=True):
     """The update rule, and a learning rate that warms up linearly and falls along a cosine."""
 
     use: Literal["adamw", "sgd"] = "adamw"
+    """The update rule; both are those of torch."""
+
     lr: Annotated[float, msgspec.Meta(gt=0)] = 6e-4
     """Peak learning rate."""
 
@@ -135,7 +146,11 @@ class OptimSettings(SettingsDocument, frozen=True, kw_only=True):
     """Learning rate of the last step, as a fraction of `lr`."""
 
     betas: tuple[Rate, Rate] = (0.9, 0.95)
+    """How slowly AdamW's means forget: that of the gradients, and that of their squares."""
+
     eps: Annotated[float, msgspec.Meta(gt=0)] = 1e-8
+    """Added to the denominator of AdamW."""
+
     weight_decay: Rate = 0.1
     """Applied to matrices only; norms and biases are not decayed."""
 
@@ -147,6 +162,8 @@ class StepSettings(SettingsDocument, frozen=True, kw_only=True):
     """How many steps, and how this machine takes them."""
 
     steps: Positive = 1000
+    """Steps of the whole run; a resumed run may have more."""
+
     seed: Count = 0
     """Seed of the initial weights and of everything random in a step."""
 
@@ -161,6 +178,8 @@ class StepSettings(SettingsDocument, frozen=True, kw_only=True):
     once it has been compiled for half a minute."""
 
     device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where to compute. auto: on a GPU if there is one."""
+
     threads: Count = 0
     """CPU threads of each rank; 0: the cores of the machine over its ranks. The count is recorded: it can change the last bit of a sum."""
 
@@ -210,7 +229,10 @@ class Settings(SettingsDocument, frozen=True, kw_only=True):
     metrics: MetricsSettings = MetricsSettings()
     loader: LoaderSettings = LoaderSettings()
     objective: dict[str, Any] = msgspec.field(default_factory=lambda: {"use": "causal"})
+    """What is learned: `use` names it, its other keys are its own."""
+
     hooks: tuple[dict[str, Any], ...] = ()
+    """What changes the model or its training, in the order in which they run: `use` names each, its other keys are its own."""
 
     @override
     def __post_init__(self) -> None:

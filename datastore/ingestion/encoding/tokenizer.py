@@ -39,8 +39,10 @@ class TokenizerSettings(SettingsDocument, frozen=True, kw_only=True):
     """Ids, the special ones included. Up to 65,536 a token takes two bytes."""
 
     end_of_text: Annotated[str, msgspec.Meta(min_length=1)] = "<|endoftext|>"
+    """The special token that ends a document; its id is 0."""
+
     special_tokens: tuple[str, ...] = ()
-    """More special tokens; they get the ids after the end of text, which is 0."""
+    """More special tokens; they get the ids after the end of text."""
 
     sample_bytes: Annotated[int, msgspec.Meta(ge=1)] = 256 * 2**20
     """How much text to look at, at most."""

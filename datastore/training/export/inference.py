@@ -41,6 +41,7 @@ class Sampling(SettingsDocument, frozen=True, kw_only=True):
     """Only the likeliest k tokens are drawn from; 0: all."""
 
     seed: Annotated[int, msgspec.Meta(ge=0)] = 0
+    """The same seed gives the same text."""
 
 
 def generate(source: str, prompt: str, *, sampling: Sampling | None = None, step: int | None = None) -> str:

@@ -33,6 +33,8 @@ class PruneSettings(SettingsDocument, frozen=True, kw_only=True):
     """Compression ratio F at the end: of N weights, N / F are kept."""
 
     start: Annotated[int, msgspec.Meta(ge=0)] = 0
+    """Step from which on weights are pruned."""
+
     stop: Annotated[int, msgspec.Meta(ge=0)] = 0
     """Step at which the final ratio is reached; 0: after 3/4 of all steps."""
 

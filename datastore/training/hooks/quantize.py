@@ -31,6 +31,8 @@ class QuantizeSettings(SettingsDocument, frozen=True, kw_only=True):
     """How small the weights of linear layers become. Embeddings, norms and the output layer stay as they are."""
 
     bits: Bits = 8
+    """Of each weight."""
+
     group: Annotated[int, msgspec.Meta(ge=0)] = 0
     """Columns that share a scale; 0: all columns of a row."""
 
