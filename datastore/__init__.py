@@ -177,7 +177,7 @@ def __getattr__(name: str) -> Any:
     if name == "__version__":
         from importlib.metadata import version
 
-        return version("datastore")
+        return version("llm-datastore")
     if name not in _HOMES:
         raise AttributeError(f"module 'datastore' has no attribute {name!r}")
     module, attribute = _HOMES[name]

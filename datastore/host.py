@@ -16,7 +16,7 @@ def utc_now() -> str:
 @cache
 def package_name() -> str:
     """Return the name and version of this package as they stand in commits; reading them once takes a millisecond."""
-    return f"datastore {installed_version('datastore')}"
+    return f"datastore {installed_version('llm-datastore')}"
 
 
 def cores() -> int:

@@ -102,7 +102,7 @@ def _new_run(storage: Storage) -> RunInfo:
 
 def writer() -> str:
     """Return which code writes."""
-    return f"datastore {version('datastore')}, process {os.getpid()}"
+    return f"datastore {version('llm-datastore')}, process {os.getpid()}"
 
 
 Agree = Callable[[int], int]

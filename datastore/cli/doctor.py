@@ -129,7 +129,7 @@ def _machine() -> dict[str, Any]:
     limit = _memory_limit_bytes()
     folder = Path.cwd()
     return {
-        "datastore": _version("datastore") or "not installed",
+        "datastore": _version("llm-datastore") or "not installed",
         "python": platform.python_version(),
         "executable": sys.executable,
         "system": f"{platform.system()} {platform.release()} {platform.machine()}",
@@ -197,7 +197,7 @@ def _advice(
     machine: dict[str, object], extras: dict[str, dict[str, str | None]], probe: StorageProbe | None
 ) -> list[str]:
     lines = [
-        f"The extra '{extra}' is not installed: pip install 'datastore[{extra}]' brings {', '.join(versions)}."
+        f"The extra '{extra}' is not installed: pip install 'llm-datastore[{extra}]' brings {', '.join(versions)}."
         for extra, versions in extras.items()
         if None in versions.values()
     ]

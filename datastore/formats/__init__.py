@@ -6,7 +6,8 @@ documents     the documents of a token shard
 tokentext     the text of tokens
 records       a record shard
 schema        the schema of records
-rows          Python values as columns, without a loss
+fitting       rows made to fit a schema, or refused
+plain         rows of Python values as Arrow
 evolution     rows of an older schema as rows of a newer one
 safetensors   the header of a safetensors file
 """

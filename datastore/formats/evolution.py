@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 import pyarrow as pa
 
 from datastore.errors import ConfigError, CorruptError
+from datastore.formats.fitting import fit_array
 from datastore.formats.schema import SchemaLike, parse_field, record_schema
 
 __all__ = [
@@ -163,11 +164,22 @@ def adapt(rows: Rows, schema: pa.Schema, *, stored: pa.Schema | None = None) -> 
         ) from None
 
 
+def _cast(column: Any, wanted: "pa.Field[Any]") -> Any:
+    try:
+        return column.cast(wanted.type)
+    except pa.ArrowInvalid:
+        # pyarrow reads a null list of fixed size from Parquet with null items, and then does not cast it to a type whose
+        # items are never null (26.0.1).
+        chunks = column.chunks if isinstance(column, pa.ChunkedArray) else [column]
+        fitted = [fit_array(chunk, wanted, wanted.name) for chunk in chunks]
+        return pa.chunked_array(fitted, type=wanted.type) if isinstance(column, pa.ChunkedArray) else fitted[0]
+
+
 def _column(rows: pa.Table | pa.RecordBatch, name: str | None, wanted: "pa.Field[Any]") -> Any:
     if name is not None:
         column = rows.column(name)
         # The names of the items of lists and maps, which Parquet changes, are no part of what types are compared by.
-        return column if column.type.equals(wanted.type) else column.cast(wanted.type)
+        return column if column.type.equals(wanted.type) else _cast(column, wanted)
     note = (wanted.metadata or {}).get(DEFAULT)
     if note is None:
         if not wanted.nullable:

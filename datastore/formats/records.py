@@ -15,6 +15,7 @@ import pyarrow.parquet as pq
 from typing_extensions import Buffer
 
 from datastore.errors import ConfigError, CorruptError
+from datastore.formats.fitting import without_hidden_indices
 from datastore.formats.schema import check_names
 
 __all__ = [
@@ -67,7 +68,7 @@ def encode_records(
     batch_bytes: int = BATCH_BYTES,
 ) -> EncodedRecords:
     """Return the shard that holds the rows of `table`."""
-    whole = table.combine_chunks()
+    whole = without_hidden_indices(table.combine_chunks())
     return _encode_parquet(whole, batch_bytes) if format == "parquet" else _encode_arrow(whole, batch_bytes)
 
 

@@ -19,7 +19,6 @@ __all__ = [
     "MEDIA_TYPE",
     "SchemaLike",
     "check_names",
-    "check_rows",
     "check_storable",
     "decode_schema",
     "encode_schema",
@@ -287,20 +286,3 @@ def _check_type(kind: Any, where: str) -> None:
         return
     for child in children:
         _check_type(child.type, where)
-
-
-def check_rows(table: pa.Table, schema: pa.Schema) -> pa.Table:
-    """Return `table` with exactly the columns of `schema`, in its order.
-
-    Raises:
-        ConfigError: a column is missing, unexpected, or of a type that cannot become the other without loss.
-    """
-    try:
-        ordered = table.select(schema.names) if set(table.column_names) == set(schema.names) else table
-        if ordered.schema.equals(schema) and not any(
-            column.null_count for column, field in zip(ordered.columns, schema, strict=True) if not field.nullable
-        ):
-            return pa.Table.from_arrays(ordered.columns, schema=schema)
-        return ordered.cast(schema)
-    except (pa.ArrowException, ValueError) as error:
-        raise ConfigError(f"rows do not fit the schema: {error}", hint="Write rows of the dataset's schema.") from None

@@ -20,7 +20,8 @@ from datastore.dataset.operations.append import Operation, commit_records, commi
 from datastore.dataset.shards.files import put_tokenizer
 from datastore.dataset.shards.info import ShardInfo
 from datastore.errors import ConfigError, CorruptError, RejectedError
-from datastore.formats.schema import check_rows, check_storable, decode_schema, encode_schema
+from datastore.formats.fitting import check_rows
+from datastore.formats.schema import check_storable, decode_schema, encode_schema
 from datastore.host import cores
 from datastore.ingestion.destination import Destination, TokenizerChoice, open_target
 from datastore.ingestion.duplicates import without_duplicates

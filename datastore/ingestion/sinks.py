@@ -23,7 +23,7 @@ from datastore.dataset.shards.files import shard_uid, write_record_shard, write_
 from datastore.dataset.shards.info import ShardInfo
 from datastore.errors import ConfigError
 from datastore.formats.documents import DOCUMENTS_SCHEMA
-from datastore.formats.schema import check_rows
+from datastore.formats.fitting import check_rows
 from datastore.formats.tokens import Tokens, narrow_tokens, offsets_of, token_dtype
 from datastore.ingestion.encoding.encoder import Counts, TextEncoder
 from datastore.ingestion.reading.documents import Reject, TextRecord, reject

@@ -5,8 +5,10 @@ Rows pass through as Arrow, so every type survives (in JSON lines: as far as JSO
 Source: https://huggingface.co/docs/datasets/about_arrow (a saved folder is Arrow streams beside `state.json`)
 """
 
+import io
 from collections.abc import Iterator
-from typing import Any
+from contextlib import contextmanager
+from typing import IO, Any
 
 import orjson
 import pyarrow as pa
@@ -20,12 +22,15 @@ from datastore.interop.base import Exporter, Folder, Format, Rows, Span, below, 
 from datastore.interop.cells import as_json
 from datastore.storage.as_fsspec import ReadOnlyFileSystem
 from datastore.storage.base import Storage
+from datastore.units import format_bytes
 
 __all__ = ["CSV", "HF", "PARQUET", "HfExporter", "JsonLinesExporter", "ParquetExporter"]
 
 _STATE = "state.json"
 _BATCH_ROWS = 8192
 _GROUP_BYTES = 16 * 2**20
+_CSV_BLOCKS = (2**20, 2**24, 2**28, 2**30)
+"""Bytes that pyarrow takes at once; a row must fit."""
 
 
 class _Tables(Exporter):
@@ -204,27 +209,85 @@ def _valid(batch: pa.RecordBatch) -> pa.RecordBatch:
     return batch
 
 
+class _WholeLineEnds(io.RawIOBase):
+    """A file that is never read up to the middle of a CRLF.
+
+    On the border of two of its blocks pyarrow takes the line feed of one in quotes for an end of line (26.0.1), and loses it.
+    """
+
+    def __init__(self, file: IO[bytes]) -> None:
+        self._file = file
+        self._held = b""
+
+    @override
+    def readable(self) -> bool:
+        return True
+
+    @override
+    def read(self, size: int = -1, /) -> bytes:
+        data = self._held + self._file.read(size - len(self._held) if size >= 0 else -1)
+        self._held = b""
+        if len(data) > 1 and data.endswith(b"\r"):
+            self._held, data = data[-1:], data[:-1]
+        return data
+
+
+@contextmanager
+def _csv_reader(storage: Storage, key: str, *, block_bytes: int, schema: pa.Schema | None) -> Iterator[Any]:
+    with _open(storage, key) as file:
+        source: Any = pa.PythonFile(_WholeLineEnds(file), mode="r")
+        with pyarrow.csv.open_csv(
+            source,
+            read_options=pyarrow.csv.ReadOptions(block_size=block_bytes),
+            parse_options=pyarrow.csv.ParseOptions(newlines_in_values=True),
+            convert_options=pyarrow.csv.ConvertOptions(column_types=schema, strings_can_be_null=False),
+        ) as reader:
+            yield reader
+
+
 def _csv_schema(storage: Storage, key: str) -> pa.Schema:
-    try:
-        with _open(storage, key) as file, pyarrow.csv.open_csv(file) as reader:
-            return pa.schema([(name, pa.string()) for name in reader.schema.names])
-    except (pa.ArrowException, OSError, ValueError) as error:
-        raise _damaged(error, key, "CSV") from None
+    for block_bytes in _CSV_BLOCKS:
+        try:
+            with _csv_reader(storage, key, block_bytes=block_bytes, schema=None) as reader:
+                return pa.schema([(name, pa.string()) for name in reader.schema.names])
+        except (pa.ArrowException, OSError, ValueError) as error:
+            if not _is_too_long(error):
+                raise _damaged(error, key, "CSV") from None
+    raise _too_long(key)
 
 
 def _read_csv(storage: Storage, key: str, _span: Span) -> Iterator[Rows]:
-    """Yield all columns as text: what looks like a number in one part of a file may be none in another."""
-    schema = _csv_schema(storage, key)
-    parse = pyarrow.csv.ParseOptions(newlines_in_values=True)
-    convert = pyarrow.csv.ConvertOptions(column_types=schema, strings_can_be_null=False)
-    try:
-        with (
-            _open(storage, key) as file,
-            pyarrow.csv.open_csv(file, parse_options=parse, convert_options=convert) as reader,
-        ):
-            yield from numbered(pa.Table.from_batches([batch]) for batch in reader)
-    except (pa.ArrowException, OSError, ValueError) as error:
-        raise _damaged(error, key, "CSV") from None
+    """Yield all columns as text: what looks like a number in one part of a file may be none in another.
+
+    A row longer than a block of pyarrow's makes it begin again with larger ones, past what was handed out already.
+    """
+    schema, done = _csv_schema(storage, key), 0
+    for block_bytes in _CSV_BLOCKS:
+        row = 0
+        try:
+            with _csv_reader(storage, key, block_bytes=block_bytes, schema=schema) as reader:
+                for batch in reader:
+                    part = batch.slice(max(0, done - row))
+                    row += batch.num_rows
+                    if part.num_rows:
+                        yield done, pa.Table.from_batches([part])
+                        done = row
+        except (pa.ArrowException, OSError, ValueError) as error:
+            if not _is_too_long(error):
+                raise _damaged(error, key, "CSV") from None
+        else:
+            return
+    raise _too_long(key)
+
+
+def _is_too_long(error: Exception) -> bool:
+    """Return whether a row is longer than a block: pyarrow has no other sign of it than its text."""
+    return "straddling" in str(error)
+
+
+def _too_long(key: str) -> ConfigError:
+    longest = format_bytes(_CSV_BLOCKS[-1])
+    return ConfigError(f"a row is longer than {longest}", where=key, hint="Store it as Parquet or JSON lines.")
 
 
 PARQUET = Format(files=whole_files(".parquet"), schema=_parquet_schema, read=_read_parquet, can_be_cut=True)

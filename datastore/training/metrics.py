@@ -95,7 +95,7 @@ def _open_board(folder: Path, first_step: int) -> Any:
     except ImportError:
         raise DependencyError(
             "TensorBoard is not installed",
-            hint="Run: pip install 'datastore[track]', or set metrics.tensorboard = false.",
+            hint="Run: pip install 'llm-datastore[track]', or set metrics.tensorboard = false.",
         ) from None
     # purge_step hides what a killed session had written of the steps that are taken again.
     return SummaryWriter(log_dir=str(folder), purge_step=first_step)

@@ -157,7 +157,7 @@ def _session(name: str, trainer: Trainer, versions: Versions) -> RunSession:
         compiled=trainer.machine.compiled,
         threads=trainer.machine.threads,
         versions={
-            "datastore": version("datastore"),
+            "datastore": version("llm-datastore"),
             "python": platform.python_version(),
             "torch": version("torch"),
         },

@@ -17,6 +17,7 @@ import tomllib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import click
 import pytest
@@ -152,9 +153,14 @@ def run_shell(text: str, _names: dict[str, object], where: str) -> None:
             pytest.fail(f"{where}: the tests cannot run {words[0]!r}")
 
 
+def project() -> dict[str, Any]:
+    table: dict[str, Any] = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    return table
+
+
 def check_install(words: list[str], where: str) -> None:
     """Check that the extras named by a `pip install` line exist."""
-    extras = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["optional-dependencies"]
+    extras = project()["optional-dependencies"]
     named = [extra for word in words for extra in re.findall(r"\[(.*?)\]", word)]
     for extra in ",".join(named).split(",") if named else []:
         assert extra in extras, f"{where}: no such extra: {extra}"
@@ -186,6 +192,14 @@ RUNNERS = {
     "json": check_json,
     "text": check_nothing,
 }
+
+
+@pytest.mark.parametrize("path", [*PAGES, *(ROOT / "datastore").rglob("*.py")], ids=name_of)
+def test_nobody_is_led_to_the_package_that_is_called_as_we_are(path: Path) -> None:
+    """`datastore` on PyPI is somebody else's."""
+    text = path.read_text(encoding="utf-8")
+    wrong = re.findall(r"install datastore\b|(?<![\w-])datastore\[.*?\]|version\([\"']datastore[\"']\)", text)
+    assert wrong == [], f"{name_of(path)} must say {project()['name']}"
 
 
 @pytest.mark.parametrize("page", PAGES, ids=name_of)

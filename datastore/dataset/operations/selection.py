@@ -132,7 +132,7 @@ class Matcher:
         except ImportError:
             raise DependencyError(
                 "an SQL condition needs DuckDB",
-                hint="Install it: pip install 'datastore[sql]'; or give `ids` or `sources`.",
+                hint="Install it: pip install 'llm-datastore[sql]'; or give `ids` or `sources`.",
             ) from None
         engine = getattr(self._engines, "duckdb", None)
         if engine is None:

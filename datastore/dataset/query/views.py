@@ -176,7 +176,7 @@ class Views(Readable):
 
 def _missing_library(name: str, *, extra: str = "") -> DependencyError:
     """Return the error for an optional library that is not installed."""
-    command = f"pip install 'datastore[{extra}]'" if extra else f"pip install {name}"
+    command = f"pip install 'llm-datastore[{extra}]'" if extra else f"pip install {name}"
     return DependencyError(f"{name} is not installed", hint=f"Run {command}.")
 
 

@@ -17,7 +17,7 @@ import pyarrow.types as kinds
 
 from datastore.dataset.journal import SourceFile
 from datastore.errors import ConfigError, CorruptError
-from datastore.formats.rows import RowError, rows_to_table
+from datastore.formats.plain import table_of_rows
 from datastore.formats.schema import check_names
 from datastore.ingestion.reading.streams import RecordPiece, lookback, open_stream, read_chunks, split_records
 from datastore.ingestion.settings import IngestSettings
@@ -188,10 +188,34 @@ def _table(
         unknown = sorted(set(row) - names)
         if unknown:
             raise _does_not_fit(f"no column is called {unknown[0]!r}", piece, file)
+    kind = pa.struct(list(schema))
+    rows = [_filled(row if whole else {name: row.get(name) for name in names}, kind) for _, row in batch]
     try:
-        return rows_to_table([row for _, row in batch], schema)
-    except RowError as error:
-        raise _does_not_fit(str(error), batch[error.row][0], file) from None
+        return table_of_rows(rows, schema)
+    except ConfigError as error:
+        for (piece, _), row in zip(batch, rows, strict=True):  # Which one it is, Arrow does not always say.
+            try:
+                table_of_rows([row], schema)
+            except ConfigError as reason:
+                raise _does_not_fit(_told(reason), piece, file) from None
+        raise _does_not_fit(_told(error), batch[0][0], file) from None
+
+
+def _filled(value: Any, kind: Any) -> Any:
+    """Return `value` with null for each key that an object in it lacks."""
+    if isinstance(value, dict) and kinds.is_struct(kind):
+        fields = {kind.field(index).name: kind.field(index).type for index in range(kind.num_fields)}
+        filled = {name: _filled(value.get(name), inner) for name, inner in fields.items()}
+        return filled | {name: inner for name, inner in value.items() if name not in fields}
+    if isinstance(value, list) and hasattr(kind, "value_type") and kinds.is_nested(kind.value_type):
+        return [_filled(each, kind.value_type) for each in value]
+    return value
+
+
+def _told(error: ConfigError) -> str:
+    """Return what an error says of a value, in one clause."""
+    shown = ", ".join(f"{name} {error.values[name]!r}" for name in ("column", "value") if name in error.values)
+    return f"{error.fact.removeprefix('rows do not fit the schema: ')}{f' ({shown})' if shown else ''}"
 
 
 def _does_not_fit(reason: str, piece: RecordPiece, file: SourceFile) -> ConfigError:

@@ -25,9 +25,10 @@ from datastore.dataset.shards.files import remove_unused, shard_uid, write_recor
 from datastore.dataset.shards.info import ShardInfo
 from datastore.errors import ConfigError
 from datastore.formats.evolution import without_numbers
+from datastore.formats.fitting import check_rows
+from datastore.formats.plain import table_of_rows
 from datastore.formats.records import RecordFormat, check_format
-from datastore.formats.rows import rows_to_table
-from datastore.formats.schema import SchemaLike, check_rows, check_storable, decode_schema, record_schema
+from datastore.formats.schema import SchemaLike, check_storable, decode_schema, record_schema
 from datastore.storage.base import Storage
 
 __all__ = ["RecordWriter", "ShardWriter", "record_writer"]
@@ -165,7 +166,7 @@ class RecordWriter(ShardWriter):
             listed = [rows] if isinstance(rows, Mapping) else list(rows)
             if not listed:
                 return None
-            rows = _table_from(listed, self.schema)
+            rows = table_of_rows(listed, self.schema)
         if self.schema is None:
             self.schema = _checked(without_numbers(rows.schema.remove_metadata()), self.format)
         return check_rows(rows, self.schema)
@@ -183,20 +184,3 @@ def _checked(schema: pa.Schema, format: RecordFormat) -> pa.Schema:  # noqa: A00
     check_storable(schema)
     check_format(schema, format=format)
     return schema
-
-
-def _table_from(rows: list[Mapping[str, Any]], schema: pa.Schema | None) -> pa.Table:
-    names = set(rows[0] if schema is None else schema.names)
-    for row in rows:
-        # Arrow would fill a missing column with nulls and drop an unknown one, both without a word.
-        if set(row) != names:
-            raise ConfigError(
-                "a row has other columns than the schema",
-                row=sorted(row),
-                schema=sorted(names),
-                hint="Give each row every column; None stands for no value.",
-            )
-    try:
-        return pa.Table.from_pylist([dict(row) for row in rows]) if schema is None else rows_to_table(rows, schema)
-    except (pa.ArrowException, TypeError, ValueError, OverflowError) as error:
-        raise ConfigError(f"rows do not fit the schema: {error}", hint="Write values of the columns' types.") from None

@@ -238,13 +238,14 @@ def _declared(name: str, kind: str | tuple[str, int]) -> ColumnType:
 
 
 def _converted(given: npt.ArrayLike, kind: ColumnType, tokens: int, document: str) -> npt.NDArray[Any]:
-    """Return the values of one document as they are stored; integers are refused rather than wrapped."""
+    """Return the values of one document as they are stored; what would not stay what it is is refused."""
     values = np.asarray(given)
     shape = (tokens,) if kind.width == 1 else (tokens, kind.width)
     wrong = values.shape != shape
     if not wrong:
-        stored = values.astype(kind.dtype)
-        wrong = stored.dtype.kind in "iu" and not np.array_equal(stored, values)
+        with np.errstate(over="ignore", invalid="ignore"):
+            stored = values.astype(kind.dtype)
+            wrong = not _is_equal(stored, values)
     if wrong or (kind.name == "loss_mask" and stored.size and stored.max() > 1):
         raise ConfigError(
             "a column does not fit what was declared",
@@ -252,6 +253,17 @@ def _converted(given: npt.ArrayLike, kind: ColumnType, tokens: int, document: st
             column=kind.name,
             given=f"{values.dtype.name} {values.shape}",
             declared=f"{kind.dtype} {shape}",
-            hint="Give one value for each token, in the range of the type.",
+            hint="Give one value for each token, which the type holds exactly; round floats to it yourself.",
         )
     return stored
+
+
+def _is_equal(stored: npt.NDArray[Any], values: npt.NDArray[Any]) -> bool:
+    """Return whether no value has changed; a bool stays one, and a NaN is equal to a NaN."""
+    if (stored.dtype.kind == "b") is not (values.dtype.kind == "b") and values.size and not _is_bit(values):
+        return False
+    return np.array_equal(stored, values, equal_nan=stored.dtype.kind == "f" and values.dtype.kind == "f")
+
+
+def _is_bit(values: npt.NDArray[Any]) -> bool:
+    return bool(np.isin(values, (0, 1)).all())

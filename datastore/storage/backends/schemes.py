@@ -79,7 +79,7 @@ _S3 = Backend(
     reads_from_zero=True,
     repeats=True,
     threads=True,
-    requires="datastore[s3]",
+    requires="llm-datastore[s3]",
     options=(*_UNCACHED, ("config_kwargs", {"retries": {"total_max_attempts": 1, "mode": "standard"}})),
 )
 _GCS = Backend(

@@ -5,8 +5,9 @@ import pyarrow.parquet as pq
 import pytest
 
 from datastore.errors import ConfigError, CorruptError
+from datastore.formats.fitting import check_rows
 from datastore.formats.records import BATCH_BYTES, check_format, decode_records, encode_records
-from datastore.formats.schema import check_rows, check_storable, decode_schema, encode_schema, parse_type, record_schema
+from datastore.formats.schema import check_storable, decode_schema, encode_schema, parse_type, record_schema
 
 NESTED = pa.schema(
     {

@@ -2,7 +2,7 @@
 
 import importlib.util
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -210,10 +210,51 @@ class Lying:
         return ids[::-1] if self.about in text else ids
 
 
-def test_a_fast_encoder_that_disagrees_at_the_start_is_not_used(raw: bytes) -> None:
-    honest = ReferenceEncoder(load_tokenizer(raw), parallel=False)
-    with pytest.raises(DatastoreError, match="disagree"):
-        FastEncoder(Lying(honest, "quick brown"), honest, ascii_only=False)
+def test_a_fast_encoder_that_disagrees_at_the_start_is_not_used(
+    raw: bytes, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    honest = ReferenceEncoder(escaping(raw), parallel=False)
+    module = "datastore.ingestion.encoding.gigatoken"
+    monkeypatch.setattr(f"{module}._load", lambda _: Lying(honest, "quick brown"))
+    assert open_fast(raw, honest, escape=True, required=False) is None
+    assert "gigatoken gives other ids" in caplog.text
+    with pytest.raises(ConfigError, match="gigatoken gives other ids"):
+        open_fast(raw, honest, escape=True, required=True)
+
+
+def escaping(raw: bytes) -> Any:
+    tokenizer = load_tokenizer(raw)
+    tokenizer.encode_special_tokens = True
+    return tokenizer
+
+
+ODD: dict[str, Callable[[dict[str, Any]], None]] = {
+    "an added token of single_word": lambda found: found["added_tokens"].append(added(single_word=True)),
+    "an added token that takes the space before it": lambda found: found["added_tokens"].append(added(lstrip=True)),
+    "a suffix at the end of words": lambda found: found["model"].update(end_of_word_suffix="</w>"),
+    "a prefix within words": lambda found: found["model"].update(continuing_subword_prefix="##"),
+    "dropout": lambda found: found["model"].update(dropout=0.1),
+    "no pre-tokenizer": lambda found: found.update(pre_tokenizer=None),
+    "a space before the text": lambda found: found["pre_tokenizer"].update(add_prefix_space=True),
+    "no split": lambda found: found["pre_tokenizer"].update(use_regex=False),
+}
+
+
+def added(**conditions: bool) -> dict[str, Any]:
+    plain = {"id": 9999, "content": "foo", "single_word": False, "lstrip": False, "rstrip": False}
+    return plain | {"normalized": False, "special": False} | conditions
+
+
+@with_gigatoken
+@pytest.mark.parametrize("name", ODD)
+def test_what_the_tokenizer_says_decides_who_encodes_not_a_sample(raw: bytes, name: str) -> None:
+    config = json.loads(raw)
+    reference = ReferenceEncoder(escaping(raw), parallel=False)
+    assert open_fast(json.dumps(config).encode(), reference, escape=True, required=False) is not None
+    ODD[name](config)
+    assert open_fast(json.dumps(config).encode(), reference, escape=True, required=False) is None
+    with pytest.raises(ConfigError, match="cannot stand in"):
+        open_fast(json.dumps(config).encode(), reference, escape=True, required=True)
 
 
 def test_a_fast_encoder_that_disagrees_later_is_caught_by_the_sample(raw: bytes) -> None:

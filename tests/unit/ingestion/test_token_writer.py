@@ -25,8 +25,8 @@ def document(number: int) -> dict[str, object]:
         "id": f"document {number}",
         "source": f"part {number % 2}",
         "loss_mask": generator.integers(0, 2, length).tolist(),
-        "logits": generator.normal(size=(length, 3)),
-        "weight": generator.random(length),
+        "logits": generator.normal(size=(length, 3)).astype(np.float16),
+        "weight": generator.random(length, np.float32),
     }
 
 

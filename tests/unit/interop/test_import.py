@@ -1,9 +1,11 @@
 """An import is an ingest: planned, in tasks, resumable, one commit. And what comes from strangers is not trusted."""
 
+import csv
 import io
 import json
 import struct
 import tarfile
+import uuid
 from pathlib import Path
 from typing import Any
 
@@ -23,9 +25,11 @@ from datastore.ingestion.encoding.tokenizer import TokenizerSettings, train_toke
 from datastore.ingestion.importing import import_dataset
 from datastore.ingestion.ingest import ingest
 from datastore.ingestion.settings import IngestSettings
+from datastore.interop.columnar import CSV
 from datastore.interop.export import export
 from datastore.interop.formats import FORMATS
 from datastore.storage.backends.memory import MemoryStorage
+from datastore.storage.base import Storage
 from datastore.storage.resolve import open_storage
 from datastore.testing.examples import make_dataset
 
@@ -377,3 +381,47 @@ def test_a_damaged_source_is_an_error_or_is_read(kind: str, data: st.DataObject)
                 rows.validate(full=True)
     except DatastoreError:
         pass
+
+
+def csv_rows(storage: Storage, data: bytes) -> list[dict[str, str]]:
+    storage.put("a.csv", data)
+    found = [(first, rows) for first, rows in CSV.read(storage, "a.csv", (0, len(data)))]
+    assert [first for first, _ in found] == [sum(r.num_rows for _, r in found[:i]) for i in range(len(found))]
+    return [row for _, rows in found for row in rows.to_pylist()]
+
+
+@pytest.mark.parametrize("border", range(-2, 4))
+def test_a_line_break_in_quotes_on_the_border_of_two_blocks_keeps_both_its_bytes(border: int) -> None:
+    value = "one\r\ntwo"
+    row = f'"{value}","x"\r\n'.encode()
+    head = b"text,other\r\n"
+    fill = b"y" * (2**20 - len(head) - len(b'a,""\r\n') - len(b'"one\r') + border)
+    found = csv_rows(MemoryStorage(uuid.uuid4().hex), head + b'a,"' + fill + b'"\r\n' + row * 3)
+    assert [each["text"] for each in found] == ["a", value, value, value]
+
+
+@pytest.mark.parametrize("place", [0, 1, 3])
+def test_a_row_may_be_longer_than_a_block_wherever_it_stands(place: int) -> None:
+    rows = [["a", "b"], ["c", "d\ne"], ["f", ""]]
+    rows.insert(place, ["long", "x" * (2**20 + 5) + "\n" + "y" * (2**20)])
+    text = "id,text\n" + "".join(f'{name},"{value}"\n' for name, value in rows)
+    found = csv_rows(MemoryStorage(uuid.uuid4().hex), text.encode())
+    assert [list(row.values()) for row in found] == rows
+
+
+@given(
+    st.lists(
+        st.lists(st.text(st.sampled_from('ab", é\n'), max_size=8), min_size=2, max_size=2), min_size=1, max_size=20
+    ),
+    st.sampled_from(["\n", "\r\n"]),
+    st.sampled_from([48, 64, 97]),
+)
+@settings(deadline=None, max_examples=150)
+def test_csv_reads_as_the_standard_library_does(rows: list[list[str]], end: str, block: int) -> None:
+    text = io.StringIO()
+    rows = [[value.replace("\n", "\r\n") for value in row] for row in rows]
+    csv.writer(text, lineterminator=end, quoting=csv.QUOTE_ALL).writerows([["id", "text"], *rows])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("datastore.interop.columnar._CSV_BLOCKS", (block, 4096))
+        found = csv_rows(MemoryStorage(uuid.uuid4().hex), text.getvalue().encode())
+    assert [list(row.values()) for row in found] == rows
