@@ -38,22 +38,34 @@ def load_settings(kind: type[D], path: Path, overrides: Sequence[str] = ()) -> D
     return settings_from(kind, table, overrides=overrides, where=str(path))
 
 
-def settings_from(kind: type[D], table: Mapping[str, Any], *, overrides: Sequence[str] = (), where: str) -> D:
+def settings_from(
+    kind: type[D],
+    table: Mapping[str, Any],
+    *,
+    overrides: Sequence[str] = (),
+    where: str,
+    origins: Mapping[str, str] | None = None,
+) -> D:
     """Return `table`, changed by `overrides`, as a `kind`.
+
+    What is wrong is said to be `where`, unless `origins` says of its key that it comes from elsewhere, or it was set by
+    an override.
 
     Raises:
         ConfigError: as `load_settings`.
     """
     merged: dict[str, Any] = _deep_copy(table)
+    origins = dict(origins or {})
     for text in overrides:
         keys, value = parse_override(text)
         inner = merged
         for key in keys[:-1]:
             inner = inner.setdefault(key, {})
             if not isinstance(inner, dict):
-                raise ConfigError("not a table", key=key, override=text, hint="Set one of its values instead.")
+                raise ConfigError("not a table", key=key, where=f"--set {text}", hint="Set one of its values instead.")
         inner[keys[-1]] = value
-    return convert(kind, merged, where=where)
+        origins[".".join(keys)] = f"--set {text}"
+    return convert(kind, merged, where=where, origins=origins)
 
 
 def parse_override(text: str) -> tuple[list[str], Any]:

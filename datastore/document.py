@@ -7,15 +7,18 @@ and two writers of the same value write the same bytes.
 Source: msgspec, https://jcristharif.com/msgspec (validates 100,000 shards three times faster than pydantic).
 """
 
+import re
 import threading
 from collections.abc import Mapping
-from typing import Annotated, Any, ClassVar, TypeVar
+from difflib import get_close_matches
+from types import UnionType
+from typing import Annotated, Any, ClassVar, Literal, TypeVar, Union, get_args, get_origin
 
 import msgspec
 from typing_extensions import Buffer
 
 from datastore.digest import digest_hex
-from datastore.errors import ConfigError, CorruptError, FormatError
+from datastore.errors import ConfigError, CorruptError, FormatError, plain
 
 __all__ = [
     "Count",
@@ -23,6 +26,7 @@ __all__ = [
     "Hex32",
     "Positive",
     "Sealed",
+    "SettingsDocument",
     "Sha256",
     "Version",
     "convert",
@@ -30,6 +34,7 @@ __all__ = [
     "encode",
     "json_schema",
     "seal",
+    "setting_names",
     "unseal",
 ]
 
@@ -50,6 +55,17 @@ S = TypeVar("S", bound="Sealed")
 
 class Document(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """A frozen record; an unknown field, a wrong type or a value out of range is refused when decoding."""
+
+
+class SettingsDocument(Document, frozen=True, kw_only=True):
+    """A record that users fill in: a NumPy number in it is the number that it is."""
+
+    def __post_init__(self) -> None:
+        for name in self.__struct_fields__:
+            value = getattr(self, name)
+            number = plain(value)
+            if number is not value:
+                msgspec.structs.force_setattr(self, name, number)
 
 
 class Sealed(Document, frozen=True, kw_only=True):
@@ -103,18 +119,93 @@ def decode(kind: type[D], raw: Buffer, *, where: str) -> D:
         ) from None
 
 
-def convert(kind: type[D], value: Mapping[str, Any], *, where: str) -> D:
+def convert(kind: type[D], value: Mapping[str, Any], *, where: str, origins: Mapping[str, str] | None = None) -> D:
     """Return `value`, as parsed from TOML or given by a user, as a `kind`.
 
+    `origins` says of a dotted key, such as `train.steps`, where it comes from if not from `where`.
+
     Raises:
-        ConfigError: an unknown key, a wrong type or a value out of range; the message has its path and `where`.
+        ConfigError: an unknown key, a wrong type or a value out of range; the message has the key and where it is from,
+            the values that are allowed if they can be listed, and the nearest key.
     """
     try:
         _decoder(kind)
-        return msgspec.convert(value, type=kind)
+        return msgspec.convert(plain(dict(value)), type=kind)
     except msgspec.ValidationError as error:
-        text = str(error).replace("Object contains unknown field", "unknown setting")
-        raise ConfigError(text, where=where, hint="Correct the setting that the path names.") from None
+        raise _mistake(kind, str(error), where=where, origins=origins or {}) from None
+
+
+_PLACE = re.compile(r"(.*?)(?: - at `\$\.?(.*)`)?", re.DOTALL)
+_UNKNOWN = re.compile(r"Object contains unknown field `(.*)`", re.DOTALL)
+_MISSING = re.compile(r"Object missing required field `(.*)`", re.DOTALL)
+
+
+def _mistake(kind: type[Document], text: str, *, where: str, origins: Mapping[str, str]) -> ConfigError:
+    """Return the error for what msgspec says of a value that is no `kind`."""
+    found = _PLACE.fullmatch(text)
+    assert found is not None
+    reason, path = found[1], re.sub(r"\[.*", "", found[2] or "")
+    unknown, missing = _UNKNOWN.fullmatch(reason), _MISSING.fullmatch(reason)
+    key = ".".join(filter(None, (path, *(match[1] for match in (unknown, missing) if match))))
+    where = ", ".join(origin for name, origin in origins.items() if _is_about(name, key)) or where
+    if unknown:
+        near = _nearest(kind, key)
+        table = _type_at(kind, path)
+        known = [field.encode_name for field in msgspec.structs.fields(table)] if _is_record(table) else []
+        hint = f"Did you mean {near}?" if near else "Use one of the known ones."
+        return ConfigError(f"unknown setting `{key}`", where=where, known=known, hint=hint)
+    if missing:
+        return ConfigError(f"the setting `{key}` is missing", where=where, hint="Set it.")
+    allowed = _choices(_type_at(kind, path))
+    listed = {"allowed": allowed} if allowed else {}
+    fact = reason[0].lower() + reason[1:].replace("nvalid enum value", "t cannot be", 1)
+    return ConfigError(f"`{key}`: {fact}" if key else fact, where=where, **listed, hint="Correct it.")
+
+
+def _is_about(name: str, key: str) -> bool:
+    """Return whether setting `name` can have made `key` wrong: it is the same, above or below it."""
+    return not key or f"{name}.".startswith(f"{key}.") or f"{key}.".startswith(f"{name}.")
+
+
+def _nearest(kind: type[Document], key: str) -> str:
+    """Return the key that was meant: most like it in its own table, or of that name in another one."""
+    keys = setting_names(kind)
+    above, _, name = key.rpartition(".")
+    elsewhere = [each for each in keys if each.rpartition(".")[2] == name]
+    beside = {each.rpartition(".")[2]: each for each in keys if each.rpartition(".")[0] == above}
+    close = [beside[each] for each in get_close_matches(name, beside, 1)] or get_close_matches(key, keys, 1)
+    return next(iter([*elsewhere, *close]), "")
+
+
+def setting_names(kind: type[msgspec.Struct], above: str = "") -> list[str]:
+    """Return the dotted names of all settings of `kind`, tables included."""
+    keys = []
+    for field in msgspec.structs.fields(kind):
+        keys.append(f"{above}{field.encode_name}")
+        keys += setting_names(field.type, f"{keys[-1]}.") if _is_record(field.type) else []
+    return keys
+
+
+def _type_at(kind: Any, path: str) -> Any:
+    """Return the type of the setting at `path`; None where nothing says what it is."""
+    for name in filter(None, path.split(".")):
+        fields = msgspec.structs.fields(kind) if _is_record(kind) else ()
+        kind = next((field.type for field in fields if field.encode_name == name), None)
+    return kind
+
+
+def _is_record(kind: Any) -> bool:
+    return isinstance(kind, type) and issubclass(kind, msgspec.Struct)
+
+
+def _choices(kind: Any) -> list[str]:
+    """Return the values that `kind` allows, as TOML writes them, if they can be listed."""
+    if get_origin(kind) is Literal:
+        return [str(value) for value in get_args(kind)]
+    if kind is bool:
+        return ["true", "false"]
+    parts = [_choices(part) for part in get_args(kind)] if get_origin(kind) in {Union, UnionType} else [[]]
+    return [value for part in parts for value in part] if all(parts) else []
 
 
 def json_schema(kind: type[Document]) -> dict[str, Any]:

@@ -34,6 +34,8 @@ __all__ = [
     "StorageError",
     "WaitError",
     "error_from_dict",
+    "plain",
+    "whole_number",
 ]
 
 
@@ -46,7 +48,7 @@ class DatastoreError(Exception):
         """Compose the message from `fact`, `values` (shown as `name=value`) and `hint`."""
         self.fact = fact
         self.hint = hint
-        self.values = values
+        self.values: dict[str, object] = plain(values)
         super().__init__(fact)
 
     @override
@@ -74,6 +76,32 @@ def error_from_dict(value: Mapping[str, Any]) -> DatastoreError:
     """Return the error that `as_dict` was called on, in another process perhaps, as the class of this module with its code."""
     kinds = {kind.code: kind for kind in DatastoreError.__subclasses__() if kind.__module__ == __name__}
     return _rebuild(kinds.get(value["code"], DatastoreError), value["fact"], value["hint"], value["values"])
+
+
+def plain(value: Any) -> Any:
+    """Return `value` with each number of NumPy, in it or in its lists and dicts, as the Python number that it is.
+
+    It stands on the lowest floor, for errors need it, too; NumPy is not imported for it.
+    """
+    kind = type(value)
+    if kind is dict:
+        return {plain(name): plain(inner) for name, inner in value.items()}
+    if kind is list or kind is tuple:
+        return kind(map(plain, value))
+    is_number = kind.__module__ == "numpy" and getattr(value, "shape", None) == () and value.dtype.kind in "biufU"
+    return value.item() if is_number else value
+
+
+def whole_number(value: Any, *, name: str) -> int:
+    """Return `value`, a whole number of Python or NumPy, as one of Python.
+
+    Raises:
+        ConfigError: it is something else.
+    """
+    number = plain(value)
+    if type(number) is not int:
+        raise ConfigError(f"{name} is no whole number", **{name: value}, hint="Give an integer.")
+    return number
 
 
 def _plain(value: object) -> object:

@@ -1,14 +1,32 @@
 """Numbers with units, as text and back: `64 MiB`, `1.2 M`, `3 min 20 s`."""
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import TypeVar
 
 from datastore.errors import ConfigError
 
-__all__ = ["Progress", "format_bytes", "format_count", "format_seconds", "parse_bytes", "parse_seconds"]
+__all__ = ["Progress", "format_bytes", "format_count", "format_seconds", "parse_bytes", "parse_seconds", "telling"]
+
+T = TypeVar("T")
 
 Progress = Callable[[int, int], None]
 """What a long operation tells now and then: how much is done, and how much there is."""
+
+
+def telling(
+    items: Iterable[T], progress: Progress | None, *, size: Callable[[T], int] = lambda _: 1, total: int | None = None
+) -> Iterator[T]:
+    """Yield `items`; tell `progress` of each once it has been dealt with. `total` is needed unless they are a sequence."""
+    if total is None:
+        total = sum(map(size, items)) if isinstance(items, Sequence) else 0
+    done = 0
+    for item in items:
+        yield item
+        done += size(item)
+        if progress is not None:
+            progress(done, total)
+
 
 _BINARY = {"B": 1, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40}
 _SECONDS = {"s": 1, "min": 60, "h": 3600, "d": 86_400, "w": 604_800}

@@ -18,8 +18,11 @@ HEAD = """\
 
 What `datastore COMMAND --help` says, on one page. `python tools/reference.py` writes it; a test runs every example.
 
-Everything that reports takes `--json` and then prints one JSON document on stdout. Progress goes to stderr, if that is a
-terminal. Every command takes `--debug`, which shows the traceback of an error.
+Everything that reports takes `--json` and then prints one JSON document on stdout: sizes are bytes, times are seconds, and
+keys are written like_this. Every command takes `--debug`, which shows the traceback of an error.
+
+What can take long shows its progress on stderr: how much is done, how fast, and what time is left. On a terminal that is a
+bar. Elsewhere it is a line every ten seconds, or with `--json` nothing. `--progress` chooses `bar`, `plain` or `none`.
 
 | exit code | meaning |
 |---|---|

@@ -32,7 +32,7 @@ from datastore.checkpoint.ranks import Agree, SavingRank, StorageVote, read_run
 from datastore.checkpoint.saving.saver import Handle, SaveHistory, Saver
 from datastore.checkpoint.saving.snapshot import Snapshot, capture
 from datastore.checkpoint.steps import CheckpointerSettings, Collected, Keep, StepLog, collect, drop_after
-from datastore.errors import ConfigError, DatastoreError
+from datastore.errors import ConfigError, DatastoreError, plain
 from datastore.storage.base import Storage
 from datastore.storage.resolve import open_storage
 from datastore.threads import in_thread
@@ -101,6 +101,7 @@ class Checkpointer:
             DatastoreError: the save before this one failed, which has not been raised yet; or this one, if `blocking`.
         """
         self._settle()
+        step = plain(step)
         if type(step) is not int or step < 0:
             raise ConfigError("not a step", step=step, hint="Use an integer from 0 on.")
         self._history.check_next(step)

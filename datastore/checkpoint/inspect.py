@@ -4,7 +4,7 @@ Needs no torch and writes nothing, so it is fit for the command line and for mac
 """
 
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from math import prod
@@ -17,6 +17,7 @@ from datastore.errors import CorruptError
 from datastore.formats.safetensors import ITEM_BYTES
 from datastore.storage.base import Storage
 from datastore.threads import each
+from datastore.units import Progress
 
 __all__ = [
     "BadRange",
@@ -147,8 +148,8 @@ def _item(name: str, skeleton: Any) -> ItemReport:
     return ItemReport(name, len(found), size, unpack(skeleton, name=name, tensors=shown))
 
 
-def verify_step(storage: Storage, step: int, *, progress: Callable[[int], object] | None = None) -> StepVerifyReport:
-    """Read every file of `step` and compare it with its digests; `progress` is told the bytes done so far.
+def verify_step(storage: Storage, step: int, *, progress: Progress | None = None) -> StepVerifyReport:
+    """Read every file of `step` and compare it with its digests; `progress` is told the bytes done so far, and all.
 
     Raises:
         MissingError: there is no such step.
@@ -166,7 +167,7 @@ def verify_step(storage: Storage, step: int, *, progress: Callable[[int], object
             infos.append(log.read_part(ref))
     chunks = _checked_files(log, infos, bad)
     lock = threading.Lock()
-    done = 0
+    done, total = 0, sum(chunk.size_bytes for chunk in chunks)
 
     def check(chunk: Chunk) -> str:
         nonlocal done
@@ -174,7 +175,7 @@ def verify_step(storage: Storage, step: int, *, progress: Callable[[int], object
         with lock:
             done += chunk.size_bytes
             if progress is not None:
-                progress(done)
+                progress(done, total)
         return reason
 
     reasons = each(check, chunks, threads=_THREADS)

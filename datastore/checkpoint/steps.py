@@ -30,7 +30,7 @@ from datastore.checkpoint.format.manifest import (
     step_of_key,
 )
 from datastore.digest import check_digest
-from datastore.document import Document, Positive, unseal
+from datastore.document import Positive, SettingsDocument, unseal
 from datastore.errors import CorruptError, MissingError
 from datastore.storage.base import Stat, Storage
 from datastore.threads import each
@@ -171,7 +171,7 @@ class Collected:
     size_bytes: int
 
 
-class Keep(Document, frozen=True, kw_only=True):
+class Keep(SettingsDocument, frozen=True, kw_only=True):
     """Which steps survive: the newest `last` that can be read. Older ones go once a newer one is committed."""
 
     last: Positive = 3
@@ -261,7 +261,7 @@ def _readable(log: StepLog, step: int) -> StepCommit | None:
 Seconds = Annotated[float, msgspec.Meta(gt=0)]
 
 
-class CheckpointerSettings(Document, frozen=True, kw_only=True):
+class CheckpointerSettings(SettingsDocument, frozen=True, kw_only=True):
     """How long to wait and how many threads to use; the defaults suit a training run."""
 
     wait_s: Seconds = 600.0

@@ -2,7 +2,7 @@
 
 import click
 
-from datastore.cli.output import fields, json_option, moment, say, say_json, table
+from datastore.cli.output import fields, json_option, moment, progress_option, say, say_json, table, with_progress
 from datastore.cli.shell import CommandGroup, example
 
 __all__ = ["checkpoint"]
@@ -80,6 +80,7 @@ def show(*, run: str, step: int | None, as_json: bool) -> None:
 @checkpoint.command(short_help="Read and check checkpoints.", epilog=example("datastore checkpoint verify runs/first"))
 @RUN
 @click.option("--step", type=click.IntRange(min=0), help="Only this step; all of them if left out.")
+@progress_option
 @json_option
 def verify(*, run: str, step: int | None, as_json: bool) -> int:
     """Read every byte of the checkpoints of RUN and name what is damaged; exit with 1 if anything is."""
@@ -87,7 +88,8 @@ def verify(*, run: str, step: int | None, as_json: bool) -> int:
     from datastore.storage.resolve import open_storage
     from datastore.units import format_bytes
 
-    reports = [verify_step(open_storage(run), step) for step in _steps(run, step)]
+    storage = open_storage(run)
+    reports = [with_progress(f"step {each}", verify_step, storage=storage, step=each) for each in _steps(run, step)]
     damaged = any(report.bad for report in reports)
     if as_json:
         say_json(reports)
@@ -132,13 +134,16 @@ def gc(*, run: str, last: int, dry_run: bool, as_json: bool) -> None:
     "--quantize", type=click.Choice(["int8", "int4"]), help="Store linear layers with so many bits per weight."
 )
 @click.option("--replace", is_flag=True, help="Overwrite what the folder holds.")
+@progress_option
 @json_option
 def export(*, run: str, to: str, step: int | None, quantize: str | None, replace: bool, as_json: bool) -> None:
     """Write the model of RUN to the folder TO, as transformers and vLLM open it."""
     from datastore.training.export.export import export as export_model
     from datastore.units import format_bytes
 
-    done = export_model(run, to, step=step, quantize=quantize, replace=replace)
+    done = with_progress(
+        "export", export_model, unit="stages", run=run, to=to, step=step, quantize=quantize, replace=replace
+    )
     if as_json:
         say_json(done)
         return

@@ -7,13 +7,14 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from datastore.cli.output import fields, json_option, moment, progress_bar, say, say_json, table
+from datastore.cli.output import fields, json_option, moment, progress_option, say, say_json, table, with_progress
 from datastore.cli.shell import example
 
 if TYPE_CHECKING:
+    from datastore.dataset.log.manifest import Commit
     from datastore.dataset.snapshot import Dataset
 
-__all__ = ["COMMANDS", "RECORD_COMMANDS"]
+__all__ = ["COMMANDS", "RECORD_COMMANDS", "amounts"]
 
 URL = click.argument("url")
 
@@ -45,15 +46,12 @@ def show(*, url: str, as_json: bool) -> None:
 
     dataset = open_dataset(url)
     commit, totals, tokenizer = dataset.commit, dataset.totals, dataset.commit.tokenizer
-    tags = _tags(dataset)
+    tags, live = _tags(dataset), amounts(commit)
     if as_json:
-        facts: dict[str, object] = {
-            "url": dataset.url,
-            "uuid": dataset.uuid,
-            "version": dataset.version,
-            "kind": dataset.kind,
-        }
-        facts |= {"totals": totals, "tokenizer": tokenizer, "tags": tags, "exclusive": dataset.info.exclusive}
+        facts: dict[str, object] = {"url": dataset.url, "uuid": dataset.uuid, "version": dataset.version}
+        facts |= {"operation": commit.operation, "time": commit.time, "writer": commit.writer, "kind": dataset.kind}
+        facts |= amounts(commit) | {"totals": totals, "tokenizer": tokenizer, "tags": tags}
+        facts["exclusive"] = dataset.info.exclusive
         say_json(facts, storage=dataset.storage)
         return
     fields(
@@ -62,11 +60,11 @@ def show(*, url: str, as_json: bool) -> None:
             "version": f"{dataset.version} ({commit.operation}, {moment(commit.time)}, {commit.writer})",
             "tags": ", ".join(f"{name} -> {version}" for name, version in tags.items()) or None,
             "holds": dataset.kind,
-            "documents": f"{totals.documents:,}",
-            "deleted": f"{totals.deleted_documents:,} of them ({totals.deleted_tokens:,} tokens)"
+            "documents": f"{live['documents']:,}",
+            "tokens": f"{live['tokens']:,} ({format_count(live['tokens'])})" if dataset.kind == "tokens" else None,
+            "deleted": f"{totals.deleted_documents:,} more documents ({totals.deleted_tokens:,} tokens)"
             if totals.deleted_documents
             else None,
-            "tokens": f"{totals.tokens:,} ({format_count(totals.tokens)})" if tokenizer else None,
             "vocabulary": f"{tokenizer.vocab_size:,} ids; {tokenizer.end_of_text} ends a document"
             if tokenizer
             else None,
@@ -76,6 +74,19 @@ def show(*, url: str, as_json: bool) -> None:
             "uuid": dataset.uuid,
         }
     )
+
+
+def amounts(commit: "Commit") -> dict[str, int]:
+    """Return how much a version holds, as `show`, `log` and `doctor` say it: without what is deleted."""
+    totals = commit.totals
+    return {
+        "documents": totals.documents - totals.deleted_documents,
+        "tokens": totals.tokens - totals.deleted_tokens,
+        "deleted_documents": totals.deleted_documents,
+        "deleted_tokens": totals.deleted_tokens,
+        "shards": totals.shards,
+        "size_bytes": totals.size_bytes,
+    }
 
 
 def _tags(dataset: "Dataset") -> dict[str, int]:
@@ -127,7 +138,7 @@ def _shard_rows(dataset: "Dataset") -> Iterator[dict[str, object]]:
             "shard": shard.path,
             "documents": shard.documents,
             "tokens": shard.tokens,
-            "bytes": shard.size_bytes,
+            "size_bytes": shard.size_bytes,
             "first_source": shard.source_first,
             "last_source": shard.source_last,
         }
@@ -151,6 +162,7 @@ def _document_rows(dataset: "Dataset") -> Iterator[dict[str, object]]:
 @click.option("--sample", callback=_share, default="100%", help="Share of the blocks to read, such as 1% or 0.01.")
 @click.option("--seed", type=click.IntRange(min=0), help="Draw the same blocks again as the run that named this seed.")
 @click.option("--deep", is_flag=True, help="Decode each shard, too, and compare it with what the manifest says of it.")
+@progress_option
 @json_option
 def verify(*, url: str, sample: float, seed: int | None, deep: bool, as_json: bool) -> int:
     """Read every byte of the dataset at URL and name each bad block; exit with 1 if there is one."""
@@ -159,8 +171,7 @@ def verify(*, url: str, sample: float, seed: int | None, deep: bool, as_json: bo
     from datastore.units import format_bytes
 
     dataset = open_dataset(url)
-    with progress_bar("verify") as progress:
-        report = verify_dataset(dataset, sample=sample, seed=seed, deep=deep, progress=progress)
+    report = with_progress("verify", verify_dataset, dataset=dataset, sample=sample, seed=seed, deep=deep)
     if as_json:
         say_json(report, storage=dataset.storage)
         return 1 if report.bad else 0

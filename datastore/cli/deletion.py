@@ -5,11 +5,12 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
-from datastore.cli.output import fields, json_option, say, say_json, table
+from datastore.cli.output import fields, json_option, progress_option, say, say_json, table, with_progress
 from datastore.cli.shell import example
 
 if TYPE_CHECKING:
     from datastore.dataset.operations.purge.purge import PurgeReport
+    from datastore.dataset.operations.selection import Selection
 
 __all__ = ["COMMANDS"]
 
@@ -53,6 +54,12 @@ def _ids(ids: tuple[str, ...], ids_from: str | None) -> list[str] | None:
     return [*ids, *(read_ids("/dev/stdin" if ids_from == "-" else ids_from) if ids_from is not None else ())]
 
 
+def _selection(ids: list[str] | None, sources: tuple[str, ...], where: str | None) -> "Selection":
+    from datastore.dataset.operations.selection import Selection
+
+    return Selection.of(ids=ids, sources=sources, where=where)
+
+
 @click.command(
     short_help="Delete documents; old versions keep them.",
     epilog=example(
@@ -64,6 +71,7 @@ def _ids(ids: tuple[str, ...], ids_from: str | None) -> list[str] | None:
 @selection
 @click.option("--allow-missing", is_flag=True, help="Ids that no document has are no error.")
 @click.option("--dry-run", is_flag=True, help="Only say what would be deleted.")
+@progress_option
 @json_option
 def delete(
     *,
@@ -81,12 +89,12 @@ def delete(
     One small commit: no shard is touched, and older versions keep the documents. For loaders the deleted tokens read as
     end-of-text without loss, or are left out. To be rid of the bytes, `purge`; to get the space back, `compact`.
     """
-    from datastore.dataset.operations.delete import delete as delete_documents
+    from datastore.dataset.operations.delete import delete_selected
     from datastore.units import format_bytes, format_seconds
 
-    named = _ids(ids, ids_from)
-    report = delete_documents(
-        url, ids=named, sources=sources, where=where, allow_missing=allow_missing, dry_run=dry_run
+    selection = _selection(_ids(ids, ids_from), sources, where)
+    report = with_progress(
+        "delete", delete_selected, target=url, selection=selection, allow_missing=allow_missing, dry_run=dry_run
     )
     if as_json:
         say_json(report)
@@ -114,6 +122,7 @@ def delete(
 @selection
 @click.option("--drop-tags", is_flag=True, help="Let tags of versions that go, go with them.")
 @click.option("--dry-run", is_flag=True, help="Only say what would be purged.")
+@progress_option
 @json_option
 def purge(
     *,
@@ -132,10 +141,13 @@ def purge(
     the journals of finished ingests, rejects included, are removed at once. Everything is read back, and a
     certificate stored. Copies, backups, and the files that the text came from are yours to see to.
     """
-    from datastore.dataset.operations.purge.purge import purge as purge_documents
+    from datastore.dataset.operations.purge.purge import purge_selected
 
     named = _ids(ids, ids_from)
-    report = purge_documents(url, ids=named, sources=sources, where=where, drop_tags=drop_tags, dry_run=dry_run)
+    selection = None if named is None and not sources and where is None else _selection(named, sources, where)
+    report = with_progress(
+        "purge", purge_selected, target=url, selection=selection, drop_tags=drop_tags, dry_run=dry_run
+    )
     if as_json:
         say_json(report)
         return
@@ -186,10 +198,11 @@ def _say_purged(report: "PurgeReport") -> None:
     epilog=example("datastore compact data/code --target '8 MiB'"),
 )
 @URL
-@click.option("--target", metavar="SIZE", default="64 MiB", help="What a full shard holds.")
+@click.option("--target", "target_bytes", metavar="SIZE", default="64 MiB", help="What a full shard holds.")
 @click.option("--dry-run", is_flag=True, help="Only say what would be merged.")
+@progress_option
 @json_option
-def compact(*, url: str, target: str, dry_run: bool, as_json: bool) -> None:
+def compact(*, url: str, target_bytes: str, dry_run: bool, as_json: bool) -> None:
     """Merge small neighbouring shards of the dataset at URL into full ones, without the documents that are deleted.
 
     Documents keep their order, but shards get new uids, and the order of samples follows from those: a new generation.
@@ -198,7 +211,9 @@ def compact(*, url: str, target: str, dry_run: bool, as_json: bool) -> None:
     from datastore.dataset.operations.compact import compact as compact_shards
     from datastore.units import format_bytes, format_seconds, parse_bytes
 
-    report = compact_shards(url, target_bytes=parse_bytes(target), dry_run=dry_run)
+    report = with_progress(
+        "compact", compact_shards, target=url, target_bytes=parse_bytes(target_bytes), dry_run=dry_run
+    )
     if as_json:
         say_json(report)
         return

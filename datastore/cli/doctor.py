@@ -13,6 +13,7 @@ import uuid
 from dataclasses import asdict, dataclass
 from importlib import metadata
 from pathlib import Path
+from typing import Any
 
 import click
 
@@ -75,7 +76,7 @@ def doctor(*, dataset: str | None, url: str | None, as_json: bool) -> None:
         facts = {"packages": packages, "extras": extras, "machine": machine, "device": device}
         say_json(facts | {"storage": asdict(probe) if probe else None, "advice": advice})
         return
-    fields(machine | device)
+    fields(_shown(machine) | device)
     say()
     table(("package", "version", "extra"), _package_rows(packages, extras))
     if probe:
@@ -109,19 +110,33 @@ def _version(package: str) -> str | None:
         return None
 
 
-def _machine() -> dict[str, object]:
+def _shown(machine: dict[str, Any]) -> dict[str, object]:
+    """Return `machine` as people read it."""
     from datastore.units import format_bytes
 
+    return {
+        "datastore": machine["datastore"],
+        "python": f"{machine['python']} ({machine['executable']})",
+        "system": machine["system"],
+        "cores": machine["cores"],
+        "memory": format_bytes(machine["memory_bytes"]),
+        "disk free": f"{format_bytes(machine['disk_free_bytes'])} at {machine['folder']}",
+    }
+
+
+def _machine() -> dict[str, Any]:
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     limit = _memory_limit_bytes()
     folder = Path.cwd()
     return {
         "datastore": _version("llm-datastore") or "not installed",
-        "python": f"{platform.python_version()} ({sys.executable})",
+        "python": platform.python_version(),
+        "executable": sys.executable,
         "system": f"{platform.system()} {platform.release()} {platform.machine()}",
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1,
-        "memory": format_bytes(min(memory, limit) if limit else memory),
-        "disk free": f"{format_bytes(shutil.disk_usage(folder).free)} at {folder}",
+        "memory_bytes": min(memory, limit) if limit else memory,
+        "folder": str(folder),
+        "disk_free_bytes": shutil.disk_usage(folder).free,
     }
 
 

@@ -1,19 +1,19 @@
 """The commands that bring text in: `ingest`, and `tokenizer train`."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from datastore.cli.output import fields, json_option, progress_bar, say, say_json
-from datastore.cli.shell import CommandGroup, example
+from datastore.cli.output import fields, json_option, progress_option, say, say_json, with_progress
+from datastore.cli.shell import CommandGroup, example, given_options
 
 if TYPE_CHECKING:  # pyarrow takes longer to load than a wrong option takes to find.
     from datastore.ingestion.estimate import Estimate
     from datastore.ingestion.report import IngestProgress, IngestReport
-    from datastore.ingestion.settings import IngestSettings
+    from datastore.units import Progress
 
-__all__ = ["COMMANDS"]
+__all__ = ["COMMANDS", "in_source_bytes"]
 
 TABLES = ("parquet", "csv", "hf", "mds", "litdata", "webdataset")
 SOURCES = click.argument("sources", nargs=-1, required=True, metavar="SOURCE...")
@@ -48,6 +48,7 @@ EXCLUDE = click.option(
     "--overwrite", "operation", flag_value="overwrite", help="The new version holds nothing else; older ones stay."
 )
 @click.option("--dry-run", is_flag=True, help="Only estimate what there is to do; nothing is written.")
+@progress_option
 @json_option
 def ingest(
     *, sources: tuple[str, ...], to: str, overrides: tuple[str, ...], dry_run: bool, as_json: bool, **options: Any
@@ -61,30 +62,32 @@ def ingest(
     can be read as URL@VERSION until `datastore expire` and `datastore vacuum`.
     """
     from datastore.config import settings_from
+    from datastore.ingestion.ingest import ingest as ingest_sources
     from datastore.ingestion.settings import IngestSettings
 
-    given = {name: value for name, value in options.items() if value not in (None, ())}
-    settings = settings_from(IngestSettings, given, overrides=overrides, where="the options")
+    given, origins = given_options(options)
+    settings = settings_from(IngestSettings, given, overrides=overrides, where="the options", origins=origins)
     if dry_run:
         from datastore.ingestion.estimate import estimate
 
         expected = estimate(sources, to, settings=settings)
         say_json(expected) if as_json else _tell_estimate(expected)
         return
-    report = _ingest(sources, to, settings)
+    report = with_progress("ingest", in_source_bytes(ingest_sources), sources=sources, to=to, settings=settings)
     say_json(report) if as_json else _tell(report)
 
 
-def _ingest(sources: tuple[str, ...], to: str, settings: "IngestSettings") -> "IngestReport":
-    from datastore.ingestion.ingest import ingest as ingest_sources
+def in_source_bytes(ingest_sources: Callable[..., "IngestReport"]) -> Callable[..., "IngestReport"]:
+    """Return `ingest_sources` with a `progress` that is told the bytes of the sources, done and altogether."""
 
-    with progress_bar("ingest") as bar:
+    def run(*, progress: "Progress | None", **arguments: Any) -> "IngestReport":
+        def show(now: "IngestProgress") -> None:
+            if progress is not None:
+                progress(now.source_bytes, now.source_bytes_total)
 
-        def show(progress: "IngestProgress") -> None:
-            if bar is not None:
-                bar(progress.source_bytes, progress.source_bytes_total)
+        return ingest_sources(**arguments, progress=show)
 
-        return ingest_sources(sources, to, settings=settings, progress=show)
+    return run
 
 
 def _tell_estimate(expected: "Estimate") -> None:
@@ -95,6 +98,9 @@ def _tell_estimate(expected: "Estimate") -> None:
         {
             "to read": f"{expected.files:,} files, {format_bytes(expected.source_bytes)}",
             "already there": f"{expected.known_files:,} files" if expected.known_files else None,
+            "changed": f"{_files(expected.changed_files)}; their older documents stay"
+            if expected.changed_files
+            else None,
             "left out": _counts(expected.skipped),
             "would add": f"about {expected.documents:,} documents{tokens}, {format_bytes(expected.shard_bytes)}",
             "would reject": f"about {expected.rejects:,}" if expected.rejects else None,
@@ -117,6 +123,10 @@ def _tell(report: "IngestReport") -> None:
             "added": f"{report.documents:,} documents{tokens}",
             "from": f"{report.files:,} files, {format_bytes(report.text_bytes)} of text",
             "already there": f"{report.known_files:,} files" if report.known_files else None,
+            "changed": f"{_files(report.changed_files)} since version {report.changed_since}, added as new documents;"
+            " the older ones stay"
+            if report.changed_files
+            else None,
             "left out": _counts(report.skipped),
             "rejected": _counts(report.rejected, report.rejects),
             "shards": f"{report.shards:,}, {format_bytes(report.shard_bytes)}",
@@ -124,6 +134,10 @@ def _tell(report: "IngestReport") -> None:
             "taken over": f"{report.tasks_resumed} of {report.tasks} tasks" if report.tasks_resumed else None,
         }
     )
+
+
+def _files(count: int) -> str:
+    return f"{count:,} file{'s' * (count != 1)}"
 
 
 def _counts(reasons: Mapping[Any, int], where: str = "") -> str | None:
@@ -149,6 +163,7 @@ def tokenizer() -> None:
 @INCLUDE
 @EXCLUDE
 @click.option("--text-key", help="Key of the text in a line of JSON.  [default: text]")
+@progress_option
 @json_option
 def train(*, sources: tuple[str, ...], vocab_size: int, to: str, as_json: bool, **options: Any) -> None:
     """Train a byte-level BPE tokenizer from the text of each SOURCE, read as `ingest` reads it."""
@@ -159,12 +174,17 @@ def train(*, sources: tuple[str, ...], vocab_size: int, to: str, as_json: bool, 
     from datastore.storage.resolve import open_storage
     from datastore.units import format_bytes
 
-    given = {name: value for name, value in options.items() if value not in (None, ())}
-    reading = settings_from(IngestSettings, given, where="the options")
-    settings = settings_from(TokenizerSettings, {"vocab_size": vocab_size}, where="the options")
+    given, origins = given_options(options)
+    reading = settings_from(IngestSettings, given, where="the options", origins=origins)
+    settings = settings_from(
+        TokenizerSettings,
+        {"vocab_size": vocab_size},
+        where="the options",
+        origins={"vocab_size": f"--vocab {vocab_size}"},
+    )
     folder, slash, name = to.rpartition("/")
     target = open_storage(folder or slash or ".")
-    raw = train_tokenizer(sources, settings=settings, reading=reading)
+    raw = with_progress("tokenizer train", train_tokenizer, sources=sources, settings=settings, reading=reading)
     target.put(name, raw)
     if as_json:
         say_json({"url": to, "sha256": sha256_hex(raw), "size_bytes": len(raw)})

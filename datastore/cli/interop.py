@@ -5,13 +5,12 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from datastore.cli.output import fields, json_option, progress_bar, say, say_json, table
-from datastore.cli.shell import example
+from datastore.cli.ingest import in_source_bytes
+from datastore.cli.output import fields, json_option, progress_option, say, say_json, table, with_progress
+from datastore.cli.shell import example, given_options
 
 if TYPE_CHECKING:
-    from datastore.ingestion.report import IngestProgress, IngestReport
-    from datastore.ingestion.settings import IngestSettings
-    from datastore.interop.formats import ImportFormat
+    from datastore.ingestion.report import IngestReport
 
 __all__ = ["COMMANDS"]
 
@@ -76,6 +75,7 @@ def _shown(value: Any) -> Any:
 @click.option(
     "--shard-bytes", metavar="SIZE", help="About how large a file is, such as 64MiB; by default as suits the format."
 )
+@progress_option
 @json_option
 def export(*, url: str, kind: Any, to: str, columns: tuple[str, ...], shard_bytes: str | None, as_json: bool) -> None:
     """Write what the dataset at URL holds, without what is deleted, in a format that another library reads.
@@ -89,8 +89,16 @@ def export(*, url: str, kind: Any, to: str, columns: tuple[str, ...], shard_byte
 
     dataset = open_dataset(url)
     size = parse_bytes(shard_bytes) if shard_bytes else 0
-    with progress_bar("export") as bar:
-        report = export_dataset(dataset, to, format=kind, columns=columns or None, shard_bytes=size, progress=bar)
+    report = with_progress(
+        "export",
+        export_dataset,
+        unit="shards",
+        dataset=dataset,
+        to=to,
+        format=kind,
+        columns=columns or None,
+        shard_bytes=size,
+    )
     if as_json:
         say_json(report)
         return
@@ -124,6 +132,7 @@ def export(*, url: str, kind: Any, to: str, columns: tuple[str, ...], shard_byte
 @click.option(
     "--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Any other setting of ingest; may be repeated."
 )
+@progress_option
 @json_option
 def import_(*, source: str, kind: Any, to: str, overrides: tuple[str, ...], as_json: bool, **options: Any) -> None:
     """Add what SOURCE, a folder or file that another library wrote, holds to a dataset.
@@ -132,24 +141,15 @@ def import_(*, source: str, kind: Any, to: str, overrides: tuple[str, ...], as_j
     import goes on when the same command is given again; given once more, it adds nothing. Columns of pickles are refused.
     """
     from datastore.config import settings_from
+    from datastore.ingestion.importing import import_dataset
     from datastore.ingestion.settings import IngestSettings
 
-    given = {name: value for name, value in options.items() if value is not None}
-    settings = settings_from(IngestSettings, given, overrides=overrides, where="the options")
-    report = _import(source, to, kind, settings)
+    given, origins = given_options(options)
+    settings = settings_from(IngestSettings, given, overrides=overrides, where="the options", origins=origins)
+    report = with_progress(
+        "import", in_source_bytes(import_dataset), source=source, to=to, format=kind, settings=settings
+    )
     say_json(report) if as_json else _tell(report)
-
-
-def _import(source: str, to: str, kind: "ImportFormat", settings: "IngestSettings") -> "IngestReport":
-    from datastore.ingestion.importing import import_dataset
-
-    with progress_bar("import") as bar:
-
-        def show(progress: "IngestProgress") -> None:
-            if bar is not None:
-                bar(progress.source_bytes, progress.source_bytes_total)
-
-        return import_dataset(source, to, format=kind, settings=settings, progress=show)
 
 
 def _tell(report: "IngestReport") -> None:

@@ -1,20 +1,58 @@
-"""The output of commands: text for people or one JSON document on stdout, progress on stderr if that is a terminal."""
+"""The output of commands: text for people or one JSON document on stdout, progress on stderr.
+
+Progress is a bar on a terminal. Elsewhere, in a log, it is a line every ten seconds, so that a command which takes less
+says nothing; and with `--json` nothing, for who reads that often reads both streams as one. `--progress` says otherwise.
+"""
 
 import sys
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
-from datastore.cli.shell import BROKEN_PIPE, silence_stdout
+from datastore.cli.shell import BROKEN_PIPE, CliSession, silence_stdout
+from datastore.units import Progress, format_bytes, format_seconds
 
 if TYPE_CHECKING:
     from datastore.storage.base import Storage
 
-__all__ = ["fields", "json_option", "moment", "progress_bar", "say", "say_json", "table"]
+__all__ = [
+    "LINE_EVERY_S",
+    "PlainLines",
+    "ProgressWords",
+    "fields",
+    "json_option",
+    "moment",
+    "progress_kind",
+    "progress_option",
+    "say",
+    "say_json",
+    "table",
+    "with_progress",
+]
+
+T = TypeVar("T")
+
+LINE_EVERY_S = 10.0
+"""How often a line is printed where there is no terminal."""
 
 json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON document instead of text.")
+
+
+def _remember_progress(context: click.Context, _parameter: click.Parameter, kind: str | None) -> None:
+    if kind is not None:
+        context.ensure_object(CliSession).progress = kind
+
+
+progress_option = click.option(
+    "--progress",
+    type=click.Choice(["bar", "plain", "none"]),
+    expose_value=False,
+    callback=_remember_progress,
+    help="Show progress on stderr: as a bar (on a terminal), a line every 10 s (elsewhere), or not at all (with --json).",
+)
 
 
 def say(text: str = "") -> None:
@@ -84,16 +122,89 @@ def _cell(value: object) -> str:
     return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
-@contextmanager
-def progress_bar(title: str) -> Iterator[Callable[[int, int], None] | None]:
-    """Yield a function `(done, total)` that moves a bar on stderr, or None if stderr is no terminal."""
-    if not sys.stderr.isatty():
-        yield None
-        return
-    from rich.console import Console
-    from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
+def progress_kind() -> str:
+    """Return how to show progress: `bar`, `plain` or `none`, as `--progress` says or as suits stderr."""
+    context = click.get_current_context(silent=True)
+    session = context.find_object(CliSession) if context else None
+    if session is not None and session.progress:
+        return session.progress
+    if sys.stderr.isatty():
+        return "bar"
+    return "none" if context and context.params.get("as_json") else "plain"
 
-    columns: tuple[Any, ...] = (TextColumn(title), BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
-        task = bar.add_task(title, total=None)
-        yield lambda done, total: bar.update(task, completed=done, total=total)
+
+class ProgressWords:
+    """Says how far something is: `1 GiB of 4 GiB (25%), 100 MiB/s, 30.7 s left`.
+
+    The rate counts from the first call on: what an earlier run has done was not done since.
+    """
+
+    def __init__(self, *, unit: str = "bytes", clock: Callable[[], float] = time.monotonic) -> None:
+        self._unit = unit
+        self._clock = clock
+        self._first: tuple[int, float] | None = None
+
+    def __call__(self, done: int, total: int) -> str:
+        """Return the words; a `total` of 0 is one that nobody knows."""
+        now = self._clock()
+        first_done, started = self._first = self._first or (done, now)
+        parts = [f"{self._amount(done)} of {self._amount(total)} ({done / total:.0%})" if total else self._amount(done)]
+        if done > first_done and now > started:
+            rate = (done - first_done) / (now - started)
+            parts.append(f"{format_bytes(rate)}/s" if self._unit == "bytes" else f"{rate:,.3g} {self._unit}/s")
+            parts += [f"{format_seconds((total - done) / rate)} left"] if total > done else []
+        return ", ".join(parts)
+
+    def _amount(self, count: int) -> str:
+        return format_bytes(count) if self._unit == "bytes" else f"{count:,} {self._unit}"
+
+
+class PlainLines:
+    """Prints a line on stderr if the last one, or the beginning, is ten seconds ago."""
+
+    def __init__(self, *, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
+        self._last = clock()
+
+    def say(self, words: Callable[[], str]) -> None:
+        """Print `words()` if it is time."""
+        now = self._clock()
+        if now - self._last >= LINE_EVERY_S:
+            self._last = now
+            sys.stderr.write(f"{words()}\n")
+            sys.stderr.flush()
+
+
+def with_progress(title: str, function: Callable[..., T], *, unit: str = "bytes", **arguments: Any) -> T:
+    """Return `function(**arguments, progress=...)`, and show meanwhile how far it is; `unit` is what it counts."""
+    kind = progress_kind()
+    if kind == "none":
+        return function(**arguments, progress=None)
+    words = ProgressWords(unit=unit)
+    if kind == "bar":
+        with _bar(title, words) as show:
+            return function(**arguments, progress=show)
+    lines = PlainLines()
+
+    def tell(done: int, total: int) -> None:
+        text = words(done, total)  # Each call counts: the rate begins with the first.
+        lines.say(lambda: f"{title}: {text}")
+
+    return function(**arguments, progress=tell)
+
+
+@contextmanager
+def _bar(title: str, words: ProgressWords) -> Iterator[Progress]:
+    """Yield what moves a bar on stderr, which is gone in the end."""
+    from rich.console import Console
+    from rich.progress import BarColumn, TextColumn
+    from rich.progress import Progress as Bars
+
+    columns: tuple[Any, ...] = (
+        TextColumn(title, markup=False),
+        BarColumn(),
+        TextColumn("{task.fields[words]}", markup=False),
+    )
+    with Bars(*columns, console=Console(stderr=True, force_terminal=True), transient=True) as bars:
+        task = bars.add_task(title, total=None, words="")
+        yield lambda done, total: bars.update(task, completed=done, total=total or None, words=words(done, total))

@@ -4,7 +4,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from datastore.cli.output import fields, json_option, progress_bar, say, say_json, table
+from datastore.cli.output import fields, json_option, progress_option, say, say_json, table, with_progress
 from datastore.cli.shell import example
 
 if TYPE_CHECKING:  # pyarrow takes longer to load than a wrong option takes to find.
@@ -27,6 +27,7 @@ _SHOWN = 20
 @URL
 @click.option("--root", "roots", multiple=True, metavar="URL", required=True, help="A further place; may be repeated.")
 @click.option("--copies", type=click.IntRange(min=1), default=2, help="How many of the places hold each file.")
+@progress_option
 @json_option
 def place(*, url: str, roots: tuple[str, ...], copies: int, as_json: bool) -> int:
     """Let the dataset at URL, which is made if it is not there, lie at URL and on the roots, one folder on each disk.
@@ -40,7 +41,7 @@ def place(*, url: str, roots: tuple[str, ...], copies: int, as_json: bool) -> in
     info = place_dataset(url, roots=roots, copies=copies)
     storage, _ = open_roots(url)
     held = any(True for _ in storage.list("_log"))
-    report = repair_dataset(url) if held else None
+    report = with_progress("copy", repair_dataset, unit="files", url=url) if held else None
     placement = info.placement
     assert placement is not None
     if as_json:
@@ -65,6 +66,7 @@ def place(*, url: str, roots: tuple[str, ...], copies: int, as_json: bool) -> in
 )
 @URL
 @click.option("--parity", "width", type=click.IntRange(min=1), default=4, help="Files per parity file.")
+@progress_option
 @json_option
 def protect(*, url: str, width: int, as_json: bool) -> None:
     """Make parity files for the shards and documents of URL that have none, one for each few: `repair` uses them.
@@ -75,8 +77,7 @@ def protect(*, url: str, width: int, as_json: bool) -> None:
     from datastore.dataset.durability.parity import protect as protect_dataset
     from datastore.units import format_bytes
 
-    with progress_bar("protect") as progress:
-        report = protect_dataset(url, width=width, progress=progress)
+    report = with_progress("protect", protect_dataset, target=url, width=width)
     if as_json:
         say_json(report)
         return
@@ -112,6 +113,7 @@ def protect(*, url: str, width: int, as_json: bool) -> None:
     help="The place OLD has a new, empty disk, which is filled; or is at NEW now. May be repeated.",
 )
 @click.option("--promote", is_flag=True, help="The first place is lost for good: the next one takes over.")
+@progress_option
 @json_option
 def repair(*, url: str, dry_run: bool, roots: tuple[str, ...], promote: bool, as_json: bool) -> int:
     """Read every copy of every file of URL, and make again what is damaged or gone; exit with 1 if that was not possible.
@@ -122,8 +124,9 @@ def repair(*, url: str, dry_run: bool, roots: tuple[str, ...], promote: bool, as
     from datastore.dataset.durability.repair import repair as repair_dataset
 
     moves = {old: new or old for old, _, new in (root.partition("=") for root in roots)}
-    with progress_bar("repair") as progress:
-        report = repair_dataset(url, roots=moves, promote=promote, dry_run=dry_run, progress=progress)
+    report = with_progress(
+        "repair", repair_dataset, unit="files", url=url, roots=moves, promote=promote, dry_run=dry_run
+    )
     if as_json:
         say_json(report)
     else:

@@ -2,11 +2,12 @@
 
 This is the only place in the package that reads the environment: launchers such as torchrun set `RANK`, `WORLD_SIZE`,
 `LOCAL_RANK`, `LOCAL_WORLD_SIZE`, `MASTER_ADDR` and `MASTER_PORT`. The line that shows how training goes is redrawn in place
-on a terminal; elsewhere only what must not be missed is printed.
+on a terminal; elsewhere it is printed every ten seconds. What must not be missed is printed in any case.
 """
 
 import os
 import sys
+import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import TracebackType
@@ -14,8 +15,8 @@ from typing import TYPE_CHECKING, Any, Self
 
 import click
 
-from datastore.cli.output import json_option, say, say_json
-from datastore.cli.shell import example
+from datastore.cli.output import PlainLines, json_option, progress_kind, progress_option, say, say_json, with_progress
+from datastore.cli.shell import example, given_options
 from datastore.errors import ConfigError
 from datastore.units import format_seconds
 
@@ -45,6 +46,7 @@ TAKE_OVER = click.option("--take-over", is_flag=True, help="Write to a run whose
 @SET
 @PROCESSES
 @TAKE_OVER
+@progress_option
 @json_option
 def train(
     *, config: Path, run: str | None, overrides: tuple[str, ...], processes: int, take_over: bool, as_json: bool
@@ -69,6 +71,7 @@ def train(
 @SET
 @PROCESSES
 @TAKE_OVER
+@progress_option
 @json_option
 def resume(*, run: str, overrides: tuple[str, ...], processes: int, take_over: bool, as_json: bool) -> None:
     """Go on with RUN from its newest checkpoint, with any number of processes."""
@@ -150,12 +153,15 @@ def prove(*, run: str, as_json: bool) -> int:
 @click.option("--run", help="The run whose held-out samples to use, if MODEL is a folder.")
 @STEP
 @click.option("--samples", type=click.IntRange(min=0), default=0, help="How many samples; 0: as many as the run uses.")
+@progress_option
 @json_option
 def evaluate(*, model: str, run: str | None, step: int | None, samples: int, as_json: bool) -> None:
     """Measure the validation loss of MODEL, a run or an exported folder."""
     from datastore.training.export.inference import evaluate as evaluate_model
 
-    found = evaluate_model(model, run=run or "", step=step, samples=samples)
+    found = with_progress(
+        "evaluate", evaluate_model, unit="samples", source=model, run=run or "", step=step, samples=samples
+    )
     if as_json:
         say_json(found)
         return
@@ -174,14 +180,18 @@ def evaluate(*, model: str, run: str | None, step: int | None, samples: int, as_
 @STEP
 @json_option
 def generate(*, model: str, prompt: str | None, step: int | None, as_json: bool, **sampling: Any) -> None:
-    """Let MODEL, a run or an exported folder, go on with a text."""
+    """Let MODEL, a run or an exported folder, go on with a text; what is printed begins with that text."""
     from datastore.document import convert
     from datastore.training.export.inference import Sampling
     from datastore.training.export.inference import generate as generate_text
 
-    text = generate_text(model, prompt or "", sampling=convert(Sampling, sampling, where="the options"), step=step)
+    given, origins = given_options(sampling)
+    text = generate_text(
+        model, prompt or "", sampling=convert(Sampling, given, where="the options", origins=origins), step=step
+    )
     if as_json:
-        say_json({"prompt": prompt or "", "text": text})
+        prompt = prompt or ""
+        say_json({"prompt": prompt, "completion": text.removeprefix(prompt), "text": text})
         return
     say(text)
 
@@ -280,9 +290,11 @@ _CLEAR = "\r\x1b[K"
 class TrainingLine:
     """Shows the progress of a run on stderr; use it as a context."""
 
-    def __init__(self, *, shown: bool = True) -> None:
+    def __init__(self, *, shown: bool = True, clock: Callable[[], float] = time.monotonic) -> None:
+        kind = progress_kind() if shown else "none"
         self._shown = shown
-        self._terminal = shown and sys.stderr.isatty()
+        self._terminal = kind == "bar"
+        self._lines = PlainLines(clock=clock) if kind == "plain" else None
         self._validation_loss: float | None = None
 
     def update(self, progress: "TrainingProgress") -> None:
@@ -291,6 +303,8 @@ class TrainingLine:
             return
         if progress.note:
             self._keep(progress.note)
+        if self._lines is not None:
+            self._lines.say(lambda: line_of(progress))
         if not self._terminal:
             return
         if progress.validation_loss != self._validation_loss:

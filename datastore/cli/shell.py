@@ -12,11 +12,13 @@ An error is `error[code]: fact (values). What to do.`. A traceback is shown with
 """
 
 import os
+import re
 import sys
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from types import TracebackType
+from typing import Any
 
 import click
 
@@ -29,6 +31,7 @@ __all__ = [
     "call",
     "debug_option",
     "example",
+    "given_options",
     "last_words",
     "silence_stdout",
 ]
@@ -44,6 +47,11 @@ class CliSession:
     """What one call of the command line has been told so far; `ctx.obj` of every command."""
 
     debug: bool = False
+    command: click.Command | None = None
+    """The one that runs."""
+
+    progress: str = ""
+    """How to show progress; empty: as suits stderr."""
 
 
 class CommandGroup(click.Group):
@@ -60,11 +68,12 @@ class CommandGroup(click.Group):
 
 
 def debug_option() -> click.Option:
-    """Return the `--debug` option, which sets `Session.debug`."""
+    """Return the `--debug` option, which sets `Session.debug`; and as each command has it, it notes which one runs."""
 
     def remember(context: click.Context, _parameter: click.Parameter, value: bool) -> None:  # noqa: FBT001 - click's call
-        if value:
-            context.ensure_object(CliSession).debug = True
+        session = context.ensure_object(CliSession)
+        session.command = context.command
+        session.debug |= value
 
     return click.Option(
         ["--debug"], is_flag=True, expose_value=False, is_eager=True, callback=remember, help="Show tracebacks."
@@ -74,6 +83,59 @@ def debug_option() -> click.Option:
 def example(*lines: str) -> str:
     """Return the end of a command's help: lines that a user can paste."""
     return "\b\n" + "\n".join(("Example:", *(f"  {line}" for line in lines)))
+
+
+def given_options(options: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, str]]:
+    """Return the options that were given, by setting, and how each was written, for errors: `--on-error skip`."""
+    given = {name: value for name, value in options.items() if value not in (None, ())}
+    flags = _flags(click.get_current_context().command)
+    return given, {name: f"{flags[name]} {value}" for name, value in given.items()}
+
+
+def _flags(command: click.Command) -> dict[str, str]:
+    """Return the flag for each name by which Python knows an option of `command`."""
+    options = [option for option in command.params if isinstance(option, click.Option)]
+    spelled = {option.opts[0].removeprefix("--").replace("-", "_"): option.opts[0] for option in options}
+    return spelled | {option.name: option.opts[0] for option in options if option.name}
+
+
+def _in_flags(hint: str, command: click.Command) -> str:
+    """Return `hint` with the options of `command` where it names arguments or settings.
+
+    Hints are written for Python and stand in backticks: `allow_missing` is `--allow-missing` here, `workers=1` is
+    `--workers 1`, and what only `--set` can set is `--set take=rows`.
+    """
+    flags = _flags(command)
+    is_flag = {option.opts[0]: option.is_flag for option in command.params if isinstance(option, click.Option)}
+    settings = _settings(command.name or "") if "overrides" in flags else []
+
+    def spelled(found: re.Match[str]) -> str:
+        name, value = found[1], found[2] or ""
+        if name in flags:
+            return f"{flags[name]} {value}" if value and not is_flag[flags[name]] else flags[name]
+        keys = [key for key in settings if key == name or key.endswith(f".{name}")]
+        return f"--set {keys[0]}={value or 'VALUE'}" if keys else found[0]
+
+    told = _NAMED.sub(spelled, hint)
+    if any(re.search(rf"(?<!--set )\b{re.escape(key)}\b", told) for key in settings if "." in key):
+        told += " Settings are given as --set KEY=VALUE, too."
+    return told
+
+
+_NAMED = re.compile(r"`([a-z_.]+)(?:=([^`]*))?`")
+
+
+def _settings(command: str) -> list[str]:
+    """Return the names of what `--set` can set."""
+    from datastore.document import setting_names
+
+    if command in {"train", "resume"}:
+        from datastore.training.settings import Settings
+
+        return setting_names(Settings)
+    from datastore.ingestion.settings import IngestSettings
+
+    return setting_names(IngestSettings)
 
 
 def call(command: click.Command, arguments: Sequence[str] | None, session: CliSession) -> int:
@@ -93,7 +155,7 @@ def call(command: click.Command, arguments: Sequence[str] | None, session: CliSe
     except (click.ClickException, DatastoreError, MemoryError, ModuleNotFoundError, OSError) as error:
         if session.debug:
             traceback.print_exception(error)
-        code, text = _explain(error)
+        code, text = _explain(error, session.command)
         sys.stderr.write(f"error[{code}]: {' '.join(text.split())}\n")
         return _status(error)
     return status if isinstance(status, int) else 0
@@ -104,9 +166,11 @@ def silence_stdout() -> None:
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
-def _explain(error: Exception) -> tuple[str, str]:
+def _explain(error: Exception, command: click.Command | None) -> tuple[str, str]:
     """Return the code and the one line for an error that is not a bug."""
     if isinstance(error, DatastoreError):
+        if command is not None:
+            error.hint = _in_flags(error.hint, command)
         return error.code, str(error)
     if isinstance(error, click.UsageError):
         where = error.ctx.command_path if error.ctx else "datastore"

@@ -2,15 +2,17 @@
 
 from collections.abc import Callable
 from itertools import islice
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
-from datastore.cli.output import fields, json_option, moment, progress_bar, say, say_json, table
+from datastore.cli.datasets import amounts
+from datastore.cli.output import fields, json_option, moment, progress_option, say, say_json, table, with_progress
 from datastore.cli.shell import example
 
 if TYPE_CHECKING:  # pyarrow takes longer to load than a wrong option takes to find.
     from datastore.dataset.diff import Diff
+    from datastore.dataset.log.manifest import Commit
     from datastore.dataset.operations.vacuum import Amount, VacuumReport
     from datastore.dataset.snapshot import Dataset
 
@@ -34,10 +36,10 @@ def log(*, url: str, limit: int, as_json: bool) -> None:
 
     newest = open_dataset(url)
     commits = list(islice(newest.log.history(newest.commit), limit or None))
-    if as_json:
-        say_json(commits)
-        return
     notes = _notes(newest)
+    if as_json:
+        say_json([_facts(commit) | notes(commit.version) for commit in commits])
+        return
     header = ("version", "time", "operation", "documents", "tokens", "shards", "writer", "")
     table(
         header,
@@ -46,11 +48,9 @@ def log(*, url: str, limit: int, as_json: bool) -> None:
                 c.version,
                 moment(c.time),
                 c.operation,
-                c.totals.documents - c.totals.deleted_documents,
-                c.totals.tokens - c.totals.deleted_tokens,
-                c.totals.shards,
+                *(amounts(c)[name] for name in ("documents", "tokens", "shards")),
                 c.writer,
-                notes(c.version),
+                ", ".join(notes(c.version)["tags"]) or ("expired" if notes(c.version)["expired"] else ""),
             )
             for c in commits
         ],
@@ -59,8 +59,15 @@ def log(*, url: str, limit: int, as_json: bool) -> None:
         say(f"... and {newest.version - len(commits):,} older; --limit 0 lists all")
 
 
-def _notes(newest: "Dataset") -> Callable[[int], str]:
-    """Return a function that gives what there is to say of a version: its tags, or that it has expired."""
+def _facts(commit: "Commit") -> dict[str, Any]:
+    """Return the commit, and how much the version holds by the names that `show` uses."""
+    import msgspec
+
+    return msgspec.to_builtins(commit) | amounts(commit)  # type: ignore[no-any-return]
+
+
+def _notes(newest: "Dataset") -> Callable[[int], dict[str, Any]]:
+    """Return a function that gives what there is to say of a version: its tags, and whether it has expired."""
     from datastore.dataset.log.manifest import oldest_readable
     from datastore.dataset.log.tags import list_tags, read_tag
 
@@ -69,8 +76,8 @@ def _notes(newest: "Dataset") -> Callable[[int], str]:
         tags.setdefault(read_tag(newest.storage, name).version, []).append(name)
     oldest = oldest_readable(newest.info, newest.log.newest() or newest.commit)
 
-    def notes(version: int) -> str:
-        return ", ".join(tags.get(version, [])) or ("expired" if version < oldest else "")
+    def notes(version: int) -> dict[str, Any]:
+        return {"tags": tags.get(version, []), "expired": version < oldest}
 
     return notes
 
@@ -180,6 +187,7 @@ def expire(*, url: str, keep: int | None, older_than: str | None, dry_run: bool,
 @click.option(
     "--older-than", default="24h", metavar="TIME", help="Leave younger files: somebody may be about to commit them."
 )
+@progress_option
 @json_option
 def vacuum(*, url: str, delete: bool, older_than: str, as_json: bool) -> None:
     """Count, or remove, the files of the dataset at URL that no version which can be read names.
@@ -191,8 +199,10 @@ def vacuum(*, url: str, delete: bool, older_than: str, as_json: bool) -> None:
     from datastore.dataset.operations.vacuum import vacuum as vacuum_dataset
     from datastore.units import parse_seconds
 
-    with progress_bar("vacuum") as progress:
-        report = vacuum_dataset(url, dry_run=not delete, older_than_s=parse_seconds(older_than), progress=progress)
+    older_than_s = parse_seconds(older_than)
+    report = with_progress(
+        "vacuum", vacuum_dataset, unit="files", target=url, dry_run=not delete, older_than_s=older_than_s
+    )
     say_json(report) if as_json else _tell_vacuum(report)
 
 
@@ -208,7 +218,7 @@ def _tell_vacuum(report: "VacuumReport") -> None:
             "readable": kept,
             "too young": shown(report.young),
             "of ingests": shown(report.of_ingests),
-            **{kind: shown(amount) for kind, amount in report.removed.items()},
+            **{kind.replace("_", " "): shown(amount) for kind, amount in report.removed.items()},
         }
     )
     total = shown(report.total)
@@ -225,6 +235,7 @@ def _tell_vacuum(report: "VacuumReport") -> None:
 @SOURCE
 @TARGET
 @click.option("--shallow", is_flag=True, help="Copy no shards: read those of SOURCE, which must not remove them.")
+@progress_option
 @json_option
 def clone(*, source: str, target: str, shallow: bool, as_json: bool) -> None:
     """Make a new dataset at TARGET of one version of SOURCE: another uuid, one version, no history.
@@ -235,8 +246,7 @@ def clone(*, source: str, target: str, shallow: bool, as_json: bool) -> None:
     from datastore.dataset.operations.clone import clone as clone_dataset
     from datastore.units import format_bytes
 
-    with progress_bar("clone") as progress:
-        report = clone_dataset(source, target, shallow=shallow, progress=progress)
+    report = with_progress("clone", clone_dataset, source=source, target=target, shallow=shallow)
     if as_json:
         say_json(report)
         return
@@ -259,6 +269,7 @@ def clone(*, source: str, target: str, shallow: bool, as_json: bool) -> None:
 @SOURCE
 @TARGET
 @click.option("--all-versions", is_flag=True, help="All versions that can be read, not only the newest.")
+@progress_option
 @json_option
 def copy(*, source: str, target: str, all_versions: bool, as_json: bool) -> None:
     """Copy the dataset at SOURCE to TARGET: the same uuid, the same versions, the tags of those that are copied.
@@ -269,8 +280,7 @@ def copy(*, source: str, target: str, all_versions: bool, as_json: bool) -> None
     from datastore.dataset.operations.copy import copy as copy_dataset
     from datastore.units import format_bytes, format_seconds
 
-    with progress_bar("copy") as progress:
-        report = copy_dataset(source, target, all_versions=all_versions, progress=progress)
+    report = with_progress("copy", copy_dataset, source=source, target=target, all_versions=all_versions)
     if as_json:
         say_json(report)
         return

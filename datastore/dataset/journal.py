@@ -119,6 +119,7 @@ class Journal:
 
     def __init__(self, storage: Storage, ingest_id: str) -> None:
         self.storage = storage
+        self.ingest_id = ingest_id
         self.folder = journal_folder(ingest_id)
 
     def find_plan(self) -> Plan | None:

@@ -28,7 +28,7 @@ from datastore.dataset.log.keys import (
 )
 from datastore.dataset.log.manifest import DatasetInfo, Placement, RootRef
 from datastore.document import seal
-from datastore.errors import ConfigError, ConflictError, FormatError, MissingError
+from datastore.errors import ConfigError, ConflictError, FormatError, MissingError, whole_number
 from datastore.storage.base import Root, Storage, probe_exclusive
 from datastore.storage.hedging import Answers, all_answers
 from datastore.storage.placed import PlacedStorage
@@ -136,12 +136,13 @@ def place_dataset(url: str | os.PathLike[str], *, roots: Sequence[str], copies: 
         ConflictError: a root belongs to another dataset.
     """
     places = _distinct([open_storage(url), *map(open_storage, roots)])
+    copies = whole_number(copies, name="copies")
     if not 1 <= copies <= len(places):
         raise ConfigError(
             "there are not as many roots as copies",
             roots=len(places),
             copies=copies,
-            hint="Name more roots or fewer copies.",
+            hint="Give more of `roots`, or fewer `copies`.",
         )
     info = create_dataset(places[0], whole=False)
     known = list(info.placement.roots) if info.placement else []

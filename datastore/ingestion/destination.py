@@ -1,12 +1,15 @@
 """The dataset that an ingest goes to: what it is made of already, and which files it knows."""
 
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
+from pathlib import Path
 
 import pyarrow as pa
 
 from datastore.dataset.journal import Journal, Plan
 from datastore.dataset.log.commits import CommitLog
+from datastore.dataset.log.keys import INFO_KEY, JOURNALS_FOLDER, KINDS, LOG_FOLDER, journal_folder
 from datastore.dataset.log.manifest import Commit, Kind, TokenizerRef
 from datastore.dataset.roots import open_roots
 from datastore.dataset.shards.files import read_tokenizer
@@ -37,21 +40,45 @@ class Destination:
 
     storage: Storage
     newest: Commit | None
+    fresh: bool = False
+    """Whether nothing at all was there."""
 
-    def ingests(self) -> Iterator[Plan]:
-        """Yield the plans of the ingests that the newest version is made of; reads one commit per version."""
+    def ingests(self) -> Iterator[tuple[int, Plan]]:
+        """Yield the plans of the ingests that the newest version is made of, and which version each made, newest first.
+
+        Reads one commit per version.
+        """
         if self.newest is None:
             return
         for commit in CommitLog(self.storage).history(self.newest):
             plan = Journal(self.storage, commit.ingest_id).find_plan() if commit.ingest_id else None
             if plan is not None:
-                yield plan
+                yield commit.version, plan
             if commit.operation == "overwrite":
                 return
 
-    def known_files(self) -> frozenset[str]:
-        """Return the fingerprints of all source files that are in the dataset."""
-        return frozenset(file.fingerprint for plan in self.ingests() for file in plan.files)
+    def forget(self, ingest_id: str) -> None:
+        """Remove what an ingest without a document has left where nothing was, unless another one has begun there, too."""
+        if not self.fresh:
+            return
+        own = f"{journal_folder(ingest_id)}/"
+
+        def others() -> bool:
+            keys = (stat.key for folder in (JOURNALS_FOLDER, LOG_FOLDER) for stat in self.storage.list(folder))
+            return any(not key.startswith(own) for key in keys)
+
+        if others():
+            return
+        info = self.storage.get(INFO_KEY)
+        for stat in list(self.storage.list()):
+            if stat.key.startswith(own) or stat.key.partition("/")[0] in KINDS:
+                self.storage.delete(stat.key)
+        self.storage.delete(INFO_KEY)
+        if others():  # It began just now, and relies on the identity that it has read.
+            self.storage.put(INFO_KEY, info)
+        elif "://" not in self.storage.url:
+            with suppress(OSError):  # Somebody else has put something there, or it is a mount point.
+                Path(self.storage.url).rmdir()
 
     def require_kind(self, kind: Kind) -> None:
         """Raise unless documents of `kind` can be added.
@@ -61,7 +88,9 @@ class Destination:
         """
         if self.newest is not None and self.newest.kind != kind:
             raise ConfigError(
-                f"the dataset holds {self.newest.kind}, not {kind}", url=self.storage.url, hint="Name another URL."
+                f"the dataset holds {self.newest.kind}, not {kind}",
+                url=self.storage.url,
+                hint="Name another URL, or replace all that it holds: `operation=overwrite`.",
             )
 
     def require_schema(self, schema: pa.Schema) -> None:
@@ -77,7 +106,7 @@ class Destination:
                 url=self.storage.url,
                 dataset=stored.names,
                 ingested=schema.names,
-                hint="Name another URL, or write rows of the dataset's columns.",
+                hint="Name another URL, or replace all that it holds: `operation=overwrite`.",
             )
 
     def choose_tokenizer(self, settings: IngestSettings) -> TokenizerChoice | None:
@@ -101,7 +130,7 @@ class Destination:
                 url=self.storage.url,
                 dataset=_shown(present),
                 given=_shown(ref),
-                hint="Leave out the tokenizer to use what the dataset has, or name another URL.",
+                hint="Leave out `tokenizer` to use what the dataset has; name another URL; or `operation=overwrite`.",
             )
         return TokenizerChoice(raw, ref)
 
@@ -125,7 +154,7 @@ def open_target(to: str) -> Destination:
     try:
         storage, info = open_roots(to)
     except MissingError:
-        return Destination(open_storage(to), None)
+        return Destination(open_storage(to), None, fresh=True)
     return Destination(storage, CommitLog(storage, exclusive=info.exclusive).newest())
 
 

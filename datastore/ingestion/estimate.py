@@ -8,12 +8,15 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
+from typing import Any
 
 from datastore.dataset.log.manifest import Kind
+from datastore.formats.schema import decode_schema
 from datastore.ingestion.encoding.encoder import TextEncoder
 from datastore.ingestion.ingest import PreparedIngest, prepare
 from datastore.ingestion.plan import WorkItem, source_bytes, work_items
 from datastore.ingestion.reading.documents import Reject, TextRecord, read_part
+from datastore.ingestion.reading.rows import read_rows
 from datastore.ingestion.settings import IngestSettings
 from datastore.storage.resolve import open_storage
 
@@ -37,6 +40,9 @@ class Estimate:
     kind: Kind
     files: int
     known_files: int
+    changed_files: int
+    """Of the files, those that the dataset has in another state."""
+
     skipped: Mapping[str, int]
     source_bytes: int
     tasks: int
@@ -65,6 +71,7 @@ def estimate(sources: Sequence[str], to: str, *, settings: IngestSettings | None
         kind=plan.kind,
         files=len(plan.files),
         known_files=plan.known,
+        changed_files=len(prepared.changed),
         skipped=plan.skipped,
         source_bytes=total,
         tasks=len(every),
@@ -87,6 +94,9 @@ class _Sample:
         self.rejects = 0
         self.tokens = 0
         self.encode_s = 0.0
+        if prepared.settings.take != "text":
+            self._look_at_rows(prepared, every)
+            return
         texts: list[str] = []
         for found in _spread(prepared, every):
             self.source_bytes += len(found.excerpt) if isinstance(found, Reject) else found.length
@@ -104,10 +114,23 @@ class _Sample:
             self.tokens = encoded.values.size
             self.shard_bytes = encoded.values.nbytes
 
-    @property
-    def s_per_byte(self) -> float:
-        """Seconds of one core per source byte."""
-        return self.encode_s / max(1, self.source_bytes) + _OTHER_S_PER_BYTE
+    def _look_at_rows(self, prepared: PreparedIngest, every: Sequence[WorkItem]) -> None:
+        """Count the first rows of files spread over the plan; how many source bytes they take is not known, but about."""
+        self.documents = self.shard_bytes = 0
+        settings, plan = prepared.settings, prepared.plan
+        schema = decode_schema(plan.record_schema) if plan.record_schema else None
+        parts = [part for order in every for part in order.parts]
+        for file, start, stop in islice(parts, 0, None, max(1, len(parts) // _SAMPLE_FILES)):
+            url, key = prepared.roots.locate(file.path)
+            tables = read_rows(open_storage(url), key, file=file, span=(start, stop), settings=settings, schema=schema)
+            rows = next((rows for _, rows in tables if rows.num_rows > 0), None)
+            if rows is not None:
+                self.documents += rows.num_rows
+                self.shard_bytes += rows.nbytes
+                self.source_bytes += min(rows.nbytes, stop - start)
+                if plan.kind == "tokens" and settings.tokens_key in rows.column_names:
+                    counts: Any = rows.column(settings.tokens_key).combine_chunks()
+                    self.tokens += len(counts.flatten())
 
 
 def _spread(prepared: PreparedIngest, every: Sequence[WorkItem]) -> Iterator[TextRecord | Reject]:

@@ -9,7 +9,7 @@ the tasks made is good enough, and if so, makes one commit of it.
 
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from datastore.dataset.journal import Journal, Plan, TaskDone
@@ -19,21 +19,21 @@ from datastore.dataset.log.manifest import Commit, Kind, TokenizerRef
 from datastore.dataset.operations.append import Operation, commit_records, commit_shards
 from datastore.dataset.shards.files import put_tokenizer
 from datastore.dataset.shards.info import ShardInfo
-from datastore.errors import ConfigError, RejectedError
+from datastore.errors import ConfigError, CorruptError, RejectedError
 from datastore.formats.fitting import check_rows
 from datastore.formats.schema import check_storable, decode_schema, encode_schema
 from datastore.host import cores
 from datastore.ingestion.destination import Destination, TokenizerChoice, open_target
 from datastore.ingestion.duplicates import without_duplicates
-from datastore.ingestion.plan import make_plan, work_items
-from datastore.ingestion.reading.documents import encode_rejects
+from datastore.ingestion.plan import changed_since, make_plan, work_items
+from datastore.ingestion.reading.documents import decode_rejects, encode_rejects
+from datastore.ingestion.reading.rows import require_rows, rows_schema
 from datastore.ingestion.reading.sources import Listing, Roots, list_sources
 from datastore.ingestion.report import IngestProgress, IngestReport, Tally, rejected_in, skipped_in
 from datastore.ingestion.settings import IngestSettings, reading_digest
 from datastore.ingestion.sinks import RECORDS_SCHEMA
 from datastore.ingestion.tasks import Advance, Job
 from datastore.ingestion.workers import run_orders
-from datastore.interop.formats import FORMATS
 from datastore.storage.resolve import open_storage
 from datastore.storage.statistics import add_statistics
 from datastore.storage.urls import join_url
@@ -67,7 +67,11 @@ def ingest(
         return _report(prepared, {}, outcome, resumed=0, started=started)
     resumed = _begin(prepared)
     tally = Tally(work_items(prepared.plan), resumed, progress)
-    done = _run(prepared, to, resumed, tally)
+    try:
+        done = _run(prepared, to, resumed, tally)
+    except (ConfigError, CorruptError, RejectedError):
+        prepared.target.forget(prepared.plan.ingest_id)  # The source is to be corrected, and then is another one.
+        raise
     outcome = commit_ingest(
         prepared.target,
         prepared.plan,
@@ -88,6 +92,8 @@ class PreparedIngest:
     target: Destination
     tokenizer: TokenizerChoice | None
     plan: Plan
+    changed: Mapping[str, int]
+    """Files that the dataset has in another state, and the last version that brought one."""
 
     def workers(self, tasks: int) -> int:
         """Return how many processes to use for that many tasks.
@@ -99,7 +105,7 @@ class PreparedIngest:
         wanted = self.settings.workers
         if any(url.startswith("memory://") for url in urls):
             if wanted > 1:
-                raise ConfigError("other processes cannot see memory://", workers=wanted, hint="Set workers to 1.")
+                raise ConfigError("other processes cannot see memory://", workers=wanted, hint="Give `workers=1`.")
             return 1
         return max(1, min(tasks, wanted or cores()))
 
@@ -166,6 +172,8 @@ def _report(
         kind=plan.kind,
         files=len(plan.files),
         known_files=plan.known,
+        changed_files=len(prepared.changed),
+        changed_since=max(prepared.changed.values(), default=0),
         skipped=dict(sorted((Counter(plan.skipped) + skipped_in(done.values())).items())),
         documents=sum(shard.documents for shard in outcome.shards),
         tokens=sum(shard.tokens for shard in outcome.shards),
@@ -204,7 +212,10 @@ def commit_ingest(
         if settings.on_error == "quarantine":
             journal.put_rejects("duplicates", encode_rejects(found.rejects))
     where = join_url(target.storage.url, journal.folder, "rejects") if settings.on_error == "quarantine" else ""
-    _check_limit(sum(task.documents for task in tasks) - len(found.rejects), rejected, settings, where=where)
+    documents = sum(task.documents for task in tasks) - len(found.rejects)
+    if rejected and not documents:
+        raise _all_rejected(target, journal, rejected, where=where)
+    _check_limit(documents, rejected, settings, where=where)
     if settings.on_error == "fail" and found.rejects:
         first = found.rejects[0]
         raise RejectedError(
@@ -212,10 +223,11 @@ def commit_ingest(
             source=first.source,
             offset=first.offset,
             id=first.excerpt,
-            hint="Correct it, or set on_error to quarantine or skip.",
+            hint="Correct it, or set `on_error` to quarantine or skip.",
         )
     if not found.shards:
         if target.newest is None or settings.operation == "overwrite":
+            target.forget(plan.ingest_id)
             raise ConfigError(
                 "the source is empty: there is no document in it",
                 sources=list(plan.sources),
@@ -226,6 +238,21 @@ def commit_ingest(
         return IngestOutcome(target.newest, (), rejected)
     return IngestOutcome(
         _commit(target, plan, found.shards, tokenizer, operation=settings.operation), found.shards, rejected
+    )
+
+
+def _all_rejected(target: Destination, journal: Journal, rejected: Counter[str], *, where: str) -> RejectedError:
+    """Return the error for a source without one good document; where nothing was before, nothing is left."""
+    first = next((each for key, raw in journal.rejects() for each in decode_rejects(raw, where=key)), None)
+    target.forget(journal.ingest_id)
+    seen = {"source": first.source, "offset": first.offset, "begins": first.excerpt[:40]} if first else {}
+    way = "Name the key of the text, `text_key=KEY`" if "missing_text" in rejected else "Correct the source"
+    return RejectedError(
+        "all documents were rejected, so nothing was committed",
+        rejected=rejected.total(),
+        reasons=dict(sorted(rejected.items())),
+        **seen,
+        hint=f"{way}{f'; all are described in {where}' if where and not target.fresh else ''}.",
     )
 
 
@@ -247,7 +274,7 @@ def _check_limit(documents: int, rejected: Counter[str], settings: IngestSetting
         of=documents + bad,
         reasons=dict(sorted(rejected.items())),
         max_reject_ratio=settings.max_reject_ratio,
-        hint=f"{look} the source, or allow it: max_reject_ratio = {enough:g}; what is done is kept for the next run.",
+        hint=f"{look} the source, or allow it: `max_reject_ratio={enough:g}`; what is done is kept for the next run.",
     )
 
 
@@ -307,10 +334,14 @@ def prepare(sources: Sequence[str], to: str, settings: IngestSettings) -> Prepar
         ConfigError, MissingError, FormatError, CorruptError, StorageError: as `ingest`.
     """
     listing, roots = list_sources(sources, settings)
+    if settings.take != "text":
+        for file in listing.files:
+            require_rows(file)
     target = open_target(to)
     tokenizer = target.choose_tokenizer(settings) if settings.take != "rows" else None
     kind: Kind = "tokens" if tokenizer or settings.take == "tokens" else "records"
     base = target if settings.operation == "append" else Destination(target.storage, None)
+    history = tuple(base.ingests())
     base.require_kind(kind)
     if kind == "records" and settings.take == "text":
         base.require_schema(RECORDS_SCHEMA)
@@ -319,21 +350,26 @@ def prepare(sources: Sequence[str], to: str, settings: IngestSettings) -> Prepar
         settings=settings,
         kind=kind,
         reading_digest=reading_digest(settings, tokenizer_sha256=tokenizer.ref.sha256 if tokenizer else ""),
-        known=base.known_files(),
-        record_schema=_record_schema(listing, roots, base) if settings.take == "rows" else b"",
+        known=frozenset(file.fingerprint for _, plan in history for file in plan.files),
+        record_schema=_record_schema(listing, roots, base, settings) if settings.take == "rows" else b"",
     )
-    return PreparedIngest(settings=settings, roots=roots, target=target, tokenizer=tokenizer, plan=plan)
+    changed = changed_since(plan.files, history)
+    return PreparedIngest(
+        settings=settings, roots=roots, target=target, tokenizer=tokenizer, plan=plan, changed=changed
+    )
 
 
-def _record_schema(listing: Listing, roots: Roots, target: Destination) -> bytes:
+def _record_schema(listing: Listing, roots: Roots, target: Destination, settings: IngestSettings) -> bytes:
     """Return the columns that all files must have: those of the dataset, or in a new one those of the first file.
 
     Raises:
         ConfigError: the first file does not have them; better now than after all the reading.
     """
     first = listing.files[0]
+    if target.newest is not None and first.format == "jsonl":  # Each line is held against the columns as it is read.
+        return target.newest.record_schema
     url, key = roots.locate(first.path)
-    schema = FORMATS[first.format].schema(open_storage(url), key).remove_metadata()
+    schema = rows_schema(open_storage(url), key, file=first, settings=settings).remove_metadata()
     if target.newest is not None:
         check_rows(schema.empty_table(), decode_schema(target.newest.record_schema))
         return target.newest.record_schema

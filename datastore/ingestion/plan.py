@@ -11,12 +11,13 @@ from datastore.dataset.journal import Part, Plan, SourceFile, Task
 from datastore.dataset.log.manifest import Kind
 from datastore.digest import digest_hex
 from datastore.document import Document
-from datastore.ingestion.reading.documents import is_cuttable, separator_of
+from datastore.ingestion.reading.documents import separator_of
+from datastore.ingestion.reading.rows import is_cuttable, is_table
 from datastore.ingestion.reading.sources import Listing
 from datastore.ingestion.reading.streams import can_be_cut, cut_evenly
 from datastore.ingestion.settings import IngestSettings
 
-__all__ = ["WorkItem", "ingest_id_of", "make_plan", "source_bytes", "work_items"]
+__all__ = ["WorkItem", "changed_since", "ingest_id_of", "make_plan", "source_bytes", "work_items"]
 
 _FILE_WEIGHT = 4096
 """Opening a file costs as much as reading this many bytes of it."""
@@ -36,6 +37,24 @@ def ingest_id_of(files: Iterable[SourceFile], *, kind: Kind, reading_digest: str
     """Return the name of the ingest of these files in this way: the same files and settings, the same ingest."""
     prints = "\n".join(file.fingerprint for file in files)
     return digest_hex(f"{kind}/{reading_digest}\n{prints}".encode())
+
+
+def changed_since(files: Iterable[SourceFile], history: Iterable[tuple[int, Plan]]) -> dict[str, int]:
+    """Return the paths of `files` that were ingested in another state, never in this one, and the last version that did.
+
+    `history` are earlier ingests with their versions, newest first.
+    """
+    states: dict[str, set[tuple[int, float]]] = {}
+    versions: dict[str, int] = {}
+    for version, plan in history:
+        for file in plan.files:
+            states.setdefault(file.path, set()).add((file.size_bytes, file.modified))
+            versions.setdefault(file.path, version)
+    return {
+        file.path: versions[file.path]
+        for file in files
+        if file.path in states and (file.size_bytes, file.modified) not in states[file.path]
+    }
 
 
 def make_plan(
@@ -88,11 +107,16 @@ def _parts(files: tuple[SourceFile, ...], settings: IngestSettings) -> Iterator[
     """Yield every part of every file with its weight."""
     for index, file in enumerate(files):
         ranges = [(0, file.size_bytes)]
-        if not file.codec and (can_be_cut(separator_of(file, settings)) or is_cuttable(file)):
+        if is_cuttable(file) if is_table(file) else _may_be_cut(file, settings):
             ranges = cut_evenly(file.size_bytes, settings.task_bytes)
         growth = _TYPICAL_EXPANSION if file.codec else 1
         for start, stop in ranges:
             yield Part(file=index, start=start, stop=stop), (stop - start) * growth + _FILE_WEIGHT
+
+
+def _may_be_cut(file: SourceFile, settings: IngestSettings) -> bool:
+    # Tokens of JSON lines are called after the number of their line, which who starts in the middle cannot know.
+    return not file.codec and settings.take != "tokens" and can_be_cut(separator_of(file, settings))
 
 
 def _groups(parts: Iterable[tuple[Part, int]], target: float) -> Iterator[list[Part]]:

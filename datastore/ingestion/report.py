@@ -47,6 +47,12 @@ class IngestReport:
     known_files: int
     """Files that the dataset had."""
 
+    changed_files: int
+    """Of those that were read, files that the dataset has in another state, whose documents stay."""
+
+    changed_since: int
+    """The last version that brought such a state; 0 if no file has changed."""
+
     skipped: Mapping[str, int]
     """Files and folders that were left out."""
 

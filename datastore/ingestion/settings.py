@@ -11,7 +11,7 @@ import msgspec
 
 from datastore.dataset.operations.append import Operation
 from datastore.digest import digest_hex
-from datastore.document import Document, Positive, encode
+from datastore.document import Positive, SettingsDocument, encode
 from datastore.interop.formats import ImportFormat
 
 __all__ = ["CODE_VERSION", "IngestSettings", "OnError", "SpecialTokens", "Take", "reading_digest"]
@@ -32,7 +32,7 @@ Ratio = Annotated[float, msgspec.Meta(ge=0, le=1)]
 Name = Annotated[str, msgspec.Meta(min_length=1)]
 
 
-class IngestSettings(Document, frozen=True, kw_only=True):
+class IngestSettings(SettingsDocument, frozen=True, kw_only=True):
     """How sources become shards."""
 
     tokenizer: str = ""
@@ -51,7 +51,7 @@ class IngestSettings(Document, frozen=True, kw_only=True):
     """Read all files as those of this format. Empty: text and JSON lines, told by their names."""
 
     take: Take = "text"
-    """What of a row of such a format becomes a document: the text under `text_key`, all its columns, or its tokens."""
+    """What of a row of such a format, or of a JSON line, becomes a document: the text under `text_key`, all columns, or tokens."""
 
     include: tuple[Name, ...] = ()
     """Take only files of a folder that match one of these globs (a name, or with `/` the path in the folder)."""
@@ -60,8 +60,10 @@ class IngestSettings(Document, frozen=True, kw_only=True):
     """Leave out files and folders that match one of these globs."""
 
     text_key: Name = "text"
+    """The key of the text in a JSON line, or its column."""
+
     id_key: Name = "id"
-    """Keys of a JSON line, or columns; without an id, a document is called after its file and place in it."""
+    """The key of the id, or its column; without an id, a document is called after its file and place in it."""
 
     tokens_key: Name = "tokens"
     """The column of token ids, if tokens are taken over."""

@@ -242,7 +242,7 @@ class CopiedTokens(CopySink):
                 file=source,
                 tokens_key=self._key,
                 columns=rows.column_names,
-                hint="Set tokens_key to a column of lists of whole numbers.",
+                hint="Name a column of lists of whole numbers: `tokens_key=COLUMN`.",
             )
         column: Any = rows.column(self._key).combine_chunks()
         values = column.flatten()
@@ -257,7 +257,7 @@ class CopiedTokens(CopySink):
                 smallest=int(ids.min()),
                 largest=int(ids.max()),
                 vocab_size=limit,
-                hint="Name the tokenizer that made these tokens.",
+                hint="Name the tokenizer that made these tokens: `tokenizer=FILE`.",
             )
         return ids.astype(np.uint32), np.asarray(column.value_lengths(), np.int64)
 

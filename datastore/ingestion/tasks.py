@@ -27,9 +27,9 @@ from datastore.ingestion.reading.documents import (
     check_unchanged,
     encode_rejects,
     read_part,
-    read_rows,
 )
 from datastore.ingestion.reading.listing import SkipReason
+from datastore.ingestion.reading.rows import read_rows
 from datastore.ingestion.reading.sources import Roots
 from datastore.ingestion.settings import IngestSettings, OnError
 from datastore.ingestion.sinks import CopiedRows, CopiedTokens, CopySink, RecordShards, ShardSink, TokenShards
@@ -136,12 +136,15 @@ class TaskRunner:
     def _copy(self, order: WorkItem, report: Report) -> TaskDone:
         """Take over rows or tokens; otherwise as `work`."""
         sink = self._copy_sink(order)
+        schema = decode_schema(self.job.record_schema) if self.job.record_schema else None
         copied = 0
         left = source_bytes(order)
         for file, start, stop in order.parts:
             url, key = self.job.roots.locate(file.path)
             folder = self._folders.setdefault(url, open_storage(url))
-            for first, rows in read_rows(folder, key, file=file, span=(start, stop)):
+            for first, rows in read_rows(
+                folder, key, file=file, span=(start, stop), settings=self.job.settings, schema=schema
+            ):
                 before = sink.tokens
                 sink.add(first, rows, source=file.path)
                 copied += rows.nbytes
@@ -246,7 +249,7 @@ class _Run:
                     source=reject.source,
                     offset=reject.offset,
                     begins=reject.excerpt[:40],
-                    hint="Correct it, or set on_error to quarantine or skip.",
+                    hint="Correct it, or set `on_error` to quarantine or skip.",
                 )
             self.rejected[reject.reason] += 1
             if self._on_error == "quarantine":

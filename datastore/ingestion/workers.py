@@ -150,7 +150,7 @@ def _died(worker: _Worker) -> DatastoreError:
         task=worker.order.task_id if worker.order else "",
         first_file=parts[0][0].path if parts else "",
         last_file=parts[-1][0].path if parts else "",
-        hint="Run the same command again; if it was out of memory, with fewer workers or smaller task_bytes.",
+        hint="Run the same command again; if it was out of memory, with fewer `workers` or a smaller `task_bytes`.",
     )
 
 

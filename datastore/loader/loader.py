@@ -18,7 +18,7 @@ import msgspec
 import numpy as np
 
 from datastore.dataset.snapshot import Dataset
-from datastore.errors import ConfigError, DatastoreError
+from datastore.errors import ConfigError, DatastoreError, whole_number
 from datastore.loader.batch import Batch
 from datastore.loader.cache.blocks import TokenBlocks
 from datastore.loader.cache.mapped import MappedBlocks
@@ -64,7 +64,7 @@ class Loader:
     ) -> None:
         self.dataset = dataset
         self.rank = rank
-        self.global_batch = global_batch
+        self.global_batch = whole_number(global_batch, name="global_batch")
         self.options = checked_options(options)
         self._stream = open_stream(dataset, seq_len=seq_len, seed=seed, options=self.options)
         itemsize = int(dataset.segments.itemsize.max())

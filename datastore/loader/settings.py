@@ -9,8 +9,8 @@ from typing import Annotated, Literal
 
 import msgspec
 
-from datastore.document import Count, Document, Positive, convert
-from datastore.errors import ConfigError
+from datastore.document import Count, Positive, SettingsDocument, convert
+from datastore.errors import ConfigError, whole_number
 
 __all__ = ["LOSS_MASK", "DeletionMode", "LoaderSettings", "Rank", "checked_options"]
 
@@ -22,7 +22,7 @@ LOSS_MASK = "loss_mask"
 """The column that says of each token whether it is to be learned: 1, or 0."""
 
 
-class LoaderSettings(Document, frozen=True, kw_only=True):
+class LoaderSettings(SettingsDocument, frozen=True, kw_only=True):
     """How a `Loader` reads. `lanes`, `window`, `epochs` and `deletions` shape the order, the last ones only the speed."""
 
     lanes: Lanes = 4096
@@ -76,6 +76,8 @@ class Rank:
     world: int = 1
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "rank", whole_number(self.rank, name="rank"))
+        object.__setattr__(self, "world", whole_number(self.world, name="world"))
         if self.world < 1:
             raise ConfigError("world must be at least 1", world=self.world, hint="Count the processes that read.")
         if not 0 <= self.rank < self.world:

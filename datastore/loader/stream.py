@@ -7,7 +7,7 @@ import numpy as np
 
 from datastore.dataset.shards.segments import Segments
 from datastore.dataset.snapshot import Dataset
-from datastore.errors import ConfigError
+from datastore.errors import ConfigError, whole_number
 from datastore.loader.cache.blocks import Track
 from datastore.loader.gather import BatchColumn
 from datastore.loader.order.order import ORDER_VERSION, Order, OrderKey
@@ -50,6 +50,7 @@ def open_stream(dataset: Dataset, *, seq_len: int, seed: int, options: LoaderSet
             url=dataset.url,
             hint="Ingest it with --tokenizer.",
         )
+    seed, seq_len = whole_number(seed, name="seed"), whole_number(seq_len, name="seq_len")
     if not 0 <= seed <= _MAX_SEED:
         raise ConfigError("seed out of range", seed=seed, hint="Use a number from 0 to 2^63 - 1.")
     segments = dataset.segments
@@ -108,7 +109,7 @@ def end_of_text_of(stream: SampleStream, options: LoaderSettings) -> int:
         raise ConfigError(
             "documents are deleted, and no tokenizer says what to read in their place",
             url=stream.dataset.url,
-            hint='Set end_of_text to an id, or deletions to "compact", which leaves them out.',
+            hint="Name an id: `end_of_text=ID`; or leave them out: `deletions=compact`.",
         )
     if token >= 256 ** int(stream.dataset.segments.itemsize.max()):
         raise ConfigError("end_of_text is no token of the dataset", end_of_text=token, hint="Name a smaller id.")

@@ -16,8 +16,9 @@ written into the record of the session, so that a run can be repeated.
 from typing import Annotated, Any, Literal
 
 import msgspec
+from typing_extensions import override
 
-from datastore.document import Count, Document, Positive
+from datastore.document import Count, Document, Positive, SettingsDocument
 from datastore.errors import ConfigError
 from datastore.loader.settings import LoaderSettings
 
@@ -58,7 +59,7 @@ _MAY_CHANGE = (
 """Settings that a resumed run may change: none of them changes which samples a step consumes or what is learned from them."""
 
 
-class DataSettings(Document, frozen=True, kw_only=True):
+class DataSettings(SettingsDocument, frozen=True, kw_only=True):
     """The training stream and what is held back from it."""
 
     url: Annotated[str, msgspec.Meta(min_length=1)]
@@ -80,12 +81,18 @@ class DataSettings(Document, frozen=True, kw_only=True):
     """Fraction of the tokens, the last ones that were ingested, that is never trained on. Not used with `validation`."""
 
 
-class ModelSettings(Document, frozen=True, kw_only=True):
+class ModelSettings(SettingsDocument, frozen=True, kw_only=True):
     """The shape of the GPT. The default has 26 M parameters besides the embedding."""
 
     layers: Positive = 8
+    """Blocks of attention and feed-forward, one after the other."""
+
     width: Positive = 512
+    """Numbers that stand for a token between blocks."""
+
     heads: Positive = 8
+    """Query heads; each has `width / heads` numbers, a whole and even number."""
+
     kv_heads: Count = 0
     """Heads of keys and values, each shared by `heads / kv_heads` query heads; 0: as many as `heads`."""
 
@@ -99,9 +106,14 @@ class ModelSettings(Document, frozen=True, kw_only=True):
     """Whether the output layer is the transposed embedding."""
 
     rope_theta: Annotated[float, msgspec.Meta(gt=0)] = 10_000.0
-    norm_eps: Annotated[float, msgspec.Meta(gt=0)] = 1e-5
+    """Base of the rotary embedding: the longest wave has about 6 times so many tokens."""
 
+    norm_eps: Annotated[float, msgspec.Meta(gt=0)] = 1e-5
+    """Added to the mean square in each RMSNorm."""
+
+    @override
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.width % self.heads or (self.width // self.heads) % 2:
             raise ValueError("width / heads must be a whole, even number")
         if self.kv_heads and self.heads % self.kv_heads:
@@ -118,10 +130,12 @@ class ModelSettings(Document, frozen=True, kw_only=True):
         return self.mlp_width or (self.width * 8 // 3 + 63) // 64 * 64
 
 
-class OptimSettings(Document, frozen=True, kw_only=True):
+class OptimSettings(SettingsDocument, frozen=True, kw_only=True):
     """The update rule, and a learning rate that warms up linearly and falls along a cosine."""
 
     use: Literal["adamw", "sgd"] = "adamw"
+    """The update rule; both are those of torch."""
+
     lr: Annotated[float, msgspec.Meta(gt=0)] = 6e-4
     """Peak learning rate."""
 
@@ -132,7 +146,11 @@ class OptimSettings(Document, frozen=True, kw_only=True):
     """Learning rate of the last step, as a fraction of `lr`."""
 
     betas: tuple[Rate, Rate] = (0.9, 0.95)
+    """How slowly AdamW's means forget: that of the gradients, and that of their squares."""
+
     eps: Annotated[float, msgspec.Meta(gt=0)] = 1e-8
+    """Added to the denominator of AdamW."""
+
     weight_decay: Rate = 0.1
     """Applied to matrices only; norms and biases are not decayed."""
 
@@ -140,10 +158,12 @@ class OptimSettings(Document, frozen=True, kw_only=True):
     """Largest norm of the gradient; 0: never clip."""
 
 
-class StepSettings(Document, frozen=True, kw_only=True):
+class StepSettings(SettingsDocument, frozen=True, kw_only=True):
     """How many steps, and how this machine takes them."""
 
     steps: Positive = 1000
+    """Steps of the whole run; a resumed run may have more."""
+
     seed: Count = 0
     """Seed of the initial weights and of everything random in a step."""
 
@@ -158,6 +178,8 @@ class StepSettings(Document, frozen=True, kw_only=True):
     once it has been compiled for half a minute."""
 
     device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where to compute. auto: on a GPU if there is one."""
+
     threads: Count = 0
     """CPU threads of each rank; 0: the cores of the machine over its ranks. The count is recorded: it can change the last bit of a sum."""
 
@@ -168,7 +190,7 @@ class StepSettings(Document, frozen=True, kw_only=True):
     """How long a rank waits for the others before it gives up."""
 
 
-class CheckpointSettings(Document, frozen=True, kw_only=True):
+class CheckpointSettings(SettingsDocument, frozen=True, kw_only=True):
     """When training state is saved. The last step, and the step at which a signal stops the run, are saved in any case."""
 
     every: Count = 500
@@ -178,7 +200,7 @@ class CheckpointSettings(Document, frozen=True, kw_only=True):
     """Newest checkpoints that are kept."""
 
 
-class EvalSettings(Document, frozen=True, kw_only=True):
+class EvalSettings(SettingsDocument, frozen=True, kw_only=True):
     """When the validation loss is measured."""
 
     every: Count = 250
@@ -188,14 +210,14 @@ class EvalSettings(Document, frozen=True, kw_only=True):
     """Validation samples, the same ones each time."""
 
 
-class MetricsSettings(Document, frozen=True, kw_only=True):
+class MetricsSettings(SettingsDocument, frozen=True, kw_only=True):
     """Where metrics go besides `metrics/*.jsonl` in the run folder."""
 
     tensorboard: bool = False
     """Also write TensorBoard event files to `tensorboard/` in the run folder (extra `track`; the folder must be local)."""
 
 
-class Settings(Document, frozen=True, kw_only=True):
+class Settings(SettingsDocument, frozen=True, kw_only=True):
     """All settings of a run: what its TOML file holds."""
 
     data: DataSettings
@@ -207,9 +229,14 @@ class Settings(Document, frozen=True, kw_only=True):
     metrics: MetricsSettings = MetricsSettings()
     loader: LoaderSettings = LoaderSettings()
     objective: dict[str, Any] = msgspec.field(default_factory=lambda: {"use": "causal"})
-    hooks: tuple[dict[str, Any], ...] = ()
+    """What is learned: `use` names it, its other keys are its own."""
 
+    hooks: tuple[dict[str, Any], ...] = ()
+    """What changes the model or its training, in the order in which they run: `use` names each, its other keys are its own."""
+
+    @override
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.loader.epochs is not None:
             raise ValueError("loader.epochs cannot be set: training is endless, train.steps ends it")
         if any(not isinstance(table.get("use"), str) for table in (self.objective, *self.hooks)):

@@ -4,6 +4,7 @@ Each rank takes a part of them; sums are added in float64, so the number of rank
 """
 
 import math
+from collections.abc import Iterable
 
 import torch
 from torch import nn
@@ -14,7 +15,7 @@ from datastore.training.machine import autocast
 from datastore.training.objectives import MicroBatch, Objective
 from datastore.training.run.data import ValidationSamples
 
-__all__ = ["Evaluation", "validation_loss"]
+__all__ = ["Evaluation", "loss_over", "parts_of", "validation_loss"]
 
 
 class Evaluation(Document, frozen=True, kw_only=True):
@@ -33,7 +34,6 @@ class Evaluation(Document, frozen=True, kw_only=True):
         return math.exp(self.loss)
 
 
-@torch.no_grad()
 def validation_loss(
     model: nn.Module,
     samples: ValidationSamples,
@@ -44,11 +44,30 @@ def validation_loss(
     rows: int,
 ) -> Evaluation:
     """Return the loss of `model`, which sees `rows` samples at a time; the same on every rank."""
+    parts = parts_of(samples, rows=rows)
+    return loss_over(model, samples, parts, objective=objective, ranks=ranks, precision=precision)
+
+
+def parts_of(samples: ValidationSamples, *, rows: int) -> list[slice]:
+    """Return what this rank has of `samples`, `rows` at a time."""
+    return [slice(start, start + rows) for start in range(0, len(samples.mine), rows)]
+
+
+@torch.no_grad()
+def loss_over(
+    model: nn.Module,
+    samples: ValidationSamples,
+    parts: Iterable[slice],
+    *,
+    objective: Objective,
+    ranks: Ranks,
+    precision: str,
+) -> Evaluation:
+    """Return the loss of `model`, which sees one of `parts` after the other; the same on every rank."""
     was_training = model.training
     model.eval()
     sums = torch.zeros(2, dtype=torch.float64, device=ranks.device)
-    for start in range(0, len(samples.mine), rows):
-        part = slice(start, start + rows)
+    for part in parts:
         mask = None if samples.loss_mask is None else torch.from_numpy(samples.loss_mask[part]).to(ranks.device)
         batch = MicroBatch(torch.from_numpy(samples.mine[part]).to(ranks.device).long(), mask)
         with autocast(ranks.device, precision):

@@ -108,6 +108,13 @@ def test_the_same_seed_generates_the_same_text_from_a_run_and_from_its_export(ru
     assert len({generate(run, "w3", sampling=Sampling(tokens=12, seed=seed)) for seed in range(4)}) > 1
 
 
+@pytest.mark.parametrize("prompt", ["w3", " w3  w4 ", "w3 <|endoftext|> w4", "nobody knows this w3", ""])
+def test_the_prompt_is_kept_as_it_is(run: str, prompt: str) -> None:
+    text = generate(run, prompt, sampling=Sampling(tokens=3))
+    assert text.startswith(prompt)
+    assert text.removeprefix(prompt).strip()
+
+
 def test_without_temperature_the_seed_does_not_matter(run: str) -> None:
     texts = {generate(run, "w3", sampling=Sampling(tokens=8, temperature=0, seed=seed)) for seed in range(3)}
     assert len(texts) == 1

@@ -57,7 +57,7 @@ def test_vacuum_removes_what_has_expired_and_uploads_without_an_end(s3_url: str)
     assert vacuum(s3_url, dry_run=False).removed == {}
     # Times are whole seconds there, and ours may be a little behind.
     report = vacuum(s3_url, older_than_s=0)
-    while report.young.files or "unfinished writes" not in report.removed:
+    while report.young.files or "unfinished_writes" not in report.removed:
         report = vacuum(s3_url, older_than_s=0)
     time.sleep(1.1)  # What removes asks the storage for the time, and gets whole seconds, too.
     removed = vacuum(s3_url, dry_run=False, older_than_s=0).removed
@@ -65,9 +65,9 @@ def test_vacuum_removes_what_has_expired_and_uploads_without_an_end(s3_url: str)
         "shards": 2,
         "documents": 2,
         "segments": 1,
-        "unfinished writes": 1,
+        "unfinished_writes": 1,
     }
-    assert removed["unfinished writes"].bytes == 10
+    assert removed["unfinished_writes"].bytes == 10
     assert vacuum(s3_url, older_than_s=0).removed == {}
     assert verify(open_dataset(s3_url)).ok
     files.call_s3(

@@ -3,7 +3,7 @@
 import re
 import string
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 from hypothesis import given
@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from datastore.config import load_settings, parse_override, settings_from
 from datastore.document import Document
 from datastore.errors import ConfigError, MissingError
+from datastore.training.settings import Settings
 
 
 class Inner(Document, frozen=True, kw_only=True):
@@ -19,6 +20,8 @@ class Inner(Document, frozen=True, kw_only=True):
     rate: float = 0.1
     name: str = ""
     on: bool = False
+    mode: Literal["fast", "safe"] = "safe"
+    both: bool | Literal["auto"] = "auto"
 
 
 class Outer(Document, frozen=True, kw_only=True):
@@ -81,16 +84,45 @@ def test_an_override_without_a_key_is_refused(text: str) -> None:
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        (["train.stepz=1"], r"unknown setting `stepz` - at `\$.train`"),
-        (["train.steps=many"], r"Expected `int`, got `str` - at `\$.train.steps`"),
-        (["train.steps.more=1", "train.steps=1"], r"Expected `int`|not a table"),
-        (["sources.x=1"], "not a table"),
-        (["train=1"], r"Expected `object`, got `int` - at `\$.train`"),
+        (["train.stepz=1"], r"unknown setting `train.stepz` \(where='--set train.stepz=1'.*Did you mean train.steps\?"),
+        (["steps=1"], r"unknown setting `steps` \(where='--set steps=1'.*Did you mean train.steps\?"),
+        (["tain.steps=1"], r"unknown setting `tain` \(where='--set tain.steps=1'.*Did you mean train\?"),
+        (["zzz=1"], r"unknown setting `zzz` \(where='--set zzz=1', known=\['train', 'sources'\]\)"),
+        (["train.steps=many"], r"`train.steps`: expected `int`, got `str` \(where='--set train.steps=many'\)"),
+        (["train.steps.more=1", "train.steps=1"], r"expected `int`|not a table \(.*--set train.steps.more=1"),
+        (["sources.x=1"], r"not a table \(key='sources', where='--set sources.x=1'\)"),
+        (["train=1"], r"`train`: expected `object`, got `int` \(where='--set train=1'\)"),
+        (
+            ["train.mode=fats"],
+            r"`train.mode`: it cannot be 'fats' .*--set train.mode=fats', allowed=\['fast', 'safe'\]",
+        ),
+        (["train.on=maybe"], r"`train.on`: expected `bool`, got `str` .*allowed=\['true', 'false'\]"),
+        (["train.both=1"], r"`train.both`: .*--set train.both=1', allowed=\['true', 'false', 'auto'\]"),
     ],
 )
 def test_a_wrong_override_is_named(overrides: list[str], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         settings_from(Outer, {"sources": [], "train": {"steps": 3}}, overrides=overrides, where="x")
+
+
+def test_what_the_file_says_wrong_is_blamed_on_the_file(tmp_path: Path) -> None:
+    path = tmp_path / "run.toml"
+    path.write_text("[train]\nstepz = 5\n")
+    with pytest.raises(ConfigError, match=r"`train.stepz` \(where='.*run.toml'"):
+        load_settings(Outer, path, ["train.rate=0.5"])
+
+
+def test_a_missing_setting_is_named() -> None:
+    class Needy(Document, frozen=True, kw_only=True):
+        url: str
+
+    with pytest.raises(ConfigError, match=r"the setting `url` is missing \(where='x'\)"):
+        settings_from(Needy, {}, where="x")
+
+
+def test_what_no_single_setting_breaks_is_blamed_on_those_that_were_given() -> None:
+    with pytest.raises(ConfigError, match=r"`model`: width / heads must .*where='--set model.heads=7'"):
+        settings_from(Settings, {"data": {"url": "x"}}, overrides=["model.heads=7", "train.steps=3"], where="run.toml")
 
 
 def test_a_file_that_is_not_there_is_named(tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ parse, `text` is output or a drawing. A page whose first line holds `starts empt
 """
 
 import contextlib
+import importlib.util
 import json
 import os
 import re
@@ -21,6 +22,7 @@ from typing import Any
 import click
 import pytest
 
+import datastore as public_names
 from datastore.cli.main import cli
 from datastore.cli.shell import CliSession, call
 
@@ -223,6 +225,22 @@ def test_every_page_can_be_reached_from_the_index() -> None:
         reached |= fresh
         waiting.extend(fresh)
     assert set(PAGES) - reached - {ROOT / "README.md"} == set()
+
+
+def test_every_public_name_is_used_in_an_example() -> None:
+    code = "\n".join(block.text for page in PAGES for block in blocks(page) if block.language == "python")
+    assert [name for name in public_names.__all__ if not re.search(rf"\bds\.{name}\b", code)] == []
+
+
+def test_the_page_of_commands_is_what_the_command_line_says() -> None:
+    spec = importlib.util.spec_from_file_location("reference", ROOT / "tools" / "reference.py")
+    assert spec is not None
+    assert spec.loader is not None
+    tool = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(tool)
+    assert (ROOT / "docs" / "commands.md").read_text(encoding="utf-8") == tool.reference(), (
+        "run python tools/reference.py"
+    )
 
 
 def test_the_readme_is_five_minutes() -> None:

@@ -18,7 +18,7 @@ from typing import Any, Generic, TypeVar
 
 from typing_extensions import override
 
-from datastore.errors import ConfigError
+from datastore.errors import ConfigError, plain
 
 __all__ = [
     "Describe",
@@ -108,6 +108,7 @@ class _Packer:
 
 
 def _checked_key(key: Any, name: str) -> str | int:
+    key = plain(key)
     if type(key) is str:
         return _checked_text(key, name)
     if type(key) is int and -(2**63) <= key < 2**63:
@@ -124,6 +125,7 @@ def _checked_text(value: str, name: str) -> str:
 
 
 def _pack_plain(value: Any, name: str) -> Any:
+    value = plain(value)
     kind = type(value)
     if kind is float:
         return value if math.isfinite(value) else {"$": "float", "value": str(value)}

@@ -36,6 +36,8 @@ class RootLoss:
     """Of the newest version, that would be gone: they, or their documents files."""
 
     documents: int
+    """Of those, as of the tokens, without what is deleted already."""
+
     tokens: int
     versions: int
     """Readable versions that would lack something."""
@@ -124,6 +126,7 @@ class _Look:
             for path in group.paths:
                 self._groups_of.setdefault(path, []).append(group)
         self._storage = storage
+        self._deletions = dataset.deletions
 
     def loss(self, root: Root) -> RootLoss:
         """Return what would be gone without `root`, besides what is gone already."""
@@ -140,11 +143,15 @@ class _Look:
             files=len(here),
             bytes=sum(self.sizes[path] for path in here),
             shards=len(shards),
-            documents=sum(shard.documents for shard in shards),
-            tokens=sum(shard.tokens for shard in shards),
+            documents=sum(shard.documents - self._deletions.rows(shard.uid).size for shard in shards),
+            tokens=sum(shard.tokens - self._deleted_tokens(shard.uid) for shard in shards),
             versions=self._versions_without(gone),
             rebuilt=len(only) - len(gone),
         )
+
+    def _deleted_tokens(self, uid: str) -> int:
+        spans = self._deletions.spans(uid)
+        return int((spans[:, 1] - spans[:, 0]).sum())
 
     def _can_be_made(self, path: str, gone: Collection[str]) -> bool:
         return any(

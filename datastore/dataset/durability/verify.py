@@ -100,7 +100,7 @@ def verify(
             "the share of blocks does not fit",
             sample=sample,
             deep=deep,
-            hint="Choose a share above 0 and at most 1; to decode shards, all of them.",
+            hint="Choose a `sample` above 0 and at most 1; with `deep`, all of it.",
         )
     seed = secrets.randbits(32) if seed is None else seed
     draw = Draw(1 / sample, seed=seed)

@@ -38,7 +38,7 @@ def set_tag(storage: Storage, name: str, commit: Commit, *, replace: bool = Fals
                 "the tag names another version",
                 tag=name,
                 version=present.version,
-                hint="Choose another name, or replace it on purpose.",
+                hint="Choose another name, or move the tag: `replace`.",
             ) from None
         return present
     try:

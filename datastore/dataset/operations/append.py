@@ -114,7 +114,7 @@ def _check_fits(storage: Storage, newest: Commit, draft: Commit) -> None:
         raise ConfigError(
             f"the dataset holds {newest.kind}, not {draft.kind}",
             url=storage.url,
-            hint="Name another URL, or overwrite it as a whole.",
+            hint="Name another URL, or replace all that it holds: `operation=overwrite`.",
         )
     if newest.tokenizer != draft.tokenizer:
         raise ConfigError(

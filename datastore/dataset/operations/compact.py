@@ -38,6 +38,7 @@ from datastore.digest import digest_hex
 from datastore.errors import ConfigError, ConflictError
 from datastore.formats.tokens import TokenTable, offsets_of
 from datastore.threads import in_parallel
+from datastore.units import Progress, telling
 
 __all__ = ["TARGET_BYTES", "Candidate", "CompactReport", "compact", "group_members"]
 
@@ -91,11 +92,18 @@ class _Group:
     members: Sequence[tuple[int, ShardInfo]]
 
 
-def compact(target: DatasetLike, *, target_bytes: int = TARGET_BYTES, dry_run: bool = False) -> CompactReport:
+def compact(
+    target: DatasetLike,
+    *,
+    target_bytes: int = TARGET_BYTES,
+    dry_run: bool = False,
+    progress: Progress | None = None,
+) -> CompactReport:
     """Put small neighbouring shards of `target` together into shards of up to `target_bytes`, and drop deleted rows.
 
     A shard of at least half of that, of which nothing is deleted, stays as it is. The result makes a new version with
-    the same documents in the same order, and shards of other uids: see above what that means for runs.
+    the same documents in the same order, and shards of other uids: see above what that means for runs. `progress` gets
+    the bytes of shards that were put together, and of all that will be.
 
     Raises:
         ConfigError: `target_bytes` is out of range, or the URL names a version.
@@ -103,20 +111,21 @@ def compact(target: DatasetLike, *, target_bytes: int = TARGET_BYTES, dry_run: b
         ConflictError: another operation changed the same shards meanwhile; nothing has changed.
     """
     if not 0 < target_bytes <= _LARGEST_TARGET:
-        raise ConfigError("not a size for shards", target_bytes=target_bytes, hint="Choose one up to 1 GiB.")
+        raise ConfigError("not a size for shards", target_bytes=target_bytes, hint="Choose `target_bytes` up to 1 GiB.")
     started = time.monotonic()
     dataset = open_for_change(target)
     with explain_expiry(dataset, operation="compact"):
-        report = _compacted(dataset, target_bytes, dry_run=dry_run)
+        report = _compacted(dataset, target_bytes, progress, dry_run=dry_run)
     return replace(report, seconds=time.monotonic() - started)
 
 
-def _compacted(dataset: Dataset, target_bytes: int, *, dry_run: bool) -> CompactReport:
+def _compacted(dataset: Dataset, target_bytes: int, progress: Progress | None, *, dry_run: bool) -> CompactReport:
     groups = [
         _Group([(member.index, dataset.segments.shard(member.index)) for member in group])
         for group in group_members(_members(dataset, target_bytes), target_bytes=target_bytes)
     ]
-    made = [] if dry_run else [_merged(dataset, group) for group in groups]
+    told = telling(groups, progress, size=lambda group: sum(shard.size_bytes for _, shard in group.members))
+    made = [] if dry_run else [_merged(dataset, group) for group in told]
     commit = _commit(dataset, groups, made) if made else dataset.commit
     members = [shard for group in groups for _, shard in group.members]
     emptied = sum(_live_rows(dataset, group) == 0 for group in groups)

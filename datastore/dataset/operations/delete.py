@@ -36,8 +36,17 @@ from datastore.dataset.snapshot import Dataset
 from datastore.errors import MissingError
 from datastore.formats.documents import DOCUMENTS_SCHEMA
 from datastore.threads import in_parallel
+from datastore.units import Progress
 
-__all__ = ["DeleteReport", "FoundDocuments", "ShardDeletion", "commit_deletion", "delete", "find_documents"]
+__all__ = [
+    "DeleteReport",
+    "FoundDocuments",
+    "ShardDeletion",
+    "commit_deletion",
+    "delete",
+    "delete_selected",
+    "find_documents",
+]
 
 _CHUNK_DOCUMENTS = 16_384
 """Small shards are looked through together until they have as many documents, or as many as there are ids: looking up
@@ -123,18 +132,34 @@ def delete(
         ConflictError: another operation changed the same shards meanwhile; nothing was deleted.
         DependencyError: `where` is SQL, and DuckDB is not installed.
     """
-    started = time.monotonic()
     selection = Selection.of(ids=ids, sources=sources, where=where)
+    return delete_selected(target, selection, allow_missing=allow_missing, dry_run=dry_run)
+
+
+def delete_selected(
+    target: DatasetLike,
+    selection: Selection,
+    *,
+    allow_missing: bool = False,
+    dry_run: bool = False,
+    progress: Progress | None = None,
+) -> DeleteReport:
+    """Delete what `selection` means, as `delete`; `progress` gets the bytes that were read, and that are to be read.
+
+    Raises:
+        ConfigError, MissingError, ConflictError, DependencyError: as `delete`.
+    """
+    started = time.monotonic()
     dataset = open_for_change(target)
     with explain_expiry(dataset, operation="delete"):
-        found = find_documents(dataset, selection)
+        found = find_documents(dataset, selection, progress=progress)
     if found.missing and not allow_missing:
         raise MissingError(
             f"{len(found.missing):,} of the ids are those of no document, so nothing was deleted",
             url=dataset.url,
             version=dataset.version,
             missing=list(found.missing[:_SHOWN]),
-            hint="Correct them, or allow missing ids.",
+            hint="Correct them, or allow it: `allow_missing`.",
         )
     commit = commit_deletion(dataset, found) if found.rows and not dry_run else dataset.commit
     return DeleteReport(
@@ -151,7 +176,7 @@ def delete(
     )
 
 
-def find_documents(dataset: Dataset, selection: Selection) -> FoundDocuments:
+def find_documents(dataset: Dataset, selection: Selection, *, progress: Progress | None = None) -> FoundDocuments:
     """Return the rows of `dataset` that `selection` means and that are not deleted yet; several shards at a time.
 
     Raises:
@@ -162,6 +187,7 @@ def find_documents(dataset: Dataset, selection: Selection) -> FoundDocuments:
     matcher = Matcher(selection, schema)
     present = np.zeros(0 if selection.ids is None else len(selection.ids), np.bool_)
     found = FoundDocuments()
+    total = sum(shard.docs_bytes if dataset.kind == "tokens" else shard.size_bytes for shard in dataset.segments)
     chunks = _chunks(dataset, least=max(_CHUNK_DOCUMENTS, present.size))
     for part, seen in in_parallel(lambda chunk: _look_through(dataset, matcher, chunk), chunks):
         present[seen] = True
@@ -170,6 +196,8 @@ def find_documents(dataset: Dataset, selection: Selection) -> FoundDocuments:
         found.shards += part.shards
         found.already += part.already
         found.read_bytes += part.read_bytes
+        if progress is not None:
+            progress(found.read_bytes, total)
     if selection.ids is not None:
         found.missing = tuple(cast("list[str]", selection.ids.filter(pa.array(~present)).to_pylist()))
     return found

@@ -89,7 +89,7 @@ def _changed(newest: Commit, change: SchemaChange) -> Commit:
     before = decode_schema(newest.record_schema)
     schema = changed(before, change)
     if schema.equals(changed(before, SchemaChange()), check_metadata=True):
-        raise ConfigError("that changes nothing", hint="Name a column to add, widen, rename or drop.")
+        raise ConfigError("that changes nothing", hint="Name a column to `add`, `widen`, `rename` or `drop`.")
     check_storable(schema)
     check_format(schema, format="arrow")
     return msgspec.structs.replace(

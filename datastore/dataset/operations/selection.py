@@ -48,7 +48,9 @@ class Selection:
         named = None if ids is None else _texts("ids", ids)
         patterns = () if sources is None else tuple(_texts("sources", sources))
         if named is None and not patterns and where is None:
-            raise ConfigError("nothing says which documents are meant", hint="Give ids, sources or a condition.")
+            raise ConfigError(
+                "nothing says which documents are meant", hint="Give `ids`, `sources` or a condition (`where`)."
+            )
         if isinstance(where, str) and not where.strip():
             raise ConfigError("the condition is empty", hint='Write an SQL expression, such as "tokens > 1000".')
         distinct = None if named is None else pa.array(list(dict.fromkeys(named)), pa.string())
@@ -64,7 +66,9 @@ class Selection:
         needed |= {"source"} if self.sources else set()
         for name in sorted(needed - set(schema.names)):
             raise ConfigError(
-                f"the rows have no column {name}", columns=schema.names, hint="Give a condition over their columns."
+                f"the rows have no column {name}",
+                columns=schema.names,
+                hint="Give a condition over their columns: `where`.",
             )
         if self.where is not None:
             text = str(self.where).lower()
@@ -128,7 +132,7 @@ class Matcher:
         except ImportError:
             raise DependencyError(
                 "an SQL condition needs DuckDB",
-                hint="Install it: pip install 'llm-datastore[sql]'; or name ids or sources.",
+                hint="Install it: pip install 'llm-datastore[sql]'; or give `ids` or `sources`.",
             ) from None
         engine = getattr(self._engines, "duckdb", None)
         if engine is None:

@@ -30,7 +30,7 @@ __all__ = ["DAY_S", "Amount", "VacuumReport", "vacuum"]
 DAY_S = 86_400.0
 """An ingest that has written nothing for so long is abandoned; other files of that age belong to no writer at work."""
 
-_UNFINISHED = "unfinished writes"
+_UNFINISHED = "unfinished_writes"
 
 _PLAN = "/plan.json"
 
@@ -68,7 +68,7 @@ class VacuumReport:
     """Files looked at."""
 
     removed: dict[str, Amount]
-    """By kind: shards, documents, segments, deletions, parity, tokenizers, ingests, probes, unfinished writes."""
+    """By kind: shards, documents, segments, deletions, parity, tokenizers, ingests, probes, unfinished_writes."""
 
     young: Amount
     """Named by no version, but kept for their age."""

@@ -85,7 +85,7 @@ def open_fast(raw: bytes, reference: Encoder, *, escape: bool, required: bool) -
     backend = _load(_without_special(config) if escape else config)
     if isinstance(backend, str):
         if required:
-            raise ConfigError(f"gigatoken cannot stand in for this tokenizer: {backend}", hint="Set encoder to auto.")
+            raise ConfigError(f"gigatoken cannot stand in for this tokenizer: {backend}", hint="Give `encoder=auto`.")
         return None
     fast = FastEncoder(backend, reference, ascii_only=config.get("normalizer") is not None)
     difference = fast.difference(_probes(config))
@@ -93,7 +93,9 @@ def open_fast(raw: bytes, reference: Encoder, *, escape: bool, required: bool) -
         return fast
     if required:
         raise ConfigError(
-            "gigatoken gives other ids than tokenizers", hint="Set encoder to auto or tokenizers.", **difference
+            "gigatoken gives other ids than tokenizers",
+            hint="Give `encoder=auto` or `encoder=tokenizers`.",
+            **difference,
         )
     _LOGGER.warning("gigatoken gives other ids for this tokenizer than tokenizers, which is used: %s", difference)
     return None
@@ -135,7 +137,7 @@ class FastEncoder(Encoder):
             if difference is not None:
                 raise DatastoreError(
                     "gigatoken and tokenizers disagree, so what gigatoken encoded cannot be trusted",
-                    hint="Set encoder to tokenizers and ingest into a new dataset; please report the text.",
+                    hint="Give `encoder=tokenizers`, and ingest into a new dataset; please report the text.",
                     **difference,
                 )
         return found

@@ -63,7 +63,7 @@ def facts_of(raw: bytes, tokenizer: Any, *, end_of_text: str) -> TokenizerRef:
             "the tokenizer has no such end-of-text token",
             end_of_text=end_of_text,
             special_tokens=sorted(special_tokens(tokenizer).values())[:20],
-            hint="Set end_of_text to one of its special tokens.",
+            hint="Name one of its special tokens: `end_of_text=TOKEN`.",
         )
     return TokenizerRef(
         sha256=sha256_hex(raw), vocab_size=max(vocabulary.values()) + 1, end_of_text=vocabulary[end_of_text]

@@ -14,13 +14,14 @@ import msgspec
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from datastore.digest import digest_bytes
-from datastore.document import Document
+from datastore.document import SettingsDocument
 from datastore.errors import ConfigError
 from datastore.ingestion.plan import make_plan, work_items
 from datastore.ingestion.reading.documents import TextRecord, read_part
 from datastore.ingestion.reading.sources import list_sources
 from datastore.ingestion.settings import IngestSettings
 from datastore.storage.resolve import open_storage
+from datastore.units import Progress
 
 __all__ = ["SMALLEST_VOCABULARY", "TokenizerSettings", "train_tokenizer"]
 
@@ -31,15 +32,17 @@ _PART_BYTES = 2**20
 """The sample is made of parts of about this size, or of whole files."""
 
 
-class TokenizerSettings(Document, frozen=True, kw_only=True):
+class TokenizerSettings(SettingsDocument, frozen=True, kw_only=True):
     """How a tokenizer is trained."""
 
     vocab_size: Annotated[int, msgspec.Meta(ge=SMALLEST_VOCABULARY, le=2**24)] = 16_384
     """Ids, the special ones included. Up to 65,536 a token takes two bytes."""
 
     end_of_text: Annotated[str, msgspec.Meta(min_length=1)] = "<|endoftext|>"
+    """The special token that ends a document; its id is 0."""
+
     special_tokens: tuple[str, ...] = ()
-    """More special tokens; they get the ids after the end of text, which is 0."""
+    """More special tokens; they get the ids after the end of text."""
 
     sample_bytes: Annotated[int, msgspec.Meta(ge=1)] = 256 * 2**20
     """How much text to look at, at most."""
@@ -49,12 +52,17 @@ class TokenizerSettings(Document, frozen=True, kw_only=True):
 
 
 def train_tokenizer(
-    sources: Sequence[str], *, settings: TokenizerSettings | None = None, reading: IngestSettings | None = None
+    sources: Sequence[str],
+    *,
+    settings: TokenizerSettings | None = None,
+    reading: IngestSettings | None = None,
+    progress: Progress | None = None,
 ) -> bytes:
     """Return the `tokenizer.json` trained on a sample of `sources`.
 
     `reading` says how the sources are read (globs, keys, separator); what is bad in them is left out. The vocabulary
-    is smaller than asked for if the sample has no more pairs to merge.
+    is smaller than asked for if the sample has no more pairs to merge. `progress` gets the bytes of the sample that were
+    read, and all; merging, which follows, tells nothing.
 
     Raises:
         ConfigError: a special token is named twice, or the sources have no text.
@@ -75,7 +83,7 @@ def train_tokenizer(
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
         show_progress=False,
     )
-    texts = _Counted(_sample(sources, reading or IngestSettings(), settings.sample_bytes))
+    texts = _Counted(_sample(sources, reading or IngestSettings(), settings.sample_bytes, progress))
     tokenizer.train_from_iterator(texts, trainer)
     if not texts.count:
         raise ConfigError("the sources have no text to train on", sources=list(sources), hint="Check their format.")
@@ -95,7 +103,9 @@ class _Counted:
             yield text
 
 
-def _sample(sources: Sequence[str], reading: IngestSettings, sample_bytes: int) -> Iterator[str]:
+def _sample(
+    sources: Sequence[str], reading: IngestSettings, sample_bytes: int, progress: Progress | None
+) -> Iterator[str]:
     """Yield the texts of parts drawn by the digest of their place, until they are `sample_bytes` together."""
     reading = msgspec.structs.replace(reading, task_bytes=_PART_BYTES)
     listing, roots = list_sources(sources, reading)
@@ -103,7 +113,10 @@ def _sample(sources: Sequence[str], reading: IngestSettings, sample_bytes: int) 
     parts = [part for order in work_items(plan) for part in order.parts]
     parts.sort(key=lambda part: digest_bytes(f"{part[0].path} {part[1]}".encode()))
     left = sample_bytes
+    total = min(sample_bytes, sum(stop - start for _, start, stop in parts))
     for file, start, stop in parts:
+        if progress is not None:
+            progress(min(sample_bytes - left, total), total)
         if left <= 0:
             return
         url, key = roots.locate(file.path)

@@ -20,6 +20,7 @@ import pyarrow as pa
 from datastore.dataset.journal import SourceFile
 from datastore.errors import ConfigError, ConflictError, CorruptError, MissingError, StorageError
 from datastore.ingestion.reading.listing import SkipReason
+from datastore.ingestion.reading.rows import is_table, read_rows
 from datastore.ingestion.reading.streams import (
     HEAD_BYTES,
     RecordPiece,
@@ -30,9 +31,8 @@ from datastore.ingestion.reading.streams import (
     split_records,
 )
 from datastore.ingestion.settings import IngestSettings
-from datastore.interop.base import Rows, Span
+from datastore.interop.base import Span
 from datastore.interop.cells import is_binary, is_text
-from datastore.interop.formats import FORMATS
 from datastore.storage.base import Storage
 
 __all__ = [
@@ -42,11 +42,8 @@ __all__ = [
     "check_unchanged",
     "decode_rejects",
     "encode_rejects",
-    "is_cuttable",
-    "is_table",
     "line_parser",
     "read_part",
-    "read_rows",
     "read_texts",
     "reject",
     "separator_of",
@@ -320,26 +317,6 @@ def _why_not_json(data: bytes) -> Reason:
     return "invalid_json"  # NaN and the like: json takes what the standard forbids.
 
 
-def is_table(file: SourceFile) -> bool:
-    """Return whether `file` holds rows and columns."""
-    return file.format in FORMATS
-
-
-def is_cuttable(file: SourceFile) -> bool:
-    """Return whether ranges of `file` can be read apart."""
-    return is_table(file) and FORMATS[file.format].can_be_cut
-
-
-def read_rows(storage: Storage, key: str, *, file: SourceFile, span: Span) -> Iterator[Rows]:
-    """Yield the rows that begin in the byte range `span` of `file`, in order.
-
-    Raises:
-        CorruptError: the file is damaged.
-        ConfigError: it holds what cannot, or must not, be read.
-    """
-    yield from FORMATS[file.format].read(storage, key, span)
-
-
 def read_texts(
     storage: Storage, key: str, *, file: SourceFile, span: Span, settings: IngestSettings
 ) -> Iterator[TextRecord | Reject]:
@@ -349,7 +326,7 @@ def read_texts(
         ConfigError: there is no column of texts.
         CorruptError: the file is damaged.
     """
-    for first, table in read_rows(storage, key, file=file, span=span):
+    for first, table in read_rows(storage, key, file=file, span=span, settings=settings):
         texts = _texts(table, settings.text_key, file)
         names = table.column(settings.id_key).to_pylist() if settings.id_key in table.column_names else None
         for row, value in enumerate(texts):
@@ -365,7 +342,7 @@ def _texts(table: pa.Table, name: str, file: SourceFile) -> list[Any]:
             file=file.path,
             text_key=name,
             columns=table.column_names,
-            hint="Set text_key to the column of texts.",
+            hint="Name the column of texts: `text_key=COLUMN`.",
         )
     return table.column(name).to_pylist()
 

@@ -80,7 +80,7 @@ def list_sources(sources: Sequence[str], settings: IngestSettings) -> tuple[List
             "the source is empty: it has no file to read",
             sources=list(shown),
             skipped=dict(skipped),
-            hint="Name a folder with text in it, and check include and exclude; links in it are not followed.",
+            hint="Name a folder with text in it, and check `include` and `exclude`; links in it are not followed.",
         )
     if not settings.format:  # Another format says itself in which order its files are.
         files.sort(key=lambda file: file.path)
@@ -171,7 +171,7 @@ def _lone_file(source: str, settings: IngestSettings) -> tuple[str, str, list[So
         raise ConfigError(
             "this kind of file cannot be read",
             file=shown,
-            hint="Name a text file, .jsonl, .jsonl.gz, .jsonl.zst or .parquet, or say its format.",
+            hint="Name a text file, .jsonl, .jsonl.gz, .jsonl.zst or .parquet, or say its `format`.",
         )
     found = open_storage(parent).stat(name)
     if found.size_bytes == 0:
@@ -184,6 +184,8 @@ def _source_file(
 ) -> SourceFile:
     # What a document of it is belongs to what the file is: the same lines read by another key are other documents.
     how = settings.text_key if kind[0] == "jsonl" else settings.separator
+    if settings.take != "text":
+        how = f"{settings.take} {settings.tokens_key}"
     facts = (path, stat.size_bytes, stat.modified, kind[0], how)
     return SourceFile(
         path=path,

@@ -300,7 +300,7 @@ class BlockCache(TokenBlocks):
             "the block cache is too small for what must be held at once",
             memory_bytes=format_bytes(self._budget_bytes),
             needed=format_bytes(need),
-            hint="Raise memory_bytes.",
+            hint="Raise `memory_bytes`.",
         )
 
     def _region(self, shard: int) -> Region:

@@ -156,7 +156,7 @@ class Planner:
                 "global_batch is smaller than the number of readers",
                 global_batch=global_batch,
                 world=rank.world,
-                hint="Give every rank at least one sample: raise global_batch, or use fewer ranks.",
+                hint="Give every rank at least one sample: raise `global_batch`, or use fewer ranks.",
             )
         self._order = order
         self._rank = rank

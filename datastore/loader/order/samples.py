@@ -148,7 +148,7 @@ def sample_grid(tokens: I64, *, seq_len: int, gaps: Gaps | None = None) -> Sampl
             "seq_len is longer than the whole dataset" if total else "the dataset has no tokens",
             seq_len=seq_len,
             tokens=total,
-            hint="Use a smaller seq_len (a sample has seq_len + 1 tokens), or add data.",
+            hint="Use a smaller `seq_len` (a sample has seq_len + 1 tokens), or add data.",
         )
     run_end = np.minimum(-(-token_start // seq_len), samples)
     return SampleGrid(seq_len, samples, token_start, run_end[:-1], np.diff(run_end), stored_start, gaps)

@@ -20,11 +20,15 @@ from datastore.training.launcher import Launch
 from datastore.training.model import GPT
 from datastore.training.run.folder import RunConfig, RunFolder, is_run, open_split
 from datastore.training.trainer import build_with_hooks
+from datastore.units import Progress
 
 __all__ = ["QUANTIZATIONS", "Exported", "export", "open_model"]
 
 QUANTIZATIONS = {"int8": QuantizeSettings(bits=8), "int4": QuantizeSettings(bits=4, group=32)}
 """What `quantize` can say."""
+
+_STAGES = 3
+"""Of an export: the model is read, quantized, written."""
 
 
 class Exported(Document, frozen=True, kw_only=True):
@@ -42,12 +46,18 @@ class Exported(Document, frozen=True, kw_only=True):
 
 
 def export(
-    run: str, to: str, *, step: int | None = None, quantize: str | None = None, replace: bool = False
+    run: str,
+    to: str,
+    *,
+    step: int | None = None,
+    quantize: str | None = None,
+    replace: bool = False,
+    progress: Progress | None = None,
 ) -> Exported:
     """Write the model of `run` at `step` (None: its newest sound checkpoint) to the folder `to`.
 
     `quantize` ("int8", "int4") adds to what the run's own hooks do. A folder that holds a model is left alone unless
-    `replace`.
+    `replace`. `progress` is told of its three stages: the model is read, quantized, written.
 
     Raises:
         MissingError: there is no run, or no such step.
@@ -61,11 +71,18 @@ def export(
     occupied = next((found.key for found in target.list()), None)
     if occupied is not None and not replace:
         raise ConflictError(
-            "the folder is not empty", url=target.url, found=occupied, hint="Name another one, or replace."
+            "the folder is not empty",
+            url=target.url,
+            found=occupied,
+            hint="Name another one, or overwrite it: `replace`.",
         )
     loaded, step = _from_run(RunFolder.open(run), step=step)
+    if progress is not None:
+        progress(1, _STAGES)
     if quantize is not None:
         Quantize(QUANTIZATIONS[quantize]).export(loaded.model)
+    if progress is not None:
+        progress(2, _STAGES)
     target.delete("config.json")  # Until the new one is there, the folder is not a model.
     return Exported(url=target.url, step=step, files=write_folder(target, loaded))
 
@@ -81,7 +98,7 @@ def open_model(source: str, *, step: int | None = None) -> HuggingFaceModel:
     if is_run(storage):
         return _from_run(RunFolder(storage), step=step)[0]
     if step is not None:
-        raise ConfigError("a model folder has no steps", source=source, hint="Name a run, or leave the step out.")
+        raise ConfigError("a model folder has no steps", source=source, hint="Name a run, or leave out `step`.")
     try:
         return read_folder(storage)
     except MissingError as error:

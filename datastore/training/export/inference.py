@@ -11,7 +11,7 @@ import torch
 from tokenizers import Tokenizer
 from torch import Tensor
 
-from datastore.document import Document
+from datastore.document import SettingsDocument
 from datastore.errors import ConfigError
 from datastore.loader.settings import Rank
 from datastore.storage.resolve import open_storage
@@ -22,12 +22,13 @@ from datastore.training.launcher import Launch
 from datastore.training.model import KeyValueCache
 from datastore.training.objectives import make_objective
 from datastore.training.run.folder import RunFolder, is_run, open_split
-from datastore.training.validation import Evaluation, validation_loss
+from datastore.training.validation import Evaluation, loss_over, parts_of
+from datastore.units import Progress, telling
 
 __all__ = ["Sampling", "evaluate", "generate", "sample_tokens"]
 
 
-class Sampling(Document, frozen=True, kw_only=True):
+class Sampling(SettingsDocument, frozen=True, kw_only=True):
     """How the next token is chosen."""
 
     tokens: Annotated[int, msgspec.Meta(gt=0)] = 128
@@ -40,10 +41,11 @@ class Sampling(Document, frozen=True, kw_only=True):
     """Only the likeliest k tokens are drawn from; 0: all."""
 
     seed: Annotated[int, msgspec.Meta(ge=0)] = 0
+    """The same seed gives the same text."""
 
 
 def generate(source: str, prompt: str, *, sampling: Sampling | None = None, step: int | None = None) -> str:
-    """Return `prompt` and what the model goes on with.
+    """Return `prompt`, as it is, and what the model goes on with.
 
     `source` is a run folder (at `step`, or its newest checkpoint) or a Hugging Face folder.
 
@@ -58,10 +60,15 @@ def generate(source: str, prompt: str, *, sampling: Sampling | None = None, step
     ids = tokenizer.encode(prompt, add_special_tokens=False).ids
     start = ids or ([loaded.end_of_text] if loaded.end_of_text is not None else [])
     if not start:
-        raise ConfigError("there is nothing to start from", hint="Give a prompt.")
+        raise ConfigError("there is nothing to start from", hint="Give a `prompt`.")
     new = list(sample_tokens(loaded, start, sampling or Sampling()))
-    # Decoded together: what a token is as text can depend on the one before it.
-    return str(tokenizer.decode(ids + new, skip_special_tokens=True))
+    # Decoded together: what a token is as text can depend on the one before it. But of the prompt the text is known, and
+    # a tokenizer may not give it back: spaces at its ends, a special token in it, or a word that it does not know.
+    whole = str(tokenizer.decode(ids + new, skip_special_tokens=True))
+    own = str(tokenizer.decode(ids, skip_special_tokens=True))
+    if not whole.startswith(own):
+        whole, own = str(tokenizer.decode(new, skip_special_tokens=True)), ""
+    return prompt + whole.removeprefix(own)
 
 
 @torch.inference_mode()
@@ -94,11 +101,13 @@ def _draw(logits: Tensor, sampling: Sampling, generator: torch.Generator) -> int
 _ROWS = 16
 
 
-def evaluate(source: str, *, run: str = "", step: int | None = None, samples: int = 0) -> Evaluation:
+def evaluate(
+    source: str, *, run: str = "", step: int | None = None, samples: int = 0, progress: Progress | None = None
+) -> Evaluation:
     """Return the loss of the model at `source` on what `run` holds out, in float32 on the CPU.
 
     `source` is a run (at `step`, or its newest checkpoint) or a Hugging Face folder; `run` may be left out if `source` is
-    one. `samples` 0: as many as the run validates on.
+    one. `samples` 0: as many as the run validates on. `progress` gets the samples that were looked at, and all.
 
     Raises:
         MissingError: no model, no run, or no dataset there.
@@ -106,7 +115,9 @@ def evaluate(source: str, *, run: str = "", step: int | None = None, samples: in
     """
     run = run or source
     if not is_run(open_storage(run)):
-        raise ConfigError("no run says what to validate on", source=source, hint="Name the run that the model is from.")
+        raise ConfigError(
+            "no run says what to validate on", source=source, hint="Name the run that the model is from: `run=RUN`."
+        )
     config = RunFolder.open(run).config()
     settings = config.settings
     held_out = open_split(config).samples(
@@ -115,4 +126,8 @@ def evaluate(source: str, *, run: str = "", step: int | None = None, samples: in
     ranks = Ranks(Launch(), torch.device("cpu"), None)
     model = open_model(source, step=step).model
     objective = make_objective(settings.objective)
-    return validation_loss(model, held_out, objective=objective, ranks=ranks, precision="fp32", rows=_ROWS)
+    rows = len(held_out.mine)
+    parts = telling(
+        parts_of(held_out, rows=_ROWS), progress, size=lambda part: min(part.stop, rows) - part.start, total=rows
+    )
+    return loss_over(model, held_out, parts, objective=objective, ranks=ranks, precision="fp32")

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
-from datastore.document import Document
+from datastore.document import Document, SettingsDocument
 from datastore.errors import ConfigError, ResumeError
 from datastore.training.hooks.base import Hook, RunState
 
@@ -26,13 +26,15 @@ __all__ = ["Prune", "PruneSettings", "keep_mask", "ratio_at"]
 _MOMENTS = ("exp_avg", "exp_avg_sq", "momentum_buffer")
 
 
-class PruneSettings(Document, frozen=True, kw_only=True):
+class PruneSettings(SettingsDocument, frozen=True, kw_only=True):
     """How much is pruned, when, and where."""
 
     ratio: Annotated[float, msgspec.Meta(ge=1)] = 2.0
     """Compression ratio F at the end: of N weights, N / F are kept."""
 
     start: Annotated[int, msgspec.Meta(ge=0)] = 0
+    """Step from which on weights are pruned."""
+
     stop: Annotated[int, msgspec.Meta(ge=0)] = 0
     """Step at which the final ratio is reached; 0: after 3/4 of all steps."""
 

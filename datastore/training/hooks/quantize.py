@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from typing_extensions import override
 
-from datastore.document import Document
+from datastore.document import Document, SettingsDocument
 from datastore.errors import ConfigError
 from datastore.training.hooks.base import Hook
 
@@ -27,10 +27,12 @@ __all__ = ["PackedLinear", "Quantize", "QuantizeSettings", "pack", "quantization
 Bits = Literal[4, 8]
 
 
-class QuantizeSettings(Document, frozen=True, kw_only=True):
+class QuantizeSettings(SettingsDocument, frozen=True, kw_only=True):
     """How small the weights of linear layers become. Embeddings, norms and the output layer stay as they are."""
 
     bits: Bits = 8
+    """Of each weight."""
+
     group: Annotated[int, msgspec.Meta(ge=0)] = 0
     """Columns that share a scale; 0: all columns of a row."""
 

@@ -91,7 +91,7 @@ class RunLock:
             host=holder.host,
             pid=holder.pid,
             since=holder.since,
-            hint=f"Wait for it or stop it. If it is gone for good, take over, or delete {key} in the run folder.",
+            hint=f"Wait for it or stop it. If it is gone for good, take over (`take_over`), or delete {key} in the run folder.",
         )
 
 

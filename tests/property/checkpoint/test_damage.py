@@ -217,7 +217,7 @@ def test_verify_names_each_bad_range_and_its_tensor(run: Path) -> None:
     raw[-1] ^= 1
     part.write_bytes(raw)
     progress: list[int] = []
-    report = looking.verify_step(LocalStorage(run), NEWER, progress=progress.append)
+    report = looking.verify_step(LocalStorage(run), NEWER, progress=lambda done, _total: progress.append(done))
     assert [bad.tensor for bad in report.bad] == ["model/large", "model/half"]
     assert all(bad.start <= position < bad.stop for bad, position in zip(report.bad, (8192, len(raw) - 1), strict=True))
     assert progress[-1] == report.size_bytes == sound.size_bytes

@@ -1,8 +1,13 @@
 """Every command: its help, its flags, its JSON."""
 
+import contextlib
 import json
+import re
+import shlex
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import click
 import pytest
@@ -62,7 +67,7 @@ FLAGS = {
     "checkpoint export": "quantize replace step",
     "doctor": "url",
 }
-"""Every flag but --json, --debug and --help. A flag that goes or changes its name breaks somebody's script."""
+"""Every flag but --json, --debug, --progress and --help. A flag that goes or changes its name breaks somebody's script."""
 
 
 def test_the_flags_are_those_that_people_use() -> None:
@@ -73,7 +78,7 @@ def test_the_flags_are_those_that_people_use() -> None:
                 for parameter in command.params
                 if isinstance(parameter, click.Option)
                 for option in parameter.opts
-                if option not in {"--json", "--debug"}
+                if option not in {"--json", "--debug", "--progress"}
             )
         )
         for path, command in COMMANDS.items()
@@ -171,3 +176,176 @@ def test_a_tag_is_set_moved_and_removed(
     assert json.loads(out[out.index("{") :])["tags"] == {"v1": 1}
     assert call(cli, ["tag", "data", "v1", "--delete"], CliSession()) == 0
     assert call(cli, ["show", "data@v1"], CliSession()) == 1
+
+
+LONG = {
+    "ingest": "ingest src --to new --progress plain",
+    "import": "import exported --format parquet --to imported --progress plain",
+    "tokenizer train": "tokenizer train src --vocab 300 --to tok.json --progress plain",
+    "export": "export data --format parquet --to other --progress plain",
+    "verify": "verify data --progress plain",
+    "copy": "copy data copy2 --progress plain",
+    "clone": "clone data clone2 --progress plain",
+    "delete": "delete data --source none --progress plain",
+    "purge": "purge holed --progress plain",
+    "compact": "compact holed --progress plain",
+    "vacuum": "vacuum littered --delete --older-than 0s --progress plain",
+    "place": "place data --root second --progress plain",
+    "protect": "protect data --progress plain",
+    "repair": "repair data --dry-run --progress plain",
+    "train": "train run.toml --to newrun --progress plain",
+    "resume": "resume begun --set train.steps=3 --progress plain",
+    "evaluate": "evaluate run --progress plain",
+    "checkpoint verify": "checkpoint verify run --progress plain",
+    "checkpoint export": "checkpoint export run model2 --progress plain",
+}
+"""A command line for every command that can take minutes."""
+
+
+@pytest.fixture(scope="module")
+def places(run: Path) -> Path:
+    """The folder `run`, and in it something for each of the long commands to do."""
+    with contextlib.chdir(run):
+        Path("src").mkdir()
+        Path("src/a.txt").write_text("some words to read, and to read again\n" * 50)
+        Path("run.toml").write_text(
+            '[data]\nurl = "data"\nseq_len = 8\nglobal_batch = 4\n[train]\nsteps = 2\n'
+            "[model]\nlayers = 1\nwidth = 16\nheads = 2\n[eval]\nsamples = 4\n"
+        )
+        for words in (
+            "export data --format parquet --to exported",
+            "ingest src --to holed",
+            "ingest src --to littered",
+        ):
+            assert call(cli, words.split(), CliSession()) == 0
+        Path("src/b.txt").write_text("more of the same")
+        assert call(cli, ["ingest", "src", "--to", "holed"], CliSession()) == 0
+        assert call(cli, ["delete", "holed", "--source", "*b.txt"], CliSession()) == 0
+        assert call(cli, ["train", "run.toml", "--to", "begun"], CliSession()) == 0
+        Path("littered/shards/00").mkdir(parents=True, exist_ok=True)
+        Path(f"littered/shards/00/{'0' * 32}.arrow").write_bytes(b"left behind")
+    return run
+
+
+@pytest.fixture
+def workspace(places: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Make a copy of `places` the current folder."""
+    shutil.copytree(places, tmp_path / "w")
+    monkeypatch.chdir(tmp_path / "w")
+
+
+def test_the_long_commands_are_those_with_the_option() -> None:
+    found = {
+        " ".join(path)
+        for path, command in COMMANDS.items()
+        if "--progress" in {option for parameter in command.params for option in parameter.opts}
+    }
+    assert found == set(LONG)
+
+
+@pytest.mark.parametrize("name", LONG)
+@pytest.mark.usefixtures("workspace")
+def test_a_long_command_says_how_far_it_is(
+    name: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("datastore.cli.output.LINE_EVERY_S", 0.0)
+    assert call(cli, LONG[name].split(), CliSession()) == 0
+    err = capsys.readouterr().err
+    if name in {"train", "resume"}:
+        assert "step " in err
+    else:
+        assert re.search(r"^[a-z0-9 ]+: .+ of .+ \(\d+%\)", err, re.MULTILINE), err
+
+
+MORE = [
+    "show data",
+    "ls data",
+    "ls data --documents",
+    "log data",
+    "diff data@1 data --documents",
+    "expire data --keep 5",
+    "schema holed",
+    "evolve holed --add lang string",
+    "sql data 'SELECT count(*) AS documents, sum(tokens) AS tokens FROM documents'",
+    "ingest src --to new2 --dry-run",
+    "prove run",
+    "trace run --step 3",
+    "generate run --prompt w1 --tokens 4",
+    "checkpoint ls run",
+    "checkpoint show run",
+    "checkpoint gc run --dry-run",
+    "doctor",
+    "doctor data",
+    "doctor --url probed",
+]
+"""What reports and takes no time."""
+
+NAMED_BY_DATA = {
+    "tags",
+    "values",
+    "packages",
+    "extras",
+    "files",
+    "tensors",
+    "reasons",
+    "rejected",
+    "skipped",
+    "metrics",
+}
+"""Objects whose keys are names of somebody else."""
+
+
+def leaves(value: object, path: str = "") -> Iterator[tuple[str, object]]:
+    """Yield every value of a JSON document with its path, and every key."""
+    if isinstance(value, dict):
+        for key, inner in value.items():
+            if path.rpartition(".")[2] not in NAMED_BY_DATA and "extras." not in f"{path}.":
+                assert re.fullmatch(r"[a-z][a-z0-9_]*", key), f"{path}.{key}"
+            yield from leaves(inner, f"{path}.{key}")
+    elif isinstance(value, list):
+        for inner in value:
+            yield from leaves(inner, path)
+    else:
+        yield path, value
+
+
+def json_of(words: str, capsys: pytest.CaptureFixture[str]) -> Any:
+    capsys.readouterr()
+    line = shlex.split(words.replace(" --progress plain", ""))
+    assert call(cli, [*line, "--json"], CliSession()) == 0
+    out, err = capsys.readouterr()
+    assert "%" not in err
+    return json.loads(out)
+
+
+@pytest.mark.parametrize("words", [*LONG.values(), *MORE])
+@pytest.mark.usefixtures("workspace")
+def test_json_has_numbers_and_keys_that_programs_like(words: str, capsys: pytest.CaptureFixture[str]) -> None:
+    for path, value in leaves(json_of(words, capsys)):
+        if isinstance(value, str):
+            assert not re.fullmatch(r"~?[\d.,]+ ?(%|[kMGT]|B|[KMGT]i?B|ms|s|min|h|[KMG]i?B/s)", value), (
+                f"{path}: {value}"
+            )
+
+
+@pytest.mark.usefixtures("workspace")
+def test_show_log_and_doctor_say_the_same_of_a_version(capsys: pytest.CaptureFixture[str]) -> None:
+    shown, logged, checked = (json_of(f"{command} holed", capsys) for command in ("show", "log", "doctor"))
+    assert shown["deleted_documents"] > 0
+    newest, disk = logged[0], checked["roots"][0]
+    assert {name: newest[name] for name in shown if name in newest} == {
+        name: value for name, value in shown.items() if name in newest
+    } | {"tags": newest["tags"]}
+    assert {"version", "documents", "tokens", "deleted_documents", "shards", "size_bytes", "time"} <= set(newest) & set(
+        shown
+    )
+    assert {name: disk[name] for name in ("documents", "tokens", "shards")} == {
+        name: shown[name] for name in ("documents", "tokens", "shards")
+    }
+    texts = []
+    for command in ("show", "log", "doctor"):
+        assert call(cli, [command, "holed"], CliSession()) == 0
+        texts.append(capsys.readouterr().out)
+    assert re.search(rf"^documents +{shown['documents']}$", texts[0], re.MULTILINE)
+    assert re.search(rf" {shown['documents']} ", texts[1].splitlines()[1])
+    assert re.search(rf" {shown['documents']} ", texts[2].splitlines()[-1])

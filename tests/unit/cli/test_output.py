@@ -3,11 +3,24 @@
 import io
 import sys
 
+import click
 import pytest
 
-from datastore.cli.output import fields, moment, progress_bar, say_json, table
+from datastore.cli.output import (
+    PlainLines,
+    ProgressWords,
+    fields,
+    json_option,
+    moment,
+    progress_option,
+    say_json,
+    table,
+    with_progress,
+)
 from datastore.cli.runs import TrainingLine, line_of
+from datastore.cli.shell import CliSession, call
 from datastore.training.metrics import TrainingProgress
+from datastore.units import Progress
 
 NOW = TrainingProgress(
     step=1200, steps=3000, loss=2.5, validation_loss=2.75, tokens_per_s=12345.6, data_wait=0.0012, eta_s=90
@@ -75,13 +88,95 @@ def test_other_ranks_show_nothing(capsys: pytest.CaptureFixture[str]) -> None:
     assert capsys.readouterr().err == ""
 
 
-def test_a_bar_is_for_terminals_only(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    with progress_bar("verify") as move:
-        assert move is None
-    assert capsys.readouterr().err == ""
-    screen = Terminal()
-    monkeypatch.setattr(sys, "stderr", screen)
-    with progress_bar("verify") as move:
-        assert move is not None
-        move(5, 10)
-    assert "verify" in screen.getvalue()
+class Clock:
+    """A clock that stands still until it is told to move."""
+
+    def __init__(self) -> None:
+        self.now = 100.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+def test_words_have_the_amounts_the_share_the_rate_and_the_time_left() -> None:
+    clock = Clock()
+    words = ProgressWords(clock=clock)
+    assert words(0, 4 * 2**30) == "0 B of 4 GiB (0%)"
+    clock.now += 10
+    assert words(2**30, 4 * 2**30) == "1 GiB of 4 GiB (25%), 102 MiB/s, 30.0 s left"
+    clock.now += 30
+    assert words(4 * 2**30, 4 * 2**30) == "4 GiB of 4 GiB (100%), 102 MiB/s"
+
+
+def test_what_an_earlier_run_has_done_does_not_count_for_the_rate() -> None:
+    clock = Clock()
+    words = ProgressWords(unit="files", clock=clock)
+    assert words(900, 1000) == "900 files of 1,000 files (90%)"
+    clock.now += 10
+    assert words(950, 1000) == "950 files of 1,000 files (95%), 5 files/s, 10.0 s left"
+
+
+def test_a_total_that_nobody_knows_is_not_named() -> None:
+    clock = Clock()
+    words = ProgressWords(unit="files", clock=clock)
+    words(0, 0)
+    clock.now += 2
+    assert words(4, 0) == "4 files, 2 files/s"
+
+
+def test_a_line_is_printed_when_ten_seconds_are_over(capsys: pytest.CaptureFixture[str]) -> None:
+    clock = Clock()
+    lines = PlainLines(clock=clock)
+    for now in (101, 109.9, 110, 119, 120, 121):
+        clock.now = now
+        lines.say(lambda: f"at {clock.now:g}")
+    assert capsys.readouterr().err == "at 110\nat 120\n"
+
+
+def count_to_ten(*, progress: Progress | None, by: int) -> int:
+    for done in range(0, 10, by):
+        if progress is not None:
+            progress(done, 10)
+    return 10
+
+
+@pytest.mark.parametrize(
+    ("options", "terminal", "shown"),
+    [
+        ("", True, "bar"),
+        ("", False, "lines"),
+        ("--json", True, "bar"),
+        ("--json", False, "nothing"),
+        ("--progress none", True, "nothing"),
+        ("--progress plain", True, "lines"),
+        ("--progress plain --json", False, "lines"),
+        ("--progress bar", False, "bar"),
+    ],
+)
+def test_progress_suits_stderr_unless_the_option_says_otherwise(
+    *, options: str, terminal: bool, shown: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    @click.command()
+    @progress_option
+    @json_option
+    def go(*, as_json: bool) -> None:
+        assert as_json == ("--json" in options)
+        assert with_progress("count", count_to_ten, unit="numbers", by=5) == 10
+
+    stderr = Terminal() if terminal else io.StringIO()
+    monkeypatch.setattr(sys, "stderr", stderr)
+    monkeypatch.setattr("datastore.cli.output.LINE_EVERY_S", 0.0)
+    assert call(go, options.split(), CliSession()) == 0
+    text = stderr.getvalue()
+    found = "bar" if "\x1b[" in text else "lines" if text.startswith("count: 0 numbers of 10 numbers (0%)\n") else text
+    assert (found or "nothing") == shown
+
+
+def test_training_prints_its_line_now_and_then_where_there_is_no_terminal(capsys: pytest.CaptureFixture[str]) -> None:
+    clock = Clock()
+    with TrainingLine(clock=clock) as line:
+        line.update(NOW)
+        clock.now += 10
+        line.update(NOW)
+        line.update(NOW)
+    assert capsys.readouterr().err == f"{line_of(NOW)}\n"

@@ -1,14 +1,21 @@
 """How the command line ends: exit codes and one line on stderr, whatever goes wrong."""
 
+import ast
+import re
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import click
 import pytest
 
+from datastore.cli import shell
+from datastore.cli.main import cli
 from datastore.cli.shell import CliSession, CommandGroup, call, debug_option, last_words
+from datastore.document import setting_names
 from datastore.errors import ConfigError, CorruptError, RejectedError, StorageError
+from datastore.ingestion.settings import IngestSettings
 
 
 def ending_in(action: Callable[[], object]) -> click.Group:
@@ -109,3 +116,62 @@ def test_a_reader_that_goes_away_is_no_error() -> None:
         process.stdout.close()
         assert process.stderr.read() == b""
     assert process.returncode == 141
+
+
+@pytest.mark.parametrize(
+    ("words", "hint", "told"),
+    [
+        ("delete data", "Or allow it: `allow_missing`.", "Or allow it: --allow-missing."),
+        (
+            "delete data",
+            "Give `ids`, `sources` or a condition (`where`).",
+            "Give --id, --source or a condition (--where).",
+        ),
+        ("ingest a --to b", "Give `workers=1`.", "Give --workers 1."),
+        ("ingest a --to b", "Or `operation=overwrite`.", "Or --overwrite."),
+        ("ingest a --to b", "With a smaller `task_bytes`.", "With a smaller --set task_bytes=VALUE."),
+        ("ingest a --to b", "Or `tokens_key=COLUMN`.", "Or --set tokens_key=COLUMN."),
+        ("import a --to b --format mds", "Or `tokens_key=COLUMN`.", "Or --tokens-key COLUMN."),
+        ("import a --to b --format mds", "Or `operation=overwrite`.", "Or --set operation=overwrite."),
+        ("train run.toml", "Use a smaller `seq_len`.", "Use a smaller --set data.seq_len=VALUE."),
+        ("train run.toml", "Raise data.holdout.", "Raise data.holdout. Settings are given as --set KEY=VALUE, too."),
+        ("show data", "Or `operation=overwrite`.", "Or `operation=overwrite`."),
+        ("show data", "See `datastore place`.", "See `datastore place`."),
+    ],
+)
+def test_on_the_command_line_a_hint_names_flags(
+    words: str, hint: str, told: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise ConfigError("it is wrong", hint=hint)
+
+    command = cli.commands[words.partition(" ")[0]]
+    monkeypatch.setattr(command, "callback", refuse)
+    assert call(cli, words.split(), CliSession()) == 2
+    assert capsys.readouterr().err == f"error[config]: it is wrong. {told}\n"
+
+
+def hints() -> Iterator[tuple[str, str]]:
+    """Yield every hint that is written down in the package, with its place."""
+    for path in Path(shell.__file__).parents[1].rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            for keyword in node.keywords if isinstance(node, ast.Call) else ():
+                if keyword.arg == "hint":
+                    parts = keyword.value.values if isinstance(keyword.value, ast.JoinedStr) else [keyword.value]
+                    yield (
+                        f"{path.name}:{node.lineno}",
+                        "".join(str(part.value) if isinstance(part, ast.Constant) else "X" for part in parts),
+                    )
+
+
+def test_a_hint_has_arguments_in_backticks_so_that_they_can_become_flags() -> None:
+    names = {name for command in cli.commands.values() for name in shell._flags(command) if "_" in name}
+    names |= {name for name in setting_names(IngestSettings) if "_" in name}
+    assert {"allow_missing", "task_bytes"} <= names
+    plain = [
+        f"{place}: {hint}"
+        for place, hint in hints()
+        for word in re.findall(r"[a-z_]+", re.sub(r"`[^`]*`", "", hint))
+        if word in names
+    ]
+    assert plain == []

@@ -154,7 +154,7 @@ def test_a_dry_run_says_what_would_go(storage: Storage, dataset: Dataset) -> Non
 
 def test_tags_are_not_dropped_unasked_and_then_nothing_is_deleted_either(storage: Storage, dataset: Dataset) -> None:
     set_tag(storage, "v1", dataset.commit)
-    with pytest.raises(ConfigError, match=r"tags=\['v1'\].*--drop-tags"):
+    with pytest.raises(ConfigError, match=r"tags=\['v1'\].*`drop_tags`"):
         purge(storage, where="tokens = 40")
     assert open_dataset(storage).version == 1
     report = purge(storage, where="tokens = 40", drop_tags=True)

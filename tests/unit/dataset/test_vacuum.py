@@ -213,7 +213,7 @@ def test_hidden_files_of_killed_writers_go(tmp_path: Path) -> None:
         os.utime(path, (time.time() - 2 * DAY_S,) * 2)
     young = tmp_path / "docs" / ".b.parquet.0123.tmp"
     young.write_bytes(bytes(100))
-    assert (amount := vacuum(tmp_path).removed["unfinished writes"]).files == 2
+    assert (amount := vacuum(tmp_path).removed["unfinished_writes"]).files == 2
     assert amount.bytes == 200
     assert all(path.exists() for path in left)
     vacuum(tmp_path, dry_run=False)
@@ -412,7 +412,7 @@ def test_on_several_disks_each_copy_goes(tmp_path: Path, copies: int) -> None:
     old(tmp_path)
     report = vacuum(roots[2], dry_run=False)
     assert report.removed["shards"].files == 3
-    assert report.removed["unfinished writes"].files == 1
+    assert report.removed["unfinished_writes"].files == 1
     assert not hidden.exists()
     assert len(list(tmp_path.rglob("shards/*/*.arrow"))) == copies
     assert verify(open_dataset(roots[0])).ok

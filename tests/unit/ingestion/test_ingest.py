@@ -226,12 +226,79 @@ def test_a_shard_of_nothing_but_repeated_ids_is_left_out(run: Ingester, tmp_path
 
 def test_too_many_rejects_commit_nothing_and_a_higher_limit_goes_on_from_there(run: Ingester, tmp_path: Path) -> None:
     path = lines(tmp_path / "bad.jsonl", *({"text": text(i)} for i in range(9)), b"{")
-    with pytest.raises(RejectedError, match=r"rejected=1, of=10.*invalid_json.*max_reject_ratio = 0\.1"):
+    with pytest.raises(RejectedError, match=r"rejected=1, of=10.*invalid_json.*`max_reject_ratio=0\.1`"):
         run(path)
     with pytest.raises(MissingError, match="no version yet"):
         run.open()
     report = run(path, max_reject_ratio=0.1)
     assert (report.tasks_resumed, report.documents) == (1, 9)
+
+
+@pytest.mark.parametrize("settings", [{}, {"max_reject_ratio": 1.0}, {"on_error": "skip"}, {"tokenizer": ""}])
+def test_a_first_ingest_of_nothing_but_rejects_says_why_and_leaves_nothing(
+    run: Ingester, tmp_path: Path, settings: dict[str, Any]
+) -> None:
+    path = lines(tmp_path / "bad.jsonl", {"content": "x"}, b"{", {"content": "y"})
+    with pytest.raises(RejectedError, match="all documents were rejected") as found:
+        run(path, **settings)
+    assert found.value.values["rejected"] == 3
+    assert found.value.values["reasons"] == {"invalid_json": 1, "missing_text": 2}
+    assert "`text_key=KEY`" in found.value.hint
+    assert (found.value.values.get("source") == "bad.jsonl") == ("on_error" not in settings)
+    assert not Path(run.url).exists()
+    assert run(path, text_key="content", max_reject_ratio=0.5).documents == 2
+
+
+@pytest.mark.parametrize(
+    ("content", "settings"), [(b"{oops", {"on_error": "fail"}), (b"\0", {}), (b'{"a": 1}\n[]', {"take": "rows"})]
+)
+def test_a_first_ingest_that_the_source_ends_leaves_nothing(
+    run: Ingester, tmp_path: Path, content: bytes, settings: dict[str, Any]
+) -> None:
+    (tmp_path / "bad").mkdir()
+    (tmp_path / "bad" / ("x" if b"\0" in content else "x.jsonl")).write_bytes(content)
+    with pytest.raises((RejectedError, ConfigError)):
+        run(tmp_path / "bad", **settings | ({"tokenizer": ""} if "take" in settings else {}))
+    assert not Path(run.url).exists()
+
+
+def test_what_another_ingest_has_begun_stays_when_the_first_one_had_only_rejects(
+    run: Ingester, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    begin = Journal.begin
+
+    def both_begin(self: Journal, plan: Any) -> Any:
+        Journal(self.storage, "0" * 32).storage.put(f"ingests/{'0' * 32}/running", b"")
+        return begin(self, plan)
+
+    monkeypatch.setattr(Journal, "begin", both_begin)
+    with pytest.raises(RejectedError):
+        run(lines(tmp_path / "bad.jsonl", b"{"))
+    assert (Path(run.url) / "datastore.json").exists()
+
+
+def test_a_later_ingest_of_nothing_but_rejects_keeps_the_dataset_and_names_the_rejects(
+    run: Ingester, tmp_path: Path, src: Path
+) -> None:
+    run(src)
+    with pytest.raises(RejectedError, match=r"all documents were rejected.*all are described in .*rejects"):
+        run(lines(tmp_path / "bad.jsonl", b"{"), max_reject_ratio=1.0)
+    assert run.open().version == 1
+
+
+def test_a_changed_file_is_reported_with_the_version_that_has_its_older_state(run: Ingester, src: Path) -> None:
+    assert (run(src).changed_files, run(src).changed_since) == (0, 0)
+    (src / "d1" / "new.txt").write_text("brand new")
+    assert run(src).changed_files == 0
+    (src / "d2" / "02.txt").write_text("changed")
+    (src / "d1" / "new.txt").write_text("changed, too")
+    assert estimate([str(src)], run.url, settings=IngestSettings(**run.base)).changed_files == 2
+    report = run(src)
+    assert (report.files, report.changed_files, report.changed_since) == (2, 2, 2)
+    assert run.open().totals.documents == 15
+    os.utime(src / "d0" / "00.txt", (1, 1))
+    report = run(src)
+    assert (report.changed_files, report.changed_since) == (1, 1)
 
 
 def test_on_error_fail_stops_at_the_first(run: Ingester, tmp_path: Path) -> None:

@@ -173,9 +173,9 @@ def test_lanes_of_a_saved_state_win_over_options(dataset: Dataset) -> None:
         ({"seq_len": 0}, "seq_len must be at least 1"),
         ({"seed": -1}, "seed out of range"),
         ({"global_batch": 0}, "global_batch is smaller than the number of readers"),
-        ({"options": LoaderSettings(lanes=0)}, r"`\$\.lanes`"),
-        ({"options": LoaderSettings(epochs=0)}, r"`\$\.epochs`"),
-        ({"options": LoaderSettings(memory_bytes=0)}, r"`\$\.memory_bytes`"),
+        ({"options": LoaderSettings(lanes=0)}, r"`lanes`"),
+        ({"options": LoaderSettings(epochs=0)}, r"`epochs`"),
+        ({"options": LoaderSettings(memory_bytes=0)}, r"`memory_bytes`"),
     ],
 )
 def test_what_does_not_fit_is_refused_at_once(dataset: Dataset, changes: dict[str, object], fact: str) -> None:

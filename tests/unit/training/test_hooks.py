@@ -46,7 +46,7 @@ def test_what_is_no_hook_is_refused(name: str, error: type[Exception], text: str
 def test_a_wrong_setting_of_a_hook_is_named_with_its_place() -> None:
     with pytest.raises(ConfigError, match=r"unknown setting `rate`.*hooks\[1\]"):
         make_hooks([{"use": "prune"}, {"use": "prune", "rate": 2}], where="run.toml")
-    with pytest.raises(ConfigError, match=r"\$\.ratio"):
+    with pytest.raises(ConfigError, match="`ratio`"):
         make_hooks([{"use": "prune", "ratio": 0.5}], where="run.toml")
 
 

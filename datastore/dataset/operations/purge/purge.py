@@ -57,6 +57,7 @@ from datastore.host import package_name
 from datastore.storage.base import Storage
 from datastore.storage.wrappers import is_link
 from datastore.threads import in_parallel
+from datastore.units import Progress, telling
 
 __all__ = ["PurgeReport", "finish_purges", "purge"]
 
@@ -132,16 +133,35 @@ def purge(
         CorruptError: a file is damaged; or what was removed or made blank was found all the same.
         StorageError: a place of the dataset cannot be reached, or failed. Purge again to finish.
     """
+    patterns = tuple(sources)
+    nothing = ids is None and not patterns and where is None
+    selection = None if nothing else Selection.of(ids=ids, sources=patterns, where=where)
+    return purge_selected(target, selection, drop_tags=drop_tags, dry_run=dry_run)
+
+
+def purge_selected(
+    target: DatasetLike,
+    selection: Selection | None = None,
+    *,
+    drop_tags: bool = False,
+    dry_run: bool = False,
+    progress: Progress | None = None,
+) -> PurgeReport:
+    """Purge what `selection` means, as `purge`; `progress` gets the bytes of shards written again, and of all that are to be.
+
+    Raises:
+        ConfigError, MissingError, ConflictError, CorruptError, StorageError: as `purge`.
+    """
     started = time.monotonic()
     dataset = open_for_change(target)
     require_all_places(dataset.storage)
     with explain_expiry(dataset, operation="purge"):
         resumed = () if dry_run else finish_purges(dataset)
-        found = _found(dataset, ids, sources, where)
+        found = _found(dataset, selection)
         report = replace(_outlook(dataset, found), resumed=resumed)
         if not dry_run:
             _require_no_tags(report.tags, drop_tags=drop_tags)
-            report = _purged(dataset, found, report, drop_tags=drop_tags)
+            report = _purged(dataset, found, report, progress, drop_tags=drop_tags)
     return replace(report, seconds=time.monotonic() - started)
 
 
@@ -185,14 +205,11 @@ def finish_purges(dataset: Dataset) -> tuple[PurgeCertificate, ...]:
     return tuple(finished)
 
 
-def _found(
-    dataset: Dataset, ids: Iterable[str] | None, sources: Iterable[str], where: "str | pc.Expression | None"
-) -> FoundDocuments:
+def _found(dataset: Dataset, selection: Selection | None) -> FoundDocuments:
     """Return what is to be deleted first; nothing, if nothing is given."""
-    patterns = tuple(sources)
-    if ids is None and not patterns and where is None:
+    if selection is None:
         return FoundDocuments()
-    found = find_documents(dataset, Selection.of(ids=ids, sources=patterns, where=where))
+    found = find_documents(dataset, selection)
     if found.missing:
         purged = {digest for certificate in list_certificates(dataset.storage) for digest in certificate.ids_sha256}
         missing = [name for name in found.missing if sha256_hex(name.encode()) not in purged]
@@ -219,13 +236,17 @@ def _blank(dataset: Dataset, shard: ShardInfo) -> BlankedShard:
     return blank_shard(dataset.storage, shard, rows, end_of_text=end_of_text(dataset))
 
 
-def _purged(dataset: Dataset, found: FoundDocuments, report: PurgeReport, *, drop_tags: bool) -> PurgeReport:
+def _purged(
+    dataset: Dataset, found: FoundDocuments, report: PurgeReport, progress: Progress | None, *, drop_tags: bool
+) -> PurgeReport:
     """Delete what is `found`, write shards of which something is deleted again, commit that, and remove what is left."""
     storage = dataset.storage
     if found.rows:
         dataset = dataset.at(commit_deletion(dataset, found))
     touched = deleted_shards(dataset, blank=False)
-    blanked = list(in_parallel(partial(_blank, dataset), touched, threads=_REWRITERS))
+    written = in_parallel(partial(_blank, dataset), touched, threads=_REWRITERS)
+    total = sum(shard.size_bytes for shard in touched)
+    blanked = list(telling(written, progress, size=lambda each: each.shard.size_bytes, total=total))
     plans: list[PurgeCertificate] = []
 
     def build(newest: Commit | None) -> Commit:
@@ -305,5 +326,5 @@ def _require_no_tags(tags: Sequence[str], *, drop_tags: bool) -> None:
         raise ConfigError(
             "tags name versions that hold what is to be purged",
             tags=list(tags),
-            hint="Let them go with their versions (drop_tags, --drop-tags), or remove them first.",
+            hint="Let them go with their versions (`drop_tags`), or remove them first.",
         )

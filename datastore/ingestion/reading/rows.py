@@ -1,0 +1,227 @@
+"""The rows of a file that is a table, or of JSON lines, with all their columns.
+
+Rows are taken over as they are, and strictly: one that is damaged, or has a key or a type that the columns have not, ends
+the ingest and is named. A key that a line lacks is null. JSON has no types of columns, so a new dataset gets those that the
+first file shows at its beginning; whoever knows better makes the dataset first, with a schema of their own.
+"""
+
+import json
+import re
+from collections.abc import Iterator
+from itertools import islice
+from typing import Any
+
+import orjson
+import pyarrow as pa
+import pyarrow.types as kinds
+
+from datastore.dataset.journal import SourceFile
+from datastore.errors import ConfigError, CorruptError
+from datastore.formats.plain import table_of_rows
+from datastore.formats.schema import check_names
+from datastore.ingestion.reading.streams import RecordPiece, lookback, open_stream, read_chunks, split_records
+from datastore.ingestion.settings import IngestSettings
+from datastore.interop.base import Rows, Span
+from datastore.interop.formats import FORMATS
+from datastore.storage.base import Storage
+
+__all__ = ["is_cuttable", "is_table", "read_rows", "require_rows", "rows_schema"]
+
+_HEAD_ROWS = 65_536
+"""Lines of the first file that say which columns there are."""
+
+_BATCH_BYTES = 4 * 2**20
+
+_BOM = b"\xef\xbb\xbf"
+
+_LONG_NUMBER = re.compile(rb"\d{19}")
+
+
+def is_table(file: SourceFile) -> bool:
+    """Return whether `file` holds rows and columns."""
+    return file.format in FORMATS
+
+
+def is_cuttable(file: SourceFile) -> bool:
+    """Return whether ranges of the table `file` can be read apart."""
+    return is_table(file) and FORMATS[file.format].can_be_cut
+
+
+def require_rows(file: SourceFile) -> None:
+    """Raise unless `file` holds rows.
+
+    Raises:
+        ConfigError: it is plain text.
+    """
+    if file.format == "text":
+        raise ConfigError(
+            "a file of text has no rows",
+            file=file.path,
+            hint="Take its text: `take=text`; or leave it out: `include=*.jsonl`; or say the `format` of the files.",
+        )
+
+
+def rows_schema(storage: Storage, key: str, *, file: SourceFile, settings: IngestSettings) -> pa.Schema:
+    """Return the columns of `file`: of JSON lines, those that its first 65,536 lines show.
+
+    Raises:
+        ConfigError: it has none, or a column has values of several types.
+        CorruptError: it is damaged.
+    """
+    if is_table(file):
+        return FORMATS[file.format].schema(storage, key)
+    found = islice(_json_rows(storage, key, file=file, span=(0, file.size_bytes), settings=settings), _HEAD_ROWS)
+    rows = [row for _, row in found]
+    names = list(dict.fromkeys(name for row in rows for name in row))
+    schema = pa.schema([(name, _type_of([row.get(name) for row in rows], name, file)) for name in names])
+    if not names:
+        raise ConfigError("the lines have no keys", file=file.path, hint="Name a file with a JSON object in each line.")
+    check_names(schema)
+    return schema
+
+
+def read_rows(
+    storage: Storage,
+    key: str,
+    *,
+    file: SourceFile,
+    span: Span,
+    settings: IngestSettings,
+    schema: pa.Schema | None = None,
+) -> Iterator[Rows]:
+    """Yield the rows that begin in the byte range `span` of `file`, in order; those of JSON lines have the columns `schema`.
+
+    Raises:
+        CorruptError: the file is damaged.
+        ConfigError: it holds what cannot, or must not, be read; or a line that does not fit the columns.
+    """
+    if is_table(file):
+        yield from FORMATS[file.format].read(storage, key, span)
+        return
+    wanted = schema if schema is not None else _token_columns(rows_schema(storage, key, file=file, settings=settings))
+    first, size = 0, 0
+    batch: list[tuple[RecordPiece, dict[str, Any]]] = []
+    for piece, row in _json_rows(storage, key, file=file, span=span, settings=settings):
+        batch.append((piece, row))
+        size += piece.length
+        if size >= _BATCH_BYTES:
+            yield first, _table(batch, wanted, file, whole=schema is not None)
+            first, size, batch = first + len(batch), 0, []
+    if batch:
+        yield first, _table(batch, wanted, file, whole=schema is not None)
+
+
+def _token_columns(schema: pa.Schema) -> pa.Schema:
+    """Return the columns of which something is taken over where tokens are: lists of numbers, and what names a document."""
+    named = {"id", "source", "offset", "length"}
+    return pa.schema([field for field in schema if field.name in named or kinds.is_list(field.type)])
+
+
+def _json_rows(
+    storage: Storage, key: str, *, file: SourceFile, span: Span, settings: IngestSettings
+) -> Iterator[tuple[RecordPiece, dict[str, Any]]]:
+    stored = read_chunks(storage, key, start=lookback(span[0], b"\n"), size_bytes=file.size_bytes)
+    stream = open_stream(stored, codec=file.codec, max_expansion=settings.max_expansion)
+    pieces = split_records(
+        stream,
+        separator=b"\n",
+        start=span[0],
+        stop=None if file.codec else span[1],
+        limit_bytes=settings.max_document_bytes,
+    )
+    for piece in pieces:
+        if stream.fault is not None and not piece.ended:
+            break
+        data = piece.data.removeprefix(_BOM) if piece.offset == 0 else piece.data
+        if data.strip():
+            yield piece, _object(piece, data, file)
+    if stream.fault is not None:
+        raise CorruptError(f"the file is damaged: {stream.fault}", where=file.path, hint="Restore it from a copy.")
+
+
+def _object(piece: RecordPiece, data: bytes, file: SourceFile) -> dict[str, Any]:
+    where = {"file": file.path, "offset": piece.offset}
+    if piece.length > len(piece.data):
+        raise ConfigError("a line is too long", **where, bytes=piece.length, hint="Raise `max_document_bytes`.")
+    try:
+        row = orjson.loads(data)
+    except orjson.JSONDecodeError as error:
+        raise CorruptError(f"a line is not JSON: {error}", **where, hint="Correct the line, or leave it out.") from None
+    if _LONG_NUMBER.search(data):
+        row = json.loads(data)  # orjson makes a whole number beyond 64 bits another one, a float.
+    if not isinstance(row, dict):
+        raise ConfigError("a line is no JSON object", **where, hint="Correct the line, or leave it out.")
+    return row
+
+
+def _type_of(values: list[Any], name: str, file: SourceFile) -> pa.DataType:
+    """Return the type of a column; text where nothing says which."""
+    try:
+        return _settled(pa.array(values).type)
+    except (pa.ArrowException, TypeError, OverflowError) as error:
+        raise ConfigError(
+            f"a column has values of several types: {error}",
+            file=file.path,
+            column=name,
+            hint="Write values of one type; or make the dataset first, with a schema, and ingest into that.",
+        ) from None
+
+
+def _settled(kind: pa.DataType) -> pa.DataType:
+    """Return `kind` with text in the place of nothing but nulls."""
+    if kinds.is_null(kind):
+        return pa.string()
+    if kinds.is_list(kind):
+        return pa.list_(_settled(kind.value_type))
+    if kinds.is_struct(kind):
+        fields = [kind.field(index) for index in range(kind.num_fields)]
+        return pa.struct([(field.name, _settled(field.type)) for field in fields])
+    return kind
+
+
+def _table(
+    batch: list[tuple[RecordPiece, dict[str, Any]]], schema: pa.Schema, file: SourceFile, *, whole: bool
+) -> pa.Table:
+    """Return `batch` in the columns `schema`; where it is the `whole` row, no other key may be there."""
+    names = set(schema.names)
+    for piece, row in batch if whole else ():
+        unknown = sorted(set(row) - names)
+        if unknown:
+            raise _does_not_fit(f"no column is called {unknown[0]!r}", piece, file)
+    kind = pa.struct(list(schema))
+    rows = [_filled(row if whole else {name: row.get(name) for name in names}, kind) for _, row in batch]
+    try:
+        return table_of_rows(rows, schema)
+    except ConfigError as error:
+        for (piece, _), row in zip(batch, rows, strict=True):  # Which one it is, Arrow does not always say.
+            try:
+                table_of_rows([row], schema)
+            except ConfigError as reason:
+                raise _does_not_fit(_told(reason), piece, file) from None
+        raise _does_not_fit(_told(error), batch[0][0], file) from None
+
+
+def _filled(value: Any, kind: Any) -> Any:
+    """Return `value` with null for each key that an object in it lacks."""
+    if isinstance(value, dict) and kinds.is_struct(kind):
+        fields = {kind.field(index).name: kind.field(index).type for index in range(kind.num_fields)}
+        filled = {name: _filled(value.get(name), inner) for name, inner in fields.items()}
+        return filled | {name: inner for name, inner in value.items() if name not in fields}
+    if isinstance(value, list) and hasattr(kind, "value_type") and kinds.is_nested(kind.value_type):
+        return [_filled(each, kind.value_type) for each in value]
+    return value
+
+
+def _told(error: ConfigError) -> str:
+    """Return what an error says of a value, in one clause."""
+    shown = ", ".join(f"{name} {error.values[name]!r}" for name in ("column", "value") if name in error.values)
+    return f"{error.fact.removeprefix('rows do not fit the schema: ')}{f' ({shown})' if shown else ''}"
+
+
+def _does_not_fit(reason: str, piece: RecordPiece, file: SourceFile) -> ConfigError:
+    return ConfigError(
+        f"a line does not fit the columns: {reason}",
+        file=file.path,
+        offset=piece.offset,
+        hint="Correct the line; or make the dataset first, with a schema that fits, and ingest into that.",
+    )
