@@ -116,6 +116,16 @@ class TensorStream(Iterator[TensorBatch]):
 
     @override
     def __next__(self) -> TensorBatch:
+        before = self.loader.state_dict()
+        try:
+            return self._next()
+        except BaseException:
+            # The loader may have delivered what did not get to the device: it is the next batch still.
+            if self.loader.state_dict() != before:
+                self.loader.load_state_dict(before)
+            raise
+
+    def _next(self) -> TensorBatch:
         buffer = self._buffers[self._taken % BUFFERS]
         buffer.wait()
         batch = self.loader.next_into(buffer.array, columns=buffer.columns)

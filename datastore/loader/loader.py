@@ -18,7 +18,7 @@ import msgspec
 import numpy as np
 
 from datastore.dataset.snapshot import Dataset
-from datastore.errors import ConfigError, whole_number
+from datastore.errors import ConfigError, DatastoreError, whole_number
 from datastore.loader.batch import Batch
 from datastore.loader.cache.blocks import TokenBlocks
 from datastore.loader.cache.mapped import MappedBlocks
@@ -81,6 +81,8 @@ class Loader:
         self._planner = self._planner_of(self._state)
         self._planned: deque[tuple[BatchPlan, Reads]] = deque()
         self._next_cursor = self._requested = self._planned_at_once = 0
+        self._unsettled = False
+        """Whether a call is under way, or was ended by an exception: then what was planned may have holes."""
 
     def __iter__(self) -> Iterator[Batch]:
         return self
@@ -141,6 +143,19 @@ class Loader:
         into = self.empty_columns() if columns is None else columns
         if columns is not None:
             self._check_columns(columns)
+        try:
+            return self._deliver(out, into)
+        except (DatastoreError, StopIteration):
+            raise
+        except BaseException:
+            # An interrupt may have ended the cache in the middle of anything: another one is opened next time.
+            self._blocks = self._prefetcher = None
+            raise
+
+    def _deliver(self, out: TokenArray, into: Mapping[str, AnyArray]) -> Batch:
+        if self._unsettled:  # Something was raised while plans were being made or used up: none of them is trusted.
+            self._start_at(self._state)
+        self._unsettled = True
         blocks = self._ready()
         self._look_ahead(blocks)
         if not self._planned:
@@ -158,10 +173,13 @@ class Loader:
         self._planned.popleft()
         self._requested = max(0, self._requested - 1)
         self._batches += 1
-        self._state = msgspec.structs.replace(self._state, cursor=self._after(plan.cursor))
-        return Batch(
+        moved = msgspec.structs.replace(self._state, cursor=self._after(plan.cursor))
+        batch = Batch(
             out, plan.positions, plan.samples, plan.cursor, self.dataset, into, deletions=self.options.deletions
         )
+        # Nothing can be raised from here to the caller: the cursor counts this batch when, and only when, it is delivered.
+        self._unsettled, self._state = False, moved
+        return batch
 
     def empty_columns(self) -> dict[str, AnyArray]:
         """Return arrays for the columns of one batch; what is in them is undefined."""
@@ -235,9 +253,9 @@ class Loader:
 
     def _start_at(self, state: LoaderState) -> None:
         """Plan from `state` on, and forget what was planned."""
-        if (state.lanes, state.window) != (self._state.lanes, self._state.window):
-            self._planner = self._planner_of(state)
-        self._state = state
+        same = (state.lanes, state.window) == (self._state.lanes, self._state.window)
+        planner = self._planner if same else self._planner_of(state)
+        self._unsettled, self._planner, self._state = True, planner, state
         self._planned.clear()
         self._next_cursor = state.cursor
         self._requested = self._planned_at_once = 0
@@ -245,6 +263,7 @@ class Loader:
             self._prefetcher.forget()
         if self._blocks is not None:
             self._blocks.forget()
+        self._unsettled = False
 
     def _planner_of(self, state: LoaderState) -> Planner:
         order = self._stream.order(state)
@@ -256,11 +275,11 @@ class Loader:
             # Forked: threads are gone, and locks may have been copied locked. Leave all of it and start anew.
             self._pid, self._blocks, self._prefetcher = os.getpid(), None, None
         if self._blocks is None:
-            self._blocks = open_blocks(self.dataset, budget_bytes=self.options.memory_bytes)
-            self._prefetcher = Prefetcher(self._blocks, threads=self.options.threads)
-            self._requested = 0
+            blocks = open_blocks(self.dataset, budget_bytes=self.options.memory_bytes)
+            prefetcher = Prefetcher(blocks, threads=self.options.threads)
+            self._requested, self._blocks, self._prefetcher = 0, blocks, prefetcher
             if not self._local:
-                self._warn_if_memory_is_short(self._blocks)
+                self._warn_if_memory_is_short(blocks)
         return self._blocks
 
     def _look_ahead(self, blocks: TokenBlocks) -> None:
