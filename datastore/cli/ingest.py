@@ -43,7 +43,13 @@ EXCLUDE = click.option(
 @click.option("--workers", type=int, help="Processes; as many as there are cores if left out. They change no byte.")
 @click.option("--on-error", type=click.Choice(["quarantine", "skip", "fail"]), help="What becomes of a bad document.")
 @click.option("--max-reject-ratio", type=float, help="Above this share of bad documents nothing is committed.")
-@click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Any other setting; may be repeated.")
+@click.option(
+    "--set",
+    "overrides",
+    multiple=True,
+    metavar="KEY=VALUE",
+    help="Any other setting (all are in docs/settings.md); may be repeated.",
+)
 @click.option(
     "--overwrite", "operation", flag_value="overwrite", help="The new version holds nothing else; older ones stay."
 )

@@ -28,7 +28,7 @@ __all__ = ["cli", "main"]
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100, "show_default": True},
     epilog=example("datastore doctor"),
 )
-@click.version_option(package_name="datastore", message="datastore %(version)s")
+@click.version_option(package_name="llm-datastore", message="datastore %(version)s")
 def cli() -> None:
     """Text in, batches out, checkpoints kept: the storage layer under language-model training.
 

@@ -30,7 +30,13 @@ RUN = click.argument("run")
 
 STEP = click.option("--step", type=click.IntRange(min=1), help="The checkpoint of this step; the newest if left out.")
 
-SET = click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Change a setting; may be repeated.")
+SET = click.option(
+    "--set",
+    "overrides",
+    multiple=True,
+    metavar="KEY=VALUE",
+    help="Change a setting (all are in docs/settings.md); may be repeated.",
+)
 
 PROCESSES = click.option("--processes", type=int, default=1, help="Ranks to start on this machine.")
 

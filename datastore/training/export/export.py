@@ -103,7 +103,10 @@ def open_model(source: str, *, step: int | None = None) -> HuggingFaceModel:
         return read_folder(storage)
     except MissingError as error:
         raise MissingError(
-            "there is no run and no model folder", url=storage.url, missing=str(error.values.get("key", ""))
+            "there is no run and no model folder",
+            url=storage.url,
+            missing=str(error.values.get("key", "")),
+            hint="Name a run that `datastore train` made, or a folder that `datastore checkpoint export` wrote.",
         ) from None
 
 
