@@ -11,7 +11,7 @@ loader reads, go the same way.
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 import torch
@@ -30,6 +30,8 @@ __all__ = ["MODEL_DIMENSIONS", "TensorBatch", "TensorStream", "TokenDataset", "r
 
 BUFFERS = 3
 """Host buffers per stream: one being filled, one being copied, one that the caller may still look at."""
+
+_NO_WORKERS = "Set num_workers=0: the loader fetches ahead with threads of its own."
 
 MODEL_DIMENSIONS = frozenset({"tp", "pp", "cp", "sp"})
 """Mesh dimensions whose ranks read the same data; every other dimension divides it."""
@@ -163,12 +165,17 @@ class TokenDataset(IterableDataset[TensorBatch]):
     Its items are whole batches, as `stream` gives them, on the CPU. Iterating again goes on where the loader stands.
 
     Raises:
-        ConfigError: when iterated in a worker process. There is nothing to gain from one, and each would read all.
+        ConfigError: when sent to a worker process or iterated in one. There is nothing to gain from one, and each would
+            read all.
     """
 
     def __init__(self, loader: Loader) -> None:
         super().__init__()
         self.loader = loader
+
+    @override
+    def __reduce__(self) -> NoReturn:
+        raise ConfigError("a loader cannot be sent to another process", hint=_NO_WORKERS)
 
     @override
     def __iter__(self) -> TensorStream:
@@ -177,7 +184,7 @@ class TokenDataset(IterableDataset[TensorBatch]):
             raise ConfigError(
                 "a loader cannot be iterated in worker processes",
                 num_workers=worker.num_workers,
-                hint="Set num_workers=0: the loader fetches ahead with threads of its own.",
+                hint=_NO_WORKERS,
             )
         return stream(self.loader)
 

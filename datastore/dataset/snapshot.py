@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
+from typing_extensions import override
 
 from datastore.dataset.log.commits import CommitLog
 from datastore.dataset.log.keys import REFERENCES
@@ -43,6 +44,11 @@ class Dataset(Views):
 
     def __repr__(self) -> str:
         return f"Dataset({self.url!r}, version={self.version})"
+
+    @override
+    def __reduce__(self) -> tuple[object, ...]:
+        """Pickle the place and the version: another process opens them again, with credentials of its own."""
+        return _open_version, (self.url, self.version)
 
     @cached_property
     def log(self) -> CommitLog:
@@ -264,6 +270,10 @@ def open_dataset(
     return Dataset(
         LinkedStorage(storage, open_storage) if REFERENCES in commit.features else storage, info=info, commit=commit
     )
+
+
+def _open_version(url: str, version: int) -> Dataset:
+    return open_dataset(open_storage(url), version=version)
 
 
 def _commit(storage: Storage, info: DatasetInfo, version: int | None, tag: str | None) -> Commit | None:

@@ -3,6 +3,8 @@
 import pickle
 import sys
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +20,7 @@ from datastore.dataset.shards.files import shard_uid, write_token_shard
 from datastore.dataset.snapshot import Dataset, open_dataset
 from datastore.errors import ConfigError, DependencyError
 from datastore.formats.documents import DOCUMENTS_SCHEMA
+from datastore.formats.records import RecordFormat
 from datastore.ingestion.writers.records import record_writer
 from datastore.storage.backends.memory import MemoryStorage
 from datastore.testing.examples import documents_of, make_dataset
@@ -87,6 +90,28 @@ def test_documents_alone_count_their_tokens(thinned: Dataset) -> None:
     table = thinned.to_arrow()
     assert table.schema.equals(DOCUMENTS_SCHEMA)
     assert table["tokens"].to_pylist() == [len(row["tokens"]) for row in documents(thinned)]
+
+
+def test_a_dataset_goes_to_another_process_as_its_place_and_version(tmp_path: Path) -> None:
+    url = str(tmp_path / "set")
+    dataset = make_dataset(url, LENGTHS)
+    rows = dataset.to_arrow()
+    delete(url, ids=[rows["id"][2].as_py()])
+    assert len(pickle.dumps(dataset)) < 1000  # What it has read of the version stays behind.
+    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
+        assert pool.submit(Dataset.to_arrow, dataset).result() == rows
+
+
+@pytest.mark.parametrize("form", ["arrow", "parquet"])
+def test_readers_that_trust_extremes_find_all_floats(tmp_path: Path, form: RecordFormat) -> None:
+    table = pa.table({"label": [0.0, 0.0, 0.0], "score": [1.0, float("nan"), 1.0]})
+    with record_writer(str(tmp_path / "d"), schema=table.schema, format=form) as out:
+        out.write(table)
+    rows = open_dataset(str(tmp_path / "d")).arrow_dataset("rows")
+    assert rows.to_table(filter=pc.field("label").isin([0.0, 1.0])).num_rows == 3
+    assert rows.to_table(filter=pc.field("score") != 1.0).num_rows == 1
+    assert rows.count_rows(filter=pc.field("score") <= 4.0) == 2
+    assert rows.to_table(filter=pc.field("label") > 0.0).num_rows == 0
 
 
 def test_columns_are_chosen_and_checked(dataset: Dataset) -> None:

@@ -83,9 +83,10 @@ def test_a_data_loader_delivers_each_sample_once_and_its_state_counts_what_was_d
     assert all(np.array_equal(mine, other.tokens) for mine, other in zip(rest, plain[10:], strict=True))
 
 
-def test_worker_processes_are_refused_with_the_way_out(dataset: Dataset) -> None:
+@pytest.mark.parametrize("method", ["fork", "spawn", "forkserver"])
+def test_worker_processes_are_refused_with_the_way_out(dataset: Dataset, method: str) -> None:
     loading = DataLoader(
-        TokenDataset(loader_of(dataset)), batch_size=None, num_workers=1, multiprocessing_context="fork"
+        TokenDataset(loader_of(dataset)), batch_size=None, num_workers=1, multiprocessing_context=method
     )
     with pytest.raises(ConfigError, match="num_workers=0"):
         next(iter(loading))
