@@ -60,7 +60,8 @@ class Selection:
         """Return the columns of `schema` that have to be read.
 
         Raises:
-            ConfigError: ids or sources are given, but there is no column of that name.
+            ConfigError: ids or sources are given, but there is no column of that name; or SQL names columns that it
+                cannot tell apart.
         """
         needed = {"id"} if self.ids is not None else set[str]()
         needed |= {"source"} if self.sources else set()
@@ -74,7 +75,10 @@ class Selection:
             text = str(self.where).lower()
             # An expression can only name a column by its name; those that name columns by number or all at once read all.
             everything = "columns" in text or "fieldpath" in text
-            needed |= {name for name in schema.names if everything or name.lower() in text}
+            meant = {name for name in schema.names if everything or name.lower() in text}
+            if isinstance(self.where, str):
+                _check_distinct(sorted(meant))
+            needed |= meant
         return [name for name in schema.names if name in needed]
 
 
@@ -170,10 +174,38 @@ def _texts(what: str, values: Iterable[str]) -> list[str]:
     return listed
 
 
+def _check_distinct(names: list[str]) -> None:
+    """Raise a ConfigError if two of `names` are one to SQL, which ignores case even in quotes."""
+    for name in names:
+        same = [other for other in names if other.casefold() == name.casefold()]
+        if len(same) > 1:
+            raise ConfigError(
+                "SQL cannot tell columns apart whose names differ only in case",
+                columns=same,
+                hint="Give the condition as a pyarrow expression: pyarrow.compute.field(NAME) == VALUE.",
+            )
+
+
 def _as_text(table: pa.Table, name: str) -> Any:
-    """Return a column as plain strings."""
+    """Return a column as plain strings.
+
+    Raises:
+        ConfigError: its values cannot be written as text.
+    """
     column = table.column(name).combine_chunks()
-    return column if column.type == pa.string() else pc.cast(column, pa.string())
+    if column.type == pa.string():
+        return column
+    if column.type == pa.uuid():
+        return pa.array([None if value is None else str(value) for value in column.to_pylist()], pa.string())
+    try:
+        return pc.cast(column, pa.string())
+    except pa.ArrowException as error:
+        raise ConfigError(
+            f"the column cannot be compared with text: {error}",
+            column=name,
+            type=str(column.type),
+            hint="Give a condition over the columns: `where`.",
+        ) from None
 
 
 def _like(pattern: str) -> str:

@@ -3,10 +3,15 @@
 Shards without deletions are scanned as files. Those with some, or of an older schema, are read first, into a temporary
 table that DuckDB keeps on disk where memory is short: a scan of a file does not say which row is which. The query sees
 these tables and nothing else; no file, network or extension can be reached from it.
+
+Columns of types that DuckDB lacks (16-bit floats, wide decimals) are not in the view, and neither are columns whose names
+differ only in case, which DuckDB cannot tell apart: a query for one is refused by name, and all others are answered.
 """
 
 import tempfile
+from collections import Counter
 from collections.abc import Iterator
+from typing import Any
 
 import duckdb
 import pyarrow as pa
@@ -25,40 +30,56 @@ def run_query(dataset: Readable, query: str) -> pa.Table:
     with tempfile.TemporaryDirectory(prefix="datastore-sql-") as spill, duckdb.connect(":memory:") as connection:
         connection.execute("SET temp_directory = ?", [spill])
         connection.execute("SET python_enable_replacements = false")  # A name must not find the caller's variables.
-        _register(connection, dataset, name)
+        left_out = _register(connection, dataset, name)
         connection.execute("SET enable_external_access = false")
         connection.execute("SET lock_configuration = true")
         try:
             return _result(connection, query)
         except duckdb.Error as error:
             columns = dataset.schema.names if dataset.kind == "records" else DOCUMENTS_SCHEMA.names
-            raise ConfigError(
-                f"the query failed: {' '.join(str(error).split())}", hint=f"Columns of {name}: {', '.join(columns)}."
-            ) from None
+            hint = f"Columns of {name}: {', '.join(column for column in columns if column not in left_out)}."
+            if left_out:
+                hint += f" SQL cannot name {', '.join(left_out)}: read them with to_batches()."
+            raise ConfigError(f"the query failed: {' '.join(str(error).split())}", hint=hint) from None
 
 
-def _register(connection: duckdb.DuckDBPyConnection, dataset: Readable, name: str) -> None:
-    """Make the view `name`: the files of untouched shards, and the live rows of the others."""
+def _register(connection: duckdb.DuckDBPyConnection, dataset: Readable, name: str) -> list[str]:
+    """Make the view `name`: the files of untouched shards, and the live rows of the others; return the columns left out."""
     touched = dataset.deletions.uids | dataset.older_shards()
     untouched = (shard for shard in dataset.segments if shard.uid not in touched)
-    connection.register("_files", scan_files(dataset, "rows" if name == "records" else "documents", untouched))
+    files: Any = scan_files(dataset, "rows" if name == "records" else "documents", untouched)
+    left_out = _unknown_to(connection, files.schema)
+    schema = pa.schema([field for field in files.schema if field.name not in left_out])
+    connection.register("_files", files.replace_schema(schema) if left_out else files)
     union = "SELECT * FROM _files"
     if touched:
-        connection.register("_reader", _live_rows(dataset, name, touched))
+        connection.register("_reader", _live_rows(dataset, name, touched, schema))
         connection.execute("CREATE TEMP TABLE _live AS SELECT * FROM _reader")
         connection.unregister("_reader")
         union += " UNION ALL SELECT * FROM _live"
     connection.execute(f"CREATE VIEW {name} AS {union}")
+    return left_out
 
 
-def _live_rows(dataset: Readable, name: str, uids: frozenset[str]) -> pa.RecordBatchReader:
-    schema = dataset.schema if name == "records" else DOCUMENTS_SCHEMA
+def _unknown_to(connection: duckdb.DuckDBPyConnection, schema: pa.Schema) -> list[str]:
+    """Return the columns that a query cannot name."""
+    names = Counter(name.casefold() for name in schema.names)
+    left_out = [field.name for field in schema if names[field.name.casefold()] > 1]
+    for field in schema:
+        try:
+            connection.from_arrow(pa.schema([field]).empty_table()).fetchall()
+        except duckdb.NotImplementedException:
+            left_out.append(field.name)
+    return left_out
+
+
+def _live_rows(dataset: Readable, name: str, uids: frozenset[str], schema: pa.Schema) -> pa.RecordBatchReader:
     read = dataset.live_records if name == "records" else dataset.live_documents
 
     def batches() -> Iterator[pa.RecordBatch]:
         for index, shard in enumerate(dataset.segments):
             if shard.uid in uids:
-                yield from read(index).to_batches()
+                yield from read(index).select(schema.names).to_batches()
 
     return pa.RecordBatchReader.from_batches(schema, batches())
 

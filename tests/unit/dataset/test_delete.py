@@ -140,6 +140,31 @@ def test_records_are_deleted_by_their_own_columns(storage: Storage) -> None:
     assert verify(after).ok
 
 
+@pytest.mark.parametrize(
+    ("kind", "value", "text"),
+    [
+        (pa.uuid(), uuid.UUID(int=7), str(uuid.UUID(int=7))),
+        (pa.int64(), 5, "5"),
+        (pa.decimal128(30, 0), 2**70, str(2**70)),
+        (pa.binary(), b"a", "a"),
+    ],
+    ids=str,
+)
+def test_ids_of_other_types_are_named_by_their_text(
+    storage: Storage, kind: pa.DataType, value: object, text: str
+) -> None:
+    with record_writer(storage, schema=pa.schema([("id", kind)])) as out:
+        out.write({"id": value})
+    assert delete(storage, ids=[text]).documents == 1
+
+
+def test_ids_that_are_no_text_are_refused(storage: Storage) -> None:
+    with record_writer(storage, schema=pa.schema([("id", pa.binary())])) as out:
+        out.write({"id": b"\xff"})
+    with pytest.raises(ConfigError, match="cannot be compared with text"):
+        delete(storage, ids=["ff"])
+
+
 def test_records_without_an_id_are_named_by_a_condition_only(storage: Storage) -> None:
     with record_writer(storage) as out:
         out.write([{"text": "a"}, {"text": "b"}])

@@ -102,6 +102,30 @@ def test_a_dataset_goes_to_another_process_as_its_place_and_version(tmp_path: Pa
         assert pool.submit(Dataset.to_arrow, dataset).result() == rows
 
 
+@pytest.mark.parametrize("kind", [pa.float16(), pa.list_(pa.float16(), 2), pa.decimal256(60, 2)])
+def test_a_column_that_sql_lacks_does_not_close_the_others(tmp_path: Path, kind: pa.DataType) -> None:
+    url = str(tmp_path / "set")
+    with record_writer(url, schema=pa.schema([("id", pa.string()), ("odd", kind)])) as out:
+        out.write([{"id": "a", "odd": None}, {"id": "b", "odd": None}])
+    assert open_dataset(url).sql("SELECT * FROM records").to_pylist() == [{"id": "a"}, {"id": "b"}]
+    with pytest.raises(ConfigError, match="SQL cannot name odd"):
+        open_dataset(url).sql("SELECT odd FROM records")
+    delete(url, ids=["a"])
+    assert open_dataset(url).sql("SELECT * FROM records").to_pylist() == [{"id": "b"}]
+
+
+def test_columns_that_differ_in_case_only_are_never_taken_for_each_other(tmp_path: Path) -> None:
+    url = str(tmp_path / "set")
+    with record_writer(url, schema=pa.schema([("id", pa.string()), ("flag", pa.bool_()), ("Flag", pa.bool_())])) as out:
+        out.write([{"id": "a", "flag": False, "Flag": True}, {"id": "b", "flag": True, "Flag": False}])
+    with pytest.raises(ConfigError, match="SQL cannot name flag, Flag"):
+        open_dataset(url).sql('SELECT "Flag" FROM records')
+    with pytest.raises(ConfigError, match="differ only in case"):
+        delete(url, where='"Flag"')
+    delete(url, where=pc.field("Flag"))
+    assert open_dataset(url).to_arrow()["id"].to_pylist() == ["b"]
+
+
 @pytest.mark.parametrize("form", ["arrow", "parquet"])
 def test_readers_that_trust_extremes_find_all_floats(tmp_path: Path, form: RecordFormat) -> None:
     table = pa.table({"label": [0.0, 0.0, 0.0], "score": [1.0, float("nan"), 1.0]})
