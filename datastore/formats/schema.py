@@ -11,6 +11,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.types as pt
 from typing_extensions import Buffer
 
 from datastore.errors import ConfigError, CorruptError
@@ -25,6 +26,7 @@ __all__ = [
     "parse_field",
     "parse_type",
     "record_schema",
+    "without_views",
 ]
 
 MEDIA_TYPE = b"media_type"
@@ -45,6 +47,7 @@ _LISTS: dict[str, Any] = {
 }
 _INT32: Any = pa.int32()
 _ALIAS: Any = pa.type_for_alias
+_MAP: Any = pa.map_
 _EXTENSIONS = {"arrow.uuid": "uuid", "arrow.json": "json_", "arrow.bool8": "bool8"}
 
 
@@ -248,6 +251,34 @@ def check_storable(schema: pa.Schema) -> None:
         ConfigError: two columns or fields of a struct have one name; or a type is another's extension, or a view.
     """
     _check_fields(list(schema), "")
+
+
+def without_views(schema: pa.Schema) -> pa.Schema:
+    """Return the schema of the same values in types that can be stored: plain text, bytes and lists, at any depth."""
+    return pa.schema([_without_views(field) for field in schema])
+
+
+def _without_views(field: Any) -> Any:
+    kind = field.type
+    if pt.is_struct(kind):
+        return field.with_type(pa.struct([_without_views(kind.field(index)) for index in range(kind.num_fields)]))
+    if pt.is_map(kind):
+        key, item = _without_views(kind.key_field), _without_views(kind.item_field)
+        return field.with_type(_MAP(key, item, keys_sorted=kind.keys_sorted))
+    if pt.is_fixed_size_list(kind):
+        return field.with_type(pa.list_(_without_views(kind.value_field), kind.list_size))
+    for tests, plain in _PLAIN:
+        if any(test(kind) for test in tests):
+            return field.with_type(plain(_without_views(kind.value_field)) if kind.num_fields else plain())
+    return field
+
+
+_PLAIN: tuple[tuple[tuple[Any, ...], Any], ...] = (
+    ((pt.is_string_view,), pa.string),
+    ((pt.is_binary_view,), pa.binary),
+    ((pt.is_list, pt.is_list_view), pa.list_),
+    ((pt.is_large_list, pt.is_large_list_view), pa.large_list),
+)
 
 
 def _check_fields(fields: "list[pa.Field[Any]]", where: str) -> None:

@@ -17,7 +17,7 @@ import pyarrow.parquet as pq
 from typing_extensions import override
 
 from datastore.errors import ConfigError, CorruptError, DatastoreError
-from datastore.formats.schema import check_names
+from datastore.formats.schema import check_names, without_views
 from datastore.interop.base import Exporter, Folder, Format, Rows, Span, below, numbered, read_json, whole_files
 from datastore.interop.cells import as_json
 from datastore.storage.as_fsspec import ReadOnlyFileSystem
@@ -142,7 +142,7 @@ def _parquet_schema(storage: Storage, key: str) -> pa.Schema:
         check_names(schema)
     except (pa.ArrowException, OSError, ValueError) as error:
         raise _damaged(error, key, "Parquet") from None
-    return schema
+    return without_views(schema)  # Parquet has none; a writer's own type of column is said beside it.
 
 
 def _read_parquet(storage: Storage, key: str, span: Span) -> Iterator[Rows]:
@@ -192,7 +192,7 @@ def _hf_schema(storage: Storage, key: str) -> pa.Schema:
             check_names(schema)
     except (pa.ArrowException, OSError, ValueError) as error:
         raise _damaged(error, key, "an Arrow stream") from None
-    return schema
+    return without_views(schema)
 
 
 def _read_hf(storage: Storage, key: str, _span: Span) -> Iterator[Rows]:

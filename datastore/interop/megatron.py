@@ -110,6 +110,8 @@ class _Index:
         wanted = self._starts[2] + 8 * bounds
         if bounds < 1 or size not in (wanted, wanted + self.sequences):  # With one more byte per sequence: its mode.
             raise self.damaged("its size is not that of its tables")
+        if (self.bounds(0, 0)[0], self.bounds(self.documents, self.documents)[0]) != (0, self.sequences):
+            raise self.damaged("its documents do not cover all sequences")
 
     def damaged(self, reason: str) -> CorruptError:
         """Return the error that says what is wrong with it."""

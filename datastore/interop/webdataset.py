@@ -141,12 +141,12 @@ def _samples(storage: Storage, key: str) -> Iterator[_Sample]:
                 prefix, dot, suffix = member.name.rpartition("/")[2].partition(".")
                 if not member.isfile() or not prefix or not dot or member.name.startswith("__"):
                     continue
-                name = member.name[: len(member.name) - len(suffix) - 1]
+                name, suffix = member.name[: len(member.name) - len(suffix) - 1], suffix.lower()
                 if name != current.key or suffix in current.members:
                     if current.members:
                         yield current
                     current = _Sample(name, {})
-                current.members[suffix.lower()] = _content(tar, member, key)
+                current.members[suffix] = _content(tar, member, key)
     except (tarfile.TarError, EOFError, OSError, ValueError) as error:
         if isinstance(error, ConfigError | CorruptError):
             raise

@@ -21,6 +21,7 @@ from datastore.dataset.journal import Journal
 from datastore.dataset.operations.evolve import evolve
 from datastore.dataset.snapshot import Dataset, open_dataset
 from datastore.errors import ConfigError, ConflictError, CorruptError, DatastoreError
+from datastore.formats.schema import without_views
 from datastore.ingestion.encoding.tokenizer import TokenizerSettings, train_tokenizer
 from datastore.ingestion.importing import import_dataset
 from datastore.ingestion.ingest import ingest
@@ -115,6 +116,28 @@ def test_rows_of_other_columns_than_the_dataset_are_refused_before_they_are_read
     with pytest.raises(ConfigError, match="another schema than texts"):
         ingest([str(tmp_path / "a.parquet")], str(tmp_path / "set"))
     assert len(list((tmp_path / "set" / "ingests").iterdir())) == 1
+
+
+@pytest.mark.parametrize("order", [("plain", "view"), ("view", "plain"), ("view",)])
+def test_a_writer_s_views_are_read_as_what_the_file_holds(tmp_path: Path, order: tuple[str, ...]) -> None:
+    plain = pa.table({"s": ["a", None], "b": [b"a", None]})
+    view = plain.cast(pa.schema([("s", pa.string_view()), ("b", pa.binary_view())]))
+    (tmp_path / "source").mkdir()
+    for number, kind in enumerate(order):
+        pq.write_table({"plain": plain, "view": view}[kind], tmp_path / "source" / f"{number}.parquet")
+    import_dataset(str(tmp_path / "source"), str(tmp_path / "new"), format="parquet", settings=SMALL)
+    found = open_dataset(tmp_path / "new").to_arrow()
+    assert found.schema == plain.schema
+    assert found.to_pylist() == plain.to_pylist() * len(order)
+
+
+def test_views_are_plain_at_any_depth() -> None:
+    def schema(text: pa.DataType, data: pa.DataType, one: Any, many: Any) -> pa.Schema:
+        inner = pa.struct([pa.field("x", text, nullable=False), ("y", one(data))])
+        return pa.schema([("m", pa.map_(pa.string(), text)), ("l", many(inner)), ("f", pa.list_(inner, 2))])
+
+    views = schema(pa.string_view(), pa.binary_view(), pa.list_view, pa.large_list_view)
+    assert without_views(views) == schema(pa.string(), pa.binary(), pa.list_, pa.large_list)
 
 
 def test_rows_go_into_a_dataset_whose_schema_has_changed(tmp_path: Path) -> None:
@@ -297,6 +320,32 @@ class TestStrangers:
         import_dataset(source, str(tmp_path / "new"), format="webdataset", settings=SMALL)
         assert [row["txt"] for row in open_dataset(tmp_path / "new").iter_records()] == ["boo", "bar"]
         assert not list(tmp_path.parent.glob("evil*"))
+
+    @pytest.mark.parametrize("suffix", ["jpg", "JPG"])
+    def test_a_member_that_comes_twice_begins_a_sample(self, tmp_path: Path, suffix: str) -> None:
+        raw = io.BytesIO()
+        with tarfile.open(fileobj=raw, mode="w") as out:
+            for data in (b"one", b"two"):
+                member = tarfile.TarInfo(f"x.{suffix}")
+                member.size = len(data)
+                out.addfile(member, io.BytesIO(data))
+        source = write(tmp_path / "source", {"a.tar": raw.getvalue()})
+        import_dataset(source, str(tmp_path / "new"), format="webdataset", settings=SMALL)
+        assert [row["jpg"] for row in open_dataset(tmp_path / "new").iter_records()] == [b"one", b"two"]
+
+    @pytest.mark.parametrize("covered", [(0, -1), (1, 0)])
+    def test_an_index_that_leaves_sequences_out_is_told(
+        self, tmp_path: Path, megatron: Path, covered: tuple[int, int]
+    ) -> None:
+        path = megatron / "tokens_00000.idx"
+        raw = bytearray(path.read_bytes())
+        sequences, bounds = struct.unpack_from("<QQ", raw, 18)
+        table = 34 + 12 * sequences
+        assert bounds == sequences + 1
+        struct.pack_into("<q", raw, table, covered[0])
+        struct.pack_into("<q", raw, table + 8 * sequences, sequences + covered[1])
+        path.write_bytes(raw)
+        refused(str(megatron), "megatron", tmp_path, error=CorruptError, match="do not cover all sequences")
 
     @pytest.mark.parametrize("head", [b"NOTMAGIC\0", b"MMIDIDX\x00\x00"])
     def test_a_wrong_head_of_an_index_is_told(self, tmp_path: Path, megatron: Path, head: bytes) -> None:
