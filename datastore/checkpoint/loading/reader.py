@@ -16,13 +16,13 @@ import torch
 
 from datastore.checkpoint.format.manifest import Chunk, Entry, PartInfo, chunks_of
 from datastore.checkpoint.loading.sources import Sources
-from datastore.checkpoint.tensors import DTYPES, Box, Bytes, byte_view, local_piece, memory_key, overlap, row_span
+from datastore.checkpoint.tensors import DTYPES, Box, Bytes, byte_view, local_piece, overlap, row_span
 from datastore.errors import CorruptError
 from datastore.formats.safetensors import ITEM_BYTES
 from datastore.storage.base import Storage
 from datastore.threads import each
 
-__all__ = ["Reader", "Transfer", "transfers_of", "unfit_tensors"]
+__all__ = ["Reader", "Transfer", "transfers_of"]
 
 T = TypeVar("T")
 
@@ -184,21 +184,3 @@ def _cut(tensor: torch.Tensor, box: Box) -> torch.Tensor:
     for dimension, (start, length) in enumerate(zip(box.starts, box.shape, strict=True)):
         tensor = tensor.narrow(dimension, start, length)
     return tensor
-
-
-def unfit_tensors(destinations: Mapping[str, torch.Tensor], parts: Sequence[PartInfo]) -> list[str]:
-    """Return a line for each destination that cannot hold what is saved although dtype and shape are right."""
-    content: dict[str, set[tuple[object, ...]]] = {}
-    for info in parts:
-        for entry in info.entries:
-            content.setdefault(entry.tensor, set()).add((entry.offsets, entry.shape, entry.digests))
-    found = []
-    homes: dict[tuple[object, ...], str] = {}
-    for name, tensor in destinations.items():
-        local = local_piece(tensor, name).tensor
-        if any(stride == 0 and size > 1 for stride, size in zip(local.stride(), local.shape, strict=True)):
-            found.append(f"{name}: an expanded tensor cannot be filled")
-        first = homes.setdefault(memory_key(local), name) if local.numel() else name
-        if content.get(first) != content.get(name):
-            found.append(f"{name}: shares its memory with {first}, but they were saved with different values")
-    return found
