@@ -10,7 +10,6 @@ the whole follows from its layout. The price is that ranks must hold the same st
 
 import heapq
 import sys
-from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from math import prod
@@ -20,6 +19,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from datastore.checkpoint.format.checks import coverage_fault
 from datastore.checkpoint.format.manifest import Entry
 from datastore.checkpoint.format.tree import TensorSpec
 from datastore.errors import ConfigError, ConflictError
@@ -239,19 +239,7 @@ def check_coverage(specs: Mapping[str, TensorSpec], entries: Iterable[Entry]) ->
     Raises:
         ConflictError: elements are missing or written twice, which is what happens when ranks hold different state.
     """
-    pieces: defaultdict[str, set[tuple[tuple[int, ...], tuple[int, ...]]]] = defaultdict(set)
-    for entry in entries:
-        if specs.get(entry.tensor) != TensorSpec(entry.dtype, entry.global_shape):
-            raise _disagree("a rank wrote a tensor that rank 0 does not have, or not like this", entry.tensor)
-        box = (entry.offsets, entry.shape)
-        if box in pieces[entry.tensor]:
-            raise _disagree("two ranks wrote the same piece of a tensor", entry.tensor)
-        pieces[entry.tensor].add(box)
-    for name, spec in specs.items():
-        found = sum(prod(shape) for _, shape in pieces[name])
-        if found != prod(spec.shape) or not pieces[name]:
-            raise _disagree("the ranks did not write the whole of a tensor", name)
-
-
-def _disagree(fact: str, tensor: str) -> ConflictError:
-    return ConflictError(fact, tensor=tensor, hint="Save the same state on every rank, with the same rank and world.")
+    fault = coverage_fault(specs, entries)
+    if fault is not None:
+        hint = "Save the same state on every rank, with the same rank and world."
+        raise ConflictError(fault[0], tensor=fault[1], hint=hint)

@@ -190,7 +190,7 @@ class _OptimizerTarget(RestoreTarget):
         spec_of = dict(specs(saved, name=self.key))
         tree = unpack(saved, name=self.key, tensors=spec_of)
         groups = tree.get("param_groups")
-        if not isinstance(groups, list) or not isinstance(tree.get("state"), dict):
+        if not _are_groups(groups) or not isinstance(tree.get("state"), dict):
             return [f"{self.key}: not the state of an optimizer"]
         theirs = [len(group["params"]) for group in groups]
         ours = [len(group["params"]) for group in self._item.param_groups]
@@ -258,6 +258,15 @@ class _OptimizerTarget(RestoreTarget):
             if i in tree["state"] and isinstance(held, dict) and shown["state"].get(numbers[parameter]) is held:
                 cast = {key: value for key, value in tree["state"][i].items() if not _alike(value, held.get(key))}
                 held |= {key: _moved(value, held.get(key), parameter) for key, value in cast.items()}
+
+
+def _are_groups(value: Any) -> bool:
+    return isinstance(value, list) and all(
+        isinstance(group, dict)
+        and isinstance(group.get("params"), list)
+        and all(type(i) is int for i in group["params"])
+        for group in value
+    )
 
 
 def _misfits(name: str, state: Any, parameter: torch.Tensor) -> Iterator[str]:
