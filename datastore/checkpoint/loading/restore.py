@@ -70,6 +70,11 @@ class Restored:
 
     seconds: float = 0.0
 
+    @property
+    def passed_over(self) -> tuple[str, ...]:
+        """The newer steps that could not be used, in a sentence each."""
+        return tuple(f"the checkpoint of step {bad.step} is damaged: {bad.reason}" for bad in self.fell_back)
+
 
 @dataclass(frozen=True, slots=True)
 class _Plan:

@@ -113,6 +113,7 @@ def evaluate(source: str, *, run: str = "", step: int | None = None, samples: in
         samples or settings.eval.samples, seq_len=settings.data.seq_len, rank=Rank(), options=settings.loader
     )
     ranks = Ranks(Launch(), torch.device("cpu"), None)
-    model = open_model(source, step=step).model
+    loaded = open_model(source, step=step)
     objective = make_objective(settings.objective)
-    return validation_loss(model, held_out, objective=objective, ranks=ranks, precision="fp32", rows=_ROWS)
+    found = validation_loss(loaded.model, held_out, objective=objective, ranks=ranks, precision="fp32", rows=_ROWS)
+    return msgspec.structs.replace(found, step=loaded.step, passed_over=loaded.passed_over)
