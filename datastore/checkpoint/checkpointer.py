@@ -20,6 +20,7 @@ import uuid
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, wait
 from contextlib import contextmanager
+from functools import partial
 from logging import getLogger
 from types import TracebackType
 from typing import Any, Literal, Self
@@ -77,6 +78,7 @@ class Checkpointer:
         self._vote = StorageVote(self._member)
         self._flight: Handle | None = None
         self._job: Future[None] | None = None
+        self._on_trial = False
         self._process = os.getpid()
         self._closed = False
 
@@ -86,7 +88,14 @@ class Checkpointer:
         return self._member.storage.url
 
     def save(
-        self, step: int, items: Mapping[str, Any], *, metrics: Mapping[str, Any] | None = None, blocking: bool = False
+        self,
+        step: int,
+        items: Mapping[str, Any],
+        *,
+        metrics: Mapping[str, Any] | None = None,
+        blocking: bool = False,
+        first: Callable[[], object] | None = None,
+        on_trial: bool = False,
     ) -> Handle:
         """Save `items` as `step` and return at once; the work is done in the background.
 
@@ -94,6 +103,10 @@ class Checkpointer:
         tensors and plain values. Until the handle is `staged`, their tensors must not change: put `guard` around what
         changes them. `blocking` returns when the step is committed, and copies nothing. If the save before this one
         has not ended, this waits for it.
+
+        `first` is called before the step is committed, in the thread that saves: it stores what the step refers to. If it
+        fails, the save has failed. A step `on_trial` does not count as kept until `approve` says that it is good: until
+        then there is one more to go back to.
 
         Raises:
             ConfigError: something in `items` cannot be stored; the message has its path.
@@ -107,8 +120,9 @@ class Checkpointer:
         self._history.check_next(step)
         snapshot = capture(items, rank=self._member.rank, world=self._member.world)
         values = pack(dict(metrics or {}), name="metrics", describe=_no_tensor).skeleton
-        work = self._work(step, snapshot, values, copy=not blocking)
+        work = self._work(step, snapshot, values, copy=not blocking, first=first)
         handle = Handle(step)
+        self._on_trial = on_trial
         if blocking:
             handle.run_here(work)
             self._job = in_thread(self._tidy)
@@ -118,12 +132,18 @@ class Checkpointer:
         return handle
 
     def _work(
-        self, step: int, snapshot: Snapshot, metrics: Mapping[str, Any], *, copy: bool
+        self,
+        step: int,
+        snapshot: Snapshot,
+        metrics: Mapping[str, Any],
+        *,
+        copy: bool,
+        first: Callable[[], object] | None,
     ) -> Callable[[Callable[[], None]], StepCommit]:
         if self._history.ref is not None and self._history.ref.step == step:
             return lambda staged: self._saver.confirm(snapshot, metrics, staged=staged)
         ref = self._member.save_ref(step, self._history.next_attempt(step))
-        return lambda staged: self._saver.save(ref, snapshot, metrics, copy=copy, staged=staged)
+        return lambda staged: self._saver.save(ref, snapshot, metrics, copy=copy, staged=staged, first=first)
 
     def _in_background(self, handle: Handle, work: Callable[[Callable[[], None]], StepCommit]) -> None:
         handle.run(work)
@@ -131,7 +151,17 @@ class Checkpointer:
 
     def _tidy(self) -> None:
         if self._member.rank == 0:
-            self._saver.tidy()
+            self._saver.tidy(more=int(self._on_trial))
+
+    def _tidy_after(self, jobs: list[Future[None]]) -> None:
+        wait(jobs)
+        self._tidy()
+
+    def approve(self) -> None:
+        """Count the step that was saved last `on_trial` as one that is good; what need not be kept goes in the background."""
+        if self._on_trial:
+            self._on_trial = False
+            self._job = in_thread(partial(self._tidy_after, [] if self._job is None else [self._job]))
 
     @contextmanager
     def guard(self) -> Iterator[None]:

@@ -7,13 +7,15 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import chain
 from math import prod
 from typing import Any
 
-from datastore.checkpoint.format.manifest import Chunk, PartInfo, StepCommit, chunks_of, step_key
+from datastore.checkpoint.format.checks import check_ranges, check_whole
+from datastore.checkpoint.format.manifest import Chunk, PartInfo, StepCommit, chunks_of, runs_of, step_key
 from datastore.checkpoint.format.tree import specs, unpack
-from datastore.checkpoint.steps import StepLog, extents_of
-from datastore.errors import CorruptError
+from datastore.checkpoint.steps import StepLog, extents_of, reading
+from datastore.errors import CorruptError, MissingError
 from datastore.formats.safetensors import ITEM_BYTES
 from datastore.storage.base import Storage
 from datastore.threads import each
@@ -31,6 +33,9 @@ __all__ = [
 ]
 
 _THREADS = 4
+
+_RUN_BYTES = 4 * 2**20
+"""Small chunks that lie side by side are read together."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -158,30 +163,37 @@ def verify_step(storage: Storage, step: int, *, progress: Progress | None = None
     log = StepLog(storage)
     bad: list[BadRange] = []
     try:
-        refs = log.read(step).parts
+        commit = log.read(step)
     except CorruptError as error:
         return StepVerifyReport(step, 0, 0, (BadRange(step_key(step), reason=str(error)),))
     infos = []
-    for ref in refs:
+    for ref in commit.parts:
         with _noting(bad, ref.info):
             infos.append(log.read_part(ref))
+    try:
+        if bad:
+            check_ranges(infos, where=step_key(step))
+        else:
+            check_whole(commit, infos, where=step_key(step))
+    except CorruptError as error:  # They may name any range any number of times.
+        return StepVerifyReport(step, 0, 0, (*bad, BadRange(step_key(step), reason=str(error))))
     chunks = _checked_files(log, infos, bad)
     lock = threading.Lock()
     done, total = 0, sum(chunk.size_bytes for chunk in chunks)
 
-    def check(chunk: Chunk) -> str:
+    def check(run: list[Chunk]) -> list[str]:
         nonlocal done
-        reason = _fault(storage, chunk)
+        reasons = _faults(storage, run)
         with lock:
-            done += chunk.size_bytes
+            done += sum(chunk.size_bytes for chunk in run)
             if progress is not None:
                 progress(done, total)
-        return reason
+        return reasons
 
-    reasons = each(check, chunks, threads=_THREADS)
+    found = each(check, runs_of(chunks, _RUN_BYTES), threads=_THREADS)
     bad.extend(
         BadRange(chunk.part, chunk.start, chunk.stop, chunk.tensor, reason)
-        for chunk, reason in zip(chunks, reasons, strict=True)
+        for chunk, reason in zip(chunks, chain.from_iterable(found), strict=True)
         if reason
     )
     return StepVerifyReport(step, len(chunks), done, tuple(bad))
@@ -210,9 +222,20 @@ def _noting(bad: list[BadRange], key: str, stop: int = 0) -> Iterator[None]:
         bad.append(BadRange(key, 0, stop, "", str(error)))
 
 
-def _fault(storage: Storage, chunk: Chunk) -> str:
-    data = bytearray(chunk.size_bytes)
-    storage.read_into(chunk.part, chunk.start, data)
+def _faults(storage: Storage, run: list[Chunk]) -> list[str]:
+    """Return what is wrong with each chunk of `run`, which lie side by side; nothing if it is sound."""
+    start = run[0].start
+    data = memoryview(bytearray(run[-1].stop - start))
+    try:
+        with reading(run[0].part, start, run[-1].stop):
+            storage.read_into(run[0].part, start, data)
+    except (CorruptError, MissingError) as error:
+        # One bad sector does not make its neighbours bad.
+        return [str(error)] if len(run) == 1 else [_faults(storage, [chunk])[0] for chunk in run]
+    return [_mismatch(chunk, data[chunk.start - start : chunk.stop - start]) for chunk in run]
+
+
+def _mismatch(chunk: Chunk, data: memoryview) -> str:
     try:
         chunk.check(data)
     except CorruptError as error:

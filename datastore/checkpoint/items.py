@@ -1,4 +1,9 @@
-"""The items of a checkpoint: something with state, its name in the checkpoint, and its skeleton without tensors."""
+"""The items of a checkpoint: something with state, its name in the checkpoint, and its skeleton without tensors.
+
+The state of an optimizer does not say what its parameters are, and its tensors need not look like them: factored,
+flattened, of 8 bits, or of float32 beside weights of bfloat16. So dtype and shape of each parameter are saved with it,
+under the key `PARAMETERS`: a restore compares parameters with parameters, and then takes the state as it is.
+"""
 
 import re
 from collections.abc import Mapping
@@ -9,11 +14,14 @@ import msgspec
 import torch
 
 from datastore.checkpoint.format.tree import PackedTree, pack
-from datastore.checkpoint.tensors import describe
+from datastore.checkpoint.tensors import describe, spec_text
 from datastore.digest import digest_hex
 from datastore.errors import ConfigError
 
-__all__ = ["PerRank", "item_digests", "item_key", "pack_item", "unwrapped"]
+__all__ = ["PARAMETERS", "PerRank", "item_digests", "item_key", "pack_item", "plain_name", "unwrapped"]
+
+PARAMETERS = "datastore.parameters"
+"""Where the state of an optimizer says what its parameters are, in the order of its groups."""
 
 _ITEM_NAME = re.compile(r"[A-Za-z0-9_.-]+")
 
@@ -57,10 +65,15 @@ def _state_of(name: str, item: Any) -> dict[str, Any]:
     if callable(getattr(item, "state_dict", None)) and callable(getattr(item, "load_state_dict", None)):
         state = item.state_dict()
         if isinstance(state, dict):
-            return state
+            return _with_parameters(state, item) if isinstance(item, torch.optim.Optimizer) else state
         raise ConfigError("state_dict() did not return a dict", item=name, type=type(state).__name__)
     hint = "Pass a dict, or an object with state_dict() and load_state_dict()."
     raise ConfigError("this item has no state to save", item=name, type=type(item).__name__, hint=hint)
+
+
+def _with_parameters(state: dict[str, Any], optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    found = [spec_text(parameter) for group in optimizer.param_groups for parameter in group["params"]]
+    return {**state, PARAMETERS: found}
 
 
 def unwrapped(module: torch.nn.Module) -> torch.nn.Module:
@@ -79,13 +92,13 @@ def unwrapped(module: torch.nn.Module) -> torch.nn.Module:
 
 def _module_state(name: str, module: torch.nn.Module) -> dict[str, Any]:
     state = module.state_dict()
-    plain = {_plain_name(key): value for key, value in state.items()}
+    plain = {plain_name(key): value for key, value in state.items()}
     if len(plain) < len(state):
         raise ConfigError("two tensors have one name", item=name, hint=f"Rename what is called {_WRAPPER!r}.")
     return plain
 
 
-def _plain_name(key: str) -> str:
+def plain_name(key: str) -> str:
     """Return a parameter's name without the level that `torch.compile` puts around compiled submodules."""
     return ".".join(part for part in key.split(".") if part != _WRAPPER)
 

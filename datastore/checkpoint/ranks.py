@@ -95,8 +95,8 @@ def ensure_run(member: SavingRank) -> RunInfo:
 
 def _new_run(storage: Storage) -> RunInfo:
     log = StepLog(storage)
-    newest = log.newest()
-    run_id = uuid.uuid4().hex if newest is None else log.read(newest).run_id
+    known = (commit.run_id for step in reversed(log.steps()) if (commit := log.read_if_sound(step)) is not None)
+    run_id = next(known, None) or uuid.uuid4().hex
     return RunInfo(run_id=run_id, created=utc_now(), exclusive=probe_exclusive(storage), writer=writer())
 
 

@@ -1,7 +1,8 @@
 """The steps of a run as they stand in storage: which there are, what each is made of, which are kept and which removed.
 
 A step exists when its commit file does; nothing else is trusted. Every document that a commit names is compared with
-the digest in the commit, so a part from another save, or from another run, is found.
+the digest in the commit, so a part from another save, or from another run, is found. What the disk cannot give back is
+damaged like what it gives back wrongly; a network that is down is not, as no other step would help.
 
 Old steps go, and the parts that no step needs any more. A part is removed only if no step that is kept names it, and only if its own step is not after the newest commit: a
 save in flight is always after it, on every rank, so what is being written is never touched, nor are the older parts
@@ -11,14 +12,16 @@ the next collection finds, never a step without its parts.
 """
 
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from collections.abc import Set as AbstractSet
+from contextlib import contextmanager
 from dataclasses import dataclass
 from logging import getLogger
 from typing import Annotated
 
 import msgspec
 
+from datastore.checkpoint.format.checks import check_commit, check_info, check_whole
 from datastore.checkpoint.format.manifest import (
     PARTS,
     STEPS,
@@ -31,8 +34,9 @@ from datastore.checkpoint.format.manifest import (
 )
 from datastore.digest import check_digest
 from datastore.document import Positive, SettingsDocument, unseal
-from datastore.errors import CorruptError, MissingError
+from datastore.errors import CorruptError, MissingError, StorageError
 from datastore.storage.base import Stat, Storage
+from datastore.storage.errors import is_damage
 from datastore.threads import each
 
 __all__ = [
@@ -46,7 +50,10 @@ __all__ = [
     "expired",
     "extents_of",
     "garbage",
+    "reading",
 ]
+
+_LOGGER = getLogger(__name__)
 
 _THREADS = 16
 """How many parts' documents are read at once."""
@@ -86,23 +93,34 @@ class StepLog:
         """
         key = step_key(step)
         try:
-            raw = self._storage.get(key)
+            with reading(key):
+                raw = self._storage.get(key)
         except MissingError:
             raise MissingError("no such step", step=step, url=self.url, hint=f"There are: {self._shown()}.") from None
         commit = unseal(StepCommit, raw, where=key)
         if commit.step != step:
             raise CorruptError("a step file holds another step", where=key, found=commit.step, hint="Remove this file.")
+        check_commit(commit, where=key)
         return commit
+
+    def read_if_sound(self, step: int) -> StepCommit | None:
+        """Return the commit of `step`, or None and a warning if it is damaged."""
+        try:
+            return self.read(step)
+        except CorruptError as error:
+            _LOGGER.warning("step %d cannot be read and is not counted: %s", step, error)
+            return None
 
     def read_whole(self, step: int) -> WholeStep:
         """Return the commit of `step` with its parts' documents, each compared with the commit's digest.
 
         Raises:
             MissingError: there is no such step.
-            CorruptError: a document or a part is missing, cut short, or does not match its digest.
+            CorruptError: a document or a part is missing, cut short, or does not match its digest; or documents disagree.
         """
         commit = self.read(step)
         parts = tuple(each(self.read_part, commit.parts, threads=_THREADS))
+        check_whole(commit, parts, where=step_key(step))
         extents = extents_of(parts)
         each(lambda part: self.check_part(part, extents[part]), extents, threads=_THREADS)
         return WholeStep(commit, parts)
@@ -110,7 +128,8 @@ class StepLog:
     def check_header(self, info: PartInfo) -> None:
         """Raise `CorruptError` unless the header of the part is as it was written."""
         if info.part:
-            header = self._storage.get_ranges(info.part, [(0, info.data_start)])[0]
+            with reading(info.part):
+                header = self._storage.get_ranges(info.part, [(0, info.data_start)])[0]
             check_digest(header, info.header_digest, where=f"{info.part} (header)")
 
     def read_part(self, ref: PartRef) -> PartInfo:
@@ -120,18 +139,22 @@ class StepLog:
             CorruptError: it is missing or does not match.
         """
         try:
-            info = unseal(PartInfo, self._storage.get(ref.info), where=ref.info)
+            with reading(ref.info):
+                raw = self._storage.get(ref.info)
+            info = unseal(PartInfo, raw, where=ref.info)
         except MissingError:
             raise _gone(ref.info) from None
         if info.digest != ref.info_digest:
             hint = "Restore this file from a copy, or use an earlier step."
             raise CorruptError("a part's document is not the one that was committed", where=ref.info, hint=hint)
+        check_info(info, where=ref.info)
         return info
 
     def check_part(self, part: str, needed_bytes: int) -> None:
         """Raise `CorruptError` unless the file `part` is there and at least `needed_bytes` long."""
         try:
-            found = self._storage.stat(part).size_bytes
+            with reading(part):
+                found = self._storage.stat(part).size_bytes
         except MissingError:
             raise _gone(part) from None
         if found < needed_bytes:
@@ -141,6 +164,19 @@ class StepLog:
     def _shown(self) -> str:
         steps = self.steps()
         return ", ".join(map(str, steps)) if steps else "none"
+
+
+@contextmanager
+def reading(key: str, start: int = 0, stop: int = 0) -> Iterator[None]:
+    """Raise `CorruptError` in place of what a storage says if it cannot give back the bytes of `key` (up to `stop`, if not 0)."""
+    try:
+        yield
+    except StorageError as error:
+        if not is_damage(error):
+            raise
+        place = {"start": start, "stop": stop} if stop else {}
+        hint = "Check the disk; restore this file from a copy, or use an earlier step."
+        raise CorruptError(f"a file cannot be read: {error.fact}", key=key, **place, hint=hint) from None
 
 
 def extents_of(parts: Iterable[PartInfo]) -> dict[str, int]:
@@ -157,9 +193,6 @@ def extents_of(parts: Iterable[PartInfo]) -> dict[str, int]:
 def _gone(key: str) -> CorruptError:
     hint = "Restore it from a copy, or use an earlier step."
     return CorruptError("a file of a committed step is missing", key=key, hint=hint)
-
-
-_LOGGER = getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -219,7 +252,7 @@ def collect(storage: Storage, keep: Keep, *, session: str = "", dry_run: bool = 
     log = StepLog(storage)
     parts = list(storage.list(PARTS))
     votes = [stat for stat in storage.list(VOTES) if not stat.key.startswith(f"{VOTES}/{session}/")]
-    commits = {step: _readable(log, step) for step in log.steps()}
+    commits = {step: log.read_if_sound(step) for step in log.steps()}
     drop = expired(commits, keep)
     unneeded = garbage(parts, commits, dropped=set(drop)) + (votes if session else [])
     if not dry_run:
@@ -240,7 +273,7 @@ def drop_after(storage: Storage, step: int, *, dry_run: bool = False) -> list[in
     log.read(step)
     dropped = [newer for newer in log.steps() if newer > step]
     for newer in reversed(dropped if not dry_run else []):
-        commit = _readable(log, newer)
+        commit = log.read_if_sound(newer)
         storage.delete(step_key(newer))
         # A later save may point into an earlier part, never the other way round.
         for ref in () if commit is None else commit.parts:
@@ -248,14 +281,6 @@ def drop_after(storage: Storage, step: int, *, dry_run: bool = False) -> list[in
             if ref.part:
                 storage.delete(ref.part)
     return dropped
-
-
-def _readable(log: StepLog, step: int) -> StepCommit | None:
-    try:
-        return log.read(step)
-    except CorruptError as error:
-        _LOGGER.warning("step %d cannot be read and is not counted: %s", step, error)
-        return None
 
 
 Seconds = Annotated[float, msgspec.Meta(gt=0)]

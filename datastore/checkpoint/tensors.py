@@ -10,7 +10,6 @@ the whole follows from its layout. The price is that ranks must hold the same st
 
 import heapq
 import sys
-from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from math import prod
@@ -20,9 +19,11 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from datastore.checkpoint.format.checks import coverage_fault
 from datastore.checkpoint.format.manifest import Entry
 from datastore.checkpoint.format.tree import TensorSpec
 from datastore.errors import ConfigError, ConflictError
+from datastore.formats.safetensors import PAIRS
 
 __all__ = [
     "DTYPES",
@@ -37,6 +38,7 @@ __all__ = [
     "overlap",
     "owners",
     "row_span",
+    "spec_text",
 ]
 
 Bytes = NDArray[np.uint8]
@@ -49,6 +51,8 @@ _NAMES = {
     torch.float8_e4m3fnuz: "F8_E4M3FNUZ",
     torch.float8_e5m2: "F8_E5M2",
     torch.float8_e5m2fnuz: "F8_E5M2FNUZ",
+    torch.float8_e8m0fnu: "F8_E8M0",
+    torch.float4_e2m1fn_x2: PAIRS,
     torch.uint16: "U16",
     torch.int16: "I16",
     torch.float16: "F16",
@@ -63,7 +67,7 @@ _NAMES = {
 }
 
 DTYPES = {name: dtype for dtype, name in _NAMES.items()}
-"""The torch dtype of each dtype that safetensors knows."""
+"""The torch dtype of each dtype that a step knows: those of safetensors, 4-bit numbers in pairs."""
 
 _PLAIN = (torch.Tensor, torch.nn.Parameter)
 
@@ -115,6 +119,11 @@ def describe(value: Any, name: str) -> TensorSpec | None:
     return TensorSpec(_NAMES[value.dtype], tuple(value.shape))
 
 
+def spec_text(tensor: torch.Tensor) -> str:
+    """Return dtype and global shape of any tensor, also of one that cannot be stored: as text, to be compared."""
+    return str(TensorSpec(_NAMES.get(tensor.dtype, str(tensor.dtype)), tuple(tensor.shape)))
+
+
 def _unfit(tensor: torch.Tensor) -> str:
     if not (_is_dtensor(tensor) or type(tensor) in _PLAIN):
         return "its class is not known"
@@ -124,6 +133,8 @@ def _unfit(tensor: torch.Tensor) -> str:
         return "it is on the meta device and has no data"
     if tensor.dtype not in _NAMES:
         return f"safetensors has no {tensor.dtype}"
+    if _NAMES[tensor.dtype] == PAIRS and not tensor.dim():
+        return "safetensors has no two 4-bit numbers without a dimension"
     return ""
 
 
@@ -179,8 +190,12 @@ def byte_view(tensor: torch.Tensor) -> Bytes | None:
 
 
 def memory_key(tensor: torch.Tensor) -> tuple[object, ...]:
-    """Return what two tensors have in common exactly if they are the same elements of the same memory."""
-    return (tensor.device, tensor.data_ptr(), tensor.dtype, tuple(tensor.shape), tensor.stride())
+    """Return what two tensors have in common exactly if they are the same elements of the same memory, seen alike.
+
+    A lazy conjugate or negative shares memory, shape and strides with its origin: the two bits alone tell them apart.
+    """
+    seen = (tensor.is_conj(), tensor.is_neg())
+    return (tensor.device, tensor.data_ptr(), tensor.dtype, tuple(tensor.shape), tensor.stride(), *seen)
 
 
 def owners(sizes: Mapping[str, int], *, world: int) -> dict[str, int]:
@@ -224,19 +239,7 @@ def check_coverage(specs: Mapping[str, TensorSpec], entries: Iterable[Entry]) ->
     Raises:
         ConflictError: elements are missing or written twice, which is what happens when ranks hold different state.
     """
-    pieces: defaultdict[str, set[tuple[tuple[int, ...], tuple[int, ...]]]] = defaultdict(set)
-    for entry in entries:
-        if specs.get(entry.tensor) != TensorSpec(entry.dtype, entry.global_shape):
-            raise _disagree("a rank wrote a tensor that rank 0 does not have, or not like this", entry.tensor)
-        box = (entry.offsets, entry.shape)
-        if box in pieces[entry.tensor]:
-            raise _disagree("two ranks wrote the same piece of a tensor", entry.tensor)
-        pieces[entry.tensor].add(box)
-    for name, spec in specs.items():
-        found = sum(prod(shape) for _, shape in pieces[name])
-        if found != prod(spec.shape) or not pieces[name]:
-            raise _disagree("the ranks did not write the whole of a tensor", name)
-
-
-def _disagree(fact: str, tensor: str) -> ConflictError:
-    return ConflictError(fact, tensor=tensor, hint="Save the same state on every rank, with the same rank and world.")
+    fault = coverage_fault(specs, entries)
+    if fault is not None:
+        hint = "Save the same state on every rank, with the same rank and world."
+        raise ConflictError(fault[0], tensor=fault[1], hint=hint)

@@ -1,5 +1,7 @@
 """The commands about the checkpoints of a run: which there are, what is in one, whether it is sound, export."""
 
+from contextlib import nullcontext
+
 import click
 
 from datastore.cli.output import fields, json_option, moment, progress_option, say, say_json, table, with_progress
@@ -126,6 +128,37 @@ def gc(*, run: str, last: int, dry_run: bool, as_json: bool) -> None:
     say(f"{verb} steps: {steps}; {len(removed.keys):,} other files, {format_bytes(removed.size_bytes)}")
 
 
+@checkpoint.command(
+    short_help="Drop the steps after one.",
+    epilog=example("datastore checkpoint rewind runs/first --step 16 --dry-run"),
+)
+@RUN
+@click.option("--step", type=click.IntRange(min=0), required=True, help="The step to go on from.")
+@click.option("--dry-run", is_flag=True, help="Only say what would be dropped.")
+@json_option
+def rewind(*, run: str, step: int, dry_run: bool, as_json: bool) -> None:
+    """Drop every checkpoint of RUN after a step, so that training goes on from there. They cannot be brought back."""
+    from datastore.checkpoint.inspect import verify_step
+    from datastore.checkpoint.steps import drop_after
+    from datastore.errors import CorruptError
+    from datastore.storage.resolve import open_storage
+    from datastore.training.run.lock import RunLock
+
+    _steps(run, None)
+    storage = open_storage(run)
+    report = verify_step(storage, step)
+    if report.bad:
+        hint = "Name another step; `datastore checkpoint verify` says which are sound."
+        raise CorruptError("this step is damaged", step=step, reason=report.bad[0].reason, hint=hint)
+    with nullcontext() if dry_run else RunLock(storage, session="rewind"):
+        dropped = drop_after(storage, step, dry_run=dry_run)
+    if as_json:
+        say_json({"step": step, "dropped": dropped})
+        return
+    verb = "would drop" if dry_run else "dropped"
+    say(f"{verb} steps: {', '.join(map(str, dropped)) or 'none'}; the newest is {step}")
+
+
 @checkpoint.command(epilog=example("datastore checkpoint export runs/first hf/model --quantize int8"))
 @RUN
 @click.argument("to")
@@ -148,6 +181,8 @@ def export(*, run: str, to: str, step: int | None, quantize: str | None, replace
         say_json(done)
         return
     say(f"step {done.step} is in {done.url}, {format_bytes(done.size_bytes)}")
+    for reason in done.passed_over:
+        say(f"not used: {reason}")
 
 
 def _steps(run: str, step: int | None) -> list[int]:

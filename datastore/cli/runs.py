@@ -139,7 +139,7 @@ def prove(*, run: str, as_json: bool) -> int:
         say_json(proof)
         return 0 if proof.holds else 1
     worlds = ", then ".join(f"{world} rank{'s' if world > 1 else ''}" for world in proof.worlds)
-    say(f"{proof.steps:,} steps, taken by {worlds}")
+    say(f"{proof.steps:,} steps, up to the checkpoint of step {proof.steps:,}, taken by {worlds}")
     epochs = proof.samples / proof.epoch_samples
     say(f"{proof.samples:,} samples consumed, {proof.distinct:,} different ones; an epoch has {proof.epoch_samples:,}")
     if proof.purged:
@@ -171,7 +171,10 @@ def evaluate(*, model: str, run: str | None, step: int | None, samples: int, as_
     if as_json:
         say_json(found)
         return
-    say(f"validation loss {found.loss:.4f} (perplexity {found.perplexity:.1f}) on {found.tokens:,} tokens")
+    at = "" if found.step is None else f" at step {found.step:,}"
+    say(f"validation loss {found.loss:.4f} (perplexity {found.perplexity:.1f}) on {found.tokens:,} tokens{at}")
+    for reason in found.passed_over:
+        say(f"not used: {reason}")
 
 
 @click.command(

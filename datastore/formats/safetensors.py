@@ -7,7 +7,10 @@
 The padding makes the data start at a multiple of 4 KiB, and tensors stand in the order of falling item size, so each
 one is aligned for its dtype: a reader may map the file or read past the page cache.
 
-Source: https://github.com/huggingface/safetensors#format
+4-bit numbers have no address: torch holds two in a byte and counts bytes, safetensors counts numbers. `PAIRS` names them
+as torch sees them; only in a header are they `F4`, with the last dimension doubled.
+
+Source: https://github.com/huggingface/safetensors#format; for F4, safetensors 0.8.0 (bindings/python, `torch.py`).
 """
 
 from collections.abc import Mapping, Sequence
@@ -16,7 +19,10 @@ from math import prod
 
 import orjson
 
-__all__ = ["ALIGN_BYTES", "ITEM_BYTES", "HeaderTensor", "encode_header"]
+__all__ = ["ALIGN_BYTES", "ITEM_BYTES", "PAIRS", "HeaderTensor", "encode_header"]
+
+PAIRS = "F4_X2"
+"""Two 4-bit floats in a byte."""
 
 ALIGN_BYTES = 4096
 
@@ -28,6 +34,8 @@ ITEM_BYTES = {
     "F8_E4M3FNUZ": 1,
     "F8_E5M2": 1,
     "F8_E5M2FNUZ": 1,
+    "F8_E8M0": 1,
+    PAIRS: 1,
     "U16": 2,
     "I16": 2,
     "F16": 2,
@@ -68,11 +76,10 @@ def encode_header(tensors: Sequence[HeaderTensor], *, metadata: Mapping[str, str
     position = 0
     for tensor in tensors:
         stop = position + tensor.size_bytes
-        table[tensor.name] = {
-            "dtype": tensor.dtype,
-            "shape": list(tensor.shape),
-            "data_offsets": [position, stop],
-        }
+        dtype, shape = tensor.dtype, list(tensor.shape)
+        if dtype == PAIRS:
+            dtype, shape = "F4", [*shape[:-1], 2 * shape[-1]]
+        table[tensor.name] = {"dtype": dtype, "shape": shape, "data_offsets": [position, stop]}
         position = stop
     text = orjson.dumps(table)
     padded = -(-(8 + len(text)) // ALIGN_BYTES) * ALIGN_BYTES - 8

@@ -24,6 +24,7 @@ __all__ = [
     "error_code",
     "explain",
     "http_status",
+    "is_damage",
     "is_lost",
     "is_unreachable",
     "missing",
@@ -166,6 +167,14 @@ def is_lost(error: BaseException) -> bool:
     )
 
 
+def is_damage(error: StorageError) -> bool:
+    """Return whether reading failed because the bytes are not there any more: a bad sector, an end too early.
+
+    Not so if asking again may help, or somebody else, or asking elsewhere: then the bytes may well be sound.
+    """
+    return not error.transient and error.fact in _DAMAGE
+
+
 def scrub(text: str, secrets: Iterable[str] = ()) -> str:
     """Return `text` on one line, without the secrets and without anything that looks like a signed query."""
     for secret in secrets:
@@ -243,6 +252,13 @@ _REASONS: dict[int | None, tuple[str, str]] = {
     errno.EISDIR: ("there is a folder of that name", "Choose another name."),
     errno.ENOTDIR: ("part of the path is a file", "Choose another name."),
 }
+
+_DAMAGE = {
+    _REASONS[errno.EIO][0],
+    "the object ends too early",
+    *(os.strerror(code) for code in (errno.EBADMSG, errno.EUCLEAN, errno.ENODATA, errno.ENXIO)),
+}
+"""Facts of `explain` and `too_short`: checksums of the file system that differ are EBADMSG or EUCLEAN, media errors ENODATA."""
 
 _TRANSIENT = {
     errno.EAGAIN,

@@ -2,7 +2,7 @@
 
 Lines go to `metrics/<first step>-<session>.jsonl`, which a thread replaces by a longer one every few seconds: object stores
 cannot append. A killed session loses at most those seconds of lines, and its steps are taken again by the next session,
-whose lines count (`read_metrics`).
+whose lines count (`read_metrics`). What cannot be stored now stays in memory and is tried again: metrics end no run.
 
 The records of a running and of a finished run go to a progress line, to another process, or to `--json`.
 """
@@ -17,7 +17,7 @@ from typing import Any
 import orjson
 
 from datastore.document import Document
-from datastore.errors import DependencyError
+from datastore.errors import DependencyError, StorageError
 from datastore.storage.base import Storage
 
 __all__ = ["MetricsWriter", "Result", "StepMeter", "TrainingProgress", "read_metrics"]
@@ -36,16 +36,17 @@ class MetricsWriter:
         self._key = f"metrics/{first_step:010d}-{session}.jsonl"
         self._lines = bytearray()
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="metrics")
+        self._last = 0
+        """Where the line of the last record begins."""
+
+        self._trouble: StorageError | None = None
         self._flushing: Future[None] | None = None
         self._flushed = time.monotonic()
         self._board = _open_board(tensorboard, first_step) if tensorboard is not None else None
 
     def write(self, record: Mapping[str, Any]) -> None:
-        """Take the record of one step, which has "step" and numbers.
-
-        Raises:
-            StorageError: an earlier record could not be written.
-        """
+        """Take the record of one step, which has "step" and numbers."""
+        self._last = len(self._lines)
         self._lines += orjson.dumps(dict(record)) + b"\n"
         if self._board is not None:
             for name, value in record.items():
@@ -54,18 +55,41 @@ class MetricsWriter:
         if time.monotonic() - self._flushed > _FLUSH_S:
             self.flush()
 
-    def flush(self) -> None:
-        """Begin to store what was written so far."""
+    def amend(self, numbers: Mapping[str, Any]) -> None:
+        """Add `numbers` to the record that was written last."""
+        if self._lines:
+            record = orjson.loads(self._lines[self._last :])
+            del self._lines[self._last :]
+            self._lines += orjson.dumps(record | dict(numbers)) + b"\n"
+
+    def flush(self) -> Future[None] | None:
+        """Begin to store what was written so far; return what to wait for, if there is anything."""
         self._wait()
         self._flushed = time.monotonic()
         if self._lines:
             self._flushing = self._thread.submit(self._storage.put, self._key, bytes(self._lines))
+        return self._flushing
+
+    def trouble(self) -> StorageError | None:
+        """Return why records could not be stored since this was asked last, or None; they will be tried again."""
+        if self._flushing is not None and self._flushing.done():
+            self._wait()
+        found, self._trouble = self._trouble, None
+        return found
 
     def close(self) -> None:
-        """Store everything and end the thread."""
+        """Store everything and end the thread.
+
+        Raises:
+            StorageError: the last records could not be stored.
+        """
         try:
+            self._trouble = None
             self.flush()
+            self._trouble = None
             self._wait()
+            if self._trouble is not None:
+                raise self._trouble
         finally:
             self._thread.shutdown()
             if self._board is not None:
@@ -73,8 +97,11 @@ class MetricsWriter:
 
     def _wait(self) -> None:
         if self._flushing is not None:
-            self._flushing.result()
-            self._flushing = None
+            flushing, self._flushing = self._flushing, None
+            try:
+                flushing.result()
+            except StorageError as error:
+                self._trouble = error
 
 
 def read_metrics(storage: Storage) -> list[dict[str, Any]]:

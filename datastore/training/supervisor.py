@@ -2,20 +2,32 @@
 
 A step is saved with everything that it needs to be gone on from, in one commit: weights, optimizer, hooks, the loader's
 cursor, and the link to the record of how the weights came to be. Rank 0 writes what is the same on all ranks.
+
+A save that fails is told as soon as that is known, and training goes on: the next save, or the one at the end, stores the
+newest state, if what was in its way has gone. Only the last one ends the session. The price is that a disk which stays
+full costs the steps since the last save that did not fail, as it would have anyway.
+
+Weights that are not finite are not saved. A step whose weights are finite and lead to a loss that is not is only known
+by the step after it: so it is on trial until then, and dropped if it does, for the one before it.
 """
 
 import math
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, wait
 from dataclasses import asdict, dataclass
+from logging import getLogger
 from typing import Any
 
 import msgspec
+import torch
+from torch import Tensor
 from typing_extensions import override
 
 from datastore.checkpoint.checkpointer import Checkpointer
-from datastore.errors import ConflictError, DatastoreError
+from datastore.checkpoint.saving.saver import Handle
+from datastore.errors import ConfigError, ConflictError, DatastoreError
 from datastore.storage.base import Storage
 from datastore.storage.statistics import total_statistics
 from datastore.training.hooks.base import RunState
@@ -31,6 +43,10 @@ from datastore.training.validation import validation_loss
 __all__ = ["Outputs", "Supervisor"]
 
 _PROGRESS_S = 0.25
+
+_LOGGER = getLogger(__name__)
+
+_ADVICE = "Start another run with a lower optim.lr, or look at the data with `datastore trace`."
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,6 +82,10 @@ class Supervisor(Observer):
         data = self._settings.data
         self.meter = StepMeter(tokens_per_step=data.global_batch * data.seq_len)
         self._line: dict[str, Any] = {}
+        self._saving: Handle | None = None
+        self._segments: list[tuple[str, bytes]] = []
+        """Segments of the record that no committed step has brought to the storage yet."""
+
         self._reported = 0.0
         self._peak = peak_flops(trainer.state.device)
         self._flops_per_token = flops_per_token(
@@ -82,10 +102,7 @@ class Supervisor(Observer):
         found = self._checkpointer.restore(self._items, agree=self._trainer.ranks.least)
         self._trainer.state.step = found.step
         self.validation_loss = found.metrics.get("validation_loss")
-        passed = "".join(
-            f"; the newer checkpoint of step {bad.step} is damaged: {bad.reason}" for bad in found.fell_back
-        )
-        return f"resumed at step {found.step}{passed}"
+        return "; ".join((f"resumed at step {found.step}", *found.passed_over))
 
     @override
     def stopping(self) -> bool:
@@ -99,8 +116,11 @@ class Supervisor(Observer):
                 step=outcome.step,
                 loss=outcome.loss,
                 grad_norm=outcome.grad_norm,
-                hint="The last checkpoint is from before that. Lower optim.lr, or look at the data with `datastore trace`.",
+                hint=f"{self._drop_what_led_to(outcome.step)} {_ADVICE}",
             )
+        if self._saving is not None and outcome.step > self._saving.step:
+            self._checkpointer.approve()
+        self._listen()
         self._record.add(
             StepEntry(
                 step=outcome.step,
@@ -125,9 +145,9 @@ class Supervisor(Observer):
     def pause(self, run: RunState, *, last: bool) -> None:
         finished = run.step == run.steps
         if finished or (self._eval_due(run.step) and not last):  # Who was asked to stop has no time for it.
-            self._evaluate()
+            self._evaluate(run.step)
         if self._save_due(run.step) or last:
-            self._save(run.step, blocking=last)
+            self._save(run.step, blocking=last, finished=finished)
         if last:
             self._write_line()
         self.tell()
@@ -151,7 +171,7 @@ class Supervisor(Observer):
         every = self._settings.checkpoint.every
         return bool(every) and step % every == 0
 
-    def _evaluate(self) -> None:
+    def _evaluate(self, step: int) -> None:
         if self._samples is None:
             return
         trainer = self._trainer
@@ -163,20 +183,85 @@ class Supervisor(Observer):
             precision=trainer.machine.precision,
             rows=trainer.micro_rows,
         )
+        if not math.isfinite(found.loss):
+            hint = f"This step is not saved; the newest checkpoint is from before it. {_ADVICE}"
+            raise DatastoreError("the validation loss is not finite", step=step, loss=found.loss, hint=hint)
         self.validation_loss = self._line["validation_loss"] = found.loss
 
-    def _save(self, step: int, *, blocking: bool) -> None:
+    def _save(self, step: int, *, blocking: bool, finished: bool) -> None:
+        if not _all_finite(self._tensors()):
+            hint = f"This step is not saved; the newest checkpoint is from before it. {_ADVICE}"
+            raise DatastoreError("the weights or the state of the optimizer are not finite", step=step, hint=hint)
+        if self._saving is not None:
+            wait([self._saving.ended])
+            self._listen()
         segment = self._record.close_segment(self._session)
+        metrics: Future[None] | None = None
         if self.outputs is not None:
             if self.outputs.lock.lost:
                 raise ConflictError("another process has taken over this run", run=self.outputs.storage.url, step=step)
-            if segment is not None:
-                self.outputs.storage.put(*segment)
-            self.outputs.metrics.flush()
+            self._segments += [segment] if segment is not None else []
+            self._write_line()
+            metrics = self.outputs.metrics.flush()
         started = time.perf_counter()
         numbers = {"loss": self.last.loss if self.last else None, "validation_loss": self.validation_loss}
-        self._checkpointer.save(step, self._items, metrics=numbers, blocking=blocking)
-        self._line["save_stall_s"] = time.perf_counter() - started
+        self._saving = self._checkpointer.save(
+            step,
+            self._items,
+            metrics=numbers,
+            blocking=blocking,
+            first=lambda: self._store_segments(metrics),
+            on_trial=not finished,
+        )
+        if self.outputs is not None:
+            self.outputs.metrics.amend({"save_stall_s": time.perf_counter() - started})
+
+    def _store_segments(self, metrics: Future[None] | None) -> None:
+        """Store what the step that is being saved refers to, and wait until its metrics are stored, or have failed."""
+        while self.outputs is not None and self._segments:
+            self.outputs.storage.put(*self._segments[0])
+            del self._segments[0]
+        if metrics is not None:
+            wait([metrics])
+
+    def _listen(self) -> None:
+        """Tell of a save, or of metrics, that have failed since this was called last.
+
+        Raises:
+            ConflictError, ConfigError: the save failed for a reason that stays.
+        """
+        error = self._saving.failure() if self._saving is not None else None
+        if self._saving is not None and error is not None:
+            step, self._saving = self._saving.step, None
+            if isinstance(error, ConflictError | ConfigError):
+                raise error
+            self.tell(f"step {step} was not saved, a later one will be tried: {error}")
+        trouble = self.outputs.metrics.trouble() if self.outputs is not None else None
+        if trouble is not None:
+            self.tell(f"metrics were not stored, they will be tried again: {trouble}")
+
+    def _drop_what_led_to(self, step: int) -> str:
+        """Drop the checkpoint of the step before `step`, if there is an older one; return what to go on from."""
+        try:
+            if self._saving is not None:
+                wait([self._saving.ended])
+                self._listen()
+            steps = self._checkpointer.steps()
+            if not steps or steps[-1] < step - 1:
+                return "The newest checkpoint is from before that."
+            if len(steps) == 1:
+                return f"The only checkpoint, that of step {steps[-1]}, leads to this step."
+            self._checkpointer.rewind(steps[-2])
+        except DatastoreError as error:
+            _LOGGER.warning("the checkpoint before step %d could not be dropped: %s", step, error)
+            return f"The checkpoint of step {step - 1} may lead to this step; see `datastore checkpoint rewind`."
+        return f"The checkpoint of step {steps[-1]} led to this step and was dropped; the newest is that of step {steps[-2]}."
+
+    def _tensors(self) -> Iterator[Tensor]:
+        state = self._trainer.state
+        yield from state.model.parameters()
+        for kept in state.optimizer.state.values():
+            yield from (value for value in kept.values() if isinstance(value, Tensor))
 
     def _numbers(self, outcome: StepOutcome) -> dict[str, Any]:
         line = {
@@ -203,3 +288,10 @@ class Supervisor(Observer):
         if self.outputs is not None and self._line:
             self.outputs.metrics.write(self._line)
         self._line = {}
+
+
+@torch.no_grad()
+def _all_finite(tensors: Iterator[Tensor]) -> bool:
+    """Return whether no element is NaN or infinite: one pass, and one wait for a device."""
+    ends = [torch.stack(tensor.aminmax()) for tensor in tensors if tensor.is_floating_point() and tensor.numel()]
+    return not ends or bool(torch.stack([end.isfinite().all() for end in ends]).all())

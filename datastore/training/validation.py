@@ -28,6 +28,12 @@ class Evaluation(Document, frozen=True, kw_only=True):
     tokens: int
     """Targets that were predicted."""
 
+    step: int | None = None
+    """The step of a run that was measured; None: a model in training, or of a folder."""
+
+    passed_over: tuple[str, ...] = ()
+    """Newer steps of the run that are damaged, each with its reason."""
+
     @property
     def perplexity(self) -> float:
         """E to the loss."""

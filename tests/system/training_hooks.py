@@ -94,3 +94,25 @@ class Scaled(Causal):
     def loss(self, outputs: Tensor, batch: MicroBatch) -> Tensor:
         assert isinstance(self.settings, ScaledSettings)
         return self.settings.by * super().loss(outputs, batch)
+
+
+class BreakSettings(Document, frozen=True, kw_only=True):
+    step: int
+    value: str
+    momentum: bool = False
+    """Break the state of the optimizer rather than a weight."""
+
+
+class Break(Hook):
+    """Sets one number to `value` in the update of one step, whose own loss is fine."""
+
+    Settings: ClassVar[type[Document]] = BreakSettings
+
+    @override
+    @torch.no_grad()
+    def updated(self, run: RunState) -> None:
+        assert isinstance(self.settings, BreakSettings)
+        if run.step == self.settings.step:
+            weight = next(run.model.parameters())
+            broken = run.optimizer.state[weight]["exp_avg"] if self.settings.momentum else weight
+            broken.view(-1)[0] = float(self.settings.value)

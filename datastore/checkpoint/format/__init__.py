@@ -1,6 +1,7 @@
 """The documents of a run on disk.
 
 manifest   the documents, their keys, and chunks of pieces
+checks     documents that make sense, and agree with one another
 tree       state without its tensors: plain values as JSON
 """
 

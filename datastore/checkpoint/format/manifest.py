@@ -15,8 +15,8 @@ A piece of a tensor is hashed in chunks, so that one bad block is named and the 
 """
 
 import re
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
 from typing import Any
 
 from typing_extensions import Buffer
@@ -44,7 +44,9 @@ __all__ = [
     "chunks_of",
     "failure_key",
     "info_key",
+    "is_part_key",
     "part_key",
+    "runs_of",
     "step_key",
     "step_of_key",
 ]
@@ -65,9 +67,9 @@ PARTS = "parts"
 
 VOTES = "votes"
 
-_STEP = re.compile(r"steps/(\d{10,})\.json")
+_STEP = re.compile(r"steps/([0-9]{10,18})\.json")
 
-_PART = re.compile(r"parts/(\d{10,})-[0-9a-f]{16}-\d{5,}\.(?:safetensors|json|failed)")
+_PART = re.compile(r"parts/([0-9]{10,18})-[0-9a-f]{16}-[0-9]{5,18}\.(safetensors|json|failed)")
 
 Shape = tuple[Count, ...]
 
@@ -206,15 +208,21 @@ def step_of_key(key: str) -> int | None:
     return int(found[1]) if found else None
 
 
+def is_part_key(key: str, suffix: str) -> bool:
+    """Return whether `key` is the name of a file in `parts/` with this suffix."""
+    found = _PART.fullmatch(key)
+    return found is not None and found[2] == suffix
+
+
 @dataclass(frozen=True, slots=True, order=True)
 class Chunk:
-    """A byte range of a part with its digest; ordered as they lie on disk."""
+    """A byte range of a part with its digest; ordered as they lie on disk. Equal, whichever of tied tensors it is of."""
 
     part: str
     start: int
     stop: int
     digest: str
-    tensor: str
+    tensor: str = field(compare=False)
 
     @property
     def size_bytes(self) -> int:
@@ -245,3 +253,16 @@ def chunks_of(entry: Entry, chunk_bytes: int, *, first: int = 0, last: int | Non
         start = entry.start + i * chunk_bytes
         stop = min(start + chunk_bytes, entry.stop)
         yield Chunk(entry.part, start, stop, entry.digests[i * DIGEST_HEX : (i + 1) * DIGEST_HEX], entry.tensor)
+
+
+def runs_of(chunks: Iterable[Chunk], largest_bytes: int) -> list[list[Chunk]]:
+    """Return neighbouring ones of `chunks` (sorted) together, up to `largest_bytes` or a single chunk."""
+    runs: list[list[Chunk]] = []
+    for chunk in chunks:
+        run = runs[-1] if runs else []
+        follows = run and (run[-1].part, run[-1].stop) == (chunk.part, chunk.start)
+        if follows and chunk.stop - run[0].start <= largest_bytes:
+            run.append(chunk)
+        else:
+            runs.append([chunk])
+    return runs

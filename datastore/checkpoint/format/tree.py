@@ -21,6 +21,7 @@ from typing_extensions import override
 from datastore.errors import ConfigError, plain
 
 __all__ = [
+    "MAX_DEPTH",
     "Describe",
     "PackedTree",
     "TensorSpec",
@@ -34,7 +35,7 @@ __all__ = [
 
 T = TypeVar("T")
 
-_MAX_DEPTH = 64
+MAX_DEPTH = 64
 """Deeper trees are refused: they are cycles or mistakes, and JSON decoders have limits of their own."""
 
 
@@ -84,8 +85,8 @@ class _Packer:
         self._tensors = tensors
 
     def pack(self, value: Any, name: str, depth: int) -> Any:
-        if depth > _MAX_DEPTH:
-            raise ConfigError("state is nested too deeply", path=name, limit=_MAX_DEPTH, hint="Flatten it.")
+        if depth > MAX_DEPTH:
+            raise ConfigError("state is nested too deeply", path=name, limit=MAX_DEPTH, hint="Flatten it.")
         spec = self._describe(value, name)
         if spec is not None:
             self._tensors[name] = value

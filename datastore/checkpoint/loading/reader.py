@@ -1,8 +1,7 @@
 """Saved bytes into tensors, in two passes: every chunk is verified before the first tensor is written.
 
 First pass: each chunk that this rank needs is hashed and compared. Second pass, once all ranks have said yes: the
-bytes are copied into the tensors, and what has been copied is hashed once more, because pages that the kernel dropped
-in between come from the disk again. Remote parts are kept in memory between the passes (see `sources.py`).
+bytes are copied into the tensors, and what has been copied is hashed once more, because they come from the disk again. Remote parts are kept in memory between the passes (see `sources.py`).
 
 The layouts of what was saved and of what is here need not be related: whatever a saved box and a local box have in common is one transfer. A tensor that
 was saved by eight ranks is read by one, or by three, in the same way.
@@ -16,13 +15,13 @@ import torch
 
 from datastore.checkpoint.format.manifest import Chunk, Entry, PartInfo, chunks_of
 from datastore.checkpoint.loading.sources import Sources
-from datastore.checkpoint.tensors import DTYPES, Box, Bytes, byte_view, local_piece, memory_key, overlap, row_span
+from datastore.checkpoint.tensors import DTYPES, Box, Bytes, byte_view, local_piece, overlap, row_span
 from datastore.errors import CorruptError
 from datastore.formats.safetensors import ITEM_BYTES
 from datastore.storage.base import Storage
 from datastore.threads import each
 
-__all__ = ["Reader", "Transfer", "transfers_of", "unfit_tensors"]
+__all__ = ["Reader", "Transfer", "transfers_of"]
 
 T = TypeVar("T")
 
@@ -78,7 +77,7 @@ class Reader:
         """
         chunks = sorted({chunk for transfer in self._transfers for chunk in transfer.chunks})
         self._sources.fetch(chunks)
-        each(self._check, list(_tasks((chunk, chunk.size_bytes) for chunk in chunks)), threads=self._threads)
+        each(self._sources.check, list(_tasks((chunk, chunk.size_bytes) for chunk in chunks)), threads=self._threads)
         return sum(chunk.size_bytes for chunk in chunks)
 
     def deliver(self) -> None:
@@ -99,10 +98,6 @@ class Reader:
                 whole.extend((chunk, view[chunk.start - start : chunk.stop - start]) for chunk in transfer.chunks)
         each(self._scatter, other, threads=self._threads)
         each(self._copy, list(_tasks((item, item[0].size_bytes) for item in whole)), threads=self._threads)
-
-    def _check(self, chunks: Sequence[Chunk]) -> None:
-        for chunk in chunks:
-            chunk.check(self._sources.bytes_of(chunk).data)
 
     def _copy(self, moves: Sequence[tuple[Chunk, Bytes]]) -> None:
         for chunk, target in moves:
@@ -184,21 +179,3 @@ def _cut(tensor: torch.Tensor, box: Box) -> torch.Tensor:
     for dimension, (start, length) in enumerate(zip(box.starts, box.shape, strict=True)):
         tensor = tensor.narrow(dimension, start, length)
     return tensor
-
-
-def unfit_tensors(destinations: Mapping[str, torch.Tensor], parts: Sequence[PartInfo]) -> list[str]:
-    """Return a line for each destination that cannot hold what is saved although dtype and shape are right."""
-    content: dict[str, set[tuple[object, ...]]] = {}
-    for info in parts:
-        for entry in info.entries:
-            content.setdefault(entry.tensor, set()).add((entry.offsets, entry.shape, entry.digests))
-    found = []
-    homes: dict[tuple[object, ...], str] = {}
-    for name, tensor in destinations.items():
-        local = local_piece(tensor, name).tensor
-        if any(stride == 0 and size > 1 for stride, size in zip(local.stride(), local.shape, strict=True)):
-            found.append(f"{name}: an expanded tensor cannot be filled")
-        first = homes.setdefault(memory_key(local), name) if local.numel() else name
-        if content.get(first) != content.get(name):
-            found.append(f"{name}: shares its memory with {first}, but they were saved with different values")
-    return found

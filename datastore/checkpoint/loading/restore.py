@@ -20,7 +20,8 @@ import torch
 
 from datastore.checkpoint.format.manifest import StepCommit
 from datastore.checkpoint.format.tree import specs, unpack
-from datastore.checkpoint.loading.reader import Reader, transfers_of, unfit_tensors
+from datastore.checkpoint.loading.reader import Reader, transfers_of
+from datastore.checkpoint.loading.shared import Detour, contradictions, detours, fill, untied
 from datastore.checkpoint.loading.targets import RestoreTarget, target_of
 from datastore.checkpoint.ranks import Agree, SavingRank, all_equal
 from datastore.checkpoint.steps import StepLog, WholeStep
@@ -69,6 +70,11 @@ class Restored:
 
     seconds: float = 0.0
 
+    @property
+    def passed_over(self) -> tuple[str, ...]:
+        """The newer steps that could not be used, in a sentence each."""
+        return tuple(f"the checkpoint of step {bad.step} is damaged: {bad.reason}" for bad in self.fell_back)
+
 
 @dataclass(frozen=True, slots=True)
 class _Plan:
@@ -76,6 +82,9 @@ class _Plan:
 
     whole: WholeStep
     reader: Reader
+    beside: list[Detour]
+    """Tensors that share memory: their values have been read already."""
+
     destinations: dict[str, dict[str, torch.Tensor]]
     size_bytes: int
 
@@ -178,14 +187,23 @@ class Restorer:
         items = whole.commit.items
         destinations = {target.key: target.destinations(items[target.key]) for target in self._targets}
         flat = {name: tensor for tensors in destinations.values() for name, tensor in tensors.items()}
-        self._refuse(unfit_tensors(flat, whole.parts), step)
-        transfers = transfers_of(flat, whole.parts)
+        beside = detours(flat)
+        apart = {detour.name: detour.beside for detour in beside}
+        direct = {name: tensor for name, tensor in flat.items() if name not in apart}
+        self._refuse(untied(direct, whole.parts), step)
+        reader, more = self._reader(direct, whole), self._reader(apart, whole)
+        size_bytes = reader.verify() + more.verify()
+        more.deliver()
+        self._refuse(contradictions(beside), step)
+        return _Plan(whole, reader, beside, destinations, size_bytes)
+
+    def _reader(self, tensors: dict[str, torch.Tensor], whole: WholeStep) -> Reader:
+        transfers = transfers_of(tensors, whole.parts)
         read = {transfer.entry.part for transfer in transfers}
         for info in whole.parts:
             if info.part in read:
                 self._log.check_header(info)
-        reader = Reader(self._member.storage, transfers, threads=self._member.options.threads)
-        return _Plan(whole, reader, destinations, reader.verify())
+        return Reader(self._member.storage, transfers, threads=self._member.options.threads)
 
     def _problems(self, commit: StepCommit) -> list[str]:
         wanted = {target.key for target in self._targets}
@@ -216,6 +234,7 @@ class Restorer:
         for target in plain:
             self._accept(target, plan)
         plan.reader.deliver()
+        fill(plan.beside)
         for target in self._targets:
             if target not in plain:
                 self._accept(target, plan)

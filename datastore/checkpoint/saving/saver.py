@@ -13,6 +13,7 @@ it has saved or restored the last step itself. Saving after an older step was re
 """
 
 import threading
+import time
 import weakref
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
@@ -121,21 +122,31 @@ class Saver:
         self._keep = keep
         self._history = history
         self._run: RunInfo | None = None
+        self._opened = time.time()
         self.pool = BufferPool()
 
     def save(
-        self, ref: StepRef, snapshot: Snapshot, metrics: Mapping[str, Any], *, copy: bool, staged: Callable[[], None]
+        self,
+        ref: StepRef,
+        snapshot: Snapshot,
+        metrics: Mapping[str, Any],
+        *,
+        copy: bool,
+        staged: Callable[[], None],
+        first: Callable[[], object] | None = None,
     ) -> StepCommit:
         """Write this rank's share of `ref`, take part in its commit, and return that.
 
         `staged` is called once the tensors of the snapshot may change again; `copy` says whether they might before
-        the save has ended.
+        the save has ended. `first` is called before the commit.
 
         Raises:
             DatastoreError: the step is not committed; earlier ones are intact.
         """
         try:
             info = self._write(ref, snapshot, copy=copy, staged=staged)
+            if first is not None:
+                first()
             commit = self._commit(ref, snapshot, metrics)
         except BaseException as error:
             self._history.failed.add(ref)
@@ -157,10 +168,16 @@ class Saver:
         staged()
         return self._history.check_same(snapshot, metrics, changed=bool(share.fresh))
 
-    def tidy(self) -> None:
-        """Forget what the run need not keep; a failure is logged, because the step is safe already."""
+    def tidy(self, *, more: int = 0) -> None:
+        """Forget what the run need not keep, but for `more` steps; a failure is logged, because the step is safe already.
+
+        The first time, what writers left unfinished goes as well, who had begun before this one and were killed.
+        """
         try:
-            collect(self._member.storage, self._keep, session=self._member.session)
+            collect(self._member.storage, Keep(last=self._keep.last + more), session=self._member.session)
+            if self._opened:
+                self._member.storage.clear_unfinished(before=self._opened)
+                self._opened = 0.0
         except DatastoreError as error:
             _LOGGER.warning("old checkpoints were not removed: %s", error)
 
@@ -222,9 +239,27 @@ class Handle:
         return self._committed.result()
 
     @property
+    def ended(self) -> Future[StepCommit]:
+        """Done when the save has ended, well or not; to be waited for only."""
+        return self._committed
+
+    @property
     def done(self) -> bool:
         """Whether the save has ended, well or not."""
         return self._committed.done()
+
+    def failure(self) -> DatastoreError | None:
+        """Return why the save has failed, or None if it has not, or not yet; who asks has heard of it.
+
+        Raises:
+            BaseException: it failed for a reason that is none of this package's.
+        """
+        error = self._committed.exception() if self._committed.done() else None
+        if error is not None:
+            self._heard.set()
+            if not isinstance(error, DatastoreError):
+                raise error
+        return error
 
     def wait_staged(self) -> None:
         """Wait as `staged` does; a failure is left for others to raise."""

@@ -77,12 +77,14 @@ def _pieces_of(
 ) -> tuple[Captured, ...]:
     names: dict[tuple[object, ...], list[str]] = {}
     pieces = {name: local_piece(tensor, name) for name, tensor in tensors.items()}
+    specs_of = {name: describe(tensor, name) for name, tensor in tensors.items()}
     for name, piece in pieces.items():
         key = memory_key(piece.tensor) if piece.box.elements else (name,)
-        names.setdefault((*key, piece.box, name in private), []).append(name)
+        # With the spec: on rank 0 a shard and the plain tensor inside it are the same box of different wholes.
+        names.setdefault((*key, piece.box, specs_of[name], name in private), []).append(name)
     found = []
     for same in names.values():
-        spec = describe(tensors[same[0]], same[0])
+        spec = specs_of[same[0]]
         assert spec is not None
         found.append(Captured(same[0], spec, pieces[same[0]], tuple(same[1:])))
     shared = {item.name: item.size_bytes for item in found if item.piece.replicated and item.name not in private}

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from datastore.checkpoint.checkpointer import Checkpointer
+from datastore.checkpoint.loading.restore import Restored
 from datastore.document import Document
 from datastore.errors import ConfigError, ConflictError, MissingError
 from datastore.storage.base import Storage
@@ -38,6 +39,9 @@ class Exported(Document, frozen=True, kw_only=True):
     step: int
     files: dict[str, int]
     """Size of each in bytes."""
+
+    passed_over: tuple[str, ...] = ()
+    """Newer steps that are damaged, each with its reason."""
 
     @property
     def size_bytes(self) -> int:
@@ -76,7 +80,8 @@ def export(
             found=occupied,
             hint="Name another one, or overwrite it: `replace`.",
         )
-    loaded, step = _from_run(RunFolder.open(run), step=step)
+    loaded = _from_run(RunFolder.open(run), step=step)
+    assert loaded.step is not None
     if progress is not None:
         progress(1, _STAGES)
     if quantize is not None:
@@ -84,7 +89,8 @@ def export(
     if progress is not None:
         progress(2, _STAGES)
     target.delete("config.json")  # Until the new one is there, the folder is not a model.
-    return Exported(url=target.url, step=step, files=write_folder(target, loaded))
+    files = write_folder(target, loaded)
+    return Exported(url=target.url, step=loaded.step, files=files, passed_over=loaded.passed_over)
 
 
 def open_model(source: str, *, step: int | None = None) -> HuggingFaceModel:
@@ -96,7 +102,7 @@ def open_model(source: str, *, step: int | None = None) -> HuggingFaceModel:
     """
     storage = open_storage(source)
     if is_run(storage):
-        return _from_run(RunFolder(storage), step=step)[0]
+        return _from_run(RunFolder(storage), step=step)
     if step is not None:
         raise ConfigError("a model folder has no steps", source=source, hint="Name a run, or leave out `step`.")
     try:
@@ -110,7 +116,7 @@ def open_model(source: str, *, step: int | None = None) -> HuggingFaceModel:
         ) from None
 
 
-def _from_run(folder: RunFolder, *, step: int | None) -> tuple[HuggingFaceModel, int]:
+def _from_run(folder: RunFolder, *, step: int | None) -> HuggingFaceModel:
     """Return the model of a step after all hooks have exported it: they may need their own state for that."""
     config = folder.config()
     state, _, hooks = build_with_hooks(config, Ranks(Launch(), torch.device("cpu"), None))
@@ -120,16 +126,23 @@ def _from_run(folder: RunFolder, *, step: int | None) -> tuple[HuggingFaceModel,
         model = hook.export(model)
     if not isinstance(model, GPT):
         raise ConfigError("a hook's export is not a GPT any more", found=type(model).__name__)
-    return HuggingFaceModel(model, config.settings.data.seq_len, _tokenizer(config), config.end_of_text), found
+    return HuggingFaceModel(
+        model,
+        config.settings.data.seq_len,
+        _tokenizer(config),
+        config.end_of_text,
+        step=found.step,
+        passed_over=found.passed_over,
+    )
 
 
-def _restore(storage: Storage, items: dict[str, Any], *, step: int | None) -> int:
+def _restore(storage: Storage, items: dict[str, Any], *, step: int | None) -> Restored:
     with Checkpointer(storage) as checkpointer:
         if checkpointer.latest() is None:
             raise MissingError(
                 "the run has no checkpoint yet", url=storage.url, hint="Let it train until the first one."
             )
-        return checkpointer.restore(items, step="latest" if step is None else step, partial=True).step
+        return checkpointer.restore(items, step="latest" if step is None else step, partial=True)
 
 
 def _tokenizer(config: RunConfig) -> bytes | None:

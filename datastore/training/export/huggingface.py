@@ -43,6 +43,11 @@ class HuggingFaceModel:
     """`tokenizer.json`."""
 
     end_of_text: int | None
+    step: int | None = None
+    """The step of a run that it is; None: it is from a folder."""
+
+    passed_over: tuple[str, ...] = ()
+    """Newer steps of the run that are damaged, each with its reason."""
 
 
 def write_folder(storage: Storage, source: HuggingFaceModel) -> dict[str, int]:

@@ -124,10 +124,11 @@ def evaluate(
         samples or settings.eval.samples, seq_len=settings.data.seq_len, rank=Rank(), options=settings.loader
     )
     ranks = Ranks(Launch(), torch.device("cpu"), None)
-    model = open_model(source, step=step).model
+    loaded = open_model(source, step=step)
     objective = make_objective(settings.objective)
     rows = len(held_out.mine)
     parts = telling(
         parts_of(held_out, rows=_ROWS), progress, size=lambda part: min(part.stop, rows) - part.start, total=rows
     )
-    return loss_over(model, held_out, parts, objective=objective, ranks=ranks, precision="fp32")
+    found = loss_over(loaded.model, held_out, parts, objective=objective, ranks=ranks, precision="fp32")
+    return msgspec.structs.replace(found, step=loaded.step, passed_over=loaded.passed_over)

@@ -99,6 +99,9 @@ class StepHistory:
     steps: list[tuple[str, StepEntry]]
     """Every step that led to it, in order, with the session that took it."""
 
+    passed_over: tuple[str, ...] = ()
+    """Newer checkpoints that are damaged, each with its reason."""
+
 
 def read_history(folder: RunFolder) -> StepHistory:
     """Return the history of a run up to its newest sound checkpoint.
@@ -114,9 +117,10 @@ def read_history(folder: RunFolder) -> StepHistory:
             raise MissingError(
                 "the run has no checkpoint yet", url=folder.url, hint="Let it train until the first one."
             )
-        checkpointer.restore({"record": record, "data": loader}, partial=True)
+        found = checkpointer.restore({"record": record, "data": loader}, partial=True)
     segments = read_segments(folder.storage, record.last)
-    return StepHistory(loader, [(_session_of(key), entry) for key, entries in segments for entry in entries])
+    steps = [(_session_of(key), entry) for key, entries in segments for entry in entries]
+    return StepHistory(loader, steps, found.passed_over)
 
 
 def trace(run: str, step: int, *, rank: int | None = None, limit: int = 0) -> StepTrace:
@@ -203,6 +207,8 @@ class Proof:
     """What was compared, and what differs."""
 
     steps: int
+    """Taken up to the newest sound checkpoint: its number."""
+
     samples: int
     """Consumed by all steps."""
 
@@ -221,6 +227,9 @@ class Proof:
     purged: int = 0
     """Steps with tokens that cannot be compared any more: their version is gone, and they have been deleted since."""
 
+    passed_over: tuple[str, ...] = ()
+    """Newer checkpoints that are damaged, each with its reason; problems, too."""
+
     problems: list[str] = field(default_factory=list)
     """Empty: every sample of the planned order was consumed exactly once."""
 
@@ -233,6 +242,9 @@ class Proof:
 def prove(run: str) -> Proof:
     """Compare the record of `run` with its plan, up to its newest checkpoint. Reads all tokens of those steps again.
 
+    If that checkpoint is damaged, the record up to the newest sound one is compared, and that the rest is not known is
+    a problem.
+
     Raises:
         MissingError: there is no run, or it has no checkpoint yet.
         CorruptError: the record or the dataset is damaged.
@@ -242,7 +254,7 @@ def prove(run: str) -> Proof:
     history = read_history(folder)
     sessions = [folder.session(name) for name in dict.fromkeys(session for session, _ in history.steps)]
     count: _Count | None = None
-    problems: list[str] = []
+    problems = list(history.passed_over)
     cursor = 0
     for session, (_, steps) in zip(sessions, groupby(history.steps, key=lambda step: step[0]), strict=True):
         with _reader_of(config, history, session.data or own_versions(config), cursor=cursor) as reader:
@@ -259,6 +271,7 @@ def prove(run: str) -> Proof:
         sessions=len(sessions),
         worlds=[session.world for session in sessions],
         purged=count.purged,
+        passed_over=history.passed_over,
         problems=problems[:_SHOWN],
     )
 

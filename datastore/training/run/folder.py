@@ -10,12 +10,14 @@ run.json parts/ steps/ refs/   checkpoints, see `datastore.checkpoint`
 import secrets
 import time
 from dataclasses import dataclass
+from logging import getLogger
 
 import msgspec
 
+from datastore.checkpoint.steps import reading
 from datastore.dataset.snapshot import open_dataset
 from datastore.document import Sealed, decode, encode, seal, unseal
-from datastore.errors import ConfigError, MissingError, ResumeError
+from datastore.errors import ConfigError, CorruptError, FormatError, MissingError, ResumeError
 from datastore.host import utc_now
 from datastore.storage.base import Storage
 from datastore.storage.resolve import open_storage
@@ -37,6 +39,8 @@ __all__ = [
 ]
 
 CONFIG_KEY = "config.json"
+
+_LOGGER = getLogger(__name__)
 
 
 class RunConfig(Sealed, frozen=True, kw_only=True):
@@ -158,9 +162,15 @@ class RunFolder:
         self.storage.put(f"sessions/{session.session}.json", seal(session))
 
     def threads_before(self, world: int) -> int:
-        """Return how many threads the last session with as many ranks gave each; 0 if there was none."""
+        """Return how many threads the last session with as many ranks gave each; 0 if there was none that can be read."""
         for found in reversed(list(self.storage.list("sessions"))):
-            session = unseal(RunSession, self.storage.get(found.key), where=found.key)
+            try:
+                with reading(found.key):
+                    raw = self.storage.get(found.key)
+                session = unseal(RunSession, raw, where=found.key)
+            except (CorruptError, FormatError) as error:
+                _LOGGER.warning("a session of the run cannot be read and is passed over: %s", error)
+                continue
             if session.world == world:
                 return session.threads
         return 0

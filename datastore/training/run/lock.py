@@ -57,6 +57,8 @@ class RunLock:
         last = 0
         for generation, key in _generations(self._storage):
             last = generation
+            if self._take_over:
+                continue  # Whoever it was, and though it cannot be read.
             with _gone_is_fine():
                 self._check_dead(unseal(LockHolder, self._storage.get(key), where=key), key)
         self._key = f"{_FOLDER}/{last + 1:08d}.json"
@@ -83,7 +85,7 @@ class RunLock:
         return any(key > self._key for _, key in _generations(self._storage))
 
     def _check_dead(self, holder: LockHolder, key: str) -> None:
-        if self._take_over or _is_dead(holder):
+        if _is_dead(holder):
             return
         raise ConflictError(
             "another process writes to this run",

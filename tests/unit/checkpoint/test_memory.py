@@ -1,7 +1,6 @@
 """Memory under checkpoints: staging buffers are used again, files are mapped without danger, far bytes fetched once."""
 
 import errno
-import mmap
 import os
 import uuid
 from collections.abc import Sequence
@@ -81,32 +80,32 @@ def data() -> bytes:
     return np.random.default_rng(0).bytes(100_000)
 
 
-def test_a_file_that_ends_too_early_or_is_not_there_is_an_error_and_no_crash(tmp_path: Path, data: bytes) -> None:
+def test_a_file_that_ends_too_early_or_is_not_there_is_an_error(tmp_path: Path, data: bytes) -> None:
     storage = LocalStorage(tmp_path)
     chunk = chunk_of(data, 90_000, 100_000)
     storage.put("parts/p", data)
-    assert Sources(storage).bytes_of(chunk).tobytes() == data[90_000:]
-    storage.put("parts/p", data[:95_000])
-    with pytest.raises(CorruptError, match="the file ends before"):
-        Sources(storage).bytes_of(chunk)
-    storage.put("parts/p", b"")
-    with pytest.raises(CorruptError, match="the file is empty"):
-        Sources(storage).bytes_of(chunk)
+    assert Sources(storage).range_of([chunk]).tobytes() == data[90_000:]
+    for rest in (data[:95_000], b""):
+        storage.put("parts/p", rest)
+        with pytest.raises(CorruptError, match="cannot be read: the object ends too early"):
+            Sources(storage).check([chunk])
     storage.delete("parts/p")
     with pytest.raises(MissingError):
         Sources(storage).fetch([chunk])
 
 
-def test_a_file_cut_short_after_it_was_mapped_is_an_error_and_no_crash(tmp_path: Path, data: bytes) -> None:
+def test_a_file_cut_short_after_it_was_opened_is_an_error_and_no_crash(tmp_path: Path, data: bytes) -> None:
     storage = LocalStorage(tmp_path)
     storage.put("parts/p", data)
     sources = Sources(storage)
-    sources.bytes_of(chunk_of(data, 0, 10))
+    sources.check([chunk_of(data, 0, 10)])
+    seen = sources.range_of([chunk_of(data, 0, 90_000)])
     os.truncate(tmp_path / "parts/p", 4096)
+    assert seen.tobytes() == data[:90_000]  # A mapping would end the process here.
     late = chunk_of(data, 50_000, 60_000)
     with pytest.raises(CorruptError, match="cannot be read"):
-        sources.bytes_of(late)
-    with pytest.raises(CorruptError, match="the file ends before"):
+        sources.check([late])
+    with pytest.raises(CorruptError, match="the object ends too early"):
         sources.copy(late, np.zeros(10_000, dtype=np.uint8))
 
 
@@ -127,7 +126,7 @@ def test_what_is_copied_is_what_was_written_and_is_checked_where_it_arrived(
             sources.copy(replace(chunk, digest="0" * 32), target)
 
 
-def test_a_bad_sector_is_an_error_when_it_is_copied(
+def test_a_bad_sector_is_an_error_when_it_is_checked_or_copied(
     tmp_path: Path, data: bytes, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def fail(*_: Any) -> int:
@@ -136,27 +135,20 @@ def test_a_bad_sector_is_an_error_when_it_is_copied(
     storage = LocalStorage(tmp_path)
     storage.put("parts/p", data)
     monkeypatch.setattr(os, "preadv", fail)
-    with pytest.raises(CorruptError, match="cannot be read: Input/output error"):
-        Sources(storage).copy(chunk_of(data, 0, 10), np.zeros(10, dtype=np.uint8))
+    chunk = chunk_of(data, 0, 10)
+    for work in (lambda: Sources(storage).check([chunk]), lambda: Sources(storage).copy(chunk, np.zeros(10, np.uint8))):
+        with pytest.raises(CorruptError, match="cannot be read: the disk reported an error"):
+            work()
 
 
-@pytest.mark.parametrize(("code", "works"), [(errno.EINVAL, True), (errno.EFAULT, False), (errno.EIO, False)])
-def test_a_bad_sector_is_an_error_and_an_older_kernel_is_none(
-    tmp_path: Path, data: bytes, monkeypatch: pytest.MonkeyPatch, code: int, *, works: bool
-) -> None:
-    class Stubborn(mmap.mmap):
-        def madvise(self, *_: Any) -> None:
-            raise OSError(code, os.strerror(code))
-
-    monkeypatch.setattr(mmap, "mmap", Stubborn)
+def test_small_chunks_that_lie_side_by_side_are_read_together(tmp_path: Path, data: bytes) -> None:
     storage = LocalStorage(tmp_path)
     storage.put("parts/p", data)
-    chunk = chunk_of(data, 10, 20)
-    if works:
-        chunk.check(Sources(storage).bytes_of(chunk).data)
-    else:
-        with pytest.raises(CorruptError, match=os.strerror(code)):
-            Sources(storage).bytes_of(chunk)
+    chunks = [chunk_of(data, start, start + 100) for start in range(0, 50_000, 100)]
+    Sources(storage).check(chunks)
+    assert storage.statistics()["read_into"].requests == 1
+    with pytest.raises(CorruptError, match="start=300"):
+        Sources(storage).check([*chunks[:3], replace(chunks[3], digest="0" * 32), *chunks[4:]])
 
 
 class Counting(MemoryStorage):
@@ -177,8 +169,8 @@ def test_neighbouring_chunks_that_are_far_away_are_fetched_together_and_once(dat
     chunks = [chunk_of(data, start, start + 1000) for start in (0, 1000, 2000, 50_000, 51_000)]
     sources = Sources(storage)
     sources.fetch(chunks)
-    for chunk in chunks * 2:
-        chunk.check(sources.bytes_of(chunk).data)
+    for _ in range(2):
+        sources.check(chunks)
     assert sources.range_of(chunks[:3]).tobytes() == data[:3000]
     assert sorted(storage.reads) == [("parts/p", 0, 3000), ("parts/p", 50_000, 2000)]
 

@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 import threading
+import time
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import suppress
@@ -403,6 +404,57 @@ def test_what_a_killed_session_left_goes_once_a_later_step_is_committed_but_not_
         ck.save(8, state(8.0), blocking=True)
         ck.gc()
         assert left not in storage.names()
+
+
+def test_what_a_killed_writer_left_unfinished_goes_with_the_first_save_of_the_next(tmp_path: Path) -> None:
+    parts = tmp_path / "parts"
+    with Checkpointer(tmp_path) as ck:
+        ck.save(1, {"state": {"w": torch.ones(3)}}, blocking=True)
+    left = parts / ".0000000002-0123456789abcdef-00000.safetensors.9.tmp"
+    left.write_bytes(b"half")
+    os.utime(left, (time.time() - 1, time.time() - 1))
+    with Checkpointer(tmp_path) as ck:
+        ck.restore({"state": {}})
+        own = parts / ".of-another-rank.tmp"
+        own.write_bytes(b"in flight")
+        os.utime(own, (time.time() + 1, time.time() + 1))
+        ck.save(2, {"state": {"w": torch.zeros(3)}}, blocking=True)
+    assert not left.exists()
+    assert own.exists()
+
+
+def test_a_step_on_trial_does_not_count_as_kept_until_it_is_approved(storage: Flaky) -> None:
+    with Checkpointer(storage, keep=Keep(last=1)) as ck:
+        for step in (1, 2):
+            ck.save(step, state(float(step)), on_trial=True).committed()
+        ck.save(2, state(2.0)).committed()
+        ck.approve()
+    assert len(Checkpointer(storage).steps()) == 1
+    with Checkpointer(storage, keep=Keep(last=1)) as ck:
+        ck.restore(state(0.0))
+        ck.save(3, state(3.0), blocking=True, on_trial=True)
+        ck.gc(dry_run=True)
+        assert ck.steps() == [2, 3]
+        ck.approve()
+        ck.gc(dry_run=True)
+        assert ck.steps() == [3]
+
+
+def test_what_a_step_refers_to_is_stored_before_it_is_committed_or_it_is_not_committed(ck: Checkpointer) -> None:
+    seen: list[list[int]] = []
+    ck.save(1, state(1.0), first=lambda: seen.append(ck.steps())).committed()
+    assert seen == [[]]
+
+    def fail() -> None:
+        raise StorageError("no room for what it refers to")
+
+    handle = ck.save(2, state(2.0), first=fail)
+    with pytest.raises(StorageError, match="no room"):
+        handle.committed()
+    assert isinstance(handle.failure(), StorageError)
+    assert ck.steps() == [1]
+    ck.save(3, state(3.0)).committed()
+    assert ck.steps() == [1, 3]
 
 
 def test_gc_can_say_what_it_would_do(storage: Flaky, ck: Checkpointer) -> None:

@@ -188,8 +188,8 @@ def test_an_optimizer_of_another_model_or_dtype_is_refused_before_anything_is_lo
     with Checkpointer(url) as ck:
         ck.save(1, {"model": Tiny(), "optim": optimizer}, blocking=True)
         for wrong, line in (
-            (torch.optim.AdamW(wide.parameters()), "optim/state/0/exp_avg: saved as F32"),
-            (torch.optim.AdamW(narrow.parameters()), "the parameter is BF16"),
+            (torch.optim.AdamW(wide.parameters()), "optim, parameter 0: saved as F32[50, 8], expected as F32[50, 9]"),
+            (torch.optim.AdamW(narrow.parameters()), "expected as BF16[50, 8]"),
             (fewer, "saved with groups of [3] parameters, expected [1]"),
         ):
             with pytest.raises(ResumeError) as caught:

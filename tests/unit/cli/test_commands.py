@@ -64,6 +64,7 @@ FLAGS = {
     "checkpoint show": "step",
     "checkpoint verify": "step",
     "checkpoint gc": "dry-run last",
+    "checkpoint rewind": "dry-run step",
     "checkpoint export": "quantize replace step",
     "doctor": "url",
 }
@@ -150,6 +151,7 @@ def test_json_tells_what_the_storage_was_asked_for(
         "checkpoint show run",
         "checkpoint verify run",
         "checkpoint gc run --dry-run",
+        "checkpoint rewind run --step 4 --dry-run",
         "checkpoint export run model --replace",
         "resume run",
     ],
