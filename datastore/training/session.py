@@ -54,7 +54,7 @@ def run_session(request: SessionRequest, launch: Launch, report: Callable[[Train
     check_world(request.settings, launch.world)
     stop = threading.Event()
     with ExitStack() as stack:
-        stack.enter_context(on_first_signal(stop.set))
+        stack.enter_context(on_first_signal(stop.set, last_word=launch.world == 1))
         device = pick_device(request.settings.train.device, launch)
         ranks = stack.enter_context(connect(launch, device=device, timeout_s=request.settings.train.timeout_s))
         name = ranks.share("session", new_session())

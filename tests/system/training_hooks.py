@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import threading
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, ClassVar
@@ -38,6 +39,22 @@ class Kill(Hook):
         if run.step in steps:
             self._file.write_text(json.dumps([step for step in steps if step != run.step]))
             os.kill(os.getpid(), signal.SIGKILL)
+
+
+class HangSettings(Document, frozen=True, kw_only=True):
+    step: int
+
+
+class Hang(Hook):
+    """Never comes back from a step."""
+
+    Settings: ClassVar[type[Document]] = HangSettings
+
+    @override
+    def gradients(self, run: RunState) -> None:
+        assert isinstance(self.settings, HangSettings)
+        while run.step >= self.settings.step:
+            threading.Event().wait(60)
 
 
 class Average(Hook):
