@@ -330,6 +330,27 @@ def test_a_loss_that_is_not_finite_ends_the_run_before_it_is_saved(language: str
     assert all(torch.isfinite(tensor).all() for tensor in weights(tmp_path / "run").values())
 
 
+@pytest.mark.parametrize("processes", [1, 2])
+def test_a_parameter_that_no_loss_reaches_is_refused_before_the_first_step_and_named(
+    language: str, tmp_path: Path, processes: int
+) -> None:
+    settings = tiny_settings(language, hooks=({"use": "training_hooks:Spare"},))
+    with pytest.raises(ConfigError, match=r"parameters=\['spare'\]"):
+        train(settings, str(tmp_path / "run"), processes=processes)
+    assert not (tmp_path / "run" / "config.json").exists()
+
+
+def test_a_parameter_that_only_the_loss_of_a_hook_reaches_trains_on_two_ranks(language: str, tmp_path: Path) -> None:
+    hooks = ({"use": "training_hooks:Spare", "used": True},)
+    settings = tiny_settings(language, "train.steps=3", "data.global_batch=12", hooks=hooks)
+    train(settings, str(tmp_path / "1"))
+    train(settings, str(tmp_path / "2"), processes=2)
+    losses = [
+        [line["loss"] for line in read_metrics(RunFolder.open(str(tmp_path / name)).storage)] for name in ("1", "2")
+    ]
+    assert losses[0] == pytest.approx(losses[1], abs=1e-5)
+
+
 def test_settings_survive_the_run_folder(language: str, tmp_path: Path) -> None:
     settings = tiny_settings(language, "train.steps=2", hooks=(PRUNE,))
     train(settings, str(tmp_path / "run"))

@@ -90,6 +90,26 @@ class Average(Hook):
             self.sum[name].copy_(value)
 
 
+class SpareSettings(Document, frozen=True, kw_only=True):
+    used: bool = False
+
+
+class Spare(Hook):
+    """Adds a parameter that no layer uses; its own loss does if told so."""
+
+    Settings: ClassVar[type[Document]] = SpareSettings
+
+    @override
+    def model(self, model: nn.Module) -> nn.Module:
+        self.spare = model.spare = nn.Parameter(torch.ones(3))
+        return model
+
+    @override
+    def loss(self, loss: Tensor, batch: MicroBatch, outputs: Tensor) -> Tensor:
+        assert isinstance(self.settings, SpareSettings)
+        return loss + self.spare.square().mean() if self.settings.used else loss
+
+
 class Noise(Hook):
     """Draws random numbers in every step, as dropout does."""
 
