@@ -7,8 +7,9 @@ and two writers of the same value write the same bytes.
 Source: msgspec, https://jcristharif.com/msgspec (validates 100,000 shards three times faster than pydantic).
 """
 
+import math
 import threading
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Annotated, Any, ClassVar, TypeVar
 
 import msgspec
@@ -107,14 +108,31 @@ def convert(kind: type[D], value: Mapping[str, Any], *, where: str) -> D:
     """Return `value`, as parsed from TOML or given by a user, as a `kind`.
 
     Raises:
-        ConfigError: an unknown key, a wrong type or a value out of range; the message has its path and `where`.
+        ConfigError: an unknown key, a wrong type, a value out of range or a number that is not finite (JSON, in which
+            values are handed on and stored, has none); the message has its path and `where`.
     """
+    for path, number in _floats(value, "$"):
+        if not math.isfinite(number):
+            raise ConfigError(
+                f"{number} is not a number to set - at `{path}`", where=where, hint="Set a finite number there."
+            )
     try:
         _decoder(kind)
         return msgspec.convert(value, type=kind)
     except msgspec.ValidationError as error:
         text = str(error).replace("Object contains unknown field", "unknown setting")
         raise ConfigError(text, where=where, hint="Correct the setting that the path names.") from None
+
+
+def _floats(value: object, path: str) -> Iterator[tuple[str, float]]:
+    if isinstance(value, float):
+        yield path, value
+    elif isinstance(value, Mapping):
+        for key, inner in value.items():
+            yield from _floats(inner, f"{path}.{key}")
+    elif isinstance(value, list | tuple):
+        for place, inner in enumerate(value):
+            yield from _floats(inner, f"{path}[{place}]")
 
 
 def json_schema(kind: type[Document]) -> dict[str, Any]:
