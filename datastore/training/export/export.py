@@ -46,7 +46,7 @@ def export(
 ) -> Exported:
     """Write the model of `run` at `step` (None: its newest sound checkpoint) to the folder `to`.
 
-    `quantize` ("int8", "int4") adds to what the run's own hooks do. A folder that holds a model is left alone unless
+    `quantize` ("int8", "int4") comes after what the run's own hooks do, and in the place of those that quantize. A folder that holds a model is left alone unless
     `replace`.
 
     Raises:
@@ -63,9 +63,8 @@ def export(
         raise ConflictError(
             "the folder is not empty", url=target.url, found=occupied, hint="Name another one, or replace."
         )
-    loaded, step = _from_run(RunFolder.open(run), step=step)
-    if quantize is not None:
-        Quantize(QUANTIZATIONS[quantize]).export(loaded.model)
+    instead = Quantize(QUANTIZATIONS[quantize]) if quantize is not None else None
+    loaded, step = _from_run(RunFolder.open(run), step=step, instead=instead)
     target.delete("config.json")  # Until the new one is there, the folder is not a model.
     return Exported(url=target.url, step=step, files=write_folder(target, loaded))
 
@@ -90,13 +89,22 @@ def open_model(source: str, *, step: int | None = None) -> HuggingFaceModel:
         ) from None
 
 
-def _from_run(folder: RunFolder, *, step: int | None) -> tuple[HuggingFaceModel, int]:
-    """Return the model of a step after all hooks have exported it: they may need their own state for that."""
+def _from_run(
+    folder: RunFolder, *, step: int | None, instead: Quantize | None = None
+) -> tuple[HuggingFaceModel, int]:
+    """Return the model of a step after all hooks have exported it: they may need their own state for that.
+
+    `instead` quantizes in the place of the hooks that would: what they have rounded cannot be rounded otherwise.
+    """
     config = folder.config()
     state, _, hooks = build_with_hooks(config, Ranks(Launch(), torch.device("cpu"), None))
     found = _restore(folder.storage, {"model": state.model, "hooks": HookSet(hooks)}, step=step)
     model = state.model
-    for hook in hooks.values():
+    exporting = list(hooks.values())
+    if instead is not None:
+        instead.start(state)
+        exporting = [hook for hook in exporting if not isinstance(hook, Quantize)] + [instead]
+    for hook in exporting:
         model = hook.export(model)
     if not isinstance(model, GPT):
         raise ConfigError("a hook's export is not a GPT any more", found=type(model).__name__)
