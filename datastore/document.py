@@ -7,9 +7,10 @@ and two writers of the same value write the same bytes.
 Source: msgspec, https://jcristharif.com/msgspec (validates 100,000 shards three times faster than pydantic).
 """
 
+import math
 import re
 import threading
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from difflib import get_close_matches
 from types import UnionType
 from typing import Annotated, Any, ClassVar, Literal, TypeVar, Union, get_args, get_origin
@@ -125,9 +126,14 @@ def convert(kind: type[D], value: Mapping[str, Any], *, where: str, origins: Map
     `origins` says of a dotted key, such as `train.steps`, where it comes from if not from `where`.
 
     Raises:
-        ConfigError: an unknown key, a wrong type or a value out of range; the message has the key and where it is from,
-            the values that are allowed if they can be listed, and the nearest key.
+        ConfigError: an unknown key, a wrong type, a value out of range or a number that is not finite (JSON, in which
+            values are handed on and stored, has none); the message has the key and where it is from, the values that are
+            allowed if they can be listed, and the nearest key.
     """
+    for path, number in _floats(value, "$"):
+        if not math.isfinite(number):
+            text = f"{number} is not a number to set - at `{path}`"
+            raise _mistake(kind, text, where=where, origins=origins or {})
     try:
         _decoder(kind)
         return msgspec.convert(plain(dict(value)), type=kind)
@@ -206,6 +212,17 @@ def _choices(kind: Any) -> list[str]:
         return ["true", "false"]
     parts = [_choices(part) for part in get_args(kind)] if get_origin(kind) in {Union, UnionType} else [[]]
     return [value for part in parts for value in part] if all(parts) else []
+
+
+def _floats(value: object, path: str) -> Iterator[tuple[str, float]]:
+    if isinstance(value, float):
+        yield path, value
+    elif isinstance(value, Mapping):
+        for key, inner in value.items():
+            yield from _floats(inner, f"{path}.{key}")
+    elif isinstance(value, list | tuple):
+        for place, inner in enumerate(value):
+            yield from _floats(inner, f"{path}[{place}]")
 
 
 def json_schema(kind: type[Document]) -> dict[str, Any]:

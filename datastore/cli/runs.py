@@ -91,11 +91,14 @@ def resume(*, run: str, overrides: tuple[str, ...], processes: int, take_over: b
 
 def _train(start: Callable[..., "Result"], *, as_json: bool) -> None:
     """Call `start` with who this process is and what shows progress, and print how the session ended."""
-    from datastore.training.launcher import Launch
+    from datastore.training.launcher import LOST_PEER, Launch, LostPeerError
 
     launch = Launch(**(launched_by(os.environ) or {}))
     with TrainingLine(shown=launch.rank == 0) as line:
-        result = start(launch=launch, on_progress=line.update)
+        try:
+            result = start(launch=launch, on_progress=line.update)
+        except LostPeerError:
+            raise click.exceptions.Exit(LOST_PEER) from None  # The rank that went says why: one line for one mistake.
     if launch.rank:
         return
     if as_json:

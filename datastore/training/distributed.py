@@ -7,6 +7,8 @@ two ranks another order can change the last bit of a sum. `Ranks.settle` therefo
 a resumed run and an undisturbed one use the same buckets from their first real step on.
 """
 
+import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from datetime import timedelta
@@ -23,6 +25,13 @@ from datastore.training.launcher import Launch, LostPeerError
 
 __all__ = ["Ranks", "connect"]
 
+_MADE, _FAILED = "made ", "failed"
+
+_LEAVE_S = 5.0
+"""How long rank 0 waits for others to learn that it has failed."""
+
+_POLL_S = 0.01
+
 
 class Ranks:
     """This process and its peers. Every method must be called by all ranks, in the same order."""
@@ -33,13 +42,38 @@ class Ranks:
         self.device = device
         self._store = store
 
-    def share(self, name: str, text: str) -> str:
-        """Return rank 0's `text` on every rank; `name` may be used once."""
+    def share(self, name: str, make: Callable[[], str]) -> str:
+        """Return on every rank what `make` returns on rank 0; `name` may be used once.
+
+        If it raises there, the others leave without a word: rank 0 says what it is. It goes last, as the store goes with it,
+        and torch logs the end of a store that somebody waits for with a page of C++ frames.
+
+        Raises:
+            LostPeerError: `make` raised on rank 0; there, what it raised.
+        """
         if self._store is None:
-            return text
+            return make()
+        key = f"share/{name}"
         if self.rank == 0:
-            self._store.set(f"share/{name}", text)
-        return str(self._store.get(f"share/{name}").decode())
+            try:
+                text = make()
+            except BaseException:
+                self._store.set(key, _FAILED)
+                self._wait_for_leavers(key)
+                raise
+            self._store.set(key, _MADE + text)
+            return text
+        found = str(self._store.get(key).decode())
+        if found == _FAILED:
+            self._store.add(f"{key}/left", 1)
+            raise LostPeerError("rank 0 could not go on", rank=self.rank, hint="See what it says.")
+        return found.removeprefix(_MADE)
+
+    def _wait_for_leavers(self, key: str) -> None:
+        assert self._store is not None
+        deadline = time.monotonic() + _LEAVE_S
+        while self._store.add(f"{key}/left", 0) < self.world - 1 and time.monotonic() < deadline:
+            threading.Event().wait(_POLL_S)
 
     def sum(self, values: Tensor) -> Callable[[], Tensor]:
         """Begin to add up `values` over all ranks, in place; the function returned waits for the sum (integers wrap)."""

@@ -9,8 +9,11 @@ stdin when the parent dies, however it dies, and end too: no orphan trains on.
 
 The parent binds the port on which the ranks meet and rank 0 inherits the socket, so no other program can take it between.
 
-The first SIGTERM or SIGINT asks a run to stop; a second one ends the process at once. After the first, the default action of both signals is back: so the second works also while the process is inside a
-kernel or waits for a peer, where no Python handler would run. Nothing half-written is visible after that either.
+The first SIGTERM or SIGINT asks a run to stop; a second one ends the process at once, also while it is inside a kernel, where
+no Python handler would run. Nothing half-written is visible after that either. One request may come as several signals:
+systemd, Slurm and every kill of a cgroup send it to all processes, and launchers pass on what they get. So what follows
+within a second is the same request, and a rank that somebody else started asks for no second one: its launcher, which dies
+of that, has the last word.
 
 One rank is `python -m datastore.training.launcher`, its task on stdin. What goes on the pipe named in the task: `{"event": ...}` as often as it likes, then `{"result": ...}` or `{"error": ...}`.
 """
@@ -25,7 +28,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from types import FrameType
 from typing import Any
@@ -53,6 +56,9 @@ _GRACE_S = 20.0
 """How long the other ranks have to end by themselves after one failed."""
 
 _POLL_S = 0.2
+
+_SAME_REQUEST_S = 1.0
+"""Signals that come so soon after the first one are the same request, sent to a group and passed on."""
 
 
 class LostPeerError(WaitError):
@@ -247,23 +253,61 @@ _SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 
 @contextmanager
-def on_first_signal(ask_to_stop: Callable[[], None]) -> Iterator[None]:
-    """Call `ask_to_stop` at the first signal while the block runs; outside the main thread, do nothing."""
+def on_first_signal(ask_to_stop: Callable[[], None], *, last_word: bool = True) -> Iterator[None]:
+    """Call `ask_to_stop` at the first signal while the block runs; outside the main thread, do nothing.
+
+    A later signal ends the process, but for a rank without the `last_word`: that one ignores it, also behind the block.
+    """
     if threading.current_thread() is not threading.main_thread():
         yield
         return
+    asked = threading.Event()
 
     def handle(_number: int, _frame: FrameType | None) -> None:
-        for number in _SIGNALS:
-            signal.signal(number, signal.SIG_DFL)
-        ask_to_stop()
+        if not asked.is_set():
+            asked.set()
+            ask_to_stop()
 
     before = {number: signal.signal(number, handle) for number in _SIGNALS}
     try:
+        with _ended_by_a_second() if last_word else nullcontext():
+            yield
+    finally:
+        ignored = asked.is_set() and not last_word
+        for number, handler in before.items():
+            signal.signal(number, signal.SIG_IGN if ignored else handler)
+
+
+@contextmanager
+def _ended_by_a_second() -> Iterator[None]:
+    """While the block runs, end this process at a signal that is not the same request as the first one.
+
+    Python writes the number of a signal to a pipe from within the handler in C, whatever its main thread is doing.
+    """
+    read_fd, write_fd = os.pipe()
+    os.set_blocking(write_fd, False)
+    before = signal.set_wakeup_fd(write_fd, warn_on_full_buffer=False)
+    thread = threading.Thread(target=_end_at_second, args=(read_fd,), daemon=True)
+    thread.start()
+    try:
         yield
     finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+        signal.set_wakeup_fd(before)
+        os.close(write_fd)
+        thread.join()
+        os.close(read_fd)
+
+
+def _end_at_second(signals_fd: int) -> None:
+    first: float | None = None
+    while number := os.read(signals_fd, 1):
+        if number[0] not in _SIGNALS:
+            continue
+        now = time.monotonic()
+        if first is None:
+            first = now
+        elif now - first > _SAME_REQUEST_S:
+            os._exit(128 + number[0])  # As a shell tells of a process that the signal has ended.
 
 
 def main() -> int:

@@ -54,15 +54,15 @@ def run_session(request: SessionRequest, launch: Launch, report: Callable[[Train
     check_world(request.settings, launch.world)
     stop = threading.Event()
     with ExitStack() as stack:
-        stack.enter_context(on_first_signal(stop.set))
+        stack.enter_context(on_first_signal(stop.set, last_word=launch.world == 1))
         device = pick_device(request.settings.train.device, launch)
         ranks = stack.enter_context(connect(launch, device=device, timeout_s=request.settings.train.timeout_s))
-        name = ranks.share("session", new_session())
+        name = ranks.share("session", new_session)
         folder = RunFolder.open(request.run)
         lock = RunLock(folder.storage, session=name, take_over=request.take_over)
-        if ranks.rank == 0:
-            stack.enter_context(lock)
-        config = _agree_on_config(request, folder, ranks)
+        config = decode_config(
+            ranks.share("config", lambda: encode_config(_config_under(stack.enter_context(lock), request, folder)))
+        )
         machine = use_machine(config.settings.train, ranks, threads=folder.threads_before(ranks.world))
         versions = _agree_on_versions(config, ranks)
         split = open_split(config, versions)
@@ -102,18 +102,15 @@ def run_session(request: SessionRequest, launch: Launch, report: Callable[[Train
     )
 
 
-def _agree_on_config(request: SessionRequest, folder: RunFolder, ranks: Ranks) -> RunConfig:
+def _config_under(_lock: RunLock, request: SessionRequest, folder: RunFolder) -> RunConfig:
     """Return what rank 0 finds in the run folder, or will put there."""
-    text = ""
-    if ranks.rank == 0:
-        text = encode_config(folder.begin(request.settings) if request.fresh else folder.again(request.settings))
-    return decode_config(ranks.share("config", text))
+    return folder.begin(request.settings) if request.fresh else folder.again(request.settings)
 
 
 def _agree_on_versions(config: RunConfig, ranks: Ranks) -> Versions:
     """Return which versions of the datasets all ranks read: those that rank 0 finds."""
-    text = encode(versions_to_read(config)).decode() if ranks.rank == 0 else ""
-    return decode(Versions, ranks.share("versions", text).encode(), where="rank 0")
+    text = ranks.share("versions", lambda: encode(versions_to_read(config)).decode())
+    return decode(Versions, text.encode(), where="rank 0")
 
 
 def _deletions_note(config: RunConfig, split: Split, versions: Versions) -> str:

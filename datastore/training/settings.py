@@ -241,6 +241,8 @@ class Settings(SettingsDocument, frozen=True, kw_only=True):
             raise ValueError("loader.epochs cannot be set: training is endless, train.steps ends it")
         if any(not isinstance(table.get("use"), str) for table in (self.objective, *self.hooks)):
             raise ValueError('each of [[hooks]], and [objective], needs use = "name" or "module:Class"')
+        if sum(table["use"] == "quantize" for table in self.hooks) > 1:
+            raise ValueError("hooks can quantize once: the second one would find no layer to quantize")
 
 
 class SessionRequest(Document, frozen=True, kw_only=True):

@@ -87,6 +87,8 @@ def _run(
     request: SessionRequest, *, processes: int, launch: Launch, on_progress: Callable[[TrainingProgress], None] | None
 ) -> Result:
     tell = on_progress or (lambda _progress: None)
+    # Settings made in Python were never checked: msgspec checks what it decodes only.
+    request = convert(SessionRequest, msgspec.to_builtins(request), where="the settings")
     if processes != 1 and launch.world > 1:
         raise ConfigError(
             "ranks were started from outside, and processes are asked for",

@@ -15,7 +15,7 @@ before the first forward pass, and a micro-batch counts by its own.
 """
 
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Protocol, Self
@@ -25,7 +25,7 @@ import torch
 from torch import Tensor, nn
 
 from datastore.digest import digest_bytes
-from datastore.errors import CorruptError
+from datastore.errors import ConfigError, CorruptError
 from datastore.loader.batch import Batch
 from datastore.loader.loader import Loader
 from datastore.loader.settings import Rank
@@ -110,7 +110,7 @@ class Trainer:
         """Return the trainer of the run before its first step.
 
         Raises:
-            ConfigError: a hook or the objective is unknown or wrongly set; the dataset has no sample.
+            ConfigError: a hook or the objective is unknown or wrongly set; the dataset has no sample; no loss reaches a parameter.
         """
         settings = config.settings
         objective = make_objective(settings.objective)
@@ -134,8 +134,9 @@ class Trainer:
             objective=objective,
             loader=loader,
         )
+        trainer._refuse_unreached()
         if ranks.world > 1 or machine.compiled:
-            ranks.settle(model, trainer._loss_of_zeros)
+            ranks.settle(model, lambda: trainer._loss_of_zeros(model))
         return trainer
 
     @property
@@ -256,11 +257,31 @@ class Trainer:
             )
         return batch
 
-    def _loss_of_zeros(self) -> Tensor:
-        shape = (self.micro_rows, self.settings.data.seq_len + 1)
+    def _loss_of_zeros(self, model: nn.Module, *, rows: int = 0) -> Tensor:
+        """Return the loss of `rows` samples (0: of a forward pass as in a step), as the hooks change it."""
+        shape = (rows or self.micro_rows, self.settings.data.seq_len + 1)
         batch = MicroBatch(torch.zeros(shape, dtype=torch.int64, device=self.state.device))
         with autocast(self.state.device, self.machine.precision):
-            return self.objective.loss(self.objective.outputs(self.model, batch), batch)
+            outputs = self.objective.outputs(model, batch)
+            loss = self.objective.loss(outputs, batch)
+            for hook in self.hooks.values():
+                loss = hook.loss(loss, batch, outputs)
+        return loss
+
+    def _refuse_unreached(self) -> None:
+        """Refuse parameters without a gradient: one process would leave them as they are, and several would wait for them."""
+        loss = self._loss_of_zeros(self.state.model, rows=0 if self.machine.compiled else 1)
+        trained = {name: one for name, one in self.state.model.named_parameters() if one.requires_grad}
+        found: Sequence[Tensor | None] = [None] * len(trained)
+        if loss.requires_grad:
+            found = torch.autograd.grad(loss, list(trained.values()), allow_unused=True)
+        unreached = [name for name, gradient in zip(trained, found, strict=True) if gradient is None]
+        if unreached:
+            raise ConfigError(
+                "the loss does not depend on a parameter",
+                parameters=unreached[:8],
+                hint="Freeze it (requires_grad = False), or use it in the objective or in a hook's loss.",
+            )
 
 
 def build_model(config: RunConfig) -> GPT:

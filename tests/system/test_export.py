@@ -1,6 +1,8 @@
 """A trained model leaves as a Hugging Face folder and predicts what it predicted before."""
 
+import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -66,6 +68,36 @@ def test_a_quantizing_hook_quantizes_every_export(run: str, tmp_path: Path) -> N
     train(other, str(tmp_path / "run"))
     export(str(tmp_path / "run"), str(tmp_path / "hf"))
     assert any(name.endswith("weight_packed") for name in open_model(str(tmp_path / "hf")).model.state_dict())
+
+
+def bits_of(folder: Path) -> int:
+    config = json.loads((folder / "config.json").read_bytes())
+    return int(config["quantization_config"]["config_groups"]["group_0"]["weights"]["num_bits"])
+
+
+def test_what_an_export_is_told_comes_in_the_place_of_a_hook_that_quantizes(run: str, tmp_path: Path) -> None:
+    url = RunFolder.open(run).config().settings.data.url
+    hooks = ({"use": "quantize", "bits": 8},)
+    train(tiny_settings(url, "train.steps=2", hooks=hooks), str(tmp_path / "run"))
+    export(str(tmp_path / "run"), str(tmp_path / "own"))
+    export(str(tmp_path / "run"), str(tmp_path / "told"), quantize="int4")
+    train(tiny_settings(url, "train.steps=2"), str(tmp_path / "plain"))
+    export(str(tmp_path / "plain"), str(tmp_path / "once"), quantize="int4")
+    assert (bits_of(tmp_path / "own"), bits_of(tmp_path / "told")) == (8, 4)
+    files = [(tmp_path / folder / "model.safetensors").read_bytes() for folder in ("told", "once")]
+    assert files[0] == files[1], "rounded once, not twice"
+
+
+@pytest.mark.parametrize(
+    "hooks", [({"use": "quantize", "group": 12},), ({"use": "quantize"}, {"use": "quantize", "bits": 4})]
+)
+def test_a_quantization_that_cannot_be_is_refused_before_the_first_step(
+    run: str, tmp_path: Path, hooks: tuple[dict[str, Any], ...]
+) -> None:
+    url = RunFolder.open(run).config().settings.data.url
+    with pytest.raises(ConfigError, match=r"layer='model.layers.0.self_attn.q_proj'.*group=12|quantize once"):
+        train(tiny_settings(url, "train.steps=2", hooks=hooks), str(tmp_path / "run"))
+    assert not (tmp_path / "run" / "config.json").exists()
 
 
 def test_a_hook_exports_with_the_state_that_it_had_at_that_step(

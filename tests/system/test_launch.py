@@ -53,6 +53,12 @@ def test_ranks_share_texts_and_sums_that_wrap() -> None:
     assert all(result == {"shared": "from rank 0", "least": 8, "sum": [wrapped, 3]} for result in results)
 
 
+def test_a_mistake_that_rank_0_finds_is_told_once_and_torch_logs_nothing(capfd: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(ConfigError, match="rank 0 refuses"):
+        spawn("training_programs:refuse_on_rank_0", {}, processes=3)
+    assert capfd.readouterr().err == ""
+
+
 def test_no_rank_outlives_a_parent_that_was_killed() -> None:
     program = (
         "import sys; sys.path.insert(0, sys.argv[1])\n"

@@ -1,6 +1,7 @@
 """A run comes out the same, whatever happens to it in between."""
 
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -68,11 +69,11 @@ def record(run: Path) -> bytes:
     return record_bytes([entry for _, entry in read_history(RunFolder.open(str(run))).steps])
 
 
-def start(settings: Settings, run: Path) -> "subprocess.Popen[str]":
+def start(settings: Settings, run: Path, program: str = PROGRAM) -> "subprocess.Popen[str]":
     """Start `train` in a process of its own, which prints a line for each progress."""
     file = run.with_suffix(".json")
     file.write_bytes(encode(settings))
-    arguments = [sys.executable, "-c", PROGRAM, str(HERE), str(file), str(run)]
+    arguments = [sys.executable, "-c", program, str(HERE), str(file), str(run)]
     return subprocess.Popen(arguments, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
@@ -223,6 +224,48 @@ def test_a_signal_finishes_the_step_saves_and_returns(language: str, tmp_path: P
     assert resume(str(tmp_path / "run"), overrides=[f"train.steps={step + 2}"]).resumed_from == step
 
 
+JOB = """
+import sys
+sys.path.insert(0, sys.argv[1])
+from pathlib import Path
+import msgspec  # noqa: E402
+from datastore.training.settings import Settings  # noqa: E402
+from datastore.training.start import train
+settings = msgspec.json.decode(Path(sys.argv[2]).read_bytes(), type=Settings)
+train(settings, sys.argv[3], processes=2, on_progress=lambda progress: print(progress.step, flush=True))
+"""
+
+
+def test_a_signal_to_the_launcher_and_all_its_ranks_is_one_request(language: str, tmp_path: Path) -> None:
+    settings = tiny_settings(language, "train.steps=100000", "checkpoint.every=0", "eval.every=0")
+    process = start(settings, tmp_path / "run", program=JOB)
+    assert process.stdout is not None
+    while int(process.stdout.readline() or "-1") == 0:
+        pass
+    children = [int(pid) for pid in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()]
+    assert len(children) == 2
+    for pid in (*children, *children):
+        os.kill(pid, signal.SIGTERM)
+    process.send_signal(signal.SIGTERM)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 0, errors
+    assert 0 < len(read_history(RunFolder.open(str(tmp_path / "run"))).steps) < 100000
+
+
+def test_a_second_signal_ends_the_process_at_once(language: str, tmp_path: Path) -> None:
+    hook = {"use": "training_hooks:Hang", "step": 1}
+    process = start(tiny_settings(language, "checkpoint.every=1", hooks=(hook,)), tmp_path / "run")
+    assert process.stdout is not None
+    while int(process.stdout.readline() or "-1") == 0:
+        pass
+    process.send_signal(signal.SIGTERM)
+    with pytest.raises(subprocess.TimeoutExpired):
+        process.communicate(timeout=1.5)
+    process.send_signal(signal.SIGTERM)
+    process.communicate(timeout=20)
+    assert process.returncode == 128 + signal.SIGTERM
+
+
 def test_a_second_writer_is_refused_while_the_first_works_on(language: str, tmp_path: Path) -> None:
     settings = tiny_settings(language, "train.steps=100000", "checkpoint.every=0")
     process = start(settings, tmp_path / "run")
@@ -285,6 +328,27 @@ def test_a_loss_that_is_not_finite_ends_the_run_before_it_is_saved(language: str
     with pytest.raises(DatastoreError, match="not finite"):
         train(settings, str(tmp_path / "run"))
     assert all(torch.isfinite(tensor).all() for tensor in weights(tmp_path / "run").values())
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_a_parameter_that_no_loss_reaches_is_refused_before_the_first_step_and_named(
+    language: str, tmp_path: Path, processes: int
+) -> None:
+    settings = tiny_settings(language, hooks=({"use": "training_hooks:Spare"},))
+    with pytest.raises(ConfigError, match=r"parameters=\['spare'\]"):
+        train(settings, str(tmp_path / "run"), processes=processes)
+    assert not (tmp_path / "run" / "config.json").exists()
+
+
+def test_a_parameter_that_only_the_loss_of_a_hook_reaches_trains_on_two_ranks(language: str, tmp_path: Path) -> None:
+    hooks = ({"use": "training_hooks:Spare", "used": True},)
+    settings = tiny_settings(language, "train.steps=3", "data.global_batch=12", hooks=hooks)
+    train(settings, str(tmp_path / "1"))
+    train(settings, str(tmp_path / "2"), processes=2)
+    losses = [
+        [line["loss"] for line in read_metrics(RunFolder.open(str(tmp_path / name)).storage)] for name in ("1", "2")
+    ]
+    assert losses[0] == pytest.approx(losses[1], abs=1e-5)
 
 
 def test_settings_survive_the_run_folder(language: str, tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import threading
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, ClassVar
@@ -40,6 +41,22 @@ class Kill(Hook):
             os.kill(os.getpid(), signal.SIGKILL)
 
 
+class HangSettings(Document, frozen=True, kw_only=True):
+    step: int
+
+
+class Hang(Hook):
+    """Never comes back from a step."""
+
+    Settings: ClassVar[type[Document]] = HangSettings
+
+    @override
+    def gradients(self, run: RunState) -> None:
+        assert isinstance(self.settings, HangSettings)
+        while run.step >= self.settings.step:
+            threading.Event().wait(60)
+
+
 class Average(Hook):
     """Exports the mean of the weights after all steps rather than the last ones."""
 
@@ -71,6 +88,26 @@ class Average(Hook):
         self.steps.copy_(state["steps"])
         for name, value in state["sum"].items():
             self.sum[name].copy_(value)
+
+
+class SpareSettings(Document, frozen=True, kw_only=True):
+    used: bool = False
+
+
+class Spare(Hook):
+    """Adds a parameter that no layer uses; its own loss does if told so."""
+
+    Settings: ClassVar[type[Document]] = SpareSettings
+
+    @override
+    def model(self, model: nn.Module) -> nn.Module:
+        self.spare = model.spare = nn.Parameter(torch.ones(3))
+        return model
+
+    @override
+    def loss(self, loss: Tensor, batch: MicroBatch, outputs: Tensor) -> Tensor:
+        assert isinstance(self.settings, SpareSettings)
+        return loss + self.spare.square().mean() if self.settings.used else loss
 
 
 class Noise(Hook):

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import override
 
+from datastore.errors import ConfigError
 from datastore.training.distributed import Ranks, connect
 from datastore.training.hooks.base import RunState
 from datastore.training.launcher import Launch
@@ -36,10 +37,18 @@ def agree(launch: Launch, arguments: dict[str, Any], report: Report) -> dict[str
     with connect(launch, device=torch.device("cpu"), timeout_s=60) as ranks:
         values = torch.tensor([2**63 - 1, ranks.rank], dtype=torch.int64)
         return {
-            "shared": ranks.share("word", f"from rank {ranks.rank}"),
+            "shared": ranks.share("word", lambda: f"from rank {ranks.rank}"),
             "least": ranks.least(10 - ranks.rank),
             "sum": ranks.sum(values)().tolist(),
         }
+
+
+def refuse_on_rank_0(launch: Launch, arguments: dict[str, Any], report: Report) -> None:  # noqa: ARG001
+    def make() -> str:
+        raise ConfigError("rank 0 refuses", hint="Ask another one.")
+
+    with connect(launch, device=torch.device("cpu"), timeout_s=60) as ranks:
+        ranks.share("word", make)
 
 
 class Rows:

@@ -28,8 +28,8 @@ __all__ = ["QUANTIZATIONS", "Exported", "export", "open_model"]
 QUANTIZATIONS = {"int8": QuantizeSettings(bits=8), "int4": QuantizeSettings(bits=4, group=32)}
 """What `quantize` can say."""
 
-_STAGES = 3
-"""Of an export: the model is read, quantized, written."""
+_STAGES = 2
+"""Of an export: the model is read, and written."""
 
 
 class Exported(Document, frozen=True, kw_only=True):
@@ -60,8 +60,8 @@ def export(
 ) -> Exported:
     """Write the model of `run` at `step` (None: its newest sound checkpoint) to the folder `to`.
 
-    `quantize` ("int8", "int4") adds to what the run's own hooks do. A folder that holds a model is left alone unless
-    `replace`. `progress` is told of its three stages: the model is read, quantized, written.
+    `quantize` ("int8", "int4") comes after what the run's own hooks do, and in the place of those that quantize. A folder
+    that holds a model is left alone unless `replace`. `progress` is told of its two stages: the model is read, and written.
 
     Raises:
         MissingError: there is no run, or no such step.
@@ -80,16 +80,16 @@ def export(
             found=occupied,
             hint="Name another one, or overwrite it: `replace`.",
         )
-    loaded = _from_run(RunFolder.open(run), step=step)
+    loaded = _from_run(
+        RunFolder.open(run), step=step, instead=Quantize(QUANTIZATIONS[quantize]) if quantize is not None else None
+    )
     assert loaded.step is not None
     if progress is not None:
         progress(1, _STAGES)
-    if quantize is not None:
-        Quantize(QUANTIZATIONS[quantize]).export(loaded.model)
-    if progress is not None:
-        progress(2, _STAGES)
     target.delete("config.json")  # Until the new one is there, the folder is not a model.
     files = write_folder(target, loaded)
+    if progress is not None:
+        progress(_STAGES, _STAGES)
     return Exported(url=target.url, step=loaded.step, files=files, passed_over=loaded.passed_over)
 
 
@@ -116,13 +116,20 @@ def open_model(source: str, *, step: int | None = None) -> HuggingFaceModel:
         ) from None
 
 
-def _from_run(folder: RunFolder, *, step: int | None) -> HuggingFaceModel:
-    """Return the model of a step after all hooks have exported it: they may need their own state for that."""
+def _from_run(folder: RunFolder, *, step: int | None, instead: Quantize | None = None) -> HuggingFaceModel:
+    """Return the model of a step after all hooks have exported it: they may need their own state for that.
+
+    `instead` quantizes in the place of the hooks that would: what they have rounded cannot be rounded otherwise.
+    """
     config = folder.config()
     state, _, hooks = build_with_hooks(config, Ranks(Launch(), torch.device("cpu"), None))
     found = _restore(folder.storage, {"model": state.model, "hooks": HookSet(hooks)}, step=step)
     model = state.model
-    for hook in hooks.values():
+    exporting = list(hooks.values())
+    if instead is not None:
+        instead.start(state)
+        exporting = [hook for hook in exporting if not isinstance(hook, Quantize)] + [instead]
+    for hook in exporting:
         model = hook.export(model)
     if not isinstance(model, GPT):
         raise ConfigError("a hook's export is not a GPT any more", found=type(model).__name__)

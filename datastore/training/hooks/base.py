@@ -28,7 +28,7 @@ from datastore.document import Document, convert
 from datastore.errors import ResumeError
 from datastore.training.objectives import MicroBatch
 
-__all__ = ["Hook", "HookSet", "RunState", "find_hook", "make_hooks"]
+__all__ = ["Hook", "HookSet", "RunState", "find_hook", "make_hooks", "training_hooks"]
 
 _OURS = {"prune": "datastore.training.hooks.prune:Prune", "quantize": "datastore.training.hooks.quantize:Quantize"}
 
@@ -55,6 +55,10 @@ class Hook:
 
     Settings: ClassVar[type[Document]] = Document
     """The keys of its `[[hooks]]` table besides `use`; an instance is the one argument of the constructor."""
+
+    trains: ClassVar[bool] = True
+    """Whether it has a part in training. One that acts on export only, and has no state, says False: it may be changed, added
+    or left out when a run is resumed."""
 
     def __init__(self, settings: Document) -> None:
         self.settings = settings
@@ -130,6 +134,15 @@ def make_hooks(tables: Sequence[Mapping[str, Any]], *, where: str) -> dict[str, 
         own = {key: value for key, value in table.items() if key != "use"}
         hooks[f"{place}.{table['use']}"] = kind(convert(kind.Settings, own, where=f"{where}, hooks[{place}]"))
     return hooks
+
+
+def training_hooks(tables: Sequence[Mapping[str, Any]]) -> dict[str, Mapping[str, Any]]:
+    """Return the `[[hooks]]` tables that have a part in training, by the place and name that their state is saved under.
+
+    Raises:
+        ConfigError, DependencyError: as `make_hooks`.
+    """
+    return {f"{place}.{table['use']}": table for place, table in enumerate(tables) if find_hook(table["use"]).trains}
 
 
 def find_hook(name: str) -> type[Hook]:

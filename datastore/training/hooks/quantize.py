@@ -10,6 +10,7 @@ copy here too, and `transformers` and vLLM open it. Forward unpacks: it is there
 Source: compressed-tensors 0.20, `compressors/pack_quantized`.
 """
 
+from collections.abc import Callable
 from typing import Annotated, Any, ClassVar, Literal
 
 import msgspec
@@ -20,7 +21,7 @@ from typing_extensions import override
 
 from datastore.document import Document, SettingsDocument
 from datastore.errors import ConfigError
-from datastore.training.hooks.base import Hook
+from datastore.training.hooks.base import Hook, RunState
 
 __all__ = ["PackedLinear", "Quantize", "QuantizeSettings", "pack", "quantization_config", "quantize_rows", "unpack"]
 
@@ -47,16 +48,20 @@ def quantize_rows(weight: Tensor, *, bits: int, group: int) -> tuple[Tensor, Ten
     """
     out, columns = weight.shape
     size = group or columns
-    if columns % size:
-        raise ConfigError(
-            "columns do not divide into groups", columns=columns, group=group, hint="Choose another group."
-        )
+    _check_group(columns, group)
     top = (1 << (bits - 1)) - 1
     parts = weight.detach().float().view(out, columns // size, size)
     scales = parts.abs().amax(dim=-1, keepdim=True) / top
     scales = torch.where(scales == 0, 1.0, scales)
     whole = torch.round(parts / scales).clamp(-top, top).to(torch.int8)
     return whole.view(out, columns), scales.squeeze(-1)
+
+
+def _check_group(columns: int, group: int, **where: str) -> None:
+    if group and columns % group:
+        raise ConfigError(
+            "columns do not divide into groups", **where, columns=columns, group=group, hint="Choose another group."
+        )
 
 
 def pack(whole: Tensor, bits: int) -> Tensor:
@@ -117,23 +122,40 @@ class Quantize(Hook):
     """Quantizes every linear layer within the decoder's layers on export; training does not notice."""
 
     Settings: ClassVar[type[Document]] = QuantizeSettings
+    trains: ClassVar[bool] = False
 
     def __init__(self, settings: QuantizeSettings) -> None:
         super().__init__(settings)
         self._settings = settings
 
     @override
+    def start(self, run: RunState) -> None:
+        """Refuse now what could not be exported when all the training is done."""
+        for name, linear in _linears(run.model):
+            _check_group(linear.in_features, self._settings.group, layer=name)
+
+    @override
     def export(self, model: nn.Module) -> nn.Module:
+        if not _linears(model):
+            raise ConfigError(
+                "no linear layer is left to quantize", bits=self._settings.bits, hint="Let one hook alone quantize."
+            )
         replace_linears(model, lambda linear: PackedLinear.of(linear, self._settings))
         return model
 
 
-def replace_linears(model: nn.Module, make: Any) -> None:
+def _linears(model: nn.Module) -> list[tuple[str, nn.Linear]]:
+    """Return every linear layer of `model` but the output layer."""
+    return [
+        (name, module) for name, module in model.named_modules() if isinstance(module, nn.Linear) and name != "lm_head"
+    ]
+
+
+def replace_linears(model: nn.Module, make: Callable[[nn.Linear], nn.Module]) -> None:
     """Put `make(linear)` in the place of every linear layer of `model` but the output layer."""
-    for name, module in list(model.named_modules()):
-        if isinstance(module, nn.Linear) and name != "lm_head":
-            parent, _, last = name.rpartition(".")
-            setattr(model.get_submodule(parent), last, make(module))
+    for name, linear in _linears(model):
+        parent, _, last = name.rpartition(".")
+        setattr(model.get_submodule(parent), last, make(linear))
 
 
 def quantization_config(settings: QuantizeSettings) -> dict[str, Any]:

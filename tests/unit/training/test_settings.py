@@ -1,14 +1,41 @@
+import math
 import subprocess
 import sys
 from typing import Any
 
+import msgspec
 import pytest
 
 from datastore.config import settings_from
 from datastore.errors import ConfigError
-from datastore.training.settings import ModelSettings, Settings, changed_keys, check_world
+from datastore.training.settings import (
+    DataSettings,
+    ModelSettings,
+    OptimSettings,
+    Settings,
+    changed_keys,
+    check_world,
+    flatten,
+)
+from datastore.training.start import train
 
 DATA = {"url": "data"}
+
+
+FLOATS = {
+    tuple(key.split("."))
+    for key, value in flatten(Settings(data=DataSettings(url="data"))).items()
+    if isinstance(value, float)
+}
+
+
+def fill(value: Any, number: float) -> Any:
+    """Return `value` with `number` in the place of `...`."""
+    if isinstance(value, dict):
+        return {key: fill(inner, number) for key, inner in value.items()}
+    if isinstance(value, list):
+        return [fill(inner, number) for inner in value]
+    return number if value is ... else value
 
 
 def made(**tables: Any) -> Settings:
@@ -37,6 +64,27 @@ def test_reading_settings_loads_no_torch() -> None:
 def test_a_wrong_setting_is_named_by_its_path(tables: dict[str, Any], path: str) -> None:
     with pytest.raises(ConfigError, match=path):
         made(**tables)
+
+
+@pytest.mark.parametrize("number", [math.inf, -math.inf, math.nan])
+@pytest.mark.parametrize(
+    ("tables", "path"),
+    [
+        *(({part: {key: ...}}, rf"\$\.{part}\.{key}") for part, key in sorted(FLOATS)),
+        ({"optim": {"betas": [0.9, ...]}}, r"\$\.optim\.betas\[1\]"),
+        ({"hooks": [{"use": "prune", "inner": {"limit": ...}}]}, r"\$\.hooks\[0\]\.inner\.limit"),
+        ({"objective": {"use": "causal", "by": ...}}, r"\$\.objective\.by"),
+    ],
+)
+def test_a_number_that_is_not_finite_is_refused_by_its_path(tables: dict[str, Any], path: str, number: float) -> None:
+    with pytest.raises(ConfigError, match=path):
+        made(**fill(tables, number))
+
+
+def test_settings_made_in_python_are_checked_like_those_of_a_file() -> None:
+    settings = msgspec.structs.replace(made(), optim=OptimSettings(clip=math.inf))
+    with pytest.raises(ConfigError, match=r"inf is not a number.*\$\.settings\.optim\.clip"):
+        train(settings, "memory://never")
 
 
 def test_settings_that_change_what_is_learned_may_not_change_in_a_run() -> None:
