@@ -165,7 +165,7 @@ def _mistake(kind: type[Document], text: str, *, where: str, origins: Mapping[st
     allowed = _choices(_type_at(kind, path))
     listed = {"allowed": allowed} if allowed else {}
     fact = reason[0].lower() + reason[1:].replace("nvalid enum value", "t cannot be", 1)
-    return ConfigError(f"`{key}`: {fact}" if key else fact, where=where, **listed, hint="Correct it.")
+    return ConfigError(f"`{found[2]}`: {fact}" if found[2] else fact, where=where, **listed, hint="Correct it.")
 
 
 def _is_about(name: str, key: str) -> bool:

@@ -70,10 +70,10 @@ def test_a_wrong_setting_is_named_by_its_path(tables: dict[str, Any], path: str)
 @pytest.mark.parametrize(
     ("tables", "path"),
     [
-        *(({part: {key: ...}}, rf"\$\.{part}\.{key}") for part, key in sorted(FLOATS)),
-        ({"optim": {"betas": [0.9, ...]}}, r"\$\.optim\.betas\[1\]"),
-        ({"hooks": [{"use": "prune", "inner": {"limit": ...}}]}, r"\$\.hooks\[0\]\.inner\.limit"),
-        ({"objective": {"use": "causal", "by": ...}}, r"\$\.objective\.by"),
+        *(({part: {key: ...}}, rf"{part}\.{key}") for part, key in sorted(FLOATS)),
+        ({"optim": {"betas": [0.9, ...]}}, r"optim\.betas\[1\]"),
+        ({"hooks": [{"use": "prune", "inner": {"limit": ...}}]}, r"hooks\[0\]\.inner\.limit"),
+        ({"objective": {"use": "causal", "by": ...}}, r"objective\.by"),
     ],
 )
 def test_a_number_that_is_not_finite_is_refused_by_its_path(tables: dict[str, Any], path: str, number: float) -> None:
@@ -83,7 +83,7 @@ def test_a_number_that_is_not_finite_is_refused_by_its_path(tables: dict[str, An
 
 def test_settings_made_in_python_are_checked_like_those_of_a_file() -> None:
     settings = msgspec.structs.replace(made(), optim=OptimSettings(clip=math.inf))
-    with pytest.raises(ConfigError, match=r"inf is not a number.*\$\.settings\.optim\.clip"):
+    with pytest.raises(ConfigError, match=r"settings\.optim\.clip`: inf is not a number"):
         train(settings, "memory://never")
 
 
