@@ -14,7 +14,12 @@ from torch import nn
 
 from datastore.training.settings import OptimSettings
 
-__all__ = ["learning_rate", "make_optimizer", "named_state", "set_learning_rate"]
+__all__ = ["BLOWN_UP", "learning_rate", "make_optimizer", "named_state", "set_learning_rate"]
+
+BLOWN_UP = (
+    "What is saved is from before that. Resume with a lower optim.lr, or look at the data with `datastore trace`."
+)
+"""What to do about a loss that is not finite."""
 
 
 def learning_rate(settings: OptimSettings, step: int, steps: int) -> float:

@@ -22,6 +22,7 @@ from datastore.training.hooks.base import RunState
 from datastore.training.machine import flops_per_token, peak_flops
 from datastore.training.metrics import MetricsWriter, StepMeter, TrainingProgress
 from datastore.training.model import parameter_count
+from datastore.training.optim import BLOWN_UP
 from datastore.training.run.data import ValidationSamples
 from datastore.training.run.lock import RunLock
 from datastore.training.run.record import ConsumptionRecord, StepEntry
@@ -99,7 +100,7 @@ class Supervisor(Observer):
                 step=outcome.step,
                 loss=outcome.loss,
                 grad_norm=outcome.grad_norm,
-                hint="The last checkpoint is from before that. Lower optim.lr, or look at the data with `datastore trace`.",
+                hint=BLOWN_UP,
             )
         self._record.add(
             StepEntry(
@@ -163,9 +164,14 @@ class Supervisor(Observer):
             precision=trainer.machine.precision,
             rows=trainer.micro_rows,
         )
+        if not math.isfinite(found.loss):
+            raise DatastoreError(
+                "the validation loss is not finite", step=trainer.state.step, loss=found.loss, hint=BLOWN_UP
+            )
         self.validation_loss = self._line["validation_loss"] = found.loss
 
     def _save(self, step: int, *, blocking: bool) -> None:
+        self._trainer.refuse_broken()
         segment = self._record.close_segment(self._session)
         if self.outputs is not None:
             if self.outputs.lock.lost:

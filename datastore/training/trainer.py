@@ -15,7 +15,7 @@ before the first forward pass, and a micro-batch counts by its own.
 """
 
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Protocol, Self
@@ -25,7 +25,7 @@ import torch
 from torch import Tensor, nn
 
 from datastore.digest import digest_bytes
-from datastore.errors import ConfigError, CorruptError
+from datastore.errors import ConfigError, CorruptError, DatastoreError
 from datastore.loader.batch import Batch
 from datastore.loader.loader import Loader
 from datastore.loader.settings import Rank
@@ -34,7 +34,7 @@ from datastore.training.hooks.base import Hook, HookSet, RunState, make_hooks
 from datastore.training.machine import Machine, autocast
 from datastore.training.model import GPT, Block
 from datastore.training.objectives import MicroBatch, Objective, make_objective
-from datastore.training.optim import learning_rate, make_optimizer, named_state, set_learning_rate
+from datastore.training.optim import BLOWN_UP, learning_rate, make_optimizer, named_state, set_learning_rate
 from datastore.training.run.data import Split
 from datastore.training.run.folder import RunConfig
 from datastore.training.settings import Settings
@@ -268,20 +268,33 @@ class Trainer:
                 loss = hook.loss(loss, batch, outputs)
         return loss
 
+    def refuse_broken(self) -> None:
+        """Refuse weights from which a run cannot go on, before they are saved in the place of good ones."""
+        loss, gradients = self._probe()
+        if not all(bool(one.isfinite().all()) for one in (loss, *gradients.values()) if one is not None):
+            raise DatastoreError(
+                "the step has left weights whose loss is not finite", step=self.state.step, hint=BLOWN_UP
+            )
+
     def _refuse_unreached(self) -> None:
         """Refuse parameters without a gradient: one process would leave them as they are, and several would wait for them."""
-        loss = self._loss_of_zeros(self.state.model, rows=0 if self.machine.compiled else 1)
-        trained = {name: one for name, one in self.state.model.named_parameters() if one.requires_grad}
-        found: Sequence[Tensor | None] = [None] * len(trained)
-        if loss.requires_grad:
-            found = torch.autograd.grad(loss, list(trained.values()), allow_unused=True)
-        unreached = [name for name, gradient in zip(trained, found, strict=True) if gradient is None]
+        unreached = [name for name, gradient in self._probe()[1].items() if gradient is None]
         if unreached:
             raise ConfigError(
                 "the loss does not depend on a parameter",
                 parameters=unreached[:8],
                 hint="Freeze it (requires_grad = False), or use it in the objective or in a hook's loss.",
             )
+
+    def _probe(self) -> tuple[Tensor, dict[str, Tensor | None]]:
+        """Return a loss and its gradients by parameter, on this rank alone; nothing is changed."""
+        loss = self._loss_of_zeros(self.state.model, rows=0 if self.machine.compiled else 1)
+        trained = {name: one for name, one in self.state.model.named_parameters() if one.requires_grad}
+        if not loss.requires_grad:
+            return loss, dict.fromkeys(trained)
+        return loss, dict(
+            zip(trained, torch.autograd.grad(loss, list(trained.values()), allow_unused=True), strict=True)
+        )
 
 
 def build_model(config: RunConfig) -> GPT:

@@ -89,9 +89,7 @@ def open_model(source: str, *, step: int | None = None) -> HuggingFaceModel:
         ) from None
 
 
-def _from_run(
-    folder: RunFolder, *, step: int | None, instead: Quantize | None = None
-) -> tuple[HuggingFaceModel, int]:
+def _from_run(folder: RunFolder, *, step: int | None, instead: Quantize | None = None) -> tuple[HuggingFaceModel, int]:
     """Return the model of a step after all hooks have exported it: they may need their own state for that.
 
     `instead` quantizes in the place of the hooks that would: what they have rounded cannot be rounded otherwise.

@@ -142,9 +142,7 @@ def training_hooks(tables: Sequence[Mapping[str, Any]]) -> dict[str, Mapping[str
     Raises:
         ConfigError, DependencyError: as `make_hooks`.
     """
-    return {
-        f"{place}.{table['use']}": table for place, table in enumerate(tables) if find_hook(table["use"]).trains
-    }
+    return {f"{place}.{table['use']}": table for place, table in enumerate(tables) if find_hook(table["use"]).trains}
 
 
 def find_hook(name: str) -> type[Hook]:

@@ -145,9 +145,7 @@ class Quantize(Hook):
 def _linears(model: nn.Module) -> list[tuple[str, nn.Linear]]:
     """Return every linear layer of `model` but the output layer."""
     return [
-        (name, module)
-        for name, module in model.named_modules()
-        if isinstance(module, nn.Linear) and name != "lm_head"
+        (name, module) for name, module in model.named_modules() if isinstance(module, nn.Linear) and name != "lm_head"
     ]
 
 

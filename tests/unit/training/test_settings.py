@@ -22,7 +22,11 @@ from datastore.training.start import train
 DATA = {"url": "data"}
 
 
-FLOATS = {tuple(key.split(".")) for key, value in flatten(Settings(data=DataSettings(url="data"))).items() if isinstance(value, float)}
+FLOATS = {
+    tuple(key.split("."))
+    for key, value in flatten(Settings(data=DataSettings(url="data"))).items()
+    if isinstance(value, float)
+}
 
 
 def fill(value: Any, number: float) -> Any:
