@@ -232,8 +232,9 @@ def ref_of(dataset: Dataset) -> DatasetRef:
 
 
 def version_to_read(url: str, ref: DatasetRef, *, deletions: DeletionMode) -> int:
-    """Return the version that `url` names; else the newest that differs from `ref` by deletions (and perhaps later shards) only,
-    or `ref`'s own.
+    """Return the version that `url` names; if it names none, the newest that differs from `ref` by no more than deletions.
+
+    That one may have later shards too; if there is none, it is `ref`'s own.
 
     Raises:
         MissingError: there is no dataset, or no such version or tag, any more.

@@ -84,7 +84,7 @@ class RunSession(Sealed, frozen=True, kw_only=True):
     number: int = 0
     """1 for the first session of a run, and one more for each; 0: not noted yet."""
 
-    changed: dict[str, tuple[Any, Any]] = {}
+    changed: dict[str, tuple[Any, Any]] = msgspec.field(default_factory=dict)
     """Settings that it changed, by their path: what each was in the session before, and is from here on."""
 
 
