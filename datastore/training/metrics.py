@@ -1,6 +1,6 @@
 """Numbers about a run: a JSON line per step, progress, the result, and TensorBoard if asked for.
 
-Lines go to `metrics/<first step>-<session>.jsonl`, which a thread replaces by a longer one every few seconds: object stores
+Lines go to `metrics/<first step>-<number and name of the session>.jsonl`, which a thread replaces by a longer one every few seconds: object stores
 cannot append. A killed session loses at most those seconds of lines, and its steps are taken again by the next session,
 whose lines count (`read_metrics`). What cannot be stored now stays in memory and is tried again: metrics end no run.
 
@@ -106,7 +106,7 @@ class MetricsWriter:
 
 def read_metrics(storage: Storage) -> list[dict[str, Any]]:
     """Return one record per step, in order; of a step taken twice, what the later session wrote."""
-    keys = sorted((found.key for found in storage.list("metrics")), key=lambda key: key.rpartition("-")[2])
+    keys = sorted((found.key for found in storage.list("metrics")), key=_session_of)
     steps: dict[int, dict[str, Any]] = {}
     for key in keys:
         records = [orjson.loads(line) for line in storage.get(key).splitlines()]
@@ -114,6 +114,12 @@ def read_metrics(storage: Storage) -> list[dict[str, Any]]:
             steps = {step: record for step, record in steps.items() if step < records[0]["step"]}
             steps |= {record["step"]: record for record in records}
     return [steps[step] for step in sorted(steps)]
+
+
+def _session_of(key: str) -> tuple[int, str]:
+    """Return what sessions are ordered by: their number. The name, which begins with the time of some clock, decides for old ones."""
+    _, *number, name = key.split("-")
+    return int(number[0]) if number else 0, name
 
 
 def _open_board(folder: Path, first_step: int) -> Any:

@@ -8,10 +8,13 @@ import platform
 import socket
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
+
+import msgspec
 
 from datastore.checkpoint.checkpointer import Checkpointer
 from datastore.checkpoint.steps import CheckpointerSettings, Keep
@@ -20,6 +23,7 @@ from datastore.errors import ConfigError
 from datastore.host import utc_now
 from datastore.loader.settings import Rank
 from datastore.training.distributed import Ranks, connect
+from datastore.training.hooks.base import training_hooks
 from datastore.training.launcher import Launch, on_first_signal
 from datastore.training.machine import device_name, pick_device, use_machine
 from datastore.training.metrics import MetricsWriter, Result, TrainingProgress
@@ -73,17 +77,24 @@ def run_session(request: SessionRequest, launch: Launch, report: Callable[[Train
             trainer, session=name, checkpointer=checkpointer, samples=_samples(split, trainer), stop=stop
         )
         trainer.guard = checkpointer.guard
-        note = "; ".join(filter(None, (supervisor.restore(), _deletions_note(config, split, versions))))
+        notes = [supervisor.restore(), _deletions_note(config, split, versions)]
         resumed_from = trainer.state.step
         if ranks.rank == 0:
+            changed = folder.changes(config) if resumed_from else {}
+            notes.append(_changes_note(changed))
+            number = 1 + max((session.number for session in folder.sessions()), default=0)
             folder.store(config)  # Not before: what does not work must not be in the way of what does.
-            folder.add_session(_session(name, trainer, versions))
+            session = _session(name, trainer, versions)
+            folder.add_session(msgspec.structs.replace(session, number=number, changed=changed))
             metrics = MetricsWriter(
-                folder.storage, session=name, first_step=resumed_from + 1, tensorboard=_board(config.settings, folder)
+                folder.storage,
+                session=f"{number:06d}-{name}",
+                first_step=resumed_from + 1,
+                tensorboard=_board(config.settings, folder),
             )
             stack.callback(metrics.close)
             supervisor.outputs = Outputs(folder.storage, lock, metrics, report)
-        supervisor.tell(note)
+        supervisor.tell("; ".join(filter(None, notes)))
         if trainer.state.step < trainer.state.steps:
             trainer.run(supervisor)
     return Result(
@@ -104,7 +115,9 @@ def run_session(request: SessionRequest, launch: Launch, report: Callable[[Train
 
 def _config_under(_lock: RunLock, request: SessionRequest, folder: RunFolder) -> RunConfig:
     """Return what rank 0 finds in the run folder, or will put there."""
-    return folder.begin(request.settings) if request.fresh else folder.again(request.settings)
+    if request.fresh:
+        return folder.begin(request.settings, kept=training_hooks)
+    return folder.again(request.settings, kept=training_hooks)
 
 
 def _agree_on_versions(config: RunConfig, ranks: Ranks) -> Versions:
@@ -120,6 +133,15 @@ def _deletions_note(config: RunConfig, split: Split, versions: Versions) -> str:
     deleted = split.training.totals.deleted_documents
     return (
         f"reads version {versions.training} of the dataset, in which {deleted:,} documents are deleted: they are masked"
+    )
+
+
+def _changes_note(changed: Mapping[str, tuple[Any, Any]]) -> str:
+    """Return what to tell of changed settings: those on which the model depends that comes out."""
+    return "; ".join(
+        f"from here on {key} = {after} (before: {before})"
+        for key, (before, after) in changed.items()
+        if key.startswith(("hooks", "optim."))
     )
 
 

@@ -47,6 +47,10 @@ _MAY_CHANGE = (
     "loader.prefetch_batches",
     "loader.threads",
     "metrics.",
+    "optim.clip",
+    "optim.floor",
+    "optim.lr",
+    "optim.warmup",
     "train.compile",
     "train.deterministic",
     "train.device",
@@ -56,7 +60,8 @@ _MAY_CHANGE = (
     "train.threads",
     "train.timeout_s",
 )
-"""Settings that a resumed run may change: none of them changes which samples a step consumes or what is learned from them."""
+"""Settings that a resumed run may change: none of them changes which samples a step consumes or what is learned from them, but
+for the size of its steps. That may have to change: a run whose loss has blown up can go on with smaller ones only."""
 
 
 class DataSettings(SettingsDocument, frozen=True, kw_only=True):

@@ -46,7 +46,7 @@ _PROGRESS_S = 0.25
 
 _LOGGER = getLogger(__name__)
 
-_ADVICE = "Start another run with a lower optim.lr, or look at the data with `datastore trace`."
+_ADVICE = "Resume with a lower optim.lr (`--set`), or look at the data with `datastore trace`."
 
 
 @dataclass(frozen=True, slots=True)

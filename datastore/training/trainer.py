@@ -15,7 +15,7 @@ before the first forward pass, and a micro-batch counts by its own.
 """
 
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Protocol, Self
@@ -270,18 +270,23 @@ class Trainer:
 
     def _refuse_unreached(self) -> None:
         """Refuse parameters without a gradient: one process would leave them as they are, and several would wait for them."""
-        loss = self._loss_of_zeros(self.state.model, rows=0 if self.machine.compiled else 1)
-        trained = {name: one for name, one in self.state.model.named_parameters() if one.requires_grad}
-        found: Sequence[Tensor | None] = [None] * len(trained)
-        if loss.requires_grad:
-            found = torch.autograd.grad(loss, list(trained.values()), allow_unused=True)
-        unreached = [name for name, gradient in zip(trained, found, strict=True) if gradient is None]
+        unreached = [name for name, gradient in self._probe()[1].items() if gradient is None]
         if unreached:
             raise ConfigError(
                 "the loss does not depend on a parameter",
                 parameters=unreached[:8],
                 hint="Freeze it (requires_grad = False), or use it in the objective or in a hook's loss.",
             )
+
+    def _probe(self) -> tuple[Tensor, dict[str, Tensor | None]]:
+        """Return a loss and its gradients by parameter, on this rank alone; nothing is changed."""
+        loss = self._loss_of_zeros(self.state.model, rows=0 if self.machine.compiled else 1)
+        trained = {name: one for name, one in self.state.model.named_parameters() if one.requires_grad}
+        if not loss.requires_grad:
+            return loss, dict.fromkeys(trained)
+        return loss, dict(
+            zip(trained, torch.autograd.grad(loss, list(trained.values()), allow_unused=True), strict=True)
+        )
 
 
 def build_model(config: RunConfig) -> GPT:

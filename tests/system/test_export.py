@@ -1,17 +1,23 @@
 """A trained model leaves as a Hugging Face folder and predicts what it predicted before."""
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from tokenizers import Tokenizer
+from tokenizers.processors import ByteLevel, TemplateProcessing
+from tokenizers.processors import Sequence as Processors
 from torch.nn import functional
 
 from datastore.errors import ConfigError, ConflictError, MissingError
 from datastore.loader.settings import Rank
+from datastore.storage.resolve import open_storage
 from datastore.testing.examples import make_language, tiny_settings
 from datastore.training.export.export import export, open_model
+from datastore.training.export.huggingface import write_folder
 from datastore.training.export.inference import Sampling, evaluate, generate
 from datastore.training.run.folder import RunFolder, open_split
 from datastore.training.start import train
@@ -68,6 +74,24 @@ def test_a_quantizing_hook_quantizes_every_export(run: str, tmp_path: Path) -> N
     train(other, str(tmp_path / "run"))
     export(str(tmp_path / "run"), str(tmp_path / "hf"))
     assert any(name.endswith("weight_packed") for name in open_model(str(tmp_path / "hf")).model.state_dict())
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("nested", [False, True])
+def test_an_exported_tokenizer_adds_no_token_that_training_never_saw(run: str, tmp_path: Path, nested: bool) -> None:  # noqa: FBT001 - a case
+    from transformers import AutoTokenizer
+
+    loaded = open_model(run)
+    assert loaded.tokenizer is not None
+    tokenizer = Tokenizer.from_str(loaded.tokenizer.decode())
+    template = TemplateProcessing(single="<end> $A <end>", special_tokens=[("<end>", 0)])
+    tokenizer.post_processor = Processors([ByteLevel(trim_offsets=False), template]) if nested else template
+    tokenizer.enable_truncation(1)
+    source = dataclasses.replace(loaded, tokenizer=tokenizer.to_str().encode())
+    write_folder(open_storage(tmp_path), source)
+    assert AutoTokenizer.from_pretrained(tmp_path)("w3 w5")["input_ids"] == [3, 5]
+    kept = json.loads((tmp_path / "tokenizer.json").read_bytes())["post_processor"]
+    assert (kept["processors"][0]["type"] if nested else kept) == ("ByteLevel" if nested else None)
 
 
 def bits_of(folder: Path) -> int:

@@ -14,8 +14,9 @@ import msgspec
 import pytest
 import torch
 
+from datastore.checkpoint.inspect import list_steps
 from datastore.document import encode
-from datastore.errors import ConfigError, ConflictError, ResumeError, WaitError
+from datastore.errors import ConfigError, ConflictError, DatastoreError, ResumeError, WaitError
 from datastore.storage.backends.memory import MemoryStorage
 from datastore.testing.examples import make_language, tiny_settings
 from datastore.training.export.export import open_model
@@ -322,12 +323,11 @@ def test_more_ranks_than_samples_are_refused(language: str, tmp_path: Path) -> N
 
 
 def test_a_loss_that_is_not_finite_ends_the_run_before_it_is_saved(language: str, tmp_path: Path) -> None:
-    from datastore.errors import DatastoreError
-
     settings = tiny_settings(language, "optim.lr=1e30", "optim.warmup=0", "optim.clip=0", "checkpoint.every=1")
     with pytest.raises(DatastoreError, match="not finite"):
         train(settings, str(tmp_path / "run"))
-    assert all(torch.isfinite(tensor).all() for tensor in weights(tmp_path / "run").values())
+    assert list_steps(RunFolder.open(str(tmp_path / "run")).storage) == []
+    assert resume(str(tmp_path / "run"), overrides=["optim.lr=1e-3"]).step == 20
 
 
 @pytest.mark.parametrize("processes", [1, 2])
@@ -349,6 +349,56 @@ def test_a_parameter_that_only_the_loss_of_a_hook_reaches_trains_on_two_ranks(la
         [line["loss"] for line in read_metrics(RunFolder.open(str(tmp_path / name)).storage)] for name in ("1", "2")
     ]
     assert losses[0] == pytest.approx(losses[1], abs=1e-5)
+
+
+def test_weights_that_no_run_could_go_on_from_are_not_saved_and_a_lower_rate_goes_on_from_those_before(
+    language: str, tmp_path: Path
+) -> None:
+    wild = ("optim.use='sgd'", "optim.lr=1e38", "optim.clip=0", "optim.warmup=6", "optim.floor=1.0")
+    hooks = ({"use": "training_hooks:Tame", "until": 3},)
+    rest = ("optim.weight_decay=0", "eval.every=0", "checkpoint.every=1", "checkpoint.keep=1", "train.steps=8")
+    settings = tiny_settings(language, *wild, *rest, hooks=hooks)
+    with pytest.raises(DatastoreError, match="the loss is not finite"):
+        train(settings, str(tmp_path / "run"))
+    notes: list[str] = []
+    overrides = ["optim.lr=1e-3"]
+    result = resume(
+        str(tmp_path / "run"), overrides=overrides, on_progress=lambda progress: notes.append(progress.note)
+    )
+    assert (result.resumed_from, result.step) == (3, 8)
+    assert any("from here on optim.lr = 0.001 (before: 1e+38)" in note for note in notes)
+    assert [session.changed for session in RunFolder.open(str(tmp_path / "run")).sessions()] == [
+        {},
+        {"optim.lr": (1e38, 1e-3)},
+    ]
+
+
+def test_a_validation_loss_that_is_not_finite_is_no_end_of_a_run(language: str, tmp_path: Path) -> None:
+    own = ("objective.use='training_hooks:BlindInValidation'", "train.steps=4", "eval.every=2")
+    with pytest.raises(DatastoreError, match="the validation loss is not finite"):
+        train(tiny_settings(language, *own), str(tmp_path / "run"))
+
+
+def test_a_hook_that_only_exports_may_change_in_a_run_and_the_change_is_recorded(language: str, tmp_path: Path) -> None:
+    run, short = str(tmp_path / "run"), "train.steps=2"
+    train(tiny_settings(language, short, hooks=(PRUNE, {"use": "quantize", "group": 16})), run)
+    train(tiny_settings(language, short, hooks=(PRUNE, {"use": "quantize", "bits": 4})), run)
+    train(tiny_settings(language, short, hooks=(PRUNE,)), run)
+    with pytest.raises(ResumeError, match=r"\['hooks'\]"):
+        train(tiny_settings(language, short, hooks=(PRUNE | {"ratio": 8.0},)), run)
+    assert [list(session.changed) for session in RunFolder.open(run).sessions()] == [[], ["hooks"], ["hooks"]]
+
+
+def test_sessions_and_their_metrics_are_in_the_order_in_which_they_came_whatever_the_clocks_say(
+    language: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = str(tmp_path / "run")
+    for hour, steps in ((9, 2), (8, 4), (7, 6)):
+        monkeypatch.setattr("datastore.training.session.new_session", lambda hour=hour: f"{hour:024x}")
+        train(tiny_settings(language, f"train.steps={steps}"), run)
+    folder = RunFolder.open(run)
+    assert [session.from_step for session in folder.sessions()] == [0, 2, 4]
+    assert [line["step"] for line in read_metrics(folder.storage)] == [1, 2, 3, 4, 5, 6]
 
 
 def test_settings_survive_the_run_folder(language: str, tmp_path: Path) -> None:

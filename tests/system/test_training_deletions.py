@@ -13,7 +13,7 @@ from datastore.dataset.operations.append import Operation, commit_shards
 from datastore.dataset.operations.delete import delete
 from datastore.dataset.operations.purge.purge import purge
 from datastore.dataset.snapshot import Dataset, open_dataset
-from datastore.errors import ConfigError, MissingError
+from datastore.errors import ConfigError, MissingError, ResumeError
 from datastore.ingestion.writers.tokens import token_writer
 from datastore.loader.batch import Batch
 from datastore.storage.resolve import open_storage
@@ -236,6 +236,32 @@ def test_a_named_version_and_leaving_out_stay_with_the_version_they_began_with(t
         assert "version" not in go_on(str(tmp_path / name), 4)[0].note
         assert sessions(str(tmp_path / name)) == [1, 1]
         assert prove(str(tmp_path / name)).holds
+
+
+def test_a_version_that_a_resume_names_is_read_or_refused(tmp_path: Path) -> None:
+    dataset, run = begun(tmp_path)
+    delete(dataset.storage, ids=ids_of(dataset, 0, range(2)))
+    append(dataset, operation="overwrite")
+    url = str(tmp_path / "data")
+    with pytest.raises(ResumeError, match=r"does not have the shards of the run.*version=3"):
+        resume(run, overrides=["train.steps=6", f"data.url={url}@3"])
+    with pytest.raises(MissingError):
+        resume(run, overrides=["train.steps=6", f"data.url={url}@9"])
+    resume(run, overrides=["train.steps=6", f"data.url={url}@1"])
+    resume(run, overrides=["train.steps=8", f"data.url={url}@2"])
+    resume(run, overrides=["train.steps=10"])
+    assert sessions(run) == [1, 1, 2, 2]
+    assert prove(run).holds
+
+
+def test_another_version_is_refused_where_deleted_documents_are_left_out(tmp_path: Path) -> None:
+    make_language(tmp_path / "data")
+    url, run = str(tmp_path / "data"), str(tmp_path / "run")
+    train(tiny_settings(url, "train.steps=2", "eval.every=0", 'loader.deletions="compact"'), run)
+    dataset = open_dataset(url)
+    delete(dataset.storage, ids=ids_of(dataset, 0, range(2)))
+    with pytest.raises(ResumeError, match="cannot change to another version"):
+        resume(run, overrides=["train.steps=4", f"data.url={url}@2"])
 
 
 def test_a_run_stays_where_it_is_once_its_shards_were_replaced(tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """Hooks of tests, named in their settings as `training_hooks:Kill`."""
 
 import json
+import math
 import os
 import signal
 import threading
@@ -108,6 +109,33 @@ class Spare(Hook):
     def loss(self, loss: Tensor, batch: MicroBatch, outputs: Tensor) -> Tensor:
         assert isinstance(self.settings, SpareSettings)
         return loss + self.spare.square().mean() if self.settings.used else loss
+
+
+class TameSettings(Document, frozen=True, kw_only=True):
+    until: int
+
+
+class Tame(Hook):
+    """Makes the first steps of a huge learning rate harmless."""
+
+    Settings: ClassVar[type[Document]] = TameSettings
+
+    @override
+    def gradients(self, run: RunState) -> None:
+        assert isinstance(self.settings, TameSettings)
+        if run.step < self.settings.until:
+            for parameter in run.model.parameters():
+                assert parameter.grad is not None
+                parameter.grad.mul_(1e-38)
+
+
+class BlindInValidation(Causal):
+    """Has no loss where nothing is trained."""
+
+    @override
+    def loss(self, outputs: Tensor, batch: MicroBatch) -> Tensor:
+        found = super().loss(outputs, batch)
+        return found if torch.is_grad_enabled() else found * math.nan
 
 
 class Noise(Hook):

@@ -29,6 +29,9 @@ from datastore.training.settings import ModelSettings
 __all__ = ["HuggingFaceModel", "read_folder", "write_folder"]
 
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
+_ADDING = {"TemplateProcessing", "BertProcessing", "RobertaProcessing"}
+"""Post-processors of `tokenizers` that add special tokens."""
+
 _WEIGHTS = "model.safetensors"
 _INDEX = "model.safetensors.index.json"
 
@@ -100,7 +103,7 @@ def _small_files(source: HuggingFaceModel) -> Iterator[tuple[str, bytes]]:
     end = source.end_of_text
     yield "generation_config.json", _json({"eos_token_id": end, "bos_token_id": None, "pad_token_id": None})
     if source.tokenizer is not None:
-        yield "tokenizer.json", source.tokenizer
+        yield "tokenizer.json", _as_trained(source.tokenizer)
         text = Tokenizer.from_str(source.tokenizer.decode()).id_to_token(end) if end is not None else None
         yield (
             "tokenizer_config.json",
@@ -114,6 +117,27 @@ def _small_files(source: HuggingFaceModel) -> Iterator[tuple[str, bytes]]:
             ),
         )
     yield "config.json", _json(_config(source))
+
+
+def _as_trained(tokenizer: bytes) -> bytes:
+    """Return a `tokenizer.json` that makes of a text what the model was trained on: its tokens, all of them and no others.
+
+    Ingestion adds no special tokens and cuts nothing; `transformers` would begin each prompt with a BOS that the model has
+    never seen, as the template says.
+    """
+    table = orjson.loads(tokenizer)
+    table |= {"post_processor": _without_templates(table.get("post_processor")), "truncation": None, "padding": None}
+    return orjson.dumps(table)
+
+
+def _without_templates(processor: dict[str, Any] | None) -> dict[str, Any] | None:
+    """Return what is left of a post-processor that adds no token: what moves the offsets of tokens stays."""
+    if processor is None or processor["type"] in _ADDING:
+        return None
+    if processor["type"] != "Sequence":
+        return processor
+    parts = [part for one in processor["processors"] if (part := _without_templates(one)) is not None]
+    return {**processor, "processors": parts} if parts else None
 
 
 def _config(source: HuggingFaceModel) -> dict[str, Any]:

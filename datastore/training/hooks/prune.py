@@ -1,6 +1,8 @@
 """Magnitude pruning: the smallest weights become zero and stay zero.
 
-The fraction of zeros grows along a cubic from `start` to `stop` and then stands still while the rest recovers. Masks are
+The fraction of zeros grows along a cubic from `start` to `stop` and then stands still while the rest recovers. A resume may
+change the number of steps, and with it `stop`: the zeros that are there stay, and what the new `stop` is behind with is made
+up for at once. Masks are
 tensors of this hook, laid over the weights and both moments of the optimizer after each step: no parametrization, so names,
 checkpoints and `torch.compile` do not change. The count that is kept is exact: with a threshold, equal weights would all
 stay or all go.
@@ -36,7 +38,7 @@ class PruneSettings(SettingsDocument, frozen=True, kw_only=True):
     """Step from which on weights are pruned."""
 
     stop: Annotated[int, msgspec.Meta(ge=0)] = 0
-    """Step at which the final ratio is reached; 0: after 3/4 of all steps."""
+    """Step at which the final ratio is reached, the last one at the latest; 0: after 3/4 of all steps."""
 
     every: Annotated[int, msgspec.Meta(gt=0)] = 10
     """Steps between new masks."""
@@ -76,6 +78,7 @@ class Prune(Hook):
         self._masks: dict[str, Tensor] = {}
         self._parameters: dict[str, torch.nn.Parameter] = {}
         self._stop = settings.stop
+        self._kept: dict[str, int] = {}
         self._sparsity = 0.0
 
     @override
@@ -85,7 +88,10 @@ class Prune(Hook):
             if parameter.dim() == 2 and any(fnmatchcase(name, pattern) for pattern in patterns):
                 self._parameters[name] = parameter
                 self._masks[name] = torch.ones_like(parameter, dtype=torch.bool)
-        self._stop = self._settings.stop or run.steps * 3 // 4
+        # The last step at the latest, and a step after `start` at the least, if there is one.
+        planned = self._settings.stop or max(run.steps * 3 // 4, self._settings.start + 1)
+        self._stop = min(planned, run.steps)
+        self._kept = {name: mask.numel() for name, mask in self._masks.items()}
         if not self._parameters:
             raise ConfigError("no matrix to prune", parameters=list(patterns), hint="Correct the patterns.")
         if self._settings.start >= self._stop:
@@ -101,10 +107,12 @@ class Prune(Hook):
     @torch.no_grad()
     def updated(self, run: RunState) -> None:
         start, stop = self._settings.start, self._stop
-        if start < run.step <= stop and ((run.step - start) % self._settings.every == 0 or run.step == stop):
-            ratio = ratio_at(run.step, start=start, stop=stop, ratio=self._settings.ratio)
+        ratio = ratio_at(run.step, start=start, stop=stop, ratio=self._settings.ratio)
+        planned = start < run.step <= stop and ((run.step - start) % self._settings.every == 0 or run.step == stop)
+        if planned or (run.step > stop and self._behind(ratio)):
             for name, parameter in self._parameters.items():
-                self._masks[name].copy_(keep_mask(parameter, ratio))
+                reached = parameter.numel() / max(1, self._kept[name])
+                self._masks[name].copy_(keep_mask(parameter, max(ratio, reached)))
             self._count()
         for name, parameter in self._parameters.items():
             parameter.mul_(self._masks[name])
@@ -133,5 +141,9 @@ class Prune(Hook):
         self._count()
 
     def _count(self) -> None:
-        kept = sum(int(mask.sum()) for mask in self._masks.values())
-        self._sparsity = 1.0 - kept / sum(mask.numel() for mask in self._masks.values())
+        self._kept = {name: int(mask.sum()) for name, mask in self._masks.items()}
+        self._sparsity = 1.0 - sum(self._kept.values()) / sum(mask.numel() for mask in self._masks.values())
+
+    def _behind(self, ratio: float) -> bool:
+        """Whether some matrix keeps more than `ratio` leaves it."""
+        return any(kept > round(self._masks[name].numel() / ratio) for name, kept in self._kept.items())

@@ -7,8 +7,9 @@ ingests it as a dataset of its own and names that as `data.validation`.
 
 Documents may be deleted while a run goes on. It is bound to the shards it began with. When it goes on, it reads the newest version that still begins with them, and
 what has been deleted in it is masked: every sample stays at its step, so nothing else changes. Each session records what it
-read, so that what it consumed can be computed again. A run stays with the version it began with if that version is named in
-`data.url`, or if deleted documents are left out (`loader.deletions = "compact"`), which moves every sample after them.
+read, so that what it consumed can be computed again. If `data.url` names a version, that one is read: what a resume names is
+honoured if it has the run's shards, and refused if not. A run stays with the version it began with if deleted documents are
+left out (`loader.deletions = "compact"`), which moves every sample after them.
 
 The price: two runs of the same settings differ if documents were deleted in between, and one that was interrupted then
 differs from one that was not. That is what a delete asks for.
@@ -231,14 +232,19 @@ def ref_of(dataset: Dataset) -> DatasetRef:
 
 
 def version_to_read(url: str, ref: DatasetRef, *, deletions: DeletionMode) -> int:
-    """Return the newest version that differs from `ref` by deletions (and perhaps later shards) only, or `ref`'s own.
+    """Return the version that `url` names; if it names none, the newest that differs from `ref` by no more than deletions.
+
+    That one may have later shards too; if there is none, it is `ref`'s own.
 
     Raises:
-        MissingError: there is no dataset any more.
+        MissingError: there is no dataset, or no such version or tag, any more.
+        ResumeError: the named version cannot be that of the run.
     """
     base, name = split_reference(url)
+    if name:
+        return _named(url, ref, deletions=deletions)
     newest = open_dataset(base)
-    if name or deletions == "compact" or not ref.shards or newest.uuid != ref.uuid:
+    if deletions == "compact" or not ref.shards or newest.uuid != ref.uuid:
         return ref.version
     own = _readable(base, ref.version)
     found, beyond = own or newest, newest.version
@@ -258,6 +264,20 @@ def version_to_read(url: str, ref: DatasetRef, *, deletions: DeletionMode) -> in
             return ref.version
     unchanged = own is not None and own.commit.deletions == found.commit.deletions
     return ref.version if unchanged else found.version
+
+
+def _named(url: str, ref: DatasetRef, *, deletions: DeletionMode) -> int:
+    dataset = open_dataset(url)
+    other = dataset.uuid == ref.uuid and dataset.version != ref.version
+    if other and (deletions == "compact" or not ref.shards):
+        raise ResumeError(
+            "the run cannot change to another version of its dataset",
+            url=dataset.url,
+            version=dataset.version,
+            deletions=deletions,
+            hint=f"Use version {ref.version}, or start a new run.",
+        )
+    return dataset.version  # `open_at` looks whether it has the shards of the run.
 
 
 def open_at(url: str, ref: DatasetRef, *, version: int) -> Dataset:

@@ -9,8 +9,10 @@ run.json parts/ steps/ refs/   checkpoints, see `datastore.checkpoint`
 
 import secrets
 import time
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from logging import getLogger
+from typing import Any
 
 import msgspec
 
@@ -23,7 +25,7 @@ from datastore.storage.base import Storage
 from datastore.storage.resolve import open_storage
 from datastore.storage.urls import strip_credentials
 from datastore.training.run.data import DatasetRef, Split, Versions, make_split, open_at, ref_of, version_to_read
-from datastore.training.settings import Settings, changed_keys
+from datastore.training.settings import Settings, changed_keys, flatten
 
 __all__ = [
     "CONFIG_KEY",
@@ -41,6 +43,8 @@ __all__ = [
 CONFIG_KEY = "config.json"
 
 _LOGGER = getLogger(__name__)
+
+HookTables = Sequence[Mapping[str, Any]]
 
 
 class RunConfig(Sealed, frozen=True, kw_only=True):
@@ -81,6 +85,12 @@ class RunSession(Sealed, frozen=True, kw_only=True):
     data: Versions | None = None
     """Versions of the datasets that it reads; None: those of the config."""
 
+    number: int = 0
+    """1 for the first session of a run, and one more for each; 0: not noted yet."""
+
+    changed: dict[str, tuple[Any, Any]] = msgspec.field(default_factory=dict)
+    """Settings that it changed, by their path: what each was in the session before, and is from here on."""
+
 
 def new_session() -> str:
     """Return a name that no other session has; names sort by time."""
@@ -116,7 +126,7 @@ class RunFolder:
             raise MissingError("there is no run", url=self.url, hint="Start one with `datastore train`.") from None
         return unseal(RunConfig, raw, where=f"{self.url}/{CONFIG_KEY}")
 
-    def begin(self, settings: Settings) -> RunConfig:
+    def begin(self, settings: Settings, *, kept: Callable[[HookTables], object] = tuple) -> RunConfig:
         """Return the config of a run that may be new; nothing is written yet.
 
         A run without a checkpoint has learned nothing, so it may still become another one.
@@ -127,7 +137,7 @@ class RunFolder:
         """
         if is_run(self.storage):
             if next(iter(self.storage.list("steps")), None) is not None:
-                return self.again(settings)
+                return self.again(settings, kept=kept)
         else:
             foreign = next((found.key for found in self.storage.list() if not found.key.startswith("lock/")), None)
             if foreign is not None:
@@ -135,23 +145,35 @@ class RunFolder:
                 raise ConfigError("the folder is not empty, and holds no run", url=self.url, found=foreign, hint=hint)
         return _new_config(settings)
 
-    def again(self, settings: Settings) -> RunConfig:
+    def again(self, settings: Settings, *, kept: Callable[[HookTables], object] = tuple) -> RunConfig:
         """Return the config of a run that exists, its changeable settings replaced by those of `settings`.
+
+        `kept` says what of its hooks must not change; as a rule, all of them.
 
         Raises:
             MissingError: there is no run.
             ResumeError: as `begin`.
         """
         config = self.config()
-        differ = changed_keys(config.settings, settings)
+        differ = set(changed_keys(config.settings, settings))
+        if "hooks" in differ and kept(config.settings.hooks) == kept(settings.hooks):
+            differ.remove("hooks")
         if differ:
             raise ResumeError(
                 "the run was started with other settings",
-                differ=list(differ),
+                differ=sorted(differ),
                 run=self.url,
                 hint="Give it the old settings, or start another run.",
             )
         return msgspec.structs.replace(config, settings=_without_secrets(settings))
+
+    def changes(self, config: RunConfig) -> dict[str, tuple[Any, Any]]:
+        """Return the settings that `config` changes, by their path, each as it was and as it is."""
+        try:
+            before = flatten(self.config().settings)
+        except MissingError:
+            return {}
+        return {key: (before[key], value) for key, value in flatten(config.settings).items() if before[key] != value}
 
     def store(self, config: RunConfig) -> None:
         """Make `config` that of the run; only the holder of the lock may."""
@@ -163,17 +185,22 @@ class RunFolder:
 
     def threads_before(self, world: int) -> int:
         """Return how many threads the last session with as many ranks gave each; 0 if there was none that can be read."""
-        for found in reversed(list(self.storage.list("sessions"))):
+        return next((session.threads for session in reversed(self.sessions()) if session.world == world), 0)
+
+    def sessions(self) -> list[RunSession]:
+        """Return the records of all sessions that can be read, oldest first.
+
+        They are sorted by their numbers, as the clocks of two machines may differ.
+        """
+        found = []
+        for one in self.storage.list("sessions"):
             try:
-                with reading(found.key):
-                    raw = self.storage.get(found.key)
-                session = unseal(RunSession, raw, where=found.key)
+                with reading(one.key):
+                    raw = self.storage.get(one.key)
+                found.append(unseal(RunSession, raw, where=one.key))
             except (CorruptError, FormatError) as error:
                 _LOGGER.warning("a session of the run cannot be read and is passed over: %s", error)
-                continue
-            if session.world == world:
-                return session.threads
-        return 0
+        return sorted(found, key=lambda session: (session.number, session.session))
 
     def session(self, name: str) -> RunSession:
         """Return the record of one session."""

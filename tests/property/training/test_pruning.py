@@ -1,5 +1,5 @@
 import torch
-from hypothesis import given
+from hypothesis import assume, given
 from hypothesis import strategies as st
 from torch import nn
 
@@ -59,6 +59,37 @@ def test_pruned_weights_and_their_moments_stay_zero() -> None:
     assert hook.metrics() == {"sparsity": 0.9}
     for moment in ("exp_avg", "exp_avg_sq"):
         assert torch.equal(run.optimizer.state[weight][moment][weight == 0], torch.zeros(900))
+
+
+@given(
+    st.integers(1, 30),
+    st.integers(1, 40),
+    st.integers(1, 40),
+    st.integers(0, 6),
+    st.sampled_from([0, 3, 25]),
+)
+def test_the_ratio_is_reached_and_no_weight_comes_back_whatever_the_number_of_steps_becomes(
+    steps: int, planned: int, later: int, start: int, stop: int
+) -> None:
+    settings = PruneSettings(ratio=4, parameters=("*.weight",), every=5, start=start, stop=stop)
+    first, second = max(planned, start + 1), max(later, start + 1)
+    assume(not stop or stop > start)
+    run = run_of(nn.Sequential(nn.Linear(20, 50)), steps=first)
+    hook = Prune(settings)
+    hook.start(run)
+    take_steps(run, hook, min(steps, first))
+    assume(second > run.step)
+    state = {name: mask.clone() for name, mask in hook.state_dict().items()}
+    run.steps = second
+    hook = Prune(settings)
+    hook.start(run)
+    hook.load_state_dict(state)
+    before = hook.metrics()["sparsity"]
+    while run.step < second:
+        take_steps(run, hook, 1)
+        assert hook.metrics()["sparsity"] >= before
+        before = hook.metrics()["sparsity"]
+    assert before == 0.75
 
 
 def test_a_restored_hook_goes_on_as_if_nothing_had_happened() -> None:
