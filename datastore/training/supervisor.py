@@ -189,9 +189,11 @@ class Supervisor(Observer):
         self.validation_loss = self._line["validation_loss"] = found.loss
 
     def _save(self, step: int, *, blocking: bool, finished: bool) -> None:
+        hint = f"This step is not saved; the newest checkpoint is from before it. {_ADVICE}"
         if not _all_finite(self._tensors()):
-            hint = f"This step is not saved; the newest checkpoint is from before it. {_ADVICE}"
             raise DatastoreError("the weights or the state of the optimizer are not finite", step=step, hint=hint)
+        if not self._trainer.can_go_on():
+            raise DatastoreError("the step has left weights whose loss is not finite", step=step, hint=hint)
         if self._saving is not None:
             wait([self._saving.ended])
             self._listen()

@@ -268,6 +268,11 @@ class Trainer:
                 loss = hook.loss(loss, batch, outputs)
         return loss
 
+    def can_go_on(self) -> bool:
+        """Return whether the weights give a finite loss and finite gradients: a step on one row of zeros, not taken."""
+        loss, gradients = self._probe()
+        return all(bool(one.isfinite().all()) for one in (loss, *gradients.values()) if one is not None)
+
     def _refuse_unreached(self) -> None:
         """Refuse parameters without a gradient: one process would leave them as they are, and several would wait for them."""
         unreached = [name for name, gradient in self._probe()[1].items() if gradient is None]
