@@ -1,12 +1,17 @@
 """Ranks may be started from outside: torchrun and the command line train what one process trains."""
 
 import json
+import os
+import signal
 import subprocess
 import sys
+import threading
+import time
 from pathlib import Path
 
 import pytest
 
+from datastore.checkpoint.inspect import list_steps
 from datastore.testing.examples import make_language, tiny_settings
 from datastore.training.metrics import read_metrics
 from datastore.training.run.audit import prove
@@ -37,3 +42,25 @@ def test_two_ranks_of_torchrun_train_what_one_process_trains(tmp_path: Path) -> 
     ]
     assert losses[0] == pytest.approx(losses[1], abs=1e-5)
     assert prove(str(tmp_path / "two")).worlds == [2]
+
+
+@pytest.mark.slow
+def test_a_signal_to_torchrun_and_all_its_ranks_finishes_the_step_and_saves(tmp_path: Path) -> None:
+    make_language(tmp_path / "data")
+    config, run = tmp_path / "run.toml", tmp_path / "run"
+    config.write_text(toml_of(tiny_settings(tmp_path / "data", "train.steps=100000", "checkpoint.every=0")))
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command = [*torchrun, "-m", "datastore", "train", str(config), "--to", str(run)]
+    agent = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 120
+    while not list((run / "sessions").glob("*.json")):
+        assert time.monotonic() < deadline
+        threading.Event().wait(0.1)
+    threading.Event().wait(0.5)
+    children = Path(f"/proc/{agent.pid}/task/{agent.pid}/children").read_text().split()
+    assert len(children) == 2
+    for pid in (*map(int, children), agent.pid):
+        os.kill(pid, signal.SIGTERM)
+    said, _ = agent.communicate(timeout=60)
+    (saved,) = list_steps(RunFolder.open(str(run)).storage)
+    assert f"stopped at step {saved.step:,} of 100,000" in said
