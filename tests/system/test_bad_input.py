@@ -206,9 +206,9 @@ def test_a_damaged_checkpoint(told: Callable[..., str], here: Path, *, truncate:
 
 
 def test_a_run_that_belongs_to_another_config(told: Callable[..., str]) -> None:
-    line = told("train", "run.toml", "--to", "run", "--set", "optim.lr=0.5", status=1, keeps="run")
+    line = told("train", "run.toml", "--to", "run", "--set", "optim.weight_decay=0.5", status=1, keeps="run")
     assert line.startswith("error[resume]: ")
-    assert "optim.lr" in line
+    assert "optim.weight_decay" in line
 
 
 def test_a_run_that_belongs_to_another_dataset(told: Callable[..., str], here: Path) -> None:
