@@ -64,12 +64,13 @@ class FullDisk:
         return write
 
     def clear_at(self, step: int) -> Callable[[TrainingProgress], None]:
-        """Free the disk at `step`; remember what is told, and when."""
+        """Free the disk at `step`, once it has refused something; remember what is told, and when."""
 
         def told(progress: TrainingProgress) -> None:
             if progress.note:
                 self.notes.append(f"{progress.step}: {progress.note}")
-            if progress.step >= step:
+            if progress.step >= step and self.where != ("nothing",):
+                assert self.hit.wait(60), "nothing was refused"  # A save may take longer than the steps beside it.
                 self.where = ("nothing",)
 
         return told
