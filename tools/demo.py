@@ -1,8 +1,8 @@
 """The main job on real input, typed as a user would type it: every command is shown before it runs.
 
 Python's own standard library becomes a dataset, a tokenizer, a model; the run is killed in the middle of a step, resumed on
-two processes, proven complete, traced back to bytes, pruned, quantized, and asked for a few lines of Python. Called by
-`tools/demo`. What is done is remembered in demo/progress.json, so an interrupted demo goes on.
+two processes, proven complete, traced back to bytes, compared with a run that was not pruned, quantized, and asked for a few
+lines of Python. Called by `tools/demo`. What is done is remembered in demo/progress.json, so an interrupted demo goes on.
 """
 
 import hashlib
@@ -42,8 +42,8 @@ STEPS = 240
 KILLED_AFTER = 90
 PRUNE_FROM = 160
 TRACED = 85
-CONFIG = f"""\
-# The demo's run. Every key is explained in docs/trainer.md.
+DENSE = f"""\
+# The demo's run, without its hooks. Every key is explained in docs/trainer.md.
 [data]
 url = "demo/data"
 seq_len = 128
@@ -72,7 +72,9 @@ keep = 100
 [eval]
 every = 40
 samples = 128
-
+"""
+CONFIG = f"""\
+{DENSE}
 [[hooks]]
 use = "prune"
 ratio = 2.0
@@ -188,20 +190,27 @@ def trace(figures: Figures) -> None:
     figures["traced"] = check_trace(found)
 
 
+def train_dense(_figures: Figures) -> None:
+    """The same run without pruning: as many steps, and in each of them the same samples. The others are compared with it."""
+    Path("demo/dense.toml").write_text(DENSE, encoding="utf-8")
+    run("train", "demo/dense.toml", "--to", "demo/dense", "--processes", "2")
+
+
 def compress(figures: Figures) -> None:
-    """A hook pruned the layers while the run went on from step 160; quantization happens on export. What does each cost?"""
+    """A hook pruned the layers from step 160 on, and quantization happens on export. All have seen the same: what does each cost?"""
     models: dict[str, Any] = {}
-    for name, step, words in (
-        ("dense", PRUNE_FROM, ()),
-        ("pruned to half", STEPS, ()),
-        ("pruned, int8", STEPS, ("--quantize", "int8")),
+    for name, source, words in (
+        ("dense", "demo/dense", ()),
+        ("dense, int8", "demo/dense", ("--quantize", "int8")),
+        ("pruned to half", "demo/run", ()),
+        ("pruned, int8", "demo/run", ("--quantize", "int8")),
     ):
         folder = f"demo/model/{name.replace(', ', '-').replace(' ', '-')}"
-        run("checkpoint", "export", "demo/run", folder, "--step", str(step), "--replace", *words)
+        run("checkpoint", "export", source, folder, "--step", str(STEPS), "--replace", *words)
         weights = Path(folder, "model.safetensors").read_bytes()
         packed = len(zstandard.compress(weights, 3))
         loss = run_json("evaluate", folder, "--run", "demo/run")["loss"]
-        models[name] = {"step": step, "bytes": len(weights), "zstd_bytes": packed, "loss": loss}
+        models[name] = {"bytes": len(weights), "zstd_bytes": packed, "loss": loss}
     figures["models"] = models
 
 
@@ -232,6 +241,7 @@ PHASES: dict[str, Callable[[Figures], None]] = {
     "resume on two processes": resume,
     "prove": prove,
     "trace": trace,
+    "train without pruning": train_dense,
     "prune and quantize": compress,
     "generate": generate,
 }
@@ -252,7 +262,8 @@ def summary(progress: Progress) -> None:
         "prove": f"{proof['samples']:,} samples planned, each consumed exactly once, on {ranks} rank(s)",
         "trace": f"step {TRACED}: {figures['traced']['passages']} passages in {figures['traced']['files']} files, "
         "byte for byte",
-        "prune and quantize": "see below",
+        "train without pruning": f"the same samples, step by step, up to step {STEPS}",
+        "prune and quantize": f"four models of {STEPS} steps, see below",
         "generate": "see above",
     }
     rule = "-" * 100
@@ -260,10 +271,10 @@ def summary(progress: Progress) -> None:
     for name, seconds in progress.seconds.items():
         print(f"{name:<26}{seconds:>9.1f}  {told[name]}")
     print(f"{'together':<26}{sum(progress.seconds.values()):>9.1f}\n")
-    print(f"{'model':<26}{'MB':>9}{'MB, zstd':>11}{'validation loss':>18}  from step")
+    print(f"{'model':<26}{'MB':>9}{'MB, zstd':>11}{'validation loss':>18}")
     for name, model in models.items():
         sizes = f"{model['bytes'] / 1e6:>9.1f}{model['zstd_bytes'] / 1e6:>11.1f}"
-        print(f"{name:<26}{sizes}{model['loss']:>18.4f}  {model['step']}")
+        print(f"{name:<26}{sizes}{model['loss']:>18.4f}")
     used = sum(path.stat().st_size for path in DEMO.rglob("*") if path.is_file())
     print(
         f"{rule}\nEverything lies in demo/ ({used / 1e6:.0f} MB). tools/demo again begins anew; docs/tutorial.md goes on."
