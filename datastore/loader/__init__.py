@@ -1,6 +1,7 @@
 """Which samples come when, and how they get into memory; see docs/order.md.
 
 loader     Loader: an iterator of batches
+lookup     samples by their position in the order
 settings   what a user may choose, and the rank that reads
 batch      one batch
 order      from a position to a sample: pure functions

@@ -1,0 +1,100 @@
+"""Samples by their position in the order, for those who bring a sampler, batches and worker processes of their own.
+
+Position t is the same sample here as in a `Loader` of the same dataset version, `seq_len`, seed and settings: what a
+framework takes one after the other is what the loader would have given it. Nothing is planned or fetched ahead; each read
+costs what it holds, wherever it lies.
+"""
+
+import os
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from datastore.dataset.snapshot import Dataset
+from datastore.errors import ConfigError
+from datastore.loader.batch import Batch
+from datastore.loader.cache.blocks import TokenBlocks
+from datastore.loader.gather import AnyArray, Gatherer, blank_out, blanks_of, reads_of
+from datastore.loader.loader import open_blocks
+from datastore.loader.order.lanes import I64
+from datastore.loader.order.order import BatchPlan
+from datastore.loader.settings import LOSS_MASK, LoaderSettings, checked_options
+from datastore.loader.stream import columns_of, end_of_text_of, open_stream
+
+__all__ = ["SampleReader"]
+
+
+class SampleReader:
+    """The samples of `seq_len + 1` tokens of a dataset, by their position in the order.
+
+    Not thread-safe. It may be sent to another process, or forked: the blocks that it has open stay behind.
+
+    Raises:
+        ConfigError: as `Loader`.
+    """
+
+    def __init__(
+        self,
+        dataset: Dataset,
+        *,
+        seq_len: int,
+        seed: int = 0,
+        options: LoaderSettings = LoaderSettings(),  # noqa: B008 - a frozen value
+    ) -> None:
+        self.dataset = dataset
+        self.options = checked_options(options)
+        self._stream = open_stream(dataset, seq_len=seq_len, seed=seed, options=self.options)
+        self._order = self._stream.order(self._stream.start)
+        self._columns = columns_of(self._stream, self.options)
+        self._end_of_text = end_of_text_of(self._stream, self.options)
+        self._dtype: np.dtype[Any] = np.dtype("uint16" if int(dataset.segments.itemsize.max()) == 2 else "uint32")
+        self._blocks: tuple[int, TokenBlocks] | None = None
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        start = self._stream.start
+        return _again, (self.dataset, start.seq_len, start.seed, self.options)
+
+    @property
+    def samples_per_epoch(self) -> int:
+        """N, the samples of the dataset: position t lies in epoch t // N."""
+        return self._stream.grid.samples
+
+    def read(self, positions: Sequence[int] | I64) -> Batch:
+        """Return the samples at `positions`, in that order; a position may be asked for more than once.
+
+        Raises:
+            ConfigError: a position is negative.
+            CorruptError: a block that they lie in is damaged; the message names shard and block.
+            StorageError: the storage failed.
+        """
+        wanted = np.asarray(positions, np.int64)
+        if wanted.size and int(wanted.min()) < 0:
+            raise ConfigError("a position is negative", position=int(wanted.min()), hint="Positions count from 0.")
+        grid, blocks = self._stream.grid, self._ready()
+        found = self._order.locate(wanted)
+        plan = BatchPlan(int(wanted[0]) if wanted.size else 0, wanted, found.samples, found.shards)
+        tokens = np.empty((len(wanted), grid.seq_len + 1), self._dtype)
+        columns: dict[str, AnyArray] = {
+            name: np.empty(column.shape(*tokens.shape), column.dtype) for name, column in self._columns.items()
+        }
+        tracks = [column.track for column in self._columns.values() if column.track is not None]
+        reads = reads_of([plan], grid=grid, layout=blocks.layout, tracks=[blocks.layout.tokens, *tracks])
+        gatherer = Gatherer(blocks, width=grid.seq_len + 1, columns=tuple(self._columns.values()))
+        gatherer.gather(reads[0], tokens, columns=columns)
+        if self._stream.blanks is not None:
+            if self._columns[LOSS_MASK].track is None:
+                columns[LOSS_MASK].fill(1)
+            blanks = blanks_of(plan.samples, seq_len=grid.seq_len, gaps=self._stream.blanks)
+            blank_out(blanks, tokens, columns=columns, token=self._end_of_text)
+        return Batch(tokens, wanted, plan.samples, plan.cursor, self.dataset, columns, deletions=self.options.deletions)
+
+    def _ready(self) -> TokenBlocks:
+        """Return the blocks, opened by this process: a forked one has none of the threads, and perhaps locks that are taken."""
+        if self._blocks is None or self._blocks[0] != os.getpid():
+            self._blocks = os.getpid(), open_blocks(self.dataset, budget_bytes=self.options.memory_bytes)
+        return self._blocks[1]
+
+
+def _again(dataset: Dataset, seq_len: int, seed: int, options: LoaderSettings) -> SampleReader:
+    return SampleReader(dataset, seq_len=seq_len, seed=seed, options=options)
