@@ -52,6 +52,8 @@ if TYPE_CHECKING:
     from datastore.interop.export import export as export_dataset
     from datastore.loader.batch import Batch
     from datastore.loader.loader import Loader
+    from datastore.loader.rows.batch import RowBatch, Rows
+    from datastore.loader.rows.loader import RowLoader
     from datastore.loader.settings import LoaderSettings, Rank
     from datastore.storage.resolve import open_storage
     from datastore.training.export.export import export as export_model
@@ -78,6 +80,9 @@ _HOMES = {
     "Rank": ("datastore.loader.settings", "Rank"),
     "RejectedError": ("datastore.errors", "RejectedError"),
     "ResumeError": ("datastore.errors", "ResumeError"),
+    "RowBatch": ("datastore.loader.rows.batch", "RowBatch"),
+    "RowLoader": ("datastore.loader.rows.loader", "RowLoader"),
+    "Rows": ("datastore.loader.rows.batch", "Rows"),
     "RunSettings": ("datastore.training.settings", "Settings"),
     "StorageError": ("datastore.errors", "StorageError"),
     "TokenizerSettings": ("datastore.ingestion.encoding.tokenizer", "TokenizerSettings"),
@@ -134,6 +139,9 @@ __all__ = [
     "Rank",
     "RejectedError",
     "ResumeError",
+    "RowBatch",
+    "RowLoader",
+    "Rows",
     "RunSettings",
     "StorageError",
     "TokenizerSettings",

@@ -203,8 +203,8 @@ class Dataset(Views):
         """
         return self._batches.read(shard, batch, columns=columns)
 
-    def iter_batches(self, *, columns: Sequence[str] | None = None) -> Iterator[pa.RecordBatch]:
-        """Yield the rows of a record dataset that are not deleted, in order, a few batches of 2 MiB in memory at a time.
+    def iter_batches(self, *, columns: Sequence[str] | None = None, deleted: bool = False) -> Iterator[pa.RecordBatch]:
+        """Yield the rows of a record dataset in order, a few batches of 2 MiB in memory at a time; `deleted` ones only if asked.
 
         Raises:
             ConfigError: there is no such column.
@@ -213,7 +213,7 @@ class Dataset(Views):
         masks: tuple[int, npt.NDArray[np.bool_] | None] = -1, None
         for shard, row, batch in self._batches.each(columns=columns):
             if masks[0] != shard:
-                masks = shard, self.live_rows(shard)
+                masks = shard, None if deleted else self.live_rows(shard)
             live = masks[1]
             yield batch if live is None else batch.filter(pa.array(live[row : row + batch.num_rows]))
 

@@ -1,6 +1,7 @@
 """Which samples come when, and how they get into memory; see docs/order.md.
 
 loader     Loader: an iterator of batches
+rows       the same for rows of any schema: RowLoader
 lookup     samples by their position in the order
 settings   what a user may choose, and the rank that reads
 batch      one batch

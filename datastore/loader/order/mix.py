@@ -30,6 +30,7 @@ class Purpose(IntEnum):
     STAGGER = 2
     WINDOW = 3
     SLICE = 4
+    ROW = 5
 
 
 def mix64(values: U64) -> U64:

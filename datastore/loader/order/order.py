@@ -20,6 +20,7 @@ Complexity: O(global_batch) time a batch on every rank, 8 ns a slot; the samples
 """
 
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -27,10 +28,20 @@ import numpy.typing as npt
 from datastore.errors import ConfigError
 from datastore.loader.order.lanes import I64, Cells, LaneGrid, Windows, lane_grid
 from datastore.loader.order.mix import U64, Purpose, derive_key, mix64
-from datastore.loader.order.samples import SampleGrid
 from datastore.loader.settings import Rank
 
-__all__ = ["NO_SAMPLE", "ORDER_VERSION", "BatchPlan", "Line", "Located", "Order", "OrderKey", "Planner", "line_of"]
+__all__ = [
+    "NO_SAMPLE",
+    "ORDER_VERSION",
+    "BatchPlan",
+    "Line",
+    "Located",
+    "Order",
+    "OrderKey",
+    "Planner",
+    "Runs",
+    "line_of",
+]
 
 ORDER_VERSION = 1
 """Part of every saved state. Any change to what a position means raises it."""
@@ -71,10 +82,29 @@ def line_of(uid64: U64, run_length: I64, *, seed: int, epoch: int) -> Line:
     return Line(shard, np.cumsum(length) - length)
 
 
+class Runs(Protocol):
+    """Samples laid end to end, shard by shard."""
+
+    @property
+    def samples(self) -> int:
+        """N, all of them."""
+        ...
+
+    @property
+    def run_start(self) -> I64:
+        """[S] number of each shard's first sample."""
+        ...
+
+    @property
+    def run_length(self) -> I64:
+        """[S] samples of each shard."""
+        ...
+
+
 class Order:
     """The order of one dataset version for one `OrderKey`. Not thread-safe: it remembers the windows in use."""
 
-    def __init__(self, grid: SampleGrid, uid64: U64, key: OrderKey) -> None:
+    def __init__(self, grid: Runs, uid64: U64, key: OrderKey) -> None:
         self.key = key
         self.samples = grid.samples
         self.lanes: LaneGrid = lane_grid(samples=grid.samples, lanes=key.lanes, window=key.window, seed=key.seed)

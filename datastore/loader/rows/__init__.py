@@ -1,0 +1,10 @@
+"""Rows of any schema as batches, in the same order, on the same ranks and with the same state as tokens.
+
+loader     RowLoader: an iterator of batches
+assemble   a planned batch made: read, transformed, collated
+store      the batches of shards that rows are read from, kept under a budget
+grid       which rows there are, and in which shards they lie
+batch      one batch
+"""
+
+__all__: list[str] = []
