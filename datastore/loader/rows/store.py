@@ -41,8 +41,8 @@ class RowStore:
         self._columns = tuple(columns) or None
         self._budget_bytes = budget_bytes
         self._lock = threading.Lock()
-        self._kept: OrderedDict[BatchPlace, pa.RecordBatch] = OrderedDict()
-        self._coming: dict[BatchPlace, Future[pa.RecordBatch]] = {}
+        self._kept: OrderedDict[BatchPlace, tuple[pa.RecordBatch, int]] = OrderedDict()
+        self._coming: dict[BatchPlace, Future[tuple[pa.RecordBatch, int]]] = {}
         self._starts: OrderedDict[int, I64] = OrderedDict()
         self._live: OrderedDict[int, np.ndarray | None] = OrderedDict()
         self.hits = self.fills = self.evictions = self.resident_bytes = 0
@@ -53,40 +53,34 @@ class RowStore:
         Raises:
             MissingError, CorruptError, StorageError: a batch that they lie in cannot be read, or is damaged.
         """
-        places = [self._place(shard, row) for shard, row in zip(shards.tolist(), rows.tolist(), strict=True)]
-        pieces: list[pa.RecordBatch] = []
-        sorted_by_batch = sorted(range(len(places)), key=lambda index: places[index])
-        slices: dict[int, pa.RecordBatch] = {}
-        held, at = 0, 0
-        order: list[int] = []
-        while at < len(sorted_by_batch):
-            place = places[sorted_by_batch[at]][0]
-            batch = self.batch(place)
-            while at < len(sorted_by_batch) and places[sorted_by_batch[at]][0] == place:
-                index = sorted_by_batch[at]
-                slices[index] = batch.slice(places[index][1], 1)
-                at += 1
-            held += batch.nbytes
-            if held > self._budget_bytes // 4 and at < len(sorted_by_batch):
-                # What the slices refer to is kept by them: copy the rows, and let go of it.
-                pieces.append(_joined([slices[index] for index in slices], self.schema))
-                order += slices
-                slices, held = {}, 0
-        if not pieces:
-            return _joined([slices[index] for index in range(len(places))], self.schema)
-        pieces.append(_joined([slices[index] for index in slices], self.schema))
-        order += slices
-        whole = _joined(pieces, self.schema)
-        back = np.empty(len(order), np.int64)
-        back[order] = np.arange(len(order))
-        return _joined([whole.slice(index, 1) for index in back.tolist()], self.schema)
+        number, within = self._places(shards, rows)
+        keys = np.stack((shards, number))
+        places, which = np.unique(keys, axis=1, return_inverse=True)
+        wanted = [BatchPlace(*place) for place in places.T.tolist()]
+        members = which.reshape(-1)
+        parts: list[pa.RecordBatch] = []
+        order: list[I64] = []
+        first, held = 0, dict[int, pa.RecordBatch]()
+        size_bytes = 0
+        for index, place in enumerate(wanted):
+            held[index], read_bytes = self._batch(place)
+            size_bytes += read_bytes
+            if size_bytes > self._budget_bytes // 4 or index + 1 == len(wanted):
+                # Slices keep what they are slices of: copy the rows, and let go of it, before more is read.
+                here = np.flatnonzero((members >= first) & (members <= index))
+                pairs = zip(members[here].tolist(), within[here].tolist(), strict=True)
+                parts.append(_joined([held[batch].slice(row, 1) for batch, row in pairs], self.schema))
+                order.append(here)
+                first, size_bytes = index + 1, 0
+                held.clear()
+        if len(parts) < 2:
+            return parts[0] if parts else _joined([], self.schema)
+        back = np.argsort(np.concatenate(order)).tolist()
+        whole = _joined(parts, self.schema)
+        return _joined([whole.slice(index, 1) for index in back], self.schema)
 
-    def batch(self, place: BatchPlace) -> pa.RecordBatch:
-        """Return one batch of a shard, deleted rows too.
-
-        Raises:
-            MissingError, CorruptError, StorageError: as `take`.
-        """
+    def _batch(self, place: BatchPlace) -> tuple[pa.RecordBatch, int]:
+        """Return one batch of a shard, deleted rows too, and its size in bytes."""
         with self._lock:
             found = self._kept.get(place)
             if found is not None:
@@ -100,7 +94,8 @@ class RowStore:
         if not mine:
             return coming.result()
         try:
-            batch = self._read(place)
+            rows = self._read(place)
+            batch = rows, rows.nbytes
         except BaseException as error:
             with self._lock:
                 del self._coming[place]
@@ -131,19 +126,29 @@ class RowStore:
                 self._live[shard] = self._dataset.live_rows(shard)
             return self._live[shard]
 
-    def _place(self, shard: int, row: int) -> tuple[BatchPlace, int]:
-        """Return the batch that a row lies in, and its number there."""
-        starts = self._starts.get(shard)
-        if starts is None:
-            starts = np.cumsum([0, *(span.rows for span in self._dataset.segments.shard(shard).layout.batches)])
-            with self._lock:
+    def _places(self, shards: I64, rows: I64) -> tuple[I64, I64]:
+        """Return the number of the batch that each row lies in, and the row's number there."""
+        number, within = np.full(len(rows), -1, np.int64), rows.copy()
+        for shard in np.unique(shards).tolist():
+            starts = self._batch_starts(shard)
+            if (
+                len(starts) > 1
+            ):  # Else it was written before shards said where their batches are, and is read as a whole.
+                here = np.flatnonzero(shards == shard)
+                number[here] = np.searchsorted(starts, rows[here], side="right") - 1
+                within[here] -= starts[number[here]]
+        return number, within
+
+    def _batch_starts(self, shard: int) -> I64:
+        """Return the first row of each batch of a shard, and the number of its rows."""
+        with self._lock:
+            starts = self._starts.get(shard)
+            if starts is None:
                 if len(self._starts) >= _SHARDS:
                     self._starts.popitem(last=False)
-                self._starts[shard] = starts
-        if len(starts) == 1:  # Written before shards said where their batches are: read as a whole.
-            return BatchPlace(shard, -1), row
-        index = int(np.searchsorted(starts, row, side="right")) - 1
-        return BatchPlace(shard, index), row - int(starts[index])
+                spans = self._dataset.segments.shard(shard).layout.batches
+                starts = self._starts[shard] = np.cumsum([0, *(span.rows for span in spans)])
+            return starts
 
     def _read(self, place: BatchPlace) -> pa.RecordBatch:
         if place.number >= 0:
@@ -151,13 +156,13 @@ class RowStore:
         table = self._dataset.record_shard(place.shard)
         return _joined((table if self._columns is None else table.select(self._columns)).to_batches(), self.schema)
 
-    def _keep(self, place: BatchPlace, batch: pa.RecordBatch) -> None:
+    def _keep(self, place: BatchPlace, batch: tuple[pa.RecordBatch, int]) -> None:
         self.fills += 1
         self._kept[place] = batch
-        self.resident_bytes += batch.nbytes
+        self.resident_bytes += batch[1]
         while self.resident_bytes > self._budget_bytes and len(self._kept) > 1:
-            _, gone = self._kept.popitem(last=False)
-            self.resident_bytes -= gone.nbytes
+            _, (_, size_bytes) = self._kept.popitem(last=False)
+            self.resident_bytes -= size_bytes
             self.evictions += 1
 
 
