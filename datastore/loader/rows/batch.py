@@ -73,10 +73,13 @@ class RowBatch:
         return len(self.positions)
 
     def columns(self) -> dict[str, npt.NDArray[Any]]:
-        """Return the columns as NumPy arrays, of objects where NumPy has no type for them. Only without transform and collate."""
+        """Return the columns as NumPy arrays of their own, of objects where NumPy has no type for them.
+
+        Only without `transform` and `collate`.
+        """
         assert isinstance(self.data, pa.RecordBatch)
         names = self.data.schema.names
         return {
-            name: np.asarray(column.to_numpy(zero_copy_only=False))
+            name: np.array(column.to_numpy(zero_copy_only=False))
             for name, column in zip(names, self.data.columns, strict=True)
         }
