@@ -6,6 +6,7 @@ documents     the documents of a token shard
 tokentext     the text of tokens
 records       a record shard
 schema        the schema of records
+huggingface   what `datasets` says of columns
 fitting       rows made to fit a schema, or refused
 plain         rows of Python values as Arrow
 evolution     rows of an older schema as rows of a newer one

@@ -17,6 +17,7 @@ import pyarrow.compute as pc
 import pyarrow.types as kinds
 
 from datastore.errors import ConfigError
+from datastore.formats.huggingface import check_features, is_hf_array
 
 __all__ = ["check_rows", "fit_array", "without_hidden_indices"]
 
@@ -27,9 +28,10 @@ def check_rows(table: pa.Table, schema: pa.Schema) -> pa.Table:
     """Return `table` with exactly the columns of `schema`, in its order, each value what it was.
 
     Raises:
-        ConfigError: a column or a field of a struct is missing or unexpected, a null stands where none may, or a value
-            would not stay what it is; the message names path, row and value.
+        ConfigError: a column or a field of a struct is missing or unexpected, a null stands where none may, a value
+            would not stay what it is, or its class label another one; the message names path, row and value.
     """
+    check_features(table.schema, schema)
     missing = sorted(set(schema.names) - set(table.column_names))
     unexpected = sorted(set(table.column_names) - set(schema.names))
     if missing or unexpected or len(table.column_names) != len(schema.names):
@@ -117,6 +119,8 @@ def _decoder_of(kind: Any) -> Callable[[Any], Any] | None:
         return lambda array: array.cast(pa.large_string())
     if kinds.is_binary_view(kind):
         return lambda array: array.cast(pa.large_binary())
+    if is_hf_array(kind):
+        return lambda array: array.storage
     return None
 
 

@@ -16,7 +16,7 @@ from typing_extensions import Buffer
 
 from datastore.errors import ConfigError, CorruptError
 from datastore.formats.fitting import without_hidden_indices
-from datastore.formats.schema import check_names
+from datastore.formats.schema import check_names, no_rows
 
 __all__ = [
     "BATCH_BYTES",
@@ -256,7 +256,7 @@ def _row_group(file: pq.ParquetFile, index: int, columns: Sequence[str] | None) 
     batches = table.combine_chunks().to_batches()
     if len(batches) > 1:
         raise ValueError("a row group is larger than an array")
-    return batches[0] if batches else pa.RecordBatch.from_pylist([], schema=table.schema)
+    return batches[0] if batches else no_rows(table.schema)
 
 
 def _rows_for(table: pa.Table, start: int, size_bytes: int) -> int:

@@ -23,6 +23,7 @@ __all__ = [
     "check_storable",
     "decode_schema",
     "encode_schema",
+    "no_rows",
     "parse_field",
     "parse_type",
     "record_schema",
@@ -216,6 +217,11 @@ class _Reader:
             at=self.at,
             hint="Write it as Arrow does: int64, string, list<float>, struct<a: int8, b: string>, image/jpeg.",
         )
+
+
+def no_rows(schema: pa.Schema) -> pa.RecordBatch:
+    """Return a batch of no rows. `Schema.empty_table` fails where another type holds one of Arrow's extensions (pyarrow 26.0.1)."""
+    return pa.RecordBatch.from_arrays([pa.nulls(0, field.type) for field in schema], schema=schema)
 
 
 def encode_schema(schema: pa.Schema) -> bytes:

@@ -12,6 +12,8 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
+import pyarrow as pa
+
 from datastore.dataset.journal import Journal, Plan, TaskDone
 from datastore.dataset.log.commits import CommitLog
 from datastore.dataset.log.identity import create_dataset
@@ -21,7 +23,8 @@ from datastore.dataset.shards.files import put_tokenizer
 from datastore.dataset.shards.info import ShardInfo
 from datastore.errors import ConfigError, CorruptError, RejectedError
 from datastore.formats.fitting import check_rows
-from datastore.formats.schema import check_storable, decode_schema, encode_schema
+from datastore.formats.huggingface import keep_features
+from datastore.formats.schema import check_storable, decode_schema, encode_schema, no_rows
 from datastore.host import cores
 from datastore.ingestion.destination import Destination, TokenizerChoice, open_target
 from datastore.ingestion.duplicates import without_duplicates
@@ -369,9 +372,9 @@ def _record_schema(listing: Listing, roots: Roots, target: Destination, settings
     if target.newest is not None and first.format == "jsonl":  # Each line is held against the columns as it is read.
         return target.newest.record_schema
     url, key = roots.locate(first.path)
-    schema = rows_schema(open_storage(url), key, file=first, settings=settings).remove_metadata()
+    schema = rows_schema(open_storage(url), key, file=first, settings=settings)
     if target.newest is not None:
-        check_rows(schema.empty_table(), decode_schema(target.newest.record_schema))
+        check_rows(pa.Table.from_batches([no_rows(schema)]), decode_schema(target.newest.record_schema))
         return target.newest.record_schema
     check_storable(schema)
-    return encode_schema(schema)
+    return encode_schema(keep_features(schema))

@@ -179,7 +179,7 @@ class CopiedRows(CopySink):
     @override
     def add(self, first: int, rows: pa.Table, *, source: str) -> None:
         try:
-            self._parts.append(check_rows(rows.replace_schema_metadata(), self._schema))
+            self._parts.append(check_rows(rows, self._schema))
         except ConfigError as error:
             raise ConfigError(
                 error.fact, file=source, row=first, hint="Import files of one schema at a time."

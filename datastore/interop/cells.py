@@ -13,11 +13,12 @@ from typing import Any
 import numpy as np
 import orjson
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.types as kinds
 
 from datastore.errors import ConfigError, CorruptError
 
-__all__ = ["Cell", "as_json", "from_cells", "is_binary", "is_text", "number_of", "to_cells"]
+__all__ = ["Cell", "from_cells", "is_binary", "is_text", "json_cells", "json_rows", "number_of", "to_cells"]
 
 Cell = bytes | memoryview
 
@@ -52,7 +53,7 @@ def to_cells(column: "pa.ChunkedArray[Any]", *, name: str, where: str) -> Sequen
         return [cell for chunk in array.chunks for cell in to_cells(pa.chunked_array([chunk]), name=name, where=where)]
     number = number_of(kind)
     if number is None and not (is_text(kind) or is_binary(kind) or kinds.is_boolean(kind)):
-        return [as_json(value) for value in array.to_pylist()]
+        return json_cells(column, name=name)
     if array.null_count:
         raise ConfigError(
             f"{where} has no null",
@@ -103,16 +104,81 @@ def from_cells(cells: Sequence[Cell], kind: pa.DataType, *, where: str) -> "pa.A
     return made
 
 
-def as_json(value: object) -> bytes:
-    """Return `value` as JSON; bytes as base64 text.
+def json_cells(column: "pa.ChunkedArray[Any]", *, name: str) -> list[bytes]:
+    """Return each row of the column `name` as JSON: bytes as base64 text, times as ISO 8601 text.
 
     Raises:
-        ConfigError: it has no JSON form.
+        ConfigError: a value has no JSON form: it is NaN or infinite, beyond the year 9999, or finer than a microsecond; or JSON has none
+            of its type.
     """
     try:
-        return orjson.dumps(value, default=_plain, option=orjson.OPT_NON_STR_KEYS)
-    except TypeError as error:
-        raise ConfigError(f"a value has no JSON form: {error}", hint="Leave out its column.") from None
+        return [_as_json(value) for value in _values(column)]
+    except (pa.ArrowException, ValueError, OverflowError, TypeError) as error:
+        raise ConfigError(
+            f"a value has no JSON form: {str(error).splitlines()[0]}",
+            column=name,
+            type=str(column.type),
+            hint="Leave out the column, or export to parquet or hf.",
+        ) from None
+
+
+def json_rows(rows: pa.Table) -> list[bytes]:
+    """Return each row as a JSON object.
+
+    Raises:
+        ConfigError: as `json_cells`.
+    """
+    heads = [orjson.dumps(name) + b":" for name in rows.column_names]
+    columns = [json_cells(column, name=name) for name, column in zip(rows.column_names, rows.columns, strict=True)]
+    cells = zip(*columns, strict=True) if columns else [()] * rows.num_rows
+    return [b"{" + b",".join(map(b"".join, zip(heads, row, strict=True))) + b"}" for row in cells]
+
+
+def _values(column: Any) -> list[Any]:
+    """Return values as Python has them, alike with and without pandas: without it, there are no nanoseconds."""
+    for chunk in column.chunks:
+        _check_finite(chunk)
+    kind = _in_microseconds(column.type)
+    return list((column if kind.equals(column.type) else column.cast(kind)).to_pylist())
+
+
+def _in_microseconds(kind: Any) -> Any:
+    if kinds.is_struct(kind):
+        return pa.struct([_coarser(kind.field(index)) for index in range(kind.num_fields)])
+    if kinds.is_map(kind):
+        return pa.map_(_in_microseconds(kind.key_type), _coarser(kind.item_field))
+    if _is_list(kind):
+        make = pa.large_list if kinds.is_large_list(kind) else pa.list_
+        sizes = [kind.list_size] if kinds.is_fixed_size_list(kind) else []
+        return make(_coarser(kind.value_field), *sizes)
+    if getattr(kind, "unit", "") != "ns":
+        return kind
+    if kinds.is_timestamp(kind):
+        return pa.timestamp("us", kind.tz)
+    return pa.duration("us") if kinds.is_duration(kind) else pa.time64("us")
+
+
+def _coarser(field: Any) -> Any:
+    return field.with_type(_in_microseconds(field.type))
+
+
+def _check_finite(array: Any) -> None:
+    """Raise ValueError for a number that JSON does not have, at any depth; it would be written as null."""
+    kind = array.type
+    if kinds.is_floating(kind):
+        if not pc.all(pc.is_finite(array)).as_py() and len(array) > array.null_count:
+            raise ValueError("NaN or infinity")
+    elif kinds.is_struct(kind):
+        for field in array.flatten():
+            _check_finite(field)
+    elif kinds.is_map(kind):
+        _check_finite(array.items)
+    elif _is_list(kind):
+        _check_finite(array.flatten())
+
+
+def _as_json(value: object) -> bytes:
+    return orjson.dumps(value, default=_plain, option=orjson.OPT_NON_STR_KEYS)
 
 
 def _plain(value: object) -> object:

@@ -16,10 +16,11 @@ import pyarrow.csv
 import pyarrow.parquet as pq
 from typing_extensions import override
 
-from datastore.errors import ConfigError, CorruptError, DatastoreError
+from datastore.errors import ConfigError, CorruptError, DatastoreError, MissingError
+from datastore.formats.huggingface import check_hf_types, keep_features, with_features
 from datastore.formats.schema import check_names, without_views
 from datastore.interop.base import Exporter, Folder, Format, Rows, Span, below, numbered, read_json, whole_files
-from datastore.interop.cells import as_json
+from datastore.interop.cells import json_rows
 from datastore.storage.as_fsspec import ReadOnlyFileSystem
 from datastore.storage.base import Storage
 from datastore.units import format_bytes
@@ -27,6 +28,7 @@ from datastore.units import format_bytes
 __all__ = ["CSV", "HF", "PARQUET", "HfExporter", "JsonLinesExporter", "ParquetExporter"]
 
 _STATE = "state.json"
+_INFO = "dataset_info.json"
 _BATCH_ROWS = 8192
 _GROUP_BYTES = 16 * 2**20
 _CSV_BLOCKS = (2**20, 2**24, 2**28, 2**30)
@@ -39,7 +41,8 @@ class _Tables(Exporter):
     @override
     def __init__(self, folder: Folder, schema: pa.Schema, *, shard_bytes: int) -> None:
         self._folder = folder
-        self._schema = schema.remove_metadata()
+        self._schema = with_features(schema)
+        self._check(self._schema)
         self._shard_bytes = shard_bytes
         self._parts: list[pa.Table] = []
         self._bytes = 0
@@ -62,9 +65,13 @@ class _Tables(Exporter):
         self._folder.mark()
 
     def _flush(self) -> None:
-        table = pa.concat_tables([self._schema.empty_table(), *(part.cast(self._schema) for part in self._parts)])
+        parts = [pa.Table.from_arrays(part.columns, schema=self._schema) for part in self._parts]
+        table = pa.concat_tables(parts) if parts else pa.Table.from_batches([], schema=self._schema)
         self._files.append(self._store(len(self._files), table))
         self._parts, self._bytes = [], 0
+
+    def _check(self, schema: pa.Schema) -> None:
+        """Refuse, before anything is written, columns of types that the format does not have."""
 
     def _store(self, number: int, table: pa.Table) -> str:
         """Store `table` as file `number`, and return its name."""
@@ -73,6 +80,19 @@ class _Tables(Exporter):
 
 class ParquetExporter(_Tables):
     """Writes `part-00000.parquet` and so on, compressed with zstd."""
+
+    @override
+    def _check(self, schema: pa.Schema) -> None:
+        for field in schema:
+            try:
+                _try_parquet(field)
+            except (pa.ArrowException, OSError, ValueError) as error:
+                raise ConfigError(
+                    f"Parquet has no such type: {str(error).splitlines()[0]}",
+                    column=field.name,
+                    type=str(field.type),
+                    hint="Leave out the column, or cast it to another type.",
+                ) from None
 
     @override
     def _store(self, number: int, table: pa.Table) -> str:
@@ -88,6 +108,10 @@ class HfExporter(_Tables):
     """Writes what `datasets.load_from_disk` opens."""
 
     @override
+    def _check(self, schema: pa.Schema) -> None:
+        check_hf_types(schema)
+
+    @override
     def _store(self, number: int, table: pa.Table) -> str:
         sink = pa.BufferOutputStream()
         with pa.ipc.new_stream(sink, table.schema) as writer:
@@ -100,7 +124,7 @@ class HfExporter(_Tables):
     def close(self) -> None:
         if self._parts or not self._files:
             self._flush()
-        self._folder.put("dataset_info.json", b"{}")
+        self._folder.put(_INFO, b"{}")
         state: dict[str, Any] = {
             "_data_files": [{"filename": name} for name in self._files],
             "_fingerprint": "datastore",
@@ -121,8 +145,24 @@ class JsonLinesExporter(_Tables):
         name = f"part-{number:05}.jsonl"
         with self._folder.open(name) as file:
             for batch in table.to_batches(max_chunksize=_BATCH_ROWS):
-                file.write(b"".join(as_json(row) + b"\n" for row in batch.to_pylist()))
+                file.write(b"".join(row + b"\n" for row in json_rows(pa.Table.from_batches([batch]))))
         return name
+
+
+def _try_parquet(field: "pa.Field[Any]") -> None:
+    """Write and read a row without a value; raise what pyarrow raises."""
+    if any(pa.types.is_fixed_size_list(kind) and not kind.list_size for kind in _within(field.type)):
+        raise ValueError("lists of no items cannot be read back")  # pyarrow 26.0.1 writes them without complaint.
+    sink = pa.BufferOutputStream()
+    column = pa.chunked_array([pa.nulls(1, field.type)])
+    pq.write_table(pa.Table.from_arrays([column], schema=pa.schema([field.with_nullable(True)])), sink)
+    pq.read_table(pa.BufferReader(sink.getvalue()))
+
+
+def _within(kind: Any) -> Iterator[Any]:
+    yield kind
+    for index in range(kind.num_fields):
+        yield from _within(kind.field(index).type)
 
 
 def _open(storage: Storage, key: str) -> Any:
@@ -138,7 +178,7 @@ def _damaged(error: Exception, key: str, what: str) -> DatastoreError:
 
 def _parquet_schema(storage: Storage, key: str) -> pa.Schema:
     try:
-        schema = pq.read_schema(_open(storage, key)).remove_metadata()
+        schema = keep_features(pq.read_schema(_open(storage, key)))
         check_names(schema)
     except (pa.ArrowException, OSError, ValueError) as error:
         raise _damaged(error, key, "Parquet") from None
@@ -188,11 +228,20 @@ def _hf_files(storage: Storage) -> list[str]:
 def _hf_schema(storage: Storage, key: str) -> pa.Schema:
     try:
         with _open(storage, key) as file, pa.ipc.open_stream(file) as reader:
-            schema = reader.schema.remove_metadata()
+            schema = keep_features(reader.schema, _hf_features(storage))
             check_names(schema)
     except (pa.ArrowException, OSError, ValueError) as error:
         raise _damaged(error, key, "an Arrow stream") from None
     return without_views(schema)
+
+
+def _hf_features(storage: Storage) -> dict[str, Any]:
+    """Return the features that a saved dataset states beside its files; they count for more than those in the files."""
+    try:
+        features = read_json(storage, _INFO, what="saved datasets").get("features")
+    except (MissingError, ConfigError, CorruptError):
+        return {}
+    return features if isinstance(features, dict) else {}
 
 
 def _read_hf(storage: Storage, key: str, _span: Span) -> Iterator[Rows]:

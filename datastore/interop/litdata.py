@@ -19,7 +19,7 @@ from typing_extensions import override
 from datastore.errors import ConfigError, CorruptError
 from datastore.formats.schema import check_names
 from datastore.interop.base import Exporter, Folder, Format, Rows, Span, below, read_json
-from datastore.interop.cells import Cell, as_json, from_cells, is_binary, is_text, number_of, to_cells
+from datastore.interop.cells import Cell, from_cells, is_binary, is_text, json_cells, number_of, to_cells
 from datastore.interop.packed import MAX_FILE_BYTES, PackedFile, SampleShards, pack, pack_cells, unpack_cells
 from datastore.storage.base import Storage
 
@@ -68,7 +68,7 @@ class LitDataExporter(SampleShards, Exporter):
     @override
     def write(self, rows: pa.Table) -> None:
         columns = [
-            [as_json(value) for value in rows.column(name).to_pylist()]
+            json_cells(rows.column(name), name=name)
             if leaf == "json"
             else to_cells(_plain(rows.column(name)), name=name, where="LitData")
             for name, leaf in zip(self._names, self._leaves, strict=True)

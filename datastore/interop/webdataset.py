@@ -20,7 +20,7 @@ from typing_extensions import override
 
 from datastore.errors import ConfigError, CorruptError
 from datastore.interop.base import Exporter, Folder, Format, Rows, Span, numbered, whole_files
-from datastore.interop.cells import as_json, from_cells, is_binary, is_text, number_of, to_cells
+from datastore.interop.cells import from_cells, is_binary, is_text, json_rows, number_of, to_cells
 from datastore.storage.base import Storage
 
 __all__ = ["WEBDATASET", "WebDatasetExporter"]
@@ -57,14 +57,14 @@ class WebDatasetExporter(Exporter):
     def write(self, rows: pa.Table) -> None:
         cells = {name: to_cells(rows.column(name), name=name, where="WebDataset") for name in self._suffixes}
         types = {name: rows.schema.field(name).type for name in self._suffixes}
-        others = rows.select(self._others).to_pylist() if self._others else []
+        others = json_rows(rows.select(self._others)) if self._others else []
         for row in range(rows.num_rows):
             key = f"{self._samples:012}"
             for name, suffix in self._suffixes.items():
                 data = bytes(cells[name][row])
                 self._add(f"{key}.{suffix}", _npy(data, types[name]) if suffix.endswith("npy") else data)
             if others:
-                self._add(f"{key}.json", as_json(others[row]))
+                self._add(f"{key}.json", others[row])
             self._samples += 1
             if self._bytes >= self._shard_bytes:
                 self._flush()

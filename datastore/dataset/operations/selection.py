@@ -16,6 +16,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from datastore.errors import ConfigError, DependencyError, MissingError
+from datastore.formats.schema import no_rows
 
 __all__ = ["Matcher", "Selection", "read_ids"]
 
@@ -91,7 +92,7 @@ class Matcher:
         """The columns that tables given to `match` need to have."""
         self._engines = threading.local()
         # What is wrong with a condition shows on no rows, before anything is read.
-        self.match(pa.schema([schema.field(name) for name in self.columns]).empty_table())
+        self.match(pa.Table.from_batches([no_rows(pa.schema([schema.field(name) for name in self.columns]))]))
 
     def match(self, table: pa.Table) -> tuple[Mask, "npt.NDArray[np.int64]"]:
         """Return which rows of `table` are meant, and which of the selection's ids are there, by their index.

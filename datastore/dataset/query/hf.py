@@ -4,11 +4,13 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-from datasets import Dataset
+from datasets import Dataset, DatasetInfo, Features
 from datasets.table import ConcatenationTable, InMemoryTable, MemoryMappedTable
 from typing_extensions import override
 
 from datastore.dataset.query.readable import Readable
+from datastore.formats.huggingface import check_hf_types, with_features
+from datastore.formats.schema import no_rows
 
 __all__ = ["MappedShard", "mapped_dataset"]
 
@@ -42,6 +44,7 @@ for _name, _member in vars(MemoryMappedTable).items():
 def mapped_dataset(dataset: Readable) -> Dataset:
     """Return what `Dataset.to_hf` promises."""
     schema = dataset.schema if dataset.kind == "records" else dataset.token_schema
+    check_hf_types(schema)
     blocks: list[Any] = []
     live: list[np.ndarray[Any, Any]] = []
     start = 0
@@ -56,8 +59,12 @@ def mapped_dataset(dataset: Readable) -> Dataset:
             blocks.append(
                 InMemoryTable(dataset.record_shard(index) if dataset.kind == "records" else dataset.token_lists(index))
             )
-    table = ConcatenationTable.from_tables(blocks or [InMemoryTable(schema.empty_table())])
-    found = Dataset(table)
+    table = ConcatenationTable.from_tables(blocks or [InMemoryTable(pa.Table.from_batches([no_rows(schema)]))])
+    # Through bytes, as from a file: this is where its extension types come into being.
+    features = Features.from_arrow_schema(pa.ipc.read_schema(with_features(schema).serialize()))
+    if features.arrow_schema.types != table.schema.types:
+        table = table.cast(features.arrow_schema)
+    found = Dataset(table, info=DatasetInfo(features=features))
     return found.select(np.concatenate(live)) if dataset.deletions else found
 
 

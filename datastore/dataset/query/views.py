@@ -17,6 +17,7 @@ from datastore.dataset.shards.files import read_token_table
 from datastore.errors import ConfigError, DependencyError
 from datastore.formats.documents import DOCUMENTS_SCHEMA
 from datastore.formats.evolution import schema_id
+from datastore.formats.schema import no_rows
 from datastore.formats.tokens import ColumnType, Offsets, token_schema
 
 if TYPE_CHECKING:
@@ -90,7 +91,7 @@ class Views(Readable):
         wanted = _checked_names(schema, columns)
         read = self.rows if whole else self.live_documents
         parts = [read(index).select(wanted) for index in range(len(self.segments))]
-        return pa.concat_tables([schema.empty_table().select(wanted), *parts])
+        return pa.concat_tables([pa.Table.from_batches([no_rows(schema)]).select(wanted), *parts])
 
     def to_batches(self, *, columns: Sequence[str] | None = None) -> pa.RecordBatchReader:
         """Return all rows, as `row_schema`, as a stream with at most one shard in memory; it can be read once.
@@ -132,9 +133,11 @@ class Views(Readable):
         """Return a `datasets.Dataset` of the records, or of the tokens: a column `tokens`, one row per document.
 
         It maps the shards where they are on this machine, copies nothing, and goes through `map` and worker processes
-        without a copy, too; elsewhere the shards are read into memory. Deleted rows are left out by an index.
+        without a copy, too; elsewhere the shards are read into memory. Deleted rows are left out by an index. Class labels
+        and other features that the rows came with are there again.
 
         Raises:
+            ConfigError: `datasets` does not have the type of a column.
             DependencyError: `datasets` is not installed.
         """
         try:

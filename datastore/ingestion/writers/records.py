@@ -26,6 +26,7 @@ from datastore.dataset.shards.info import ShardInfo
 from datastore.errors import ConfigError
 from datastore.formats.evolution import without_numbers
 from datastore.formats.fitting import check_rows
+from datastore.formats.huggingface import keep_features
 from datastore.formats.plain import table_of_rows
 from datastore.formats.records import RecordFormat, check_format
 from datastore.formats.schema import SchemaLike, check_storable, decode_schema, record_schema
@@ -58,7 +59,7 @@ def record_writer(
     storage, info = create_at(url)
     newest = CommitLog(storage, exclusive=info.exclusive).newest()
     if newest is None or operation == "overwrite":
-        fresh = None if given is None else _checked(without_numbers(given), format)
+        fresh = None if given is None else _checked(without_numbers(keep_features(given)), format)
         return RecordWriter(storage, schema=fresh, operation=operation, format=format)
     if newest.kind != "records":
         raise ConfigError("the dataset holds tokens, not records", url=storage.url, hint="Name another URL.")
@@ -168,7 +169,7 @@ class RecordWriter(ShardWriter):
                 return None
             rows = table_of_rows(listed, self.schema)
         if self.schema is None:
-            self.schema = _checked(without_numbers(rows.schema.remove_metadata()), self.format)
+            self.schema = _checked(without_numbers(keep_features(rows.schema)), self.format)
         return check_rows(rows, self.schema)
 
     @override

@@ -92,7 +92,7 @@ class Assembler:
                         f"the transform failed on a row: {type(error).__name__}: {error}",
                         row=number,
                         **({"id": row["id"]} if "id" in row else {}),
-                        hint='Mend it, or leave such rows out: on_error="leave_out".',
+                        hint='Mend it, or leave such rows out: `on_error="leave_out"`.',
                     ) from error
                 failed[number] = f"{type(error).__name__}: {error}"
             else:

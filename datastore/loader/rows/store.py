@@ -16,6 +16,7 @@ import pyarrow as pa
 
 from datastore.dataset.snapshot import Dataset
 from datastore.errors import ConfigError
+from datastore.formats.schema import no_rows
 from datastore.loader.order.lanes import I64
 
 __all__ = ["BatchPlace", "RowStore"]
@@ -169,7 +170,7 @@ class RowStore:
 def _joined(batches: Sequence[pa.RecordBatch], schema: pa.Schema) -> pa.RecordBatch:
     """Return the rows of all `batches` in one, copied."""
     if not batches:
-        return pa.RecordBatch.from_pylist([], schema=schema)
+        return no_rows(schema)
     joined = pa.Table.from_batches(batches).combine_chunks().to_batches()
     if len(joined) > 1:
         raise ConfigError(
