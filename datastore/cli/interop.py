@@ -37,12 +37,16 @@ def sql(*, url: str, query: str, as_json: bool) -> None:
     DuckDB runs it, and reads only the columns and row groups that it needs. Deleted rows are not there.
     """
     from datastore.dataset.snapshot import open_dataset
+    from datastore.formats.plain import python_rows, python_values
 
     found = open_dataset(url).sql(query)
     if as_json:
-        say_json([{name: _exact(value) for name, value in row.items()} for row in found.to_pylist()])
+        say_json([{name: _exact(value) for name, value in row.items()} for row in python_rows(found)])
         return
-    columns = [[_shown(value) for value in column.to_pylist()] for column in found.columns]
+    columns = [
+        [_shown(value) for value in python_values(column, name=name)]
+        for name, column in zip(found.column_names, found.columns, strict=True)
+    ]
     table(found.column_names, list(zip(*columns, strict=True)))
 
 

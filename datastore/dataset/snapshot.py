@@ -23,6 +23,7 @@ from datastore.dataset.shards.files import read_documents, read_record_shard, re
 from datastore.dataset.shards.segments import Segments, load_segments
 from datastore.errors import ConfigError, CorruptError, MissingError
 from datastore.formats.evolution import adapt
+from datastore.formats.plain import python_rows
 from datastore.formats.schema import decode_schema
 from datastore.formats.tokens import Offsets, Tokens
 from datastore.storage.base import Storage
@@ -218,9 +219,13 @@ class Dataset(Views):
             yield batch if live is None else batch.filter(pa.array(live[row : row + batch.num_rows]))
 
     def iter_records(self, *, columns: Sequence[str] | None = None) -> Iterator[dict[str, Any]]:
-        """Yield the rows of a record dataset that are not deleted, in order; otherwise as `iter_batches`."""
+        """Yield the rows of a record dataset that are not deleted, in order; otherwise as `iter_batches`.
+
+        Raises:
+            ConfigError: also where Python has no form of a value, as of a year past 9999.
+        """
         for batch in self.iter_batches(columns=columns):
-            yield from batch.to_pylist()
+            yield from python_rows(batch)
 
     @cached_property
     def _batches(self) -> BatchReader:

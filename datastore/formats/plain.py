@@ -18,7 +18,7 @@ import pyarrow as pa
 from datastore.errors import ConfigError
 from datastore.formats.fitting import fit_array
 
-__all__ = ["same_values", "table_of_rows"]
+__all__ = ["python_rows", "python_values", "same_values", "table_of_rows"]
 
 _HINT = "Write values that the column's type holds, or choose another type."
 
@@ -33,6 +33,38 @@ class _Change:
 
     given: Any
     stored: Any
+
+
+def python_values(column: Any, *, name: str) -> list[Any]:
+    """Return the values of the array `column`, called `name`, as Python has them.
+
+    Raises:
+        ConfigError: Python has no form of one: a year past 9999, a time of day finer than a microsecond.
+    """
+    try:
+        if pa.types.is_time64(column.type) and column.type.unit == "ns":
+            column = column.cast(pa.time64("us"))  # Python would leave out the nanoseconds without a word.
+        return list(column.to_pylist())
+    except (pa.ArrowException, ValueError, OverflowError) as error:
+        raise ConfigError(
+            f"a value has no form in Python: {str(error).splitlines()[0]}",
+            column=name,
+            type=str(column.type),
+            hint="Leave out the column, or read Arrow: `iter_batches`.",
+        ) from None
+
+
+def python_rows(rows: "pa.RecordBatch | pa.Table") -> list[dict[str, Any]]:
+    """Return `rows` as dicts.
+
+    Raises:
+        ConfigError: as `python_values`.
+    """
+    names = rows.schema.names
+    if not names:
+        return [{} for _ in range(rows.num_rows)]
+    columns = [python_values(column, name=name) for name, column in zip(names, rows.columns, strict=True)]
+    return [dict(zip(names, values, strict=True)) for values in zip(*columns, strict=True)]
 
 
 def table_of_rows(rows: Sequence[Mapping[str, Any]], schema: pa.Schema | None) -> pa.Table:

@@ -288,3 +288,37 @@ def test_another_program_s_note_is_no_obstacle(tmp_path: Path) -> None:
         with ds.record_writer(str(tmp_path / str(number))) as out:
             out.write(table)
         assert ds.open(tmp_path / str(number)).to_hf()[:] == {"a": [1]}
+
+
+# What the libraries in memory make of a type
+
+
+@pytest.mark.parametrize("name", COLUMNS)
+@pytest.mark.parametrize("to", ["to_pandas", "to_polars"])
+def test_a_frame_holds_a_type_or_the_column_is_named(tmp_path: Path, name: str, to: str) -> None:
+    data = store(tmp_path, COLUMNS[name])
+    try:
+        frame = getattr(data, to)()
+    except ConfigError as error:
+        assert error.values["column"] == "c"  # noqa: PT017 - either is right
+        assert len(getattr(data, to)(columns=["id"])) == 2
+    else:
+        assert len(frame) == 2
+
+
+@pytest.mark.parametrize(
+    ("column", "reason"),
+    [
+        (pa.array([10**15 * 500, None], pa.timestamp("us")), "out of range"),
+        (pa.array([10**7, None], pa.date32()), "out of range"),
+        (pa.array([1, None], pa.time64("ns")), "lose data"),
+    ],
+)
+def test_a_value_that_python_has_no_form_of_is_named_and_stays_in_arrow(
+    tmp_path: Path, column: Any, reason: str
+) -> None:
+    data = store(tmp_path, column)
+    with pytest.raises(ConfigError, match=rf"no form in Python: .*{reason}.*column='c'"):
+        list(data.iter_records())
+    assert [row["id"] for row in data.iter_records(columns=["id"])] == ["x", "y"]
+    assert pa.Table.from_batches(data.iter_batches()).column("c").combine_chunks().equals(column)

@@ -5,7 +5,7 @@ goes through here honours deletions. `arrow_dataset` hands out the files themsel
 there are some; and whoever scans files on their own reads them unchecked, as with any Parquet: `verify` checks them.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -113,21 +113,23 @@ class Views(Readable):
         """Return `to_arrow` of the same arguments as a pandas data frame, in memory.
 
         Raises:
+            ConfigError: pandas has no form of a column's type, or of a value in it.
             DependencyError: pandas is not installed.
         """
-        return self.to_arrow(columns=columns, tokens=tokens).to_pandas()
+        return _converted(self.to_arrow(columns=columns, tokens=tokens), lambda table: table.to_pandas(), to="pandas")
 
     def to_polars(self, *, columns: Sequence[str] | None = None, tokens: bool = False) -> Any:
         """Return `to_arrow` of the same arguments as a Polars data frame, which shares its memory where it can.
 
         Raises:
+            ConfigError: Polars has no form of a column's type.
             DependencyError: Polars is not installed.
         """
         try:
             import polars as pl  # noqa: PLC0415 - an extra
         except ModuleNotFoundError:
             raise _missing_library("polars") from None
-        return pl.from_arrow(self.to_arrow(columns=columns, tokens=tokens))
+        return _converted(self.to_arrow(columns=columns, tokens=tokens), pl.from_arrow, to="Polars")
 
     def to_hf(self) -> Any:
         """Return a `datasets.Dataset` of the records, or of the tokens: a column `tokens`, one row per document.
@@ -191,6 +193,43 @@ def _lists(values: "npt.NDArray[Any]", offsets: Offsets, kind: Any) -> Any:
     flat = pa.array(values.reshape(-1)).cast(inner)
     items = flat if values.ndim == 1 else fixed.from_arrays(flat, type=kind.value_type)
     return lists.from_arrays(pa.array(offsets.astype(np.int32)), items, type=kind)
+
+
+def _converted(table: pa.Table, convert: Callable[[pa.Table], Any], *, to: str) -> Any:
+    """Return what `convert` makes of `table`; where it fails, the column that it fails on is named."""
+    if to == "Polars":
+        for field in table.schema:
+            if any(map(_ends_polars, _types_in(field.type))):
+                raise _no_form(field, "its reader of Arrow does not know it", to)
+    try:
+        return convert(table)
+    except Exception as error:  # noqa: BLE001 - Polars has exceptions of its own
+        for field in table.schema:
+            try:
+                convert(table.select([field.name]))
+            except Exception as reason:  # noqa: BLE001 - whatever it is, it is this column's
+                raise _no_form(field, str(reason), to) from None
+        raise ConfigError(f"{to} has no form of these rows: {error}", hint="Read them as Arrow.") from None
+
+
+def _no_form(field: "pa.Field[Any]", reason: str, to: str) -> ConfigError:
+    return ConfigError(
+        f"{to} has no form of a column: {(reason or 'no reason given').splitlines()[0]}",
+        column=field.name,
+        type=str(field.type),
+        hint="Name the other columns with `columns`, or read Arrow.",
+    )
+
+
+def _types_in(kind: Any) -> Iterator[Any]:
+    yield kind
+    for index in range(kind.num_fields):
+        yield from _types_in(kind.field(index).type)
+
+
+def _ends_polars(kind: Any) -> bool:
+    """Return whether Polars 2.1.0 panics at a type, with a trace of its own, instead of refusing it."""
+    return pa.types.is_decimal256(kind) or (pa.types.is_fixed_size_list(kind) and not kind.list_size)
 
 
 def _checked_names(schema: pa.Schema, columns: Sequence[str] | None) -> list[str]:

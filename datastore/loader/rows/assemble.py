@@ -13,6 +13,7 @@ import numpy as np
 
 from datastore.dataset.snapshot import Dataset
 from datastore.errors import DatastoreError, RejectedError
+from datastore.formats.plain import python_rows
 from datastore.loader.order.lanes import I64
 from datastore.loader.order.mix import Purpose, derive_key
 from datastore.loader.order.order import NO_SAMPLE, BatchPlan
@@ -68,7 +69,7 @@ class Assembler:
         data: Any = self.store.take(shards, rows)
         failed: dict[int, str] = {}
         if self.rows.transform is not None:
-            data, kept = self._transformed(data.to_pylist(), positions, numbers, failed)
+            data, kept = self._transformed(python_rows(data), positions, numbers, failed)
             positions, numbers = positions[kept], numbers[kept]
         if self.rows.collate is not None:
             data = self.rows.collate(data)
