@@ -10,6 +10,7 @@ are, filtered and handed to a user's code. What they share is what matters for e
 """
 
 import os
+import warnings
 from collections import deque
 from collections.abc import Iterator, Mapping
 from concurrent.futures import Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor
@@ -24,6 +25,7 @@ from typing_extensions import override
 
 from datastore.dataset.snapshot import Dataset
 from datastore.errors import ConfigError, DatastoreError, whole_number
+from datastore.formats.records import BATCH_BYTES
 from datastore.loader.order.lanes import I64
 from datastore.loader.order.order import ORDER_VERSION, BatchPlan, Order, OrderKey, Planner
 from datastore.loader.rows.assemble import Assembler, Made
@@ -31,6 +33,7 @@ from datastore.loader.rows.batch import RowBatch, Rows
 from datastore.loader.rows.grid import RowGrid, live_rows_of, matching_rows, row_grid
 from datastore.loader.settings import LoaderSettings, Rank, checked_options
 from datastore.loader.state import LoaderState, read_state
+from datastore.units import format_bytes
 
 __all__ = ["RowLoader"]
 
@@ -92,6 +95,7 @@ class RowLoader(Iterator[RowBatch]):
         self._pid = os.getpid()
         self._unsettled = False
         self._batches = self._failed = 0
+        self._warn_if_memory_is_short()
 
     @override
     def __next__(self) -> RowBatch:
@@ -237,6 +241,22 @@ class RowLoader(Iterator[RowBatch]):
                 )
                 self._queue[index] = plan, again
 
+    def _warn_if_memory_is_short(self) -> None:
+        """Tell of a budget that has no room for the batches of shards that this rank's windows lie in."""
+        segments, state = self.dataset.segments, self._state
+        size_bytes = int(segments.size_bytes.sum())
+        windows = -(-state.lanes // self.rank.world)
+        row_bytes = size_bytes / max(1, int(segments.documents.sum()))
+        needed = min(size_bytes, int(windows * (state.window * row_bytes + BATCH_BYTES)))
+        if needed > self.options.memory_bytes:
+            warnings.warn(
+                f"memory_bytes ({format_bytes(self.options.memory_bytes)}) cannot hold what the windows of this rank lie in "
+                f"({format_bytes(needed)}): it will be read again and again. "
+                "Raise memory_bytes, use more ranks, or start with fewer lanes or a smaller window.",
+                RuntimeWarning,
+                stacklevel=3,
+            )
+
     def _end_pool(self) -> None:
         if self._pool is not None and self._pid == os.getpid():
             self._pool.shutdown(wait=False, cancel_futures=True)
@@ -294,7 +314,7 @@ def _start(dataset: Dataset, grid: RowGrid, *, seed: int, options: LoaderSetting
     if not 0 <= seed < 2**63:
         raise ConfigError("seed out of range", seed=seed, hint="Use a number from 0 to 2^63 - 1.")
     size_bytes, rows = int(dataset.segments.size_bytes.sum()), int(dataset.segments.documents.sum())
-    batch_rows = max(1, 2 * 2**20 * rows // max(1, size_bytes))
+    batch_rows = max(1, BATCH_BYTES * rows // max(1, size_bytes))
     if size_bytes <= SMALL_BYTES:
         window, lanes = options.window, grid.samples // options.window
     else:

@@ -88,8 +88,12 @@ def test_each_step_has_the_same_rows_on_any_number_of_ranks(dataset: Dataset, wo
 
 def test_threads_memory_and_foresight_change_nothing(dataset: Dataset) -> None:
     wanted = [numbers(batch) for batch in load(dataset, epochs=1, threads=0)]
-    for options in ({"threads": 8, "prefetch_batches": 16}, {"memory_bytes": 1}, {"prefetch_batches": 0}):
+    for options in ({"threads": 8, "prefetch_batches": 16}, {"prefetch_batches": 0}):
         assert [numbers(batch) for batch in load(dataset, epochs=1, **options)] == wanted
+    with pytest.warns(RuntimeWarning, match="will be read again and again"):
+        short = load(dataset, epochs=1, memory_bytes=1)
+    assert [numbers(batch) for batch in short] == wanted
+    assert short.stats()["evictions"] > 0
 
 
 def test_it_resumes_everywhere(dataset: Dataset) -> None:
