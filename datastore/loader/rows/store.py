@@ -9,7 +9,6 @@ import threading
 from collections import OrderedDict
 from collections.abc import Sequence
 from concurrent.futures import Future
-from typing import NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -19,17 +18,13 @@ from datastore.errors import ConfigError
 from datastore.formats.schema import no_rows
 from datastore.loader.order.lanes import I64
 
-__all__ = ["BatchPlace", "RowStore"]
+__all__ = ["RowStore"]
+
+_SHIFT = 32
+"""A batch is named by one number: its shard, and below so many bits 1 more than its number there; 0: the whole shard."""
 
 _SHARDS = 65_536
 """Shards whose batches are remembered: some hundred bytes each."""
-
-
-class BatchPlace(NamedTuple):
-    """Batch `number` of shard `shard`."""
-
-    shard: int
-    number: int
 
 
 class RowStore:
@@ -42,8 +37,8 @@ class RowStore:
         self._columns = tuple(columns) or None
         self._budget_bytes = budget_bytes
         self._lock = threading.Lock()
-        self._kept: OrderedDict[BatchPlace, tuple[pa.RecordBatch, int]] = OrderedDict()
-        self._coming: dict[BatchPlace, Future[tuple[pa.RecordBatch, int]]] = {}
+        self._kept: OrderedDict[int, tuple[pa.RecordBatch, int]] = OrderedDict()
+        self._coming: dict[int, Future[tuple[pa.RecordBatch, int]]] = {}
         self._starts: OrderedDict[int, I64] = OrderedDict()
         self._live: OrderedDict[int, np.ndarray | None] = OrderedDict()
         self.hits = self.fills = self.evictions = self.resident_bytes = 0
@@ -55,16 +50,15 @@ class RowStore:
             MissingError, CorruptError, StorageError: a batch that they lie in cannot be read, or is damaged.
         """
         number, within = self._places(shards, rows)
-        keys = np.stack((shards, number))
-        places, which = np.unique(keys, axis=1, return_inverse=True)
-        wanted = [BatchPlace(*place) for place in places.T.tolist()]
-        members = which.reshape(-1)
+        keys, members = np.unique(shards << _SHIFT | number + 1, return_inverse=True)
+        wanted = keys.tolist()
+        kept = self._kept_of(wanted)
         parts: list[pa.RecordBatch] = []
         order: list[I64] = []
         first, held = 0, dict[int, pa.RecordBatch]()
         size_bytes = 0
-        for index, place in enumerate(wanted):
-            held[index], read_bytes = self._batch(place)
+        for index, key in enumerate(wanted):
+            held[index], read_bytes = kept.pop(key) if key in kept else self._batch(key)
             size_bytes += read_bytes
             if size_bytes > self._budget_bytes // 4 or index + 1 == len(wanted):
                 # Slices keep what they are slices of: copy the rows, and let go of it, before more is read.
@@ -80,7 +74,16 @@ class RowStore:
         whole = _joined(parts, self.schema)
         return _joined([whole.slice(index, 1) for index in back], self.schema)
 
-    def _batch(self, place: BatchPlace) -> tuple[pa.RecordBatch, int]:
+    def _kept_of(self, keys: list[int]) -> dict[int, tuple[pa.RecordBatch, int]]:
+        """Return those of some batches that are kept, and note that they were used."""
+        with self._lock:
+            found = {key: self._kept[key] for key in keys if key in self._kept}
+            for key in found:
+                self._kept.move_to_end(key)
+            self.hits += len(found)
+            return found
+
+    def _batch(self, place: int) -> tuple[pa.RecordBatch, int]:
         """Return one batch of a shard, deleted rows too, and its size in bytes."""
         with self._lock:
             found = self._kept.get(place)
@@ -151,13 +154,14 @@ class RowStore:
                 starts = self._starts[shard] = np.cumsum([0, *(span.rows for span in spans)])
             return starts
 
-    def _read(self, place: BatchPlace) -> pa.RecordBatch:
-        if place.number >= 0:
-            return self._dataset.read_batch(place.shard, place.number, columns=self._columns)
-        table = self._dataset.record_shard(place.shard)
+    def _read(self, place: int) -> pa.RecordBatch:
+        shard, number = place >> _SHIFT, (place & (1 << _SHIFT) - 1) - 1
+        if number >= 0:
+            return self._dataset.read_batch(shard, number, columns=self._columns)
+        table = self._dataset.record_shard(shard)
         return _joined((table if self._columns is None else table.select(self._columns)).to_batches(), self.schema)
 
-    def _keep(self, place: BatchPlace, batch: tuple[pa.RecordBatch, int]) -> None:
+    def _keep(self, place: int, batch: tuple[pa.RecordBatch, int]) -> None:
         self.fills += 1
         self._kept[place] = batch
         self.resident_bytes += batch[1]
