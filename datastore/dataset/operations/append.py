@@ -5,7 +5,7 @@ the order of the commits, and nothing that is there is touched, small segments a
 are merged so that their number stays logarithmic.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Literal
 
 import msgspec
@@ -13,7 +13,7 @@ import pyarrow as pa
 
 from datastore.dataset.log.identity import create_dataset
 from datastore.dataset.log.keys import LAYOUT
-from datastore.dataset.log.manifest import Commit, SegmentRef, TokenizerRef, sum_refs
+from datastore.dataset.log.manifest import Commit, Kind, SegmentRef, TokenizerRef, sum_refs
 from datastore.dataset.operations.transaction import draft_commit, publish
 from datastore.dataset.shards.info import PLAIN, ColumnLayout, ShardInfo
 from datastore.dataset.shards.segments import Loaded, append_shards, load_segments
@@ -21,7 +21,7 @@ from datastore.errors import ConfigError, ConflictError
 from datastore.formats.schema import decode_schema, encode_schema
 from datastore.storage.base import Storage
 
-__all__ = ["Operation", "commit_records", "commit_shards", "with_shards"]
+__all__ = ["Operation", "add_shards", "commit_records", "commit_shards", "with_shards"]
 
 Operation = Literal["append", "overwrite"]
 
@@ -46,7 +46,7 @@ def commit_shards(
         StorageError: the storage failed; nothing has changed.
     """
     draft = draft_commit(operation, ingest_id=ingest_id, config_digest=config_digest)
-    return _add(storage, shards, msgspec.structs.replace(draft, kind="tokens", tokenizer=tokenizer))
+    return add_shards(storage, shards, msgspec.structs.replace(draft, kind="tokens", tokenizer=tokenizer))
 
 
 def commit_records(
@@ -60,22 +60,26 @@ def commit_records(
 ) -> Commit:
     """Make record shards, already written with `schema`, part of the dataset; otherwise as `commit_shards`."""
     draft = draft_commit(operation, ingest_id=ingest_id, config_digest=config_digest)
-    return _add(storage, shards, msgspec.structs.replace(draft, kind="records", record_schema=encode_schema(schema)))
+    draft = msgspec.structs.replace(draft, kind="records", record_schema=encode_schema(schema))
+    return add_shards(storage, shards, draft)
 
 
-def _add(storage: Storage, shards: Sequence[ShardInfo], draft: Commit) -> Commit:
-    if len({shard.uid for shard in shards}) != len(shards):
-        raise ConfigError("the same shard is given twice", hint="Give each task its own id.")
-    if any(shard.kind != draft.kind for shard in shards):
-        raise ConfigError("shards of another kind", kind=draft.kind, hint="Commit tokens and records separately.")
-    if len({_columns_of(shard.layout.columns) for shard in shards}) > 1:
-        raise ConfigError("shards with different columns", hint="Give each token of a dataset the same columns.")
+def add_shards(
+    storage: Storage, shards: Sequence[ShardInfo], draft: Commit, *, check: Callable[[Commit], None] = lambda _: None
+) -> Commit:
+    """Make `shards` part of the dataset as `draft` says; otherwise as `commit_shards` and `commit_records`.
+
+    `check` is given each version that the new one would follow, again whenever another writer was faster. What it raises
+    ends the commit; nothing has changed.
+    """
+    _check_alike(shards, draft.kind)
     info = create_dataset(storage)
     loaded: Loaded = {}  # Who must build again, because another writer was faster, has most segments already.
 
     def build(newest: Commit | None) -> Commit:
         if newest is None:
             return with_shards(storage, msgspec.structs.replace(draft, operation="create"), kept=(), shards=shards)
+        check(newest)
         if draft.operation == "overwrite":
             whole = msgspec.structs.replace(draft, min_version=newest.min_version)
             return with_shards(storage, whole, kept=(), shards=shards)
@@ -87,6 +91,16 @@ def _add(storage: Storage, shards: Sequence[ShardInfo], draft: Commit) -> Commit
         return with_shards(storage, added, kept=newest.segments, shards=fresh, loaded=loaded)
 
     return publish(storage, info, build)
+
+
+def _check_alike(shards: Sequence[ShardInfo], kind: Kind) -> None:
+    """Refuse shards that no version can have together."""
+    if len({shard.uid for shard in shards}) != len(shards):
+        raise ConfigError("the same shard is given twice", hint="Give each task its own id.")
+    if any(shard.kind != kind for shard in shards):
+        raise ConfigError("shards of another kind", kind=kind, hint="Commit tokens and records separately.")
+    if len({_columns_of(shard.layout.columns) for shard in shards}) > 1:
+        raise ConfigError("shards with different columns", hint="Give each token of a dataset the same columns.")
 
 
 def with_shards(

@@ -38,6 +38,7 @@ __all__ = [
     "Loaded",
     "Segments",
     "append_shards",
+    "checked_shards",
     "load_segment",
     "load_segments",
     "merge_tail",
@@ -88,6 +89,19 @@ def replace_shards(
         else:
             pending.append(batch)
     return (*out, *store_segments(storage, pa.Table.from_batches(pending, schema=SEGMENT_SCHEMA)))
+
+
+def checked_shards(shards: Sequence[ShardInfo], *, where: str) -> list[ShardInfo]:
+    """Return `shards`, which `where` describes, if they would be sound in a segment.
+
+    Raises:
+        CorruptError: a number does not fit its file, or a path leads out of the dataset.
+    """
+    try:
+        raw = encode_segment(segment_of(shards))
+    except (pa.ArrowException, ValueError, OverflowError) as error:
+        raise not_a_segment(str(error), where) from None
+    return list(Segments([decode_segment(raw, where=where)]))
 
 
 def _replaced(batch: pa.RecordBatch, fresh: pa.RecordBatch, places: Mapping[bytes, range]) -> pa.RecordBatch | None:

@@ -19,7 +19,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from datastore.dataset.journal import clear_journals
+from datastore.dataset.journals import clear_journals
 from datastore.dataset.log.commits import read_history
 from datastore.dataset.log.keys import (
     CERTIFICATES_FOLDER,

@@ -17,7 +17,7 @@ from functools import partial
 import msgspec
 import pyarrow.compute as pc
 
-from datastore.dataset.journal import journal_files
+from datastore.dataset.journals import journal_files
 from datastore.dataset.log.commits import read_history
 from datastore.dataset.log.keys import certificate_key
 from datastore.dataset.log.manifest import Commit, sum_refs
