@@ -39,9 +39,12 @@ __all__ = [
     "unseal",
 ]
 
-Count = Annotated[int, msgspec.Meta(ge=0)]
+_LARGEST = 2**63 - 1
+"""What the columns of a segment can hold, and every reader of the format."""
+
+Count = Annotated[int, msgspec.Meta(ge=0, le=_LARGEST)]
 Positive = Annotated[int, msgspec.Meta(ge=1)]
-Version = Annotated[int, msgspec.Meta(ge=1)]
+Version = Annotated[int, msgspec.Meta(ge=1, le=_LARGEST)]
 """The number of a version of a dataset; the first is 1."""
 
 Hex32 = Annotated[str, msgspec.Meta(pattern="^[0-9a-f]{32}$")]

@@ -33,6 +33,7 @@ __all__ = [
     "is_data",
     "is_immutable",
     "journal_folder",
+    "kind_of_key",
     "parity_key",
     "parity_table_key",
     "plan_key",
@@ -100,7 +101,19 @@ _COMMIT = re.compile(rf"{LOG_FOLDER}/(\d{{20}})\.json")
 _TABLE = re.compile(r"(?:_segments|_parity|deletions)/([0-9a-f]{32})\.arrow")
 _TOKENIZER = re.compile(r"tokenizers/([0-9a-f]{64})\.json")
 _DATA = ("shards/", "docs/", "parity/")
+_NAMED = re.compile(
+    r"(?:shards/[0-9a-f]{2}/[^/]+\.(?:arrow|parquet)|docs/[0-9a-f]{2}/[^/]+\.parquet|parity/[0-9a-f]{2}/[^/]+\.xor"
+    rf"|{PROBE_FOLDER}/.+)|{_TABLE.pattern}|{_TOKENIZER.pattern}"
+)
 _IMMUTABLE = re.compile(rf"(?:shards|docs|parity|_segments|_parity|deletions|tokenizers|purges)/.*|{_COMMIT.pattern}")
+
+
+def kind_of_key(key: str) -> str | None:
+    """Return the kind of what `key` is the name of, one of `KINDS`; None if nothing that a version names is called so.
+
+    Only what has a kind may ever be removed as something that no version needs.
+    """
+    return KINDS[key.partition("/")[0]] if _NAMED.fullmatch(key) and ".." not in key else None
 
 
 def commit_key(version: int) -> str:

@@ -12,7 +12,7 @@ import msgspec
 import pyarrow as pa
 
 from datastore.dataset.log.identity import create_dataset
-from datastore.dataset.log.keys import LAYOUT
+from datastore.dataset.log.keys import LAYOUT, commit_key
 from datastore.dataset.log.manifest import Commit, Kind, SegmentRef, TokenizerRef, sum_refs
 from datastore.dataset.operations.transaction import draft_commit, publish
 from datastore.dataset.shards.info import PLAIN, ColumnLayout, ShardInfo
@@ -139,7 +139,11 @@ def _check_fits(storage: Storage, newest: Commit, draft: Commit) -> None:
             hint="Use the dataset's tokenizer, or name another URL.",
         )
     if newest.kind == "records":
-        _check_schema(storage, decode_schema(newest.record_schema), decode_schema(draft.record_schema))
+        _check_schema(
+            storage,
+            decode_schema(newest.record_schema, where=commit_key(newest.version)),
+            decode_schema(draft.record_schema),
+        )
 
 
 def _check_schema(storage: Storage, stored: pa.Schema, given: pa.Schema) -> None:

@@ -12,7 +12,7 @@ from typing import Any
 import msgspec
 import pyarrow as pa
 
-from datastore.dataset.log.keys import EVOLUTION
+from datastore.dataset.log.keys import EVOLUTION, commit_key
 from datastore.dataset.log.manifest import Commit
 from datastore.dataset.operations.transaction import DatasetLike, draft_commit, open_for_change, publish
 from datastore.errors import ConfigError
@@ -86,7 +86,7 @@ def evolve(
 
 
 def _changed(newest: Commit, change: SchemaChange) -> Commit:
-    before = decode_schema(newest.record_schema)
+    before = decode_schema(newest.record_schema, where=commit_key(newest.version))
     schema = changed(before, change)
     if schema.equals(changed(before, SchemaChange()), check_metadata=True):
         raise ConfigError("that changes nothing", hint="Name a column to `add`, `widen`, `rename` or `drop`.")

@@ -14,7 +14,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from itertools import groupby, islice
 
-from datastore.dataset.log.keys import JOURNALS_FOLDER, KINDS, PROBE_FOLDER
+from datastore.dataset.log.keys import JOURNALS_FOLDER, KINDS, PROBE_FOLDER, kind_of_key
 from datastore.dataset.log.manifest import oldest_readable
 from datastore.dataset.operations.expire import time_of
 from datastore.dataset.operations.transaction import DatasetLike, open_for_change
@@ -164,7 +164,7 @@ def _look(storage: Storage, named: KeySet, before: float) -> _Findings:
     while part := list(islice(listing, _AT_ONCE)):
         found.listed += len(part)
         for stat, stays in zip(part, named.has([stat.key for stat in part]), strict=True):
-            kind = KINDS.get(stat.key.partition("/")[0])
+            kind = kind_of_key(stat.key)
             if stays or kind is None:
                 continue
             if _is_old(stat, before):

@@ -18,6 +18,7 @@ import pyarrow as pa
 from typing_extensions import override
 
 from datastore.dataset.log.commits import CommitLog
+from datastore.dataset.log.keys import commit_key
 from datastore.dataset.log.manifest import Commit
 from datastore.dataset.operations.append import Operation, commit_records
 from datastore.dataset.roots import create_at
@@ -63,7 +64,7 @@ def record_writer(
         return RecordWriter(storage, schema=fresh, operation=operation, format=format)
     if newest.kind != "records":
         raise ConfigError("the dataset holds tokens, not records", url=storage.url, hint="Name another URL.")
-    stored = decode_schema(newest.record_schema)
+    stored = decode_schema(newest.record_schema, where=commit_key(newest.version))
     if given is not None and not given.equals(stored):
         raise ConfigError(
             "the dataset has another schema",

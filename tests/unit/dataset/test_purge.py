@@ -5,6 +5,7 @@ import uuid
 from collections.abc import Iterator
 from pathlib import Path
 
+import msgspec
 import numpy as np
 import pytest
 from typing_extensions import Buffer, override
@@ -15,12 +16,12 @@ from datastore.dataset.operations.append import commit_shards
 from datastore.dataset.operations.compact import compact
 from datastore.dataset.operations.delete import delete
 from datastore.dataset.operations.evolve import evolve
-from datastore.dataset.operations.purge.plan import list_certificates
+from datastore.dataset.operations.purge.plan import finish_plan, list_certificates
 from datastore.dataset.operations.purge.purge import purge
 from datastore.dataset.shards.files import put_tokenizer, shard_uid
 from datastore.dataset.snapshot import Dataset, open_dataset
 from datastore.digest import sha256_hex
-from datastore.errors import ConfigError, ConflictError, MissingError, StorageError
+from datastore.errors import ConfigError, ConflictError, CorruptError, MissingError, StorageError
 from datastore.ingestion.writers.records import record_writer
 from datastore.storage.backends.local import LocalStorage
 from datastore.storage.backends.memory import MemoryStorage
@@ -418,3 +419,27 @@ def open_names(storage: Storage) -> list[str]:
         return open_dataset(storage).schema.names
     except MissingError:
         return ["id", "old", "note"]
+
+
+@pytest.mark.parametrize("key", ["datastore.json", "_log/_last", "shards/notes.txt", "../other/shards/ab/x.arrow", "x"])
+def test_a_plan_that_names_what_is_no_file_of_data_removes_nothing(
+    storage: Storage, dataset: Dataset, key: str
+) -> None:
+    delete(storage, ids=[names_in(dataset)[1]])
+    report = purge(storage)
+    assert report.certificate is not None
+    wrong = msgspec.structs.replace(report.certificate, files_removed=(key, *report.certificate.files_removed))
+    newest = open_dataset(storage)
+    before = {stat.key for stat in storage.list()}
+    with pytest.raises(CorruptError, match="makes no sense") as caught:
+        finish_plan(newest, wrong)
+    assert "purges/plans/" in str(caught.value)
+    assert {stat.key for stat in storage.list()} == before
+
+
+def test_a_certificate_under_anothers_name_is_named(storage: Storage, dataset: Dataset) -> None:
+    delete(storage, ids=[names_in(dataset)[1]])
+    report = purge(storage)
+    storage.put(f"purges/{'0' * 32}.json", storage.get(report.certificate_key))
+    with pytest.raises(CorruptError, match="purges/0000"):
+        list_certificates(storage)
