@@ -17,7 +17,8 @@ from datastore.dataset.operations.compact import compact
 from datastore.dataset.operations.delete import delete
 from datastore.dataset.operations.evolve import evolve
 from datastore.dataset.operations.purge.plan import finish_plan, list_certificates
-from datastore.dataset.operations.purge.purge import purge
+from datastore.dataset.operations.purge.purge import finish_purges, purge
+from datastore.dataset.operations.vacuum import vacuum
 from datastore.dataset.shards.files import put_tokenizer, shard_uid
 from datastore.dataset.snapshot import Dataset, open_dataset
 from datastore.digest import sha256_hex
@@ -309,25 +310,51 @@ def test_a_purge_cut_off_anywhere_leaves_old_or_new_and_the_next_one_finishes() 
     assert changes > 8
 
 
-def test_a_plan_that_was_never_committed_is_forgotten_after_a_day(
-    storage: Storage, dataset: Dataset, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def stopped_at(step: str, storage: Storage, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Cut a purge off; return the key of the plan that it has left."""
+    tokens_in(storage)
     delete(storage, where="tokens = 40")
-    monkeypatch.setattr("datastore.dataset.operations.purge.purge.publish", interrupt)
-    with pytest.raises(KeyboardInterrupt):
-        purge(storage)
-    monkeypatch.undo()
-    assert open_dataset(storage).version == dataset.version + 1
-    left = [stat.key for stat in storage.list("purges/plans")]
-    purge(storage)
+    with monkeypatch.context() as patched:
+        patched.setattr(f"datastore.dataset.operations.purge.purge.{step}", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            purge(storage)
+    return [stat.key for stat in storage.list("purges/plans")]
+
+
+def test_a_plan_that_was_never_committed_is_forgotten_after_a_day(
+    storage: Storage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    left = stopped_at("publish", storage, monkeypatch)
+    finish_purges(open_dataset(storage))
     assert [stat.key for stat in storage.list("purges/plans")] == left
     monkeypatch.setattr("datastore.dataset.operations.purge.purge._ABANDONED_S", -1.0)
-    purge(storage)
+    finish_purges(open_dataset(storage))
     assert list(storage.list("purges/plans")) == []
 
 
-def interrupt(storage: Storage, _info: object, build: object) -> None:
-    build(open_dataset(storage).commit)  # type: ignore[operator]
+def test_a_plan_whose_version_another_commit_has_is_forgotten_at_once(
+    storage: Storage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert stopped_at("publish", storage, monkeypatch)
+    assert purge(storage).committed
+    assert list(storage.list("purges/plans")) == []
+
+
+@pytest.mark.parametrize("step", ["finish_plan", "publish"])
+def test_a_vacuum_finishes_a_purge_that_was_cut_off_after_its_commit(
+    storage: Storage, monkeypatch: pytest.MonkeyPatch, step: str
+) -> None:
+    assert stopped_at(step, storage, monkeypatch)
+    tokenizer = open_dataset(storage).commit.tokenizer
+    commit_shards(storage, [make_shard(storage, shard_uid("more", 0), lengths=[3])], tokenizer=tokenizer)
+    vacuum(storage, dry_run=False)
+    assert list(storage.list("purges/plans")) == []
+    assert len(list_certificates(storage)) == (step == "finish_plan")
+
+
+def interrupt(target: object, _: object, build: object = None) -> None:
+    if build is not None:
+        build(open_dataset(target).commit)  # type: ignore[operator, call-overload]
     raise KeyboardInterrupt
 
 
