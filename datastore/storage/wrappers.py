@@ -62,6 +62,11 @@ class WrappedStorage(Storage):
         storage.put(name, *chunks)
 
     @override
+    def put_hint(self, key: str, *chunks: Buffer) -> None:
+        storage, name = self._place(key)
+        storage.put_hint(name, *chunks)
+
+    @override
     def put_new(self, key: str, *chunks: Buffer) -> None:
         storage, name = self._place(key)
         storage.put_new(name, *chunks)
@@ -197,6 +202,10 @@ class LinkedStorage(WrappedStorage):
     @override
     def put(self, key: str, *chunks: Buffer) -> None:
         self.inner.put(check_key(key), *chunks)
+
+    @override
+    def put_hint(self, key: str, *chunks: Buffer) -> None:
+        self.inner.put_hint(check_key(key), *chunks)
 
     @override
     def put_new(self, key: str, *chunks: Buffer) -> None:

@@ -18,7 +18,7 @@ from typing import TypeVar
 
 import msgspec
 
-from datastore.dataset.log.keys import HINT_KEY, READABLE_FEATURES, commit_key
+from datastore.dataset.log.keys import HINT_KEY, PACKED, READABLE_FEATURES, commit_key
 from datastore.dataset.log.lease import CommitPatience, single_writer
 from datastore.dataset.log.manifest import Commit, DatasetInfo, Hint, oldest_readable
 from datastore.digest import sha256_hex
@@ -160,17 +160,17 @@ class CommitLog:
                 draft = build(newest.commit if newest else None)
                 if newest is not None and draft is newest.commit:
                     return newest.commit
-                commit = _after(newest, msgspec.structs.replace(draft, commit_id=commit_id))
-                faster = self._put(commit, patience)
+                commit, raw = _after(newest, msgspec.structs.replace(draft, commit_id=commit_id))
+                faster = self._put(commit, raw, patience)
                 if faster is None:
                     self._at_once(lambda: self._leave_hint(commit), lambda: then(commit))  # noqa: B023 - called right here
                     return commit
                 patience.wait(commit_key(commit.version))
                 newest = self._above(faster, self._find(commit.version + 1))
 
-    def _put(self, commit: Commit, patience: "CommitPatience") -> StoredCommit | None:
-        """Store `commit` and return None; or the other one that its version's key holds."""
-        key, raw = commit_key(commit.version), seal(commit)
+    def _put(self, commit: Commit, raw: bytes, patience: "CommitPatience") -> StoredCommit | None:
+        """Store `commit`, whose file is `raw`, and return None; or the other one that its version's key holds."""
+        key = commit_key(commit.version)
         while True:
             failure: ConflictError | StorageError | None = None
             try:
@@ -258,21 +258,27 @@ class CommitLog:
 
     def _leave_hint(self, commit: Commit) -> None:
         try:
-            self.storage.put(HINT_KEY, seal(Hint(version=commit.version)))
+            self.storage.put_hint(HINT_KEY, seal(Hint(version=commit.version)))
         except StorageError as error:
             # The commit stands; without a hint the next reader gallops from an older one.
             _LOGGER.warning("version %d is committed, but its hint was not written: %s", commit.version, error)
 
 
-def _after(newest: StoredCommit | None, draft: Commit) -> Commit:
-    """Return `draft` as the version that follows `newest`, as it will be read back; what has expired stays so."""
+def _after(newest: StoredCommit | None, draft: Commit) -> tuple[Commit, bytes]:
+    """Return `draft` as the version that follows `newest`, as it will be read back, and its file; what has expired stays so.
+
+    Segments that `newest` does not have are written as this package writes them, which is a feature of the version.
+    """
+    written = set(draft.segments).difference(newest.commit.segments if newest else ())
     commit = msgspec.structs.replace(
         draft,
+        features=tuple(sorted({*draft.features, *([PACKED] if written else [])})),
         version=newest.commit.version + 1 if newest else 1,
         parent_sha256=newest.sha256 if newest else "",
         min_version=max(draft.min_version, newest.commit.min_version) if newest else draft.min_version,
     )
-    return unseal(Commit, seal(commit), where=commit_key(commit.version))
+    raw = seal(commit)
+    return unseal(Commit, raw, where=commit_key(commit.version)), raw
 
 
 def _unsealed(raw: bytes, version: int) -> StoredCommit:

@@ -18,6 +18,7 @@ __all__ = [
     "LAYOUT",
     "LEASE_KEY",
     "LOG_FOLDER",
+    "PACKED",
     "PARITY_TABLES_FOLDER",
     "PLACEMENT",
     "PROBE_FOLDER",
@@ -94,7 +95,10 @@ DELETIONS, EVOLUTION, LAYOUT, PLACEMENT, REFERENCES = "deletions", "evolution", 
 """Features: of versions with deleted documents, with shards of older schemas, with columns of tokens or batches of records,
 and with shards that lie elsewhere, so that their paths are URLs; `placement` is one of datasets on several disks."""
 
-READABLE_FEATURES: frozenset[str] = frozenset({DELETIONS, EVOLUTION, LAYOUT, PLACEMENT, REFERENCES})
+PACKED = "packed"
+"""The feature of versions that may have segments which are compressed."""
+
+READABLE_FEATURES: frozenset[str] = frozenset({DELETIONS, EVOLUTION, LAYOUT, PACKED, PLACEMENT, REFERENCES})
 """Features that this package knows; a dataset or a version with any other one is refused, not misread."""
 
 _COMMIT = re.compile(rf"{LOG_FOLDER}/(\d{{20}})\.json")

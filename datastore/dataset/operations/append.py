@@ -16,7 +16,8 @@ from datastore.dataset.log.keys import LAYOUT, commit_key
 from datastore.dataset.log.manifest import Commit, Kind, SegmentRef, TokenizerRef, sum_refs
 from datastore.dataset.operations.transaction import draft_commit, publish
 from datastore.dataset.shards.info import PLAIN, ColumnLayout, ShardInfo
-from datastore.dataset.shards.segments import Loaded, append_shards, load_segments
+from datastore.dataset.shards.segment_changes import append_shards, keep_segments, recent_segments
+from datastore.dataset.shards.segments import Loaded, load_segments
 from datastore.errors import ConfigError, ConflictError
 from datastore.formats.schema import decode_schema, encode_schema
 from datastore.storage.base import Storage
@@ -74,11 +75,14 @@ def add_shards(
     """
     _check_alike(shards, draft.kind)
     info = create_dataset(storage)
-    loaded: Loaded = {}  # Who must build again, because another writer was faster, has most segments already.
+    loaded = (
+        recent_segments()
+    )  # Who must build again, because another writer was faster, has most segments already, too.
 
     def build(newest: Commit | None) -> Commit:
         if newest is None:
-            return with_shards(storage, msgspec.structs.replace(draft, operation="create"), kept=(), shards=shards)
+            draft_of_first = msgspec.structs.replace(draft, operation="create")
+            return with_shards(storage, draft_of_first, kept=(), shards=shards, loaded=loaded)
         check(newest)
         if draft.operation == "overwrite":
             whole = msgspec.structs.replace(draft, min_version=newest.min_version)
@@ -90,7 +94,9 @@ def add_shards(
         added = draft_commit("append", parent=newest, ingest_id=draft.ingest_id, config_digest=draft.config_digest)
         return with_shards(storage, added, kept=newest.segments, shards=fresh, loaded=loaded)
 
-    return publish(storage, info, build)
+    commit = publish(storage, info, build)
+    keep_segments(commit, loaded)
+    return commit
 
 
 def _check_alike(shards: Sequence[ShardInfo], kind: Kind) -> None:

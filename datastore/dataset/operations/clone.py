@@ -20,7 +20,8 @@ from datastore.dataset.log.manifest import Commit, DatasetInfo, Origin, SegmentR
 from datastore.dataset.operations.copy import Transferred, copy_tokenizers, open_target, transfer
 from datastore.dataset.operations.transaction import draft_commit, publish
 from datastore.dataset.shards.inventory import files_of_versions, tables_of
-from datastore.dataset.shards.segments import load_segment, store_segments
+from datastore.dataset.shards.segment_changes import store_segments
+from datastore.dataset.shards.segments import load_segment
 from datastore.dataset.snapshot import Dataset, open_dataset
 from datastore.errors import ConfigError, ConflictError
 from datastore.storage.base import Storage, StorageLike

@@ -94,8 +94,22 @@ class LocalStorage(Storage):
     def put(self, key: str, *chunks: Buffer) -> None:
         path = self._path(key)
         with self._meter.time("put") as timed:
-            with self._errors(key, writing=True), _flushed(path, chunks) as new:
+            with self._errors(key, writing=True), _written(path, chunks) as new:
                 new.name_or_replace(path)
+            timed.bytes = sum(memoryview(chunk).nbytes for chunk in chunks)
+
+    @override
+    def put_hint(self, key: str, *chunks: Buffer) -> None:
+        path = self._path(key)
+        with self._meter.time("put") as timed:
+            with self._errors(key, writing=True), _written(path, chunks, flush=False) as new:
+                with suppress(FileNotFoundError):
+                    # What a rename replaces is on its way to the disk before it returns: 0.12 ms where this takes 0.03
+                    # (ext4 and its auto_da_alloc, 2026-11-28).
+                    os.unlink(path)
+                with suppress(FileExistsError):  # Another was faster, and its hint is as good.
+                    os.rename(new.staged, path) if new.named else new.name(path)
+                    new.named = False
             timed.bytes = sum(memoryview(chunk).nbytes for chunk in chunks)
 
     @override
@@ -104,7 +118,7 @@ class LocalStorage(Storage):
         with self._meter.time("put_new") as timed:
             if os.path.lexists(path):
                 raise conflict(key=key, url=self._base)
-            with self._errors(key, writing=True), _flushed(path, chunks) as new:
+            with self._errors(key, writing=True), _written(path, chunks) as new:
                 try:
                     self._name_if_free(new.staged, path) if new.named else new.name(path)
                 except FileExistsError:
@@ -241,7 +255,9 @@ class _NewFile:
                 return self.name(path)
             self.name(self.staged)
             self.named = True
-        return os.replace(self.staged, path)
+        os.replace(self.staged, path)
+        self.named = False  # Nothing is left to remove.
+        return None
 
     def name(self, path: str) -> None:
         """Give the file, which has no name, the name `path`; a `delete` may have emptied and removed its folder meanwhile.
@@ -262,19 +278,21 @@ class _NewFile:
 
 
 @contextmanager
-def _flushed(path: str, chunks: Sequence[Buffer]) -> Iterator[_NewFile]:
-    """Yield a flushed file that holds the chunks, to be called `path`; flush the folder once it is."""
+def _written(path: str, chunks: Sequence[Buffer], *, flush: bool = True) -> Iterator[_NewFile]:
+    """Yield a file that holds the chunks, to be called `path`; with `flush`, it and then its folder are flushed."""
     new = _NewFile(path)
     try:
         write_all(new.fd, chunks)
-        os.fdatasync(new.fd) if sys.platform != "darwin" else os.fsync(new.fd)
+        if flush:
+            os.fdatasync(new.fd) if sys.platform != "darwin" else os.fsync(new.fd)
         yield new
     finally:
         os.close(new.fd)
         if new.named:
             with suppress(OSError):
                 os.unlink(new.staged)
-    _flush_folder(new.folder)
+    if flush:
+        _flush_folder(new.folder)
 
 
 def _create(folder: str, staged: str) -> tuple[int, bool]:

@@ -259,7 +259,7 @@ def test_an_overwrite_starts_anew(storage: Storage) -> None:
         out.write({"text": "x", "stars": 1, "lang": "de"})
     dataset = open_dataset(storage)
     assert dataset.schema.metadata is None
-    assert dataset.commit.features == ("layout",)
+    assert dataset.commit.features == ("layout", "packed")
     assert rows(storage) == [{"text": "x", "stars": 1, "lang": "de"}]
     assert rows(storage, 1) == ROWS
 

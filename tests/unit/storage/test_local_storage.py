@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
@@ -320,3 +321,23 @@ def test_a_name_as_long_as_names_may_be_is_written_and_replaced(tmp_path: Path) 
     for value in (b"1", b"2"):
         storage.put(name, value)
         assert storage.get(name) == value
+
+
+def test_hints_that_many_write_at_once_are_those_of_one_of_them(tmp_path: Path) -> None:
+    storage = LocalStorage(tmp_path)
+    values = [f"{number}".encode() * 50 for number in range(8)]
+    with ThreadPoolExecutor(8) as pool:
+        for _ in range(30):
+            list(pool.map(lambda value: storage.put_hint("hint", value), values))
+            assert storage.get("hint") in values
+    assert names_below(tmp_path) == ["hint"]
+
+
+def test_a_hint_is_not_flushed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    storage = LocalStorage(tmp_path)
+    storage.put("k", b"the folder is there")
+    for name in ("fsync", "fdatasync"):
+        monkeypatch.setattr(os, name, None)
+    storage.put_hint("hint", b"1")
+    storage.put_hint("hint", b"2")
+    assert storage.get("hint") == b"2"

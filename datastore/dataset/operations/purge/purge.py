@@ -49,7 +49,7 @@ from datastore.dataset.operations.transaction import (
 from datastore.dataset.shards.info import ShardInfo
 from datastore.dataset.shards.inventory import data_paths, files_of
 from datastore.dataset.shards.parity_groups import drop_parity
-from datastore.dataset.shards.segments import replace_shards
+from datastore.dataset.shards.segment_changes import replace_shards
 from datastore.dataset.snapshot import Dataset
 from datastore.digest import sha256_hex
 from datastore.errors import ConfigError, ConflictError, MissingError
