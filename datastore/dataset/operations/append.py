@@ -66,20 +66,29 @@ def commit_records(
 
 
 def add_shards(
-    storage: Storage, shards: Sequence[ShardInfo], draft: Commit, *, check: Callable[[Commit], None] = lambda _: None
+    storage: Storage,
+    shards: Sequence[ShardInfo],
+    draft: Commit,
+    *,
+    check: Callable[[Commit], None] = lambda _: None,
+    settle: Callable[[], None] = lambda: None,
 ) -> Commit:
     """Make `shards` part of the dataset as `draft` says; otherwise as `commit_shards` and `commit_records`.
 
-    `check` is given each version that the new one would follow, again whenever another writer was faster. What it raises
-    ends the commit; nothing has changed.
+    `check` is given each version that the new one would follow, again whenever another writer was faster. `settle` is
+    called before anything is committed: it returns when the files of the shards are there. What either raises ends the
+    commit; nothing has changed.
     """
     _check_alike(shards, draft.kind)
     info = create_dataset(storage)
-    loaded = (
-        recent_segments()
-    )  # Who must build again, because another writer was faster, has most segments already, too.
+    loaded = recent_segments()  # Who must build again, since another writer was faster, has most of them, too.
 
     def build(newest: Commit | None) -> Commit:
+        built = follow(newest)
+        settle()
+        return built
+
+    def follow(newest: Commit | None) -> Commit:
         if newest is None:
             draft_of_first = msgspec.structs.replace(draft, operation="create")
             return with_shards(storage, draft_of_first, kept=(), shards=shards, loaded=loaded)
@@ -171,7 +180,12 @@ def _columns_of(layouts: Sequence[ColumnLayout]) -> tuple[tuple[str, str, int], 
 def _without_present(storage: Storage, newest: Commit, shards: Sequence[ShardInfo], loaded: Loaded) -> list[ShardInfo]:
     """Return those of `shards` that `newest` does not have."""
     segments = load_segments(storage, newest, loaded=loaded)
-    if len(segments) and shards and _columns_of(segments.columns) != _columns_of(shards[0].layout.columns):
+    if (
+        newest.kind == "tokens"
+        and len(segments)
+        and shards
+        and _columns_of(segments.columns) != _columns_of(shards[0].layout.columns)
+    ):
         raise ConfigError(
             "the tokens have other columns beside them than the dataset's",
             url=storage.url,

@@ -127,7 +127,10 @@ class Segments:
         """Return the digests of those of `uids` that name a shard in here. O(shards), without an object per shard."""
         wanted = pa.array([bytes.fromhex(uid) for uid in uids], BINARY16)
         found: dict[str, bytes] = {}
+        heads = np.array([int(uid[:16], 16) for uid in uids], np.uint64)
         for batch in self.batches:
+            if not np.isin(_uid64(batch), heads).any():  # A tenth of the time of the next line, and mostly all of it.
+                continue
             mask = pc.is_in(batch.column("uid"), value_set=wanted)
             for row in batch.select(["uid", "digest"]).filter(mask).to_pylist():
                 found[row["uid"].hex()] = row["digest"]

@@ -14,13 +14,15 @@ from collections.abc import Iterable, Mapping
 from types import TracebackType
 from typing import Any, Self
 
+import msgspec
 import pyarrow as pa
 from typing_extensions import override
 
 from datastore.dataset.log.commits import CommitLog
 from datastore.dataset.log.keys import commit_key
 from datastore.dataset.log.manifest import Commit
-from datastore.dataset.operations.append import Operation, commit_records
+from datastore.dataset.operations.append import Operation, add_shards
+from datastore.dataset.operations.transaction import draft_commit
 from datastore.dataset.roots import create_at
 from datastore.dataset.shards.files import remove_unused, shard_uid, write_record_shard
 from datastore.dataset.shards.info import ShardInfo
@@ -30,8 +32,9 @@ from datastore.formats.fitting import check_rows
 from datastore.formats.huggingface import keep_features
 from datastore.formats.plain import table_of_rows
 from datastore.formats.records import RecordFormat, check_format
-from datastore.formats.schema import SchemaLike, check_storable, decode_schema, record_schema
+from datastore.formats.schema import SchemaLike, check_storable, decode_schema, encode_schema, record_schema
 from datastore.storage.base import Storage
+from datastore.storage.wrappers import LaterPuts
 
 __all__ = ["RecordWriter", "ShardWriter", "record_writer"]
 
@@ -83,6 +86,8 @@ class ShardWriter(ABC):
         self.commit: Commit | None = None
         """The version that was committed, once the block has ended."""
         self._shards: list[ShardInfo] = []
+        self._last = LaterPuts(storage)
+        self._to: Storage = storage
 
     def __enter__(self) -> Self:
         return self
@@ -93,16 +98,17 @@ class ShardWriter(ABC):
         if kind is not None:
             self._withdraw()
             return
+        self._to = self._last  # Flushed while the commit is made.
         self._store_shard()
         self.commit = self._commit()
 
     @abstractmethod
     def _store_shard(self) -> None:
-        """Store what was collected as one more of `_shards`, if there is anything."""
+        """Store what was collected in `_to`, as one more of `_shards`, if there is anything."""
 
     @abstractmethod
     def _commit(self) -> Commit:
-        """Make `_shards` part of the dataset."""
+        """Make `_shards` part of the dataset, once `_last` has settled."""
 
     def _withdraw(self) -> None:
         """Remove the shards written so far; no version names them."""
@@ -154,10 +160,13 @@ class RecordWriter(ShardWriter):
                 url=self.storage.url,
                 hint="Write a row, or give a schema.",
             )
+        schema = encode_schema(self.schema)
+        draft = msgspec.structs.replace(draft_commit(self.operation), kind="records", record_schema=schema)
         try:
-            return commit_records(self.storage, self._shards, schema=self.schema, operation=self.operation)
+            return add_shards(self.storage, self._shards, draft, settle=self._last.settle)
         except ConfigError:
             # Somebody changed the dataset's schema meanwhile. Nothing is committed, for certain.
+            self._last.settle()
             self._withdraw()
             raise
 
@@ -178,7 +187,7 @@ class RecordWriter(ShardWriter):
         if self._parts:
             uid = shard_uid(self._task_id, len(self._shards))
             table = pa.concat_tables(self._parts)
-            self._shards.append(write_record_shard(self.storage, uid=uid, table=table, format=self.format))
+            self._shards.append(write_record_shard(self._to, uid=uid, table=table, format=self.format))
             self._parts, self._bytes = [], 0
 
 
