@@ -59,8 +59,12 @@ class CommitLog:
         Raises:
             CorruptError: a commit on the way is damaged, or the one that the hint names is gone.
         """
-        newest = self._newest()
+        newest = self.newest_stored()
         return newest.commit if newest else None
+
+    def newest_stored(self) -> StoredCommit | None:
+        """Return as `newest`, with the sha256 of its file."""
+        return self._newest()
 
     def read(self, version: int) -> Commit:
         """Return one version; as `stored`."""
@@ -139,13 +143,18 @@ class CommitLog:
         yield newest
 
     def append(
-        self, build: Callable[[Commit | None], Commit], *, then: Callable[[Commit], None] = lambda _: None
+        self,
+        build: Callable[[Commit | None], Commit],
+        *,
+        then: Callable[[Commit], None] = lambda _: None,
+        seen: StoredCommit | None = None,
     ) -> Commit:
         """Commit what `build` makes of the newest version, and return it as committed.
 
         `build` is called again each time another writer was faster. It returns the next version without its
         `version`, `parent_sha256` and `commit_id`, which are filled in here; or its argument: nothing to commit.
-        `then` is called with what was committed, while the hint is being written.
+        `then` is called with what was committed, while the hint is being written. Whoever has `seen` the newest version
+        a moment ago saves the search for it: if there is a newer one by now, that is found when the commit is stored.
 
         Raises:
             ConflictError: other writers were faster until patience ran out; or, on storage that cannot exclude a
@@ -155,7 +164,7 @@ class CommitLog:
         commit_id = uuid.uuid4().hex
         patience = CommitPatience(self.patience_s)
         with nullcontext() if self.exclusive else single_writer(self.storage):
-            newest = self._newest()
+            newest = seen or self._newest()
             while True:
                 draft = build(newest.commit if newest else None)
                 if newest is not None and draft is newest.commit:

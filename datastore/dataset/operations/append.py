@@ -6,14 +6,16 @@ are merged so that their number stays logarithmic.
 """
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Literal
 
 import msgspec
 import pyarrow as pa
 
+from datastore.dataset.log.commits import StoredCommit
 from datastore.dataset.log.identity import create_dataset
 from datastore.dataset.log.keys import LAYOUT, commit_key
-from datastore.dataset.log.manifest import Commit, Kind, SegmentRef, TokenizerRef, sum_refs
+from datastore.dataset.log.manifest import Commit, DatasetInfo, Kind, SegmentRef, TokenizerRef, sum_refs
 from datastore.dataset.operations.transaction import draft_commit, publish
 from datastore.dataset.shards.info import PLAIN, ColumnLayout, ShardInfo
 from datastore.dataset.shards.segment_changes import append_shards, keep_segments, recent_segments
@@ -22,9 +24,17 @@ from datastore.errors import ConfigError, ConflictError
 from datastore.formats.schema import decode_schema, encode_schema
 from datastore.storage.base import Storage
 
-__all__ = ["Operation", "add_shards", "commit_records", "commit_shards", "with_shards"]
+__all__ = ["Opened", "Operation", "add_shards", "commit_records", "commit_shards", "with_shards"]
 
 Operation = Literal["append", "overwrite"]
+
+
+@dataclass(frozen=True, slots=True)
+class Opened:
+    """A dataset as it was a moment ago: to be added to without looking first."""
+
+    info: DatasetInfo
+    newest: StoredCommit
 
 
 def commit_shards(
@@ -72,15 +82,16 @@ def add_shards(
     *,
     check: Callable[[Commit], None] = lambda _: None,
     settle: Callable[[], None] = lambda: None,
+    opened: Opened | None = None,
 ) -> Commit:
     """Make `shards` part of the dataset as `draft` says; otherwise as `commit_shards` and `commit_records`.
 
     `check` is given each version that the new one would follow, again whenever another writer was faster. `settle` is
     called before anything is committed: it returns when the files of the shards are there. What either raises ends the
-    commit; nothing has changed.
+    commit; nothing has changed. Whoever has `opened` the dataset a moment ago need not wait for that again.
     """
     _check_alike(shards, draft.kind)
-    info = create_dataset(storage)
+    info = opened.info if opened else create_dataset(storage)
     loaded = recent_segments()  # Who must build again, since another writer was faster, has most of them, too.
 
     def build(newest: Commit | None) -> Commit:
@@ -103,7 +114,7 @@ def add_shards(
         added = draft_commit("append", parent=newest, ingest_id=draft.ingest_id, config_digest=draft.config_digest)
         return with_shards(storage, added, kept=newest.segments, shards=fresh, loaded=loaded)
 
-    commit = publish(storage, info, build)
+    commit = publish(storage, info, build, seen=opened.newest if opened else None)
     keep_segments(commit, loaded)
     return commit
 

@@ -8,6 +8,7 @@ killed leaves shards that no version names: nobody reads them.
 """
 
 import os
+import time
 import uuid
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping
@@ -21,7 +22,7 @@ from typing_extensions import override
 from datastore.dataset.log.commits import CommitLog
 from datastore.dataset.log.keys import commit_key
 from datastore.dataset.log.manifest import Commit
-from datastore.dataset.operations.append import Operation, add_shards
+from datastore.dataset.operations.append import Opened, Operation, add_shards
 from datastore.dataset.operations.transaction import draft_commit
 from datastore.dataset.roots import create_at
 from datastore.dataset.shards.files import remove_unused, shard_uid, write_record_shard
@@ -61,7 +62,8 @@ def record_writer(
     """
     given = None if schema is None else record_schema(schema)
     storage, info = create_at(url)
-    newest = CommitLog(storage, exclusive=info.exclusive).newest()
+    found = CommitLog(storage, exclusive=info.exclusive).newest_stored()
+    newest = found.commit if found else None
     if newest is None or operation == "overwrite":
         fresh = None if given is None else _checked(without_numbers(keep_features(given)), format)
         return RecordWriter(storage, schema=fresh, operation=operation, format=format)
@@ -75,7 +77,13 @@ def record_writer(
             columns=stored.names,
             hint="Leave out the schema to write rows of the dataset's own, or name another URL.",
         )
-    return RecordWriter(storage, schema=_checked(stored, format), operation=operation, format=format)
+    writer = RecordWriter(storage, schema=_checked(stored, format), operation=operation, format=format)
+    writer.opened = Opened(info, found) if found else None
+    return writer
+
+
+_AT_ONCE_S = 10.0
+"""A writer that is open for longer looks again which version is the newest."""
 
 
 class ShardWriter(ABC):
@@ -130,6 +138,9 @@ class RecordWriter(ShardWriter):
         self.schema = schema
         self.operation: Operation = operation
         self.format: RecordFormat = format
+        self.opened: Opened | None = None
+        """What was found where the rows go, and is taken for the newest version by a commit that comes at once."""
+        self._began = time.monotonic()
         self._task_id = uuid.uuid4().hex
         self._parts: list[pa.Table] = []
         self._bytes = 0
@@ -163,7 +174,8 @@ class RecordWriter(ShardWriter):
         schema = encode_schema(self.schema)
         draft = msgspec.structs.replace(draft_commit(self.operation), kind="records", record_schema=schema)
         try:
-            return add_shards(self.storage, self._shards, draft, settle=self._last.settle)
+            opened = self.opened if time.monotonic() - self._began < _AT_ONCE_S else None
+            return add_shards(self.storage, self._shards, draft, settle=self._last.settle, opened=opened)
         except ConfigError:
             # Somebody changed the dataset's schema meanwhile. Nothing is committed, for certain.
             self._last.settle()

@@ -256,8 +256,24 @@ def test_many_small_commits_read_no_segment_again_and_keep_little_beside_the_dat
     sizes = [stat.size_bytes for folder in ("_log", "_segments") for stat in storage.list(folder)]
     assert sum(sizes) / 100 < 2500
     assert open_dataset(storage).totals.documents == 10_000
-    # Identity and hint twice, the hinted version and the one after it twice, and no segment.
+    # The identity, the hint, the hinted version and the one after it; and no segment.
     before = storage.statistics()["get"].requests
     with record_writer(storage) as out:
         out.write({"text": "one more", "n": 1})
-    assert storage.statistics()["get"].requests - before == 8
+    assert storage.statistics()["get"].requests - before == 4
+
+
+@pytest.mark.parametrize("age_s", [0, 100])
+def test_a_writer_that_another_was_faster_than_adds_to_what_that_made(
+    storage: Storage, monkeypatch: pytest.MonkeyPatch, age_s: float
+) -> None:
+    with record_writer(storage, schema=SCHEMA) as out:
+        out.write(ROWS)
+    first, second = record_writer(storage), record_writer(storage)
+    monkeypatch.setattr(records, "_AT_ONCE_S", 10.0 - age_s)
+    for out in (first, second):
+        with out:
+            out.write(ROWS)
+    assert [out.commit and out.commit.version for out in (first, second)] == [2, 3]
+    assert open_dataset(storage).totals.documents == 6
+    assert verify(open_dataset(storage)).ok
