@@ -12,6 +12,7 @@ import re
 import threading
 from collections.abc import Iterator, Mapping
 from difflib import get_close_matches
+from functools import cache
 from types import UnionType
 from typing import Annotated, Any, ClassVar, Literal, TypeVar, Union, get_args, get_origin
 
@@ -39,9 +40,12 @@ __all__ = [
     "unseal",
 ]
 
-Count = Annotated[int, msgspec.Meta(ge=0)]
+_LARGEST = 2**63 - 1
+"""What the columns of a segment can hold, and every reader of the format."""
+
+Count = Annotated[int, msgspec.Meta(ge=0, le=_LARGEST)]
 Positive = Annotated[int, msgspec.Meta(ge=1)]
-Version = Annotated[int, msgspec.Meta(ge=1)]
+Version = Annotated[int, msgspec.Meta(ge=1, le=_LARGEST)]
 """The number of a version of a dataset; the first is 1."""
 
 Hex32 = Annotated[str, msgspec.Meta(pattern="^[0-9a-f]{32}$")]
@@ -73,6 +77,9 @@ class Sealed(Document, frozen=True, kw_only=True):
     """A stored document. `format` is the format version it was written in; `digest` covers all other bytes."""
 
     newest_format: ClassVar[int] = 1
+
+    compact: ClassVar[bool] = False
+    """Whether it is stored on one line, without fields that have their default: there are many, for machines."""
 
     format: int = 1
     digest: str = ""
@@ -232,8 +239,23 @@ def json_schema(kind: type[Document]) -> dict[str, Any]:
 
 def seal(document: Sealed) -> bytes:
     """Return the bytes to store for `document`, its digest filled in."""
-    blank = encode(msgspec.structs.replace(document, digest=""))
-    return encode(msgspec.structs.replace(document, digest=digest_hex(blank)))
+    blank = msgspec.structs.replace(document, digest="")
+    raw = _encode_compact(blank) if document.compact else encode(blank)
+    # The file's own digest is its second field, so the first that is empty.
+    return raw.replace(b'"digest": ""', f'"digest": "{digest_hex(raw)}"'.encode(), 1)
+
+
+def _encode_compact(document: Sealed) -> bytes:
+    """Return canonical JSON on one line: fields in declaration order, those left out that have their default."""
+    usual = _defaults(type(document))
+    fields = msgspec.structs.asdict(document)
+    kept = {name: value for name, value in fields.items() if name in {"format", "digest"} or value != usual[name]}
+    return msgspec.json.format(msgspec.json.encode(kept), indent=0) + b"\n"
+
+
+@cache
+def _defaults(kind: type[Sealed]) -> dict[str, Any]:
+    return {field.name: field.default for field in msgspec.structs.fields(kind)}
 
 
 def unseal(kind: type[S], raw: Buffer, *, where: str) -> S:

@@ -123,6 +123,9 @@ def toml(value: Any) -> str:
 
 
 NAMES = {int: "whole number", float: "number", str: "text", bool: "`true`, `false`", dict: "table"}
+LARGEST = 2**63 - 1
+"""A limit that nobody comes near: of what is stored, not of what makes sense."""
+
 LIMITS = {"ge": "from {}", "gt": "above {}", "le": "to {}", "lt": "below {}", "min_length": ""}
 
 
@@ -134,7 +137,7 @@ def allowed(kind: Any) -> str:
         limits = [
             text.format(f"{getattr(meta, name):,}")
             for name, text in LIMITS.items()
-            if text and getattr(meta, name) is not None
+            if text and getattr(meta, name) not in {None, LARGEST}
         ]
         return " ".join([allowed(inner[0]), *limits])
     if origin is Literal:

@@ -119,7 +119,9 @@ def _tell(report: "IngestReport") -> None:
     from datastore.units import format_bytes, format_count, format_seconds
 
     if not report.added:
-        say(f"nothing new: {report.url}, version {report.version}, has all {report.known_files + report.files:,} files")
+        brought = f", {report.overtaken_files:,} of them brought meanwhile" if report.overtaken_files else ""
+        files = report.known_files + report.files
+        say(f"nothing new: {report.url}, version {report.version}, has all {files:,} files{brought}")
         return
     tokens = f", {report.tokens:,} tokens ({format_count(report.tokens)})" if report.kind == "tokens" else ""
     rate = f"{format_bytes(report.text_bytes / max(report.seconds, 1e-3))}/s"
@@ -128,7 +130,7 @@ def _tell(report: "IngestReport") -> None:
             "dataset": f"{report.url}, version {report.version}",
             "added": f"{report.documents:,} documents{tokens}",
             "from": f"{report.files:,} files, {format_bytes(report.text_bytes)} of text",
-            "already there": f"{report.known_files:,} files" if report.known_files else None,
+            "already there": _known(report) if report.known_files else None,
             "changed": f"{_files(report.changed_files)} since version {report.changed_since}, added as new documents;"
             " the older ones stay"
             if report.changed_files
@@ -140,6 +142,11 @@ def _tell(report: "IngestReport") -> None:
             "taken over": f"{report.tasks_resumed} of {report.tasks} tasks" if report.tasks_resumed else None,
         }
     )
+
+
+def _known(report: "IngestReport") -> str:
+    meanwhile = f", {report.overtaken_files:,} of them brought by another ingest meanwhile"
+    return f"{report.known_files:,} files{meanwhile if report.overtaken_files else ''}"
 
 
 def _files(count: int) -> str:

@@ -74,7 +74,9 @@ def _shown(value: Any) -> Any:
 )
 @URL
 @click.option("--format", "kind", type=click.Choice(EXPORTS), required=True, help="What to write.")
-@click.option("--to", required=True, metavar="DIR", help="A folder that does not exist: a path or URL.")
+@click.option(
+    "--to", required=True, metavar="DIR", help="A folder that does not exist, or holds this very export: a path or URL."
+)
 @click.option("--column", "columns", multiple=True, metavar="NAME", help="Write only this column; may be repeated.")
 @click.option(
     "--shard-bytes", metavar="SIZE", help="About how large a file is, such as 64MiB; by default as suits the format."

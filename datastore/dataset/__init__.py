@@ -3,6 +3,7 @@
 snapshot     Dataset, one version, immutable; `open_dataset`
 roots        a dataset on several disks
 journal      what an ingest has planned and done
+journals     the journals of all ingests: damage, and what a purge takes out
 diff         what changed between two versions
 log          versions: their documents, the log, names for them
 shards       what a version is made of

@@ -3,28 +3,45 @@
 `plan.json` and `done/<task>.json` are put-if-absent, and a task is marked done only after its shards, rejects and ids
 are stored. So a process may be killed at any moment, and several may work on one ingest without knowing of each
 other: at worst a task is done twice, with the same bytes. Nothing in here makes a shard visible; only a commit does.
+
+Nothing in here is beyond help either. Once an ingest is committed nobody needs its journal to go on; before that, a task
+whose document or files are not what was written is not done, and is done again.
 """
 
-from collections.abc import Collection, Iterable, Iterator
-from dataclasses import dataclass
-from typing import Literal
+import logging
+from collections.abc import Callable, Iterator
+from typing import Literal, TypeVar
 
 import msgspec
 import numpy as np
 import numpy.typing as npt
 
-from datastore.dataset.log.keys import JOURNALS_FOLDER, journal_folder
-from datastore.dataset.log.manifest import Commit, Kind
+from datastore.dataset.log.keys import is_data, journal_folder
+from datastore.dataset.log.manifest import Kind
 from datastore.dataset.shards.info import ShardInfo
-from datastore.digest import check_digest, digest_hex, sha256_hex
+from datastore.dataset.shards.inventory import files_of
+from datastore.dataset.shards.segments import checked_shards
+from datastore.digest import check_digest, digest_hex
 from datastore.document import Count, Document, Sealed, seal, unseal
 from datastore.errors import ConflictError, CorruptError, MissingError
 from datastore.host import utc_now
 from datastore.storage.base import Stat, Storage
-from datastore.storage.wrappers import is_link
+from datastore.storage.verified import first_sound, read_checked
 from datastore.threads import in_parallel
 
-__all__ = ["Journal", "Journals", "Part", "Plan", "SourceFile", "Task", "TaskDone", "clear_journals"]
+__all__ = [
+    "Journal",
+    "Part",
+    "Plan",
+    "SourceFile",
+    "Task",
+    "TaskDone",
+    "read_task",
+]
+
+D = TypeVar("D")
+
+_LOGGER = logging.getLogger(__name__)
 
 
 Codec = Literal["", "gz", "zst"]
@@ -128,48 +145,57 @@ class Journal:
         Raises:
             CorruptError, FormatError: it is damaged, or newer than this package.
         """
-        key = f"{self.folder}/plan.json"
         try:
-            return unseal(Plan, self.storage.get(key), where=key)
+            return first_sound(self.storage, self._plan_key, self._read_plan, is_good=bool)
         except MissingError:
             return None
 
     def keep_plan(self, plan: Plan) -> Plan:
         """Store `plan` unless there is one; return the one that holds.
 
-        One in which a purge has blanked names, which the same files and settings have brought back, gives way.
+        One that is damaged, or in which a purge has blanked names, which the same files and settings have brought back,
+        gives way.
         """
-        key = f"{self.folder}/plan.json"
         try:
-            self.storage.put_new(key, seal(plan))
+            self.storage.put_new(self._plan_key, seal(plan))
         except ConflictError:
-            found = self.find_plan()
+            found = self._unless_damaged(self.find_plan)
             if found is not None and all(file.path for file in found.files):
                 return found
-            self.storage.put(key, seal(plan))
+            self.storage.put(self._plan_key, seal(plan))
         return plan
 
     def begin(self, plan: Plan) -> dict[str, TaskDone]:
-        """Say that the ingest goes on, store `plan` unless there is one, and return the tasks that are done.
+        """Say that the ingest goes on, store `plan` unless there is one, and return those of its tasks that are done.
 
         A vacuum keeps what an ingest has written that said so within a day.
         """
         self.storage.put(f"{self.folder}/running", utc_now().encode())
         self.keep_plan(plan)
-        return self.done()
+        done = self.done()
+        return {task.id: done[task.id] for task in plan.tasks if task.id in done}
 
     def done(self) -> dict[str, TaskDone]:
-        """Return the tasks that are done and whose files are all there, by id: a purge or a vacuum may have removed some.
+        """Return the tasks that are done, by id: those of whose files every byte is what was written.
 
-        One request each, and one for each file.
+        A purge or a vacuum may have removed some, and a disk may have failed. All that was done is read.
         """
 
         def load(stat: Stat) -> TaskDone | None:
-            found = unseal(TaskDone, self.storage.get(stat.key), where=stat.key)
-            return found if all(self._is_there(shard) for shard in found.shards) else None
+            found = self._unless_damaged(lambda: self.task(stat.key))
+            return found if found is not None and self._is_whole(found) else None
 
         tasks = in_parallel(load, self.storage.list(f"{self.folder}/done"))
         return {task.task_id: task for task in tasks if task is not None}
+
+    def task(self, key: str) -> TaskDone:
+        """Return what `done/<task>.json`, which lies under `key`, says.
+
+        Raises:
+            MissingError: it is gone.
+            CorruptError, FormatError: it is damaged, or newer than this package.
+        """
+        return first_sound(self.storage, key, lambda place: read_task(place, key), is_good=bool)
 
     def require_plan(self) -> None:
         """Raise unless the plan is still there: it is the last of an abandoned ingest that a vacuum removes.
@@ -185,7 +211,7 @@ class Journal:
             )
 
     def finish(self, done: TaskDone, *, rejects: bytes, ids: bytes) -> TaskDone:
-        """Mark a task done, its shards being stored; return what is on record, the first one to finish it counting."""
+        """Mark a task done, its shards being stored; return what is on record: the first one, if it has made the same."""
         if rejects:
             self.storage.put(self._rejects_key(done.task_id), rejects)
         if ids:
@@ -199,7 +225,11 @@ class Journal:
         try:
             self.storage.put_new(key, seal(done))
         except ConflictError:
-            return unseal(TaskDone, self.storage.get(key), where=key)
+            found = self._unless_damaged(lambda: self.task(key))
+            # The files are those that were written last, which may be ours.
+            if found is not None and (found.shards, found.ids_digest) == (done.shards, done.ids_digest):
+                return found
+            self.storage.put(key, seal(done))
         return done
 
     def ids(self, done: TaskDone) -> npt.NDArray[np.uint64]:
@@ -224,11 +254,40 @@ class Journal:
         for stat in self.storage.list(f"{self.folder}/rejects"):
             yield stat.key, self.storage.get(stat.key)
 
-    def _is_there(self, shard: ShardInfo) -> bool:
+    @property
+    def _plan_key(self) -> str:
+        return f"{self.folder}/plan.json"
+
+    def _read_plan(self, place: Storage) -> Plan:
+        plan = unseal(Plan, place.get(self._plan_key), where=self._plan_key)
+        parts = [part for task in plan.tasks for part in task.parts]
+        sizes = [file.size_bytes for file in plan.files]
+        fits = all(part.file < len(sizes) and part.start <= part.stop <= sizes[part.file] for part in parts)
+        if plan.ingest_id != self.ingest_id or not fits:
+            raise _nonsense("plan", self._plan_key)
+        return plan
+
+    def _unless_damaged(self, read: Callable[[], D]) -> D | None:
         try:
-            return all(self.storage.stat(key).size_bytes for key in (shard.path, shard.docs_path) if key)
-        except MissingError:
+            return read()
+        except (CorruptError, MissingError) as error:
+            _LOGGER.warning("the journal of ingest %s is damaged, and made again: %s", self.ingest_id, error)
+            return None
+
+    def _is_whole(self, task: TaskDone) -> bool:
+        """Return whether every file of `task` has the bytes that were written; each is read."""
+        try:
+            for file in files_of(task.shards):
+                read_checked(self.storage, file.key, size_bytes=file.size_bytes, digest=file.digest)
+            if task.ids_digest:
+                self.ids(task)
+            if task.rejects_digest:
+                key = self._rejects_key(task.task_id)
+                check_digest(self.storage.get(key), task.rejects_digest, where=key)
+        except (CorruptError, MissingError) as error:
+            _LOGGER.warning("a task of ingest %s is done again: %s", self.ingest_id, error)
             return False
+        return True
 
     def _rejects_key(self, name: str) -> str:
         return f"{self.folder}/rejects/{name}.jsonl"
@@ -237,61 +296,19 @@ class Journal:
         return f"{self.folder}/ids/{name}.bin"
 
 
-_CLEARED = {"done", "ids", "rejects"}
-"""What a journal has beside its plan: needed to go on with the ingest, and no more once it is committed."""
+def read_task(place: Storage, key: str) -> TaskDone:
+    """Return the task whose document lies in `place` under `key`; otherwise as `Journal.task`."""
+    found = unseal(TaskDone, place.get(key), where=key)
+    shards = list(checked_shards(found.shards, where=key))
+    if key.rpartition("/")[2] != f"{found.task_id}.json" or not all(is_data(file.key) for file in files_of(shards)):
+        raise _nonsense("task", key)
+    sums = (sum(shard.documents for shard in shards), sum(shard.tokens for shard in shards))
+    if sums != (found.documents, found.tokens):
+        raise _nonsense("task", key)
+    return found
 
 
-@dataclass(frozen=True, slots=True)
-class Journals:
-    """Which ingests had their journal cleared, and which ones no version knows as its own."""
-
-    cleared: tuple[str, ...]
-    unfinished: tuple[str, ...]
-
-
-def journal_files(storage: Storage, history: Iterable[Commit]) -> set[str]:
-    """Return all files that the tasks of committed ingests have written, as far as their journals still say so.
-
-    One that found a document twice has written its shard again without it, and the first one is named by no version.
-    """
-    ingest_ids = {commit.ingest_id for commit in history}
-    keys = [stat.key for stat in storage.list(JOURNALS_FOLDER)]
-    done = [key for key in keys if key.split("/")[1] in ingest_ids and key.split("/")[2] == "done"]
-    tasks = in_parallel(lambda key: unseal(TaskDone, storage.get(key), where=key), done)
-    paths = (path for task in tasks for shard in task.shards for path in (shard.path, shard.docs_path))
-    return {path for path in paths if path and not is_link(path)}
-
-
-def clear_journals(storage: Storage, ingest_ids: Collection[str], *, ids_sha256: Collection[str]) -> Journals:
-    """Remove what the journals of the ingests `ingest_ids`, which are committed, hold of their documents.
-
-    These are the digests of ids, the rejects with their excerpts of text, and what their tasks have made. The plan stays,
-    because it says which files the dataset knows; a file's name is blanked in it if it is, by its sha256, one of the ids.
-    """
-    cleared, unfinished = set[str](), set[str]()
-    removals = list[str]()
-    for stat in storage.list(JOURNALS_FOLDER):
-        _, ingest_id, *rest = stat.key.split("/")
-        if ingest_id not in ingest_ids:
-            unfinished.add(ingest_id)
-        elif rest[0] in _CLEARED:
-            cleared.add(ingest_id)
-            removals.append(stat.key)
-        elif rest == ["plan.json"] and _blank_plan(storage, stat.key, ids_sha256):
-            cleared.add(ingest_id)
-    for _ in in_parallel(storage.delete, removals):
-        pass
-    return Journals(cleared=tuple(sorted(cleared)), unfinished=tuple(sorted(unfinished)))
-
-
-def _blank_plan(storage: Storage, key: str, ids_sha256: Collection[str]) -> bool:
-    """Blank the names in a plan that are ids by their sha256; return whether there were any."""
-    plan = unseal(Plan, storage.get(key), where=key)
-    blanked = [file.path for file in plan.files if file.path and sha256_hex(file.path.encode()) in ids_sha256]
-    if not blanked:
-        return False
-    names = frozenset(blanked)
-    files = (msgspec.structs.replace(file, path="") if file.path in names else file for file in plan.files)
-    sources = (source for source in plan.sources if not source.endswith(tuple(blanked)))
-    storage.put(key, seal(msgspec.structs.replace(plan, files=tuple(files), sources=tuple(sources))))
-    return True
+def _nonsense(what: str, key: str) -> CorruptError:
+    return CorruptError(
+        f"the {what} of an ingest has its digest, but makes no sense", where=key, hint="`datastore repair` removes it."
+    )

@@ -12,7 +12,7 @@ import pyarrow as pa
 from typing_extensions import override
 
 from datastore.dataset.log.commits import CommitLog
-from datastore.dataset.log.keys import REFERENCES
+from datastore.dataset.log.keys import REFERENCES, commit_key
 from datastore.dataset.log.manifest import Commit, DatasetInfo, Kind, Totals
 from datastore.dataset.log.tags import read_tagged
 from datastore.dataset.query.views import Views
@@ -175,7 +175,7 @@ class Dataset(Views):
     def schema(self) -> pa.Schema:
         """The Arrow schema of a record dataset, with what is noted in it of its changes."""
         self._require("records")
-        return decode_schema(self.commit.record_schema)
+        return decode_schema(self.commit.record_schema, where=commit_key(self.commit.version))
 
     def record_shard(self, index: int) -> pa.Table:
         """Return the rows of record shard `index` as `schema`, deleted ones too.

@@ -229,8 +229,8 @@ def encode_schema(schema: pa.Schema) -> bytes:
     return schema.serialize().to_pybytes()
 
 
-def decode_schema(raw: Buffer) -> pa.Schema:
-    """Return the schema that `encode_schema` wrote.
+def decode_schema(raw: Buffer, *, where: str = "a record schema") -> pa.Schema:
+    """Return the schema that `encode_schema` wrote; `where` is the document that holds it.
 
     Raises:
         CorruptError: not an Arrow schema message.
@@ -239,7 +239,9 @@ def decode_schema(raw: Buffer) -> pa.Schema:
         schema = pa.ipc.read_schema(pa.py_buffer(raw))
         check_names(schema)
     except (pa.ArrowException, OSError, ValueError) as error:
-        raise CorruptError(f"not an Arrow schema: {error}", hint="Restore this file from a copy.") from None
+        raise CorruptError(
+            f"not an Arrow schema: {error}", where=where, hint="Restore this file from a copy."
+        ) from None
     return schema
 
 

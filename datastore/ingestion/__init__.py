@@ -1,6 +1,7 @@
 """How data comes in: plan, read, filter, tokenize, shard, write, commit.
 
 ingest        prepare, run, commit
+outcome       the commit, or why there is none
 settings      what a user may choose
 reading       from files to documents
 plan          tasks: a pure function of the listing and the settings

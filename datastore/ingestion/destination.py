@@ -1,9 +1,11 @@
 """The dataset that an ingest goes to: what it is made of already, and which files it knows."""
 
+import re
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 
@@ -12,9 +14,11 @@ from datastore.dataset.log.commits import CommitLog
 from datastore.dataset.log.keys import INFO_KEY, JOURNALS_FOLDER, KINDS, LOG_FOLDER, journal_folder
 from datastore.dataset.log.manifest import Commit, Kind, TokenizerRef
 from datastore.dataset.roots import open_roots
-from datastore.dataset.shards.files import read_tokenizer
+from datastore.dataset.shards.files import read_documents, read_record_shard, read_tokenizer
+from datastore.dataset.shards.info import ShardInfo
+from datastore.dataset.shards.segments import load_segments
 from datastore.dataset.snapshot import split_reference
-from datastore.errors import ConfigError, MissingError
+from datastore.errors import ConfigError, CorruptError, MissingError
 from datastore.formats.schema import decode_schema
 from datastore.ingestion.encoding.reference import facts_of, load_tokenizer
 from datastore.ingestion.reading.sources import read_url
@@ -22,8 +26,14 @@ from datastore.ingestion.settings import IngestSettings
 from datastore.storage.base import Storage
 from datastore.storage.resolve import open_storage
 from datastore.storage.urls import strip_credentials
+from datastore.threads import in_parallel
 
-__all__ = ["Destination", "TokenizerChoice", "open_target"]
+__all__ = ["Destination", "TokenizerChoice", "made_by_ingest", "open_target", "plan_of"]
+
+_OF_TEXTS = {"id", "source", "offset", "text"}
+"""Columns of records that an ingest makes of texts."""
+
+_INGEST_ID = re.compile("[0-9a-f]{32}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,19 +53,38 @@ class Destination:
     fresh: bool = False
     """Whether nothing at all was there."""
 
-    def ingests(self) -> Iterator[tuple[int, Plan]]:
-        """Yield the plans of the ingests that the newest version is made of, and which version each made, newest first.
+    def ingests(self) -> Iterator[tuple[Commit, Plan | None]]:
+        """Yield the versions that ingests made of those the newest one is made of, each with its plan, newest first.
 
-        Reads one commit per version.
+        A plan that is lost or damaged is None: a finished ingest is not needed to go on. Reads one commit per version.
         """
         if self.newest is None:
             return
         for commit in CommitLog(self.storage).history(self.newest):
-            plan = Journal(self.storage, commit.ingest_id).find_plan() if commit.ingest_id else None
-            if plan is not None:
-                yield commit.version, plan
+            if made_by_ingest(commit):
+                yield commit, plan_of(self.storage, commit)
             if commit.operation == "overwrite":
                 return
+
+    def sources(self) -> set[str]:
+        """Return the names of the files that the documents of the newest version are from; of rows taken over, none.
+
+        Reads what describes each document.
+
+        Raises:
+            MissingError, CorruptError: a file of the dataset is gone or damaged.
+        """
+
+        def of(shard: ShardInfo) -> list[Any]:
+            if shard.kind == "tokens":
+                return read_documents(self.storage, shard, columns=["source"]).column("source").unique().to_pylist()
+            table = read_record_shard(self.storage, shard)
+            # Rows that were taken over may have a column of that name, too, but no such offsets.
+            is_text = _OF_TEXTS.issubset(table.column_names) and table.schema.field("source").type == pa.string()
+            return table.column("source").unique().to_pylist() if is_text else []
+
+        shards = load_segments(self.storage, self.newest) if self.newest else ()
+        return {name for names in in_parallel(of, shards) for name in names}
 
     def forget(self, ingest_id: str) -> None:
         """Remove what an ingest without a document has left where nothing was, unless another one has begun there, too."""
@@ -137,6 +166,19 @@ class Destination:
     def _held(self) -> str:
         is_text = self.newest is not None and self.newest.kind == "records"
         return "text, not tokens" if is_text else "tokens of a tokenizer that it does not name"
+
+
+def made_by_ingest(commit: Commit) -> bool:
+    """Return whether `commit` is of an ingest, and no other one that was given an id."""
+    return _INGEST_ID.fullmatch(commit.ingest_id) is not None
+
+
+def plan_of(storage: Storage, commit: Commit) -> Plan | None:
+    """Return the plan of the ingest that made `commit`, or None if it is lost or damaged."""
+    try:
+        return Journal(storage, commit.ingest_id).find_plan()
+    except CorruptError:
+        return None
 
 
 def open_target(to: str) -> Destination:

@@ -7,32 +7,31 @@ number of workers; the commit happens once, and once it has happened the same ca
 the tasks made is good enough, and if so, makes one commit of it.
 """
 
+import logging
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 import pyarrow as pa
 
-from datastore.dataset.journal import Journal, Plan, TaskDone
-from datastore.dataset.log.commits import CommitLog
+from datastore.dataset.journal import Journal, Plan, SourceFile, TaskDone
 from datastore.dataset.log.identity import create_dataset
-from datastore.dataset.log.manifest import Commit, Kind, TokenizerRef
-from datastore.dataset.operations.append import Operation, commit_records, commit_shards
+from datastore.dataset.log.manifest import Commit, Kind
+from datastore.dataset.operations.expire import time_of
 from datastore.dataset.shards.files import put_tokenizer
-from datastore.dataset.shards.info import ShardInfo
 from datastore.errors import ConfigError, CorruptError, RejectedError
 from datastore.formats.fitting import check_rows
 from datastore.formats.huggingface import keep_features
 from datastore.formats.schema import check_storable, decode_schema, encode_schema, no_rows
 from datastore.host import cores
 from datastore.ingestion.destination import Destination, TokenizerChoice, open_target
-from datastore.ingestion.duplicates import without_duplicates
+from datastore.ingestion.outcome import IngestOutcome, Overtaken, commit_ingest
 from datastore.ingestion.plan import changed_since, make_plan, work_items
-from datastore.ingestion.reading.documents import decode_rejects, encode_rejects
 from datastore.ingestion.reading.rows import require_rows, rows_schema
 from datastore.ingestion.reading.sources import Listing, Roots, list_sources
-from datastore.ingestion.report import IngestProgress, IngestReport, Tally, rejected_in, skipped_in
+from datastore.ingestion.report import IngestProgress, IngestReport, Tally, skipped_in
 from datastore.ingestion.settings import IngestSettings, reading_digest
 from datastore.ingestion.sinks import RECORDS_SCHEMA
 from datastore.ingestion.tasks import Advance, Job
@@ -41,7 +40,9 @@ from datastore.storage.resolve import open_storage
 from datastore.storage.statistics import add_statistics
 from datastore.storage.urls import join_url
 
-__all__ = ["IngestOutcome", "PreparedIngest", "commit_ingest", "ingest", "prepare"]
+__all__ = ["PreparedIngest", "ingest", "prepare"]
+
+_LOGGER = logging.getLogger(__name__)
 
 
 def ingest(
@@ -54,7 +55,8 @@ def ingest(
     """Add the documents of `sources` to the dataset at `to`, which is made if it is not there.
 
     `settings` default to `IngestSettings()`. `progress` is called in this thread, a few times a second at most per
-    worker. Files that the dataset knows are left out; one that has changed is a new file, and its old documents stay.
+    worker. Files that the dataset knows are left out, also those that another ingest brings meanwhile; one that has
+    changed is a new file, and its old documents stay.
 
     Raises:
         ConfigError: a setting or URL is wrong, a source is empty, or the dataset has another tokenizer or kind.
@@ -64,26 +66,18 @@ def ingest(
         StorageError: a source cannot be read or the dataset not be written. Run it again to go on.
     """
     started = time.monotonic()
-    prepared = prepare(sources, to, settings or IngestSettings())
-    if not prepared.plan.tasks:
-        outcome = IngestOutcome(prepared.target.newest, (), Counter())
-        return _report(prepared, {}, outcome, resumed=0, started=started)
-    resumed = _begin(prepared)
-    tally = Tally(work_items(prepared.plan), resumed, progress)
-    try:
-        done = _run(prepared, to, resumed, tally)
-    except (ConfigError, CorruptError, RejectedError):
-        prepared.target.forget(prepared.plan.ingest_id)  # The source is to be corrected, and then is another one.
-        raise
-    outcome = commit_ingest(
-        prepared.target,
-        prepared.plan,
-        [done[task.id] for task in prepared.plan.tasks],
-        settings=prepared.settings,
-        tokenizer=prepared.tokenizer.ref if prepared.tokenizer else None,
-    )
-    report = _report(prepared, done, outcome, resumed=len(resumed), started=started)
-    return replace(report, storage=add_statistics((report.storage, tally.storage)))
+    settings = settings or IngestSettings()
+    prepared = prepare(sources, to, settings)
+    known = prepared.plan.known
+    while True:
+        try:
+            report = _ingested(prepared, to, progress)
+        except Overtaken:
+            # What was committed meanwhile is known by now; what is left is planned, and done, again.
+            prepared = prepare(sources, to, settings)
+            continue
+        overtaken = max(0, prepared.plan.known - known)
+        return replace(report, overtaken_files=overtaken, seconds=time.monotonic() - started)
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,6 +91,9 @@ class PreparedIngest:
     plan: Plan
     changed: Mapping[str, int]
     """Files that the dataset has in another state, and the last version that brought one."""
+
+    restored: Plan | None = None
+    """The plan of a finished ingest that was lost or damaged, as it was."""
 
     def workers(self, tasks: int) -> int:
         """Return how many processes to use for that many tasks.
@@ -126,6 +123,34 @@ class PreparedIngest:
         )
 
 
+def _ingested(prepared: PreparedIngest, to: str, progress: Callable[[IngestProgress], None] | None) -> IngestReport:
+    """Do what is prepared; otherwise as `ingest`.
+
+    Raises:
+        Overtaken: another ingest was committed meanwhile that has some of the files; nothing was committed.
+    """
+    if prepared.restored is not None:
+        Journal(prepared.target.storage, prepared.restored.ingest_id).keep_plan(prepared.restored)
+    if not prepared.plan.tasks:
+        return _report(prepared, {}, IngestOutcome(prepared.target.newest, (), Counter()), resumed=0)
+    resumed = _begin(prepared)
+    tally = Tally(work_items(prepared.plan), resumed, progress)
+    try:
+        done = _run(prepared, to, resumed, tally)
+    except (ConfigError, CorruptError, RejectedError):
+        prepared.target.forget(prepared.plan.ingest_id)  # The source is to be corrected, and then is another one.
+        raise
+    outcome = commit_ingest(
+        prepared.target,
+        prepared.plan,
+        [done[task.id] for task in prepared.plan.tasks],
+        settings=prepared.settings,
+        tokenizer=prepared.tokenizer.ref if prepared.tokenizer else None,
+    )
+    report = _report(prepared, done, outcome, resumed=len(resumed))
+    return replace(report, storage=add_statistics((report.storage, tally.storage)))
+
+
 def _begin(prepared: PreparedIngest) -> dict[str, TaskDone]:
     """Store what the workers and the next run rely on; return the tasks that an earlier run has done."""
     storage, choice = prepared.target.storage, prepared.tokenizer
@@ -150,19 +175,8 @@ def _run(prepared: PreparedIngest, to: str, resumed: dict[str, TaskDone], tally:
     return done
 
 
-@dataclass(frozen=True, slots=True)
-class IngestOutcome:
-    """What came of an ingest."""
-
-    commit: Commit | None
-    """The newest version; None if there is none."""
-
-    shards: Sequence[ShardInfo]
-    rejected: Counter[str]
-
-
 def _report(
-    prepared: PreparedIngest, done: dict[str, TaskDone], outcome: IngestOutcome, *, resumed: int, started: float
+    prepared: PreparedIngest, done: dict[str, TaskDone], outcome: IngestOutcome, *, resumed: int
 ) -> IngestReport:
     plan, before = prepared.plan, prepared.target.newest
     url = prepared.target.storage.url
@@ -188,145 +202,9 @@ def _report(
         tasks=len(plan.tasks),
         tasks_resumed=resumed,
         encoder=" and ".join(sorted({task.encoder for task in done.values()} - {""})),
-        seconds=time.monotonic() - started,
+        overtaken_files=0,
+        seconds=0.0,
         storage=prepared.target.storage.statistics(),
-    )
-
-
-def commit_ingest(
-    target: Destination,
-    plan: Plan,
-    tasks: Sequence[TaskDone],
-    *,
-    settings: IngestSettings,
-    tokenizer: TokenizerRef | None,
-) -> IngestOutcome:
-    """Commit the shards of `tasks`, which are all those of `plan` in its order.
-
-    Raises:
-        RejectedError: too many documents were bad.
-        ConfigError: there is no document at all, and no dataset to leave as it is.
-    """
-    journal = Journal(target.storage, plan.ingest_id)
-    found = without_duplicates(journal, tasks)
-    rejected = rejected_in(tasks)
-    if found.rejects:
-        rejected["duplicate_id"] += len(found.rejects)
-        if settings.on_error == "quarantine":
-            journal.put_rejects("duplicates", encode_rejects(found.rejects))
-    where = join_url(target.storage.url, journal.folder, "rejects") if settings.on_error == "quarantine" else ""
-    documents = sum(task.documents for task in tasks) - len(found.rejects)
-    if rejected and not documents:
-        raise _all_rejected(target, journal, rejected, where=where)
-    _check_limit(documents, rejected, settings, where=where)
-    if settings.on_error == "fail" and found.rejects:
-        first = found.rejects[0]
-        raise RejectedError(
-            "a document was rejected: duplicate_id",
-            source=first.source,
-            offset=first.offset,
-            id=first.excerpt,
-            hint="Correct it, or set `on_error` to quarantine or skip.",
-        )
-    if not found.shards:
-        if target.newest is None or settings.operation == "overwrite":
-            target.forget(plan.ingest_id)
-            raise ConfigError(
-                "the source is empty: there is no document in it",
-                sources=list(plan.sources),
-                hint="Name a folder with text in it.",
-            )
-        return IngestOutcome(target.newest, (), rejected)
-    if settings.operation == "overwrite" and _is_all_of(target.newest, plan):
-        return IngestOutcome(target.newest, (), rejected)
-    return IngestOutcome(
-        _commit(target, plan, found.shards, tokenizer, operation=settings.operation), found.shards, rejected
-    )
-
-
-def _all_rejected(target: Destination, journal: Journal, rejected: Counter[str], *, where: str) -> RejectedError:
-    """Return the error for a source without one good document; where nothing was before, nothing is left."""
-    first = next((each for key, raw in journal.rejects() for each in decode_rejects(raw, where=key)), None)
-    target.forget(journal.ingest_id)
-    seen = {"source": first.source, "offset": first.offset, "begins": first.excerpt[:40]} if first else {}
-    way = "Name the key of the text, `text_key=KEY`" if "missing_text" in rejected else "Correct the source"
-    return RejectedError(
-        "all documents were rejected, so nothing was committed",
-        rejected=rejected.total(),
-        reasons=dict(sorted(rejected.items())),
-        **seen,
-        hint=f"{way}{f'; all are described in {where}' if where and not target.fresh else ''}.",
-    )
-
-
-def _is_all_of(newest: Commit | None, plan: Plan) -> bool:
-    """Return whether the dataset holds this very ingest, and nothing else: overwriting it again changes nothing."""
-    return newest is not None and newest.ingest_id == plan.ingest_id and newest.operation in {"create", "overwrite"}
-
-
-def _check_limit(documents: int, rejected: Counter[str], settings: IngestSettings, *, where: str) -> None:
-    bad = rejected.total()
-    ratio = bad / max(1, documents + bad)
-    if ratio <= settings.max_reject_ratio:
-        return
-    enough = -(-ratio * 10_000 // 1) / 10_000
-    look = f"Look at {where}, then correct" if where else "Correct"
-    raise RejectedError(
-        "too many documents were rejected, so nothing was committed",
-        rejected=bad,
-        of=documents + bad,
-        reasons=dict(sorted(rejected.items())),
-        max_reject_ratio=settings.max_reject_ratio,
-        hint=f"{look} the source, or allow it: `max_reject_ratio={enough:g}`; what is done is kept for the next run.",
-    )
-
-
-def _committed_meanwhile(target: Destination, plan: Plan) -> Commit | None:
-    """Return the newest version if another process has committed this ingest since ours began.
-
-    Its shards alone would not tell: a compact may have put them together to others.
-    """
-    log = CommitLog(target.storage)
-    newest = log.newest()
-    known = target.newest.version if target.newest else 0
-    found = None
-    for version in range(known + 1, newest.version + 1 if newest else 0):
-        commit = log.stored(version).commit
-        if commit.ingest_id == plan.ingest_id:
-            found = newest
-        elif commit.operation == "overwrite":
-            found = None
-    return found
-
-
-def _commit(
-    target: Destination,
-    plan: Plan,
-    shards: Sequence[ShardInfo],
-    tokenizer: TokenizerRef | None,
-    *,
-    operation: Operation,
-) -> Commit:
-    Journal(target.storage, plan.ingest_id).require_plan()
-    already = _committed_meanwhile(target, plan) if operation == "append" else None
-    if already is not None:
-        return already
-    if plan.kind == "records":
-        return commit_records(
-            target.storage,
-            shards,
-            schema=decode_schema(plan.record_schema) if plan.record_schema else RECORDS_SCHEMA,
-            operation=operation,
-            ingest_id=plan.ingest_id,
-            config_digest=plan.reading_digest,
-        )
-    return commit_shards(
-        target.storage,
-        shards,
-        tokenizer=tokenizer,
-        operation=operation,
-        ingest_id=plan.ingest_id,
-        config_digest=plan.reading_digest,
     )
 
 
@@ -344,22 +222,54 @@ def prepare(sources: Sequence[str], to: str, settings: IngestSettings) -> Prepar
     tokenizer = target.choose_tokenizer(settings) if settings.take != "rows" else None
     kind: Kind = "tokens" if tokenizer or settings.take == "tokens" else "records"
     base = target if settings.operation == "append" else Destination(target.storage, None)
-    history = tuple(base.ingests())
     base.require_kind(kind)
     if kind == "records" and settings.take == "text":
         base.require_schema(RECORDS_SCHEMA)
-    plan = make_plan(
+    planned = partial(
+        make_plan,
         listing,
         settings=settings,
         kind=kind,
         reading_digest=reading_digest(settings, tokenizer_sha256=tokenizer.ref.sha256 if tokenizer else ""),
-        known=frozenset(file.fingerprint for _, plan in history for file in plan.files),
         record_schema=_record_schema(listing, roots, base, settings) if settings.take == "rows" else b"",
     )
-    changed = changed_since(plan.files, history)
+    found = tuple(base.ingests())
+    history = [(commit.version, each) for commit, each in found if each is not None]
+    known = frozenset(file.fingerprint for _, each in history for file in each.files)
+    plan, restored = planned(known=known), None
+    lost = [commit for commit, each in found if each is None]
+    if lost and plan.files:
+        restored = plan if any(commit.ingest_id == plan.ingest_id for commit in lost) else None
+        again = plan.files if restored else _recognized(plan.files, base, lost, history)
+        plan = planned(known=known.union(file.fingerprint for file in again))
     return PreparedIngest(
-        settings=settings, roots=roots, target=target, tokenizer=tokenizer, plan=plan, changed=changed
+        settings=settings,
+        roots=roots,
+        target=target,
+        tokenizer=tokenizer,
+        plan=plan,
+        changed=changed_since(plan.files, history),
+        restored=restored,
     )
+
+
+def _recognized(
+    files: Sequence[SourceFile], base: Destination, lost: Sequence[Commit], history: Sequence[tuple[int, Plan]]
+) -> list[SourceFile]:
+    """Return those of `files` that the ingests of the versions `lost`, whose plans are gone, have brought.
+
+    They are known by their names in the dataset's documents, and that they have not changed since.
+    """
+    planned = {file.path for _, plan in history for file in plan.files}
+    names, since = base.sources() - planned, max(map(time_of, lost))
+    found = [file for file in files if file.path in names and file.modified <= since]
+    _LOGGER.warning(
+        "the journal of the ingest that made version %d is lost or damaged: its files are known by their names, %d of %d",
+        lost[0].version,
+        len(found),
+        len(files),
+    )
+    return found
 
 
 def _record_schema(listing: Listing, roots: Roots, target: Destination, settings: IngestSettings) -> bytes:

@@ -47,6 +47,9 @@ class IngestReport:
     known_files: int
     """Files that the dataset had."""
 
+    overtaken_files: int
+    """Of those, files that another ingest has brought since this one began."""
+
     changed_files: int
     """Of those that were read, files that the dataset has in another state, whose documents stay."""
 

@@ -5,13 +5,16 @@ object store there is no such rename: files are put one by one, and the last one
 cannot be read, or `_SUCCESS` for formats that have none. So a killed export is recognized by what is missing.
 """
 
+import fcntl
+import filecmp
+import glob
 import os
 import posixpath
 import shutil
 import tempfile
 import uuid
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -31,12 +34,18 @@ __all__ = ["Exporter", "Folder", "Format", "Rows", "Span", "below", "numbered", 
 Span = tuple[int, int]
 """A byte range of a file: what begins in it belongs to it."""
 
+_STAGED_BYTES = 200
+"""How much of the target's name is left in that of the hidden folder; 255 is what a name may have."""
+
 Rows = tuple[int, pa.Table]
 """Rows, and which row of its file the first of them is."""
 
 
 class Folder:
-    """Where an export goes. Use it as a context: an exception removes what was written on this machine."""
+    """Where an export goes. Use it as a context: an exception removes what was written on this machine.
+
+    What is there already is compared with what is written, file by file: the same export given again is done.
+    """
 
     def __init__(self, url: str) -> None:
         """Open the target `url`.
@@ -49,23 +58,38 @@ class Folder:
         self.files = 0
         self.bytes = 0
         self._final = Path(self.url) if "://" not in self.url else None
-        if next(iter(self._storage.list()), None) is not None or (self._final and self._final.is_file()):
-            raise ConfigError("the target is not empty", to=self.url, hint="Name a folder that does not exist.")
-        self._staged = self._final and self._final.parent / f".{self._final.name}.{uuid.uuid4().hex}.tmp"
+        self._present = {stat.key: stat.size_bytes for stat in self._storage.list()}
+        if self._final and self._final.is_file():
+            raise self._taken()
+        self._names: set[str] = set()
+        self._short = os.fsdecode(os.fsencode(self._final.name)[:_STAGED_BYTES]) if self._final else ""
+        self._staged = self._final and self._final.parent / f".{self._short}.{uuid.uuid4().hex}.tmp"
+        self._lock: int | None = None
 
     def __enter__(self) -> Self:
         if self._staged is not None:
+            self._clear_left()
             with _explained(self._staged):
                 self._staged.mkdir(parents=True)
+                # Held until this process ends, however it does.
+                self._lock = os.open(self._staged, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+                fcntl.flock(self._lock, fcntl.LOCK_EX)
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        other = kind is None and self._present and self._names != self._present.keys()
+        if other and self._staged is None:
+            raise self._taken()
         if self._staged is None or self._final is None:
             return
-        if kind is not None:
+        if self._lock is not None:
+            os.close(self._lock)
+        if kind is not None or self._present:
             shutil.rmtree(self._staged, ignore_errors=True)
+            if other:
+                raise self._taken()
             return
         with _explained(self._final):
             if self._final.exists():
@@ -74,8 +98,12 @@ class Folder:
 
     def put(self, name: str, *chunks: Buffer) -> None:
         """Write one file as a whole."""
+        self._expect(name)
         if self._staged is None:
-            self._storage.put(name, *chunks)
+            if not self._present:
+                self._storage.put(name, *chunks)
+            elif self._storage.get(name) != b"".join(chunks):
+                raise self._taken()
             self.files += 1
             self.bytes += sum(memoryview(chunk).nbytes for chunk in chunks)
             return
@@ -86,26 +114,59 @@ class Folder:
     @contextmanager
     def open(self, name: str) -> Iterator[IO[bytes]]:
         """Yield a file to write; it is stored under `name` when the block ends. Its size is limited by disk alone."""
-        if self._staged is not None:
+        self._expect(name)
+        if self._staged is not None and self._final is not None:
             with _explained(self._staged / name), (self._staged / name).open("wb") as file:
                 yield file
                 file.flush()
                 os.fsync(file.fileno())
                 self.bytes += file.tell()
+            if self._present and not filecmp.cmp(self._staged / name, self._final / name, shallow=False):
+                raise self._taken()
         else:
             with tempfile.NamedTemporaryFile(prefix="datastore-export-") as file:
                 yield file
                 file.flush()
                 size = file.tell()
                 with pa.memory_map(file.name) as mapped:
-                    self._storage.put(name, mapped.read_buffer() if size else b"")
+                    whole = mapped.read_buffer() if size else b""
+                    if not self._present:
+                        self._storage.put(name, whole)
+                    elif not pa.py_buffer(self._storage.get(name)).equals(pa.py_buffer(whole)):
+                        raise self._taken()
                 self.bytes += size
         self.files += 1
 
     def mark(self) -> None:
         """Say that all is there, on a storage where a rename cannot; for formats that have no index."""
         if self._staged is None:
+            self._names.add("_SUCCESS")
             self._storage.put("_SUCCESS", b"\n")
+
+    def _expect(self, name: str) -> None:
+        """Raise unless `name` may be written: where something is, only what is there is written again."""
+        self._names.add(name)
+        if self._present and name not in self._present:
+            raise self._taken()
+
+    def _taken(self) -> ConfigError:
+        return ConfigError(
+            "the target is not empty, and holds something else",
+            to=self.url,
+            hint="Name a folder that does not exist.",
+        )
+
+    def _clear_left(self) -> None:
+        """Remove what exports to the same place have left that were killed: whose folder nobody holds."""
+        assert self._final is not None
+        for left in self._final.parent.glob(f".{glob.escape(self._short)}.{'?' * 32}.tmp"):
+            with suppress(OSError):  # BlockingIOError: it is being written.
+                lock = os.open(left, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+                try:
+                    fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    shutil.rmtree(left)
+                finally:
+                    os.close(lock)
 
 
 class Exporter(Protocol):

@@ -61,13 +61,13 @@ def export(
     shard_bytes: int = 0,
     progress: Callable[[int, int], None] | None = None,
 ) -> ExportReport:
-    """Write the rows of `dataset` that are not deleted to the folder `to`, which must not exist.
+    """Write the rows of `dataset` that are not deleted to the folder `to`, which must not exist, or hold this very export.
 
     Of documents all columns are written, `tokens` holding the tokens; or those of `columns`. A file has about
     `shard_bytes`; 0 stands for what suits the format. `progress` gets the shards done and all shards.
 
     Raises:
-        ConfigError: the target is not empty, or the format cannot hold what there is; nothing is left behind.
+        ConfigError: the target holds something else, or the format cannot hold what there is; nothing is left behind.
         MissingError, CorruptError: a file of the dataset is gone or damaged.
         StorageError: the target cannot be written.
     """

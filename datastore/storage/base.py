@@ -99,6 +99,10 @@ class Storage(Protocol):
         """Write the chunks, laid end to end, replacing what was there."""
         ...
 
+    def put_hint(self, key: str, *chunks: Buffer) -> None:
+        """Write what nobody relies on: as `put`, but it may be gone for a moment, and gone or not whole after a power cut."""
+        self.put(key, *chunks)
+
     def put_new(self, key: str, *chunks: Buffer) -> None:
         """Write the chunks unless `key` exists. At least one byte: an empty exclusive write truncates on some gateways.
 

@@ -4,6 +4,7 @@ A wrapper of your own inherits from `WrappedStorage` and overrides what it chang
 """
 
 from collections.abc import Callable, Collection, Iterator, Sequence
+from concurrent.futures import Future
 from pathlib import Path
 from threading import Lock
 
@@ -13,8 +14,9 @@ from datastore.errors import ConfigError
 from datastore.storage.base import Root, Stat, Storage, check_key
 from datastore.storage.statistics import OperationStatistics, add_statistics
 from datastore.storage.urls import join_url
+from datastore.threads import in_thread
 
-__all__ = ["LinkedStorage", "Subfolder", "WrappedStorage", "is_link"]
+__all__ = ["LaterPuts", "LinkedStorage", "Subfolder", "WrappedStorage", "is_link"]
 
 
 class WrappedStorage(Storage):
@@ -60,6 +62,11 @@ class WrappedStorage(Storage):
     def put(self, key: str, *chunks: Buffer) -> None:
         storage, name = self._place(key)
         storage.put(name, *chunks)
+
+    @override
+    def put_hint(self, key: str, *chunks: Buffer) -> None:
+        storage, name = self._place(key)
+        storage.put_hint(name, *chunks)
 
     @override
     def put_new(self, key: str, *chunks: Buffer) -> None:
@@ -181,6 +188,32 @@ def is_link(key: str) -> bool:
     return key.startswith("/") or "://" in key
 
 
+class LaterPuts(WrappedStorage):
+    """What is put into `inner` is on its way when `put` returns, and there when `settle` does: several at once.
+
+    For the last files before something that names them: what a flush waits for, the next one need not wait for again.
+    """
+
+    def __init__(self, inner: Storage) -> None:
+        super().__init__(inner)
+        self._begun: list[Future[None]] = []
+
+    @override
+    def put(self, key: str, *chunks: Buffer) -> None:
+        self._begun.append(in_thread(lambda: self.inner.put(key, *chunks), name="put"))
+
+    def settle(self) -> None:
+        """Wait for all that was put.
+
+        Raises:
+            StorageError: one was not stored, as `put`; the others are, or are not.
+        """
+        for future in self._begun:
+            future.exception()
+        for future in self._begun:
+            future.result()
+
+
 class LinkedStorage(WrappedStorage):
     """The keys of `inner`, and links to files of any other place, which `open_other` opens by the URL of its root.
 
@@ -197,6 +230,10 @@ class LinkedStorage(WrappedStorage):
     @override
     def put(self, key: str, *chunks: Buffer) -> None:
         self.inner.put(check_key(key), *chunks)
+
+    @override
+    def put_hint(self, key: str, *chunks: Buffer) -> None:
+        self.inner.put_hint(check_key(key), *chunks)
 
     @override
     def put_new(self, key: str, *chunks: Buffer) -> None:

@@ -80,6 +80,12 @@ class StorageContract:
         assert storage.get("k") == b"short"
         assert storage.stat("k").size_bytes == 5
 
+    def test_a_hint_is_read_as_it_was_put_last(self, storage: Storage) -> None:
+        for value in (b"a long first value", b"short", b"longer again"):
+            storage.put_hint("a/hint", value)
+            assert storage.get("a/hint") == value
+        assert [found.key for found in storage.list()] == ["a/hint"]
+
     def test_put_new_refuses_a_second_write_and_keeps_the_first(self, storage: Storage) -> None:
         storage.put_new("k", b"first")
         with raises(ConflictError):

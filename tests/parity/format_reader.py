@@ -14,7 +14,7 @@ from urllib.parse import urlparse
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-KNOWN = {"placement", "deletions", "layout", "evolution", "references"}
+KNOWN = {"placement", "deletions", "layout", "evolution", "references", "packed"}
 NUMBER, NEXT_NUMBER = b"PARQUET:field_id", b"datastore:next_field_id"
 Document = dict[str, Any]
 
@@ -77,6 +77,8 @@ class Reader:
         raw = self.file(key).read_bytes()
         if len(raw) != size_bytes:
             raise ValueError(f"{key} has {len(raw)} bytes, not {size_bytes}")
+        if raw[:4] == b"\x28\xb5\x2f\xfd":
+            raw = pa.input_stream(pa.py_buffer(raw), compression="zstd").read(65_536)
         return pa.ipc.open_file(raw).read_all()
 
     def shards(self, commit: Document) -> list[Document]:

@@ -12,12 +12,14 @@ from dataclasses import dataclass, field
 
 from datastore.dataset.durability.blocks import Rebuilder, Room, check_blocks
 from datastore.dataset.durability.mirrors import Finding, equalize, soundness
+from datastore.dataset.journals import damaged_documents
 from datastore.dataset.log.commits import CommitLog
 from datastore.dataset.log.identity import card_text
 from datastore.dataset.log.keys import (
     CARD_KEY,
     HINT_KEY,
     INFO_KEY,
+    JOURNALS_FOLDER,
     behind_key,
     is_data,
     tokenizer_key,
@@ -130,7 +132,14 @@ def _small(storage: Storage, places: Sequence[Root], change: RootChange, *, dry_
         newest = CommitLog(storage).newest()
         storage.put(HINT_KEY, seal(Hint(version=newest.version if newest else 1)))
     skip = {CARD_KEY} | ({HINT_KEY} if alone else {INFO_KEY} if change.late is not None else set())
-    yield from equalize(places, trusted=trusted or places, dry_run=dry_run, skip=frozenset(skip))
+    for found in equalize(places, trusted=trusted or places, dry_run=dry_run, skip=frozenset(skip)):
+        if found.repair or not found.path.startswith(f"{JOURNALS_FOLDER}/"):
+            yield found
+    # What no root has a good copy of is needed no more, or is made again.
+    for key, fault in damaged_documents(storage):
+        if not dry_run:
+            storage.delete(key)
+        yield Finding(key, storage.url, fault, "removed: whoever needs it makes it again")
 
 
 def _bytes(storage: Storage, key: str) -> bytes:

@@ -17,6 +17,7 @@ from operator import call
 
 from datastore.dataset.durability.blocks import BadBlock, Draw, Room, check_copies
 from datastore.dataset.durability.decode_check import DeepCheck
+from datastore.dataset.journals import damaged_documents
 from datastore.dataset.log.commits import CommitLog, check_chain
 from datastore.dataset.log.identity import read_info
 from datastore.dataset.log.keys import (
@@ -89,7 +90,7 @@ def verify(
 
     `sample` is the share of blocks to read; `seed` draws them (None: another seed each time, see the report). `deep`
     also decodes each shard and its documents, and checks that they are what the manifest says: see `DeepCheck`.
-    Files that no reader depends on (README.md, the hint in the log, unfinished ingests) are not looked at.
+    Files that no reader depends on (README.md, the hint in the log, rejects) are not looked at.
 
     Raises:
         ConfigError: `sample` is not above 0 and at most 1, or is less than 1 where `deep` needs whole files.
@@ -141,6 +142,7 @@ def _checks(dataset: Dataset, draw: Draw, look: DeepCheck | None) -> Iterator[Ca
     yield partial(_check_history, storage, commit)
     for name in list_tags(storage):
         yield partial(_one, tag_key(name), partial(read_tagged, storage, name))
+    yield partial(_check_journals, storage)
     if commit.tokenizer is not None:
         key = tokenizer_key(commit.tokenizer.sha256)
         yield partial(_one, key, partial(read_tokenizer, storage, commit.tokenizer))
@@ -209,6 +211,14 @@ def _check_segment(storage: Storage, ref: SegmentRef, into: list[Segments]) -> N
     sums = segment_ref(batch, b"")
     if (sums.documents, sums.tokens, sums.size_bytes) != (ref.documents, ref.tokens, ref.size_bytes):
         raise CorruptError("the sums over its shards are not those that the commit names")
+
+
+def _check_journals(storage: Storage) -> _Found:
+    """Check what the journals of ingests say that others rely on: which files the dataset knows, and which are its own."""
+    bad: list[BadBlock] = []
+    with suppress(ConfigError):  # A web server lists nothing.
+        bad = [BadBlock(key, None, reason) for key, reason in damaged_documents(storage)]
+    return _Found(0, 0, bad)
 
 
 def _check_shard(

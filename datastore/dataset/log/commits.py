@@ -18,7 +18,7 @@ from typing import TypeVar
 
 import msgspec
 
-from datastore.dataset.log.keys import HINT_KEY, READABLE_FEATURES, commit_key
+from datastore.dataset.log.keys import HINT_KEY, PACKED, READABLE_FEATURES, commit_key
 from datastore.dataset.log.lease import CommitPatience, single_writer
 from datastore.dataset.log.manifest import Commit, DatasetInfo, Hint, oldest_readable
 from datastore.digest import sha256_hex
@@ -59,8 +59,12 @@ class CommitLog:
         Raises:
             CorruptError: a commit on the way is damaged, or the one that the hint names is gone.
         """
-        newest = self._newest()
+        newest = self.newest_stored()
         return newest.commit if newest else None
+
+    def newest_stored(self) -> StoredCommit | None:
+        """Return as `newest`, with the sha256 of its file."""
+        return self._newest()
 
     def read(self, version: int) -> Commit:
         """Return one version; as `stored`."""
@@ -139,13 +143,18 @@ class CommitLog:
         yield newest
 
     def append(
-        self, build: Callable[[Commit | None], Commit], *, then: Callable[[Commit], None] = lambda _: None
+        self,
+        build: Callable[[Commit | None], Commit],
+        *,
+        then: Callable[[Commit], None] = lambda _: None,
+        seen: StoredCommit | None = None,
     ) -> Commit:
         """Commit what `build` makes of the newest version, and return it as committed.
 
         `build` is called again each time another writer was faster. It returns the next version without its
         `version`, `parent_sha256` and `commit_id`, which are filled in here; or its argument: nothing to commit.
-        `then` is called with what was committed, while the hint is being written.
+        `then` is called with what was committed, while the hint is being written. Whoever has `seen` the newest version
+        a moment ago saves the search for it: if there is a newer one by now, that is found when the commit is stored.
 
         Raises:
             ConflictError: other writers were faster until patience ran out; or, on storage that cannot exclude a
@@ -155,22 +164,22 @@ class CommitLog:
         commit_id = uuid.uuid4().hex
         patience = CommitPatience(self.patience_s)
         with nullcontext() if self.exclusive else single_writer(self.storage):
-            newest = self._newest()
+            newest = seen or self._newest()
             while True:
                 draft = build(newest.commit if newest else None)
                 if newest is not None and draft is newest.commit:
                     return newest.commit
-                commit = _after(newest, msgspec.structs.replace(draft, commit_id=commit_id))
-                faster = self._put(commit, patience)
+                commit, raw = _after(newest, msgspec.structs.replace(draft, commit_id=commit_id))
+                faster = self._put(commit, raw, patience)
                 if faster is None:
                     self._at_once(lambda: self._leave_hint(commit), lambda: then(commit))  # noqa: B023 - called right here
                     return commit
                 patience.wait(commit_key(commit.version))
                 newest = self._above(faster, self._find(commit.version + 1))
 
-    def _put(self, commit: Commit, patience: "CommitPatience") -> StoredCommit | None:
-        """Store `commit` and return None; or the other one that its version's key holds."""
-        key, raw = commit_key(commit.version), seal(commit)
+    def _put(self, commit: Commit, raw: bytes, patience: "CommitPatience") -> StoredCommit | None:
+        """Store `commit`, whose file is `raw`, and return None; or the other one that its version's key holds."""
+        key = commit_key(commit.version)
         while True:
             failure: ConflictError | StorageError | None = None
             try:
@@ -258,21 +267,27 @@ class CommitLog:
 
     def _leave_hint(self, commit: Commit) -> None:
         try:
-            self.storage.put(HINT_KEY, seal(Hint(version=commit.version)))
+            self.storage.put_hint(HINT_KEY, seal(Hint(version=commit.version)))
         except StorageError as error:
             # The commit stands; without a hint the next reader gallops from an older one.
             _LOGGER.warning("version %d is committed, but its hint was not written: %s", commit.version, error)
 
 
-def _after(newest: StoredCommit | None, draft: Commit) -> Commit:
-    """Return `draft` as the version that follows `newest`, as it will be read back; what has expired stays so."""
+def _after(newest: StoredCommit | None, draft: Commit) -> tuple[Commit, bytes]:
+    """Return `draft` as the version that follows `newest`, as it will be read back, and its file; what has expired stays so.
+
+    Segments that `newest` does not have are written as this package writes them, which is a feature of the version.
+    """
+    written = set(draft.segments).difference(newest.commit.segments if newest else ())
     commit = msgspec.structs.replace(
         draft,
+        features=tuple(sorted({*draft.features, *([PACKED] if written else [])})),
         version=newest.commit.version + 1 if newest else 1,
         parent_sha256=newest.sha256 if newest else "",
         min_version=max(draft.min_version, newest.commit.min_version) if newest else draft.min_version,
     )
-    return unseal(Commit, seal(commit), where=commit_key(commit.version))
+    raw = seal(commit)
+    return unseal(Commit, raw, where=commit_key(commit.version)), raw
 
 
 def _unsealed(raw: bytes, version: int) -> StoredCommit:

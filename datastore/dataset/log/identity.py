@@ -184,7 +184,7 @@ Written at each commit; change anything in here and the next commit undoes it.
 
 def write_card(storage: Storage, info: DatasetInfo, commit: Commit) -> None:
     """Write the card of `commit`, replacing the one before."""
-    storage.put(CARD_KEY, card_text(info, commit).encode())
+    storage.put_hint(CARD_KEY, card_text(info, commit).encode())
 
 
 def _columns(commit: Commit) -> str:

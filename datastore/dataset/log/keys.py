@@ -18,6 +18,7 @@ __all__ = [
     "LAYOUT",
     "LEASE_KEY",
     "LOG_FOLDER",
+    "PACKED",
     "PARITY_TABLES_FOLDER",
     "PLACEMENT",
     "PROBE_FOLDER",
@@ -33,6 +34,7 @@ __all__ = [
     "is_data",
     "is_immutable",
     "journal_folder",
+    "kind_of_key",
     "parity_key",
     "parity_table_key",
     "plan_key",
@@ -93,14 +95,29 @@ DELETIONS, EVOLUTION, LAYOUT, PLACEMENT, REFERENCES = "deletions", "evolution", 
 """Features: of versions with deleted documents, with shards of older schemas, with columns of tokens or batches of records,
 and with shards that lie elsewhere, so that their paths are URLs; `placement` is one of datasets on several disks."""
 
-READABLE_FEATURES: frozenset[str] = frozenset({DELETIONS, EVOLUTION, LAYOUT, PLACEMENT, REFERENCES})
+PACKED = "packed"
+"""The feature of versions that may have segments which are compressed."""
+
+READABLE_FEATURES: frozenset[str] = frozenset({DELETIONS, EVOLUTION, LAYOUT, PACKED, PLACEMENT, REFERENCES})
 """Features that this package knows; a dataset or a version with any other one is refused, not misread."""
 
 _COMMIT = re.compile(rf"{LOG_FOLDER}/(\d{{20}})\.json")
 _TABLE = re.compile(r"(?:_segments|_parity|deletions)/([0-9a-f]{32})\.arrow")
 _TOKENIZER = re.compile(r"tokenizers/([0-9a-f]{64})\.json")
 _DATA = ("shards/", "docs/", "parity/")
+_NAMED = re.compile(
+    r"(?:shards/[0-9a-f]{2}/[^/]+\.(?:arrow|parquet)|docs/[0-9a-f]{2}/[^/]+\.parquet|parity/[0-9a-f]{2}/[^/]+\.xor"
+    rf"|{PROBE_FOLDER}/.+)|{_TABLE.pattern}|{_TOKENIZER.pattern}"
+)
 _IMMUTABLE = re.compile(rf"(?:shards|docs|parity|_segments|_parity|deletions|tokenizers|purges)/.*|{_COMMIT.pattern}")
+
+
+def kind_of_key(key: str) -> str | None:
+    """Return the kind of what `key` is the name of, one of `KINDS`; None if nothing that a version names is called so.
+
+    Only what has a kind may ever be removed as something that no version needs.
+    """
+    return KINDS[key.partition("/")[0]] if _NAMED.fullmatch(key) and ".." not in key else None
 
 
 def commit_key(version: int) -> str:

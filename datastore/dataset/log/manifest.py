@@ -5,7 +5,7 @@ The price is that a commit repeats the list of segments, a few hundred bytes eac
 a million shards.
 """
 
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 import msgspec
 
@@ -156,6 +156,8 @@ class Origin(Document, frozen=True, kw_only=True):
 
 class Commit(Sealed, frozen=True, kw_only=True):
     """`_log/<version>.json`: one version of the dataset, whole."""
+
+    compact: ClassVar[bool] = True
 
     version: Version
     parent_sha256: Sha256OrNone

@@ -5,25 +5,36 @@ the order of the commits, and nothing that is there is touched, small segments a
 are merged so that their number stays logarithmic.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Literal
 
 import msgspec
 import pyarrow as pa
 
+from datastore.dataset.log.commits import StoredCommit
 from datastore.dataset.log.identity import create_dataset
-from datastore.dataset.log.keys import LAYOUT
-from datastore.dataset.log.manifest import Commit, SegmentRef, TokenizerRef, sum_refs
+from datastore.dataset.log.keys import LAYOUT, commit_key
+from datastore.dataset.log.manifest import Commit, DatasetInfo, Kind, SegmentRef, TokenizerRef, sum_refs
 from datastore.dataset.operations.transaction import draft_commit, publish
 from datastore.dataset.shards.info import PLAIN, ColumnLayout, ShardInfo
-from datastore.dataset.shards.segments import Loaded, append_shards, load_segments
+from datastore.dataset.shards.segment_changes import append_shards, keep_segments, recent_segments
+from datastore.dataset.shards.segments import Loaded, load_segments
 from datastore.errors import ConfigError, ConflictError
 from datastore.formats.schema import decode_schema, encode_schema
 from datastore.storage.base import Storage
 
-__all__ = ["Operation", "commit_records", "commit_shards", "with_shards"]
+__all__ = ["Opened", "Operation", "add_shards", "commit_records", "commit_shards", "with_shards"]
 
 Operation = Literal["append", "overwrite"]
+
+
+@dataclass(frozen=True, slots=True)
+class Opened:
+    """A dataset as it was a moment ago: to be added to without looking first."""
+
+    info: DatasetInfo
+    newest: StoredCommit
 
 
 def commit_shards(
@@ -46,7 +57,7 @@ def commit_shards(
         StorageError: the storage failed; nothing has changed.
     """
     draft = draft_commit(operation, ingest_id=ingest_id, config_digest=config_digest)
-    return _add(storage, shards, msgspec.structs.replace(draft, kind="tokens", tokenizer=tokenizer))
+    return add_shards(storage, shards, msgspec.structs.replace(draft, kind="tokens", tokenizer=tokenizer))
 
 
 def commit_records(
@@ -60,22 +71,39 @@ def commit_records(
 ) -> Commit:
     """Make record shards, already written with `schema`, part of the dataset; otherwise as `commit_shards`."""
     draft = draft_commit(operation, ingest_id=ingest_id, config_digest=config_digest)
-    return _add(storage, shards, msgspec.structs.replace(draft, kind="records", record_schema=encode_schema(schema)))
+    draft = msgspec.structs.replace(draft, kind="records", record_schema=encode_schema(schema))
+    return add_shards(storage, shards, draft)
 
 
-def _add(storage: Storage, shards: Sequence[ShardInfo], draft: Commit) -> Commit:
-    if len({shard.uid for shard in shards}) != len(shards):
-        raise ConfigError("the same shard is given twice", hint="Give each task its own id.")
-    if any(shard.kind != draft.kind for shard in shards):
-        raise ConfigError("shards of another kind", kind=draft.kind, hint="Commit tokens and records separately.")
-    if len({_columns_of(shard.layout.columns) for shard in shards}) > 1:
-        raise ConfigError("shards with different columns", hint="Give each token of a dataset the same columns.")
-    info = create_dataset(storage)
-    loaded: Loaded = {}  # Who must build again, because another writer was faster, has most segments already.
+def add_shards(
+    storage: Storage,
+    shards: Sequence[ShardInfo],
+    draft: Commit,
+    *,
+    check: Callable[[Commit], None] = lambda _: None,
+    settle: Callable[[], None] = lambda: None,
+    opened: Opened | None = None,
+) -> Commit:
+    """Make `shards` part of the dataset as `draft` says; otherwise as `commit_shards` and `commit_records`.
+
+    `check` is given each version that the new one would follow, again whenever another writer was faster. `settle` is
+    called before anything is committed: it returns when the files of the shards are there. What either raises ends the
+    commit; nothing has changed. Whoever has `opened` the dataset a moment ago need not wait for that again.
+    """
+    _check_alike(shards, draft.kind)
+    info = opened.info if opened else create_dataset(storage)
+    loaded = recent_segments()  # Who must build again, since another writer was faster, has most of them, too.
 
     def build(newest: Commit | None) -> Commit:
+        built = follow(newest)
+        settle()
+        return built
+
+    def follow(newest: Commit | None) -> Commit:
         if newest is None:
-            return with_shards(storage, msgspec.structs.replace(draft, operation="create"), kept=(), shards=shards)
+            draft_of_first = msgspec.structs.replace(draft, operation="create")
+            return with_shards(storage, draft_of_first, kept=(), shards=shards, loaded=loaded)
+        check(newest)
         if draft.operation == "overwrite":
             whole = msgspec.structs.replace(draft, min_version=newest.min_version)
             return with_shards(storage, whole, kept=(), shards=shards)
@@ -86,7 +114,19 @@ def _add(storage: Storage, shards: Sequence[ShardInfo], draft: Commit) -> Commit
         added = draft_commit("append", parent=newest, ingest_id=draft.ingest_id, config_digest=draft.config_digest)
         return with_shards(storage, added, kept=newest.segments, shards=fresh, loaded=loaded)
 
-    return publish(storage, info, build)
+    commit = publish(storage, info, build, seen=opened.newest if opened else None)
+    keep_segments(commit, loaded)
+    return commit
+
+
+def _check_alike(shards: Sequence[ShardInfo], kind: Kind) -> None:
+    """Refuse shards that no version can have together."""
+    if len({shard.uid for shard in shards}) != len(shards):
+        raise ConfigError("the same shard is given twice", hint="Give each task its own id.")
+    if any(shard.kind != kind for shard in shards):
+        raise ConfigError("shards of another kind", kind=kind, hint="Commit tokens and records separately.")
+    if len({_columns_of(shard.layout.columns) for shard in shards}) > 1:
+        raise ConfigError("shards with different columns", hint="Give each token of a dataset the same columns.")
 
 
 def with_shards(
@@ -125,7 +165,11 @@ def _check_fits(storage: Storage, newest: Commit, draft: Commit) -> None:
             hint="Use the dataset's tokenizer, or name another URL.",
         )
     if newest.kind == "records":
-        _check_schema(storage, decode_schema(newest.record_schema), decode_schema(draft.record_schema))
+        _check_schema(
+            storage,
+            decode_schema(newest.record_schema, where=commit_key(newest.version)),
+            decode_schema(draft.record_schema),
+        )
 
 
 def _check_schema(storage: Storage, stored: pa.Schema, given: pa.Schema) -> None:
@@ -147,7 +191,12 @@ def _columns_of(layouts: Sequence[ColumnLayout]) -> tuple[tuple[str, str, int], 
 def _without_present(storage: Storage, newest: Commit, shards: Sequence[ShardInfo], loaded: Loaded) -> list[ShardInfo]:
     """Return those of `shards` that `newest` does not have."""
     segments = load_segments(storage, newest, loaded=loaded)
-    if len(segments) and shards and _columns_of(segments.columns) != _columns_of(shards[0].layout.columns):
+    if (
+        newest.kind == "tokens"
+        and len(segments)
+        and shards
+        and _columns_of(segments.columns) != _columns_of(shards[0].layout.columns)
+    ):
         raise ConfigError(
             "the tokens have other columns beside them than the dataset's",
             url=storage.url,

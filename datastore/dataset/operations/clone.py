@@ -14,13 +14,14 @@ import msgspec
 import pyarrow as pa
 
 from datastore.dataset.log.commits import CommitLog
-from datastore.dataset.log.identity import create_dataset
+from datastore.dataset.log.identity import create_dataset, write_card
 from datastore.dataset.log.keys import REFERENCES
-from datastore.dataset.log.manifest import Commit, Origin, SegmentRef
-from datastore.dataset.operations.copy import copy_tokenizers, open_target, transfer
+from datastore.dataset.log.manifest import Commit, DatasetInfo, Origin, SegmentRef
+from datastore.dataset.operations.copy import Transferred, copy_tokenizers, open_target, transfer
 from datastore.dataset.operations.transaction import draft_commit, publish
 from datastore.dataset.shards.inventory import files_of_versions, tables_of
-from datastore.dataset.shards.segments import load_segment, store_segments
+from datastore.dataset.shards.segment_changes import store_segments
+from datastore.dataset.shards.segments import load_segment
 from datastore.dataset.snapshot import Dataset, open_dataset
 from datastore.errors import ConfigError, ConflictError
 from datastore.storage.base import Storage, StorageLike
@@ -56,7 +57,8 @@ def clone(
 ) -> CloneReport:
     """Make a new dataset at `target` of one version of `source` (`URL@3`, `URL@tag`; without it the newest).
 
-    Every file is checked against its digest while it is copied. Run again after it was stopped, it goes on. A `shallow`
+    Every file is checked against its digest while it is copied. Run again after it was stopped, it goes on; once it
+    is done, and nothing was changed since, it does nothing. A `shallow`
     clone copies no shards: it reads those of the source, and breaks when the source removes them.
 
     Raises:
@@ -65,10 +67,12 @@ def clone(
     """
     started = time.monotonic()
     dataset = source if isinstance(source, Dataset) else open_dataset(source)
-    storage = _free(target)
+    storage, done_before = _free(target, dataset, shallow=shallow)
     base = msgspec.structs.replace(dataset.commit, segments=(), parity=())
     wanted = [] if shallow else list(files_of_versions(dataset.storage, [_unprotected(dataset.commit)]))
     done = transfer(dataset.storage, storage, wanted, rename=_key_of, progress=progress)
+    if done_before is not None:
+        return _report(dataset, storage, done_before, done, shallow=shallow, started=started)
     copy_tokenizers(dataset.storage, storage, [base])
     info = create_dataset(storage)
     transfer(dataset.storage, storage, list(tables_of(base)))
@@ -87,6 +91,12 @@ def clone(
         )
 
     publish(storage, info, build)
+    return _report(dataset, storage, info, done, shallow=shallow, started=started)
+
+
+def _report(
+    dataset: Dataset, storage: Storage, info: DatasetInfo, done: Transferred, *, shallow: bool, started: float
+) -> CloneReport:
     return CloneReport(
         url=storage.url,
         uuid=info.uuid,
@@ -101,11 +111,16 @@ def clone(
     )
 
 
-def _free(target: StorageLike) -> Storage:
-    """Return the storage of a place where a dataset can be made."""
+def _free(target: StorageLike, source: Dataset, *, shallow: bool) -> tuple[Storage, DatasetInfo | None]:
+    """Return the storage of a place where the clone can be made, and the identity of what is there if that is it."""
     storage, info = open_target(target)
-    if info is None or CommitLog(storage).newest() is None:
-        return storage  # Without a version, it is what a clone left that was stopped just before its commit.
+    newest = CommitLog(storage).newest() if info is not None else None
+    if info is None or newest is None:
+        return storage, None  # Without a version, it is what a clone left that was stopped just before its commit.
+    origin = Origin(url=source.url, uuid=source.uuid, version=source.version)
+    if newest.version == 1 and newest.origin == origin and (REFERENCES in newest.features) == shallow:
+        write_card(storage, info, newest)  # The very same clone, maybe stopped just after its commit.
+        return storage, info
     raise ConfigError(
         "the target holds a dataset", url=storage.url, uuid=info.uuid, hint="Name an empty or a new folder."
     )

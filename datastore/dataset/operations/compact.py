@@ -32,7 +32,7 @@ from datastore.dataset.shards.deletions import drop_deletions
 from datastore.dataset.shards.files import read_documents, read_token_table, write_record_shard, write_token_shard
 from datastore.dataset.shards.info import ShardInfo
 from datastore.dataset.shards.inventory import files_of
-from datastore.dataset.shards.segments import replace_shards
+from datastore.dataset.shards.segment_changes import replace_shards
 from datastore.dataset.snapshot import Dataset
 from datastore.digest import digest_hex
 from datastore.errors import ConfigError, ConflictError

@@ -12,7 +12,8 @@ from typing import Any
 import msgspec
 import pyarrow as pa
 
-from datastore.dataset.log.keys import EVOLUTION
+from datastore.dataset.log.commits import CommitLog
+from datastore.dataset.log.keys import EVOLUTION, commit_key
 from datastore.dataset.log.manifest import Commit
 from datastore.dataset.operations.transaction import DatasetLike, draft_commit, open_for_change, publish
 from datastore.errors import ConfigError
@@ -63,7 +64,8 @@ def evolve(
     """Change the columns of the record dataset `target`: first drop, then rename, then widen, then add; return the version.
 
     Types are Arrow's, or texts as `parse_field` reads them. `defaults` are the values of added columns in the rows that
-    are there; where none is given, it is null. A column that is dropped and added again starts empty.
+    are there; where none is given, it is null. A column that is dropped and added again starts empty. Given again, the
+    last change is done already: nothing is committed, and the newest version returned.
 
     Raises:
         ConfigError: no change; a column is not there, or there twice; a type is not wider; a default does not fit.
@@ -80,13 +82,28 @@ def evolve(
             raise ConfigError(
                 "only records have columns to change", url=dataset.url, kind=newest.kind, hint="Name a record dataset."
             )
-        return _changed(newest, change)
+        return newest if _is_done(dataset.log, newest, change) else _changed(newest, change)
 
     return publish(dataset.storage, dataset.info, build)
 
 
+def _is_done(log: CommitLog, newest: Commit, change: SchemaChange) -> bool:
+    """Return whether the last change of columns was this very one, and is still what rows are read as."""
+    commit = newest
+    while commit.operation != "evolve":
+        if commit.version == 1 or EVOLUTION not in commit.features:
+            return False
+        commit = log.read(commit.version - 1)
+    if commit.record_schema != newest.record_schema or commit.version == 1:
+        return False
+    try:
+        return _changed(log.read(commit.version - 1), change).record_schema == newest.record_schema
+    except ConfigError:
+        return False
+
+
 def _changed(newest: Commit, change: SchemaChange) -> Commit:
-    before = decode_schema(newest.record_schema)
+    before = decode_schema(newest.record_schema, where=commit_key(newest.version))
     schema = changed(before, change)
     if schema.equals(changed(before, SchemaChange()), check_metadata=True):
         raise ConfigError("that changes nothing", hint="Name a column to `add`, `widen`, `rename` or `drop`.")

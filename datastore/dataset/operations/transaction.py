@@ -13,7 +13,7 @@ from contextlib import contextmanager
 import msgspec
 import numpy as np
 
-from datastore.dataset.log.commits import CommitLog
+from datastore.dataset.log.commits import CommitLog, StoredCommit
 from datastore.dataset.log.identity import write_card
 from datastore.dataset.log.manifest import Commit, DatasetInfo, Totals
 from datastore.dataset.shards.files import remove_unused
@@ -67,7 +67,7 @@ def draft_commit(
     )
 
 
-def publish(storage: Storage, info: DatasetInfo, build: Build) -> Commit:
+def publish(storage: Storage, info: DatasetInfo, build: Build, *, seen: StoredCommit | None = None) -> Commit:
     """Commit what `build` makes of the newest version, as `CommitLog.append`; then write the dataset's card."""
 
     def leave_card(commit: Commit) -> None:
@@ -76,7 +76,7 @@ def publish(storage: Storage, info: DatasetInfo, build: Build) -> Commit:
         except StorageError as error:
             _LOGGER.warning("version %d is committed, but its card was not written: %s", commit.version, error)
 
-    return CommitLog(storage, exclusive=info.exclusive).append(build, then=leave_card)
+    return CommitLog(storage, exclusive=info.exclusive).append(build, then=leave_card, seen=seen)
 
 
 DatasetLike = str | os.PathLike[str] | Storage | Dataset

@@ -8,19 +8,21 @@ the price of a vacuum is that listing, and the segments of all readable versions
 A writer that takes longer than `older_than_s` from its first shard to its commit, and is no ingest, is not protected.
 """
 
+import logging
 import time
 import uuid
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from itertools import groupby, islice
 
-from datastore.dataset.log.keys import JOURNALS_FOLDER, KINDS, PROBE_FOLDER
+from datastore.dataset.log.keys import JOURNALS_FOLDER, KINDS, PROBE_FOLDER, kind_of_key
 from datastore.dataset.log.manifest import oldest_readable
 from datastore.dataset.operations.expire import time_of
+from datastore.dataset.operations.purge.purge import finish_purges
 from datastore.dataset.operations.transaction import DatasetLike, open_for_change
 from datastore.dataset.shards.inventory import KeySet, keys_of_versions
 from datastore.dataset.snapshot import Dataset
-from datastore.errors import ConfigError, MissingError
+from datastore.errors import ConfigError, MissingError, StorageError
 from datastore.storage.base import Stat, Storage
 from datastore.threads import in_parallel
 from datastore.units import Progress
@@ -29,6 +31,8 @@ __all__ = ["DAY_S", "Amount", "VacuumReport", "vacuum"]
 
 DAY_S = 86_400.0
 """An ingest that has written nothing for so long is abandoned; other files of that age belong to no writer at work."""
+
+_LOGGER = logging.getLogger(__name__)
 
 _UNFINISHED = "unfinished_writes"
 
@@ -143,6 +147,7 @@ def vacuum(
     left = storage.clear_unfinished(before=before, dry_run=dry_run)
     if not dry_run:
         _remove(storage, _in_order(journals, found.unnamed), before=before, progress=progress)
+        _finish_purges(dataset)
     return VacuumReport(
         url=dataset.url,
         oldest=oldest_readable(dataset.info, dataset.commit),
@@ -157,6 +162,14 @@ def vacuum(
     )
 
 
+def _finish_purges(dataset: Dataset) -> None:
+    """Finish purges that were cut off; one that a lost place holds up is the next purge's."""
+    try:
+        finish_purges(dataset)
+    except StorageError as error:
+        _LOGGER.warning("a purge that was cut off is still not finished: %s", error)
+
+
 def _look(storage: Storage, named: KeySet, before: float) -> _Findings:
     """List the storage; return what is not in `named` and older than `before`."""
     found = _Findings()
@@ -164,7 +177,7 @@ def _look(storage: Storage, named: KeySet, before: float) -> _Findings:
     while part := list(islice(listing, _AT_ONCE)):
         found.listed += len(part)
         for stat, stays in zip(part, named.has([stat.key for stat in part]), strict=True):
-            kind = KINDS.get(stat.key.partition("/")[0])
+            kind = kind_of_key(stat.key)
             if stays or kind is None:
                 continue
             if _is_old(stat, before):

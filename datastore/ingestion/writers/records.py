@@ -8,18 +8,22 @@ killed leaves shards that no version names: nobody reads them.
 """
 
 import os
+import time
 import uuid
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping
 from types import TracebackType
 from typing import Any, Self
 
+import msgspec
 import pyarrow as pa
 from typing_extensions import override
 
 from datastore.dataset.log.commits import CommitLog
+from datastore.dataset.log.keys import commit_key
 from datastore.dataset.log.manifest import Commit
-from datastore.dataset.operations.append import Operation, commit_records
+from datastore.dataset.operations.append import Opened, Operation, add_shards
+from datastore.dataset.operations.transaction import draft_commit
 from datastore.dataset.roots import create_at
 from datastore.dataset.shards.files import remove_unused, shard_uid, write_record_shard
 from datastore.dataset.shards.info import ShardInfo
@@ -29,8 +33,9 @@ from datastore.formats.fitting import check_rows
 from datastore.formats.huggingface import keep_features
 from datastore.formats.plain import table_of_rows
 from datastore.formats.records import RecordFormat, check_format
-from datastore.formats.schema import SchemaLike, check_storable, decode_schema, record_schema
+from datastore.formats.schema import SchemaLike, check_storable, decode_schema, encode_schema, record_schema
 from datastore.storage.base import Storage
+from datastore.storage.wrappers import LaterPuts
 
 __all__ = ["RecordWriter", "ShardWriter", "record_writer"]
 
@@ -57,13 +62,14 @@ def record_writer(
     """
     given = None if schema is None else record_schema(schema)
     storage, info = create_at(url)
-    newest = CommitLog(storage, exclusive=info.exclusive).newest()
+    found = CommitLog(storage, exclusive=info.exclusive).newest_stored()
+    newest = found.commit if found else None
     if newest is None or operation == "overwrite":
         fresh = None if given is None else _checked(without_numbers(keep_features(given)), format)
         return RecordWriter(storage, schema=fresh, operation=operation, format=format)
     if newest.kind != "records":
         raise ConfigError("the dataset holds tokens, not records", url=storage.url, hint="Name another URL.")
-    stored = decode_schema(newest.record_schema)
+    stored = decode_schema(newest.record_schema, where=commit_key(newest.version))
     if given is not None and not given.equals(stored):
         raise ConfigError(
             "the dataset has another schema",
@@ -71,7 +77,13 @@ def record_writer(
             columns=stored.names,
             hint="Leave out the schema to write rows of the dataset's own, or name another URL.",
         )
-    return RecordWriter(storage, schema=_checked(stored, format), operation=operation, format=format)
+    writer = RecordWriter(storage, schema=_checked(stored, format), operation=operation, format=format)
+    writer.opened = Opened(info, found) if found else None
+    return writer
+
+
+_AT_ONCE_S = 10.0
+"""A writer that is open for longer looks again which version is the newest."""
 
 
 class ShardWriter(ABC):
@@ -82,6 +94,8 @@ class ShardWriter(ABC):
         self.commit: Commit | None = None
         """The version that was committed, once the block has ended."""
         self._shards: list[ShardInfo] = []
+        self._last = LaterPuts(storage)
+        self._to: Storage = storage
 
     def __enter__(self) -> Self:
         return self
@@ -92,16 +106,17 @@ class ShardWriter(ABC):
         if kind is not None:
             self._withdraw()
             return
+        self._to = self._last  # Flushed while the commit is made.
         self._store_shard()
         self.commit = self._commit()
 
     @abstractmethod
     def _store_shard(self) -> None:
-        """Store what was collected as one more of `_shards`, if there is anything."""
+        """Store what was collected in `_to`, as one more of `_shards`, if there is anything."""
 
     @abstractmethod
     def _commit(self) -> Commit:
-        """Make `_shards` part of the dataset."""
+        """Make `_shards` part of the dataset, once `_last` has settled."""
 
     def _withdraw(self) -> None:
         """Remove the shards written so far; no version names them."""
@@ -123,6 +138,9 @@ class RecordWriter(ShardWriter):
         self.schema = schema
         self.operation: Operation = operation
         self.format: RecordFormat = format
+        self.opened: Opened | None = None
+        """What was found where the rows go, and is taken for the newest version by a commit that comes at once."""
+        self._began = time.monotonic()
         self._task_id = uuid.uuid4().hex
         self._parts: list[pa.Table] = []
         self._bytes = 0
@@ -153,10 +171,14 @@ class RecordWriter(ShardWriter):
                 url=self.storage.url,
                 hint="Write a row, or give a schema.",
             )
+        schema = encode_schema(self.schema)
+        draft = msgspec.structs.replace(draft_commit(self.operation), kind="records", record_schema=schema)
         try:
-            return commit_records(self.storage, self._shards, schema=self.schema, operation=self.operation)
+            opened = self.opened if time.monotonic() - self._began < _AT_ONCE_S else None
+            return add_shards(self.storage, self._shards, draft, settle=self._last.settle, opened=opened)
         except ConfigError:
             # Somebody changed the dataset's schema meanwhile. Nothing is committed, for certain.
+            self._last.settle()
             self._withdraw()
             raise
 
@@ -177,7 +199,7 @@ class RecordWriter(ShardWriter):
         if self._parts:
             uid = shard_uid(self._task_id, len(self._shards))
             table = pa.concat_tables(self._parts)
-            self._shards.append(write_record_shard(self.storage, uid=uid, table=table, format=self.format))
+            self._shards.append(write_record_shard(self._to, uid=uid, table=table, format=self.format))
             self._parts, self._bytes = [], 0
 
 

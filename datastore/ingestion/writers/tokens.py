@@ -17,13 +17,15 @@ from functools import cached_property
 from types import MappingProxyType
 from typing import Any
 
+import msgspec
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 from typing_extensions import override
 
 from datastore.dataset.log.manifest import Commit, TokenizerRef
-from datastore.dataset.operations.append import commit_shards
+from datastore.dataset.operations.append import add_shards
+from datastore.dataset.operations.transaction import draft_commit
 from datastore.dataset.shards.files import put_tokenizer, read_documents, shard_uid, write_token_shard
 from datastore.dataset.shards.info import ShardInfo
 from datastore.dataset.shards.segments import Segments, load_segments
@@ -162,7 +164,8 @@ class TokenWriter(ShardWriter):
     def _commit(self) -> Commit:
         if not self._shards:
             raise ConfigError("nothing was written", url=self.storage.url, hint="Write a document.")
-        return commit_shards(self.storage, self._shards, tokenizer=self._tokenizer)
+        draft = msgspec.structs.replace(draft_commit("append"), tokenizer=self._tokenizer)
+        return add_shards(self.storage, self._shards, draft, settle=self._last.settle)
 
     @override
     def _store_shard(self) -> None:
@@ -181,7 +184,7 @@ class TokenWriter(ShardWriter):
         shard = self._present(uid) if self._task_id else None
         if shard is None:
             shard = write_token_shard(
-                self.storage, uid=uid, values=values, offsets=offsets, documents=documents, columns=columns
+                self._to, uid=uid, values=values, offsets=offsets, documents=documents, columns=columns
             )
         elif not self._is_same(shard, documents, encode_tokens(values, offsets, columns=columns).data):
             # A shard that is committed is never written again: other bytes under its name would be damage.

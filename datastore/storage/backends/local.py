@@ -1,10 +1,11 @@
 """Storage in a folder of this machine: each key is one file below the root.
 
-A write goes to a file without a name, is flushed to the disk, then is called `.<name>.<random>.tmp` for a moment and
-gets its own name from there: by `rename(2)` for `put`, by `link(2)` for `put_new`. The folder is flushed last, so what
-was acknowledged survives a power cut. The price is two flushes per write (some milliseconds); many tiny keys are slow,
-shards do not notice. The kernel removes a file without a name when its writer dies, so a killed one leaves nothing but,
-where file systems have no such files (NFS), a hidden one, which no listing shows.
+A write goes to a file without a name, is flushed to the disk, and then gets its name by `link(2)`, which fails if the
+name is taken. A `put` that replaces is called `.<name>.<random>.tmp` for a moment, and is renamed from there. The folder
+is flushed last, so what was acknowledged survives a power cut. The price is two flushes per write (some milliseconds);
+many tiny keys are slow, shards do not notice. The kernel removes a file without a name when its writer dies, so a killed
+one leaves nothing but, for the moment of a replacing and where file systems have no such files (NFS), a hidden one,
+which no listing shows.
 """
 
 import errno
@@ -37,6 +38,9 @@ _ANONYMOUS = hasattr(os, "O_TMPFILE") and Path("/proc/self/fd").is_dir()
 _NO_ANONYMOUS = {errno.EOPNOTSUPP, errno.EISDIR, errno.EINVAL, errno.ENOENT, errno.EPERM}
 """What a file system without them says; or the folder is not there (ext4 says EPERM if it is just being removed), which
 making a named file will tell."""
+
+_STAGED_BYTES = 200
+"""How much of a name is left in the one that it has for a moment."""
 
 _ATTEMPTS = 5
 """How often a folder may vanish (emptied by a `delete`) between making and using it before we give up."""
@@ -90,8 +94,22 @@ class LocalStorage(Storage):
     def put(self, key: str, *chunks: Buffer) -> None:
         path = self._path(key)
         with self._meter.time("put") as timed:
-            with self._errors(key, writing=True), _staged(path, chunks) as staged:
-                os.replace(staged, path)
+            with self._errors(key, writing=True), _written(path, chunks) as new:
+                new.name_or_replace(path)
+            timed.bytes = sum(memoryview(chunk).nbytes for chunk in chunks)
+
+    @override
+    def put_hint(self, key: str, *chunks: Buffer) -> None:
+        path = self._path(key)
+        with self._meter.time("put") as timed:
+            with self._errors(key, writing=True), _written(path, chunks, flush=False) as new:
+                with suppress(FileNotFoundError):
+                    # What a rename replaces is on its way to the disk before it returns: 0.12 ms where this takes 0.03
+                    # (ext4 and its auto_da_alloc, 2026-11-28).
+                    os.unlink(path)
+                with suppress(FileExistsError):  # Another was faster, and its hint is as good.
+                    os.rename(new.staged, path) if new.named else new.name(path)
+                    new.named = False
             timed.bytes = sum(memoryview(chunk).nbytes for chunk in chunks)
 
     @override
@@ -100,9 +118,9 @@ class LocalStorage(Storage):
         with self._meter.time("put_new") as timed:
             if os.path.lexists(path):
                 raise conflict(key=key, url=self._base)
-            with self._errors(key, writing=True), _staged(path, chunks) as staged:
+            with self._errors(key, writing=True), _written(path, chunks) as new:
                 try:
-                    self._name_if_free(staged, path)
+                    self._name_if_free(new.staged, path) if new.named else new.name(path)
                 except FileExistsError:
                     raise conflict(key=key, url=self._base) from None
             timed.bytes = sum(memoryview(chunk).nbytes for chunk in chunks)
@@ -220,25 +238,61 @@ class LocalStorage(Storage):
                     yield Stat(key=prefix + name, size_bytes=facts.st_size, modified=facts.st_mtime)
 
 
+class _NewFile:
+    """A file on its way to its name: without one, or called `staged`, beside where it will be."""
+
+    def __init__(self, path: str) -> None:
+        self.folder, name = os.path.split(path)
+        # A name may have 255 bytes, and what is added to it is 39 more.
+        short = os.fsdecode(os.fsencode(name)[:_STAGED_BYTES])
+        self.staged = f"{self.folder}/.{short}.{uuid.uuid4().hex}.tmp"
+        self.fd, self.named = _create(self.folder, self.staged)
+
+    def name_or_replace(self, path: str) -> None:
+        """Give the file the name `path`, whatever has had it."""
+        if not self.named:
+            with suppress(FileExistsError):
+                return self.name(path)
+            self.name(self.staged)
+            self.named = True
+        os.replace(self.staged, path)
+        self.named = False  # Nothing is left to remove.
+        return None
+
+    def name(self, path: str) -> None:
+        """Give the file, which has no name, the name `path`; a `delete` may have emptied and removed its folder meanwhile.
+
+        Raises:
+            FileExistsError: there is such a file.
+        """
+        for last in range(_ATTEMPTS, -1, -1):
+            try:
+                # With a folder's descriptor Python calls linkat(2), which follows the link in /proc; link(2) does not.
+                return _linkat(f"/proc/self/fd/{self.fd}", path, src_dir_fd=self.fd, follow_symlinks=True)
+            except FileNotFoundError:
+                if not last:
+                    raise
+            with suppress(FileNotFoundError):
+                _make_folder(self.folder)
+        return None
+
+
 @contextmanager
-def _staged(path: str, chunks: Sequence[Buffer]) -> Iterator[str]:
-    """Yield a hidden, flushed file beside `path` that holds the chunks; flush the folder once it has been named."""
-    folder, name = os.path.split(path)
-    staged = f"{folder}/.{name}.{uuid.uuid4().hex}.tmp"
-    fd, named = _create(folder, staged)
+def _written(path: str, chunks: Sequence[Buffer], *, flush: bool = True) -> Iterator[_NewFile]:
+    """Yield a file that holds the chunks, to be called `path`; with `flush`, it and then its folder are flushed."""
+    new = _NewFile(path)
     try:
-        try:
-            write_all(fd, chunks)
-            os.fdatasync(fd) if sys.platform != "darwin" else os.fsync(fd)
-            if not named:
-                _name(fd, folder, staged)
-        finally:
-            os.close(fd)
-        yield staged
+        write_all(new.fd, chunks)
+        if flush:
+            os.fdatasync(new.fd) if sys.platform != "darwin" else os.fsync(new.fd)
+        yield new
     finally:
-        with suppress(OSError):
-            os.unlink(staged)
-    _flush_folder(folder)
+        os.close(new.fd)
+        if new.named:
+            with suppress(OSError):
+                os.unlink(new.staged)
+    if flush:
+        _flush_folder(new.folder)
 
 
 def _create(folder: str, staged: str) -> tuple[int, bool]:
@@ -262,20 +316,6 @@ def _open_new(folder: str, staged: str) -> tuple[int, bool]:
             if error.errno not in _NO_ANONYMOUS:
                 raise
     return os.open(staged, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666), True
-
-
-def _name(fd: int, folder: str, staged: str) -> None:
-    """Give the anonymous file behind `fd` a name; a `delete` may have emptied and removed its folder meanwhile."""
-    for last in range(_ATTEMPTS, -1, -1):
-        try:
-            # With a folder's descriptor Python calls linkat(2), which follows the link in /proc; link(2) does not.
-            return _linkat(f"/proc/self/fd/{fd}", staged, src_dir_fd=fd, follow_symlinks=True)
-        except FileNotFoundError:
-            if not last:
-                raise
-        with suppress(FileNotFoundError):
-            _make_folder(folder)
-    return None
 
 
 def _make_folder(folder: str) -> None:

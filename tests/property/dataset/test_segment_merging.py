@@ -5,8 +5,8 @@ import math
 from hypothesis import given
 from hypothesis import strategies as st
 
+from datastore.dataset.shards.segment_changes import merge_tail
 from datastore.dataset.shards.segment_file import MAX_SEGMENT_SHARDS
-from datastore.dataset.shards.segments import merge_tail
 
 appends = st.lists(st.one_of(st.integers(1, 5), st.integers(1, 70_000)), max_size=200)
 

@@ -246,7 +246,7 @@ def test_a_delete_of_another_shard_merges(storage: Storage) -> None:
 
 
 def test_many_segments_are_changed_each_in_its_place(storage: Storage, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("datastore.dataset.shards.segments.MAX_SEGMENT_SHARDS", 3)
+    monkeypatch.setattr("datastore.dataset.shards.segment_changes.MAX_SEGMENT_SHARDS", 3)
     lengths = [[4], [5], [4000], [6], [7], [5000], [6000], [7000], [8000], [8], [9]]
     commit_shards(storage, [make_shard(storage, shard_uid("m", i), lengths=each) for i, each in enumerate(lengths)])
     before = open_dataset(storage)

@@ -280,6 +280,24 @@ def test_a_clone_that_stops_anywhere_shows_nothing_and_goes_on(source: MemorySto
         assert verify(open_dataset(MemoryStorage(name))).ok
 
 
+@pytest.mark.parametrize("shallow", [False, True])
+def test_the_same_clone_given_again_is_done(source: MemoryStorage, target: MemoryStorage, *, shallow: bool) -> None:
+    first = clone(source, target, shallow=shallow)
+    target.delete("README.md")
+    target.delete("_log/_last")
+    again = clone(source, target, shallow=shallow)
+    assert (again.uuid, again.files, again.shards) == (first.uuid, 0, first.shards)
+    assert open_dataset(target).version == 1
+    assert target.get("README.md")
+    with pytest.raises(ConfigError, match="holds a dataset"):
+        clone(f"{source.url}@2", target, shallow=shallow)
+    with pytest.raises(ConfigError, match="holds a dataset"):
+        clone(source, target, shallow=not shallow)
+    make_dataset(target, [[1]], name="its own")
+    with pytest.raises(ConfigError, match="holds a dataset"):
+        clone(source, target, shallow=shallow)
+
+
 def test_a_shallow_clone_reads_the_source_and_copies_nothing(source: MemoryStorage, target: MemoryStorage) -> None:
     report = clone(f"{source.url}@2", target, shallow=True)
     new = open_dataset(target)

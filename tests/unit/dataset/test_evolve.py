@@ -8,10 +8,12 @@ from typing import Any
 
 import msgspec
 import pyarrow as pa
+import pyarrow.compute as pc
 import pytest
 
 from datastore.dataset.durability.verify import verify
 from datastore.dataset.log import commits
+from datastore.dataset.operations.delete import delete
 from datastore.dataset.operations.evolve import evolve
 from datastore.dataset.snapshot import open_dataset
 from datastore.errors import ConfigError, CorruptError, FormatError
@@ -177,6 +179,36 @@ def test_rows_of_the_old_schema_are_not_committed_after_a_change(storage: Storag
     assert keys(storage, "shards") == files
 
 
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"add": {"more": "int32"}, "defaults": {"more": 3}},
+        {"rename": {"text": "words"}},
+        {"drop": ["stars"]},
+        {"drop": ["stars"], "add": {"stars": "string"}},
+        {"widen": {"stars": "int64"}},
+        {"drop": ["stars"], "rename": {"text": "stars"}},
+    ],
+)
+def test_the_same_change_given_again_is_done(storage: Storage, change: dict[str, Any]) -> None:
+    first = evolve(storage, **change)
+    assert evolve(storage, **change) == first
+    delete(storage, where=pc.field(first_name(storage)).is_valid())
+    assert evolve(storage, **change).version == first.version + 1
+    assert open_dataset(storage).schema == open_dataset(storage, version=first.version).schema
+
+
+def first_name(storage: Storage) -> str:
+    return str(open_dataset(storage).schema.names[0])
+
+
+def test_a_change_that_another_one_followed_is_made_again_or_refused(storage: Storage) -> None:
+    evolve(storage, rename={"text": "words"})
+    evolve(storage, rename={"words": "text"})
+    assert evolve(storage, rename={"text": "words"}).version == open_dataset(storage).version
+    assert "words" in open_dataset(storage).schema.names
+
+
 def test_an_append_that_was_first_is_kept(storage: Storage) -> None:
     dataset = open_dataset(storage)
     with record_writer(storage) as out:
@@ -227,7 +259,7 @@ def test_an_overwrite_starts_anew(storage: Storage) -> None:
         out.write({"text": "x", "stars": 1, "lang": "de"})
     dataset = open_dataset(storage)
     assert dataset.schema.metadata is None
-    assert dataset.commit.features == ("layout",)
+    assert dataset.commit.features == ("layout", "packed")
     assert rows(storage) == [{"text": "x", "stars": 1, "lang": "de"}]
     assert rows(storage, 1) == ROWS
 

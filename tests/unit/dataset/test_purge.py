@@ -5,6 +5,7 @@ import uuid
 from collections.abc import Iterator
 from pathlib import Path
 
+import msgspec
 import numpy as np
 import pytest
 from typing_extensions import Buffer, override
@@ -15,12 +16,13 @@ from datastore.dataset.operations.append import commit_shards
 from datastore.dataset.operations.compact import compact
 from datastore.dataset.operations.delete import delete
 from datastore.dataset.operations.evolve import evolve
-from datastore.dataset.operations.purge.plan import list_certificates
-from datastore.dataset.operations.purge.purge import purge
+from datastore.dataset.operations.purge.plan import finish_plan, list_certificates
+from datastore.dataset.operations.purge.purge import finish_purges, purge
+from datastore.dataset.operations.vacuum import vacuum
 from datastore.dataset.shards.files import put_tokenizer, shard_uid
 from datastore.dataset.snapshot import Dataset, open_dataset
 from datastore.digest import sha256_hex
-from datastore.errors import ConfigError, ConflictError, MissingError, StorageError
+from datastore.errors import ConfigError, ConflictError, CorruptError, MissingError, StorageError
 from datastore.ingestion.writers.records import record_writer
 from datastore.storage.backends.local import LocalStorage
 from datastore.storage.backends.memory import MemoryStorage
@@ -308,25 +310,51 @@ def test_a_purge_cut_off_anywhere_leaves_old_or_new_and_the_next_one_finishes() 
     assert changes > 8
 
 
-def test_a_plan_that_was_never_committed_is_forgotten_after_a_day(
-    storage: Storage, dataset: Dataset, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def stopped_at(step: str, storage: Storage, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Cut a purge off; return the key of the plan that it has left."""
+    tokens_in(storage)
     delete(storage, where="tokens = 40")
-    monkeypatch.setattr("datastore.dataset.operations.purge.purge.publish", interrupt)
-    with pytest.raises(KeyboardInterrupt):
-        purge(storage)
-    monkeypatch.undo()
-    assert open_dataset(storage).version == dataset.version + 1
-    left = [stat.key for stat in storage.list("purges/plans")]
-    purge(storage)
+    with monkeypatch.context() as patched:
+        patched.setattr(f"datastore.dataset.operations.purge.purge.{step}", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            purge(storage)
+    return [stat.key for stat in storage.list("purges/plans")]
+
+
+def test_a_plan_that_was_never_committed_is_forgotten_after_a_day(
+    storage: Storage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    left = stopped_at("publish", storage, monkeypatch)
+    finish_purges(open_dataset(storage))
     assert [stat.key for stat in storage.list("purges/plans")] == left
     monkeypatch.setattr("datastore.dataset.operations.purge.purge._ABANDONED_S", -1.0)
-    purge(storage)
+    finish_purges(open_dataset(storage))
     assert list(storage.list("purges/plans")) == []
 
 
-def interrupt(storage: Storage, _info: object, build: object) -> None:
-    build(open_dataset(storage).commit)  # type: ignore[operator]
+def test_a_plan_whose_version_another_commit_has_is_forgotten_at_once(
+    storage: Storage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert stopped_at("publish", storage, monkeypatch)
+    assert purge(storage).committed
+    assert list(storage.list("purges/plans")) == []
+
+
+@pytest.mark.parametrize("step", ["finish_plan", "publish"])
+def test_a_vacuum_finishes_a_purge_that_was_cut_off_after_its_commit(
+    storage: Storage, monkeypatch: pytest.MonkeyPatch, step: str
+) -> None:
+    assert stopped_at(step, storage, monkeypatch)
+    tokenizer = open_dataset(storage).commit.tokenizer
+    commit_shards(storage, [make_shard(storage, shard_uid("more", 0), lengths=[3])], tokenizer=tokenizer)
+    vacuum(storage, dry_run=False)
+    assert list(storage.list("purges/plans")) == []
+    assert len(list_certificates(storage)) == (step == "finish_plan")
+
+
+def interrupt(target: object, _: object, build: object = None) -> None:
+    if build is not None:
+        build(open_dataset(target).commit)  # type: ignore[operator, call-overload]
     raise KeyboardInterrupt
 
 
@@ -418,3 +446,27 @@ def open_names(storage: Storage) -> list[str]:
         return open_dataset(storage).schema.names
     except MissingError:
         return ["id", "old", "note"]
+
+
+@pytest.mark.parametrize("key", ["datastore.json", "_log/_last", "shards/notes.txt", "../other/shards/ab/x.arrow", "x"])
+def test_a_plan_that_names_what_is_no_file_of_data_removes_nothing(
+    storage: Storage, dataset: Dataset, key: str
+) -> None:
+    delete(storage, ids=[names_in(dataset)[1]])
+    report = purge(storage)
+    assert report.certificate is not None
+    wrong = msgspec.structs.replace(report.certificate, files_removed=(key, *report.certificate.files_removed))
+    newest = open_dataset(storage)
+    before = {stat.key for stat in storage.list()}
+    with pytest.raises(CorruptError, match="makes no sense") as caught:
+        finish_plan(newest, wrong)
+    assert "purges/plans/" in str(caught.value)
+    assert {stat.key for stat in storage.list()} == before
+
+
+def test_a_certificate_under_anothers_name_is_named(storage: Storage, dataset: Dataset) -> None:
+    delete(storage, ids=[names_in(dataset)[1]])
+    report = purge(storage)
+    storage.put(f"purges/{'0' * 32}.json", storage.get(report.certificate_key))
+    with pytest.raises(CorruptError, match="purges/0000"):
+        list_certificates(storage)

@@ -133,8 +133,10 @@ def test_two_that_do_the_same_ingest_add_it_once_even_if_its_shards_are_compacte
     before = open_target(str(to))
     ingest([str(source)], to=str(to), settings=settings(tokenizer))
     assert compact(str(to)).committed
-    monkeypatch.setattr("datastore.ingestion.ingest.open_target", lambda _: before)
-    ingest([str(source)], to=str(to), settings=settings(tokenizer))
+    opened = iter([before])
+    monkeypatch.setattr("datastore.ingestion.ingest.open_target", lambda url: next(opened, None) or open_target(url))
+    report = ingest([str(source)], to=str(to), settings=settings(tokenizer))
+    assert (report.added, report.overtaken_files) == (False, report.known_files)
     dataset = open_dataset(to)
     assert dataset.commit.operation == "compact"
     names = dataset.documents(0).column("id").to_pylist()

@@ -41,7 +41,7 @@ def test_a_purged_document_is_in_no_place_and_no_parity_file_gives_it_back(
 ) -> None:
     values, offsets = dataset.token_shard(0)
     tokens = values[offsets[1] : offsets[2]].tobytes()
-    assert len(files_with(folders, tokens)) == 2
+    assert len(files_with(folders, tokens)) >= 2  # Two copies; and a parity file, where its group has one member.
     report = purge(str(folders[1]), where="tokens = 40")
     assert files_with(folders, tokens) == []
     assert report.parity_files == 2

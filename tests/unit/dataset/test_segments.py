@@ -6,6 +6,7 @@ import msgspec
 import numpy as np
 import pyarrow as pa
 import pytest
+import zstandard
 
 from datastore.dataset.shards.info import ColumnLayout, ShardInfo, ShardLayout
 from datastore.dataset.shards.segment_file import SEGMENT_SCHEMA, decode_segment, encode_segment, segment_of
@@ -89,10 +90,42 @@ def test_no_shards_have_empty_columns() -> None:
     assert empty.digests_of([SHARDS[0].uid]) == {}
 
 
+MANY = [msgspec.structs.replace(SHARDS[0], uid=f"{number:032x}") for number in range(400)]
+
+
 def test_the_columns_of_a_mapped_segment_are_views_of_it() -> None:
-    raw = pa.py_buffer(encode_segment(segment_of(SHARDS)))
+    raw = pa.py_buffer(encode_segment(segment_of(MANY)))
     tokens = Segments([decode_segment(raw, where="here")]).tokens
     assert raw.address < tokens.ctypes.data < raw.address + raw.size
+
+
+@pytest.mark.parametrize("shards", [1, 10, 100, 400])
+def test_a_small_segment_is_compressed_and_reads_the_same(shards: int) -> None:
+    raw = encode_segment(segment_of(MANY[:shards]))
+    assert (raw[:4] == bytes.fromhex("28b52ffd")) == (shards < 400)
+    assert len(raw) < 1000 + 60 * shards or shards == 400
+    assert list(Segments([decode_segment(raw, where="here")])) == MANY[:shards]
+
+
+def plain(shards: list[ShardInfo]) -> bytes:
+    return zstandard.decompress(encode_segment(segment_of(shards)))
+
+
+@pytest.mark.parametrize(
+    "raw",
+    [
+        zstandard.compress(bytes(65_537)),
+        zstandard.ZstdCompressor(write_content_size=False).compress(plain(MANY[:1])),
+        zstandard.compress(plain(MANY[:1]))[:-9],
+        zstandard.compress(plain(MANY[:1])[:-9]),
+        zstandard.compress(zstandard.compress(plain(MANY[:1]))),
+        bytes.fromhex("28b52ffd"),
+    ],
+    ids=["too large", "of unknown size", "cut", "of a cut file", "twice", "magic alone"],
+)
+def test_what_is_compressed_and_no_small_segment_is_refused(raw: bytes) -> None:
+    with pytest.raises(CorruptError, match="not a segment"):
+        decode_segment(raw, where="here")
 
 
 @pytest.mark.parametrize(

@@ -444,3 +444,15 @@ def test_what_a_parity_group_needs_stays_as_long_as_the_group(tmp_path: Path) ->
     assert removed["shards"].files == 1
     assert not (tmp_path / gone.path).exists()
     assert verify(open_dataset(tmp_path)).ok
+
+
+def test_what_is_not_called_like_a_file_of_ours_is_not_removed(storage: MemoryStorage) -> None:
+    make_dataset(storage, [[3, 4]])
+    ours = {f"shards/ab/{'ab' * 16}.arrow", f"docs/ab/{'ab' * 16}.parquet", f"_segments/{'ab' * 16}.arrow"}
+    foreign = {"shards/notes.txt", "shards/ab/notes.txt", "docs/index.html", "deletions/why.md", "tokenizers/mine.json"}
+    for key in ours | foreign:
+        storage.put(key, b"x")
+    age(storage, 2 * DAY_S)
+    before = keys(storage)
+    assert vacuum(storage, dry_run=False).total.files == len(ours)
+    assert keys(storage) == before - ours

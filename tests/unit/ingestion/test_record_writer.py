@@ -1,5 +1,6 @@
 """Writing records: one commit at the end of the block, or none."""
 
+import time
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
@@ -7,10 +8,12 @@ from typing import Literal
 
 import pyarrow as pa
 import pytest
+from typing_extensions import Buffer, override
 
 from datastore.dataset.durability.verify import verify
+from datastore.dataset.log.commits import CommitLog
 from datastore.dataset.snapshot import open_dataset
-from datastore.errors import ConfigError
+from datastore.errors import ConfigError, StorageError
 from datastore.ingestion.writers import records
 from datastore.ingestion.writers.records import RecordWriter, record_writer
 from datastore.storage.backends.local import LocalStorage
@@ -199,3 +202,78 @@ def test_a_schema_read_from_a_parquet_file_with_numbered_columns_is_taken_withou
     with record_writer(storage, schema=pa.schema([field])) as out:
         out.write({"n": 1})
     assert open_dataset(storage).schema.field("n").metadata == {b"unit": b"m"}
+
+
+class Slow(MemoryStorage):
+    """Takes its time for shards, or cannot store them; remembers what was stored in which order."""
+
+    def __init__(self, name: str, *, fails: bool = False) -> None:
+        super().__init__(name)
+        self.fails = fails
+        self.stored: list[str] = []
+
+    @override
+    def put(self, key: str, *chunks: Buffer) -> None:
+        if key.startswith(("shards/", "docs/")):
+            time.sleep(0.05)
+            if self.fails:
+                raise StorageError("the disk is full", hint="Make room.")
+        super().put(key, *chunks)
+        self.stored.append(key.partition("/")[0])
+
+    @override
+    def put_new(self, key: str, *chunks: Buffer) -> None:
+        super().put_new(key, *chunks)
+        self.stored.append(key.partition("/")[0])
+
+
+def test_nothing_is_committed_before_the_last_shard_is_there() -> None:
+    storage = Slow(uuid.uuid4().hex)
+    with record_writer(storage, schema=pa.schema({"n": pa.int64()})) as out:
+        out.write({"n": number} for number in range(10))
+    assert [each for each in storage.stored if each in {"shards", "_segments", "_log"}][:3] == [
+        "_segments",
+        "shards",
+        "_log",
+    ]
+    assert open_dataset(storage).totals.documents == 10
+
+
+def test_a_last_shard_that_cannot_be_stored_is_an_error_and_nothing_is_committed() -> None:
+    storage = Slow(uuid.uuid4().hex, fails=True)
+    out = record_writer(storage, schema=pa.schema({"n": pa.int64()}))
+    out.write({"n": number} for number in range(10))
+    with pytest.raises(StorageError, match="the disk is full"):
+        out.__exit__(None, None, None)
+    assert CommitLog(storage).newest() is None
+
+
+def test_many_small_commits_read_no_segment_again_and_keep_little_beside_the_data() -> None:
+    storage = MemoryStorage(uuid.uuid4().hex)
+    for number in range(100):
+        with record_writer(storage, schema=pa.schema({"text": pa.string(), "n": pa.int64()})) as out:
+            out.write({"text": f"{number} {row}", "n": row} for row in range(100))
+    sizes = [stat.size_bytes for folder in ("_log", "_segments") for stat in storage.list(folder)]
+    assert sum(sizes) / 100 < 2500
+    assert open_dataset(storage).totals.documents == 10_000
+    # The identity, the hint, the hinted version and the one after it; and no segment.
+    before = storage.statistics()["get"].requests
+    with record_writer(storage) as out:
+        out.write({"text": "one more", "n": 1})
+    assert storage.statistics()["get"].requests - before == 4
+
+
+@pytest.mark.parametrize("age_s", [0, 100])
+def test_a_writer_that_another_was_faster_than_adds_to_what_that_made(
+    storage: Storage, monkeypatch: pytest.MonkeyPatch, age_s: float
+) -> None:
+    with record_writer(storage, schema=SCHEMA) as out:
+        out.write(ROWS)
+    first, second = record_writer(storage), record_writer(storage)
+    monkeypatch.setattr(records, "_AT_ONCE_S", 10.0 - age_s)
+    for out in (first, second):
+        with out:
+            out.write(ROWS)
+    assert [out.commit and out.commit.version for out in (first, second)] == [2, 3]
+    assert open_dataset(storage).totals.documents == 6
+    assert verify(open_dataset(storage)).ok

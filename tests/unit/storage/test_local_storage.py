@@ -7,8 +7,10 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 
@@ -149,17 +151,19 @@ def test_bytes_are_flushed_before_they_get_their_name_and_the_name_before_the_an
 ) -> None:
     events: list[str] = []
 
-    def record(name: str) -> None:
-        original = getattr(os, name)
+    def record(name: str, owner: ModuleType = os) -> None:
+        original = getattr(owner, name)
 
-        def call(*arguments: object) -> object:
+        def call(*arguments: object, **options: object) -> object:
             of_fd = name in {"fsync", "fdatasync"}
             path = Path(f"/proc/self/fd/{arguments[0]}").readlink() if of_fd else Path(str(arguments[-1]))
-            events.append(f"{name} {path.relative_to(tmp_path)}")
-            return original(*arguments)
+            found = original(*arguments, **options)
+            events.append(f"{name.lstrip('_')} {path.relative_to(tmp_path)}")
+            return found
 
-        monkeypatch.setattr(os, name, call)
+        monkeypatch.setattr(owner, name, call)
 
+    record("_linkat", local)
     for name in ("fsync", "fdatasync", "link", "replace", "mkdir"):
         record(name)
     storage = LocalStorage(tmp_path / "root")
@@ -167,9 +171,12 @@ def test_bytes_are_flushed_before_they_get_their_name_and_the_name_before_the_an
     storage.put("a/b/k", b"y")
     made = ["mkdir root", "fsync .", "mkdir root/a", "fsync root", "mkdir root/a/b", "fsync root/a"]
     first, second = (event for event in events if event.startswith("fdatasync"))
+    named = "linkat" if local._ANONYMOUS else "link"
+    staged = [event for event in events if event.startswith("linkat") and event.endswith(".tmp")]
     assert events == [
-        *made, first, "link root/a/b/k", "fsync root/a/b", second, "replace root/a/b/k", "fsync root/a/b",
+        *made, first, f"{named} root/a/b/k", "fsync root/a/b", second, *staged, "replace root/a/b/k", "fsync root/a/b",
     ]  # fmt: skip
+    assert all("/.k." in event and event.endswith(".tmp") for event in staged)
     assert all(event.startswith("fdatasync root/a/b/") for event in (first, second))
 
 
@@ -286,3 +293,51 @@ def test_the_disk_is_started_early_on_large_files_and_every_byte_arrives(
         if supported
         else []
     )
+
+
+def test_a_new_file_has_no_other_name_at_any_time(tmp_path: Path) -> None:
+    if not local._ANONYMOUS:
+        pytest.skip("this system has no files without a name")
+    program = (
+        "import os, signal, sys\n"
+        "from pathlib import Path\n"
+        "from datastore.storage.backends import local\n"
+        "link = local._linkat\n"
+        "def linked(*arguments, **options):\n"
+        "    link(*arguments, **options)\n"
+        "    os.kill(os.getpid(), signal.SIGKILL)\n"
+        "local._linkat = linked\n"
+        "getattr(local.LocalStorage(Path(sys.argv[1])), sys.argv[2])(sys.argv[2], b'x')\n"
+    )
+    for verb in ("put", "put_new"):
+        done = subprocess.run([sys.executable, "-c", program, str(tmp_path), verb], check=False, timeout=60)
+        assert done.returncode == -signal.SIGKILL
+    assert names_below(tmp_path) == ["put", "put_new"]
+
+
+def test_a_name_as_long_as_names_may_be_is_written_and_replaced(tmp_path: Path) -> None:
+    storage = LocalStorage(tmp_path)
+    name = "ä" * 127 + "x"
+    for value in (b"1", b"2"):
+        storage.put(name, value)
+        assert storage.get(name) == value
+
+
+def test_hints_that_many_write_at_once_are_those_of_one_of_them(tmp_path: Path) -> None:
+    storage = LocalStorage(tmp_path)
+    values = [f"{number}".encode() * 50 for number in range(8)]
+    with ThreadPoolExecutor(8) as pool:
+        for _ in range(30):
+            list(pool.map(lambda value: storage.put_hint("hint", value), values))
+            assert storage.get("hint") in values
+    assert names_below(tmp_path) == ["hint"]
+
+
+def test_a_hint_is_not_flushed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    storage = LocalStorage(tmp_path)
+    storage.put("k", b"the folder is there")
+    for name in ("fsync", "fdatasync"):
+        monkeypatch.setattr(os, name, None)
+    storage.put_hint("hint", b"1")
+    storage.put_hint("hint", b"2")
+    assert storage.get("hint") == b"2"

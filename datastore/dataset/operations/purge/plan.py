@@ -19,13 +19,14 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from datastore.dataset.journal import clear_journals
+from datastore.dataset.journals import clear_journals
 from datastore.dataset.log.commits import read_history
 from datastore.dataset.log.keys import (
     CERTIFICATES_FOLDER,
     PARITY_TABLES_FOLDER,
     PURGE_PLANS_FOLDER,
     certificate_key,
+    kind_of_key,
     purge_plan_key,
 )
 from datastore.dataset.log.manifest import Commit, SegmentRef
@@ -111,8 +112,12 @@ def finish_plan(dataset: Dataset, plan: PurgeCertificate) -> PurgeOutcome:
     """Remove what `plan`, whose commit stands, says is left; read all of it back; store the certificate.
 
     Safe to do twice, and by two at once. What the newest version names is not removed, whatever the plan says.
+
+    Raises:
+        CorruptError: the plan is of another dataset, or names what is no file of data; nothing was removed.
     """
     storage = dataset.storage
+    _check_sense(dataset, plan)
     newest = dataset.log.newest() or dataset.commit
     history = read_history(storage, newest)
     readable = history[plan.oldest - 1 :]
@@ -141,6 +146,18 @@ def finish_plan(dataset: Dataset, plan: PurgeCertificate) -> PurgeOutcome:
     certificate = _stored(storage, certificate, certificate_key)
     forget_plan(storage, plan)
     return PurgeOutcome(certificate, journals.unfinished)
+
+
+def _check_sense(dataset: Dataset, plan: PurgeCertificate) -> None:
+    foreign = [key for key in plan.files_removed if kind_of_key(key) is None]
+    if foreign or plan.dataset != dataset.uuid or plan.oldest > plan.version:
+        raise CorruptError(
+            "the plan of a purge has its digest, but makes no sense",
+            where=purge_plan_key(plan.digest),
+            version=plan.version,
+            removes=foreign[:1],
+            hint="Nothing was removed. Restore this file from a copy, or remove it and purge again.",
+        )
 
 
 def _check_blank(dataset: Dataset, plan: PurgeCertificate) -> int:
@@ -240,7 +257,12 @@ def require_all_places(storage: Storage) -> None:
 
 
 def _read(storage: Storage, key: str) -> PurgeCertificate:
-    return unseal(PurgeCertificate, storage.get(key), where=key)
+    found = unseal(PurgeCertificate, storage.get(key), where=key)
+    if not key.endswith(f"/{found.digest}.json"):
+        raise CorruptError(
+            "a purge lies under another's name", where=key, found=found.digest, hint="Restore this file from a copy."
+        )
+    return found
 
 
 def _stored(storage: Storage, document: PurgeCertificate, key_of: Callable[[str], str]) -> PurgeCertificate:

@@ -17,7 +17,7 @@ from functools import partial
 import msgspec
 import pyarrow.compute as pc
 
-from datastore.dataset.journal import journal_files
+from datastore.dataset.journals import journal_files
 from datastore.dataset.log.commits import read_history
 from datastore.dataset.log.keys import certificate_key
 from datastore.dataset.log.manifest import Commit, sum_refs
@@ -49,7 +49,7 @@ from datastore.dataset.operations.transaction import (
 from datastore.dataset.shards.info import ShardInfo
 from datastore.dataset.shards.inventory import data_paths, files_of
 from datastore.dataset.shards.parity_groups import drop_parity
-from datastore.dataset.shards.segments import replace_shards
+from datastore.dataset.shards.segment_changes import replace_shards
 from datastore.dataset.snapshot import Dataset
 from datastore.digest import sha256_hex
 from datastore.errors import ConfigError, ConflictError, MissingError
@@ -184,6 +184,8 @@ def _outlook(dataset: Dataset, found: FoundDocuments) -> PurgeReport:
 def finish_purges(dataset: Dataset) -> tuple[PurgeCertificate, ...]:
     """Finish the purges of `dataset` that were committed and then cut off; return their certificates.
 
+    Plans that will never be committed are removed: another commit has their version, or they are a day old.
+
     Raises:
         CorruptError, StorageError: as `purge`.
     """
@@ -194,14 +196,13 @@ def finish_purges(dataset: Dataset) -> tuple[PurgeCertificate, ...]:
     for plan, stored_at in plans:
         try:
             committed = dataset.log.stored(plan.version).commit.config_digest == plan.digest
+            abandoned = not committed
         except MissingError:
-            committed = False
-        if committed and plan.version in certified:
+            committed, abandoned = False, 0 < stored_at < time.time() - _ABANDONED_S
+        if abandoned or (committed and plan.version in certified):
             forget_plan(storage, plan)
         elif committed:
             finished.append(finish_plan(dataset, plan).certificate)
-        elif 0 < stored_at < time.time() - _ABANDONED_S:
-            forget_plan(storage, plan)
     return tuple(finished)
 
 
@@ -269,6 +270,9 @@ def _purged(
         return replace(report, version=commit.version, documents=0, tokens=0, shards=0, tags=())
     plan = plans[-1]
     outcome = finish_plan(dataset.at(commit), plan)
+    finish_purges(
+        dataset.at(commit)
+    )  # Of one that was killed before its commit, which this one has taken the place of.
     return replace(
         report,
         version=commit.version,
