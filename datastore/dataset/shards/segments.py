@@ -25,7 +25,7 @@ from datastore.dataset.shards.segment_file import (
 )
 from datastore.document import decode
 from datastore.errors import ConfigError, CorruptError
-from datastore.formats.arrow import numbers_of
+from datastore.formats.arrow import array_of, numbers_of, scalar_of
 from datastore.storage.base import Storage, check_key
 from datastore.storage.verified import Forget, map_checked
 from datastore.threads import in_parallel
@@ -125,7 +125,7 @@ class Segments:
 
     def digests_of(self, uids: Sequence[str]) -> dict[str, bytes]:
         """Return the digests of those of `uids` that name a shard in here. O(shards), without an object per shard."""
-        wanted = pa.array([bytes.fromhex(uid) for uid in uids], BINARY16)
+        wanted = array_of([bytes.fromhex(uid) for uid in uids], BINARY16)
         found: dict[str, bytes] = {}
         heads = np.array([int(uid[:16], 16) for uid in uids], np.uint64)
         for batch in self.batches:
@@ -164,11 +164,11 @@ class Segments:
 
     def find(self, uids: Sequence[str]) -> npt.NDArray[np.int64]:
         """Return the index of the shard that each of `uids` names, -1 where there is none. O(shards), without objects."""
-        wanted = pa.array([bytes.fromhex(uid) for uid in uids], BINARY16)
+        wanted = array_of([bytes.fromhex(uid) for uid in uids], BINARY16)
         found = np.full(len(uids), -1, np.int64)
         for batch, end in zip(self.batches, self._ends, strict=True):
             places: Any = pc.index_in(batch.column("uid"), value_set=wanted)
-            which = numbers_of(places.fill_null(-1))
+            which = numbers_of(places.fill_null(scalar_of(-1, pa.int32())))
             here = np.flatnonzero(which >= 0)
             found[which[here]] = end - batch.num_rows + here
         return found
