@@ -4,7 +4,7 @@ It plans some thousand samples ahead, lets a few threads bring and check the blo
 batch is asked for. No rank talks to another, nothing is written, and no memory is shared between processes. What a
 batch holds does not depend on threads, memory or prefetching: those change only how long it takes.
 
-A dataset gets a map where its shards are files of this machine, and memory with a budget where not.
+Shards that are files of this machine are read where they lie, others into memory with a budget.
 """
 
 import os
@@ -21,7 +21,7 @@ from datastore.dataset.snapshot import Dataset
 from datastore.errors import ConfigError, DatastoreError, whole_number
 from datastore.loader.batch import Batch
 from datastore.loader.cache.blocks import TokenBlocks
-from datastore.loader.cache.mapped import MappedBlocks
+from datastore.loader.cache.files import FileBlocks
 from datastore.loader.cache.memory import BlockCache
 from datastore.loader.cache.prefetch import Prefetcher
 from datastore.loader.gather import AnyArray, BatchColumn, Gatherer, Reads, TokenArray, blank_out, blanks_of, reads_of
@@ -88,7 +88,7 @@ class Loader:
         return self
 
     def __next__(self) -> Batch:
-        return self.next_into(np.empty((self.rows, self.seq_len + 1), self.dtype))
+        return self._next(None, self.empty_columns())
 
     def __enter__(self) -> Self:
         return self
@@ -143,6 +143,9 @@ class Loader:
         into = self.empty_columns() if columns is None else columns
         if columns is not None:
             self._check_columns(columns)
+        return self._next(out, into)
+
+    def _next(self, out: TokenArray | None, into: Mapping[str, AnyArray]) -> Batch:
         try:
             return self._deliver(out, into)
         except (DatastoreError, StopIteration):
@@ -152,7 +155,7 @@ class Loader:
             self._blocks = self._prefetcher = None
             raise
 
-    def _deliver(self, out: TokenArray, into: Mapping[str, AnyArray]) -> Batch:
+    def _deliver(self, out: TokenArray | None, into: Mapping[str, AnyArray]) -> Batch:
         if self._unsettled:  # Something was raised while plans were being made or used up: none of them is trusted.
             self._start_at(self._state)
         self._unsettled = True
@@ -162,20 +165,20 @@ class Loader:
             raise StopIteration
         plan, reads = self._planned[0]
         gatherer = Gatherer(blocks, width=self.seq_len + 1, columns=tuple(self.columns.values()))
-        gatherer.gather(reads, out, columns=into)
+        tokens = gatherer.gather(reads, out, columns=into)
         if self._stream.blanks is not None:
             if self.columns[LOSS_MASK].track is None:
                 into[LOSS_MASK].fill(1)
                 into[LOSS_MASK][~plan.valid] = 0
             blanks = blanks_of(plan.samples, seq_len=self.seq_len, gaps=self._stream.blanks)
-            blank_out(blanks, out, columns=into, token=self._end_of_text)
+            blank_out(blanks, tokens, columns=into, token=self._end_of_text)
         blocks.passed()
         self._planned.popleft()
         self._requested = max(0, self._requested - 1)
         self._batches += 1
         moved = msgspec.structs.replace(self._state, cursor=self._after(plan.cursor))
         batch = Batch(
-            out, plan.positions, plan.samples, plan.cursor, self.dataset, into, deletions=self.options.deletions
+            tokens, plan.positions, plan.samples, plan.cursor, self.dataset, into, deletions=self.options.deletions
         )
         # Nothing can be raised from here to the caller: the cursor counts this batch when, and only when, it is delivered.
         self._unsettled, self._state = False, moved
@@ -320,7 +323,7 @@ class Loader:
 
 
 def is_local(dataset: Dataset) -> bool:
-    """Return whether the shards can be mapped."""
+    """Return whether the shards are files of this machine."""
     segments = dataset.segments
     return bool(len(segments)) and dataset.storage.local_path(segments.shard(0).path) is not None
 
@@ -328,5 +331,5 @@ def is_local(dataset: Dataset) -> bool:
 def open_blocks(dataset: Dataset, *, budget_bytes: int) -> TokenBlocks:
     """Return the blocks of `dataset`; `budget_bytes` bounds the memory for shards that are not on this machine."""
     if is_local(dataset):
-        return MappedBlocks(dataset.storage, dataset.segments)
+        return FileBlocks(dataset.storage, dataset.segments)
     return BlockCache(dataset.storage, dataset.segments, budget_bytes=budget_bytes)
