@@ -191,11 +191,12 @@ def reads_of(plans: list[BatchPlan], *, grid: SampleGrid, layout: BlockLayout, t
     for first, last in ranges:
         plain &= ~(last - first > 1).any(axis=1)
     rows = range(samples.shape[1])
+    shard_lists, place_lists = shards.tolist(), [place.tolist() for place in places]
     reads = []
     for index, plan in enumerate(plans):
         if plain[index]:
-            whole_places = [place[index].tolist() for place in places]
-            reads.append(Reads(rows, shards[index].tolist(), whole_places, {}, ends[index]))
+            whole_places = [place[index] for place in place_lists]
+            reads.append(Reads(rows, shard_lists[index], whole_places, {}, ends[index]))
             continue
         whole = ~odd[index]
         pieces = _pieces(grid, plan, odd[index])

@@ -76,11 +76,14 @@ class Loader:
         self._pid = os.getpid()
         self._blocks: TokenBlocks | None = None
         self._prefetcher: Prefetcher | None = None
+        self._gatherer: Gatherer | None = None
         self._batches = 0
         self._state: LoaderState = self._stream.start
         self._planner = self._planner_of(self._state)
         self._planned: deque[tuple[BatchPlan, Reads]] = deque()
         self._next_cursor = self._requested = self._planned_at_once = 0
+        self._begun = False
+        """Whether the first batch from here on was delivered: until then nothing else is fetched."""
         self._unsettled = False
         """Whether a call is under way, or was ended by an exception: then what was planned may have holes."""
 
@@ -161,11 +164,12 @@ class Loader:
         self._unsettled = True
         blocks = self._ready()
         self._look_ahead(blocks)
+        self._request(blocks, ahead=self.options.prefetch_batches if self._begun else 0)
         if not self._planned:
             raise StopIteration
         plan, reads = self._planned[0]
-        gatherer = Gatherer(blocks, width=self.seq_len + 1, columns=tuple(self.columns.values()))
-        tokens = gatherer.gather(reads, out, columns=into)
+        assert self._gatherer is not None
+        tokens = self._gatherer.gather(reads, out, columns=into)
         if self._stream.blanks is not None:
             if self.columns[LOSS_MASK].track is None:
                 into[LOSS_MASK].fill(1)
@@ -181,7 +185,7 @@ class Loader:
             tokens, plan.positions, plan.samples, plan.cursor, self.dataset, into, deletions=self.options.deletions
         )
         # Nothing can be raised from here to the caller: the cursor counts this batch when, and only when, it is delivered.
-        self._unsettled, self._state = False, moved
+        self._unsettled, self._state, self._begun = False, moved, True
         return batch
 
     def empty_columns(self) -> dict[str, AnyArray]:
@@ -262,6 +266,7 @@ class Loader:
         self._planned.clear()
         self._next_cursor = state.cursor
         self._requested = self._planned_at_once = 0
+        self._begun = False
         if self._prefetcher is not None:
             self._prefetcher.forget()
         if self._blocks is not None:
@@ -280,13 +285,14 @@ class Loader:
         if self._blocks is None:
             blocks = open_blocks(self.dataset, budget_bytes=self.options.memory_bytes)
             prefetcher = Prefetcher(blocks, threads=self.options.threads)
+            self._gatherer = Gatherer(blocks, width=self.seq_len + 1, columns=tuple(self.columns.values()))
             self._requested, self._blocks, self._prefetcher = 0, blocks, prefetcher
             if not self._local:
                 self._warn_if_memory_is_short(blocks)
         return self._blocks
 
     def _look_ahead(self, blocks: TokenBlocks) -> None:
-        """Plan on, and request the blocks of the batches that have come within `prefetch_batches`."""
+        """Plan on, as far as `prefetch_batches` need it."""
         ahead = self.options.prefetch_batches if self.options.threads else 0
         while len(self._planned) <= ahead:
             # Twice as many each time, so that the first batch does not wait for plans of a thousand.
@@ -301,11 +307,14 @@ class Loader:
             reads = reads_of(plans, grid=self._stream.grid, layout=blocks.layout, tracks=tracks)
             self._planned.extend(zip(plans, reads, strict=True))
             blocks.expect([batch.blocks for batch in reads])
+
+    def _request(self, blocks: TokenBlocks, *, ahead: int) -> None:
+        """Have the blocks of the next batch and of those `ahead` of it fetched, as far as they are not requested yet."""
         assert self._prefetcher is not None
-        for index in range(self._requested, min(ahead + 1, len(self._planned)) if ahead else 0):
+        for index in range(self._requested, min(1 + ahead, len(self._planned)) if self.options.threads else 0):
             absent = blocks.absent(self._planned[index][1].blocks)
             if absent.size:
-                self._prefetcher.request(absent.tolist())
+                self._prefetcher.request(absent[::-1].tolist())  # From the other side: the holder begins at the first.
             self._requested = index + 1
 
     def _warn_if_memory_is_short(self, blocks: TokenBlocks) -> None:

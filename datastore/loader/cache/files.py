@@ -11,11 +11,13 @@ A shard is read from one copy, where there are several: that whose blocks were c
 and is checked from the start.
 """
 
+import ctypes
 import mmap
 import os
+import sys
 import threading
 import weakref
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass
 
@@ -26,7 +28,7 @@ from typing_extensions import override
 
 from datastore.dataset.shards.info import ShardInfo
 from datastore.dataset.shards.segments import Segments
-from datastore.digest import DIGEST_BYTES, digest_bytes
+from datastore.digest import DIGEST_BYTES, digest_of
 from datastore.errors import CorruptError, MissingError, StorageError
 from datastore.loader.cache.blocks import I64, BlockRange, TokenBlocks, damaged, unreadable
 from datastore.storage.base import Storage
@@ -40,8 +42,8 @@ _MAX_SHARDS = 32_768
 _ROUNDS = 4
 """How often other copies are tried in one hold, before all are taken for damaged."""
 
-_STEP_BYTES = 2**18
-"""What rows are copied through at a time: it stays in a core's cache."""
+_STEP_BYTES = 2**21
+"""What is read, or what rows are copied through, at a time: it stays in a core's cache."""
 
 _MAX_ROWS = 1_024
 """Pieces that one `pwritev` takes (IOV_MAX of Linux)."""
@@ -55,6 +57,8 @@ class _Home:
     storage: Storage
     map: memoryview
     """The file, for the kernel to read; nothing, where there is no map."""
+
+    address: int
 
 
 class FileBlocks(TokenBlocks):
@@ -92,7 +96,7 @@ class FileBlocks(TokenBlocks):
     @override
     def absent(self, blocks: I64) -> I64:
         there = self._checked[blocks]
-        return blocks[:0] if there.all() else np.unique(blocks[~there])
+        return blocks[:0] if np.count_nonzero(there) == len(there) else np.unique(blocks[~there])
 
     @override
     def fetch(self, block: int) -> bool:
@@ -107,6 +111,7 @@ class FileBlocks(TokenBlocks):
             if copy is None:
                 raise
             home = copy
+        _map_ahead(home, place)
         with self._lock:
             self._fills += 1
             self._filled_bytes += place.stop - place.start
@@ -153,21 +158,23 @@ class FileBlocks(TokenBlocks):
 
     def _check(self, home: _Home, place: BlockRange) -> None:
         """Read a block and compare its digest."""
-        target = self._buffer(place.stop - place.start)
         try:
-            home.storage.read_into(home.info.path, place.start, target)
+            digest = digest_of(self._pieces(home, place))
         except StorageError as error:
             raise unreadable(error, shard=home.info, block=place) from None
         at = place.index * DIGEST_BYTES
-        if digest_bytes(target) != home.info.block_digests[at : at + DIGEST_BYTES]:
+        if digest != home.info.block_digests[at : at + DIGEST_BYTES]:
             raise damaged("a block does not match its digest", shard=home.info, block=place)
 
-    def _buffer(self, size_bytes: int) -> memoryview:
-        """Return memory of this thread, used again by its next call."""
-        held: memoryview | None = getattr(self._buffers, "data", None)
-        if held is None or len(held) < size_bytes:
-            held = self._buffers.data = memoryview(bytearray(size_bytes))
-        return held[:size_bytes]
+    def _pieces(self, home: _Home, place: BlockRange) -> Iterator[memoryview]:
+        """Yield the bytes of a block in order; each piece overwrites the one before, and the last one of this thread."""
+        buffer: memoryview | None = getattr(self._buffers, "data", None)
+        if buffer is None:
+            buffer = self._buffers.data = memoryview(bytearray(_STEP_BYTES))
+        for at in range(place.start, place.stop, _STEP_BYTES):
+            piece = buffer[: min(_STEP_BYTES, place.stop - at)]
+            home.storage.read_into(home.info.path, at, piece)
+            yield piece
 
     def _home(self, shard: int) -> _Home:
         with self._lock:
@@ -217,13 +224,28 @@ class FileBlocks(TokenBlocks):
 
 def _home(info: ShardInfo, storage: Storage) -> _Home:
     path = storage.local_path(info.path)
-    found = memoryview(b"")
+    found, address = memoryview(b""), 0
     with suppress(OSError):  # Reading it says what is wrong.
         if path is not None:
             # Arrow maps the file and lets go of the descriptor; `mmap.mmap` would keep one per map.
             with pa.memory_map(str(path)) as file:
-                found = memoryview(file.read_buffer()).cast("B")
-    return _Home(info, storage, found)
+                buffer = file.read_buffer()
+                found, address = memoryview(buffer).cast("B"), buffer.address
+    return _Home(info, storage, found, address)
+
+
+def _map_ahead(home: _Home, place: BlockRange) -> None:
+    """Enter the pages of a block into the page table at once: 45 ms for a GB, where faults one by one take twice as long."""
+    first = home.address + place.start
+    aligned = first - first % mmap.PAGESIZE
+    if home.map and _MADVISE is not None:
+        _MADVISE(ctypes.c_void_p(aligned), ctypes.c_size_t(home.address + place.stop - aligned), _POPULATE_READ)
+
+
+_MADVISE = ctypes.CDLL(None).madvise if sys.platform == "linux" else None
+
+_POPULATE_READ = 22
+"""MADV_POPULATE_READ: it says what cannot be read. Kernels before Linux 5.14 refuse, and pages come one by one."""
 
 
 class _Copier:
@@ -234,21 +256,22 @@ class _Copier:
         self._view = np.empty(0, np.uint8)
 
     def join(self, pieces: Sequence[memoryview]) -> npt.NDArray[np.uint8] | None:
-        """Return equally long pieces end to end, in memory of their own; None if the kernel cannot read them."""
+        """Return equally long pieces end to end, in memory of their own; less, or None, if the kernel cannot read them."""
         size_bytes = len(pieces[0])
         at_once = max(1, min(_MAX_ROWS, _STEP_BYTES // max(1, size_bytes)))
-        joined = np.empty(size_bytes * len(pieces), np.uint8)
         try:
             file = self._room_for(min(at_once, len(pieces)) * size_bytes)
+            if len(pieces) <= at_once:
+                return self._view[: os.pwritev(file, pieces, 0)].copy()
+            joined = np.empty(size_bytes * len(pieces), np.uint8)
+            at = 0
             for first in range(0, len(pieces), at_once):
-                part = pieces[first : first + at_once]
-                stop = size_bytes * len(part)
-                if os.pwritev(file, part, 0) != stop:
-                    return None
-                joined[first * size_bytes :][:stop] = self._view[:stop]
+                count = os.pwritev(file, pieces[first : first + at_once], 0)
+                joined[at : at + count] = self._view[:count]
+                at += count
         except (OSError, AttributeError):  # No such files on this system; or a page that is not there.
             return None
-        return joined
+        return joined[:at]
 
     def _room_for(self, size_bytes: int) -> int:
         if self._file is None:
