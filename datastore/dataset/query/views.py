@@ -1,6 +1,6 @@
 """A dataset as other libraries see it: Arrow, pandas, Polars, Hugging Face `datasets`, and DuckDB through SQL.
 
-Nothing is converted: they get the Arrow tables that the shards are, mapped where the files are on this machine. What
+Nothing is converted: they get the Arrow tables that the shards are. What
 goes through here honours deletions. `arrow_dataset` hands out the files themselves, which cannot, so it says no when
 there are some; and whoever scans files on their own reads them unchecked, as with any Parquet: `verify` checks them.
 """
@@ -82,7 +82,7 @@ class Views(Readable):
     def to_arrow(self, *, columns: Sequence[str] | None = None, tokens: bool = False) -> pa.Table:
         """Return everything as one table: all records; or all documents, with `tokens` together with their tokens.
 
-        Deleted rows are left out. Records are mapped, not read, where their files are on this machine.
+        Deleted rows are left out. All of it is in memory: `to_batches` takes one shard at a time.
 
         Raises:
             ConfigError: there is no such column.

@@ -1,6 +1,6 @@
 """The file of a segment: a table of shards, columnar, so that a million of them open without a million Python objects.
 
-A segment is an Arrow file named by the digest of its bytes: immutable, mapped when it is local, one record batch of
+A segment is an Arrow file named by the digest of its bytes: immutable, one record batch of
 at most 65,536 rows. A small one is compressed as a whole: it would be names of columns, twice, and little else. An append writes a small one and merges the small ones before it (`merge_tail`), so there are
 about log4(65,536) = 8 small segments and N / 32,768 large ones at most.
 """
