@@ -16,6 +16,7 @@ from typing import Any, Self
 
 import msgspec
 import numpy as np
+from typing_extensions import override
 
 from datastore.dataset.snapshot import Dataset
 from datastore.errors import ConfigError, DatastoreError, whole_number
@@ -45,7 +46,8 @@ class Loader:
     """One rank's batches of `global_batch` samples (over all ranks) of `seq_len + 1` tokens each.
 
     `global_batch` may change between runs, `rank` too: the order stays. Rows per rank differ by one if the world does
-    not divide the batch. Not thread-safe. Safe to use in a forked child: it starts its own threads there.
+    not divide the batch. Not thread-safe. Safe to use in a forked child: it starts its own threads there. Pickled, it goes on
+    in another process where it stands.
 
     Raises:
         ConfigError: a value is out of range, the dataset holds records or is shorter than one sample, `global_batch` is
@@ -86,6 +88,12 @@ class Loader:
         """Whether the first batch from here on was delivered: until then nothing else is fetched."""
         self._unsettled = False
         """Whether a call is under way, or was ended by an exception: then what was planned may have holes."""
+
+    @override
+    def __reduce__(self) -> tuple[object, ...]:
+        """Pickle what it was made of and where it stands: another process opens the dataset and goes on from there."""
+        made_of = self.dataset, self.seq_len, self.global_batch, self.rank, self.options
+        return _loader_at, (*made_of, self.state_dict())
 
     def __iter__(self) -> Iterator[Batch]:
         return self
@@ -329,6 +337,14 @@ class Loader:
                 RuntimeWarning,
                 stacklevel=4,
             )
+
+
+def _loader_at(
+    dataset: Dataset, seq_len: int, global_batch: int, rank: Rank, options: LoaderSettings, state: dict[str, Any]
+) -> Loader:
+    loader = Loader(dataset, seq_len=seq_len, global_batch=global_batch, seed=state["seed"], rank=rank, options=options)
+    loader.load_state_dict(state)
+    return loader
 
 
 def is_local(dataset: Dataset) -> bool:

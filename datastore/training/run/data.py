@@ -61,6 +61,11 @@ class Stretch(Dataset):
         self._whole = dataset
         self._start, self._stop = start, stop
 
+    @override
+    def __reduce__(self) -> tuple[object, ...]:
+        """Pickle the dataset and the stretch of it; what a dataset says of itself would be all of it."""
+        return _stretch, (self._whole, self._start, self._stop)
+
     @cached_property
     @override
     def segments(self) -> Segments:
@@ -71,6 +76,10 @@ class Stretch(Dataset):
     def deleted_spans(self) -> npt.NDArray[np.int64]:
         inside = np.clip(self._whole.deleted_spans, self._start, self._stop) - self._start
         return inside[inside[:, 1] > inside[:, 0]]
+
+
+def _stretch(dataset: Dataset, start: int, stop: int) -> Stretch:
+    return Stretch(dataset, start=start, stop=stop)
 
 
 @dataclass(frozen=True, slots=True)
