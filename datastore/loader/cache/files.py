@@ -43,7 +43,7 @@ _ROUNDS = 4
 """How often other copies are tried in one hold, before all are taken for damaged."""
 
 _STEP_BYTES = 2**21
-"""What is read, or what rows are copied through, at a time: it stays in a core's cache."""
+"""What a thread reads, or rows are copied through, at a time: a block of the usual size, which stays in the cache."""
 
 _MAX_ROWS = 1_024
 """Pieces that one `pwritev` takes (IOV_MAX of Linux)."""
