@@ -8,6 +8,7 @@ from types import FrameType
 from typing import Any, Self
 
 import numpy as np
+import pyarrow as pa
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -16,8 +17,11 @@ import datastore
 from datastore.dataset.operations.delete import delete
 from datastore.dataset.snapshot import Dataset, open_dataset
 from datastore.errors import StorageError
+from datastore.ingestion.writers.records import record_writer
 from datastore.ingestion.writers.tokens import token_writer
 from datastore.loader.loader import Loader
+from datastore.loader.rows.batch import RowBatch
+from datastore.loader.rows.loader import RowLoader
 from datastore.loader.settings import LoaderSettings, Rank
 from datastore.storage.backends.local import LocalStorage
 from datastore.storage.backends.memory import MemoryStorage
@@ -168,3 +172,45 @@ def test_a_loader_that_can_start_no_thread_reads_by_itself(
     monkeypatch.setattr(threading.Thread, "start", start)
     with loader_of(*source, Rank(), threads=2) as loader:
         assert everything(taker("loader", loader)) == right
+
+
+@pytest.fixture(scope="module")
+def records(tmp_path_factory: pytest.TempPathFactory) -> Dataset:
+    place = str(tmp_path_factory.mktemp("rows") / "set")
+    for part in range(3):
+        with record_writer(place, schema=pa.schema([("a", pa.int64()), ("t", pa.string())])) as out:
+            out.write([{"a": 20 * part + row, "t": "x" * row} for row in range(20)])
+    delete(place, where="a = 7")
+    return open_dataset(place)
+
+
+def rows_of(dataset: Dataset, rank: Rank, *, threads: int) -> RowLoader:
+    options = LoaderSettings(lanes=3, window=4, epochs=2, threads=threads, prefetch_batches=2, memory_bytes=2_000)
+    return RowLoader(dataset, global_batch=GLOBAL_BATCH, seed=3, rank=rank, options=options)
+
+
+def rest_of(loader: RowLoader) -> list[Any]:
+    return [batch.numbers.tolist() for batch in loader]
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    rank=st.sampled_from([Rank(), Rank(1, 2), Rank(2, 3)]),
+    threads=st.sampled_from([0, 2]),
+    faults=st.lists(st.tuples(st.integers(1, 2_500), st.sampled_from(ERRORS)), min_size=1, max_size=4),
+)
+def test_no_batch_of_rows_is_left_out_and_none_comes_twice(
+    records: Dataset, rank: Rank, threads: int, faults: list[tuple[int, type[BaseException]]]
+) -> None:
+    right = rest_of(rows_of(records, rank, threads=0))
+    with rows_of(records, rank, threads=threads) as loader:
+        taken: list[RowBatch] = []
+        for at, error in faults:
+            with Fault(at, error):
+                try:
+                    while True:
+                        taken.append(next(loader))
+                except (error, StopIteration):
+                    pass
+            assert -(-loader.cursor // GLOBAL_BATCH) == len(taken)
+        assert [batch.numbers.tolist() for batch in taken] + rest_of(loader) == right
