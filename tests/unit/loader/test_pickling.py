@@ -10,9 +10,12 @@ import pytest
 import torch
 
 from datastore.dataset.diff import diff
-from datastore.dataset.snapshot import Dataset
+from datastore.dataset.snapshot import Dataset, open_dataset
 from datastore.errors import ConfigError
+from datastore.ingestion.writers.records import record_writer
 from datastore.loader.loader import Loader
+from datastore.loader.rows.batch import Rows
+from datastore.loader.rows.loader import RowLoader
 from datastore.loader.settings import LoaderSettings, Rank
 from datastore.testing.examples import make_dataset
 from datastore.torch import TokenDataset, stream
@@ -65,6 +68,26 @@ def test_a_part_of_a_dataset_is_that_part(dataset: Dataset) -> None:
     for part in (split.training, split.validation):
         assert sent(part).segments.tokens.tolist() == part.segments.tokens.tolist()
         assert part.segments.tokens.sum() < dataset.segments.tokens.sum()
+
+
+@pytest.mark.parametrize("taken", [0, 3])
+def test_a_loader_of_rows_goes_on_where_it_stands(tmp_path: Path, taken: int) -> None:
+    with record_writer(str(tmp_path / "rows"), schema={"a": "int64"}) as out:
+        out.write([{"a": row} for row in range(50)])
+    dataset = open_dataset(tmp_path / "rows")
+    with RowLoader(dataset, global_batch=6, rank=Rank(1, 2), options=LoaderSettings(epochs=1)) as here:
+        for _ in range(taken):
+            next(here)
+        with sent(here) as there:
+            assert [batch.numbers.tolist() for batch in there] == [batch.numbers.tolist() for batch in here]
+
+
+def test_a_loader_of_rows_that_cannot_be_sent_says_why(tmp_path: Path) -> None:
+    with record_writer(str(tmp_path / "rows"), schema={"a": "int64"}) as out:
+        out.write([{"a": row} for row in range(50)])
+    rows = Rows(transform=lambda row: row)
+    with pytest.raises(ConfigError, match="transform"):
+        pickle.dumps(RowLoader(open_dataset(tmp_path / "rows"), global_batch=6, rows=rows))
 
 
 def test_a_dataset_of_tensors_says_at_once_what_to_do(dataset: Dataset) -> None:
