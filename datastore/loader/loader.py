@@ -42,6 +42,10 @@ _MAX_PLANNED = 1_024
 """Batches planned ahead at most."""
 
 
+_LOCAL_THREADS = 4
+"""Threads that fetch ahead from files of this machine at most: more would wait for each other, and each has a buffer to fill."""
+
+
 class Loader:
     """One rank's batches of `global_batch` samples (over all ranks) of `seq_len + 1` tokens each.
 
@@ -292,7 +296,8 @@ class Loader:
             self._pid, self._blocks, self._prefetcher = os.getpid(), None, None
         if self._blocks is None:
             blocks = open_blocks(self.dataset, budget_bytes=self.options.memory_bytes)
-            prefetcher = Prefetcher(blocks, threads=self.options.threads)
+            threads = min(self.options.threads, _LOCAL_THREADS) if self._local else self.options.threads
+            prefetcher = Prefetcher(blocks, threads=threads)
             self._gatherer = Gatherer(blocks, width=self.seq_len + 1, columns=tuple(self.columns.values()))
             self._requested, self._blocks, self._prefetcher = 0, blocks, prefetcher
             if not self._local:
