@@ -193,6 +193,7 @@ def rest_of(loader: RowLoader) -> list[Any]:
     return [batch.numbers.tolist() for batch in loader]
 
 
+@pytest.mark.filterwarnings("ignore:memory_bytes:RuntimeWarning")
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     rank=st.sampled_from([Rank(), Rank(1, 2), Rank(2, 3)]),
