@@ -139,6 +139,11 @@ class TensorStream(Iterator[TensorBatch]):
         self._taken = 0
 
     @override
+    def __reduce__(self) -> tuple[object, ...]:
+        """Pickle the loader and the device: another process has buffers of its own."""
+        return TensorStream, (self.loader, self._device)
+
+    @override
     def __next__(self) -> TensorBatch:
         before = self.loader.state_dict()
         try:

@@ -22,7 +22,8 @@ from datastore.dataset.shards.segment_file import SEGMENT_SCHEMA
 from datastore.dataset.shards.segments import load_segment
 from datastore.dataset.snapshot import Dataset, open_dataset
 from datastore.digest import digest_bytes
-from datastore.formats.arrow import numbers_of
+from datastore.formats.arrow import array_of, numbers_of
+from datastore.formats.schema import no_rows
 from datastore.storage.base import Storage
 from datastore.threads import in_parallel
 
@@ -133,7 +134,8 @@ def _shards(dataset: Dataset, both: set[str]) -> pa.Table:
     """Return the shards in the segments of `dataset` that are not in `both`."""
     refs = [ref for ref in dataset.commit.segments if ref.digest not in both]
     batches = [batch.select(_COLUMNS) for batch in in_parallel(lambda ref: load_segment(dataset.storage, ref), refs)]
-    return pa.Table.from_batches(batches, schema=pa.schema([SEGMENT_SCHEMA.field(name) for name in _COLUMNS]))
+    schema = pa.schema([SEGMENT_SCHEMA.field(name) for name in _COLUMNS])
+    return pa.Table.from_batches([no_rows(schema), *batches])
 
 
 def _without(table: pa.Table, other: pa.Table) -> pa.Table:
@@ -148,7 +150,7 @@ def _rewritten(a: pa.Table, b: pa.Table) -> int:
     places = pc.index_in(a["uid"], value_set=b["uid"].combine_chunks())
     both = pc.is_valid(places)
     same: Any = pc.equal(a["digest"].filter(both), b["digest"].take(places.filter(both)))
-    return len(same) - int(np.count_nonzero(numbers_of(same.combine_chunks())))
+    return len(same) - int(np.count_nonzero(numbers_of(same)))
 
 
 def _changes(dataset: Dataset, shards: pa.Table, rows: dict[str, Rows], tokens: int) -> Changes:
@@ -209,7 +211,7 @@ def _rows(dataset: Dataset, shards: frozenset[str], rows: dict[str, Rows]) -> It
             table = dataset.live_documents(index) if uid in shards else dataset.documents(index)
         else:
             table = dataset.live_records(index) if uid in shards else dataset.record_shard(index)
-        yield from (table if uid in shards else table.take(rows[uid])).to_pylist()
+        yield from (table if uid in shards else table.take(array_of(rows[uid]))).to_pylist()
 
 
 def _identity(row: dict[str, Any]) -> bytes:

@@ -1,7 +1,8 @@
-"""Arrow without pandas and without pyarrow's freedoms: arrays as NumPy views, and a writer of files of lists.
+"""Arrow without pandas and without pyarrow's freedoms: arrays as NumPy views and back, and a writer of files of lists.
 
-`pa.Array.to_numpy` and `np.asarray` import pandas where it is installed, to ask whether the type is one of its own: 0.3 s
-and 40 MB for whoever wants to open a dataset (pyarrow 26, pandas 3.1, 2026-11-25). Fixed-width numbers need no asking.
+`pa.array`, `pa.scalar`, `pa.Array.to_numpy`, `np.asarray`, `fill_null` with a plain value and `pq.read_table` import pandas where
+it is installed, to ask whether a value is one of its own: 0.3 s and 40 MB for whoever wants to open a dataset (pyarrow 26,
+pandas 3.1, 2026-11-25). What we made ourselves needs no asking: it goes through `array_of`, `scalar_of` and `numbers_of`.
 
 pyarrow cannot place buffers (it aligns them to 8 bytes) and its bytes may change between releases; a token shard
 promises 64-byte alignment and the same bytes for the same tokens, so its frame is written here. The price is
@@ -14,8 +15,9 @@ Source: https://flatbuffers.dev/internals, https://arrow.apache.org/docs/format/
 """
 
 import struct
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any, cast
 
 import numpy as np
@@ -29,14 +31,88 @@ __all__ = [
     "Structs",
     "Table",
     "Value",
+    "array_of",
     "encode_flatbuffer",
     "encode_lists",
     "numbers_of",
+    "scalar_of",
+    "table_of",
 ]
 
 
-def numbers_of(array: "pa.Array[Any]") -> npt.NDArray[Any]:
-    """Return a view of integers or floats; of truth values, which Arrow packs, a copy.
+def array_of(values: Sequence[Any] | npt.NDArray[Any], kind: pa.DataType | None = None) -> "pa.Array[Any]":
+    """Return `values`, none of which is null, as an array of `kind`; of an ndarray's own type by default.
+
+    They are numbers, truth values, texts, bytes, or lists of them. Numbers of an ndarray are not copied if their type is that of `kind`.
+
+    Raises:
+        ArrowInvalid: a number has no place in `kind`, or bytes have another length than it says.
+
+    >>> array_of(["a", "bc"], pa.string()).to_pylist()
+    ['a', 'bc']
+    """
+    if isinstance(values, np.ndarray):
+        return _array_of_numbers(values, kind)
+    assert kind is not None, "only an ndarray says what it holds"
+    if pa.types.is_string(kind):
+        return _array_of_bytes([value.encode() for value in values], kind)
+    if pa.types.is_binary(kind):
+        return _array_of_bytes(values, kind)
+    if pa.types.is_fixed_size_binary(kind):
+        if any(len(value) != kind.byte_width for value in values):
+            raise pa.ArrowInvalid(f"bytes of another length than {kind.byte_width}")
+        return pa.Array.from_buffers(kind, len(values), [None, pa.py_buffer(b"".join(values))])
+    if pa.types.is_list(kind):
+        return _array_of_lists(values, kind)
+    return _array_of_numbers(np.array(values, kind.to_pandas_dtype()), kind)
+
+
+def _array_of_numbers(values: npt.NDArray[Any], kind: pa.DataType | None) -> "pa.Array[Any]":
+    if values.dtype == np.bool_:
+        raw = pa.py_buffer(np.packbits(values, bitorder="little").data)
+    else:
+        values = np.ascontiguousarray(values, values.dtype.newbyteorder("="))
+        raw = pa.py_buffer(values.data)
+    made: pa.Array[Any] = pa.Array.from_buffers(pa.from_numpy_dtype(values.dtype), values.size, [None, raw])
+    return made if kind is None or made.type == kind else made.cast(kind)
+
+
+def _array_of_bytes(values: Sequence[bytes], kind: pa.DataType) -> "pa.Array[Any]":
+    ends = np.zeros(len(values) + 1, np.int64)
+    np.cumsum([len(value) for value in values], out=ends[1:])
+    if ends[-1] > _LARGEST_OFFSET:
+        return pa.array(values, kind)  # It makes several chunks.
+    offsets, joined = pa.py_buffer(ends.astype(np.int32).data), pa.py_buffer(b"".join(values))
+    return pa.Array.from_buffers(kind, len(values), [None, offsets, joined])
+
+
+def _array_of_lists(values: Sequence[Any], kind: Any) -> "pa.Array[Any]":
+    ends = np.zeros(len(values) + 1, np.int32)
+    np.cumsum([len(value) for value in values], out=ends[1:])
+    arrays = len(values) > 0 and all(isinstance(value, np.ndarray) for value in values)
+    flat: Any = np.concatenate(values) if arrays else list(chain.from_iterable(values))
+    lists: Any = pa.ListArray
+    made: pa.Array[Any] = lists.from_arrays(array_of(ends), array_of(flat, kind.value_type), type=kind)
+    return made
+
+
+def table_of(columns: Iterable[Any], schema: pa.Schema) -> pa.Table:
+    """Return the table of `columns` in the order of `schema`, each an Arrow array or as `array_of` takes them."""
+    arrays = [
+        column if isinstance(column, pa.Array | pa.ChunkedArray) else array_of(column, field.type)
+        for field, column in zip(schema, columns, strict=True)
+    ]
+    return pa.table(arrays, schema=schema)
+
+
+def scalar_of(value: object, kind: pa.DataType) -> "pa.Scalar[Any]":
+    """Return `value`, as `array_of` takes them, as a scalar."""
+    made: pa.Scalar[Any] = array_of([value], kind)[0]
+    return made
+
+
+def numbers_of(array: "pa.Array[Any] | pa.ChunkedArray[Any]") -> npt.NDArray[Any]:
+    """Return a view of integers or floats; of truth values, which Arrow packs, and of several chunks, a copy.
 
     Raises:
         ArrowInvalid: some are null.
@@ -44,6 +120,8 @@ def numbers_of(array: "pa.Array[Any]") -> npt.NDArray[Any]:
     >>> numbers_of(pa.array([1, 2, 3], pa.int32())[1:])
     array([2, 3], dtype=int32)
     """
+    if isinstance(array, pa.ChunkedArray):
+        array = array.combine_chunks() if array.num_chunks else pa.nulls(0, array.type)
     if array.null_count:
         raise pa.ArrowInvalid(f"{array.null_count} of the values are null")
     if pa.types.is_boolean(array.type):
@@ -57,6 +135,9 @@ def numbers_of(array: "pa.Array[Any]") -> npt.NDArray[Any]:
 
 ALIGNMENT_BYTES = 64
 """Start of the buffers of an Arrow file, and their padded length: a cache line, and what Arrow recommends."""
+
+_LARGEST_OFFSET = 2**31 - 1
+"""Bytes that one array of texts or bytes has room for."""
 
 _MAGIC = b"ARROW1"
 

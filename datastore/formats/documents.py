@@ -65,7 +65,7 @@ def decode_documents(raw: Buffer, *, columns: Sequence[str] = DOCUMENTS_SCHEMA.n
         CorruptError: not Parquet, or other columns than `DOCUMENTS_SCHEMA`.
     """
     try:
-        table = pq.read_table(pa.BufferReader(pa.py_buffer(raw)), columns=list(columns), use_threads=False)
+        table = pq.ParquetFile(pa.BufferReader(pa.py_buffer(raw))).read(columns=list(columns), use_threads=False)
         table = table.cast(pa.schema([DOCUMENTS_SCHEMA.field(name) for name in columns]))
         table.validate(full=True)  # Parquet may hold texts that are no UTF-8.
     except (pa.ArrowException, OSError, ValueError, MemoryError) as error:

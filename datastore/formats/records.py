@@ -2,7 +2,7 @@
 
 Each batch (a record batch, or a row group) is one byte range of the file, at least 2 MiB unless it is the last; what
 is before, between and after the batches is the file's *frame*. Frame and batch are all that a reader of one batch
-needs. Arrow is mapped, and costs nothing to decode; Parquet takes less space, and CPU time to decode.
+needs. Arrow costs nothing to decode; Parquet takes less space, and CPU time to decode.
 """
 
 import io

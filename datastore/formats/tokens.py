@@ -2,7 +2,7 @@
 
 The values buffer *is* the flat token stream, so any sequence length is chosen when reading; the offsets buffer *is*
 the document index. Both start at multiples of 64 bytes and are not compressed, so that a block of tokens is a plain
-byte range of a remote object and a shard on disk is mapped, never parsed. The price: a shard is made in memory as a
+byte range of a remote object, and a shard in memory is what it is on disk, never parsed. The price: a shard is made in memory as a
 whole, and text that would compress well takes its full size.
 
 What goes with each token (a loss mask, a weight, the logits of a teacher) lies beside it in further columns of the same

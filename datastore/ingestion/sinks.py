@@ -22,6 +22,7 @@ from datastore.dataset.log.manifest import TokenizerRef
 from datastore.dataset.shards.files import shard_uid, write_record_shard, write_token_shard
 from datastore.dataset.shards.info import ShardInfo
 from datastore.errors import ConfigError
+from datastore.formats.arrow import numbers_of, table_of
 from datastore.formats.documents import DOCUMENTS_SCHEMA
 from datastore.formats.fitting import check_rows
 from datastore.formats.tokens import Tokens, narrow_tokens, offsets_of, token_dtype
@@ -164,7 +165,7 @@ class RecordShards(ShardSink):
     def _store(self, uid: str) -> ShardInfo:
         names, sources, offsets, _, texts, _ = zip(*self._records, strict=True)
         self._records = []
-        table = pa.table([names, sources, offsets, texts], schema=RECORDS_SCHEMA)
+        table = table_of([names, sources, offsets, texts], RECORDS_SCHEMA)
         return write_record_shard(self.storage, uid=uid, table=table)
 
 
@@ -248,7 +249,7 @@ class CopiedTokens(CopySink):
         values = column.flatten()
         if column.null_count or values.null_count:
             raise ConfigError("tokens are missing", file=source, column=self._key, hint="Fill or drop these rows.")
-        ids = values.to_numpy(zero_copy_only=False)
+        ids = numbers_of(values)
         limit = self._tokenizer.vocab_size if self._tokenizer else 2**32
         if ids.size and (int(ids.min()) < 0 or int(ids.max()) >= limit):
             raise ConfigError(
@@ -259,7 +260,7 @@ class CopiedTokens(CopySink):
                 vocab_size=limit,
                 hint="Name the tokenizer that made these tokens: `tokenizer=FILE`.",
             )
-        return ids.astype(np.uint32), np.asarray(column.value_lengths(), np.int64)
+        return ids.astype(np.uint32), numbers_of(column.value_lengths()).astype(np.int64)
 
 
 def is_token_column(schema: pa.Schema, name: str) -> bool:
@@ -280,13 +281,13 @@ def _documents_of_rows(rows: pa.Table, counts: Any, *, first: int, source: str) 
         "source": [source] * rows.num_rows,
         "offset": numbers,
         "length": np.zeros_like(numbers),
-        "digest": pa.array([bytes(16)] * rows.num_rows, pa.binary(16)),
+        "digest": [bytes(16)] * rows.num_rows,
     }
     columns: dict[str, Any] = {"tokens": counts}
     for name, values in default.items():
         given = rows.column(name) if name in rows.column_names else None
         columns[name] = values if given is None else _fitting(given, DOCUMENTS_SCHEMA.field(name).type, values)
-    return pa.table({name: columns[name] for name in DOCUMENTS_SCHEMA.names}, schema=DOCUMENTS_SCHEMA)
+    return table_of((columns[name] for name in DOCUMENTS_SCHEMA.names), DOCUMENTS_SCHEMA)
 
 
 def _fitting(given: Any, kind: pa.DataType, otherwise: Any) -> Any:
@@ -300,6 +301,4 @@ def _fitting(given: Any, kind: pa.DataType, otherwise: Any) -> Any:
 def _documents_of_texts(records: Sequence[TextRecord], counts: Counts) -> pa.Table:
     names, sources, offsets, lengths, texts, _ = zip(*records, strict=True)
     digests = [xxhash.xxh3_128_digest(text.encode()) for text in texts]
-    return pa.table(
-        [names, sources, offsets, lengths, counts, pa.array(digests, pa.binary(16))], schema=DOCUMENTS_SCHEMA
-    )
+    return table_of([names, sources, offsets, lengths, counts, digests], DOCUMENTS_SCHEMA)

@@ -17,6 +17,7 @@ import pyarrow.compute as pc
 import pyarrow.types as kinds
 
 from datastore.errors import ConfigError, CorruptError
+from datastore.formats.arrow import array_of, numbers_of
 
 __all__ = ["Cell", "from_cells", "is_binary", "is_text", "json_cells", "json_rows", "number_of", "to_cells"]
 
@@ -65,14 +66,15 @@ def to_cells(column: "pa.ChunkedArray[Any]", *, name: str, where: str) -> Sequen
         offsets, values = _binary_parts(array)
         return [values[start:stop] for start, stop in pairwise(offsets)]
     if kinds.is_boolean(kind):
-        return _cut(array.to_numpy(zero_copy_only=False).astype(np.uint8), np.arange(len(array) + 1))
+        return _cut(numbers_of(array).astype(np.uint8), np.arange(len(array) + 1))
     if not _is_list(kind):
-        return _cut(array.to_numpy(zero_copy_only=False), np.arange(len(array) + 1))
+        return _cut(numbers_of(array), np.arange(len(array) + 1))
     lists = array.cast(pa.list_(kind.value_type)) if kinds.is_fixed_size_list(kind) else array
-    bounds = lists.offsets.to_numpy()
-    if lists.values.slice(int(bounds[0]), int(bounds[-1] - bounds[0])).null_count:
+    bounds = numbers_of(lists.offsets)
+    inside = lists.values.slice(int(bounds[0]), int(bounds[-1] - bounds[0]))
+    if inside.null_count:
         raise ConfigError(f"{where} has no null", column=name, hint="Leave out the column, or fill its nulls.")
-    return _cut(lists.values.to_numpy(zero_copy_only=False), bounds)
+    return _cut(numbers_of(inside), bounds - bounds[0])
 
 
 def from_cells(cells: Sequence[Cell], kind: pa.DataType, *, where: str) -> "pa.Array[Any]":
@@ -83,7 +85,7 @@ def from_cells(cells: Sequence[Cell], kind: pa.DataType, *, where: str) -> "pa.A
     """
     number = number_of(kind)
     if number is None and not kinds.is_boolean(kind):
-        found = pa.array([bytes(cell) for cell in cells], pa.binary())
+        found = array_of([bytes(cell) for cell in cells], pa.binary())
         try:
             return found.cast(kind)
         except pa.ArrowInvalid as error:
@@ -94,13 +96,13 @@ def from_cells(cells: Sequence[Cell], kind: pa.DataType, *, where: str) -> "pa.A
         raise CorruptError("a value has another size", where=where, hint="Restore this file from a copy.")
     values = np.frombuffer(b"".join(cells), number.newbyteorder("<")).astype(number, copy=False)
     if kinds.is_boolean(kind):
-        return pa.array(values.astype(np.bool_))
+        return array_of(values.astype(np.bool_))
     if not _is_list(kind):
-        return pa.array(values, kind)
+        return array_of(values, kind)
     offsets = np.zeros(len(cells) + 1, np.int32)
     np.cumsum(sizes // number.itemsize, out=offsets[1:])
     lists: Any = pa.ListArray
-    made: pa.Array[Any] = lists.from_arrays(pa.array(offsets), pa.array(values), type=kind)
+    made: pa.Array[Any] = lists.from_arrays(array_of(offsets), array_of(values), type=kind)
     return made
 
 

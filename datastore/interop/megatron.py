@@ -19,6 +19,7 @@ import pyarrow as pa
 from typing_extensions import override
 
 from datastore.errors import ConfigError, CorruptError
+from datastore.formats.arrow import array_of, numbers_of
 from datastore.interop.base import Exporter, Folder, Format, Rows, Span, whole_files
 from datastore.storage.base import Storage
 
@@ -54,8 +55,8 @@ class MegatronExporter(Exporter):
     def write(self, rows: pa.Table) -> None:
         for chunk in rows.column("tokens").chunks:
             lists: Any = chunk
-            offsets = lists.offsets.to_numpy()
-            values = lists.values.to_numpy()[offsets[0] : offsets[-1]]
+            offsets = numbers_of(lists.offsets)
+            values = numbers_of(lists.values.slice(int(offsets[0]), int(offsets[-1] - offsets[0])))
             if self._dtype.kind == "i" and values.size and int(values.max()) > np.iinfo(np.int32).max:
                 raise ConfigError("Megatron has no id above 2^31 - 1", largest=int(values.max()), hint="Export to mds.")
             if self._bin is None:
@@ -191,9 +192,9 @@ def _places(index: _Index, bounds: Any, size_bytes: int) -> tuple[int, Any]:
 def _table(storage: Storage, key: str, dtype: np.dtype[Any], begin: int, offsets: Any) -> pa.Table:
     stop = begin + dtype.itemsize * int(offsets[-1])
     raw = storage.get_ranges(key, [(begin, stop)])[0] if stop > begin else b""
-    values = pa.array(np.frombuffer(raw, dtype).astype(dtype.newbyteorder("="), copy=False))
+    values = array_of(np.frombuffer(raw, dtype))
     lists: Any = pa.ListArray
-    return pa.table({"tokens": lists.from_arrays(pa.array(offsets.astype(np.int32)), values)})
+    return pa.table({"tokens": lists.from_arrays(array_of(offsets.astype(np.int32)), values)})
 
 
 MEGATRON = Format(files=whole_files(".bin"), schema=_schema, read=_read, can_be_cut=True)

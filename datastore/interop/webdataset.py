@@ -19,6 +19,7 @@ import pyarrow as pa
 from typing_extensions import override
 
 from datastore.errors import ConfigError, CorruptError
+from datastore.formats.arrow import array_of
 from datastore.interop.base import Exporter, Folder, Format, Rows, Span, numbered, whole_files
 from datastore.interop.cells import from_cells, is_binary, is_text, json_rows, number_of, to_cells
 from datastore.storage.base import Storage
@@ -280,7 +281,7 @@ def _table(batch: list[_Sample], schema: pa.Schema, key: str) -> pa.Table:
 
 def _column(values: list[Any], field: "pa.Field[Any]", key: str) -> "pa.Array[Any]":
     if field.name == "__key__":
-        return pa.array(values, pa.string())
+        return array_of(values, pa.string())
     present = [value for value in values if value is not None]
     kind: Any = field.type
     if pa.types.is_int64(kind):

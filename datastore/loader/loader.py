@@ -4,7 +4,7 @@ It plans some thousand samples ahead, lets a few threads bring and check the blo
 batch is asked for. No rank talks to another, nothing is written, and no memory is shared between processes. What a
 batch holds does not depend on threads, memory or prefetching: those change only how long it takes.
 
-A dataset gets a map where its shards are files of this machine, and memory with a budget where not.
+Shards that are files of this machine are read where they lie, others into memory with a budget.
 """
 
 import os
@@ -16,12 +16,13 @@ from typing import Any, Self
 
 import msgspec
 import numpy as np
+from typing_extensions import override
 
 from datastore.dataset.snapshot import Dataset
 from datastore.errors import ConfigError, DatastoreError, whole_number
 from datastore.loader.batch import Batch
 from datastore.loader.cache.blocks import TokenBlocks
-from datastore.loader.cache.mapped import MappedBlocks
+from datastore.loader.cache.files import FileBlocks
 from datastore.loader.cache.memory import BlockCache
 from datastore.loader.cache.prefetch import Prefetcher
 from datastore.loader.gather import AnyArray, BatchColumn, Gatherer, Reads, TokenArray, blank_out, blanks_of, reads_of
@@ -41,11 +42,16 @@ _MAX_PLANNED = 1_024
 """Batches planned ahead at most."""
 
 
+_LOCAL_THREADS = 4
+"""Threads that fetch ahead from files of this machine at most: more would wait for each other, and each has a buffer to fill."""
+
+
 class Loader:
     """One rank's batches of `global_batch` samples (over all ranks) of `seq_len + 1` tokens each.
 
     `global_batch` may change between runs, `rank` too: the order stays. Rows per rank differ by one if the world does
-    not divide the batch. Not thread-safe. Safe to use in a forked child: it starts its own threads there.
+    not divide the batch. Not thread-safe. Safe to use in a forked child: it starts its own threads there. Pickled, it goes on
+    in another process where it stands.
 
     Raises:
         ConfigError: a value is out of range, the dataset holds records or is shorter than one sample, `global_batch` is
@@ -76,19 +82,28 @@ class Loader:
         self._pid = os.getpid()
         self._blocks: TokenBlocks | None = None
         self._prefetcher: Prefetcher | None = None
+        self._gatherer: Gatherer | None = None
         self._batches = 0
         self._state: LoaderState = self._stream.start
         self._planner = self._planner_of(self._state)
         self._planned: deque[tuple[BatchPlan, Reads]] = deque()
         self._next_cursor = self._requested = self._planned_at_once = 0
+        self._begun = False
+        """Whether the first batch from here on was delivered: until then nothing else is fetched."""
         self._unsettled = False
         """Whether a call is under way, or was ended by an exception: then what was planned may have holes."""
+
+    @override
+    def __reduce__(self) -> tuple[object, ...]:
+        """Pickle what it was made of and where it stands: another process opens the dataset and goes on from there."""
+        made_of = self.dataset, self.seq_len, self.global_batch, self.rank, self.options
+        return _loader_at, (*made_of, self.state_dict())
 
     def __iter__(self) -> Iterator[Batch]:
         return self
 
     def __next__(self) -> Batch:
-        return self.next_into(np.empty((self.rows, self.seq_len + 1), self.dtype))
+        return self._next(None, self.empty_columns())
 
     def __enter__(self) -> Self:
         return self
@@ -143,6 +158,9 @@ class Loader:
         into = self.empty_columns() if columns is None else columns
         if columns is not None:
             self._check_columns(columns)
+        return self._next(out, into)
+
+    def _next(self, out: TokenArray | None, into: Mapping[str, AnyArray]) -> Batch:
         try:
             return self._deliver(out, into)
         except (DatastoreError, StopIteration):
@@ -152,33 +170,34 @@ class Loader:
             self._blocks = self._prefetcher = None
             raise
 
-    def _deliver(self, out: TokenArray, into: Mapping[str, AnyArray]) -> Batch:
+    def _deliver(self, out: TokenArray | None, into: Mapping[str, AnyArray]) -> Batch:
         if self._unsettled:  # Something was raised while plans were being made or used up: none of them is trusted.
             self._start_at(self._state)
         self._unsettled = True
         blocks = self._ready()
         self._look_ahead(blocks)
+        self._request(blocks, ahead=self.options.prefetch_batches if self._begun else 0)
         if not self._planned:
             raise StopIteration
         plan, reads = self._planned[0]
-        gatherer = Gatherer(blocks, width=self.seq_len + 1, columns=tuple(self.columns.values()))
-        gatherer.gather(reads, out, columns=into)
+        assert self._gatherer is not None
+        tokens = self._gatherer.gather(reads, out, columns=into)
         if self._stream.blanks is not None:
             if self.columns[LOSS_MASK].track is None:
                 into[LOSS_MASK].fill(1)
                 into[LOSS_MASK][~plan.valid] = 0
             blanks = blanks_of(plan.samples, seq_len=self.seq_len, gaps=self._stream.blanks)
-            blank_out(blanks, out, columns=into, token=self._end_of_text)
+            blank_out(blanks, tokens, columns=into, token=self._end_of_text)
         blocks.passed()
         self._planned.popleft()
         self._requested = max(0, self._requested - 1)
         self._batches += 1
         moved = msgspec.structs.replace(self._state, cursor=self._after(plan.cursor))
         batch = Batch(
-            out, plan.positions, plan.samples, plan.cursor, self.dataset, into, deletions=self.options.deletions
+            tokens, plan.positions, plan.samples, plan.cursor, self.dataset, into, deletions=self.options.deletions
         )
         # Nothing can be raised from here to the caller: the cursor counts this batch when, and only when, it is delivered.
-        self._unsettled, self._state = False, moved
+        self._unsettled, self._state, self._begun = False, moved, True
         return batch
 
     def empty_columns(self) -> dict[str, AnyArray]:
@@ -259,6 +278,7 @@ class Loader:
         self._planned.clear()
         self._next_cursor = state.cursor
         self._requested = self._planned_at_once = 0
+        self._begun = False
         if self._prefetcher is not None:
             self._prefetcher.forget()
         if self._blocks is not None:
@@ -276,14 +296,16 @@ class Loader:
             self._pid, self._blocks, self._prefetcher = os.getpid(), None, None
         if self._blocks is None:
             blocks = open_blocks(self.dataset, budget_bytes=self.options.memory_bytes)
-            prefetcher = Prefetcher(blocks, threads=self.options.threads)
+            threads = min(self.options.threads, _LOCAL_THREADS) if self._local else self.options.threads
+            prefetcher = Prefetcher(blocks, threads=threads)
+            self._gatherer = Gatherer(blocks, width=self.seq_len + 1, columns=tuple(self.columns.values()))
             self._requested, self._blocks, self._prefetcher = 0, blocks, prefetcher
             if not self._local:
                 self._warn_if_memory_is_short(blocks)
         return self._blocks
 
     def _look_ahead(self, blocks: TokenBlocks) -> None:
-        """Plan on, and request the blocks of the batches that have come within `prefetch_batches`."""
+        """Plan on, as far as `prefetch_batches` need it."""
         ahead = self.options.prefetch_batches if self.options.threads else 0
         while len(self._planned) <= ahead:
             # Twice as many each time, so that the first batch does not wait for plans of a thousand.
@@ -298,11 +320,14 @@ class Loader:
             reads = reads_of(plans, grid=self._stream.grid, layout=blocks.layout, tracks=tracks)
             self._planned.extend(zip(plans, reads, strict=True))
             blocks.expect([batch.blocks for batch in reads])
+
+    def _request(self, blocks: TokenBlocks, *, ahead: int) -> None:
+        """Have the blocks of the next batch and of those `ahead` of it fetched, as far as they are not requested yet."""
         assert self._prefetcher is not None
-        for index in range(self._requested, min(ahead + 1, len(self._planned)) if ahead else 0):
+        for index in range(self._requested, min(1 + ahead, len(self._planned)) if self.options.threads else 0):
             absent = blocks.absent(self._planned[index][1].blocks)
             if absent.size:
-                self._prefetcher.request(absent.tolist())
+                self._prefetcher.request(absent[::-1].tolist())  # From the other side: the holder begins at the first.
             self._requested = index + 1
 
     def _warn_if_memory_is_short(self, blocks: TokenBlocks) -> None:
@@ -319,8 +344,16 @@ class Loader:
             )
 
 
+def _loader_at(
+    dataset: Dataset, seq_len: int, global_batch: int, rank: Rank, options: LoaderSettings, state: dict[str, Any]
+) -> Loader:
+    loader = Loader(dataset, seq_len=seq_len, global_batch=global_batch, seed=state["seed"], rank=rank, options=options)
+    loader.load_state_dict(state)
+    return loader
+
+
 def is_local(dataset: Dataset) -> bool:
-    """Return whether the shards can be mapped."""
+    """Return whether the shards are files of this machine."""
     segments = dataset.segments
     return bool(len(segments)) and dataset.storage.local_path(segments.shard(0).path) is not None
 
@@ -328,5 +361,5 @@ def is_local(dataset: Dataset) -> bool:
 def open_blocks(dataset: Dataset, *, budget_bytes: int) -> TokenBlocks:
     """Return the blocks of `dataset`; `budget_bytes` bounds the memory for shards that are not on this machine."""
     if is_local(dataset):
-        return MappedBlocks(dataset.storage, dataset.segments)
+        return FileBlocks(dataset.storage, dataset.segments)
     return BlockCache(dataset.storage, dataset.segments, budget_bytes=budget_bytes)

@@ -46,7 +46,7 @@ class LoaderSettings(SettingsDocument, frozen=True, kw_only=True):
     """Columns beside the tokens that batches bring along; `loss_mask` always is among them if the dataset has it."""
 
     memory_bytes: Positive = 2**30
-    """Memory for blocks of shards that are not on this machine. Local shards are mapped and need none."""
+    """Memory for blocks of shards that are not on this machine. Local shards are read where they lie and need none."""
 
     prefetch_batches: Count = 16
     """How far ahead blocks are fetched and checked."""

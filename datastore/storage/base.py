@@ -130,7 +130,7 @@ class Storage(Protocol):
         ...
 
     def local_path(self, key: str) -> Path | None:
-        """Return the file that holds `key` if it can be mapped into memory on this machine, else None."""
+        """Return the file of this machine that holds `key`, else None."""
         ...
 
     def statistics(self) -> dict[str, OperationStatistics]:

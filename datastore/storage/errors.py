@@ -19,6 +19,7 @@ from datastore.errors import ConflictError, DatastoreError, MissingError, Storag
 
 __all__ = [
     "ABSENT",
+    "TOO_SHORT",
     "conflict",
     "cut_short",
     "error_code",
@@ -253,9 +254,12 @@ _REASONS: dict[int | None, tuple[str, str]] = {
     errno.ENOTDIR: ("part of the path is a file", "Choose another name."),
 }
 
+TOO_SHORT = "the object ends too early"
+"""The fact of an error about bytes past the end."""
+
 _DAMAGE = {
     _REASONS[errno.EIO][0],
-    "the object ends too early",
+    TOO_SHORT,
     *(os.strerror(code) for code in (errno.EBADMSG, errno.EUCLEAN, errno.ENODATA, errno.ENXIO)),
 }
 """Facts of `explain` and `too_short`: checksums of the file system that differ are EBADMSG or EUCLEAN, media errors ENODATA."""
@@ -299,9 +303,7 @@ def conflict(*, key: str, url: str) -> ConflictError:
 
 def too_short(*, key: str, url: str, wanted_bytes: int) -> StorageError:
     """Return the error for an object that ends before the bytes asked for."""
-    return StorageError(
-        "the object ends too early", key=key, url=url, wanted_bytes=wanted_bytes, hint="Restore it from a copy."
-    )
+    return StorageError(TOO_SHORT, key=key, url=url, wanted_bytes=wanted_bytes, hint="Restore it from a copy.")
 
 
 def cut_short(*, key: str, url: str) -> StorageError:

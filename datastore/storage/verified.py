@@ -2,13 +2,11 @@
 
 Where a dataset lies on several disks a copy that is wrong is passed over for one that is right, and written anew.
 
-A file of this machine is read once through a small buffer, for its digest, and then mapped. Taking the digest of
-the mapping would save nothing, and a bad sector would end the process with SIGBUS where a read is an error to catch.
+Files are read into memory, never mapped: under a map, a bad sector or a file that somebody cuts ends the process by SIGBUS, where a
+read is an error to catch, and what is looked at later need not be what was checked. The price is their size in memory.
 """
 
-import mmap
 from collections.abc import Callable, Iterator
-from functools import partial
 from typing import TypeVar
 
 import pyarrow as pa
@@ -18,30 +16,20 @@ from datastore.digest import check_digest, digest_bytes, digest_of, require_dige
 from datastore.errors import CorruptError, MissingError, StorageError
 from datastore.storage.base import Storage
 
-__all__ = ["Forget", "check_range", "first_sound", "has_digest", "map_checked", "read_checked"]
+__all__ = ["first_sound", "has_digest", "read_checked"]
 
 T = TypeVar("T")
-
-Forget = Callable[[], None]
 
 _PIECE_BYTES = 2**20
 
 
 def read_checked(storage: Storage, key: str, *, size_bytes: int, digest: bytes | str) -> pa.Buffer:
-    """Return all bytes of `key`, mapped where the file is on this machine.
+    """Return all bytes of `key`, in memory.
 
     Raises:
         MissingError: there is no such key.
         CorruptError: its size or its digest differs.
-    """
-    return map_checked(storage, key, size_bytes=size_bytes, digest=digest)[0]
-
-
-def map_checked(storage: Storage, key: str, *, size_bytes: int, digest: bytes | str) -> tuple[pa.Buffer, Forget]:
-    """Return as `read_checked`, and how to take mapped pages out of this process until they are touched again.
-
-    A page of a mapped file counts as memory of the process once it was touched, with the megabytes around it (Linux
-    maps a whole folio of its cache). Forgetting frees nothing but this count; the bytes stay in the kernel's cache.
+        StorageError: it cannot be read.
     """
     return first_sound(
         storage,
@@ -79,42 +67,23 @@ def has_digest(digest: bytes | str) -> Callable[[Buffer], bool]:
     return lambda raw: digest_bytes(raw) == wanted
 
 
-def _read(storage: Storage, key: str, *, size_bytes: int, digest: bytes | str) -> tuple[pa.Buffer, Forget]:
-    path = storage.local_path(key)
-    if path is None or not size_bytes:
+def _read(storage: Storage, key: str, *, size_bytes: int, digest: bytes | str) -> pa.Buffer:
+    if storage.local_path(key) is None or not size_bytes:
         raw = pa.py_buffer(storage.get(key))
         _check_size(raw.size, size_bytes, where=key)
         check_digest(raw, digest, where=key)
-        return raw, _nothing
+        return raw
     _check_size(storage.stat(key).size_bytes, size_bytes, where=key)
-    check_range(storage, key, (0, size_bytes), digest=digest, where=key)
-    with path.open("rb") as file:
-        mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-    forget = partial(mapped.madvise, mmap.MADV_DONTNEED) if hasattr(mmap, "MADV_DONTNEED") else _nothing
-    return pa.py_buffer(mapped), forget
+    raw = pa.allocate_buffer(size_bytes)
+    require_digest(digest_of(_filled(storage, key, memoryview(raw))), digest, where=key)
+    return raw
 
 
-def _nothing() -> None:
-    """There is nothing to forget."""
-
-
-def check_range(storage: Storage, key: str, span: tuple[int, int], *, digest: bytes | str, where: str) -> None:
-    """Read the bytes `span` of `key` through a small buffer, and raise unless they have that digest.
-
-    Raises:
-        MissingError: there is no such key.
-        CorruptError: the digest differs; `where` names the bytes.
-        StorageError: they cannot be read, or the file ends before.
-    """
-    require_digest(digest_of(_pieces(storage, key, *span)), digest, where=where)
-
-
-def _pieces(storage: Storage, key: str, start: int, stop: int) -> Iterator[memoryview]:
-    """Yield the bytes `[start, stop)` of `key` in order; each piece overwrites the one before."""
-    buffer = memoryview(bytearray(min(stop - start, _PIECE_BYTES)))
-    for at in range(start, stop, _PIECE_BYTES):
-        piece = buffer[: min(_PIECE_BYTES, stop - at)]
-        storage.read_into(key, at, piece)
+def _filled(storage: Storage, key: str, target: memoryview) -> Iterator[memoryview]:
+    """Fill `target` with the bytes of `key` piece by piece, and yield each while it is in a core's cache."""
+    for start in range(0, len(target), _PIECE_BYTES):
+        piece = target[start : start + _PIECE_BYTES]
+        storage.read_into(key, start, piece)
         yield piece
 
 

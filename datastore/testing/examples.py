@@ -22,6 +22,7 @@ from datastore.dataset.shards.info import ShardInfo
 from datastore.dataset.shards.segment_file import BLOCK_BYTES
 from datastore.dataset.snapshot import Dataset, open_dataset
 from datastore.digest import block_digests, digest_bytes
+from datastore.formats.arrow import table_of
 from datastore.formats.documents import DOCUMENTS_SCHEMA
 from datastore.formats.tokens import offsets_of
 from datastore.storage.base import Storage
@@ -69,15 +70,15 @@ def documents_of(uid: str, lengths: Sequence[int]) -> pa.Table:
     """Return documents that lie end to end in one source; each is four bytes per token."""
     tokens = np.asarray(lengths, dtype=np.int64)
     names = [f"{uid[:8]}-{index}" for index in range(tokens.size)]
-    return pa.table(
-        {
-            "id": names,
-            "source": [f"source-{uid[:8]}.txt"] * tokens.size,
-            "offset": np.cumsum(4 * tokens) - 4 * tokens,
-            "length": 4 * tokens,
-            "tokens": tokens,
-            "digest": pa.array([digest_bytes(name.encode()) for name in names], pa.binary(16)),
-        },
+    return table_of(
+        [
+            names,
+            [f"source-{uid[:8]}.txt"] * tokens.size,
+            np.cumsum(4 * tokens) - 4 * tokens,
+            4 * tokens,
+            tokens,
+            [digest_bytes(name.encode()) for name in names],
+        ],
         schema=DOCUMENTS_SCHEMA,
     )
 

@@ -26,6 +26,7 @@ from datastore.dataset.shards.parity_groups import Group
 from datastore.dataset.snapshot import Dataset
 from datastore.digest import digest_bytes
 from datastore.errors import DatastoreError
+from datastore.formats.arrow import numbers_of, scalar_of
 from datastore.formats.evolution import adapt
 from datastore.formats.tokens import Offsets, TokenTable, decode_token_table
 from datastore.formats.tokentext import TokenText
@@ -189,12 +190,12 @@ def _text_of(dataset: Dataset) -> TokenText | None:
 
 
 def _document_faults(shard: ShardInfo, documents: pa.Table, offsets: Offsets) -> Iterator[str]:
-    if not np.array_equal(documents.column("tokens").to_numpy(), np.diff(offsets)):
+    if not np.array_equal(numbers_of(documents.column("tokens")), np.diff(offsets)):
         yield "its rows do not count the tokens of the shard's rows"
         return
     sources = documents.column("source")
     # A purged document has no source any more, and counts for none.
-    named = sources.filter(pc.not_equal(sources, pa.scalar("")))
+    named = sources.filter(pc.not_equal(sources, scalar_of("", pa.string())))
     if (shard.source_first, shard.source_last) not in {_ends(sources), _ends(named)}:
         yield "its first and last source are not those that the manifest names"
 

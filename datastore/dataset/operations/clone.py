@@ -24,6 +24,7 @@ from datastore.dataset.shards.segment_changes import store_segments
 from datastore.dataset.shards.segments import load_segment
 from datastore.dataset.snapshot import Dataset, open_dataset
 from datastore.errors import ConfigError, ConflictError
+from datastore.formats.arrow import array_of
 from datastore.storage.base import Storage, StorageLike
 from datastore.storage.urls import join_url
 from datastore.storage.wrappers import is_link
@@ -151,7 +152,7 @@ def _renamed(dataset: Dataset, target: Storage, rename: Callable[[str], str]) ->
     for ref in dataset.commit.segments:
         batch = load_segment(dataset.storage, ref)
         for name in ("path", "docs_path"):
-            paths = pa.array([rename(str(path)) for path in batch.column(name).to_pylist()], pa.string())
+            paths = array_of([rename(str(path)) for path in batch.column(name).to_pylist()], pa.string())
             at = batch.schema.get_field_index(name)
             batch = batch.set_column(at, batch.schema.field(name), paths)
         yield from store_segments(target, pa.Table.from_batches([batch]))

@@ -36,6 +36,7 @@ from datastore.dataset.shards.segment_changes import replace_shards
 from datastore.dataset.snapshot import Dataset
 from datastore.digest import digest_hex
 from datastore.errors import ConfigError, ConflictError
+from datastore.formats.arrow import array_of, numbers_of
 from datastore.formats.tokens import TokenTable, offsets_of
 from datastore.threads import in_parallel
 from datastore.units import Progress, telling
@@ -224,7 +225,7 @@ def _merged_tokens(dataset: Dataset, group: _Group, uid: str) -> ShardInfo:
         documents.append(rows)
         at = part.stop
     merged = pa.concat_tables(documents)
-    offsets = offsets_of(merged.column("tokens").to_numpy())
+    offsets = offsets_of(numbers_of(merged.column("tokens")))
     return write_token_shard(
         dataset.storage, uid=uid, values=values, offsets=offsets, documents=merged, columns=columns
     )
@@ -243,7 +244,7 @@ def _live(dataset: Dataset, shard: ShardInfo) -> tuple[TokenTable, pa.Table]:
     columns = {name: column[tokens] for name, column in table.columns.items()}
     # Their offsets are not needed: the documents say how many tokens each has.
     return TokenTable(values=table.values[tokens], offsets=table.offsets, columns=columns), documents.filter(
-        pa.array(kept)
+        array_of(kept)
     )
 
 

@@ -34,6 +34,7 @@ from datastore.dataset.shards.files import read_documents
 from datastore.dataset.shards.info import ShardInfo
 from datastore.dataset.snapshot import Dataset
 from datastore.errors import MissingError
+from datastore.formats.arrow import array_of, numbers_of
 from datastore.formats.documents import DOCUMENTS_SCHEMA
 from datastore.threads import in_parallel
 from datastore.units import Progress
@@ -199,7 +200,7 @@ def find_documents(dataset: Dataset, selection: Selection, *, progress: Progress
         if progress is not None:
             progress(found.read_bytes, total)
     if selection.ids is not None:
-        found.missing = tuple(cast("list[str]", selection.ids.filter(pa.array(~present)).to_pylist()))
+        found.missing = tuple(cast("list[str]", selection.ids.filter(array_of(~present)).to_pylist()))
     return found
 
 
@@ -259,7 +260,7 @@ def _look_through(dataset: Dataset, matcher: Matcher, chunk: Chunk) -> tuple[Fou
         fresh = np.setdiff1d(rows, dataset.deletions.rows(shard.uid), assume_unique=True)
         found.already += rows.size - fresh.size
         if fresh.size:
-            lengths = table.column("tokens").to_numpy() if tokens else np.empty(0, np.int64)
+            lengths = numbers_of(table.column("tokens")) if tokens else np.empty(0, np.int64)
             found.rows[shard.uid] = fresh
             if tokens:
                 found.lengths[shard.uid] = lengths

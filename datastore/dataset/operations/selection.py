@@ -16,6 +16,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from datastore.errors import ConfigError, DependencyError, MissingError
+from datastore.formats.arrow import array_of, numbers_of, scalar_of
 from datastore.formats.schema import no_rows
 
 __all__ = ["Matcher", "Selection", "read_ids"]
@@ -54,7 +55,7 @@ class Selection:
             )
         if isinstance(where, str) and not where.strip():
             raise ConfigError("the condition is empty", hint='Write an SQL expression, such as "tokens > 1000".')
-        distinct = None if named is None else pa.array(list(dict.fromkeys(named)), pa.string())
+        distinct = None if named is None else cast("pa.StringArray", array_of(list(dict.fromkeys(named)), pa.string()))
         return cls(ids=distinct, sources=patterns, where=where)
 
     def columns(self, schema: pa.Schema) -> list[str]:
@@ -105,18 +106,18 @@ class Matcher:
         present = np.empty(0, np.int64)
         if self.selection.ids is not None:
             found = pc.index_in(_as_text(table, "id"), value_set=self.selection.ids)
-            chosen &= found.is_valid().to_numpy(zero_copy_only=False)
-            present = np.unique(found.drop_null().to_numpy(zero_copy_only=False)).astype(np.int64)
+            chosen &= numbers_of(found.is_valid())
+            present = np.unique(numbers_of(found.drop_null())).astype(np.int64)
         if self.selection.sources:
             source = _as_text(table, "source")
             matching = np.zeros(table.num_rows, np.bool_)
             for pattern in self.selection.sources:
                 like = pc.match_like(source, _like(pattern))
-                matching |= like.fill_null(False).to_numpy(zero_copy_only=False)
+                matching |= numbers_of(like.fill_null(scalar_of(False, pa.bool_())))
             chosen &= matching
         if self.selection.where is not None:
             true = np.zeros(table.num_rows, np.bool_)
-            true[self._where(table.append_column(_ROW, pa.array(np.arange(table.num_rows))))] = True
+            true[self._where(table.append_column(_ROW, array_of(np.arange(table.num_rows))))] = True
             chosen &= true
         return chosen, present
 

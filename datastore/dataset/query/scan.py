@@ -67,7 +67,8 @@ def _scan(storage: Storage, keys: list[str], kind: str, schema: pa.Schema) -> py
     files: Any = pyarrow.dataset.IpcFileFormat() if kind == "arrow" else pyarrow.dataset.ParquetFileFormat()
     local = [storage.local_path(key) for key in keys]
     if all(local):
-        system: Any = pyarrow.fs.LocalFileSystem(use_mmap=True)
+        # Not mapped: a file that is cut or cannot be read would end the process by SIGBUS.
+        system: Any = pyarrow.fs.LocalFileSystem()
         return pyarrow.dataset.FileSystemDataset.from_paths(
             [str(path) for path in local], schema=schema, format=files, filesystem=system
         )

@@ -18,7 +18,7 @@ import pyarrow as pa
 
 from datastore.dataset.query.readable import Readable
 from datastore.dataset.query.scan import scan_files
-from datastore.errors import ConfigError
+from datastore.errors import ConfigError, DatastoreError
 from datastore.formats.documents import DOCUMENTS_SCHEMA
 
 __all__ = ["run_query"]
@@ -26,16 +26,35 @@ __all__ = ["run_query"]
 
 def run_query(dataset: Readable, query: str) -> pa.Table:
     """Return what `Dataset.sql` promises."""
+    try:
+        return _run(dataset, query, scan=True)
+    except _UnreadableError:
+        # Whoever reads whole shards checks them, goes on with another copy where there is one, and says what is damaged.
+        return _run(dataset, query, scan=False)
+
+
+class _UnreadableError(Exception):
+    """A file could not be scanned."""
+
+
+def _run(dataset: Readable, query: str, *, scan: bool) -> pa.Table:
+    """Return the answer; without `scan`, every shard is read and checked first."""
     name = "records" if dataset.kind == "records" else "documents"
+    damage: list[DatastoreError] = []
     with tempfile.TemporaryDirectory(prefix="datastore-sql-") as spill, duckdb.connect(":memory:") as connection:
         connection.execute("SET temp_directory = ?", [spill])
         connection.execute("SET python_enable_replacements = false")  # A name must not find the caller's variables.
-        left_out = _register(connection, dataset, name)
-        connection.execute("SET enable_external_access = false")
-        connection.execute("SET lock_configuration = true")
+        left_out: list[str] = []
         try:
+            left_out = _register(connection, dataset, name, scan=scan, damage=damage)
+            connection.execute("SET enable_external_access = false")
+            connection.execute("SET lock_configuration = true")
             return _result(connection, query)
         except duckdb.Error as error:
+            if damage:  # DuckDB has made a text of it.
+                raise damage[0] from None
+            if scan and "_files" in str(error):  # It says which table it could not read.
+                raise _UnreadableError from None
             columns = dataset.schema.names if dataset.kind == "records" else DOCUMENTS_SCHEMA.names
             hint = f"Columns of {name}: {', '.join(column for column in columns if column not in left_out)}."
             if left_out:
@@ -43,9 +62,13 @@ def run_query(dataset: Readable, query: str) -> pa.Table:
             raise ConfigError(f"the query failed: {' '.join(str(error).split())}", hint=hint) from None
 
 
-def _register(connection: duckdb.DuckDBPyConnection, dataset: Readable, name: str) -> list[str]:
+def _register(
+    connection: duckdb.DuckDBPyConnection, dataset: Readable, name: str, *, scan: bool, damage: list[DatastoreError]
+) -> list[str]:
     """Make the view `name`: the files of untouched shards, and the live rows of the others; return the columns left out."""
     touched = dataset.deletions.uids | dataset.older_shards()
+    if not scan:
+        touched = frozenset(shard.uid for shard in dataset.segments)
     untouched = (shard for shard in dataset.segments if shard.uid not in touched)
     files: Any = scan_files(dataset, "rows" if name == "records" else "documents", untouched)
     left_out = _unknown_to(connection, files.schema)
@@ -53,7 +76,7 @@ def _register(connection: duckdb.DuckDBPyConnection, dataset: Readable, name: st
     connection.register("_files", files.replace_schema(schema) if left_out else files)
     union = "SELECT * FROM _files"
     if touched:
-        connection.register("_reader", _live_rows(dataset, name, touched, schema))
+        connection.register("_reader", _live_rows(dataset, name, touched, schema, damage))
         connection.execute("CREATE TEMP TABLE _live AS SELECT * FROM _reader")
         connection.unregister("_reader")
         union += " UNION ALL SELECT * FROM _live"
@@ -73,13 +96,20 @@ def _unknown_to(connection: duckdb.DuckDBPyConnection, schema: pa.Schema) -> lis
     return left_out
 
 
-def _live_rows(dataset: Readable, name: str, uids: frozenset[str], schema: pa.Schema) -> pa.RecordBatchReader:
+def _live_rows(
+    dataset: Readable, name: str, uids: frozenset[str], schema: pa.Schema, damage: list[DatastoreError]
+) -> pa.RecordBatchReader:
     read = dataset.live_records if name == "records" else dataset.live_documents
 
     def batches() -> Iterator[pa.RecordBatch]:
         for index, shard in enumerate(dataset.segments):
             if shard.uid in uids:
-                yield from read(index).select(schema.names).to_batches()
+                try:
+                    found = read(index)
+                except DatastoreError as error:
+                    damage.append(error)
+                    raise
+                yield from found.select(schema.names).to_batches()
 
     return pa.RecordBatchReader.from_batches(schema, batches())
 

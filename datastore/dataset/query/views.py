@@ -1,6 +1,6 @@
 """A dataset as other libraries see it: Arrow, pandas, Polars, Hugging Face `datasets`, and DuckDB through SQL.
 
-Nothing is converted: they get the Arrow tables that the shards are, mapped where the files are on this machine. What
+Nothing is converted: they get the Arrow tables that the shards are. What
 goes through here honours deletions. `arrow_dataset` hands out the files themselves, which cannot, so it says no when
 there are some; and whoever scans files on their own reads them unchecked, as with any Parquet: `verify` checks them.
 """
@@ -15,6 +15,7 @@ import pyarrow as pa
 from datastore.dataset.query.readable import Part, Readable
 from datastore.dataset.shards.files import read_token_table
 from datastore.errors import ConfigError, DependencyError
+from datastore.formats.arrow import array_of
 from datastore.formats.documents import DOCUMENTS_SCHEMA
 from datastore.formats.evolution import schema_id
 from datastore.formats.schema import no_rows
@@ -64,7 +65,7 @@ class Views(Readable):
         columns |= dict(zip(self.token_schema.names, self.token_lists(index).columns, strict=True))
         joined = pa.table([columns[name] for name in self.row_schema.names], schema=self.row_schema)
         live = self.live_rows(index)
-        return joined if live is None else joined.filter(pa.array(live))
+        return joined if live is None else joined.filter(array_of(live))
 
     def token_lists(self, index: int) -> pa.Table:
         """Return all of token shard `index` as `token_schema`, deleted documents too.
@@ -81,7 +82,7 @@ class Views(Readable):
     def to_arrow(self, *, columns: Sequence[str] | None = None, tokens: bool = False) -> pa.Table:
         """Return everything as one table: all records; or all documents, with `tokens` together with their tokens.
 
-        Deleted rows are left out. Records are mapped, not read, where their files are on this machine.
+        Deleted rows are left out. All of it is in memory: `to_batches` takes one shard at a time.
 
         Raises:
             ConfigError: there is no such column.
@@ -190,9 +191,9 @@ def _lists(values: "npt.NDArray[Any]", offsets: Offsets, kind: Any) -> Any:
     lists: Any = pa.ListArray
     fixed: Any = pa.FixedSizeListArray
     inner = kind.value_type if values.ndim == 1 else kind.value_type.value_type
-    flat = pa.array(values.reshape(-1)).cast(inner)
+    flat = array_of(values.reshape(-1)).cast(inner)
     items = flat if values.ndim == 1 else fixed.from_arrays(flat, type=kind.value_type)
-    return lists.from_arrays(pa.array(offsets.astype(np.int32)), items, type=kind)
+    return lists.from_arrays(array_of(offsets.astype(np.int32)), items, type=kind)
 
 
 def _converted(table: pa.Table, convert: Callable[[pa.Table], Any], *, to: str) -> Any:

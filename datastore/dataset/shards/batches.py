@@ -4,9 +4,8 @@ Each batch has a digest of its own, and so has the frame around them (schema, di
 once. Blocks of a fixed size would do for checking, but a batch of 2 MiB lies across two or three of those: a reader
 would fetch twice what it needs. The price is some fifty bytes more per batch in the manifest.
 
-A batch is decoded where it lies in its file. A file of this machine is read for the digest and then mapped, as whole
-shards are; of any other there is an image, of which only the frame and the batch are filled in: memory that nobody
-touches costs nothing.
+A batch is decoded where it lies in an image of its file, of which only the frame and the batch are filled in: memory that
+nobody touches costs nothing. No file is mapped, for the reason that `storage.verified` gives.
 """
 
 import mmap
@@ -26,7 +25,7 @@ from datastore.errors import ConfigError, CorruptError, StorageError
 from datastore.formats.evolution import adapt, source_names
 from datastore.formats.records import decode_batch, read_frame
 from datastore.storage.base import Storage
-from datastore.storage.verified import check_range, first_sound, has_digest
+from datastore.storage.verified import first_sound, has_digest
 from datastore.threads import in_parallel
 
 __all__ = ["BatchReader"]
@@ -174,17 +173,11 @@ class _Shard:
 
     def _filled(self, place: Storage, frame: Frame, batch: int) -> Buffer:
         """Return an image of the file, in which the frame and this batch are right."""
-        key, where = self.info.path, f"{self.info.path}, batch {batch}"
         span = self.info.layout.batches[batch]
-        path = place.local_path(key)
-        if path is not None:
-            check_range(place, key, (span.start, span.stop), digest=span.digest, where=where)
-            with pa.memory_map(str(path)) as file:
-                return file.read_buffer()
         image = _image(self.info, frame)
         with memoryview(image) as whole, whole[span.start : span.stop] as target:
-            place.read_into(key, span.start, target)
-            check_digest(target, span.digest, where=where)
+            place.read_into(self.info.path, span.start, target)
+            check_digest(target, span.digest, where=f"{self.info.path}, batch {batch}")
         return image
 
     def _sound(self, read: Callable[[Storage], T]) -> T:

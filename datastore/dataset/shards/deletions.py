@@ -19,7 +19,7 @@ from datastore.dataset.log.keys import deletions_key
 from datastore.dataset.log.manifest import Commit, DeletionRef
 from datastore.digest import digest_hex
 from datastore.errors import CorruptError
-from datastore.formats.arrow import numbers_of
+from datastore.formats.arrow import array_of, numbers_of
 from datastore.storage.base import Storage
 from datastore.storage.verified import read_checked
 
@@ -130,15 +130,16 @@ def encode_deletions(rows: Mapping[str, Rows], *, lengths: Lengths = _NO_LENGTHS
 
 def _encode(rows: Mapping[str, Rows], spans: Mapping[str, I64]) -> bytes:
     uids = sorted(rows)
-    columns: list[Any] = [
-        pa.array([bytes.fromhex(uid) for uid in uids], DELETIONS_SCHEMA.field("uid").type),
-        pa.array([rows[uid] for uid in uids], DELETIONS_SCHEMA.field("rows").type),
-        pa.array([int((spans[uid][:, 1] - spans[uid][:, 0]).sum()) for uid in uids], pa.int64()),
-        pa.array([spans[uid].reshape(-1).astype(np.int32) for uid in uids], DELETIONS_SCHEMA.field("spans").type),
+    columns: list[list[Any]] = [
+        [bytes.fromhex(uid) for uid in uids],
+        [rows[uid] for uid in uids],
+        [int((spans[uid][:, 1] - spans[uid][:, 0]).sum()) for uid in uids],
+        [spans[uid].reshape(-1).astype(np.int32) for uid in uids],
     ]
+    arrays = [array_of(column, field.type) for field, column in zip(DELETIONS_SCHEMA, columns, strict=True)]
     sink = pa.BufferOutputStream()
     with pa.ipc.new_file(sink, DELETIONS_SCHEMA) as writer:
-        writer.write_batch(pa.record_batch(columns, schema=DELETIONS_SCHEMA))
+        writer.write_batch(pa.record_batch(arrays, schema=DELETIONS_SCHEMA))
     return sink.getvalue().to_pybytes()
 
 

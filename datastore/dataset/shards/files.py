@@ -19,6 +19,7 @@ from datastore.dataset.shards.info import BatchRange, ColumnLayout, ShardInfo, S
 from datastore.dataset.shards.segment_file import BLOCK_BYTES
 from datastore.digest import block_digests, digest_bytes, digest_hex, sha256_hex
 from datastore.errors import ConfigError, CorruptError, StorageError
+from datastore.formats.arrow import numbers_of
 from datastore.formats.documents import DOCUMENTS_SCHEMA, decode_documents, encode_documents
 from datastore.formats.evolution import schema_id
 from datastore.formats.records import RecordFormat, decode_records, encode_records
@@ -68,7 +69,7 @@ def write_token_shard(
     """
     encoded = encode_tokens(values, offsets, columns=columns)
     counts = np.diff(offsets)
-    if not np.array_equal(documents.column("tokens").to_numpy(), counts):
+    if not np.array_equal(numbers_of(documents.column("tokens")), counts):
         raise ConfigError(
             "documents do not match the shard's rows",
             uid=uid,

@@ -9,6 +9,7 @@ from datastore.dataset.log.keys import PARITY_TABLES_FOLDER, parity_table_key, t
 from datastore.dataset.log.manifest import Commit, ParityRef
 from datastore.digest import digest_hex
 from datastore.errors import CorruptError
+from datastore.formats.arrow import table_of
 from datastore.storage.base import Storage
 from datastore.storage.verified import read_checked
 
@@ -67,12 +68,12 @@ class Group:
 
 def encode_groups(groups: Sequence[Group]) -> bytes:
     """Return the file that holds `groups`."""
-    columns = {
+    columns: dict[str, list[object]] = {
         name: [getattr(group, name) for group in groups] for name in ("path", "size_bytes", "digest", "block_digests")
     }
     for name, attribute in (("paths", "path"), ("bytes", "size_bytes"), ("digests", "digest")):
         columns[f"member_{name}"] = [[getattr(member, attribute) for member in group.members] for group in groups]
-    table = pa.table(columns, schema=PARITY_SCHEMA)
+    table = table_of((columns[name] for name in PARITY_SCHEMA.names), PARITY_SCHEMA)
     sink = pa.BufferOutputStream()
     with pa.ipc.new_file(sink, PARITY_SCHEMA) as writer:
         writer.write_table(table)

@@ -23,6 +23,8 @@ from datastore.dataset.shards.segment_file import (
     segment_ref,
 )
 from datastore.dataset.shards.segments import Loaded, load_segment
+from datastore.formats.arrow import array_of, numbers_of
+from datastore.formats.schema import no_rows
 from datastore.storage.base import Storage
 
 __all__ = ["append_shards", "keep_segments", "merge_tail", "recent_segments", "replace_shards", "store_segments"]
@@ -109,9 +111,9 @@ def merge_tail(segments: Sequence[int], added: int) -> int:
 
 def _replaced(batch: pa.RecordBatch, fresh: pa.RecordBatch, places: Mapping[bytes, range]) -> pa.RecordBatch | None:
     """Return `batch` with the rows that have a place in `fresh` replaced; None if it has none."""
-    wanted = pa.array(list(places), SEGMENT_SCHEMA.field("uid").type)
+    wanted = array_of(list(places), SEGMENT_SCHEMA.field("uid").type)
     hit = pc.is_in(batch.column("uid"), value_set=wanted)
-    hits = np.flatnonzero(hit.to_numpy(zero_copy_only=False))
+    hits = np.flatnonzero(numbers_of(hit))
     if not hits.size:
         return None
     uids = cast("list[bytes]", batch.column("uid").filter(hit).to_pylist())
@@ -123,7 +125,7 @@ def _replaced(batch: pa.RecordBatch, fresh: pa.RecordBatch, places: Mapping[byte
         start = row + 1
     order = np.concatenate([*pieces, np.arange(start, batch.num_rows)])
     both = pa.Table.from_batches([batch, fresh], schema=SEGMENT_SCHEMA).combine_chunks()
-    return _one_batch(both.take(pa.array(order)))
+    return _one_batch(both.take(array_of(order)))
 
 
 def store_segments(storage: Storage, table: pa.Table, *, loaded: Loaded | None = None) -> list[SegmentRef]:
@@ -142,4 +144,4 @@ def store_segments(storage: Storage, table: pa.Table, *, loaded: Loaded | None =
 
 def _one_batch(table: pa.Table) -> pa.RecordBatch:
     batches = table.combine_chunks().to_batches()
-    return batches[0] if batches else pa.RecordBatch.from_pylist([], schema=SEGMENT_SCHEMA)
+    return batches[0] if batches else no_rows(SEGMENT_SCHEMA)

@@ -1,6 +1,6 @@
 """The file of a segment: a table of shards, columnar, so that a million of them open without a million Python objects.
 
-A segment is an Arrow file named by the digest of its bytes: immutable, mapped when it is local, one record batch of
+A segment is an Arrow file named by the digest of its bytes: immutable, one record batch of
 at most 65,536 rows. A small one is compressed as a whole: it would be names of columns, twice, and little else. An append writes a small one and merges the small ones before it (`merge_tail`), so there are
 about log4(65,536) = 8 small segments and N / 32,768 large ones at most.
 """
@@ -20,7 +20,7 @@ from datastore.dataset.log.manifest import SegmentRef
 from datastore.dataset.shards.info import PLAIN, ShardInfo
 from datastore.digest import DIGEST_BYTES, digest_hex
 from datastore.errors import CorruptError
-from datastore.formats.arrow import numbers_of
+from datastore.formats.arrow import array_of, numbers_of
 
 __all__ = [
     "BLOCK_BYTES",
@@ -93,7 +93,7 @@ def segment_of(shards: Sequence[ShardInfo]) -> pa.RecordBatch:
     columns["uid"] = [bytes.fromhex(uid) for uid in columns["uid"]]
     columns["layout"] = [b"" if layout == PLAIN else msgspec.json.encode(layout) for layout in columns["layout"]]
     columns["docs_digest"] = [digest or bytes(16) for digest in columns["docs_digest"]]
-    return pa.record_batch([pa.array(columns[name], kind) for name, kind in _TYPES.items()], schema=SEGMENT_SCHEMA)
+    return pa.record_batch([array_of(columns[name], kind) for name, kind in _TYPES.items()], schema=SEGMENT_SCHEMA)
 
 
 def encode_segment(batch: pa.RecordBatch) -> bytes:
@@ -190,8 +190,8 @@ def _sizes_fit(numbers: Sequence[npt.NDArray[Any]], *, wide: npt.NDArray[np.bool
 def _completed(batch: pa.RecordBatch) -> pa.RecordBatch:
     """Return `batch` with those of the later columns that it does not have."""
     for name in sorted(_LATER.difference(batch.schema.names)):
-        empty = pa.array([b""], _TYPES[name])
-        values = pa.DictionaryArray.from_arrays(pa.repeat(pa.scalar(0, pa.int8()), batch.num_rows), empty)
+        empty = array_of([b""], _TYPES[name])
+        values = pa.DictionaryArray.from_arrays(array_of(np.zeros(batch.num_rows, np.int8)), empty)
         batch = batch.append_column(SEGMENT_SCHEMA.field(name), values.cast(_TYPES[name]))
     return batch
 

@@ -1,8 +1,8 @@
 """All shards of a version as columns: its segments, loaded."""
 
 import bisect
-from collections.abc import Callable, Iterator, Sequence
-from functools import cached_property
+from collections.abc import Iterator, Sequence
+from functools import cached_property, partial
 from typing import Any, cast
 
 import msgspec
@@ -25,9 +25,9 @@ from datastore.dataset.shards.segment_file import (
 )
 from datastore.document import decode
 from datastore.errors import ConfigError, CorruptError
-from datastore.formats.arrow import numbers_of
+from datastore.formats.arrow import array_of, numbers_of, scalar_of
 from datastore.storage.base import Storage, check_key
-from datastore.storage.verified import Forget, map_checked
+from datastore.storage.verified import read_checked
 from datastore.threads import in_parallel
 
 __all__ = ["Loaded", "Segments", "checked_shards", "load_segment", "load_segments"]
@@ -59,11 +59,10 @@ _ROWS_AT_ONCE = 1024
 class Segments:
     """All shards of a version, in order; immutable, safe for any number of threads.
 
-    Columns are NumPy arrays over all shards: views of the mapped file when there is one segment.
+    Columns are NumPy arrays over all shards: views of the file's bytes when there is one segment.
     """
 
-    def __init__(self, batches: Sequence[pa.RecordBatch], *, forget: Callable[[], None] = lambda: None) -> None:
-        self._forget = forget
+    def __init__(self, batches: Sequence[pa.RecordBatch]) -> None:
         self.batches = tuple(batch for batch in batches if batch.num_rows)
         ends = np.cumsum([batch.num_rows for batch in self.batches], dtype=np.int64)
         self._ends: list[int] = ends.tolist()
@@ -125,7 +124,7 @@ class Segments:
 
     def digests_of(self, uids: Sequence[str]) -> dict[str, bytes]:
         """Return the digests of those of `uids` that name a shard in here. O(shards), without an object per shard."""
-        wanted = pa.array([bytes.fromhex(uid) for uid in uids], BINARY16)
+        wanted = array_of([bytes.fromhex(uid) for uid in uids], BINARY16)
         found: dict[str, bytes] = {}
         heads = np.array([int(uid[:16], 16) for uid in uids], np.uint64)
         for batch in self.batches:
@@ -164,11 +163,11 @@ class Segments:
 
     def find(self, uids: Sequence[str]) -> npt.NDArray[np.int64]:
         """Return the index of the shard that each of `uids` names, -1 where there is none. O(shards), without objects."""
-        wanted = pa.array([bytes.fromhex(uid) for uid in uids], BINARY16)
+        wanted = array_of([bytes.fromhex(uid) for uid in uids], BINARY16)
         found = np.full(len(uids), -1, np.int64)
         for batch, end in zip(self.batches, self._ends, strict=True):
             places: Any = pc.index_in(batch.column("uid"), value_set=wanted)
-            which = numbers_of(places.fill_null(-1))
+            which = numbers_of(places.fill_null(scalar_of(-1, pa.int32())))
             here = np.flatnonzero(which >= 0)
             found[which[here]] = end - batch.num_rows + here
         return found
@@ -179,9 +178,7 @@ class Segments:
     def _concat(self, parts: list[npt.NDArray[Any]], dtype: np.dtype[Any]) -> npt.NDArray[Any]:
         if len(parts) == 1:
             return parts[0]
-        whole = np.concatenate(parts) if parts else np.empty(0, dtype)
-        self._forget()  # What was copied need not stay mapped as well.
-        return whole
+        return np.concatenate(parts) if parts else np.empty(0, dtype)
 
 
 def _infos(rows: pa.RecordBatch) -> list[ShardInfo]:
@@ -224,35 +221,20 @@ def load_segments(storage: Storage, commit: Commit, *, loaded: Loaded | None = N
         MissingError: a segment is gone.
         CorruptError: a segment is damaged, or does not hold what the commit says.
     """
-    forgets: list[Forget] = []
-
-    def load(ref: SegmentRef) -> pa.RecordBatch:
-        return _load(storage, ref, loaded, forgets)
-
-    def forget() -> None:
-        for pages in forgets:
-            pages()
-
+    load = partial(load_segment, storage, loaded=loaded)
     small = sum(ref.file_bytes for ref in commit.segments) < _AT_ONCE_BYTES
     if len(commit.segments) < 2 or (small and storage.local_path(INFO_KEY) is not None):
-        return Segments([load(ref) for ref in commit.segments], forget=forget)
-    return Segments(list(in_parallel(load, commit.segments)), forget=forget)
+        return Segments([load(ref) for ref in commit.segments])
+    return Segments(list(in_parallel(load, commit.segments)))
 
 
 def load_segment(storage: Storage, ref: SegmentRef, *, loaded: Loaded | None = None) -> pa.RecordBatch:
     """Return the rows of one segment, those `loaded` before if they are there."""
-    return _load(storage, ref, loaded, [])
-
-
-def _load(storage: Storage, ref: SegmentRef, loaded: Loaded | None, forgets: list[Forget]) -> pa.RecordBatch:
     found = loaded.get(ref.digest) if loaded is not None else None
     if found is not None:
         return found
     key = segment_key(ref.digest)
-    raw, forget = map_checked(storage, key, size_bytes=ref.file_bytes, digest=ref.digest)
-    batch = decode_segment(raw, where=key)
-    forget()
-    forgets.append(forget)
+    batch = decode_segment(read_checked(storage, key, size_bytes=ref.file_bytes, digest=ref.digest), where=key)
     if batch.num_rows != ref.shards:
         raise CorruptError(
             "a segment has another number of shards than its commit says",

@@ -54,8 +54,8 @@ def record_writer(
     """Return a writer of records to the dataset at `url`, which is made if it is not there.
 
     `schema` is an Arrow schema, or maps column names to types as `parse_field` reads them; without one, the dataset's
-    own holds; if it is new, that of the first rows written. `format` is that of the new shards: Arrow is mapped,
-    Parquet is smaller. A dataset may hold both.
+    own holds; if it is new, that of the first rows written. `format` is that of the new shards: Arrow is read
+    faster, Parquet is smaller. A dataset may hold both.
 
     Raises:
         ConfigError: the place holds something else, tokens, or records of another schema; or a column cannot be stored.

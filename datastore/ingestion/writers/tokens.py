@@ -31,6 +31,7 @@ from datastore.dataset.shards.info import ShardInfo
 from datastore.dataset.shards.segments import Segments, load_segments
 from datastore.digest import digest_bytes
 from datastore.errors import ConfigError, ConflictError
+from datastore.formats.arrow import table_of
 from datastore.formats.documents import DOCUMENTS_SCHEMA
 from datastore.formats.tokens import ColumnType, column_type, encode_tokens, narrow_tokens, offsets_of, token_dtype
 from datastore.ingestion.destination import Destination, open_target
@@ -174,10 +175,7 @@ class TokenWriter(ShardWriter):
         ids, sources, lengths, digests = zip(*self._documents, strict=True)
         offsets = offsets_of(lengths)
         zeros = np.zeros(len(lengths), np.int64)
-        documents = pa.table(
-            [ids, sources, zeros, zeros, np.array(lengths, np.int64), pa.array(digests, pa.binary(16))],
-            schema=DOCUMENTS_SCHEMA,
-        )
+        documents = table_of([ids, sources, zeros, zeros, lengths, digests], DOCUMENTS_SCHEMA)
         values = np.concatenate(self._values)
         columns = {name: np.concatenate(parts) for name, parts in self._beside.items()}
         uid = shard_uid(self._unique_id, len(self._shards))

@@ -1,7 +1,7 @@
 """Blocks of shards, checked before they are handed out.
 
 blocks     their numbering, and the contract
-mapped     files of this machine
+files      files of this machine
 memory     what is fetched from elsewhere, within a budget
 prefetch   what is fetched ahead, and what is given up
 """

@@ -19,16 +19,18 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from datastore.dataset.shards.info import ShardInfo
 from datastore.dataset.shards.segments import Segments
-from datastore.errors import CorruptError
+from datastore.errors import CorruptError, StorageError
 from datastore.storage.base import Storage
+from datastore.storage.errors import TOO_SHORT, is_damage
 
-__all__ = ["I64", "BlockLayout", "BlockRange", "BlockStats", "TokenBlocks", "Track", "damaged"]
+__all__ = ["I64", "BlockLayout", "BlockRange", "BlockStats", "TokenBlocks", "Track", "damaged", "unreadable"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,7 +49,7 @@ class BlockStats:
 
     evictions: int = 0
     resident_bytes: int = 0
-    """Memory in use now, with what is being fetched; 0 for mapped files, whose memory is the kernel's."""
+    """Memory in use now, with what is being fetched; 0 for local files, whose memory is the kernel's."""
 
     peak_bytes: int = 0
 
@@ -88,6 +90,8 @@ class BlockLayout:
         np.cumsum(per_shard, out=self._first[1:])
         self._widest = int(segments.itemsize.max(initial=0))
         self._mixed = int(segments.itemsize.min(initial=self._widest)) < self._widest
+        self.dtype: np.dtype[Any] = np.dtype("uint16" if self._widest == 2 else "uint32")
+        """Of the tokens of a batch: that of the shards whose tokens have the most bytes."""
 
     @property
     def blocks(self) -> int:
@@ -121,6 +125,11 @@ class BlockLayout:
     def of_shard(self, shard: int) -> range:
         """Return the blocks of one shard."""
         return range(int(self._first[shard]), int(self._first[shard + 1]))
+
+    def of_bytes(self, shard: int, start: int, stop: int) -> range:
+        """Return the blocks of the bytes `[start, stop)` of a shard's file, at least one."""
+        first, block_bytes = int(self._first[shard]), int(self._segments.block_bytes[shard])
+        return range(first + start // block_bytes, first + (stop - 1) // block_bytes + 1)
 
     def range_of(self, block: int) -> BlockRange:
         """Return where `block` lies."""
@@ -177,12 +186,14 @@ class TokenBlocks(ABC):
         """
 
     @abstractmethod
-    def tokens(self, shard: int) -> memoryview:
-        """Return the flat tokens of a shard, read-only, one item per token; only those in held blocks are there."""
+    def read(self, shards: Sequence[int], starts: Sequence[int], size_bytes: int) -> bytearray | npt.NDArray[np.uint8]:
+        """Return for each of `shards` so many bytes of its file, from `starts` on, end to end in memory of their own.
 
-    @abstractmethod
-    def data(self, shard: int) -> memoryview:
-        """Return the bytes of a shard's file, read-only; only those of held blocks are there."""
+        All of them lie in blocks that are held.
+
+        Raises:
+            DatastoreError: as `hold`; a block may have been lost since.
+        """
 
     def expect(self, batches: Sequence[I64]) -> None:  # noqa: ARG002 - the protocol
         """Take note of the blocks of batches to come, in order, after those told before; a cache may ignore it."""
@@ -202,7 +213,16 @@ class TokenBlocks(ABC):
 
     @abstractmethod
     def close(self) -> None:
-        """Give back all memory. Views handed out stay valid for as long as they are referred to."""
+        """Give back all memory and files."""
+
+
+def unreadable(error: StorageError, *, shard: ShardInfo, block: BlockRange) -> CorruptError | StorageError:
+    """Return what a block that could not be read because of `error` is: damaged, unless it may be sound all the same."""
+    if not is_damage(error):
+        return error
+    if error.fact == TOO_SHORT:
+        return damaged("the shard's file is cut short", shard=shard, block=block)
+    return damaged("a block cannot be read", shard=shard, block=block, reason=error.fact)
 
 
 def damaged(fact: str, *, shard: ShardInfo, block: BlockRange, **values: object) -> CorruptError:

@@ -26,7 +26,7 @@ from datastore.dataset.shards.info import ShardInfo
 from datastore.dataset.shards.segments import Segments
 from datastore.digest import DIGEST_BYTES, digest_bytes
 from datastore.errors import ConfigError, MissingError, StorageError
-from datastore.loader.cache.blocks import I64, BlockRange, BlockStats, TokenBlocks, damaged
+from datastore.loader.cache.blocks import I64, BlockRange, BlockStats, TokenBlocks, damaged, unreadable
 from datastore.loader.cache.prefetch import NEVER, Future
 from datastore.storage.base import Storage
 from datastore.storage.verified import has_digest
@@ -47,9 +47,6 @@ class Region:
         # Private: pages of a shared map would not go away by MADV_DONTNEED.
         self._map = mmap.mmap(-1, info.size_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
         self.data = memoryview(self._map).toreadonly()
-        itemsize = np.dtype(info.dtype).itemsize
-        values = self.data[info.values_start : info.values_start + info.tokens * itemsize]
-        self.tokens = values.cast("H" if itemsize == 2 else "I")
 
     def fill(self, block: BlockRange) -> int:
         """Fetch a block and check it; return how many times it had to be fetched again.
@@ -83,13 +80,8 @@ class Region:
     def _read(self, block: BlockRange, target: memoryview) -> None:
         try:
             self._storage.read_into(self._info.path, block.start, target)
-        except StorageError:
-            found = self._storage.stat(self._info.path).size_bytes
-            if found < block.stop:
-                raise damaged(
-                    "the shard's file is cut short", shard=self._info, block=block, size_bytes=found
-                ) from None
-            raise
+        except StorageError as error:
+            raise unreadable(error, shard=self._info, block=block) from None
 
     def _read_copy(self, block: BlockRange, target: memoryview, wanted: bytes) -> bool:
         """Fill `target` from the first copy that is right, and have the others healed; return whether there is one."""
@@ -166,12 +158,10 @@ class BlockCache(TokenBlocks):
         return self._bring(block, urgent=False)
 
     @override
-    def tokens(self, shard: int) -> memoryview:
-        return self._regions[shard].tokens
-
-    @override
-    def data(self, shard: int) -> memoryview:
-        return self._regions[shard].data
+    def read(self, shards: Sequence[int], starts: Sequence[int], size_bytes: int) -> bytearray:
+        regions = self._regions
+        rows = [regions[shard].data[start : start + size_bytes] for shard, start in zip(shards, starts, strict=True)]
+        return bytearray().join(rows)
 
     @override
     def expect(self, batches: Sequence[I64]) -> None:

@@ -83,9 +83,14 @@ class Prefetcher:
             thread = threading.Thread(
                 target=_work, args=(self._queue, self._blocks), name="datastore-prefetch", daemon=True
             )
-            self._threads.append(thread)
-            thread.start()
-        self._queue.put(blocks)
+            try:
+                thread.start()
+            except RuntimeError:  # The system has no more: fewer fetch ahead, or none.
+                self._wanted = len(self._threads)
+            else:
+                self._threads.append(thread)
+        if self._threads:
+            self._queue.put(blocks)
 
     def forget(self) -> None:
         """Drop what was requested and not yet begun."""
@@ -100,7 +105,7 @@ def _work(queue: _Queue, blocks: TokenBlocks) -> None:
     while (block := queue.take()) is not None:
         try:
             blocks.fetch(block)
-        except DatastoreError as error:
+        except (DatastoreError, MemoryError, OSError, RuntimeError) as error:
             _LOGGER.debug("could not fetch block %d ahead: %s", block, error)
 
 

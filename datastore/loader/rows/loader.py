@@ -98,6 +98,13 @@ class RowLoader(Iterator[RowBatch]):
         self._warn_if_memory_is_short()
 
     @override
+    def __reduce__(self) -> tuple[object, ...]:
+        """Pickle what it was made of and where it stands, as `Loader` does."""
+        _check_sendable(self._assembler)
+        made_of = self.dataset, self.global_batch, self.rank, self._assembler.rows, self.options
+        return _loader_at, (*made_of, self.state_dict())
+
+    @override
     def __next__(self) -> RowBatch:
         """Return the next batch.
 
@@ -261,6 +268,14 @@ class RowLoader(Iterator[RowBatch]):
         if self._pool is not None and self._pid == os.getpid():
             self._pool.shutdown(wait=False, cancel_futures=True)
         self._pool = None
+
+
+def _loader_at(
+    dataset: Dataset, global_batch: int, rank: Rank, rows: Rows, options: LoaderSettings, state: dict[str, Any]
+) -> RowLoader:
+    loader = RowLoader(dataset, global_batch=global_batch, seed=state["seed"], rank=rank, rows=rows, options=options)
+    loader.load_state_dict(state)
+    return loader
 
 
 def _checked_workers(rows: Rows) -> int:

@@ -1,8 +1,8 @@
 """The batches of record shards that rows are taken from: read when a row of theirs is needed, kept under a budget.
 
 A batch of a shard (2 MiB as a rule) is the least that can be read and checked. Rows of one window lie in few of them, and
-neighbouring steps come back to them. What was used least recently goes first. A batch of a local Arrow file is mapped, and
-its size counts all the same. Thread-safe: one that several threads need is read once.
+neighbouring steps come back to them. What was used least recently goes first. Thread-safe: one that several threads need is
+read once.
 """
 
 import threading
@@ -38,7 +38,8 @@ class RowStore:
         self._budget_bytes = budget_bytes
         self._lock = threading.Lock()
         self._kept: OrderedDict[int, tuple[pa.RecordBatch, int]] = OrderedDict()
-        self._coming: dict[int, Future[tuple[pa.RecordBatch, int]]] = {}
+        self._coming: dict[int, tuple[int, Future[tuple[pa.RecordBatch, int]]]] = {}
+        """What is being read, by which thread."""
         self._starts: OrderedDict[int, I64] = OrderedDict()
         self._live: OrderedDict[int, np.ndarray | None] = OrderedDict()
         self.hits = self.fills = self.evictions = self.resident_bytes = 0
@@ -91,10 +92,10 @@ class RowStore:
                 self._kept.move_to_end(place)
                 self.hits += 1
                 return found
-            coming = self._coming.get(place)
-            mine = coming is None
-            if coming is None:
-                coming = self._coming[place] = Future()
+            reader, coming = self._coming.get(place, (threading.get_ident(), Future()))
+            # Nobody waits for himself: what this thread began to read before was ended by an exception.
+            mine = reader == threading.get_ident()
+            self._coming[place] = reader, coming
         if not mine:
             return coming.result()
         try:
@@ -102,7 +103,7 @@ class RowStore:
             batch = rows, rows.nbytes
         except BaseException as error:
             with self._lock:
-                del self._coming[place]
+                self._coming.pop(place, None)
             coming.set_exception(error)
             raise
         with self._lock:

@@ -47,7 +47,8 @@ class FsspecStorage(RequestStorage):
         self, url: str, options: Mapping[str, Any] | None = None, *, policy: RetryPolicy | None = None
     ) -> None:
         self._backend = backend_of(url.partition("://")[0].lower())
-        self._options = dict(self._backend.options) | dict(options or {})
+        scheme = url.partition("://")[0].lower()
+        self._options = _with_ours(dict(self._backend.options), configured(scheme), options or {})
         super().__init__(url, policy=policy, secrets=secrets_of(url, self._options))
         self._connection = Connection(url, self._options)
 
@@ -306,6 +307,18 @@ def _hang_up(fs: Any) -> None:
     if close is not None:
         with suppress(Exception):
             close()
+
+
+def _with_ours(ours: Mapping[str, Any], theirs: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the options `given` and those that are ours; `theirs` are from fsspec's configuration, which it adds itself.
+
+    Of an option that is itself a mapping each entry counts: who sets one does not lose the others.
+    """
+    merged: dict[str, Any] = {**ours, **given}
+    for name, value in ours.items():
+        if isinstance(value, Mapping):
+            merged[name] = {**value, **(theirs.get(name) or {}), **(given.get(name) or {})}
+    return merged
 
 
 def configured(scheme: str) -> dict[str, Any]:

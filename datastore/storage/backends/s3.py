@@ -26,7 +26,7 @@ from typing import Any
 from typing_extensions import Buffer, override
 
 from datastore.errors import ConfigError, DatastoreError, MissingError
-from datastore.storage.backends.schemes import BACKENDS
+from datastore.storage.backends.schemes import BACKENDS, S3_CONFIG
 from datastore.storage.backends.unfinished import find_uploads
 from datastore.storage.base import Stat, check_key
 from datastore.storage.errors import cut_short, error_code, http_status, too_short
@@ -225,8 +225,7 @@ _CONFIG: dict[str, object] = {
     "connect_timeout": 5,
     "read_timeout": 60,
     "max_pool_connections": 64,
-    "retries": {"total_max_attempts": 1, "mode": "standard"},
-    "response_checksum_validation": "when_required",
+    **S3_CONFIG,
 }
 
 _clients: dict[tuple[int, str], "S3Client"] = {}

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
 
-__all__ = ["BACKENDS", "CAUTIOUS", "Backend", "backend_of"]
+__all__ = ["BACKENDS", "CAUTIOUS", "S3_CONFIG", "Backend", "backend_of"]
 
 Listing = Literal["ordered", "any", "none"]
 
@@ -67,6 +67,14 @@ _MIB = 2**20
 
 CAUTIOUS = Backend()
 
+S3_CONFIG: dict[str, object] = {
+    "retries": {"total_max_attempts": 1, "mode": "standard"},
+    "response_checksum_validation": "when_required",
+}
+"""What botocore is told, by whichever of our clients asks it: retries are ours alone, and an answer is checked against our own
+digests. S3's checksums are not: they cost a copy of every byte, and a gateway that sends that of the whole object with a
+part of it has every partial read fail (rclone 1.75 does)."""
+
 # s3fs sends If-None-Match for what it writes in one request since 2025.7 (its #974), and reads large objects in several
 # requests since 2026.3 (its #1007). Both s3fs and botocore repeat requests; one layer, ours, is enough.
 _S3 = Backend(
@@ -80,7 +88,7 @@ _S3 = Backend(
     repeats=True,
     threads=True,
     requires="llm-datastore[s3]",
-    options=(*_UNCACHED, ("config_kwargs", {"retries": {"total_max_attempts": 1, "mode": "standard"}})),
+    options=(*_UNCACHED, ("config_kwargs", S3_CONFIG)),
 )
 _GCS = Backend(
     creates="ifGenerationMatch=0",

@@ -31,6 +31,7 @@ from datastore.dataset.shards.segments import Segments
 from datastore.dataset.snapshot import Dataset, open_dataset, split_reference
 from datastore.document import Document
 from datastore.errors import ConfigError, MissingError, ResumeError
+from datastore.formats.arrow import array_of, numbers_of
 from datastore.loader.loader import Loader
 from datastore.loader.settings import DeletionMode, LoaderSettings, Rank
 from datastore.loader.state import shards_fingerprint
@@ -60,6 +61,11 @@ class Stretch(Dataset):
         self._whole = dataset
         self._start, self._stop = start, stop
 
+    @override
+    def __reduce__(self) -> tuple[object, ...]:
+        """Pickle the dataset and the stretch of it; what a dataset says of itself would be all of it."""
+        return _stretch, (self._whole, self._start, self._stop)
+
     @cached_property
     @override
     def segments(self) -> Segments:
@@ -70,6 +76,10 @@ class Stretch(Dataset):
     def deleted_spans(self) -> npt.NDArray[np.int64]:
         inside = np.clip(self._whole.deleted_spans, self._start, self._stop) - self._start
         return inside[inside[:, 1] > inside[:, 0]]
+
+
+def _stretch(dataset: Dataset, start: int, stop: int) -> Stretch:
+    return Stretch(dataset, start=start, stop=stop)
 
 
 @dataclass(frozen=True, slots=True)
@@ -160,13 +170,13 @@ def _cut(segments: Segments, start: int, stop: int) -> Segments:
     """Return the shards that hold tokens [start, stop), first and last counted as shorter than they are."""
     batches, begin = [], 0
     for batch in segments.batches:
-        tokens = batch.column("tokens").to_numpy()
+        tokens = numbers_of(batch.column("tokens"))
         starts = begin + np.cumsum(tokens) - tokens
         begin += int(tokens.sum())
         low, high = np.clip(start - starts, 0, tokens), np.clip(stop - starts, 0, tokens)
         inside = high > low
         if inside.any():
-            batches.append(_shortened(batch, low, high - low).filter(pa.array(inside)))
+            batches.append(_shortened(batch, low, high - low).filter(array_of(inside)))
     return Segments(batches)
 
 
@@ -174,14 +184,11 @@ def _shortened(batch: pa.RecordBatch, skipped: npt.NDArray[np.int64], kept: npt.
     """Return shards that begin `skipped` tokens later and have `kept` tokens."""
     itemsize = Segments([batch]).itemsize
     moved = {
-        "tokens": kept,
-        "values_start": batch.column("values_start").to_numpy() + skipped * itemsize,
+        "tokens": array_of(kept),
+        "values_start": array_of(numbers_of(batch.column("values_start")) + skipped * itemsize),
         "layout": _moved_layouts(batch, skipped),
     }
-    columns = [
-        pa.array(moved[field.name], field.type) if field.name in moved else batch.column(field.name)
-        for field in SEGMENT_SCHEMA
-    ]
+    columns = [moved.get(field.name, batch.column(field.name)) for field in SEGMENT_SCHEMA]
     return pa.record_batch(columns, schema=SEGMENT_SCHEMA)
 
 
@@ -200,7 +207,7 @@ def _moved_layouts(batch: pa.RecordBatch, skipped: npt.NDArray[np.int64]) -> "pa
                 for column in layout.columns
             )
             layouts[shard] = msgspec.json.encode(msgspec.structs.replace(layout, columns=moved))
-    found: pa.Array[Any] = pa.array(layouts, SEGMENT_SCHEMA.field("layout").type)
+    found: pa.Array[Any] = array_of(layouts, SEGMENT_SCHEMA.field("layout").type)
     return found
 
 

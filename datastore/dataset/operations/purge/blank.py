@@ -25,6 +25,7 @@ from datastore.dataset.shards.files import read_documents, read_record_shard, re
 from datastore.dataset.shards.info import ShardInfo
 from datastore.digest import block_digests, digest_bytes, digest_hex
 from datastore.errors import ConfigError
+from datastore.formats.arrow import array_of, numbers_of, scalar_of
 from datastore.formats.documents import encode_documents
 from datastore.storage.base import Storage
 from datastore.storage.verified import read_checked
@@ -101,7 +102,7 @@ def _blank_tokens(storage: Storage, shard: ShardInfo, rows: Rows, name: str, end
         values.reshape(-1, column.width)[spans] = 0
     before = read_documents(storage, shard)
     gone = before.take(_index(rows))
-    fresh = gone.filter(pc.not_equal(gone.column("digest"), pa.scalar(_NO_DIGEST, pa.binary(16))))
+    fresh = gone.filter(pc.not_equal(gone.column("digest"), scalar_of(_NO_DIGEST, pa.binary(16))))
     documents = _blank_documents(before, rows)
     docs = encode_documents(documents)
     path, docs_path = shard_key(name), documents_key(name)
@@ -122,7 +123,7 @@ def _blank_tokens(storage: Storage, shard: ShardInfo, rows: Rows, name: str, end
         ),
         ids=tuple(str(name) for name in fresh.column("id").to_pylist()),
         documents=fresh.num_rows,
-        tokens=int(np.asarray(fresh.column("tokens")).sum()),
+        tokens=int(numbers_of(fresh.column("tokens")).sum()),
     )
 
 
@@ -131,7 +132,7 @@ def _blank_documents(table: pa.Table, rows: Rows) -> pa.Table:
     blank[rows] = True
     nothing: dict[str, Any] = {"id": "", "source": "", "offset": 0, "length": 0, "digest": _NO_DIGEST}
     columns = [
-        pc.if_else(pa.array(blank), pa.scalar(nothing[name], table.schema.field(name).type), table.column(name))
+        pc.if_else(array_of(blank), scalar_of(nothing[name], table.schema.field(name).type), table.column(name))
         if name in nothing
         else table.column(name)
         for name in table.column_names
@@ -184,12 +185,12 @@ def _blank_already(table: pa.Table, rows: Rows) -> npt.NDArray[np.bool_]:
 def _plain_and_blank(column: Any, field: "pa.Field[Any]") -> tuple[Any, Any]:
     """Return `column` without dictionaries and views, and an array of one blank value of its type then."""
     kind = _plain(field.type)
-    blank = pa.array([None if field.nullable else _empty(kind)], kind)
+    blank = pa.nulls(1, kind) if field.nullable else pa.array([_empty(kind)], kind)
     return (column if field.type == kind else column.cast(kind)), blank
 
 
 def _index(rows: npt.NDArray[np.integer]) -> Any:
-    return pa.array(rows)
+    return array_of(rows)
 
 
 def _plain(kind: Any) -> Any:

@@ -39,6 +39,7 @@ from datastore.dataset.shards.segments import load_segment
 from datastore.dataset.snapshot import Dataset
 from datastore.document import Count, Hex32, Sealed, Sha256, Version, seal, unseal
 from datastore.errors import CorruptError, MissingError, StorageError
+from datastore.formats.arrow import array_of, numbers_of
 from datastore.host import utc_now
 from datastore.storage.base import Storage
 from datastore.threads import in_parallel
@@ -303,7 +304,7 @@ def find_leftovers(storage: Storage, history: Sequence[Commit], new: Commit) -> 
             holders.add(digest)
         start += len(own)
     oldest = 1 + max((c.version for c in history if any(ref.digest in holders for ref in c.segments)), default=0)
-    data = paths.filter(pa.array(gone)).unique().to_pylist()
+    data = paths.filter(array_of(gone)).unique().to_pylist()
     index = {key for commit in history[: oldest - 1] for key in _index_keys(commit)}
     index -= {key for commit in [*history[oldest - 1 :], new] for key in _index_keys(commit)}
     return Leftovers(oldest=oldest, data=tuple(sorted(str(path) for path in data)), index=tuple(sorted(index)))
@@ -325,4 +326,4 @@ def _others(paths: Any, kept: Any) -> Any:
     """Return which of `paths` are not among `kept`."""
     if not len(paths):
         return np.zeros(0, np.bool_)
-    return ~pc.is_in(paths, value_set=kept.combine_chunks()).to_numpy(zero_copy_only=False)
+    return ~numbers_of(pc.is_in(paths, value_set=kept.combine_chunks()))
