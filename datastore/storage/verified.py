@@ -9,6 +9,7 @@ the mapping would save nothing, and a bad sector would end the process with SIGB
 import mmap
 from collections.abc import Callable, Iterator
 from functools import partial
+from pathlib import Path
 from typing import TypeVar
 
 import pyarrow as pa
@@ -17,6 +18,7 @@ from typing_extensions import Buffer
 from datastore.digest import check_digest, digest_bytes, digest_of, require_digest
 from datastore.errors import CorruptError, MissingError, StorageError
 from datastore.storage.base import Storage
+from datastore.storage.errors import explain
 
 __all__ = ["Forget", "check_range", "first_sound", "has_digest", "map_checked", "read_checked"]
 
@@ -34,7 +36,12 @@ def read_checked(storage: Storage, key: str, *, size_bytes: int, digest: bytes |
         MissingError: there is no such key.
         CorruptError: its size or its digest differs.
     """
-    return map_checked(storage, key, size_bytes=size_bytes, digest=digest)[0]
+    return first_sound(
+        storage,
+        key,
+        lambda place: _read(place, key, size_bytes=size_bytes, digest=digest, map_file=_mapped)[0],
+        is_good=has_digest(digest),
+    )
 
 
 def map_checked(storage: Storage, key: str, *, size_bytes: int, digest: bytes | str) -> tuple[pa.Buffer, Forget]:
@@ -42,11 +49,12 @@ def map_checked(storage: Storage, key: str, *, size_bytes: int, digest: bytes | 
 
     A page of a mapped file counts as memory of the process once it was touched, with the megabytes around it (Linux
     maps a whole folio of its cache). Forgetting frees nothing but this count; the bytes stay in the kernel's cache.
+    Each map holds a descriptor: it is for the few files that stay open, not for shards.
     """
     return first_sound(
         storage,
         key,
-        lambda place: _read(place, key, size_bytes=size_bytes, digest=digest),
+        lambda place: _read(place, key, size_bytes=size_bytes, digest=digest, map_file=_mapped_forgettably),
         is_good=has_digest(digest),
     )
 
@@ -79,7 +87,14 @@ def has_digest(digest: bytes | str) -> Callable[[Buffer], bool]:
     return lambda raw: digest_bytes(raw) == wanted
 
 
-def _read(storage: Storage, key: str, *, size_bytes: int, digest: bytes | str) -> tuple[pa.Buffer, Forget]:
+def _read(
+    storage: Storage,
+    key: str,
+    *,
+    size_bytes: int,
+    digest: bytes | str,
+    map_file: Callable[[Path], tuple[pa.Buffer, Forget]],
+) -> tuple[pa.Buffer, Forget]:
     path = storage.local_path(key)
     if path is None or not size_bytes:
         raw = pa.py_buffer(storage.get(key))
@@ -88,6 +103,19 @@ def _read(storage: Storage, key: str, *, size_bytes: int, digest: bytes | str) -
         return raw, _nothing
     _check_size(storage.stat(key).size_bytes, size_bytes, where=key)
     check_range(storage, key, (0, size_bytes), digest=digest, where=key)
+    try:
+        return map_file(path)
+    except OSError as error:
+        raise explain(error, key=key, url=storage.url) from None
+
+
+def _mapped(path: Path) -> tuple[pa.Buffer, Forget]:
+    # Arrow lets go of the descriptor; `mmap.mmap` keeps one as long as there is the map (Python 3.11).
+    with pa.memory_map(str(path)) as file:
+        return file.read_buffer(), _nothing
+
+
+def _mapped_forgettably(path: Path) -> tuple[pa.Buffer, Forget]:
     with path.open("rb") as file:
         mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
     forget = partial(mapped.madvise, mmap.MADV_DONTNEED) if hasattr(mmap, "MADV_DONTNEED") else _nothing
