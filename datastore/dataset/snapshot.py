@@ -22,8 +22,8 @@ from datastore.dataset.shards.deletions import Deletions, load_deletions, merge_
 from datastore.dataset.shards.files import read_documents, read_record_shard, read_token_shard, read_tokenizer
 from datastore.dataset.shards.segments import Segments, load_segments
 from datastore.errors import ConfigError, CorruptError, MissingError
-from datastore.formats.arrow import array_of
 from datastore.formats.evolution import adapt
+from datastore.formats.joining import keep_rows
 from datastore.formats.plain import python_rows
 from datastore.formats.schema import decode_schema
 from datastore.formats.tokens import Offsets, Tokens
@@ -217,7 +217,7 @@ class Dataset(Views):
             if masks[0] != shard:
                 masks = shard, None if deleted else self.live_rows(shard)
             live = masks[1]
-            yield batch if live is None else batch.filter(array_of(live[row : row + batch.num_rows]))
+            yield batch if live is None else keep_rows(batch, live[row : row + batch.num_rows])
 
     def iter_records(self, *, columns: Sequence[str] | None = None) -> Iterator[dict[str, Any]]:
         """Yield the rows of a record dataset that are not deleted, in order; otherwise as `iter_batches`.
@@ -240,7 +240,7 @@ class Dataset(Views):
 
 
 def _only(table: pa.Table, rows: npt.NDArray[np.bool_] | None) -> pa.Table:
-    return table if rows is None else table.filter(array_of(rows))
+    return table if rows is None else keep_rows(table, rows)
 
 
 def open_dataset(

@@ -9,6 +9,8 @@ schema        the schema of records
 huggingface   what `datasets` says of columns
 fitting       rows made to fit a schema, or refused
 plain         rows of Python values as Arrow
+joining       rows put together and taken apart, whatever their types
+common        the schema that several files have in common
 evolution     rows of an older schema as rows of a newer one
 safetensors   the header of a safetensors file
 """

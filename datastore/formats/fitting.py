@@ -99,6 +99,10 @@ def _fit(array: Any, kind: Any, path: str) -> Any:
         return array
     if kinds.is_null(array.type):
         return pa.nulls(len(array), kind)
+    if kinds.is_dictionary(array.type) and kinds.is_dictionary(kind) and array.type.value_type.equals(kind.value_type):
+        renumbered = _renumbered(array, kind)
+        if renumbered is not None:
+            return renumbered
     decode = _decoder_of(array.type)
     if decode is not None and not array.type.equals(kind):
         return _fit(decode(array), kind, path)
@@ -149,6 +153,15 @@ def _fit_dictionary(array: Any, kind: Any, path: str) -> Any:
             hint="Store the column as its values, or use a wider index type.",
         ) from None
     return pa.DictionaryArray.from_arrays(indices, encoded.dictionary, ordered=kind.ordered)
+
+
+def _renumbered(array: Any, kind: Any) -> Any:
+    """Return the same dictionary, its order and its unused values too, under other indices; None if they do not reach."""
+    try:
+        indices = array.indices.cast(kind.index_type)
+    except pa.ArrowInvalid:
+        return None
+    return pa.DictionaryArray.from_arrays(indices, array.dictionary, ordered=kind.ordered)
 
 
 def _fit_struct(array: Any, kind: Any, path: str) -> Any:

@@ -6,7 +6,7 @@ needs. Arrow costs nothing to decode; Parquet takes less space, and CPU time to 
 """
 
 import io
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
@@ -16,6 +16,7 @@ from typing_extensions import Buffer
 
 from datastore.errors import ConfigError, CorruptError
 from datastore.formats.fitting import without_hidden_indices
+from datastore.formats.joining import fit_together, join_chunks
 from datastore.formats.schema import check_names, no_rows
 
 __all__ = [
@@ -26,6 +27,7 @@ __all__ = [
     "check_format",
     "decode_batch",
     "decode_records",
+    "encode_parts",
     "encode_records",
     "read_frame",
 ]
@@ -67,9 +69,21 @@ def encode_records(
     format: RecordFormat = "arrow",  # noqa: A002
     batch_bytes: int = BATCH_BYTES,
 ) -> EncodedRecords:
-    """Return the shard that holds the rows of `table`."""
-    whole = without_hidden_indices(table.combine_chunks())
-    return _encode_parquet(whole, batch_bytes) if format == "parquet" else _encode_arrow(whole, batch_bytes)
+    """Return the shard that holds the rows of `table`.
+
+    Raises:
+        ConfigError: a dictionary has more values than its indices can number; `joining.cut_to_fit` makes several tables of it.
+    """
+    whole = without_hidden_indices(join_chunks(table))
+    return _encode_parquet([whole], batch_bytes) if format == "parquet" else _encode_arrow(whole, batch_bytes)
+
+
+def encode_parts(parts: Iterable[pa.Table], *, batch_bytes: int = BATCH_BYTES) -> EncodedRecords:
+    """Return the Parquet shard that holds the rows of all `parts`, of which there is one at least.
+
+    In memory there are the shard and a row group beside one of the parts, however large the rows are without compression.
+    """
+    return _encode_parquet(map(without_hidden_indices, parts), batch_bytes)
 
 
 def check_format(schema: pa.Schema, *, format: RecordFormat) -> None:  # noqa: A002
@@ -173,7 +187,7 @@ def _encode_arrow(table: pa.Table, batch_bytes: int) -> EncodedRecords:
         while start < table.num_rows:
             part = table.slice(start, _rows_for(table, start, batch_bytes))
             # More than one where a column has more than fits one array.
-            for batch in part.to_batches():
+            for batch in join_chunks(part).to_batches():
                 writer.write_batch(batch)
                 rows.append(batch.num_rows)
             start += part.num_rows
@@ -198,7 +212,9 @@ def _record_batches(data: pa.Buffer) -> Iterator[tuple[int, int]]:
             yield start, reader.tell()
 
 
-def _encode_parquet(table: pa.Table, batch_bytes: int) -> EncodedRecords:
+def _encode_parquet(parts: Iterable[pa.Table], batch_bytes: int) -> EncodedRecords:
+    coming = iter(parts)
+    table = next(coming)
     sink = io.BytesIO()
     with pq.ParquetWriter(
         sink,
@@ -212,14 +228,31 @@ def _encode_parquet(table: pa.Table, batch_bytes: int) -> EncodedRecords:
         # The names that the schema has, not those that the standard recommends: rows come back as they were.
         use_compliant_nested_type=False,
     ) as writer:
-        start, ratio = 0, 1.0
-        while start < table.num_rows:
-            count = _rows_for(table, start, int(batch_bytes * ratio))
-            part = table.slice(start, count)
+        ratio = 1.0
+
+        def write(rows: pa.Table) -> None:
+            nonlocal ratio
             before = sink.tell()
-            writer.write_table(part, row_group_size=count)
-            ratio = min(max(part.nbytes / max(1, sink.tell() - before), 1.0), _MOST_COMPRESSED)
-            start += count
+            for group in join_chunks(rows).to_batches():
+                writer.write_batch(group, row_group_size=group.num_rows)
+            ratio = min(max(rows.nbytes / max(1, sink.tell() - before), 1.0), _MOST_COMPRESSED)
+
+        start = 0
+        while True:
+            count = _rows_for(table, start, int(batch_bytes * ratio)) if start < table.num_rows else 0
+            if start + count < table.num_rows:
+                write(table.slice(start, count))
+                start += count
+                continue
+            rest, more = table.slice(start), next(coming, None)
+            if more is None:
+                break
+            start, table = 0, pa.concat_tables([rest, more])
+            if not fit_together(table):
+                write(rest)
+                table = more
+        if rest.num_rows:
+            write(rest)
     data = sink.getbuffer()
     return EncodedRecords(data, tuple(_row_groups(pq.read_metadata(pa.BufferReader(pa.py_buffer(data))))))
 

@@ -8,7 +8,7 @@ process would have to know about another's types (extension types of their own) 
 
 import re
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import Any, cast
 
 import pyarrow as pa
 import pyarrow.types as pt
@@ -27,6 +27,7 @@ __all__ = [
     "parse_field",
     "parse_type",
     "record_schema",
+    "with_wide_indices",
     "without_views",
 ]
 
@@ -256,37 +257,79 @@ def check_storable(schema: pa.Schema) -> None:
     """Refuse columns that a reader could not be handed as they were.
 
     Raises:
-        ConfigError: two columns or fields of a struct have one name; or a type is another's extension, or a view.
+        ConfigError: two columns or fields of a struct have one name; or a type is another's extension, a view, a union or
+            has run ends.
     """
     _check_fields(list(schema), "")
 
 
 def without_views(schema: pa.Schema) -> pa.Schema:
-    """Return the schema of the same values in types that can be stored: plain text, bytes and lists, at any depth."""
-    return pa.schema([_without_views(field) for field in schema])
+    """Return the schema of the same values in types that can be stored, at any depth.
+
+    Those are plain text, bytes and lists instead of views, and plain values instead of run ends.
+    """
+    return pa.schema([_without_views(field) for field in schema], metadata=cast("Any", schema.metadata))
 
 
 def _without_views(field: Any) -> Any:
     kind = field.type
-    if pt.is_struct(kind):
-        return field.with_type(pa.struct([_without_views(kind.field(index)) for index in range(kind.num_fields)]))
-    if pt.is_map(kind):
-        key, item = _without_views(kind.key_field), _without_views(kind.item_field)
-        return field.with_type(_MAP(key, item, keys_sorted=kind.keys_sorted))
-    if pt.is_fixed_size_list(kind):
-        return field.with_type(pa.list_(_without_views(kind.value_field), kind.list_size))
-    for tests, plain in _PLAIN:
-        if any(test(kind) for test in tests):
+    if pt.is_run_end_encoded(kind):
+        return _without_views(field.with_type(kind.value_type))
+    for is_one, plain in _PLAIN:
+        if is_one(kind):
             return field.with_type(plain(_without_views(kind.value_field)) if kind.num_fields else plain())
+    return _inside(field, _without_views)
+
+
+def with_wide_indices(schema: pa.Schema) -> pa.Schema:
+    """Return `schema` with categories numbered by 32 bits at least, at any depth.
+
+    How many there were in one frame says nothing of the next one; whoever does want 8 bits says so in a schema.
+    """
+    return pa.schema([_wide(field) for field in schema], metadata=cast("Any", schema.metadata))
+
+
+def _wide(field: Any) -> Any:
+    kind = field.type
+    if pt.is_dictionary(kind) and kind.index_type.bit_width < _INT32.bit_width:
+        return field.with_type(pa.dictionary(_INT32, kind.value_type, ordered=kind.ordered))
+    return _inside(field, _wide)
+
+
+def _inside(field: Any, change: Any) -> Any:
+    """Return `field` with `change` made to the fields that its type has."""
+    kind = field.type
+    if pt.is_struct(kind):
+        return field.with_type(pa.struct([change(kind.field(index)) for index in range(kind.num_fields)]))
+    if pt.is_map(kind):
+        return field.with_type(_MAP(change(kind.key_field), change(kind.item_field), keys_sorted=kind.keys_sorted))
+    if pt.is_fixed_size_list(kind):
+        return field.with_type(pa.list_(change(kind.value_field), kind.list_size))
+    for is_one, make in ((pt.is_list, pa.list_), (pt.is_large_list, pa.large_list)):
+        if is_one(kind):
+            return field.with_type(make(change(kind.value_field)))
     return field
 
 
-_PLAIN: tuple[tuple[tuple[Any, ...], Any], ...] = (
-    ((pt.is_string_view,), pa.string),
-    ((pt.is_binary_view,), pa.binary),
-    ((pt.is_list, pt.is_list_view), pa.list_),
-    ((pt.is_large_list, pt.is_large_list_view), pa.large_list),
+_PLAIN: tuple[tuple[Any, Any], ...] = (
+    (pt.is_string_view, pa.string),
+    (pt.is_binary_view, pa.binary),
+    (pt.is_list_view, pa.list_),
+    (pt.is_large_list_view, pa.large_list),
 )
+
+
+_VIEW = "is a view: its rows share their bytes, so they cannot be stored batch by batch"
+_NOT_STORED: tuple[tuple[Any, str, str], ...] = (
+    (pt.is_union, "is a union, of which rows cannot be taken", "Make it a struct with a field for each kind."),
+    (
+        pt.is_run_end_encoded,
+        "has run ends, of which rows cannot be taken",
+        "Decode it: pyarrow.compute.run_end_decode(column).",
+    ),
+    (lambda kind: "_view" in str(kind).partition("<")[0], _VIEW, "Cast it to string, binary or list."),
+)
+"""Types that cannot be stored: what is wrong with them, and what to do."""
 
 
 def _check_fields(fields: "list[pa.Field[Any]]", where: str) -> None:
@@ -309,13 +352,9 @@ def _check_type(kind: Any, where: str) -> None:
                 hint=f"Store it as {kind.storage_type}, and say in the field's metadata what it is.",
             )
         return
-    if "_view" in str(kind).partition("<")[0]:
-        raise ConfigError(
-            "a column is a view: its rows share their bytes, so they cannot be stored batch by batch",
-            column=where,
-            type=str(kind),
-            hint="Cast it to string, binary or list.",
-        )
+    for is_one, fact, hint in _NOT_STORED:
+        if is_one(kind):
+            raise ConfigError(f"a column {fact}", column=where, type=str(kind)[:80], hint=hint)
     if pa.types.is_dictionary(kind):
         _check_type(kind.value_type, where)
         return

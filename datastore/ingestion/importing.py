@@ -7,9 +7,12 @@ columns: token ids are taken over as tokens; with a tokenizer, text is encoded; 
 from collections.abc import Callable
 
 import msgspec
+import pyarrow as pa
 
+from datastore.dataset.journal import SourceFile
 from datastore.errors import ConfigError
 from datastore.ingestion.ingest import ingest
+from datastore.ingestion.reading.rows import first_schema
 from datastore.ingestion.reading.sources import list_sources
 from datastore.ingestion.report import IngestProgress, IngestReport
 from datastore.ingestion.settings import IngestSettings
@@ -48,11 +51,14 @@ def import_dataset(
 
 
 def _chosen(source: str, settings: IngestSettings) -> IngestSettings:
-    """Return `settings` with what to take of a row, by the columns of the first file."""
+    """Return `settings` with what to take of a row, by the columns of the first file that has some."""
     listing, roots = list_sources([source], settings)
-    first = listing.files[0]
-    url, key = roots.locate(first.path)
-    schema = FORMATS[first.format].schema(open_storage(url), key)
+
+    def read(file: SourceFile) -> pa.Schema:
+        url, key = roots.locate(file.path)
+        return FORMATS[file.format].schema(open_storage(url), key)
+
+    _, schema = first_schema(listing.files, read)
     for name in (settings.tokens_key, *_TOKEN_COLUMNS):
         if is_token_column(schema, name):
             return msgspec.structs.replace(settings, take="tokens", tokens_key=name)

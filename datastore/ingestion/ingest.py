@@ -13,6 +13,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import chain
 
 import pyarrow as pa
 
@@ -22,14 +23,15 @@ from datastore.dataset.log.manifest import Commit, Kind
 from datastore.dataset.operations.expire import time_of
 from datastore.dataset.shards.files import put_tokenizer
 from datastore.errors import ConfigError, CorruptError, RejectedError
+from datastore.formats.common import common_schema
 from datastore.formats.fitting import check_rows
 from datastore.formats.huggingface import keep_features
-from datastore.formats.schema import check_storable, decode_schema, encode_schema, no_rows
+from datastore.formats.schema import check_storable, decode_schema, encode_schema, no_rows, with_wide_indices
 from datastore.host import cores
 from datastore.ingestion.destination import Destination, TokenizerChoice, open_target
 from datastore.ingestion.outcome import IngestOutcome, Overtaken, commit_ingest
 from datastore.ingestion.plan import changed_since, make_plan, work_items
-from datastore.ingestion.reading.rows import require_rows, rows_schema
+from datastore.ingestion.reading.rows import first_schema, is_table, require_rows, rows_schema
 from datastore.ingestion.reading.sources import Listing, Roots, list_sources
 from datastore.ingestion.report import IngestProgress, IngestReport, Tally, skipped_in
 from datastore.ingestion.settings import IngestSettings, reading_digest
@@ -39,6 +41,7 @@ from datastore.ingestion.workers import run_orders
 from datastore.storage.resolve import open_storage
 from datastore.storage.statistics import add_statistics
 from datastore.storage.urls import join_url
+from datastore.threads import in_parallel
 
 __all__ = ["PreparedIngest", "ingest", "prepare"]
 
@@ -275,16 +278,27 @@ def _recognized(
 def _record_schema(listing: Listing, roots: Roots, target: Destination, settings: IngestSettings) -> bytes:
     """Return the columns that all files must have: those of the dataset, or in a new one those of the first file.
 
+    Their types are such that the values of all tables fit, and categories are numbered by 32 bits: of each table that
+    part is read which says its columns.
+
     Raises:
         ConfigError: the first file does not have them; better now than after all the reading.
     """
-    first = listing.files[0]
-    if target.newest is not None and first.format == "jsonl":  # Each line is held against the columns as it is read.
+    if (
+        target.newest is not None and listing.files[0].format == "jsonl"
+    ):  # Each line is held against the columns as it is read.
         return target.newest.record_schema
-    url, key = roots.locate(first.path)
-    schema = rows_schema(open_storage(url), key, file=first, settings=settings)
+
+    def read(file: SourceFile) -> pa.Schema:
+        url, key = roots.locate(file.path)
+        return rows_schema(open_storage(url), key, file=file, settings=settings)
+
+    first, schema = first_schema(listing.files, read)
     if target.newest is not None:
         check_rows(pa.Table.from_batches([no_rows(schema)]), decode_schema(target.newest.record_schema))
         return target.newest.record_schema
+    if is_table(first):
+        others = in_parallel(read, [file for file in listing.files if file.format == first.format and file != first])
+        schema = with_wide_indices(common_schema(chain([schema], others)))
     check_storable(schema)
     return encode_schema(keep_features(schema))

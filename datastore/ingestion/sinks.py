@@ -25,6 +25,7 @@ from datastore.errors import ConfigError
 from datastore.formats.arrow import numbers_of, table_of
 from datastore.formats.documents import DOCUMENTS_SCHEMA
 from datastore.formats.fitting import check_rows
+from datastore.formats.joining import cut_to_fit
 from datastore.formats.tokens import Tokens, narrow_tokens, offsets_of, token_dtype
 from datastore.ingestion.encoding.encoder import Counts, TextEncoder
 from datastore.ingestion.reading.documents import Reject, TextRecord, reject
@@ -68,9 +69,9 @@ class Sink(ABC):
 
     def flush(self) -> None:
         """Store what is left."""
-        if self._collected():
+        while self._collected():
             self.shards.append(self._store(shard_uid(self._task_id, len(self.shards))))
-            self._collected_bytes = 0
+        self._collected_bytes = 0
 
     def _take(self, *, documents: int, tokens: int, size_bytes: int) -> None:
         """Count what was collected, and store it if that is enough."""
@@ -86,7 +87,7 @@ class Sink(ABC):
 
     @abstractmethod
     def _store(self, uid: str) -> ShardInfo:
-        """Store what was collected as the shard `uid`, and collect anew."""
+        """Store what was collected as the shard `uid`, and collect anew; what does not fit it may wait for the next."""
 
 
 class ShardSink(Sink):
@@ -193,7 +194,7 @@ class CopiedRows(CopySink):
 
     @override
     def _store(self, uid: str) -> ShardInfo:
-        table, self._parts = pa.concat_tables(self._parts), []
+        table, *self._parts = cut_to_fit(pa.concat_tables(self._parts))
         return write_record_shard(self.storage, uid=uid, table=table)
 
 

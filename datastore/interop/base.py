@@ -195,7 +195,7 @@ class Format:
     """The files that hold rows, in their order. Raises ConfigError where there are none."""
 
     schema: Callable[[Storage, str], pa.Schema]
-    """The columns of a file. It reads no more than it must."""
+    """The columns of a file; none of one that is empty and does not say. It reads no more than it must."""
 
     read: Callable[[Storage, str, Span], Iterator[Rows]]
     """The rows that begin in a byte range of a file, in order, some megabytes at a time.

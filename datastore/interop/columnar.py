@@ -295,6 +295,8 @@ def _csv_reader(storage: Storage, key: str, *, block_bytes: int, schema: pa.Sche
 
 
 def _csv_schema(storage: Storage, key: str) -> pa.Schema:
+    if not storage.stat(key).size_bytes:  # An empty part, without even a header.
+        return pa.schema([])
     for block_bytes in _CSV_BLOCKS:
         try:
             with _csv_reader(storage, key, block_bytes=block_bytes, schema=None) as reader:
@@ -311,6 +313,8 @@ def _read_csv(storage: Storage, key: str, _span: Span) -> Iterator[Rows]:
     A row longer than a block of pyarrow's makes it begin again with larger ones, past what was handed out already.
     """
     schema, done = _csv_schema(storage, key), 0
+    if not schema.names:
+        return
     for block_bytes in _CSV_BLOCKS:
         row = 0
         try:

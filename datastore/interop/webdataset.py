@@ -195,8 +195,8 @@ def _schema(storage: Storage, key: str) -> pa.Schema:
             suffixes.setdefault(suffix, data)
         if number + 1 == _SAMPLED:
             break
-    if not suffixes:
-        raise ConfigError("the tar file has no sample", file=key, hint="Name a folder of WebDataset tars.")
+    if not suffixes:  # An empty part, which says nothing of the others.
+        return pa.schema([])
     fields: list[Any] = [pa.field("__key__", pa.string(), nullable=False)]
     fields += [pa.field(suffix, _type(suffix, data)) for suffix, data in sorted(suffixes.items())]
     return pa.schema(_plain_names(fields))

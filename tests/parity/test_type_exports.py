@@ -57,10 +57,6 @@ COLUMNS: dict[str, Any] = {
     "list of maps": pa.array([[[("a", 1)]], None], pa.list_(pa.map_(pa.string(), pa.int64()))),
     "dictionary": pa.array(["a", None]).cast(pa.dictionary(pa.int8(), pa.string())),
     "list of dictionaries": pa.array([["a"], None], pa.list_(pa.dictionary(pa.int32(), pa.string()))),
-    "run-end encoded": pa.RunEndEncodedArray.from_arrays(pa.array([1, 2], pa.int32()), pa.array(["a", None])),
-    "union": pa.UnionArray.from_dense(
-        pa.array([0, 1], pa.int8()), pa.array([0, 0], pa.int32()), [pa.array([1]), pa.array(["b"])]
-    ),
     "uuid": extension(pa.uuid(), [UUID.bytes, None]),
     "uuid in a struct": pa.StructArray.from_arrays([extension(pa.uuid(), [UUID.bytes] * 2)], ["u"]),
     "json": extension(pa.json_(), ['{"a":1}', None]),
@@ -73,8 +69,6 @@ NOT_IN_DATASETS = {
     "interval",
     "map",
     "list of maps",
-    "run-end encoded",
-    "union",
     "uuid",
     "uuid in a struct",
     "bool8",
@@ -85,8 +79,6 @@ NOT_IN_PARQUET = {
     "interval",
     "list of no items",
     "struct of no fields",
-    "run-end encoded",
-    "union",
 }
 NOT_IN_JSON = {"nanoseconds", "interval"}
 

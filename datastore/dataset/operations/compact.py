@@ -5,7 +5,9 @@ is a *new generation* of the dataset. A run that is under way goes on with the v
 `vacuum` removes what only that needs; a new run gets another order of samples. Nothing is read or written if there is
 nothing to gain. The price is writing anew every small shard and every one of which something is deleted, once.
 
-Memory: one shard of the target size, some three times over while it is put together, and a few of its members.
+Memory: one shard of the target size, some three times over while it is put together, and a few of its members; of Parquet
+no member is ever decoded as a whole. Neighbours that one file cannot hold, because their categories together are more than
+the column's indices can number, stay apart.
 """
 
 import time
@@ -29,7 +31,15 @@ from datastore.dataset.operations.transaction import (
     require_unchanged,
 )
 from datastore.dataset.shards.deletions import drop_deletions
-from datastore.dataset.shards.files import read_documents, read_token_table, write_record_shard, write_token_shard
+from datastore.dataset.shards.files import (
+    read_documents,
+    read_token_table,
+    remove_unused,
+    shard_uid,
+    store_records,
+    write_record_shard,
+    write_token_shard,
+)
 from datastore.dataset.shards.info import ShardInfo
 from datastore.dataset.shards.inventory import files_of
 from datastore.dataset.shards.segment_changes import replace_shards
@@ -37,6 +47,8 @@ from datastore.dataset.snapshot import Dataset
 from datastore.digest import digest_hex
 from datastore.errors import ConfigError, ConflictError
 from datastore.formats.arrow import array_of, numbers_of
+from datastore.formats.joining import cut_to_fit, keep_rows
+from datastore.formats.records import encode_parts
 from datastore.formats.tokens import TokenTable, offsets_of
 from datastore.threads import in_parallel
 from datastore.units import Progress, telling
@@ -126,7 +138,9 @@ def _compacted(dataset: Dataset, target_bytes: int, progress: Progress | None, *
         for group in group_members(_members(dataset, target_bytes), target_bytes=target_bytes)
     ]
     told = telling(groups, progress, size=lambda group: sum(shard.size_bytes for _, shard in group.members))
-    made = [] if dry_run else [_merged(dataset, group) for group in told]
+    made: Sequence[Sequence[ShardInfo]] = [] if dry_run else [_merged(dataset, group) for group in told]
+    if not dry_run:  # Some do not go together after all.
+        groups, made = _gains(dataset, groups, made)
     commit = _commit(dataset, groups, made) if made else dataset.commit
     members = [shard for group in groups for _, shard in group.members]
     emptied = sum(_live_rows(dataset, group) == 0 for group in groups)
@@ -135,13 +149,26 @@ def _compacted(dataset: Dataset, target_bytes: int, progress: Progress | None, *
         version=commit.version,
         committed=commit is not dataset.commit,
         shards_before=len(dataset.segments),
-        shards_after=len(dataset.segments) - len(members) + len(groups) - emptied,
+        shards_after=len(dataset.segments) - len(members) + (len(groups) - emptied if dry_run else sum(map(len, made))),
         merged=len(members),
         dropped_documents=sum(dataset.deletions.rows(shard.uid).size for shard in members),
         dropped_tokens=sum(_deleted_tokens(dataset, shard) for shard in members),
         read_bytes=sum(shard.size_bytes + shard.docs_bytes for shard in members),
-        written_bytes=sum(shard.size_bytes + shard.docs_bytes for shard in made if shard is not None),
+        written_bytes=sum(shard.size_bytes + shard.docs_bytes for shards in made for shard in shards),
     )
+
+
+def _gains(
+    dataset: Dataset, groups: Sequence[_Group], made: Sequence[Sequence[ShardInfo]]
+) -> tuple[list[_Group], list[Sequence[ShardInfo]]]:
+    """Return the groups that became fewer shards, or lost what is deleted, each with those; the other files are removed."""
+    kept: list[tuple[_Group, Sequence[ShardInfo]]] = []
+    for group, shards in zip(groups, made, strict=True):
+        if len(shards) < len(group.members) or any(dataset.deletions.rows(each.uid).size for _, each in group.members):
+            kept.append((group, shards))
+        else:
+            remove_unused(dataset.storage, [shard.path for shard in shards])
+    return [group for group, _ in kept], [shards for _, shards in kept]
 
 
 def group_members(members: Iterable[Candidate], *, target_bytes: int) -> Iterator[list[Candidate]]:
@@ -191,20 +218,55 @@ def _live_rows(dataset: Dataset, group: _Group) -> int:
     return sum(shard.documents - dataset.deletions.rows(shard.uid).size for _, shard in group.members)
 
 
-def _merged(dataset: Dataset, group: _Group) -> ShardInfo | None:
-    """Store the shard that `group` becomes; the same members give the same one."""
+def _merged(dataset: Dataset, group: _Group) -> list[ShardInfo]:
+    """Store the shard that `group` becomes, mostly one; the same members give the same."""
     if not _live_rows(dataset, group):
-        return None
+        return []
     names = [
         f"{shard.uid} {shard.digest.hex()} {digest_hex(dataset.deletions.rows(shard.uid).astype('<i4').tobytes())}"
         for _, shard in group.members
     ]
     uid = digest_hex("\n".join(["compact", *names]).encode())
     if dataset.kind == "records":
-        tables = list(in_parallel(dataset.live_records, [index for index, _ in group.members]))
-        form = group.members[0][1].layout.format
-        return write_record_shard(dataset.storage, uid=uid, table=pa.concat_tables(tables), format=form)
-    return _merged_tokens(dataset, group, uid)
+        return _merged_records(dataset, group, uid)
+    return [_merged_tokens(dataset, group, uid)]
+
+
+def _merged_records(dataset: Dataset, group: _Group, uid: str) -> list[ShardInfo]:
+    indices = [index for index, _ in group.members]
+    if group.members[0][1].layout.format == "parquet":
+        # What is small in a file may be large in memory: batch by batch.
+        encoded = encode_parts(_live_batches(dataset, indices))
+        return [store_records(dataset.storage, encoded, uid=uid, schema=dataset.schema, format="parquet")]
+    whole = pa.concat_tables(in_parallel(dataset.live_records, indices))
+    return [
+        write_record_shard(dataset.storage, uid=uid if not part else shard_uid(uid, part), table=table)
+        for part, table in enumerate(cut_to_fit(whole))
+    ]
+
+
+def _live_batches(dataset: Dataset, indices: Sequence[int]) -> Iterator[pa.Table]:
+    """Yield the rows of some shards that are not deleted, some megabytes at a time; one is read ahead."""
+
+    def places() -> Iterator[tuple[int, int | None]]:
+        for index in indices:
+            batches = len(dataset.segments.shard(index).layout.batches)
+            yield from ((index, batch) for batch in range(batches) or [None])
+
+    def read(place: tuple[int, int | None]) -> tuple[int, pa.Table]:
+        index, batch = place
+        if batch is None:  # It was written before batches had ranges.
+            return index, dataset.record_shard(index)
+        return index, pa.Table.from_batches([dataset.read_batch(index, batch)])
+
+    shard, row = -1, 0
+    for index, table in in_parallel(read, places(), threads=1):
+        row = row if index == shard else 0
+        shard, live = index, dataset.live_rows(index)
+        kept = table if live is None else keep_rows(table, live[row : row + table.num_rows])
+        row += table.num_rows
+        if kept.num_rows:
+            yield kept
 
 
 def _merged_tokens(dataset: Dataset, group: _Group, uid: str) -> ShardInfo:
@@ -248,13 +310,13 @@ def _live(dataset: Dataset, shard: ShardInfo) -> tuple[TokenTable, pa.Table]:
     )
 
 
-def _commit(dataset: Dataset, groups: Sequence[_Group], made: Sequence[ShardInfo | None]) -> Commit:
+def _commit(dataset: Dataset, groups: Sequence[_Group], made: Sequence[Sequence[ShardInfo]]) -> Commit:
     """Commit that the shards `made` stand where the `groups` stood."""
     storage = dataset.storage
     new: dict[str, list[ShardInfo]] = {}
-    for group, shard in zip(groups, made, strict=True):
+    for group, shards in zip(groups, made, strict=True):
         new |= {member.uid: [] for _, member in group.members}
-        new[group.members[0][1].uid] = [] if shard is None else [shard]
+        new[group.members[0][1].uid] = list(shards)
 
     def build(newest: Commit | None) -> Commit:
         current = require_unchanged(dataset, newest, uids=new, operation="compact")
@@ -274,12 +336,11 @@ def _commit(dataset: Dataset, groups: Sequence[_Group], made: Sequence[ShardInfo
     try:
         return publish(storage, dataset.info, build)
     except ConflictError:
-        pairs = [(group, shard) for group, shard in zip(groups, made, strict=True) if shard is not None]
         remove_orphans(
             dataset,
             {
-                each.uid: [file.key for file in files_of([shard], linked=True)]
-                for group, shard in pairs
+                each.uid: [file.key for file in files_of(shards, linked=True)]
+                for group, shards in zip(groups, made, strict=True)
                 for _, each in group.members
             },
         )

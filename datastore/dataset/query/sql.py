@@ -4,13 +4,14 @@ Shards without deletions are scanned as files. Those with some, or of an older s
 table that DuckDB keeps on disk where memory is short: a scan of a file does not say which row is which. The query sees
 these tables and nothing else; no file, network or extension can be reached from it.
 
-Columns of types that DuckDB lacks (16-bit floats, wide decimals) are not in the view, and neither are columns whose names
+Columns of types that DuckDB lacks (16-bit floats, wide decimals, those with a negative scale) are not in the view, and neither are columns whose names
 differ only in case, which DuckDB cannot tell apart: a query for one is refused by name, and all others are answered.
 """
 
 import tempfile
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import duckdb
@@ -20,6 +21,7 @@ from datastore.dataset.query.readable import Readable
 from datastore.dataset.query.scan import scan_files
 from datastore.errors import ConfigError, DatastoreError
 from datastore.formats.documents import DOCUMENTS_SCHEMA
+from datastore.formats.schema import no_rows
 
 __all__ = ["run_query"]
 
@@ -72,16 +74,39 @@ def _register(
     untouched = (shard for shard in dataset.segments if shard.uid not in touched)
     files: Any = scan_files(dataset, "rows" if name == "records" else "documents", untouched)
     left_out = _unknown_to(connection, files.schema)
-    schema = pa.schema([field for field in files.schema if field.name not in left_out])
-    connection.register("_files", files.replace_schema(schema) if left_out else files)
+    schema = _without(files.schema, left_out)
     union = "SELECT * FROM _files"
     if touched:
-        connection.register("_reader", _live_rows(dataset, name, touched, schema, damage))
-        connection.execute("CREATE TEMP TABLE _live AS SELECT * FROM _reader")
-        connection.unregister("_reader")
+
+        def make(schema: pa.Schema) -> None:
+            connection.register("_reader", _live_rows(dataset, name, touched, schema, damage))
+            try:
+                connection.execute("CREATE OR REPLACE TEMP TABLE _live AS SELECT * FROM _reader")
+            finally:
+                connection.unregister("_reader")
+
+        try:
+            make(schema)
+        except duckdb.ConversionException:  # A value that DuckDB does not hold must not close the other columns.
+            left_out += [field.name for field in schema if not _goes(partial(make, pa.schema([field])))]
+            schema = _without(files.schema, left_out)
+            make(schema)
         union += " UNION ALL SELECT * FROM _live"
+    connection.register("_files", files.replace_schema(schema) if left_out else files)
     connection.execute(f"CREATE VIEW {name} AS {union}")
     return left_out
+
+
+def _without(schema: pa.Schema, names: list[str]) -> pa.Schema:
+    return pa.schema([field for field in schema if field.name not in names])
+
+
+def _goes(make: Callable[[], None]) -> bool:
+    try:
+        make()
+    except duckdb.ConversionException:
+        return False
+    return True
 
 
 def _unknown_to(connection: duckdb.DuckDBPyConnection, schema: pa.Schema) -> list[str]:
@@ -89,11 +114,20 @@ def _unknown_to(connection: duckdb.DuckDBPyConnection, schema: pa.Schema) -> lis
     names = Counter(name.casefold() for name in schema.names)
     left_out = [field.name for field in schema if names[field.name.casefold()] > 1]
     for field in schema:
+        # DuckDB 2.0.1 takes the sign of a scale for a large number, and is of no use after that.
+        if _has_negative_scale(field.type):
+            left_out.append(field.name)
+            continue
         try:
-            connection.from_arrow(pa.schema([field]).empty_table()).fetchall()
+            connection.from_arrow(pa.Table.from_batches([no_rows(pa.schema([field]))])).fetchall()
         except duckdb.NotImplementedException:
             left_out.append(field.name)
     return left_out
+
+
+def _has_negative_scale(kind: Any) -> bool:
+    inner = (kind.field(index).type for index in range(kind.num_fields))
+    return bool(pa.types.is_decimal(kind) and kind.scale < 0) or any(map(_has_negative_scale, inner))
 
 
 def _live_rows(

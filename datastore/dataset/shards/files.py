@@ -22,7 +22,7 @@ from datastore.errors import ConfigError, CorruptError, StorageError
 from datastore.formats.arrow import numbers_of
 from datastore.formats.documents import DOCUMENTS_SCHEMA, decode_documents, encode_documents
 from datastore.formats.evolution import schema_id
-from datastore.formats.records import RecordFormat, decode_records, encode_records
+from datastore.formats.records import EncodedRecords, RecordFormat, decode_records, encode_records
 from datastore.formats.tokens import Offsets, Tokens, TokenTable, decode_token_table, decode_tokens, encode_tokens
 from datastore.storage.base import Storage
 from datastore.storage.verified import first_sound, read_checked
@@ -36,6 +36,7 @@ __all__ = [
     "read_tokenizer",
     "remove_unused",
     "shard_uid",
+    "store_records",
     "write_record_shard",
     "write_token_shard",
 ]
@@ -124,22 +125,36 @@ def write_record_shard(
 
     Its schema, with all that is noted in it, must be that of the version that will have it. The file is called after
     the uid, or `name`.
+
+    Raises:
+        ConfigError: as `encode_records`.
     """
     encoded = encode_records(table, format=format)
+    return store_records(storage, encoded, uid=uid, schema=table.schema, format=format, name=name)
+
+
+def store_records(
+    storage: Storage,
+    encoded: EncodedRecords,
+    *,
+    uid: str,
+    schema: pa.Schema,
+    format: RecordFormat,  # noqa: A002
+    name: str = "",
+) -> ShardInfo:
+    """Store a record shard that is encoded, of rows of `schema`; otherwise as `write_record_shard`."""
     data = encoded.data
     path = shard_key(name or uid, suffix=format)
     storage.put(path, data)
     batches = tuple(BatchRange(*span, digest_bytes(data[span.start : span.stop])) for span in encoded.batches)
     frame = [data[start:stop] for start, stop in frame_ranges(batches, len(data))]
-    layout = ShardLayout(
-        batches=batches, frame_digest=digest_bytes(*frame), format=format, schema_id=schema_id(table.schema)
-    )
+    layout = ShardLayout(batches=batches, frame_digest=digest_bytes(*frame), format=format, schema_id=schema_id(schema))
     return ShardInfo(
         uid=uid,
         path=path,
         kind="records",
         dtype="",
-        documents=table.num_rows,
+        documents=sum(batch.rows for batch in encoded.batches),
         tokens=0,
         size_bytes=len(data),
         values_start=0,

@@ -7,7 +7,7 @@ first file shows at its beginning; whoever knows better makes the dataset first,
 
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from itertools import islice
 from typing import Any
 
@@ -25,7 +25,7 @@ from datastore.interop.base import Rows, Span
 from datastore.interop.formats import FORMATS
 from datastore.storage.base import Storage
 
-__all__ = ["is_cuttable", "is_table", "read_rows", "require_rows", "rows_schema"]
+__all__ = ["first_schema", "is_cuttable", "is_table", "read_rows", "require_rows", "rows_schema"]
 
 _HEAD_ROWS = 65_536
 """Lines of the first file that say which columns there are."""
@@ -62,7 +62,7 @@ def require_rows(file: SourceFile) -> None:
 
 
 def rows_schema(storage: Storage, key: str, *, file: SourceFile, settings: IngestSettings) -> pa.Schema:
-    """Return the columns of `file`: of JSON lines, those that its first 65,536 lines show.
+    """Return the columns of `file`: of JSON lines, those that its first 65,536 lines show; none of an empty file.
 
     Raises:
         ConfigError: it has none, or a column has values of several types.
@@ -72,12 +72,27 @@ def rows_schema(storage: Storage, key: str, *, file: SourceFile, settings: Inges
         return FORMATS[file.format].schema(storage, key)
     found = islice(_json_rows(storage, key, file=file, span=(0, file.size_bytes), settings=settings), _HEAD_ROWS)
     rows = [row for _, row in found]
+    if not rows:
+        return pa.schema([])
     names = list(dict.fromkeys(name for row in rows for name in row))
     schema = pa.schema([(name, _type_of([row.get(name) for row in rows], name, file)) for name in names])
     if not names:
         raise ConfigError("the lines have no keys", file=file.path, hint="Name a file with a JSON object in each line.")
     check_names(schema)
     return schema
+
+
+def first_schema(files: Iterable[SourceFile], read: Callable[[SourceFile], pa.Schema]) -> tuple[SourceFile, pa.Schema]:
+    """Return the first of `files` that says which columns it has, and those; empty parts do not.
+
+    Raises:
+        ConfigError: none does.
+    """
+    for file in files:
+        schema = read(file)
+        if schema.names:
+            return file, schema
+    raise ConfigError("the source is empty: no file of it has a column", hint="Name files with rows.")
 
 
 def read_rows(

@@ -31,9 +31,17 @@ from datastore.errors import ConfigError
 from datastore.formats.evolution import without_numbers
 from datastore.formats.fitting import check_rows
 from datastore.formats.huggingface import keep_features
+from datastore.formats.joining import cut_to_fit
 from datastore.formats.plain import table_of_rows
 from datastore.formats.records import RecordFormat, check_format
-from datastore.formats.schema import SchemaLike, check_storable, decode_schema, encode_schema, record_schema
+from datastore.formats.schema import (
+    SchemaLike,
+    check_storable,
+    decode_schema,
+    encode_schema,
+    record_schema,
+    with_wide_indices,
+)
 from datastore.storage.base import Storage
 from datastore.storage.wrappers import LaterPuts
 
@@ -54,8 +62,8 @@ def record_writer(
     """Return a writer of records to the dataset at `url`, which is made if it is not there.
 
     `schema` is an Arrow schema, or maps column names to types as `parse_field` reads them; without one, the dataset's
-    own holds; if it is new, that of the first rows written. `format` is that of the new shards: Arrow is read
-    faster, Parquet is smaller. A dataset may hold both.
+    own holds; if it is new, that of the first rows written, categories numbered by 32 bits. `format` is that of the new shards:
+    Arrow is read faster, Parquet is smaller. A dataset may hold both.
 
     Raises:
         ConfigError: the place holds something else, tokens, or records of another schema; or a column cannot be stored.
@@ -191,15 +199,16 @@ class RecordWriter(ShardWriter):
                 return None
             rows = table_of_rows(listed, self.schema)
         if self.schema is None:
-            self.schema = _checked(without_numbers(keep_features(rows.schema)), self.format)
+            fresh = without_numbers(keep_features(rows.schema))
+            self.schema = _checked(with_wide_indices(fresh), self.format)
         return check_rows(rows, self.schema)
 
     @override
     def _store_shard(self) -> None:
         if self._parts:
-            uid = shard_uid(self._task_id, len(self._shards))
-            table = pa.concat_tables(self._parts)
-            self._shards.append(write_record_shard(self._to, uid=uid, table=table, format=self.format))
+            for table in cut_to_fit(pa.concat_tables(self._parts)):
+                uid = shard_uid(self._task_id, len(self._shards))
+                self._shards.append(write_record_shard(self._to, uid=uid, table=table, format=self.format))
             self._parts, self._bytes = [], 0
 
 

@@ -1,11 +1,14 @@
 """Compacting: the same documents in the same order, in fewer shards, without what is deleted; a new generation."""
 
+import subprocess
+import sys
 import tracemalloc
 import uuid
 from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -330,3 +333,56 @@ def test_a_compact_that_gives_way_leaves_the_equal_file_of_an_older_version(stor
     with pytest.raises(ConflictError, match="changed meanwhile"):
         compact(before, target_bytes=10**6)
     assert live(open_dataset(storage, version=made.version)) == live(before)
+
+
+LABEL = pa.dictionary(pa.int8(), pa.string())
+
+
+def labelled(storage: Storage, *firsts: int, format: str = "arrow") -> list[str]:  # noqa: A002
+    """Append a shard of a hundred labels for each of `firsts`; return all labels."""
+    found = []
+    for first in firsts:
+        labels = [f"label {number}" for number in range(first, first + 100)]
+        with record_writer(storage, schema=pa.schema([("label", LABEL)]), format=format) as out:  # type: ignore[arg-type]
+            out.write(pa.table({"label": pa.array(labels).dictionary_encode().cast(LABEL)}))
+        found += labels
+    return found
+
+
+@pytest.mark.parametrize("format", ["arrow", "parquet"])
+def test_neighbours_whose_categories_one_index_cannot_number_stay_apart(storage: Storage, format: str) -> None:  # noqa: A002
+    labels = labelled(storage, 0, 20, 100, 110, 300, format=format)
+    report = compact(storage)
+    after = open_dataset(storage)
+    assert after.to_arrow().column("label").to_pylist() == labels
+    assert (report.shards_after, len(after.segments)) == ((3, 3) if format == "arrow" else (1, 1))
+    assert verify(after, deep=True).ok
+    again = compact(storage)
+    assert (again.committed, again.written_bytes) == (False, 0)
+
+
+def test_neighbours_of_which_no_two_go_together_are_left_as_they_are_without_a_file(storage: Storage) -> None:
+    labelled(storage, 0, 100, 200)
+    before = sorted(stat.key for stat in storage.list())
+    assert not compact(storage).committed
+    assert sorted(stat.key for stat in storage.list()) == before
+
+
+def test_parquet_that_is_small_in_a_file_is_not_decoded_as_a_whole(tmp_path: Path) -> None:
+    url, rows = str(tmp_path / "set"), pa.table({"text": ["x" * 100_000] * 1000})
+    for _ in range(6):
+        with record_writer(url, schema=rows.schema, format="parquet") as out:
+            out.write(rows)
+    program = COMPACTED.format(url=url)
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120, check=True)
+    shards, peak = map(int, done.stdout.split())
+    assert shards == 1
+    assert peak < 300 * 2**20, peak  # Decoded as a whole, they are 600 MB.
+
+
+COMPACTED = """
+import pyarrow as pa
+import datastore as ds
+ds.compact({url!r})
+print(len(ds.open({url!r}).segments), pa.default_memory_pool().max_memory())
+"""

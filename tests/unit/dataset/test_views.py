@@ -1,5 +1,6 @@
 """A dataset as Arrow, pandas, Polars, `datasets`, pyarrow's scanner and SQL see it; deleted documents are in none of them."""
 
+import decimal
 import pickle
 import sys
 from collections.abc import Callable
@@ -329,3 +330,24 @@ def test_a_library_that_is_missing_is_named(
         monkeypatch.delitem(sys.modules, name, raising=False)
     with pytest.raises(DependencyError, match=rf"{library} is not installed.*pip install"):
         getattr(dataset, call)(*["SELECT 1"] * (call == "sql"))
+
+
+@pytest.mark.parametrize("deleted", [False, True])
+@pytest.mark.parametrize(
+    "odd",
+    [
+        pa.array([decimal.Decimal("1E2"), None], pa.decimal128(5, -2)),
+        pa.array([10**15, 1], pa.duration("s")),
+        pa.array([1.5, 2], pa.float16()),
+    ],
+    ids=["negative scale", "long duration", "float16"],
+)
+def test_a_column_that_sql_cannot_hold_does_not_close_the_others(tmp_path: Path, odd: Any, deleted: bool) -> None:  # noqa: FBT001
+    with record_writer(tmp_path / "set") as out:
+        out.write(pa.table({"i": [0, 1], "odd": odd}))
+    if deleted:
+        delete(open_dataset(tmp_path / "set"), where=pc.field("i") == 1)
+    found = open_dataset(tmp_path / "set")
+    assert found.sql("SELECT max(i) AS i FROM records").to_pylist() == [{"i": 0 if deleted else 1}]
+    with pytest.raises(ConfigError, match="query failed"):
+        found.sql("SELECT odd FROM records")
