@@ -257,10 +257,15 @@ def test_after_any_changes_every_version_reads_as_if_all_its_rows_had_been_writt
     rows: list[Row] = [{"a": 1, "b": 2}]
     history = [rows]
     for step in steps:
+        before = open_dataset(storage).version
         try:
-            rows = step(storage, rows)
+            changed = step(storage, rows)
         except ConfigError:  # No such column, or there already: the dataset is what it was.
             continue
+        if open_dataset(storage).version == before:  # The last change given again, which is done already.
+            assert changed == rows
+            continue
+        rows = changed
         history.append(rows)
     assert open_dataset(storage).version == len(history)
     for version, expected in enumerate(history, 1):
