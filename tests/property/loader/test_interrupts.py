@@ -100,7 +100,7 @@ def test_a_batch_that_does_not_get_to_the_device_is_the_next_one_still(
     batches = stream(loaders(dataset))
     right = next(stream(loaders(dataset))).tokens.tolist()
     with monkeypatch.context() as patch:
-        patch.setattr("datastore.torch.TensorBatch", lambda *_: 1 / 0)
+        patch.setattr("datastore.torch.batches.TensorBatch", lambda *_: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             next(batches)
     assert next(batches).tokens.tolist() == right
