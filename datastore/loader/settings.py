@@ -23,7 +23,10 @@ LOSS_MASK = "loss_mask"
 
 
 class LoaderSettings(SettingsDocument, frozen=True, kw_only=True):
-    """How a `Loader` reads. `lanes`, `window`, `epochs` and `deletions` shape the order, the last ones only the speed."""
+    """How a `Loader` reads. `shuffle`, `lanes`, `window`, `epochs` and `deletions` shape the order, the last ones only the speed."""
+
+    shuffle: bool = True
+    """Whether samples are shuffled, anew in each epoch; false: they come in the order of the dataset, as for an evaluation."""
 
     lanes: Lanes = 4096
     """Places of the dataset that a batch draws from, at most; fewer on a small one (`lanes_for`)."""

@@ -48,6 +48,7 @@ class LoaderState(Document, frozen=True, kw_only=True):
     """Samples delivered so far, over all ranks and epochs; not those prefetched."""
 
     deletions: DeletionMode = "mask"
+    shuffle: bool = True
 
 
 def dataset_fingerprint(segments: Segments, *, gaps: Gaps | None = None) -> str:

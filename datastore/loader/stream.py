@@ -15,7 +15,7 @@ from datastore.loader.order.samples import Gaps, SampleGrid, sample_grid
 from datastore.loader.settings import LOSS_MASK, LoaderSettings
 from datastore.loader.state import LoaderState, dataset_fingerprint
 
-__all__ = ["SMALL_BYTES", "SampleStream", "columns_of", "end_of_text_of", "lanes_for", "open_stream"]
+__all__ = ["SMALL_BYTES", "SampleStream", "columns_of", "end_of_text_of", "key_of", "lanes_for", "open_stream"]
 
 SMALL_BYTES = 2**30
 """A dataset of at most as many bytes is small: all of it can stay in memory, so it is shuffled as well as possible."""
@@ -35,7 +35,12 @@ class SampleStream:
 
     def order(self, state: LoaderState) -> Order:
         """Return the order that `state` is a position of."""
-        return Order(self.grid, self.dataset.segments.uid64, OrderKey(state.seed, state.lanes, state.window))
+        return Order(self.grid, self.dataset.segments.uid64, key_of(state))
+
+
+def key_of(state: LoaderState) -> OrderKey:
+    """Return what the order of `state` depends on, besides the dataset."""
+    return OrderKey(state.seed, state.lanes, state.window, state.shuffle)
 
 
 def open_stream(dataset: Dataset, *, seq_len: int, seed: int, options: LoaderSettings) -> SampleStream:
@@ -63,11 +68,12 @@ def open_stream(dataset: Dataset, *, seq_len: int, seed: int, options: LoaderSet
         fingerprint=dataset_fingerprint(segments, gaps=left_out),
         seq_len=seq_len,
         seed=seed,
-        lanes=lanes_for(segments, grid, options),
-        window=options.window,
+        lanes=lanes_for(segments, grid, options) if options.shuffle else 1,
+        window=options.window if options.shuffle else 1,
         order=ORDER_VERSION,
         cursor=0,
         deletions=options.deletions,
+        shuffle=options.shuffle,
     )
     return SampleStream(dataset, grid, start, deleted if left_out is None else None)
 

@@ -54,6 +54,8 @@ class OrderKey:
     seed: int
     lanes: int
     window: int
+    shuffle: bool = True
+    """False: every epoch has the samples in the order of the dataset; lanes and window are 1."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,6 +121,8 @@ class Order:
         Any positions may be asked for at once; it is fast if they lie within a few windows of each other.
         """
         epoch, within = np.divmod(positions, self.samples)
+        if not self.key.shuffle:
+            return Located(within, np.searchsorted(self._grid.run_start, within, side="right") - 1)
         at_once = self._windows.positions_at_once
         group = epoch * (self.samples // at_once + 1) + within // at_once
         if group.size and group.min() == group.max():
@@ -226,6 +230,8 @@ class Planner:
 
     def _shuffle(self, cursors: I64, positions: I64) -> I64:
         """Return [H, B]: the order that the slice of each batch is handed out in."""
+        if not self._order.key.shuffle:
+            return np.broadcast_to(np.arange(positions.shape[1]), positions.shape)
         key = mix64(np.uint64(derive_key(self._order.key.seed, Purpose.SLICE)) ^ cursors.astype(np.uint64))
         return np.argsort(mix64(key[:, None] ^ positions.astype(np.uint64)), axis=1, kind="stable")
 

@@ -3,6 +3,7 @@
 loader     RowLoader: an iterator of batches
 assemble   a planned batch made: read, transformed, collated
 store      the batches of shards that rows are read from, kept under a budget
+stream     from a dataset to the order of its rows
 grid       which rows there are, and in which shards they lie
 batch      one batch
 """

@@ -20,25 +20,22 @@ from multiprocessing.reduction import ForkingPickler
 from typing import Any, Self
 
 import msgspec
-import numpy as np
 from typing_extensions import override
 
 from datastore.dataset.snapshot import Dataset
 from datastore.errors import ConfigError, DatastoreError, whole_number
 from datastore.formats.records import BATCH_BYTES
 from datastore.loader.order.lanes import I64
-from datastore.loader.order.order import ORDER_VERSION, BatchPlan, Order, OrderKey, Planner
+from datastore.loader.order.order import BatchPlan, Order, Planner
 from datastore.loader.rows.assemble import Assembler, Made
 from datastore.loader.rows.batch import RowBatch, Rows
-from datastore.loader.rows.grid import RowGrid, live_rows_of, matching_rows, row_grid
+from datastore.loader.rows.stream import checked_columns, chosen_rows, first_state
 from datastore.loader.settings import LoaderSettings, Rank, checked_options
 from datastore.loader.state import LoaderState, read_state
+from datastore.loader.stream import key_of
 from datastore.units import format_bytes
 
 __all__ = ["RowLoader"]
-
-SMALL_BYTES = 2**30
-"""A dataset of at most as many bytes is small: all of it can stay in memory, so it is shuffled as well as possible."""
 
 _PLAN_SLOTS = 16_384
 """Slots of global batches planned at a time."""
@@ -72,19 +69,19 @@ class RowLoader(Iterator[RowBatch]):
         self.global_batch = whole_number(global_batch, name="global_batch")
         self.options = checked_options(options)
         self._workers = _checked_workers(rows)
-        grid = _chosen(dataset, rows, options=self.options)
+        grid = chosen_rows(dataset, rows, options=self.options)
         seed = whole_number(seed, name="seed")
         self._assembler = Assembler(
             dataset=dataset,
             grid=grid,
             seed=seed,
-            columns=_columns(dataset, self.options.columns),
+            columns=checked_columns(dataset, self.options.columns),
             budget_bytes=self.options.memory_bytes,
             rows=rows,
         )
         if self._workers:
             _check_sendable(self._assembler)
-        self._start = _start(dataset, grid, seed=seed, options=self.options)
+        self._start = first_state(dataset, grid, seed=seed, options=self.options)
         self._state: LoaderState = self._start
         self._planner = self._planner_of(self._state)
         self._queue: deque[tuple[BatchPlan, Future[Made] | None]] = deque()
@@ -219,9 +216,7 @@ class RowLoader(Iterator[RowBatch]):
         self._state, self._planned_to, self._unsettled = state, state.cursor, False
 
     def _planner_of(self, state: LoaderState) -> Planner:
-        order = Order(
-            self._assembler.grid, self.dataset.segments.uid64, OrderKey(state.seed, state.lanes, state.window)
-        )
+        order = Order(self._assembler.grid, self.dataset.segments.uid64, key_of(state))
         return Planner(order, rank=self.rank, global_batch=self.global_batch, total=self._total)
 
     def _look_ahead(self) -> None:
@@ -285,67 +280,6 @@ def _checked_workers(rows: Rows) -> int:
     if rows.on_error not in ("raise", "leave_out"):
         raise ConfigError("no such way with errors", on_error=rows.on_error, hint='Use "raise" or "leave_out".')
     return workers
-
-
-def _chosen(dataset: Dataset, rows: Rows, *, options: LoaderSettings) -> RowGrid:
-    """Return the rows to go through."""
-    if dataset.kind != "records":
-        raise ConfigError(
-            f"the dataset holds {dataset.kind}, and this loader reads rows",
-            url=dataset.url,
-            hint="Read it with `Loader`.",
-        )
-    if rows.where is not None and rows.numbers is not None:
-        raise ConfigError("both a condition and a list choose the rows", hint="Pass `where` or `numbers`.")
-    chosen = None if rows.numbers is None else np.asarray(rows.numbers)
-    if chosen is not None and chosen.dtype.kind not in "iu":
-        raise ConfigError("rows are chosen by whole numbers", dtype=chosen.dtype.name, hint="Pass integers.")
-    if rows.where is not None:
-        chosen = matching_rows(dataset, rows.where)
-    if options.deletions == "compact" and dataset.deletions:
-        live = live_rows_of(dataset)
-        chosen = live if chosen is None else chosen[np.isin(chosen, live)]
-    return row_grid(dataset, chosen=chosen)
-
-
-def _columns(dataset: Dataset, names: tuple[str, ...]) -> tuple[str, ...]:
-    for name in names:
-        if name not in dataset.schema.names:
-            raise ConfigError(
-                "the dataset has no such column",
-                column=name,
-                columns=dataset.schema.names,
-                hint="Name one that it has.",
-            )
-    return names
-
-
-def _start(dataset: Dataset, grid: RowGrid, *, seed: int, options: LoaderSettings) -> LoaderState:
-    """Return the state of a loader that has delivered no row.
-
-    A lane reads a batch of a shard at a time, and shuffles within a window. Where the rows are so large that few make a batch, a
-    window is one batch, or each lane would have many to keep.
-    """
-    if not 0 <= seed < 2**63:
-        raise ConfigError("seed out of range", seed=seed, hint="Use a number from 0 to 2^63 - 1.")
-    size_bytes, rows = int(dataset.segments.size_bytes.sum()), int(dataset.segments.documents.sum())
-    batch_rows = max(1, BATCH_BYTES * rows // max(1, size_bytes))
-    if size_bytes <= SMALL_BYTES:
-        window, lanes = options.window, grid.samples // options.window
-    else:
-        window, lanes = min(options.window, batch_rows), grid.samples // (4 * batch_rows)
-    return LoaderState(
-        dataset=dataset.uuid,
-        version=dataset.version,
-        fingerprint=grid.fingerprint(dataset.segments.uid64),
-        seq_len=0,
-        seed=seed,
-        lanes=max(1, min(options.lanes, lanes)),
-        window=max(1, window),
-        order=ORDER_VERSION,
-        cursor=0,
-        deletions=options.deletions,
-    )
 
 
 def _check_sendable(assembler: Assembler) -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 import msgspec
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given, reject, settings
 from hypothesis import strategies as st
 
 from datastore.dataset.operations.delete import delete
@@ -166,7 +166,10 @@ def test_stop_after_any_step_and_resume_on_any_world(
     rows: set[tuple[int, int]], seed: int, mode: DeletionMode, data: st.DataObject
 ) -> None:
     after = without(rows)
-    undisturbed = loader_of(after, deletions=mode, seed=seed, global_batch=9)
+    try:
+        undisturbed = loader_of(after, deletions=mode, seed=seed, global_batch=9)
+    except ConfigError:
+        reject()  # Too few tokens are left for one sample.
     whole = {t: row for _ in range(8) for t, row in rows_of([next(undisturbed)]).items()}
     cursor, state = 0, None
     while cursor < 50:

@@ -96,6 +96,17 @@ def test_threads_memory_and_foresight_change_nothing(dataset: Dataset) -> None:
     assert short.stats()["evictions"] > 0
 
 
+def test_unshuffled_rows_come_in_the_order_of_the_dataset_on_any_number_of_ranks(dataset: Dataset) -> None:
+    assert all_of(map(numbers, load(dataset, epochs=2, shuffle=False))) == [*range(ROWS)] * 2
+    ranks = [load(dataset, epochs=1, shuffle=False, rank=Rank(rank, 2)) for rank in range(2)]
+    steps = zip(*ranks, strict=True)
+    assert [numbers(one) + numbers(two) for one, two in steps][:5] == [[*range(at, at + 7)] for at in range(0, 35, 7)]
+    chosen = load(dataset, rows=Rows(numbers=np.array([9, 3, 3, 200])), epochs=1, shuffle=False)
+    assert all_of(map(numbers, chosen)) == [3, 3, 9, 200]
+    with pytest.raises(ResumeError, match="shuffle"):
+        load(dataset).load_state_dict(load(dataset, shuffle=False).state_dict())
+
+
 def test_it_resumes_everywhere(dataset: Dataset) -> None:
     def open_at(state: Any) -> RowLoader:
         loader = load(dataset, batch=30, epochs=2)

@@ -37,6 +37,24 @@ def test_tensors_are_the_batches_of_the_loader(dataset: Dataset) -> None:
         assert batch.valid.all()
 
 
+@pytest.mark.parametrize("world", [1, 2, 3])
+def test_unshuffled_samples_come_in_the_order_of_the_dataset(dataset: Dataset, world: int) -> None:
+    options = LoaderSettings(epochs=2, threads=1, shuffle=False)
+    ranks = [
+        Loader(dataset, seq_len=16, global_batch=6, rank=Rank(rank, world), options=options) for rank in range(world)
+    ]
+    count = ranks[0].samples_per_epoch
+    assert count > 60
+    seen = []
+    for step in zip(*ranks, strict=True):
+        cursor = step[0].cursor
+        assert len({batch.cursor for batch in step}) == 1
+        found = [sample for batch in step for sample in batch.samples[batch.valid].tolist()]
+        assert found == [(cursor + slot) % count for slot in range(len(found))]
+        seen += found
+    assert seen == [*range(count)] * 2
+
+
 def test_ids_above_2_to_the_15_stay_positive(dataset: Dataset) -> None:
     batch = next(stream(loader_of(dataset)))
     assert int(batch.tokens.max()) > 2**15
