@@ -44,7 +44,7 @@ D = TypeVar("D")
 _LOGGER = logging.getLogger(__name__)
 
 
-Codec = Literal["", "gz", "zst"]
+Codec = Literal["", "gz", "zst", "bz2", "xz"]
 """How a file is compressed, "" for not at all."""
 
 SourceFormat = Literal["text", "jsonl", "parquet", "csv", "hf", "mds", "litdata", "megatron", "webdataset"]

@@ -125,6 +125,10 @@ def _npy(data: bytes, kind: Any) -> bytes:
     return b"\x93NUMPY\x01\x00" + len(facts).to_bytes(2, "little") + facts + data
 
 
+_PACKED = {".tar.gz": "gz", ".tgz": "gz", ".tar.bz2": "bz2", ".tar.xz": "xz"}
+"""Compressed tars, by what their names end in, and how `tarfile` calls that."""
+
+
 class _Sample(NamedTuple):
     """The members of one sample by suffix."""
 
@@ -132,12 +136,16 @@ class _Sample(NamedTuple):
     members: dict[str, bytes]
 
 
+def _mode(key: str) -> Any:
+    return next((f"r|{codec}" for ending, codec in _PACKED.items() if key.endswith(ending)), "r|")
+
+
 def _samples(storage: Storage, key: str) -> Iterator[_Sample]:
     """Yield the samples of a tar, one after the other."""
     stream: Any = _Chunks(storage, key)
     current = _Sample("", {})
     try:
-        with tarfile.open(fileobj=stream, mode="r|gz" if key.endswith("gz") else "r|") as tar:
+        with tarfile.open(fileobj=stream, mode=_mode(key)) as tar:
             for member in tar:
                 prefix, dot, suffix = member.name.rpartition("/")[2].partition(".")
                 if not member.isfile() or not prefix or not dot or member.name.startswith("__"):
@@ -303,4 +311,4 @@ def _column(values: list[Any], field: "pa.Field[Any]", key: str) -> "pa.Array[An
     return made.take(pa.array(places, mask=np.array([value is None for value in values])))
 
 
-WEBDATASET = Format(files=whole_files(".tar", ".tar.gz", ".tgz"), schema=_schema, read=_read)
+WEBDATASET = Format(files=whole_files(".tar", *_PACKED), schema=_schema, read=_read)

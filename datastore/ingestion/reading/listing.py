@@ -32,7 +32,7 @@ control character. `symlink` leads to a file below the same root, which is read 
 one elsewhere, which is refused.
 """
 
-_CODECS: dict[str, Codec] = {".gz": "gz", ".zst": "zst"}
+_CODECS: dict[str, Codec] = {".gz": "gz", ".zst": "zst", ".bz2": "bz2", ".xz": "xz"}
 
 _LINES = {".jsonl", ".ndjson"}
 

@@ -9,9 +9,12 @@ past its end. So over any cuts every record is read exactly once, whoever reads 
 separator and one partial record read twice per cut.
 """
 
+import bz2
+import lzma
 import zlib
 from abc import abstractmethod
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from itertools import pairwise
 from typing import Literal, NamedTuple, Protocol
 
@@ -50,6 +53,9 @@ _BOMB_FREE_BYTES = 64 * 2**20
 _ZSTD_FEED_BYTES = 4096
 """zstd can make 128 KiB of every 4 bytes (RLE blocks), and its Python object has no limit on output."""
 
+_XZ_MEMORY_BYTES = 2**28
+"""What decompressing may take: `xz -9` needs 65 MiB."""
+
 _ZSTD_WINDOW_BYTES = 2**27
 """What a frame may ask for as its window; `zstd --long=27` makes these, more needs a flag when decompressing, too."""
 
@@ -72,9 +78,13 @@ def read_chunks(
 
 
 def open_stream(chunks: Iterable[bytes], *, codec: Codec, max_expansion: int) -> SourceStream:
-    """Return the stream whose stored form is `chunks`; concatenated gzip members and zstd frames are one stream."""
+    """Return the stream whose stored form is `chunks`; concatenated members, frames and streams are one."""
     if codec == "gz":
         return _Gunzip(chunks, max_expansion)
+    if codec == "bz2":
+        return _Unblock(chunks, max_expansion, bz2.BZ2Decompressor)
+    if codec == "xz":
+        return _Unblock(chunks, max_expansion, partial(lzma.LZMADecompressor, memlimit=_XZ_MEMORY_BYTES))
     if codec == "zst":
         return _Unzstd(chunks, max_expansion)
     return _Plain(chunks)
@@ -139,6 +149,42 @@ class _Gunzip(_Compressed):
                     if data:
                         yield data
         except zlib.error:
+            self.fault = "corrupt_stream"
+            return
+        if begun and not member.eof:
+            self.fault = "truncated"
+
+
+class _Unblock(_Compressed):
+    """bzip2 and xz, whose decompressors are alike."""
+
+    def __init__(
+        self,
+        chunks: Iterable[bytes],
+        max_expansion: int,
+        make: "Callable[[], bz2.BZ2Decompressor | lzma.LZMADecompressor]",
+    ) -> None:
+        super().__init__(chunks, max_expansion)
+        self._make = make
+
+    @override
+    def _decompress(self) -> Iterator[bytes]:
+        member, begun = self._make(), False
+        try:
+            for chunk in self._chunks:
+                self._taken += len(chunk)
+                rest = chunk
+                while rest or (begun and not member.eof and not member.needs_input):
+                    if member.eof:
+                        rest = rest.lstrip(b"\0")  # xz pads with zeros between streams.
+                        member, begun = self._make(), False
+                        continue
+                    begun = True
+                    data = member.decompress(rest, CHUNK_BYTES)
+                    rest = member.unused_data if member.eof else b""
+                    if data:
+                        yield data
+        except (OSError, EOFError, lzma.LZMAError):
             self.fault = "corrupt_stream"
             return
         if begun and not member.eof:

@@ -1,7 +1,9 @@
 """Rows taken over with all their columns, above all those of JSON lines, which say no types."""
 
+import bz2
 import gzip
 import itertools
+import lzma
 from pathlib import Path
 from typing import Any, get_args
 
@@ -29,9 +31,15 @@ def ingest(source: Path, to: Path, **settings: Any) -> ds.Dataset:
     return ds.open(to)
 
 
-@pytest.mark.parametrize("suffix", ["jsonl", "jsonl.gz", "jsonl.zst"])
+@pytest.mark.parametrize("suffix", ["jsonl", "jsonl.gz", "jsonl.zst", "jsonl.bz2", "jsonl.xz"])
 def test_the_rows_of_json_lines_become_records(tmp_path: Path, suffix: str) -> None:
-    packed = {"jsonl": LINES, "jsonl.gz": gzip.compress(LINES), "jsonl.zst": zstandard.compress(LINES)}[suffix]
+    packed = {
+        "jsonl.bz2": bz2.compress(LINES),
+        "jsonl.xz": lzma.compress(LINES),
+        "jsonl": LINES,
+        "jsonl.gz": gzip.compress(LINES),
+        "jsonl.zst": zstandard.compress(LINES),
+    }[suffix]
     (tmp_path / f"x.{suffix}").write_bytes(packed)
     dataset = ingest(tmp_path / f"x.{suffix}", tmp_path / "data", take="rows")
     assert list(dataset.iter_records()) == ROWS
