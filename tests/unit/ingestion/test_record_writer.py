@@ -277,3 +277,18 @@ def test_a_writer_that_another_was_faster_than_adds_to_what_that_made(
     assert [out.commit and out.commit.version for out in (first, second)] == [2, 3]
     assert open_dataset(storage).totals.documents == 6
     assert verify(open_dataset(storage)).ok
+
+
+@pytest.mark.parametrize("kind", ["arrow", "parquet"])
+@pytest.mark.parametrize(
+    "column", [pa.array([True] * 100_000), pa.nulls(100_000), pa.array([7] * 100_000)], ids=["bool", "nothing", "one"]
+)
+def test_a_shard_may_have_more_rows_than_bytes(
+    storage: Storage, column: pa.Array, kind: Literal["arrow", "parquet"]
+) -> None:
+    with record_writer(storage, format=kind) as out:
+        out.write(pa.table({"x": column}))
+    dataset = open_dataset(storage)
+    assert dataset.to_arrow().column("x").combine_chunks().equals(column)
+    assert sum(batch.num_rows for batch in dataset.iter_batches()) == 100_000
+    assert verify(dataset).ok
