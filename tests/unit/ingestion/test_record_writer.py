@@ -292,3 +292,18 @@ def test_a_shard_may_have_more_rows_than_bytes(
     assert dataset.to_arrow().column("x").combine_chunks().equals(column)
     assert sum(batch.num_rows for batch in dataset.iter_batches()) == 100_000
     assert verify(dataset).ok
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [
+        pa.dictionary(pa.int8(), pa.struct({"a": pa.int64()})),
+        pa.dictionary(pa.int8(), pa.null()),
+        pa.dictionary(pa.int8(), pa.json_()),
+        pa.opaque(pa.string_view(), "kind", "vendor"),
+    ],
+    ids=str,
+)
+def test_what_could_not_be_put_together_later_is_refused_before_any_row(storage: Storage, kind: pa.DataType) -> None:
+    with pytest.raises(ConfigError, match=r"a column is .*Cast it to"):
+        record_writer(storage, schema={"x": kind})
