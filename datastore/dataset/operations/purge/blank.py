@@ -183,8 +183,13 @@ def _blank_already(table: pa.Table, rows: Rows) -> npt.NDArray[np.bool_]:
     found = np.ones(len(rows), np.bool_)
     for field, column in zip(table.schema, table.columns, strict=True):
         plain, blank = _plain_and_blank(column, field)
-        for index in np.flatnonzero(found).tolist():
-            found[index] = plain.slice(int(rows[index]), 1).chunk(0).equals(blank)
+        start = 0
+        for chunk in plain.chunks:
+            places = np.flatnonzero(found & (rows >= start) & (rows < start + len(chunk)))
+            values = chunk.take(_index(rows[places] - start))
+            for number, place in enumerate(places.tolist()):
+                found[place] = values.slice(number, 1).equals(blank)
+            start += len(chunk)
     return found
 
 
