@@ -41,7 +41,7 @@ def fit_together(table: pa.Table) -> bool:
         for column in table.columns:
             if _has_dictionary(column.type):
                 pa.concat_arrays([chunk.slice(0, 0) for chunk in column.chunks])
-    except pa.ArrowInvalid:
+    except (pa.ArrowInvalid, pa.ArrowNotImplementedError):
         return False
     return True
 

@@ -27,6 +27,7 @@ __all__ = [
     "check_format",
     "decode_batch",
     "decode_records",
+    "decoded_bytes",
     "encode_parts",
     "encode_records",
     "read_frame",
@@ -127,15 +128,23 @@ def decode_records(raw: Buffer, *, format: RecordFormat = "arrow") -> pa.Table: 
     """
     try:
         source = pa.BufferReader(pa.py_buffer(raw))
-        if format == "parquet":
-            table = pq.ParquetFile(source).read(use_threads=False)
-        else:
-            table = pa.ipc.open_file(source).read_all()
+        is_parquet = format == "parquet"
+        table = _all_row_groups(pq.ParquetFile(source)) if is_parquet else pa.ipc.open_file(source).read_all()
         table.validate(full=True)
         check_names(table.schema)
     except (pa.ArrowException, OSError, ValueError, MemoryError) as error:
         raise _not_a_shard(error) from None
     return table
+
+
+def decoded_bytes(sizes: Sequence[int]) -> int:
+    """Return about how many bytes the rows of a Parquet shard take in memory, from the sizes of its row groups.
+
+    A row group much smaller than a batch was as large as it may be before it was compressed; the last one says less.
+    """
+    most = int(BATCH_BYTES * _MOST_COMPRESSED)
+    full = sum(most if size < BATCH_BYTES // 2 else size for size in sizes[:-1])
+    return full + sum(min(most, int(size * _MOST_COMPRESSED)) for size in sizes[-1:])
 
 
 def read_frame(raw: Buffer, *, format: RecordFormat) -> pa.Schema:  # noqa: A002
@@ -279,6 +288,13 @@ def _row_groups(metadata: pq.FileMetaData) -> Iterator[BatchSpan]:
         starts = [chunk.dictionary_page_offset or chunk.data_page_offset for chunk in chunks]
         stops = [start + chunk.total_compressed_size for start, chunk in zip(starts, chunks, strict=True)]
         yield BatchSpan(min(starts), max(stops), group.num_rows)
+
+
+def _all_row_groups(file: pq.ParquetFile) -> pa.Table:
+    try:
+        return file.read(use_threads=False)
+    except pa.ArrowNotImplementedError:  # Lists or structs of more bytes than one array can have (pyarrow 26.0.1).
+        return pa.concat_tables([file.read_row_group(index, use_threads=False) for index in range(file.num_row_groups)])
 
 
 def _row_group(file: pq.ParquetFile, index: int, columns: Sequence[str] | None) -> pa.RecordBatch:

@@ -275,6 +275,10 @@ def _without_views(field: Any) -> Any:
     kind = field.type
     if pt.is_run_end_encoded(kind):
         return _without_views(field.with_type(kind.value_type))
+    if pt.is_dictionary(kind):
+        values = _without_views(field.with_type(kind.value_type))
+        odd = _is_odd(values.type)
+        return values if odd else field.with_type(pa.dictionary(kind.index_type, values.type, ordered=kind.ordered))
     for is_one, plain in _PLAIN:
         if is_one(kind):
             return field.with_type(plain(_without_views(kind.value_field)) if kind.num_fields else plain())
@@ -320,6 +324,7 @@ _PLAIN: tuple[tuple[Any, Any], ...] = (
 
 
 _VIEW = "is a view: its rows share their bytes, so they cannot be stored batch by batch"
+_ODD = "is a dictionary of values that are no plain ones, which Arrow cannot put together with another"
 _NOT_STORED: tuple[tuple[Any, str, str], ...] = (
     (pt.is_union, "is a union, of which rows cannot be taken", "Make it a struct with a field for each kind."),
     (
@@ -327,9 +332,15 @@ _NOT_STORED: tuple[tuple[Any, str, str], ...] = (
         "has run ends, of which rows cannot be taken",
         "Decode it: pyarrow.compute.run_end_decode(column).",
     ),
+    (lambda kind: pt.is_dictionary(kind) and _is_odd(kind.value_type), _ODD, "Cast it to its values."),
     (lambda kind: "_view" in str(kind).partition("<")[0], _VIEW, "Cast it to string, binary or list."),
 )
 """Types that cannot be stored: what is wrong with them, and what to do."""
+
+
+def _is_odd(values: Any) -> bool:
+    """Return whether pyarrow (26.0.1) has no way to put two dictionaries of such values together."""
+    return bool(values.num_fields or pt.is_null(values) or isinstance(values, pa.BaseExtensionType))
 
 
 def _check_fields(fields: "list[pa.Field[Any]]", where: str) -> None:
@@ -351,6 +362,7 @@ def _check_type(kind: Any, where: str) -> None:
                 type=name,
                 hint=f"Store it as {kind.storage_type}, and say in the field's metadata what it is.",
             )
+        _check_type(kind.storage_type, where)
         return
     for is_one, fact, hint in _NOT_STORED:
         if is_one(kind):

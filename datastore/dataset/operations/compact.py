@@ -48,7 +48,7 @@ from datastore.digest import digest_hex
 from datastore.errors import ConfigError, ConflictError
 from datastore.formats.arrow import array_of, numbers_of
 from datastore.formats.joining import cut_to_fit, keep_rows
-from datastore.formats.records import encode_parts
+from datastore.formats.records import decoded_bytes, encode_parts
 from datastore.formats.tokens import TokenTable, offsets_of
 from datastore.threads import in_parallel
 from datastore.units import Progress, telling
@@ -58,6 +58,9 @@ __all__ = ["TARGET_BYTES", "Candidate", "CompactReport", "compact", "group_membe
 TARGET_BYTES = 64 * 2**20
 
 _LARGEST_TARGET = 2**30
+
+_LARGEST_DECODED = 2**30
+"""Shards of Parquet that would take more memory than this when they are read whole stay apart, however small they are."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,6 +99,9 @@ class Candidate:
 
     kind: str
     """Only shards of the same kind are put together."""
+
+    decoded_bytes: int = 0
+    """About what its rows take in memory, if they are compressed."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -175,18 +181,20 @@ def group_members(members: Iterable[Candidate], *, target_bytes: int) -> Iterato
     """Yield the runs of neighbours that are worth putting together: several, or one of which something is deleted.
 
     `members`, in order, are all shards that may be written anew. A run ends where the next one would make it larger than
-    `target_bytes`, so what comes of it, given again, is not worth it any more.
+    `target_bytes`, or too large when it is decoded, so what comes of it, given again, is not worth it any more.
     """
     group: list[Candidate] = []
-    size_bytes = 0
+    size_bytes = decoded = 0
     for member in members:
         fits = group and (member.index, member.kind) == (group[-1].index + 1, group[-1].kind)
-        if not fits or size_bytes + member.live_bytes > target_bytes:
+        large = size_bytes + member.live_bytes > target_bytes or decoded + member.decoded_bytes > _LARGEST_DECODED
+        if not fits or large:
             if len(group) > 1 or any(each.deleted for each in group):
                 yield group
-            group, size_bytes = [], 0
+            group, size_bytes, decoded = [], 0, 0
         group.append(member)
         size_bytes += member.live_bytes
+        decoded += member.decoded_bytes
     if len(group) > 1 or any(each.deleted for each in group):
         yield group
 
@@ -206,7 +214,14 @@ def _members(dataset: Dataset, target_bytes: int) -> Iterator[Candidate]:
             live_bytes=round(shard.size_bytes * (1 - share)),
             deleted=bool(gone),
             kind=f"{shard.dtype} {shard.layout.format} {columns}",
+            decoded_bytes=round((1 - share) * _decoded_bytes(shard)),
         )
+
+
+def _decoded_bytes(shard: ShardInfo) -> int:
+    return decoded_bytes(
+        [batch.stop - batch.start for batch in shard.layout.batches if shard.layout.format == "parquet"]
+    )
 
 
 def _deleted_tokens(dataset: Dataset, shard: ShardInfo) -> int:

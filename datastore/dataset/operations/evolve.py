@@ -107,7 +107,8 @@ def _changed(newest: Commit, change: SchemaChange) -> Commit:
     schema = changed(before, change)
     if schema.equals(changed(before, SchemaChange()), check_metadata=True):
         raise ConfigError("that changes nothing", hint="Name a column to `add`, `widen`, `rename` or `drop`.")
-    check_storable(schema)
+    # What is there stays, also of types that are refused today.
+    check_storable(pa.schema([each for each in schema if not any(each.type.equals(old.type) for old in before)]))
     check_format(schema, format="arrow")
     return msgspec.structs.replace(
         draft_commit("evolve", parent=newest),

@@ -11,7 +11,6 @@ from datastore.dataset.query.readable import Part, Readable
 from datastore.dataset.shards.info import ShardInfo
 from datastore.errors import ConfigError
 from datastore.formats.documents import DOCUMENTS_SCHEMA
-from datastore.formats.schema import no_rows
 from datastore.storage.as_fsspec import ReadOnlyFileSystem
 from datastore.storage.base import Storage
 
@@ -59,7 +58,7 @@ def scan_files(dataset: Readable, part: Part, shards: Iterable[ShardInfo]) -> py
             by_format.setdefault(shard.layout.format, []).append(shard.path)
     parts = [_scan(dataset.storage, keys, kind, schema) for kind, keys in by_format.items() if keys]
     if not parts:
-        return pyarrow.dataset.dataset(pa.Table.from_batches([no_rows(schema)]))
+        return pyarrow.dataset.dataset(pa.Table.from_batches([], schema))
     return parts[0] if len(parts) == 1 else pyarrow.dataset.dataset(cast("Any", parts))
 
 

@@ -21,7 +21,6 @@ from datastore.dataset.query.readable import Readable
 from datastore.dataset.query.scan import scan_files
 from datastore.errors import ConfigError, DatastoreError
 from datastore.formats.documents import DOCUMENTS_SCHEMA
-from datastore.formats.schema import no_rows
 
 __all__ = ["run_query"]
 
@@ -119,8 +118,8 @@ def _unknown_to(connection: duckdb.DuckDBPyConnection, schema: pa.Schema) -> lis
             left_out.append(field.name)
             continue
         try:
-            connection.from_arrow(pa.Table.from_batches([no_rows(pa.schema([field]))])).fetchall()
-        except duckdb.NotImplementedException:
+            connection.from_arrow(pa.Table.from_batches([], pa.schema([field]))).fetchall()
+        except (duckdb.NotImplementedException, pa.ArrowException):
             left_out.append(field.name)
     return left_out
 

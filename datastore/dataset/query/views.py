@@ -18,7 +18,6 @@ from datastore.errors import ConfigError, DependencyError
 from datastore.formats.arrow import array_of
 from datastore.formats.documents import DOCUMENTS_SCHEMA
 from datastore.formats.evolution import schema_id
-from datastore.formats.schema import no_rows
 from datastore.formats.tokens import ColumnType, Offsets, token_schema
 
 if TYPE_CHECKING:
@@ -92,7 +91,7 @@ class Views(Readable):
         wanted = _checked_names(schema, columns)
         read = self.rows if whole else self.live_documents
         parts = [read(index).select(wanted) for index in range(len(self.segments))]
-        return pa.concat_tables([pa.Table.from_batches([no_rows(schema)]).select(wanted), *parts])
+        return pa.concat_tables([pa.Table.from_batches([], schema=schema).select(wanted), *parts])
 
     def to_batches(self, *, columns: Sequence[str] | None = None) -> pa.RecordBatchReader:
         """Return all rows, as `row_schema`, as a stream with at most one shard in memory; it can be read once.

@@ -50,6 +50,9 @@ _LARGEST_BLOCK = 2**30
 
 _LARGEST_FILE = 2**40
 
+_MOST_ROWS = 2**31
+"""Rows of a record shard, which may be many more than its bytes: of truth values, of nothing, or compressed."""
+
 _SIZES = ("size_bytes", "block_bytes", "tokens", "documents", "values_start", "offsets_start")
 
 _CHECKED_AT_ONCE = 8192
@@ -179,9 +182,10 @@ def _sizes_fit(numbers: Sequence[npt.NDArray[Any]], *, wide: npt.NDArray[np.bool
     size, block, tokens, documents, values, offsets, named, digest_bytes = numbers
     if not ((size <= _LARGEST_FILE) & (block <= _LARGEST_BLOCK)).all():
         return False
-    if not ((tokens <= size) & (documents <= size) & (values <= size) & (offsets <= size)).all():
-        return False
     of_tokens = named > 0
+    rows = np.where(of_tokens, size, _MOST_ROWS)
+    if not ((tokens <= size) & (documents <= rows) & (values <= size) & (offsets <= size)).all():
+        return False
     fits = values + (2 * tokens << wide) <= size
     fits &= np.where(of_tokens, offsets + 4 * documents + 4 <= size, tokens == 0)
     return bool((fits & (digest_bytes == DIGEST_BYTES * -(-size // block))).all())

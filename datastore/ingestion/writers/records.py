@@ -85,7 +85,8 @@ def record_writer(
             columns=stored.names,
             hint="Leave out the schema to write rows of the dataset's own, or name another URL.",
         )
-    writer = RecordWriter(storage, schema=_checked(stored, format), operation=operation, format=format)
+    check_format(stored, format=format)  # What is there stays, also of types that are refused today.
+    writer = RecordWriter(storage, schema=stored, operation=operation, format=format)
     writer.opened = Opened(info, found) if found else None
     return writer
 

@@ -277,3 +277,33 @@ def test_a_writer_that_another_was_faster_than_adds_to_what_that_made(
     assert [out.commit and out.commit.version for out in (first, second)] == [2, 3]
     assert open_dataset(storage).totals.documents == 6
     assert verify(open_dataset(storage)).ok
+
+
+@pytest.mark.parametrize("kind", ["arrow", "parquet"])
+@pytest.mark.parametrize(
+    "column", [pa.array([True] * 100_000), pa.nulls(100_000), pa.array([7] * 100_000)], ids=["bool", "nothing", "one"]
+)
+def test_a_shard_may_have_more_rows_than_bytes(
+    storage: Storage, column: pa.Array, kind: Literal["arrow", "parquet"]
+) -> None:
+    with record_writer(storage, format=kind) as out:
+        out.write(pa.table({"x": column}))
+    dataset = open_dataset(storage)
+    assert dataset.to_arrow().column("x").combine_chunks().equals(column)
+    assert sum(batch.num_rows for batch in dataset.iter_batches()) == 100_000
+    assert verify(dataset).ok
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [
+        pa.dictionary(pa.int8(), pa.struct({"a": pa.int64()})),
+        pa.dictionary(pa.int8(), pa.null()),
+        pa.dictionary(pa.int8(), pa.json_()),
+        pa.opaque(pa.string_view(), "kind", "vendor"),
+    ],
+    ids=str,
+)
+def test_what_could_not_be_put_together_later_is_refused_before_any_row(storage: Storage, kind: pa.DataType) -> None:
+    with pytest.raises(ConfigError, match=r"a column is .*Cast it to"):
+        record_writer(storage, schema={"x": kind})

@@ -474,3 +474,14 @@ def test_csv_reads_as_the_standard_library_does(rows: list[list[str]], end: str,
         patch.setattr("datastore.interop.columnar._CSV_BLOCKS", (block, 4096))
         found = csv_rows(MemoryStorage(uuid.uuid4().hex), text.getvalue().encode())
     assert [list(row.values()) for row in found] == rows
+
+
+def test_run_ends_and_odd_dictionaries_are_read_as_their_values() -> None:
+    ends = pa.run_end_encoded(pa.int32(), pa.string())
+    odd = pa.schema(
+        {"e": ends, "l": pa.list_(ends), "n": pa.dictionary(pa.int8(), pa.null()), "v": pa.dictionary(pa.int8(), ends)}
+    )
+    plain = pa.schema(
+        {"e": pa.string(), "l": pa.list_(pa.string()), "n": pa.null(), "v": pa.dictionary(pa.int8(), pa.string())}
+    )
+    assert without_views(odd) == plain

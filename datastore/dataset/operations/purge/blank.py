@@ -27,6 +27,7 @@ from datastore.digest import block_digests, digest_bytes, digest_hex
 from datastore.errors import ConfigError
 from datastore.formats.arrow import array_of, numbers_of, scalar_of
 from datastore.formats.documents import encode_documents
+from datastore.formats.fitting import fit_array
 from datastore.storage.base import Storage
 from datastore.storage.verified import read_checked
 
@@ -153,22 +154,28 @@ def _blank_records(storage: Storage, shard: ShardInfo, rows: Rows, name: str) ->
 
 def _blank_rows(table: pa.Table, rows: Rows) -> pa.Table:
     """Return `table` with nothing in `rows`, in memory that holds nothing of what was there."""
-    order = np.arange(table.num_rows)
-    order[rows] = table.num_rows
+    gone = np.zeros(table.num_rows, np.bool_)
+    gone[rows] = True
     columns = []
     for field, column in zip(table.schema, table.columns, strict=True):
+        plain, blank = _plain_and_blank(column, field)
         try:
-            plain, blank = _plain_and_blank(column, field)
-            taken = pa.chunked_array([*plain.chunks, blank], plain.type).combine_chunks().take(_index(order))
-            columns.append(taken if field.type == plain.type else taken.cast(field.type))
+            taken = _replaced(plain, blank, gone)
+            columns.append(taken if field.type == plain.type else _cast(taken, field))
         except (pa.ArrowException, TypeError, ValueError) as error:
-            raise ConfigError(
-                f"a row of this column cannot be blank: {error}",
-                column=field.name,
-                type=str(field.type),
-                hint="Drop the deleted rows with `compact`, then purge.",
-            ) from None
+            raise _never_blank(field, error) from None
     return pa.table(columns, schema=table.schema)
+
+
+def _replaced(column: Any, blank: Any, gone: npt.NDArray[np.bool_]) -> Any:
+    """Return a copy of `column` with `blank` in the places of `gone`; each array of it for itself, for it may be full."""
+    chunks, start = [], 0
+    for chunk in column.chunks:
+        order = np.arange(len(chunk))
+        order[gone[start : start + len(chunk)]] = len(chunk)
+        chunks.append(pa.concat_arrays([chunk, blank]).take(_index(order)))
+        start += len(chunk)
+    return pa.chunked_array(chunks, column.type)
 
 
 def _blank_already(table: pa.Table, rows: Rows) -> npt.NDArray[np.bool_]:
@@ -176,17 +183,44 @@ def _blank_already(table: pa.Table, rows: Rows) -> npt.NDArray[np.bool_]:
     found = np.ones(len(rows), np.bool_)
     for field, column in zip(table.schema, table.columns, strict=True):
         plain, blank = _plain_and_blank(column, field)
-        values = plain.take(_index(rows)).combine_chunks()
-        for index in np.flatnonzero(found).tolist():
-            found[index] = values.slice(index, 1).equals(blank)
+        start = 0
+        for chunk in plain.chunks:
+            places = np.flatnonzero(found & (rows >= start) & (rows < start + len(chunk)))
+            values = chunk.take(_index(rows[places] - start))
+            for number, place in enumerate(places.tolist()):
+                found[place] = values.slice(number, 1).equals(blank)
+            start += len(chunk)
     return found
 
 
 def _plain_and_blank(column: Any, field: "pa.Field[Any]") -> tuple[Any, Any]:
     """Return `column` without dictionaries and views, and an array of one blank value of its type then."""
     kind = _plain(field.type)
-    blank = pa.nulls(1, kind) if field.nullable else pa.array([_empty(kind)], kind)
-    return (column if field.type == kind else column.cast(kind)), blank
+    try:
+        blank: Any = pa.nulls(1, kind) if field.nullable else pa.array([_empty(kind)], kind)
+        return (column if field.type == kind else _fitted(column, field.with_type(kind))), blank
+    except (pa.ArrowException, TypeError, ValueError) as error:
+        raise _never_blank(field, error) from None
+
+
+def _cast(column: Any, field: "pa.Field[Any]") -> Any:
+    try:
+        return column.cast(field.type)
+    except pa.ArrowException:  # pyarrow casts no values of a fixed size to a dictionary (26.0.1).
+        return _fitted(column, field)
+
+
+def _fitted(column: Any, field: "pa.Field[Any]") -> Any:
+    return pa.chunked_array([fit_array(chunk, field, field.name) for chunk in column.chunks], type=field.type)
+
+
+def _never_blank(field: "pa.Field[Any]", error: Exception) -> ConfigError:
+    return ConfigError(
+        f"a row of this column cannot be blank: {error}",
+        column=field.name,
+        type=str(field.type),
+        hint="Drop the deleted rows with `compact`, then purge.",
+    )
 
 
 def _index(rows: npt.NDArray[np.integer]) -> Any:
