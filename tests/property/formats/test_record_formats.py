@@ -262,8 +262,7 @@ def test_after_any_changes_every_version_reads_as_if_all_its_rows_had_been_writt
             changed = step(storage, rows)
         except ConfigError:  # No such column, or there already: the dataset is what it was.
             continue
-        if open_dataset(storage).version == before:  # The last change given again, which is done already.
-            assert changed == rows
+        if open_dataset(storage).version == before:  # The last change of columns given again, which is done already.
             continue
         rows = changed
         history.append(rows)
