@@ -284,9 +284,8 @@ def _record_schema(listing: Listing, roots: Roots, target: Destination, settings
     Raises:
         ConfigError: the first file does not have them; better now than after all the reading.
     """
-    if (
-        target.newest is not None and listing.files[0].format == "jsonl"
-    ):  # Each line is held against the columns as it is read.
+    # Each line is held against the columns as it is read.
+    if target.newest is not None and listing.files[0].format == "jsonl":
         return target.newest.record_schema
 
     def read(file: SourceFile) -> pa.Schema:

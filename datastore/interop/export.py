@@ -1,7 +1,7 @@
 """`export`: a version of a dataset in the format of another library, shard by shard, without its deleted rows.
 
 One shard of the dataset and one file of the export are in memory at a time. What there is appears at the end, as a
-whole (`folders` says how).
+whole (`Folder` in `base.py` says how).
 """
 
 import time

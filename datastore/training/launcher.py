@@ -15,7 +15,8 @@ systemd, Slurm and every kill of a cgroup send it to all processes, and launcher
 within a second is the same request, and a rank that somebody else started asks for no second one: its launcher, which dies
 of that, has the last word.
 
-One rank is `python -m datastore.training.launcher`, its task on stdin. What goes on the pipe named in the task: `{"event": ...}` as often as it likes, then `{"result": ...}` or `{"error": ...}`.
+One rank is `python -m datastore.training.launcher`, its task on stdin. What goes on the pipe named in the task:
+`{"event": ...}` as often as it likes, then `{"result": ...}` or `{"error": ...}`.
 """
 
 import importlib

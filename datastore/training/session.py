@@ -52,7 +52,7 @@ def run_session(request: SessionRequest, launch: Launch, report: Callable[[Train
     """Take this rank's part in a run until its last step or a signal; return how it ended, the same on every rank.
 
     Raises:
-        DatastoreError: see `trainer.train`.
+        DatastoreError: see `start.train`.
     """
     started = time.monotonic()
     check_world(request.settings, launch.world)

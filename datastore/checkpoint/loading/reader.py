@@ -1,10 +1,11 @@
 """Saved bytes into tensors, in two passes: every chunk is verified before the first tensor is written.
 
 First pass: each chunk that this rank needs is hashed and compared. Second pass, once all ranks have said yes: the
-bytes are copied into the tensors, and what has been copied is hashed once more, because they come from the disk again. Remote parts are kept in memory between the passes (see `sources.py`).
+bytes are copied into the tensors, and what has been copied is hashed once more, because they come from the disk again.
+Remote parts are kept in memory between the passes (see `sources.py`).
 
-The layouts of what was saved and of what is here need not be related: whatever a saved box and a local box have in common is one transfer. A tensor that
-was saved by eight ranks is read by one, or by three, in the same way.
+The layouts of what was saved and of what is here need not be related: whatever a saved box and a local box have in common
+is one transfer. A tensor that was saved by eight ranks is read by one, or by three, in the same way.
 """
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence

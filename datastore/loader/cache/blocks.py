@@ -8,8 +8,8 @@ Promises:
 
 Ranks share nothing: there is no lock, no shared memory and no file between processes.
 
-A block, which is fetched, checked and kept as one, is a range of bytes of a shard's file, with a digest in the manifest. Numbers, not objects: whether a batch is
-in memory is one look into an array, and a million shards cost 16 bytes each.
+A block, which is fetched, checked and kept as one, is a range of bytes of a shard's file, with a digest in the manifest.
+Numbers, not objects: whether a batch is in memory is one look into an array, and a million shards cost 16 bytes each.
 
 A shard holds its tokens end to end, and beside them perhaps other columns of so many bytes for each token. Each such
 stretch of the file is a track: blocks know no more of what they hold.

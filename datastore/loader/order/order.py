@@ -8,9 +8,10 @@ for every N, number of lanes and window.
 Complexity: O(shards + lanes) time and memory to start or to enter an epoch, O(1) a sample; nothing is O(samples), and
 starting at position 10^12 costs the same as starting at 0. At 33 x 10^9 samples in 10^6 shards an Order takes 0.1 s.
 
-Which samples a rank's next batches hold follows from the cursor; no rank asks another. The global batch at cursor T is the positions [T, T + global_batch). Its slots are sorted by (lane, position), and rank
-r of W takes slots [r * G // W, (r + 1) * G // W): the *set* of every global batch is the same for every W, and since
-lanes are visited in bit-reversed order a rank always gets nearly the same lanes, so it reads only its part of the data.
+Which samples a rank's next batches hold follows from the cursor; no rank asks another. The global batch at cursor T is the
+positions [T, T + global_batch). Its slots are sorted by (lane, position), and rank r of W takes slots
+[r * G // W, (r + 1) * G // W): the *set* of every global batch is the same for every W, and since lanes are visited in
+bit-reversed order a rank always gets nearly the same lanes, so it reads only its part of the data.
 The slice is then shuffled by a hash of the cursor, or a micro-batch would be neighbouring lanes.
 
 When W does not divide G, the batches of two ranks differ by one row. A finite pass ends after ceil(total / G) steps on

@@ -136,9 +136,8 @@ class RowStore:
         number, within = np.full(len(rows), -1, np.int64), rows.copy()
         for shard in np.unique(shards).tolist():
             starts = self._batch_starts(shard)
-            if (
-                len(starts) > 1
-            ):  # Else it was written before shards said where their batches are, and is read as a whole.
+            # One that was written before shards said where their batches are is read as a whole.
+            if len(starts) > 1:
                 here = np.flatnonzero(shards == shard)
                 number[here] = np.searchsorted(starts, rows[here], side="right") - 1
                 within[here] -= starts[number[here]]
