@@ -15,7 +15,7 @@ Source: https://flatbuffers.dev/internals, https://arrow.apache.org/docs/format/
 """
 
 import struct
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from typing import Any, cast
@@ -37,7 +37,15 @@ __all__ = [
     "numbers_of",
     "scalar_of",
     "table_of",
+    "types_within",
 ]
+
+
+def types_within(kind: Any) -> Iterator[Any]:
+    """Yield a type and all that it is made of."""
+    yield kind
+    for index in range(kind.num_fields):
+        yield from types_within(kind.field(index).type)
 
 
 def array_of(values: Sequence[Any] | npt.NDArray[Any], kind: pa.DataType | None = None) -> "pa.Array[Any]":

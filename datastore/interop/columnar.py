@@ -17,6 +17,7 @@ import pyarrow.parquet as pq
 from typing_extensions import override
 
 from datastore.errors import ConfigError, CorruptError, DatastoreError, MissingError
+from datastore.formats.arrow import types_within
 from datastore.formats.huggingface import check_hf_types, keep_features, with_features
 from datastore.formats.schema import check_names, without_views
 from datastore.interop.base import Exporter, Folder, Format, Rows, Span, below, numbered, read_json, whole_files
@@ -151,18 +152,12 @@ class JsonLinesExporter(_Tables):
 
 def _try_parquet(field: "pa.Field[Any]") -> None:
     """Write and read a row without a value; raise what pyarrow raises."""
-    if any(pa.types.is_fixed_size_list(kind) and not kind.list_size for kind in _within(field.type)):
+    if any(pa.types.is_fixed_size_list(kind) and not kind.list_size for kind in types_within(field.type)):
         raise ValueError("lists of no items cannot be read back")  # pyarrow 26.0.1 writes them without complaint.
     sink = pa.BufferOutputStream()
     column = pa.chunked_array([pa.nulls(1, field.type)])
     pq.write_table(pa.Table.from_arrays([column], schema=pa.schema([field.with_nullable(True)])), sink)
     pq.read_table(pa.BufferReader(sink.getvalue()))
-
-
-def _within(kind: Any) -> Iterator[Any]:
-    yield kind
-    for index in range(kind.num_fields):
-        yield from _within(kind.field(index).type)
 
 
 def _open(storage: Storage, key: str) -> Any:

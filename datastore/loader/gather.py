@@ -24,6 +24,7 @@ __all__ = [
     "Gatherer",
     "Reads",
     "TokenArray",
+    "blank_deleted",
     "blank_out",
     "blanks_of",
     "blocks_of",
@@ -168,6 +169,23 @@ def blank_out(blanks: Sequence[Blank], tokens: TokenArray, *, columns: Mapping[s
         tokens[row, start:stop] = token
         for values in columns.values():
             values[row, start:stop] = 0
+
+
+def blank_deleted(
+    plan: BatchPlan,
+    tokens: TokenArray,
+    *,
+    gaps: Gaps,
+    columns: Mapping[str, AnyArray],
+    computed: AnyArray | None,
+    token: int,
+) -> None:
+    """Write `token` over what of `plan` lies in `gaps`, and zeros over its columns; `computed` is a loss mask that no shard has."""
+    if computed is not None:
+        computed.fill(1)
+        computed[~plan.valid] = 0
+    blanks = blanks_of(plan.samples, seq_len=tokens.shape[1] - 1, gaps=gaps)
+    blank_out(blanks, tokens, columns=columns, token=token)
 
 
 def reads_of(plans: list[BatchPlan], *, grid: SampleGrid, layout: BlockLayout, tracks: Sequence[Track]) -> list[Reads]:

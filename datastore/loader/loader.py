@@ -25,7 +25,7 @@ from datastore.loader.cache.blocks import TokenBlocks
 from datastore.loader.cache.files import FileBlocks
 from datastore.loader.cache.memory import BlockCache
 from datastore.loader.cache.prefetch import Prefetcher
-from datastore.loader.gather import AnyArray, BatchColumn, Gatherer, Reads, TokenArray, blank_out, blanks_of, reads_of
+from datastore.loader.gather import AnyArray, BatchColumn, Gatherer, Reads, TokenArray, blank_deleted, reads_of
 from datastore.loader.order.lanes import I64
 from datastore.loader.order.order import BatchPlan, Planner
 from datastore.loader.settings import LOSS_MASK, LoaderSettings, Rank, checked_options
@@ -183,11 +183,9 @@ class Loader:
         assert self._gatherer is not None
         tokens = self._gatherer.gather(reads, out, columns=into)
         if self._stream.blanks is not None:
-            if self.columns[LOSS_MASK].track is None:
-                into[LOSS_MASK].fill(1)
-                into[LOSS_MASK][~plan.valid] = 0
-            blanks = blanks_of(plan.samples, seq_len=self.seq_len, gaps=self._stream.blanks)
-            blank_out(blanks, tokens, columns=into, token=self._end_of_text)
+            computed = into[LOSS_MASK] if self.columns[LOSS_MASK].track is None else None
+            gaps, token = self._stream.blanks, self._end_of_text
+            blank_deleted(plan, tokens, gaps=gaps, columns=into, computed=computed, token=token)
         blocks.passed()
         self._planned.popleft()
         self._requested = max(0, self._requested - 1)

@@ -15,7 +15,7 @@ from datastore.dataset.snapshot import Dataset
 from datastore.errors import ConfigError
 from datastore.loader.batch import Batch
 from datastore.loader.cache.blocks import TokenBlocks
-from datastore.loader.gather import AnyArray, Gatherer, blank_out, blanks_of, reads_of
+from datastore.loader.gather import AnyArray, Gatherer, blank_deleted, reads_of
 from datastore.loader.loader import open_blocks
 from datastore.loader.order.lanes import I64
 from datastore.loader.order.order import BatchPlan
@@ -48,7 +48,6 @@ class SampleReader:
         self._order = self._stream.order(self._stream.start)
         self._columns = columns_of(self._stream, self.options)
         self._end_of_text = end_of_text_of(self._stream, self.options)
-        self._dtype: np.dtype[Any] = np.dtype("uint16" if int(dataset.segments.itemsize.max()) == 2 else "uint32")
         self._blocks: tuple[int, TokenBlocks] | None = None
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -74,19 +73,18 @@ class SampleReader:
         grid, blocks = self._stream.grid, self._ready()
         found = self._order.locate(wanted)
         plan = BatchPlan(int(wanted[0]) if wanted.size else 0, wanted, found.samples, found.shards)
-        tokens = np.empty((len(wanted), grid.seq_len + 1), self._dtype)
+        shape = len(wanted), grid.seq_len + 1
         columns: dict[str, AnyArray] = {
-            name: np.empty(column.shape(*tokens.shape), column.dtype) for name, column in self._columns.items()
+            name: np.empty(column.shape(*shape), column.dtype) for name, column in self._columns.items()
         }
         tracks = [column.track for column in self._columns.values() if column.track is not None]
         reads = reads_of([plan], grid=grid, layout=blocks.layout, tracks=[blocks.layout.tokens, *tracks])
         gatherer = Gatherer(blocks, width=grid.seq_len + 1, columns=tuple(self._columns.values()))
-        gatherer.gather(reads[0], tokens, columns=columns)
+        tokens = gatherer.gather(reads[0], None, columns=columns)
         if self._stream.blanks is not None:
-            if self._columns[LOSS_MASK].track is None:
-                columns[LOSS_MASK].fill(1)
-            blanks = blanks_of(plan.samples, seq_len=grid.seq_len, gaps=self._stream.blanks)
-            blank_out(blanks, tokens, columns=columns, token=self._end_of_text)
+            computed = columns[LOSS_MASK] if self._columns[LOSS_MASK].track is None else None
+            gaps, token = self._stream.blanks, self._end_of_text
+            blank_deleted(plan, tokens, gaps=gaps, columns=columns, computed=computed, token=token)
         return Batch(tokens, wanted, plan.samples, plan.cursor, self.dataset, columns, deletions=self.options.deletions)
 
     def _ready(self) -> TokenBlocks:

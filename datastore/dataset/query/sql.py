@@ -20,6 +20,7 @@ import pyarrow as pa
 from datastore.dataset.query.readable import Readable
 from datastore.dataset.query.scan import scan_files
 from datastore.errors import ConfigError, DatastoreError
+from datastore.formats.arrow import types_within
 from datastore.formats.documents import DOCUMENTS_SCHEMA
 
 __all__ = ["run_query"]
@@ -125,8 +126,7 @@ def _unknown_to(connection: duckdb.DuckDBPyConnection, schema: pa.Schema) -> lis
 
 
 def _has_negative_scale(kind: Any) -> bool:
-    inner = (kind.field(index).type for index in range(kind.num_fields))
-    return bool(pa.types.is_decimal(kind) and kind.scale < 0) or any(map(_has_negative_scale, inner))
+    return any(pa.types.is_decimal(inner) and inner.scale < 0 for inner in types_within(kind))
 
 
 def _live_rows(

@@ -15,7 +15,7 @@ import pyarrow as pa
 from datastore.dataset.query.readable import Part, Readable
 from datastore.dataset.shards.files import read_token_table
 from datastore.errors import ConfigError, DependencyError
-from datastore.formats.arrow import array_of
+from datastore.formats.arrow import array_of, types_within
 from datastore.formats.documents import DOCUMENTS_SCHEMA
 from datastore.formats.evolution import schema_id
 from datastore.formats.tokens import ColumnType, Offsets, token_schema
@@ -199,7 +199,7 @@ def _converted(table: pa.Table, convert: Callable[[pa.Table], Any], *, to: str) 
     """Return what `convert` makes of `table`; where it fails, the column that it fails on is named."""
     if to == "Polars":
         for field in table.schema:
-            if any(map(_ends_polars, _types_in(field.type))):
+            if any(map(_ends_polars, types_within(field.type))):
                 raise _no_form(field, "its reader of Arrow does not know it", to)
     try:
         return convert(table)
@@ -219,12 +219,6 @@ def _no_form(field: "pa.Field[Any]", reason: str, to: str) -> ConfigError:
         type=str(field.type),
         hint="Name the other columns with `columns`, or read Arrow.",
     )
-
-
-def _types_in(kind: Any) -> Iterator[Any]:
-    yield kind
-    for index in range(kind.num_fields):
-        yield from _types_in(kind.field(index).type)
 
 
 def _ends_polars(kind: Any) -> bool:
