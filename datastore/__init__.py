@@ -52,6 +52,7 @@ if TYPE_CHECKING:
     from datastore.interop.export import export as export_dataset
     from datastore.loader.batch import Batch
     from datastore.loader.loader import Loader
+    from datastore.loader.mixture.request import Mixture, Stage
     from datastore.loader.rows.batch import RowBatch, Rows
     from datastore.loader.rows.loader import RowLoader
     from datastore.loader.settings import LoaderSettings, Rank
@@ -76,6 +77,7 @@ _HOMES = {
     "Keep": ("datastore.checkpoint.steps", "Keep"),
     "Loader": ("datastore.loader.loader", "Loader"),
     "LoaderSettings": ("datastore.loader.settings", "LoaderSettings"),
+    "Mixture": ("datastore.loader.mixture.request", "Mixture"),
     "MissingError": ("datastore.errors", "MissingError"),
     "Rank": ("datastore.loader.settings", "Rank"),
     "RejectedError": ("datastore.errors", "RejectedError"),
@@ -84,6 +86,7 @@ _HOMES = {
     "RowLoader": ("datastore.loader.rows.loader", "RowLoader"),
     "Rows": ("datastore.loader.rows.batch", "Rows"),
     "RunSettings": ("datastore.training.settings", "Settings"),
+    "Stage": ("datastore.loader.mixture.request", "Stage"),
     "StorageError": ("datastore.errors", "StorageError"),
     "TokenizerSettings": ("datastore.ingestion.encoding.tokenizer", "TokenizerSettings"),
     "WaitError": ("datastore.errors", "WaitError"),
@@ -136,6 +139,7 @@ __all__ = [
     "Loader",
     "LoaderSettings",
     "MissingError",
+    "Mixture",
     "Rank",
     "RejectedError",
     "ResumeError",
@@ -143,6 +147,7 @@ __all__ = [
     "RowLoader",
     "Rows",
     "RunSettings",
+    "Stage",
     "StorageError",
     "TokenizerSettings",
     "WaitError",

@@ -6,7 +6,10 @@ lookup     samples by their position in the order
 settings   what a user may choose, and the rank that reads
 batch      one batch
 order      from a position to a sample: pure functions
-stream     a dataset as samples, deletions taken into account
+mixture    several datasets as one, each by its weight
+sources    one dataset or those of a mixture, and the order that a state gives them
+position   where a loader stands, and what comes next
+stream     a dataset or a mixture as samples, deletions taken into account
 gather     what a batch reads, and the copy into it
 cache      blocks: mapped, kept in memory, fetched ahead
 state      the position, saved and loaded

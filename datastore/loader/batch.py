@@ -7,13 +7,15 @@ import numpy as np
 import numpy.typing as npt
 import xxhash
 
-from datastore.dataset.snapshot import Dataset
 from datastore.loader.gather import AnyArray, TokenArray
+from datastore.loader.mixture.request import Data
 from datastore.loader.order.lanes import I64
 from datastore.loader.order.mix import mix64
 from datastore.loader.order.order import NO_SAMPLE
-from datastore.loader.settings import LOSS_MASK, DeletionMode
-from datastore.loader.trace import DocumentSpan, locate
+from datastore.loader.settings import LOSS_MASK
+from datastore.loader.sources import source_numbers
+from datastore.loader.stream import SampleStream
+from datastore.loader.trace import DocumentSpan, origins_of
 
 __all__ = ["Batch", "fingerprint_of"]
 
@@ -34,12 +36,22 @@ class Batch:
     cursor: int
     """First position of the global batch: how many samples all ranks had been given before it."""
 
-    dataset: Dataset = field(repr=False)
+    stream: SampleStream = field(repr=False)
+    """What it was read from."""
+
     columns: Mapping[str, AnyArray]
     """What the tokens bring along, [B, seq_len + 1] or [B, seq_len + 1, width] each: 0 where a document is deleted, and
     in rows that hold no sample."""
 
-    deletions: DeletionMode = "mask"
+    @property
+    def dataset(self) -> Data:
+        """The dataset, or the mixture."""
+        return self.stream.data
+
+    @property
+    def sources(self) -> I64:
+        """[B] which source of the mixture each row is of, a number in `Mixture.names`; 0 of a dataset, -1 in rows that fill up."""
+        return source_numbers(self.stream.sources, self.samples)
 
     @property
     def loss_mask(self) -> npt.NDArray[np.bool_] | None:
@@ -61,10 +73,7 @@ class Batch:
 
     def documents(self) -> list[DocumentSpan]:
         """Return the stretches of documents that the valid rows are made of, row by row. Reads whole shards."""
-        seq_len = self.tokens.shape[1] - 1
-        wanted = self.samples[self.valid].tolist()
-        origins = locate(self.dataset, seq_len=seq_len, samples=wanted, deletions=self.deletions)
-        return [span for origin in origins for span in origin.spans]
+        return [span for origin in origins_of(self.stream, self.samples[self.valid]) for span in origin.spans]
 
 
 def fingerprint_of(tokens: TokenArray, *, positions: I64, samples: I64) -> int:

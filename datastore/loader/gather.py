@@ -28,6 +28,7 @@ __all__ = [
     "blank_out",
     "blanks_of",
     "blocks_of",
+    "fill_lacking",
     "reads_of",
 ]
 
@@ -45,6 +46,9 @@ class BatchColumn:
     width: int
     track: Track | None
     """Where it lies in the shards; None for what is not stored but follows from something else."""
+
+    lacking: npt.NDArray[np.bool_] | None = None
+    """[S] shards of a mixture that lack it, and have 1 everywhere; None: all have it."""
 
     @property
     def token_bytes(self) -> int:
@@ -169,6 +173,13 @@ def blank_out(blanks: Sequence[Blank], tokens: TokenArray, *, columns: Mapping[s
         tokens[row, start:stop] = token
         for values in columns.values():
             values[row, start:stop] = 0
+
+
+def fill_lacking(plan: BatchPlan, columns: Sequence[BatchColumn], into: Mapping[str, AnyArray]) -> None:
+    """Write 1 over the rows of `plan` whose shard lacks a column."""
+    for column in columns:
+        if column.lacking is not None:
+            into[column.name][column.lacking[plan.shards] & plan.valid] = 1
 
 
 def blank_deleted(

@@ -14,29 +14,39 @@ from collections.abc import Iterator, Mapping
 from dataclasses import asdict
 from typing import Any, Self
 
-import msgspec
 import numpy as np
 from typing_extensions import override
 
-from datastore.dataset.snapshot import Dataset
 from datastore.errors import ConfigError, DatastoreError, whole_number
 from datastore.loader.batch import Batch
 from datastore.loader.cache.blocks import TokenBlocks
 from datastore.loader.cache.files import FileBlocks
 from datastore.loader.cache.memory import BlockCache
 from datastore.loader.cache.prefetch import Prefetcher
-from datastore.loader.gather import AnyArray, BatchColumn, Gatherer, Reads, TokenArray, blank_deleted, reads_of
+from datastore.loader.gather import (
+    AnyArray,
+    BatchColumn,
+    Gatherer,
+    Reads,
+    TokenArray,
+    blank_deleted,
+    fill_lacking,
+    reads_of,
+)
+from datastore.loader.mixture.request import Data, Weights
 from datastore.loader.order.lanes import I64
-from datastore.loader.order.order import BatchPlan, Planner
+from datastore.loader.order.order import BatchPlan
+from datastore.loader.position import Position
 from datastore.loader.settings import LOSS_MASK, LoaderSettings, Rank, checked_options
-from datastore.loader.state import LoaderState, read_state
-from datastore.loader.stream import columns_of, end_of_text_of, open_stream
+from datastore.loader.state import LoaderState
+from datastore.loader.stream import SampleStream, columns_of, end_of_text_of, open_stream
+from datastore.storage.base import Storage
 from datastore.units import format_bytes
 
-__all__ = ["Loader", "is_local", "open_blocks"]
+__all__ = ["Loader", "open_blocks"]
 
 _PLAN_SLOTS = 65_536
-"""Slots of global batches planned at a time: NumPy's cost per call is spread over them."""
+"""Rows of this rank planned at a time: NumPy's cost per call is spread over them."""
 
 _MAX_PLANNED = 1_024
 """Batches planned ahead at most."""
@@ -60,7 +70,7 @@ class Loader:
 
     def __init__(
         self,
-        dataset: Dataset,
+        dataset: Data,
         *,
         seq_len: int,
         global_batch: int,
@@ -73,19 +83,25 @@ class Loader:
         self.global_batch = whole_number(global_batch, name="global_batch")
         self.options = checked_options(options)
         self._stream = open_stream(dataset, seq_len=seq_len, seed=seed, options=self.options)
-        itemsize = int(dataset.segments.itemsize.max())
+        itemsize = int(self._stream.segments.itemsize.max())
         self.dtype: np.dtype[Any] = np.dtype("uint16" if itemsize == 2 else "uint32")
         self.columns: Mapping[str, BatchColumn] = columns_of(self._stream, self.options)
         """What batches bring along beside their tokens, by name."""
         self._end_of_text = end_of_text_of(self._stream, self.options)
-        self._local = is_local(dataset)
+        self._local = self._stream.is_local
         self._pid = os.getpid()
         self._blocks: TokenBlocks | None = None
         self._prefetcher: Prefetcher | None = None
         self._gatherer: Gatherer | None = None
         self._batches = 0
-        self._state: LoaderState = self._stream.start
-        self._planner = self._planner_of(self._state)
+        self._position = Position(
+            dataset,
+            self._stream.sources,
+            self._stream.start,
+            rank=rank,
+            global_batch=self.global_batch,
+            epochs=self.options.epochs,
+        )
         self._planned: deque[tuple[BatchPlan, Reads]] = deque()
         self._next_cursor = self._requested = self._planned_at_once = 0
         self._begun = False
@@ -112,6 +128,11 @@ class Loader:
         self.close()
 
     @property
+    def storage(self) -> Storage:
+        """The files that it reads."""
+        return self._stream.storage
+
+    @property
     def seq_len(self) -> int:
         """Tokens of a sample, less its last target."""
         return self._stream.grid.seq_len
@@ -125,13 +146,12 @@ class Loader:
     @property
     def cursor(self) -> int:
         """Samples delivered so far, over all ranks and epochs."""
-        cursor: int = self._state.cursor
-        return cursor
+        return self._position.cursor
 
     @property
     def samples_per_epoch(self) -> int:
-        """N, the samples of the dataset."""
-        return self._stream.grid.samples
+        """N, the samples of the dataset; of a mixture, those of all its sources."""
+        return self._position.samples_per_epoch
 
     @property
     def batches_per_epoch(self) -> int:
@@ -172,7 +192,7 @@ class Loader:
 
     def _deliver(self, out: TokenArray | None, into: Mapping[str, AnyArray]) -> Batch:
         if self._unsettled:  # Something was raised while plans were being made or used up: none of them is trusted.
-            self._start_at(self._state)
+            self._start_at(self._position.state)
         self._unsettled = True
         blocks = self._ready()
         self._look_ahead(blocks)
@@ -182,6 +202,7 @@ class Loader:
         plan, reads = self._planned[0]
         assert self._gatherer is not None
         tokens = self._gatherer.gather(reads, out, columns=into)
+        fill_lacking(plan, tuple(self.columns.values()), into)
         if self._stream.blanks is not None:
             computed = into[LOSS_MASK] if self.columns[LOSS_MASK].track is None else None
             gaps, token = self._stream.blanks, self._end_of_text
@@ -190,12 +211,10 @@ class Loader:
         self._planned.popleft()
         self._requested = max(0, self._requested - 1)
         self._batches += 1
-        moved = msgspec.structs.replace(self._state, cursor=self._after(plan.cursor))
-        batch = Batch(
-            tokens, plan.positions, plan.samples, plan.cursor, self.dataset, into, deletions=self.options.deletions
-        )
+        moved = self._position.after(plan)
+        batch = Batch(tokens, plan.positions, plan.samples, plan.cursor, self._stream, into)
         # Nothing can be raised from here to the caller: the cursor counts this batch when, and only when, it is delivered.
-        self._unsettled, self._state, self._begun = False, moved, True
+        self._unsettled, self._position.state, self._begun = False, moved, True
         return batch
 
     def empty_columns(self) -> dict[str, AnyArray]:
@@ -207,33 +226,43 @@ class Loader:
 
     def state_dict(self) -> dict[str, Any]:
         """Return where the loader stands, as JSON values: under 1 KB, the same on every rank."""
-        return msgspec.structs.asdict(self._state)
+        return self._position.saved()
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+    def load_state_dict(self, state: Mapping[str, Any], *, reweigh: bool = False) -> None:
         """Go on from `state`, on any world and any batch size.
 
         It was saved by a loader of the same dataset version; or, where deleted tokens are masked, of an earlier one that has
-        the same shards: what has been deleted since is masked from now on.
+        the same shards: what has been deleted since is masked from now on. With `reweigh` a mixture goes on with the weights,
+        stages, epochs and sources that it has here; how often each source was drawn before is kept.
 
         Raises:
             ResumeError: `state` belongs to another order; the message names the keys that differ.
         """
-        self._start_at(read_state(state, here=self._stream.start))
+        self._start_at(self._position.read(state, reweigh=reweigh))
+
+    def reweigh(self, weights: Weights) -> None:
+        """Give the sources of the mixture other weights, from the next batch on and until the end; it is part of the state.
+
+        Raises:
+            ConfigError: the loader reads one dataset, or a weight is out of range.
+        """
+        self._start_at(self._position.reweighed(weights))
 
     def skip(self, batches: int) -> None:
         """Go on `batches` batches later, without reading any."""
-        if batches < 0:
-            raise ConfigError("cannot skip backwards", batches=batches, hint="Load a saved state instead.")
-        cursor = self.cursor + batches * self.global_batch
-        self._start_at(msgspec.structs.replace(self._state, cursor=self._within(cursor)))
+        self._start_at(self._position.skipped(batches))
 
     def plan(self, batches: int) -> list[I64]:
         """Return the samples of this rank's next `batches` batches, one array [B] each; nothing is read or moved."""
-        return [plan.samples for plan in self._planner.plan(self.cursor, batches=batches)]
+        return [plan.samples for plan in self._position.plan(self.cursor, batches=batches)]
 
     def stats(self) -> dict[str, int]:
         """Return counts since the start: batches, lanes, and those of the block cache."""
-        counts = {"batches": self._batches, "lanes": self._state.lanes, "window": self._state.window}
+        counts = {
+            "batches": self._batches,
+            "lanes": self._position.lanes,
+            "window": self._position.state.window,
+        }
         return counts | (asdict(self._blocks.stats()) if self._blocks is not None else {})
 
     def close(self) -> None:
@@ -243,7 +272,7 @@ class Loader:
         if self._blocks is not None and self._pid == os.getpid():
             self._blocks.close()
         self._prefetcher = self._blocks = None
-        self._start_at(self._state)
+        self._start_at(self._position.state)
 
     def _check_columns(self, columns: Mapping[str, AnyArray]) -> None:
         wanted = {
@@ -258,21 +287,10 @@ class Loader:
                 hint="Pass contiguous arrays as `empty_columns` returns them.",
             )
 
-    @property
-    def _total(self) -> int | None:
-        return None if self.options.epochs is None else self.options.epochs * self.samples_per_epoch
-
-    def _within(self, cursor: int) -> int:
-        return cursor if self._total is None else min(cursor, max(self._total, self.cursor))
-
-    def _after(self, cursor: int) -> int:
-        return self._within(cursor + self.global_batch)
-
     def _start_at(self, state: LoaderState) -> None:
         """Plan from `state` on, and forget what was planned."""
-        same = (state.lanes, state.window) == (self._state.lanes, self._state.window)
-        planner = self._planner if same else self._planner_of(state)
-        self._unsettled, self._planner, self._state = True, planner, state
+        self._unsettled = True
+        self._position.go_to(state)
         self._planned.clear()
         self._next_cursor = state.cursor
         self._requested = self._planned_at_once = 0
@@ -283,17 +301,13 @@ class Loader:
             self._blocks.forget()
         self._unsettled = False
 
-    def _planner_of(self, state: LoaderState) -> Planner:
-        order = self._stream.order(state)
-        return Planner(order, rank=self.rank, global_batch=self.global_batch, total=self._total)
-
     def _ready(self) -> TokenBlocks:
         """Return the blocks, opened by this process."""
         if self._pid != os.getpid():
             # Forked: threads are gone, and locks may have been copied locked. Leave all of it and start anew.
             self._pid, self._blocks, self._prefetcher = os.getpid(), None, None
         if self._blocks is None:
-            blocks = open_blocks(self.dataset, budget_bytes=self.options.memory_bytes)
+            blocks = open_blocks(self._stream, budget_bytes=self.options.memory_bytes)
             threads = min(self.options.threads, _LOCAL_THREADS) if self._local else self.options.threads
             prefetcher = Prefetcher(blocks, threads=threads)
             self._gatherer = Gatherer(blocks, width=self.seq_len + 1, columns=tuple(self.columns.values()))
@@ -307,12 +321,12 @@ class Loader:
         ahead = self.options.prefetch_batches if self.options.threads else 0
         while len(self._planned) <= ahead:
             # Twice as many each time, so that the first batch does not wait for plans of a thousand.
-            most = min(_MAX_PLANNED, max(1 + ahead, _PLAN_SLOTS // self.global_batch))
+            most = min(_MAX_PLANNED, max(1 + ahead, _PLAN_SLOTS // self.rows))
             self._planned_at_once = min(most, max(1 + ahead, 2 * self._planned_at_once))
-            plans = self._planner.plan(self._next_cursor, batches=self._planned_at_once)
+            plans = self._position.plan(self._next_cursor, batches=self._planned_at_once)
             if not plans:
                 break
-            self._next_cursor = self._after(plans[-1].cursor)
+            self._next_cursor = self._position.end_of(plans[-1])
             stored = [column.track for column in self.columns.values() if column.track is not None]
             tracks = [blocks.layout.tokens, *stored]
             reads = reads_of(plans, grid=self._stream.grid, layout=blocks.layout, tracks=tracks)
@@ -329,9 +343,9 @@ class Loader:
             self._requested = index + 1
 
     def _warn_if_memory_is_short(self, blocks: TokenBlocks) -> None:
-        lanes = -(-self._state.lanes // self.rank.world)
+        lanes = -(-self._position.lanes // self.rank.world)
         tracks = 1 + sum(column.track is not None for column in self.columns.values())
-        needed = min(lanes * tracks * blocks.layout.largest_bytes, int(self.dataset.segments.size_bytes.sum()))
+        needed = min(lanes * tracks * blocks.layout.largest_bytes, int(self._stream.segments.size_bytes.sum()))
         if needed > self.options.memory_bytes:
             warnings.warn(
                 f"memory_bytes ({format_bytes(self.options.memory_bytes)}) cannot hold one block of each of this rank's "
@@ -343,21 +357,15 @@ class Loader:
 
 
 def _loader_at(
-    dataset: Dataset, seq_len: int, global_batch: int, rank: Rank, options: LoaderSettings, state: dict[str, Any]
+    dataset: Data, seq_len: int, global_batch: int, rank: Rank, options: LoaderSettings, state: dict[str, Any]
 ) -> Loader:
     loader = Loader(dataset, seq_len=seq_len, global_batch=global_batch, seed=state["seed"], rank=rank, options=options)
     loader.load_state_dict(state)
     return loader
 
 
-def is_local(dataset: Dataset) -> bool:
-    """Return whether the shards are files of this machine."""
-    segments = dataset.segments
-    return bool(len(segments)) and dataset.storage.local_path(segments.shard(0).path) is not None
-
-
-def open_blocks(dataset: Dataset, *, budget_bytes: int) -> TokenBlocks:
-    """Return the blocks of `dataset`; `budget_bytes` bounds the memory for shards that are not on this machine."""
-    if is_local(dataset):
-        return FileBlocks(dataset.storage, dataset.segments)
-    return BlockCache(dataset.storage, dataset.segments, budget_bytes=budget_bytes)
+def open_blocks(stream: SampleStream, *, budget_bytes: int) -> TokenBlocks:
+    """Return the blocks of `stream`; `budget_bytes` bounds the memory for shards that are not on this machine."""
+    if stream.is_local:
+        return FileBlocks(stream.storage, stream.segments)
+    return BlockCache(stream.storage, stream.segments, budget_bytes=budget_bytes)

@@ -11,15 +11,16 @@ from typing import Any
 
 import numpy as np
 
-from datastore.dataset.snapshot import Dataset
 from datastore.errors import ConfigError
 from datastore.loader.batch import Batch
 from datastore.loader.cache.blocks import TokenBlocks
-from datastore.loader.gather import AnyArray, Gatherer, blank_deleted, reads_of
+from datastore.loader.gather import AnyArray, Gatherer, blank_deleted, fill_lacking, reads_of
 from datastore.loader.loader import open_blocks
+from datastore.loader.mixture.request import Data
 from datastore.loader.order.lanes import I64
 from datastore.loader.order.order import BatchPlan
 from datastore.loader.settings import LOSS_MASK, LoaderSettings, checked_options
+from datastore.loader.sources import course_of
 from datastore.loader.stream import columns_of, end_of_text_of, open_stream
 
 __all__ = ["SampleReader"]
@@ -36,7 +37,7 @@ class SampleReader:
 
     def __init__(
         self,
-        dataset: Dataset,
+        dataset: Data,
         *,
         seq_len: int,
         seed: int = 0,
@@ -45,7 +46,7 @@ class SampleReader:
         self.dataset = dataset
         self.options = checked_options(options)
         self._stream = open_stream(dataset, seq_len=seq_len, seed=seed, options=self.options)
-        self._order = self._stream.order(self._stream.start)
+        self._order = course_of(self._stream.sources, self._stream.start, epochs=None).order
         self._columns = columns_of(self._stream, self.options)
         self._end_of_text = end_of_text_of(self._stream, self.options)
         self._blocks: tuple[int, TokenBlocks] | None = None
@@ -56,7 +57,7 @@ class SampleReader:
 
     @property
     def samples_per_epoch(self) -> int:
-        """N, the samples of the dataset: position t lies in epoch t // N."""
+        """N, the samples of the dataset: position t lies in epoch t // N. Of a mixture, those of all its sources."""
         return self._stream.grid.samples
 
     def read(self, positions: Sequence[int] | I64) -> Batch:
@@ -81,18 +82,19 @@ class SampleReader:
         reads = reads_of([plan], grid=grid, layout=blocks.layout, tracks=[blocks.layout.tokens, *tracks])
         gatherer = Gatherer(blocks, width=grid.seq_len + 1, columns=tuple(self._columns.values()))
         tokens = gatherer.gather(reads[0], None, columns=columns)
+        fill_lacking(plan, tuple(self._columns.values()), columns)
         if self._stream.blanks is not None:
             computed = columns[LOSS_MASK] if self._columns[LOSS_MASK].track is None else None
             gaps, token = self._stream.blanks, self._end_of_text
             blank_deleted(plan, tokens, gaps=gaps, columns=columns, computed=computed, token=token)
-        return Batch(tokens, wanted, plan.samples, plan.cursor, self.dataset, columns, deletions=self.options.deletions)
+        return Batch(tokens, wanted, plan.samples, plan.cursor, self._stream, columns)
 
     def _ready(self) -> TokenBlocks:
         """Return the blocks, opened by this process: a forked one has none of the threads, and perhaps locks that are taken."""
         if self._blocks is None or self._blocks[0] != os.getpid():
-            self._blocks = os.getpid(), open_blocks(self.dataset, budget_bytes=self.options.memory_bytes)
+            self._blocks = os.getpid(), open_blocks(self._stream, budget_bytes=self.options.memory_bytes)
         return self._blocks[1]
 
 
-def _again(dataset: Dataset, seq_len: int, seed: int, options: LoaderSettings) -> SampleReader:
+def _again(dataset: Data, seq_len: int, seed: int, options: LoaderSettings) -> SampleReader:
     return SampleReader(dataset, seq_len=seq_len, seed=seed, options=options)

@@ -1,8 +1,9 @@
-"""From a dataset to its order: the parts that a loader and a trace have in common."""
+"""From a dataset, or a mixture of several, to the samples of tokens: the parts that a loader and a trace have in common."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import cast
 
-import msgspec
 import numpy as np
 
 from datastore.dataset.shards.segments import Segments
@@ -10,12 +11,15 @@ from datastore.dataset.snapshot import Dataset
 from datastore.errors import ConfigError, whole_number
 from datastore.loader.cache.blocks import Track
 from datastore.loader.gather import BatchColumn
-from datastore.loader.order.order import ORDER_VERSION, Order, OrderKey
+from datastore.loader.mixture.joint import JointSegments, JointStorage, joint_grid, places_of, spans_of
+from datastore.loader.mixture.request import Data, Mixture
 from datastore.loader.order.samples import Gaps, SampleGrid, sample_grid
 from datastore.loader.settings import LOSS_MASK, LoaderSettings
+from datastore.loader.sources import Shape, Source, first_state
 from datastore.loader.state import LoaderState, dataset_fingerprint
+from datastore.storage.base import Storage
 
-__all__ = ["SMALL_BYTES", "SampleStream", "columns_of", "end_of_text_of", "key_of", "lanes_for", "open_stream"]
+__all__ = ["SMALL_BYTES", "SampleStream", "columns_of", "end_of_text_of", "is_local", "lanes_for", "open_stream"]
 
 SMALL_BYTES = 2**30
 """A dataset of at most as many bytes is small: all of it can stay in memory, so it is shuffled as well as possible."""
@@ -25,77 +29,144 @@ _MAX_SEED = 2**63 - 1
 
 @dataclass(frozen=True, slots=True)
 class SampleStream:
-    """The samples of a dataset, and the state of a loader that has delivered none of them."""
+    """The samples of a dataset or of a mixture, and the state of a loader that has delivered none of them."""
 
-    dataset: Dataset
+    data: Data
+    sources: tuple[Source, ...]
+    segments: Segments
+    """The shards of all sources."""
+
+    storage: Storage
+    """Their files."""
+
     grid: SampleGrid
+    """Their samples."""
+
     start: LoaderState
     blanks: Gaps | None
     """Deleted stretches of the stream that samples still have in them; None if there are none."""
 
-    def order(self, state: LoaderState) -> Order:
-        """Return the order that `state` is a position of."""
-        return Order(self.grid, self.dataset.segments.uid64, key_of(state))
+    options: LoaderSettings
+
+    def __reduce__(self) -> tuple[object, ...]:
+        """Pickle what it was made of: another process makes it anew."""
+        return _again, (self.data, self.start.seq_len, self.start.seed, self.options)
+
+    @property
+    def is_local(self) -> bool:
+        """Whether all shards are files of this machine."""
+        return all(is_local(source.dataset) for source in self.sources)
 
 
-def key_of(state: LoaderState) -> OrderKey:
-    """Return what the order of `state` depends on, besides the dataset."""
-    return OrderKey(state.seed, state.lanes, state.window, state.shuffle)
+def _again(data: Data, seq_len: int, seed: int, options: LoaderSettings) -> SampleStream:
+    return open_stream(data, seq_len=seq_len, seed=seed, options=options)
 
 
-def open_stream(dataset: Dataset, *, seq_len: int, seed: int, options: LoaderSettings) -> SampleStream:
-    """Return the samples of `dataset`.
+def is_local(dataset: Dataset) -> bool:
+    """Return whether the shards are files of this machine."""
+    segments = dataset.segments
+    return bool(len(segments)) and dataset.storage.local_path(segments.shard(0).path) is not None
+
+
+def open_stream(data: Data, *, seq_len: int, seed: int, options: LoaderSettings) -> SampleStream:
+    """Return the samples of `data`.
 
     Raises:
-        ConfigError: it holds records, `seq_len` does not fit, or `seed` is out of range.
+        ConfigError: it holds records, `seq_len` does not fit, or `seed` is out of range; or a source of a mixture has the
+            tokens of another tokenizer than the others.
     """
-    if dataset.kind != "tokens":
-        raise ConfigError(
-            f"the dataset holds {dataset.kind}, and a loader reads tokens",
-            url=dataset.url,
-            hint="Ingest it with --tokenizer.",
-        )
+    mixture = data if isinstance(data, Mixture) else None
+    datasets = {name: mixture.sources[name] for name in mixture.names} if mixture else {"": cast("Dataset", data)}
+    for dataset in datasets.values():
+        if dataset.kind != "tokens":
+            raise ConfigError(
+                f"the dataset holds {dataset.kind}, and a loader reads tokens",
+                url=dataset.url,
+                hint="Read it with `RowLoader`, or ingest it with --tokenizer.",
+            )
+    _check_tokenizers(datasets)
     seed, seq_len = whole_number(seed, name="seed"), whole_number(seq_len, name="seq_len")
     if not 0 <= seed <= _MAX_SEED:
         raise ConfigError("seed out of range", seed=seed, hint="Use a number from 0 to 2^63 - 1.")
-    segments = dataset.segments
-    deleted = Gaps(dataset.deleted_spans) if dataset.deleted_spans.size else None
-    left_out = deleted if options.deletions == "compact" else None
-    grid = sample_grid(segments.tokens, seq_len=seq_len, gaps=left_out)
-    start = LoaderState(
-        dataset=dataset.uuid,
-        version=dataset.version,
-        fingerprint=dataset_fingerprint(segments, gaps=left_out),
-        seq_len=seq_len,
-        seed=seed,
-        lanes=lanes_for(segments, grid, options) if options.shuffle else 1,
-        window=options.window if options.shuffle else 1,
-        order=ORDER_VERSION,
-        cursor=0,
-        deletions=options.deletions,
-        shuffle=options.shuffle,
+    compact = options.deletions == "compact"
+    grids = [_grid_of(name, dataset, seq_len=seq_len, compact=compact) for name, dataset in datasets.items()]
+    places = places_of(grids, shards=[len(dataset.segments) for dataset in datasets.values()])
+    sources = tuple(
+        Source(name, dataset, grid, place, _shape_of(dataset, grid, options))
+        for (name, dataset), grid, place in zip(datasets.items(), grids, places, strict=True)
     )
-    return SampleStream(dataset, grid, start, deleted if left_out is None else None)
+    start = first_state(sources, mixture, seq_len=seq_len, seed=seed, options=options)
+    if mixture is None:
+        only, grid = sources[0].dataset, grids[0]
+        spans, segments, storage = only.deleted_spans, only.segments, only.storage
+    else:
+        grid = joint_grid(grids, places)
+        segments = JointSegments(datasets)
+        storage = JointStorage({name: dataset.storage for name, dataset in datasets.items()})
+        spans = (
+            spans_of([source.dataset for source in sources], grid, places)
+            if not compact
+            else np.empty((0, 2), np.int64)
+        )
+    blanks = Gaps(spans) if spans.size and not compact else None
+    return SampleStream(data, sources, segments, storage, grid, start, blanks, options)
+
+
+def _grid_of(name: str, dataset: Dataset, *, seq_len: int, compact: bool) -> SampleGrid:
+    left_out = Gaps(dataset.deleted_spans) if compact and dataset.deleted_spans.size else None
+    try:
+        return sample_grid(dataset.segments.tokens, seq_len=seq_len, gaps=left_out)
+    except ConfigError as error:
+        if not name:
+            raise
+        raise ConfigError(error.fact, source=name, **error.values, hint=error.hint) from None
+
+
+def _shape_of(dataset: Dataset, grid: SampleGrid, options: LoaderSettings) -> Shape:
+    lanes = lanes_for(dataset.segments, grid, options) if options.shuffle else 1
+    return Shape(lanes, options.window if options.shuffle else 1, dataset_fingerprint(dataset.segments, gaps=grid.gaps))
+
+
+def _check_tokenizers(datasets: Mapping[str, Dataset]) -> None:
+    """Refuse a mixture of ids that mean different things; of a dataset that names no tokenizer nobody knows."""
+    known = {name: ref for name, dataset in datasets.items() if (ref := dataset.commit.tokenizer) is not None}
+    first = next(iter(known), None)
+    for name, ref in known.items():
+        assert first is not None
+        if ref.sha256 != known[first].sha256:
+            raise ConfigError(
+                "two sources of the mixture were made with different tokenizers",
+                sources=[first, name],
+                hint="Ingest one of them again with the tokenizer of the other.",
+            )
 
 
 def columns_of(stream: SampleStream, options: LoaderSettings) -> dict[str, BatchColumn]:
     """Return what the batches of `stream` bring along beside their tokens.
 
     Raises:
-        ConfigError: the dataset does not have a column that `options` name.
+        ConfigError: the dataset, or a source of the mixture, does not have a column that `options` name.
     """
-    segments = stream.dataset.segments
+    segments = stream.segments
     stored = {layout.name: layout for layout in segments.columns}
-    for name in options.columns:
-        if name not in stored:
-            raise ConfigError(
-                "the dataset has no such column", column=name, columns=sorted(stored), hint="Name one that it has."
-            )
+    for source in stream.sources:
+        own = {layout.name for layout in source.dataset.segments.columns}
+        for name in options.columns:
+            if name not in own and (name != LOSS_MASK or name not in stored):
+                raise ConfigError(
+                    "the dataset has no such column",
+                    **({"source": source.name} if source.name else {}),
+                    column=name,
+                    columns=sorted(own),
+                    hint="Name one that it has.",
+                )
     found: dict[str, BatchColumn] = {}
     for name in sorted({*options.columns, LOSS_MASK} & set(stored)):
         dtype, width = np.dtype(stored[name].dtype), stored[name].width
         token_bytes = np.full(len(segments), dtype.itemsize * width, np.int64)
-        found[name] = BatchColumn(name, dtype, width, Track(segments.column_start(name), token_bytes))
+        lacking = segments.lacks(name) if isinstance(segments, JointSegments) else None
+        track = Track(segments.column_start(name), token_bytes)
+        found[name] = BatchColumn(name, dtype, width, track, lacking if lacking is not None and lacking.any() else None)
     if stream.blanks is not None:
         found.setdefault(LOSS_MASK, BatchColumn(LOSS_MASK, np.dtype(np.uint8), 1, None))
     return found
@@ -109,15 +180,17 @@ def end_of_text_of(stream: SampleStream, options: LoaderSettings) -> int:
     """
     if stream.blanks is None:
         return 0
-    tokenizer = stream.dataset.commit.tokenizer
-    token = tokenizer.end_of_text if options.end_of_text is None and tokenizer else options.end_of_text
+    token = options.end_of_text
+    for source in stream.sources if token is None else ():
+        if source.dataset.commit.tokenizer is not None:
+            token = source.dataset.commit.tokenizer.end_of_text
     if token is None:
         raise ConfigError(
             "documents are deleted, and no tokenizer says what to read in their place",
-            url=stream.dataset.url,
+            url=stream.storage.url,
             hint="Name an id: `end_of_text=ID`; or leave them out: `deletions=compact`.",
         )
-    if token >= 256 ** int(stream.dataset.segments.itemsize.max()):
+    if token >= 256 ** int(stream.segments.itemsize.max()):
         raise ConfigError("end_of_text is no token of the dataset", end_of_text=token, hint="Name a smaller id.")
     return token
 
@@ -137,8 +210,3 @@ def lanes_for(segments: Segments, grid: SampleGrid, options: LoaderSettings) -> 
     if int(grid.token_start[-1]) * itemsize <= SMALL_BYTES:
         lanes = max(lanes, grid.samples // options.window)
     return max(1, min(options.lanes, lanes))
-
-
-def at_cursor(state: LoaderState, cursor: int) -> LoaderState:
-    """Return `state` with another cursor."""
-    return msgspec.structs.replace(state, cursor=cursor)

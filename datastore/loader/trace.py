@@ -12,13 +12,16 @@ from datastore.dataset.snapshot import Dataset
 from datastore.errors import ConfigError
 from datastore.formats.tokens import Offsets, Tokens
 from datastore.formats.tokentext import TokenText
+from datastore.loader.mixture.request import Data
+from datastore.loader.order.lanes import I64
 from datastore.loader.order.order import BatchPlan, Planner
 from datastore.loader.order.samples import Gaps, Span, sample_grid
 from datastore.loader.settings import DeletionMode, LoaderSettings, Rank
+from datastore.loader.sources import course_of, source_numbers
 from datastore.loader.state import read_state
-from datastore.loader.stream import open_stream
+from datastore.loader.stream import SampleStream, open_stream
 
-__all__ = ["DocumentSpan", "SampleOrigin", "Tracer", "locate", "plan_step"]
+__all__ = ["DocumentSpan", "SampleOrigin", "Tracer", "locate", "origins_of", "plan_step"]
 
 _SHARDS_KEPT = 4
 
@@ -71,17 +74,32 @@ def locate(
     return Tracer(dataset, seq_len=seq_len, deletions=deletions).locate(samples)
 
 
-def plan_step(dataset: Dataset, state: Mapping[str, Any], *, global_batch: int, rank: Rank | None = None) -> BatchPlan:
+def origins_of(stream: SampleStream, samples: I64) -> list[SampleOrigin]:
+    """Return where each of `samples` of `stream` comes from, in the order given; otherwise as `locate`."""
+    numbers = source_numbers(stream.sources, samples)
+    found: dict[int, SampleOrigin] = {}
+    for number, source in enumerate(stream.sources):
+        here = np.flatnonzero(numbers == number).tolist()
+        if here:
+            own = (samples[here] - source.place.first_sample).tolist()
+            start = stream.start
+            origins = locate(source.dataset, seq_len=start.seq_len, samples=own, deletions=start.deletions)
+            found |= dict(zip(here, origins, strict=True))
+    return [found[row] for row in range(len(samples))]
+
+
+def plan_step(data: Data, state: Mapping[str, Any], *, global_batch: int, rank: Rank | None = None) -> BatchPlan:
     """Return what the step that started from the loader state `state` read, on `rank` (default: all ranks together).
 
     Raises:
-        ResumeError: `state` is not one of this dataset version.
+        ResumeError: `state` is not one of this dataset version, or of this mixture.
     """
     seq_len, seed = int(state.get("seq_len", 1)), int(state.get("seed", 0))
     options = LoaderSettings(deletions=state.get("deletions", "mask"))
-    stream = open_stream(dataset, seq_len=seq_len, seed=seed, options=options)
+    stream = open_stream(data, seq_len=seq_len, seed=seed, options=options)
     saved = read_state(state, here=stream.start)
-    planner = Planner(stream.order(saved), rank=rank or Rank(), global_batch=global_batch, total=None)
+    course = course_of(stream.sources, saved, epochs=None)
+    planner = Planner(course.order, rank=rank or Rank(), global_batch=global_batch, total=course.end)
     return planner.plan(saved.cursor, batches=1)[0]
 
 

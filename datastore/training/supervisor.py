@@ -280,7 +280,7 @@ class Supervisor(Observer):
             line["mfu"] = line["tokens_per_s"] * self._flops_per_token / (self._peak * self._trainer.ranks.world)
         cache = self._trainer.loader.stats()
         line |= {f"cache_{key}": cache[key] for key in ("hits", "fills", "evictions") if key in cache}
-        spent = total_statistics(self._trainer.loader.dataset.storage.statistics())
+        spent = total_statistics(self._trainer.loader.storage.statistics())
         line |= {f"storage_{name}": value for name, value in asdict(spent).items()}
         for hook in self._trainer.hooks.values():
             line |= hook.metrics()

@@ -31,6 +31,7 @@ class Purpose(IntEnum):
     WINDOW = 3
     SLICE = 4
     ROW = 5
+    SOURCE = 6
 
 
 def mix64(values: U64) -> U64:

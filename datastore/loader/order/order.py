@@ -41,6 +41,7 @@ __all__ = [
     "OrderKey",
     "Planner",
     "Runs",
+    "SampleOrder",
     "line_of",
 ]
 
@@ -116,6 +117,10 @@ class Order:
         self._windows = Windows(self.lanes, seed=key.seed)
         self._lines: dict[int, Line] = {}
 
+    def lane_of(self, positions: I64) -> npt.NDArray[np.uint16]:
+        """Return a number for each position by which those that read from the same place come together."""
+        return self.lanes.lane_of(positions % self.samples)
+
     def locate(self, positions: I64) -> Located:
         """Return the sample at each position, and its shard.
 
@@ -154,6 +159,23 @@ class Order:
         return line
 
 
+class SampleOrder(Protocol):
+    """What a planner needs of an order: of one dataset (`Order`), or of several (`MixedOrder`)."""
+
+    @property
+    def key(self) -> OrderKey:
+        """What it depends on, besides the data."""
+        ...
+
+    def lane_of(self, positions: I64) -> npt.NDArray[np.uint16]:
+        """Return a number for each position by which those that read from the same place come together."""
+        ...
+
+    def locate(self, positions: I64) -> Located:
+        """Return the sample at each position, and its shard."""
+        ...
+
+
 NO_SAMPLE = -1
 """Position and sample of a row that only fills up the last batch of a finite pass."""
 
@@ -185,7 +207,7 @@ class Planner:
         ConfigError: `global_batch` leaves a rank without a row.
     """
 
-    def __init__(self, order: Order, *, rank: Rank, global_batch: int, total: int | None) -> None:
+    def __init__(self, order: SampleOrder, *, rank: Rank, global_batch: int, total: int | None) -> None:
         if global_batch < rank.world:
             raise ConfigError(
                 "global_batch is smaller than the number of readers",
@@ -213,7 +235,7 @@ class Planner:
     def _slices(self, cursors: I64) -> I64:
         """Return [H, B]: the positions of this rank, for H full batches."""
         slots = np.arange(self._global_batch)
-        lanes = self._order.lanes.lane_of((cursors[:, None] + slots) % self._order.samples)
+        lanes = self._order.lane_of(cursors[:, None] + slots)
         # Slots come in order of position, so a stable sort by lane sorts by (lane, position); 16 bits sort by radix.
         start, stop = self._rank.share(self._global_batch)
         chosen = np.argsort(lanes, axis=1, kind="stable")[:, start:stop] + cursors[:, None]
@@ -222,7 +244,7 @@ class Planner:
     def _last_slice(self, cursor: int, rest: int) -> I64:
         """Return [1, B]: the same for the last batch, which has only `rest` samples."""
         positions = cursor + np.arange(rest, dtype=np.int64)
-        lanes = self._order.lanes.lane_of(positions % self._order.samples)
+        lanes = self._order.lane_of(positions)
         slots = np.full(self._global_batch, NO_SAMPLE, np.int64)
         slots[np.arange(rest) * self._global_batch // rest] = positions[np.argsort(lanes, kind="stable")]
         start, stop = self._rank.share(self._global_batch)

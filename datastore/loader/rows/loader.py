@@ -26,13 +26,12 @@ from datastore.dataset.snapshot import Dataset
 from datastore.errors import ConfigError, DatastoreError, whole_number
 from datastore.formats.records import BATCH_BYTES
 from datastore.loader.order.lanes import I64
-from datastore.loader.order.order import BatchPlan, Order, Planner
+from datastore.loader.order.order import BatchPlan, Order, OrderKey, Planner
 from datastore.loader.rows.assemble import Assembler, Made
 from datastore.loader.rows.batch import RowBatch, Rows
 from datastore.loader.rows.stream import checked_columns, chosen_rows, first_state
 from datastore.loader.settings import LoaderSettings, Rank, checked_options
-from datastore.loader.state import LoaderState, read_state
-from datastore.loader.stream import key_of
+from datastore.loader.state import LoaderState, as_values, read_state
 from datastore.units import format_bytes
 
 __all__ = ["RowLoader"]
@@ -156,7 +155,7 @@ class RowLoader(Iterator[RowBatch]):
 
     def state_dict(self) -> dict[str, Any]:
         """Return where the loader stands, as JSON values: under 1 KB, the same on every rank."""
-        return msgspec.structs.asdict(self._state)
+        return as_values(self._state)
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from `state`, on any world and any batch size.
@@ -216,7 +215,8 @@ class RowLoader(Iterator[RowBatch]):
         self._state, self._planned_to, self._unsettled = state, state.cursor, False
 
     def _planner_of(self, state: LoaderState) -> Planner:
-        order = Order(self._assembler.grid, self.dataset.segments.uid64, key_of(state))
+        key = OrderKey(state.seed, state.lanes, state.window, state.shuffle)
+        order = Order(self._assembler.grid, self.dataset.segments.uid64, key)
         return Planner(order, rank=self.rank, global_batch=self.global_batch, total=self._total)
 
     def _look_ahead(self) -> None:

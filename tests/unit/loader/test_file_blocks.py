@@ -20,6 +20,7 @@ from datastore.loader.cache.files import FileBlocks
 from datastore.loader.cache.memory import BlockCache
 from datastore.loader.loader import Loader, open_blocks
 from datastore.loader.settings import LoaderSettings
+from datastore.loader.stream import SampleStream, open_stream
 from datastore.storage.backends.local import LocalStorage
 from datastore.storage.errors import explain
 from datastore.testing.examples import make_dataset
@@ -49,10 +50,14 @@ def tokens_of(blocks: TokenBlocks, shard: int) -> npt.NDArray[np.uint16]:
     return np.frombuffer(blocks.read([shard], [int(track.start[shard])], 2 * tokens), np.uint16)
 
 
+def samples_of(dataset: Dataset) -> SampleStream:
+    return open_stream(dataset, seq_len=1, seed=0, options=LoaderSettings())
+
+
 def test_local_datasets_are_read_where_they_lie_and_others_kept_in_memory(dataset: Dataset) -> None:
-    assert isinstance(open_blocks(dataset, budget_bytes=2**20), FileBlocks)
+    assert isinstance(open_blocks(samples_of(dataset), budget_bytes=2**20), FileBlocks)
     elsewhere = make_dataset("memory://local-or-not", [[10]])
-    assert isinstance(open_blocks(elsewhere, budget_bytes=2**20), BlockCache)
+    assert isinstance(open_blocks(samples_of(elsewhere), budget_bytes=2**20), BlockCache)
 
 
 def test_held_tokens_are_those_of_the_shard(dataset: Dataset) -> None:

@@ -1,0 +1,129 @@
+"""Where a loader stands in its order, and what comes next: the same for tokens and for rows."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import msgspec
+
+from datastore.errors import ConfigError
+from datastore.loader.mixture.request import Data, Mixture, Stage, Weights
+from datastore.loader.order.order import BatchPlan, Planner
+from datastore.loader.settings import Rank
+from datastore.loader.sources import Source, course_of, reweighed
+from datastore.loader.state import LoaderState, as_values, read_state
+
+__all__ = ["Position"]
+
+
+class Position:
+    """A state, and the batches that one rank has from there on. Not thread-safe.
+
+    A state says where the next batch begins, so whoever delivers one moves on by `state = after(plan)`, and nothing else does.
+
+    Raises:
+        ConfigError: `global_batch` leaves a rank without a row.
+    """
+
+    def __init__(
+        self,
+        data: Data,
+        sources: Sequence[Source],
+        start: LoaderState,
+        *,
+        rank: Rank,
+        global_batch: int,
+        epochs: int | None,
+    ) -> None:
+        self._mixture = data if isinstance(data, Mixture) else None
+        self._sources = sources
+        self._start = start
+        self._rank = rank
+        self._global_batch = global_batch
+        self._epochs = epochs
+        self.samples_per_epoch = sum(source.runs.samples for source in sources)
+        """N, the samples of the dataset; of a mixture, those of all its sources."""
+        self.state = start
+        self._planner = self._planner_of(start)
+
+    @property
+    def cursor(self) -> int:
+        """Samples delivered so far, over all ranks and epochs."""
+        cursor: int = self.state.cursor
+        return cursor
+
+    @property
+    def lanes(self) -> int:
+        """Lanes of all sources together."""
+        return sum(source.lanes for source in self.state.sources.values()) or self.state.lanes
+
+    def plan(self, cursor: int, *, batches: int) -> list[BatchPlan]:
+        """Return the next `batches` batches from `cursor` on, fewer at the end."""
+        return self._planner.plan(cursor, batches=batches)
+
+    def end_of(self, plan: BatchPlan) -> int:
+        """Return the cursor after `plan`."""
+        return self._within(plan.cursor + self._global_batch)
+
+    def after(self, plan: BatchPlan) -> LoaderState:
+        """Return the state once `plan` is delivered."""
+        return msgspec.structs.replace(self.state, cursor=self.end_of(plan))
+
+    def skipped(self, batches: int) -> LoaderState:
+        """Return the state `batches` batches later.
+
+        Raises:
+            ConfigError: that is backwards.
+        """
+        if batches < 0:
+            raise ConfigError("cannot skip backwards", batches=batches, hint="Load a saved state instead.")
+        return msgspec.structs.replace(self.state, cursor=self._within(self.cursor + batches * self._global_batch))
+
+    def saved(self) -> dict[str, Any]:
+        """Return the state as JSON values."""
+        return as_values(self.state)
+
+    def read(self, saved: Mapping[str, Any], *, reweigh: bool = False) -> LoaderState:
+        """Return `saved` as a state of this order; with `reweigh`, with the weights that the mixture has here from now on.
+
+        Raises:
+            ResumeError: it belongs to another order; the message names the keys that differ.
+            ConfigError: `reweigh` is for a mixture.
+        """
+        state = read_state(saved, here=self._start, reweigh=reweigh)
+        if not reweigh:
+            return state
+        stages = [Stage(stage.start, stage.weights) for stage in self._start.stages]
+        self._mixed("reweigh")
+        return msgspec.structs.replace(reweighed(state, stages=stages, here=self._start), given=self._start.stages)
+
+    def reweighed(self, weights: Weights) -> LoaderState:
+        """Return the state with other weights from here on.
+
+        Raises:
+            ConfigError: there is no mixture, or the weights are out of range.
+        """
+        mixture = self._mixed("reweigh")
+        changed = Mixture(mixture.sources, weights, mixture.temperature, mixture.epochs)
+        stages = changed.stages_of({source.name: source.runs.samples for source in self._sources})
+        given = self.state.given or self._start.stages
+        return msgspec.structs.replace(reweighed(self.state, stages=stages, here=self._start), given=given)
+
+    def go_to(self, state: LoaderState) -> None:
+        """Stand at `state`."""
+        same = msgspec.structs.replace(state, cursor=0) == msgspec.structs.replace(self.state, cursor=0)
+        planner = self._planner if same else self._planner_of(state)
+        self._planner, self.state = planner, state
+
+    def _mixed(self, what: str) -> Mixture:
+        if self._mixture is None:
+            raise ConfigError(
+                f"there is nothing to {what}: the loader reads one dataset", hint="Pass a `Mixture` to it."
+            )
+        return self._mixture
+
+    def _within(self, cursor: int) -> int:
+        return cursor if self._end is None else min(cursor, max(self._end, self.cursor))
+
+    def _planner_of(self, state: LoaderState) -> Planner:
+        order, self._end = course_of(self._sources, state, epochs=self._epochs)
+        return Planner(order, rank=self._rank, global_batch=self._global_batch, total=self._end)
