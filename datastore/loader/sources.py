@@ -12,7 +12,6 @@ import msgspec
 import numpy as np
 
 from datastore.dataset.snapshot import Dataset
-from datastore.digest import digest_hex
 from datastore.errors import ConfigError
 from datastore.loader.mixture.order import MixedOrder, Place, seed_of
 from datastore.loader.mixture.request import Mixture, Stage, weights_in_force
@@ -104,10 +103,9 @@ def first_state(
         )
         for source in sources
     }
-    names = [(name, one.dataset) for name, one in states.items()]
     return msgspec.structs.replace(
         state,
-        dataset=digest_hex(repr(names).encode())[:16],
+        dataset="mixture",
         version=0,
         fingerprint="",
         lanes=max(one.lanes for one in states.values()),

@@ -65,7 +65,7 @@ class LoaderState(Document, frozen=True, kw_only=True):
     """A position in the order of samples, and the order that it is a position of."""
 
     dataset: str
-    """uuid of the dataset."""
+    """uuid of the dataset; "mixture" of a mixture, whose version and fingerprint are those of its sources."""
 
     version: int
     fingerprint: str
@@ -142,9 +142,8 @@ def read_state(saved: Mapping[str, Any], *, here: LoaderState, reweigh: bool = F
             **differing,
         )
     sources = {
-        name: msgspec.structs.replace(source, version=here.sources[name].version)
+        name: msgspec.structs.replace(source, version=here.sources[name].version) if name in here.sources else source
         for name, source in state.sources.items()
-        if name in here.sources
     }
     return msgspec.structs.replace(state, version=here.version, sources=sources)
 
