@@ -48,7 +48,7 @@ __all__ = ["Loader", "open_blocks"]
 _PLAN_SLOTS = 65_536
 """Rows of this rank planned at a time: NumPy's cost per call is spread over them."""
 
-_MAX_PLANNED = 1_024
+_MAX_PLANNED = 2_048
 """Batches planned ahead at most."""
 
 
@@ -93,7 +93,7 @@ class Loader:
         self._blocks: TokenBlocks | None = None
         self._prefetcher: Prefetcher | None = None
         self._gatherer: Gatherer | None = None
-        self._batches = 0
+        self._delivered = 0
         self._position = Position(
             dataset,
             self._stream.sources,
@@ -158,6 +158,11 @@ class Loader:
         """Steps of one finite pass; an endless one does not stop there, its batches straddle epochs."""
         return -(-self.samples_per_epoch // self.global_batch)
 
+    @property
+    def batches(self) -> int | None:
+        """Steps from the start to the end of all passes, or of the mixture; None: it does not end."""
+        return self._position.batches
+
     def next_into(self, out: TokenArray, *, columns: Mapping[str, AnyArray] | None = None) -> Batch:
         """Return the next batch with its tokens in `out` [rows, seq_len + 1], which the caller may use again later.
 
@@ -210,7 +215,7 @@ class Loader:
         blocks.passed()
         self._planned.popleft()
         self._requested = max(0, self._requested - 1)
-        self._batches += 1
+        self._delivered += 1
         moved = self._position.after(plan)
         batch = Batch(tokens, plan.positions, plan.samples, plan.cursor, self._stream, into)
         # Nothing can be raised from here to the caller: the cursor counts this batch when, and only when, it is delivered.
@@ -259,7 +264,7 @@ class Loader:
     def stats(self) -> dict[str, int]:
         """Return counts since the start: batches, lanes, and those of the block cache."""
         counts = {
-            "batches": self._batches,
+            "batches": self._delivered,
             "lanes": self._position.lanes,
             "window": self._position.state.window,
         }

@@ -56,6 +56,11 @@ class Position:
         """Lanes of all sources together."""
         return sum(source.lanes for source in self.state.sources.values()) or self.state.lanes
 
+    @property
+    def batches(self) -> int | None:
+        """Batches from the start to the end; None: there is no end."""
+        return None if self._end is None else -(-self._end // self._global_batch)
+
     def plan(self, cursor: int, *, batches: int) -> list[BatchPlan]:
         """Return the next `batches` batches from `cursor` on, fewer at the end."""
         return self._planner.plan(cursor, batches=batches)

@@ -47,10 +47,7 @@ class TokenDataset(IterableDataset[TensorBatch]):
         self.loader = loader
 
     def __len__(self) -> int:
-        loader = self.loader
-        if loader.options.epochs is None:
-            return loader.batches_per_epoch
-        return 1 + (loader.options.epochs * loader.samples_per_epoch - 1) // loader.global_batch
+        return self.loader.batches_per_epoch if self.loader.batches is None else self.loader.batches
 
     @override
     def __reduce__(self) -> NoReturn:
@@ -66,7 +63,7 @@ class TokenDataset(IterableDataset[TensorBatch]):
                 hint=_NO_WORKERS,
             )
         batches = stream(self.loader)
-        if self.loader.options.epochs is not None:
+        if self.loader.batches is not None:
             return batches
         taken = self.loader.cursor // self.loader.global_batch % len(self)
         return _Pass(batches, len(self) - taken)

@@ -10,12 +10,12 @@ source: rank r gets about the same lanes of every source at every step, as it do
 from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
-import numpy.typing as npt
 
 from datastore.errors import ConfigError
-from datastore.loader.mixture.schedule import Draws, Phase
+from datastore.loader.mixture.schedule import PERIOD, U16, Phase
 from datastore.loader.order.lanes import I64
 from datastore.loader.order.mix import Purpose, derive_key
 from datastore.loader.order.order import Located, Order, OrderKey
@@ -31,6 +31,24 @@ class Place:
     first_sample: int
 
 
+class _Dealt(NamedTuple):
+    """What a period of positions draws from."""
+
+    sources: U16
+    nth: U16
+    """How many draws its source had before in the period."""
+
+    along: U16
+    """How far along its source's line the lane of each draw lies, in 65,536ths."""
+
+    first: I64
+    """[sources] draws of each source before the period."""
+
+
+_PERIODS = 64
+"""Periods remembered: 24 MiB."""
+
+
 class MixedOrder:
     """The order of several datasets together. Not thread-safe, as the orders of its sources."""
 
@@ -42,48 +60,24 @@ class MixedOrder:
         self._places = places
         self._phases = phases
         self._starts = [phase.start for phase in phases]
-        self._samples = np.array([order.samples for order in orders], np.int64)
-        self._lanes = np.array([order.lanes.lanes for order in orders], np.int64)
-        self._first_lane = np.cumsum(self._lanes) - self._lanes
+        self._periods: dict[tuple[int, int], _Dealt] = {}
         # How far along its source's line each lane lies, in 65,536ths.
-        self._along = np.concatenate(
-            [(order.lanes.visit.astype(np.int64) << 16) // order.lanes.lanes for order in orders]
-        ).astype(np.uint16)
+        self._along = [
+            ((order.lanes.visit.astype(np.int64) << 16) // order.lanes.lanes).astype(np.uint16) for order in orders
+        ]
 
-    def draws(self, positions: I64) -> Draws:
-        """Return which source each of `positions` draws from, and which of its draws that is."""
-        flat = positions.reshape(-1)
-        if not flat.size:
-            return Draws(flat, flat)
-        first, last = (bisect_right(self._starts, int(end)) - 1 for end in (flat.min(), flat.max()))
-        if first < 0:
-            raise ConfigError(
-                "the position lies before the weights of this state were set",
-                position=int(flat.min()),
-                start=self._starts[0],
-                hint="Use the state of a step from that time.",
-            )
-        if first == last:
-            return self._phases[first].at(flat - self._starts[first])
-        found = Draws(np.empty_like(flat), np.empty_like(flat))
-        which = np.searchsorted(self._starts, flat, side="right") - 1
-        for number in range(first, last + 1):
-            here = np.flatnonzero(which == number)
-            part = self._phases[number].at(flat[here] - self._starts[number]) if here.size else Draws(here, here)
-            found.sources[here], found.draws[here] = part
-        return found
-
-    def lane_of(self, positions: I64) -> npt.NDArray[np.uint16]:
+    def lane_of(self, positions: I64) -> U16:
         """Return how far along its source's line the lane of each position lies, in 65,536ths."""
-        sources, draws = self.draws(positions)
-        lane = self._first_lane[sources] + draws % self._samples[sources] % self._lanes[sources]
-        return self._along[lane].reshape(positions.shape)
+        dealt, places = self._dealt(positions.reshape(-1))
+        return dealt.along[places].reshape(positions.shape)
 
     def locate(self, positions: I64) -> Located:
         """Return the sample at each position and its shard, both in the joint numbering."""
-        sources, draws = self.draws(positions)
+        dealt, places = self._dealt(positions)
+        sources = dealt.sources[places]
+        draws = dealt.first[places // PERIOD * len(self._orders) + sources] + dealt.nth[places]
         found = Located(np.empty_like(draws), np.empty_like(draws))
-        by_source = np.argsort(sources.astype(np.uint16), kind="stable")
+        by_source = np.argsort(sources, kind="stable")  # 16 bits sort by radix.
         ends = np.cumsum(np.bincount(sources, minlength=len(self._orders))).tolist()
         start = 0
         for order, place, end in zip(self._orders, self._places, ends, strict=True):
@@ -93,6 +87,51 @@ class MixedOrder:
                 found.samples[here] = part.samples + place.first_sample
                 found.shards[here] = part.shards + place.first_shard
             start = end
+        return found
+
+    def _dealt(self, positions: I64) -> tuple[_Dealt, I64]:
+        """Return whole periods that have `positions` among theirs, end to end, and where each of these is there."""
+        if not positions.size:
+            return self._period(0, 0), positions
+        low, high = int(positions.min()), int(positions.max())
+        first, last = (bisect_right(self._starts, end) - 1 for end in (low, high))
+        if first < 0:
+            raise ConfigError(
+                "the position lies before the weights of this state were set",
+                position=low,
+                start=self._starts[0],
+                hint="Use the state of a step from that time.",
+            )
+        parts: list[_Dealt] = []
+        places, size = np.empty_like(positions), 0
+        for phase in range(first, last + 1):
+            start = self._starts[phase]
+            begin = (max(low, start) - start) // PERIOD
+            end = (high if phase == last else self._starts[phase + 1] - 1) - start
+            parts += [self._period(phase, number) for number in range(begin, end // PERIOD + 1)]
+            if first == last:
+                places = positions - (start + begin * PERIOD)
+            else:
+                here = (positions >= start) & (positions <= start + end)
+                places[here] = positions[here] - (start + begin * PERIOD) + size
+                size = len(parts) * PERIOD
+        return parts[0] if len(parts) == 1 else _Dealt(*map(np.concatenate, zip(*parts, strict=True))), places
+
+    def _period(self, phase: int, number: int) -> _Dealt:
+        """Return one period of a phase; those used last are remembered."""
+        found = self._periods.pop((phase, number), None)
+        if found is None:
+            sources, of_source, along = (np.empty(PERIOD, np.uint16) for _ in range(3))
+            found = _Dealt(sources, of_source, along, np.zeros(len(self._orders), np.int64))
+            for source, slots, first in self._phases[phase].period(number):
+                order, visit, nth = self._orders[source], self._along[source], np.arange(len(slots))
+                found.sources[slots] = source
+                found.nth[slots] = nth
+                found.along[slots] = visit[(nth + first) % order.samples % len(visit)]
+                found.first[source] = first
+        self._periods[phase, number] = found
+        if len(self._periods) > _PERIODS:
+            del self._periods[next(iter(self._periods))]
         return found
 
 

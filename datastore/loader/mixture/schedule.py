@@ -16,7 +16,6 @@ Source: D. A. Huffman, "A method for the construction of minimum-redundancy code
 import heapq
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import NamedTuple
 
 import numpy as np
@@ -24,27 +23,26 @@ import numpy.typing as npt
 
 from datastore.errors import ConfigError
 
-__all__ = ["PERIOD", "Draws", "Phase", "Tree", "huffman_tree", "phases_of"]
+__all__ = ["PERIOD", "U16", "Phase", "Run", "Tree", "huffman_tree", "phases_of"]
 
-I64 = npt.NDArray[np.int64]
+U16 = npt.NDArray[np.uint16]
 
 PERIOD = 65_536
 """Positions that are dealt out at once."""
 
 _BITS = 31
 _ONE = 1 << _BITS
-_LOW = _ONE - 1
 _HALF = 1 << (_BITS - 1)
 
 
-class Draws(NamedTuple):
-    """Draws at some positions."""
+class Run(NamedTuple):
+    """The draws of one source in a period: one after the other, from `first` on."""
 
-    sources: I64
-    """[P] the source that each position draws from."""
+    source: int
+    slots: U16
+    """Which positions of the period they take, in order."""
 
-    draws: I64
-    """[P] how many draws that source had before."""
+    first: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,17 +92,11 @@ class Phase:
     before: tuple[int, ...]
     """How many draws each source had before it."""
 
-    def at(self, within: I64) -> Draws:
-        """Return the draws at the positions `within` it; they may be any, and are found fast if they lie in few periods."""
-        found = Draws(np.empty_like(within), np.empty_like(within))
-        period, slot = np.divmod(within, PERIOD)
-        for number in np.unique(period).tolist():
-            here = np.flatnonzero(period == number) if number != period[0] or number != period[-1] else slice(None)
-            dealt = _dealt(self.tree, int(number))
-            found.sources[here] = dealt.sources[slot[here]]
-            found.draws[here] = dealt.draws[slot[here]]
-        found.draws[...] += np.array(self.before, np.int64)[found.sources]
-        return found
+    def period(self, number: int) -> "list[Run]":
+        """Return what each source gets of the positions [number * PERIOD, (number + 1) * PERIOD) within it."""
+        found: list[Run] = []
+        _deal(self.tree, _SLOTS, number * PERIOD, found)
+        return [Run(run.source, run.slots, run.first + self.before[run.source]) for run in found]
 
     def drawn(self, within: int) -> tuple[int, ...]:
         """Return how many draws each source had when the position `within` it comes up, those before it too."""
@@ -119,31 +111,21 @@ class Phase:
         return self.start + found
 
 
-@lru_cache(8)
-def _dealt(tree: Tree, period: int) -> Draws:
-    found = Draws(np.empty(PERIOD, np.int64), np.empty(PERIOD, np.int64))
-    _deal(tree, np.arange(PERIOD), period * PERIOD + np.arange(PERIOD + 1), found)
-    return found
+_NUMBERS = np.arange(PERIOD + 1)
+_SLOTS = np.arange(PERIOD).astype(np.uint16)
 
 
-def _deal(tree: Tree, slots: I64, draws: I64, into: Draws) -> None:
-    """Write into `slots` which source each has; `draws` [slots + 1] are the draws of `tree`, and the one after the last."""
+def _deal(tree: Tree, slots: U16, first: int, into: list[Run]) -> None:
+    """Deal `slots`, the draws of `tree` from its draw `first` on, out to its sources."""
     if tree.left is None or tree.right is None:
-        into.sources[slots] = tree.source
-        into.draws[slots] = draws[:-1]
+        into.append(Run(tree.source, slots, first))
         return
-    first = _floor_of(draws, tree.share)
-    goes_left = first[1:] != first[:-1]
-    left, right = np.flatnonzero(goes_left), np.flatnonzero(~goes_left)
-    rest = draws - first
-    _deal(tree.left, slots[left], np.append(first[left], first[-1]), into)
-    _deal(tree.right, slots[right], np.append(rest[right], rest[-1]), into)
-
-
-def _floor_of(draws: I64, share: int) -> I64:
-    """Return floor(draws * share / 2^31 + 1/2), for up to 2^62 draws."""
-    found: I64 = (draws >> _BITS) * share + (((draws & _LOW) * share + _HALF) >> _BITS)
-    return found
+    # floor((first + i) p + 1/2), with what `first` adds taken out, so that no number is larger than 2^47.
+    given, rest = divmod(first * tree.share + _HALF, _ONE)
+    dealt = (_NUMBERS[: len(slots) + 1] * tree.share + rest) >> _BITS
+    goes_left = dealt[1:] != dealt[:-1]
+    _deal(tree.left, slots[goes_left], given, into)
+    _deal(tree.right, slots[~goes_left], first - given, into)
 
 
 def _count(tree: Tree, draws: int, into: list[int]) -> None:

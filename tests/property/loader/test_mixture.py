@@ -45,6 +45,10 @@ def names_of(batch: Batch) -> list[str]:
     return [batch.dataset.names[number] for number in batch.sources[batch.valid].tolist()]
 
 
+def all_names(batches: list[Batch]) -> list[str]:
+    return [name for batch in batches for name in names_of(batch)]
+
+
 def drawn(mixture: Mixture, *, steps: int, batch: int = 8) -> dict[str, list[list[int]]]:
     """Return the samples of each source, in the order of their positions."""
     found: dict[str, list[list[int]]] = {name: [] for name in mixture.names}
@@ -68,13 +72,14 @@ def test_every_source_is_within_two_samples_of_its_share_at_every_position(
     phases, end = phases_of([(0, weights)], most={}, before=(0,) * len(weights))
     assert end is None
     positions = np.arange(period * PERIOD, (period + 1) * PERIOD)
-    sources, draws = phases[0].at(positions)
+    runs = {run.source: run for run in phases[0].period(period)}
+    assert np.array_equal(np.sort(np.concatenate([run.slots for run in runs.values()])), np.arange(PERIOD))
     source = data.draw(st.integers(0, len(weights) - 1))
     before = phases[0].drawn(int(positions[0]))[source]
-    counts = before + np.cumsum(sources == source)
+    counts = before + np.cumsum(np.isin(np.arange(PERIOD), runs[source].slots if source in runs else []))
     ideal = (positions + 1) * (weights[source] / sum(weights))
     assert np.abs(counts - ideal).max() <= 2
-    assert draws[sources == source].tolist() == list(range(before, int(counts[-1])))
+    assert source not in runs or runs[source].first == before
 
 
 @settings(max_examples=40)
@@ -87,8 +92,9 @@ def test_a_source_ends_just_after_its_last_draw(weights: list[float], data: st.D
     found = Counter[int]()
     for at, phase in enumerate(phases):
         stop = phases[at + 1].start if at + 1 < len(phases) else total
-        if phase.start < stop:
-            found.update(phase.at(np.arange(stop - phase.start)).sources.tolist())
+        for number in range(-(-(stop - phase.start) // PERIOD)):
+            for run in phase.period(number):
+                found[run.source] += int(np.count_nonzero(run.slots < stop - phase.start - number * PERIOD))
     assert {source: found[source] for source in most} == most
     assert sum(found.values()) == total
 
@@ -110,7 +116,7 @@ def test_ranks_together_have_the_batches_of_one(sets: dict[str, Dataset]) -> Non
             whole = next(alone)
             parts = [next(rank) for rank in ranks]
             assert sum(part.fingerprint() for part in parts) % 2**64 == whole.fingerprint()
-            assert sorted(sum(map(names_of, parts), [])) == sorted(names_of(whole))
+            assert Counter(all_names(parts)) == Counter(names_of(whole))
 
 
 def test_it_resumes_after_any_step_and_on_any_number_of_ranks(sets: dict[str, Dataset]) -> None:
@@ -176,8 +182,8 @@ def test_weights_changed_in_mid_run_hold_from_there_on_and_none_begins_anew(sets
     loader.reweigh({"code": 1, "old": 4})
     state = json.loads(json.dumps(loader.state_dict()))
     after = [next(loader) for _ in range(7)]
-    assert Counter(sum(map(names_of, before), [])) == {"code": 35, "web": 35}
-    assert Counter(sum(map(names_of, after), [])) == {"code": 14, "old": 56}
+    assert Counter(all_names(before)) == {"code": 35, "web": 35}
+    assert Counter(all_names(after)) == {"code": 14, "old": 56}
     again = loader_of(mixture, batch=10)  # The same program, killed and begun again.
     again.load_state_dict(state)
     assert [next(again).fingerprint() for _ in range(7)] == [batch.fingerprint() for batch in after]
@@ -207,11 +213,11 @@ def test_a_resume_with_other_weights_is_refused_or_chosen(sets: dict[str, Datase
     other.load_state_dict(state, reweigh=True)
     assert other.cursor == 200
     left = SampleReader(sets["code"], seq_len=SEQ_LEN).samples_per_epoch - 100
-    found = Counter(sum((names_of(next(other)) for _ in range(20)), []))
+    found = Counter(all_names([next(other) for _ in range(20)]))
     assert found["code"] == left, "what was drawn before the change counts"
+    alone = Loader(sets["web"], seq_len=SEQ_LEN, global_batch=8, options=SMALL)
     with pytest.raises(ConfigError, match="nothing to reweigh"):
-        loader_of_dataset = Loader(sets["web"], seq_len=SEQ_LEN, global_batch=8, options=SMALL)
-        loader_of_dataset.load_state_dict(loader_of_dataset.state_dict(), reweigh=True)
+        alone.load_state_dict(alone.state_dict(), reweigh=True)
 
 
 def test_the_order_of_names_does_not_matter_and_a_version_of_the_same_set_is_a_source(sets: dict[str, Dataset]) -> None:
@@ -235,6 +241,68 @@ def test_a_step_is_traced_to_the_documents_of_its_sources(sets: dict[str, Datase
         spans = [span for span in batch.documents() if span.sample_tokens[0] == 0]
         shard, (start, stop) = spans[row].shard, spans[row].shard_tokens
         assert dataset.token_shard(shard)[0][start:stop].tolist() == batch.tokens[row, : stop - start].tolist()
+
+
+def with_mask(url: str, *, tokens: int) -> Dataset:
+    with ds.token_writer(url, vocab_size=60_000, columns={"loss_mask": "uint8"}) as out:
+        out.write(np.arange(tokens), id="chat", loss_mask=np.arange(tokens) % 2)
+    return ds.open(url)
+
+
+def test_a_source_without_a_loss_mask_is_learned_whole(sets: dict[str, Dataset]) -> None:
+    chat = with_mask(f"memory://mixture-{os.getpid()}-chat", tokens=900)
+    loader = loader_of(Mixture({"chat": chat, "web": sets["web"]}, {"chat": 1, "web": 1}))
+    for _ in range(20):
+        batch = next(loader)
+        assert batch.loss_mask is not None
+        for row, source in enumerate(batch.sources.tolist()):
+            is_chat = source == 0
+            assert batch.loss_mask[row].tolist() == [
+                not is_chat or token % 2 == 1 for token in batch.tokens[row].tolist()
+            ]
+
+
+@pytest.mark.parametrize("deletions", ["mask", "compact"])
+def test_deleted_documents_of_a_source_are_masked_or_left_out(deletions: str) -> None:
+    made = {name: f"memory://mixture-{os.getpid()}-{deletions}-{name}" for name in ("a", "b")}
+    lengths = [[30, 50, 20, 61, 40]]
+    plain = {name: make_dataset(url, lengths, name=name + deletions, block_bytes=1024) for name, url in made.items()}
+    left = {name: np.delete(dataset.token_shard(0)[0], range(30, 80)).tolist() for name, dataset in plain.items()}
+    for name, url in made.items():
+        ds.delete(url, ids=[plain[name].documents(0)["id"][1].as_py()])
+    options = LoaderSettings(lanes=4, window=8, threads=0, deletions=deletions, end_of_text=0)  # type: ignore[arg-type]
+    mixture = Mixture({name: ds.open(url) for name, url in made.items()}, epochs={"a": 2, "b": 2})
+    seen: list[list[int]] = []
+    for batch in Loader(mixture, seq_len=SEQ_LEN, global_batch=8, options=options):
+        mask = np.ones_like(batch.tokens, np.bool_) if batch.loss_mask is None else batch.loss_mask
+        for row in np.flatnonzero(batch.valid).tolist():
+            name = mixture.names[int(batch.sources[row])]
+            assert set(batch.tokens[row][mask[row]].tolist()) <= set(left[name])
+            seen.append(batch.tokens[row][mask[row]].tolist())
+    line = 201 if deletions == "mask" else 151
+    assert len(seen) == 4 * ((line - 1) // SEQ_LEN)
+    assert any(not row for row in seen) == (deletions == "mask")
+
+
+def test_wide_and_narrow_tokens_and_files_and_memory_mix(tmp_path_factory: pytest.TempPathFactory) -> None:
+    folder = tmp_path_factory.mktemp("mix")
+    wide = make_dataset(str(folder / "wide"), [[400], [33]], dtype="uint32", name="wide", block_bytes=1024)
+    narrow = make_dataset(f"memory://mixture-{os.getpid()}-narrow", [[300]], name="narrow", block_bytes=1024)
+    mixture = Mixture({"narrow": narrow, "wide": wide})
+    loader = loader_of(mixture)
+    tokens = {name: mixture.sources[name].segments for name in mixture.names}
+    assert loader.dtype == np.uint32
+    assert len(tokens["wide"]) == 2
+    whole = {
+        name: np.concatenate([s.token_shard(at)[0] for at in range(len(s.segments))]).tolist()
+        for name, s in mixture.sources.items()
+    }
+    for _ in range(30):
+        batch = next(loader)
+        for row, source in enumerate(batch.sources.tolist()):
+            name, line = mixture.names[source], batch.tokens[row].tolist()
+            at = int(batch.samples[row]) * SEQ_LEN - (0 if name == "narrow" else -(-300 // SEQ_LEN) * SEQ_LEN)
+            assert line == whole[name][at : at + SEQ_LEN + 1]
 
 
 @pytest.mark.parametrize(
