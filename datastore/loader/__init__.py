@@ -10,6 +10,8 @@ mixture    several datasets as one, each by its weight
 sources    one dataset or those of a mixture, and the order that a state gives them
 position   where a loader stands, and what comes next
 stream     a dataset or a mixture as samples, deletions taken into account
+assemble   a planned batch made
+packed     the reads of packed rows, and what lies beside their tokens
 gather     what a batch reads, and the copy into it
 cache      blocks: mapped, kept in memory, fetched ahead
 state      the position, saved and loaded

@@ -7,11 +7,14 @@ import numpy as np
 import numpy.typing as npt
 import xxhash
 
+from datastore.errors import ConfigError
 from datastore.loader.gather import AnyArray, TokenArray
 from datastore.loader.mixture.request import Data
 from datastore.loader.order.lanes import I64
 from datastore.loader.order.mix import mix64
 from datastore.loader.order.order import NO_SAMPLE
+from datastore.loader.order.packs import PackGrid
+from datastore.loader.packed import document_starts
 from datastore.loader.settings import LOSS_MASK
 from datastore.loader.sources import source_numbers
 from datastore.loader.stream import SampleStream
@@ -52,6 +55,20 @@ class Batch:
     def sources(self) -> I64:
         """[B] which source of the mixture each row is of, a number in `Mixture.names`; 0 of a dataset, -1 in rows that fill up."""
         return source_numbers(self.stream.sources, self.samples)
+
+    @property
+    def document_starts(self) -> I64:
+        """[D, 2] the row and the place in it where each document of packed rows starts, in order; padding counts as one.
+
+        Raises:
+            ConfigError: the rows are not packed: where documents start follows from the tokens.
+        """
+        if not isinstance(self.stream.grid, PackGrid):
+            raise ConfigError(
+                "only packed rows say where documents start",
+                hint='Read with LoaderSettings(packing="best_fit"), or look for end-of-text tokens.',
+            )
+        return document_starts(self.stream.grid, self.samples)
 
     @property
     def loss_mask(self) -> npt.NDArray[np.bool_] | None:

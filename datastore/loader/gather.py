@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from datastore.loader.cache.blocks import BlockLayout, TokenBlocks, Track
+from datastore.loader.cache.blocks import NOWHERE, BlockLayout, TokenBlocks, Track
 from datastore.loader.order.order import NO_SAMPLE, BatchPlan
 from datastore.loader.order.samples import I64, Gaps, SampleGrid, Span
 
@@ -22,8 +22,10 @@ __all__ = [
     "BatchColumn",
     "Blank",
     "Gatherer",
+    "Marks",
     "Reads",
     "TokenArray",
+    "between",
     "blank_deleted",
     "blank_out",
     "blanks_of",
@@ -62,20 +64,37 @@ class BatchColumn:
 
 @dataclass(frozen=True, slots=True)
 class Reads:
-    """The reads of one batch: `rows`, `shards` and each of `places` go together."""
+    """The reads of one batch: `shards` and each of `places` and `sizes` go together."""
 
     rows: Sequence[int]
-    """Rows that are one stretch of one shard."""
+    """Rows that are read at once. Their stretches lie end to end: one each, or, of packs, several and zeros."""
 
     shards: list[int]
     places: Sequence[list[int]]
-    """On each track, at which byte of its shard's file each of them starts."""
+    """On each track, at which byte of its shard's file each stretch starts."""
 
     pieces: dict[int, list[Span]]
     """The other rows: those that cross a border, those of narrower tokens, and empty ones that only fill up."""
 
     blocks: I64
     """All blocks needed, in no order, with repeats."""
+
+    sizes: Sequence[list[int]] | None = None
+    """On each track, the bytes of each stretch; None: each is a whole row."""
+
+    marks: "Marks | None" = None
+    """Of packs."""
+
+
+@dataclass(frozen=True, slots=True)
+class Marks:
+    """Places in the packed rows of a batch, laid end to end."""
+
+    unlearned: I64
+    """Tokens that are not to be learned: nothing before them tells what they are, or nothing is there."""
+
+    deleted: list[list[int]]
+    """Stretches [start, stop) of deleted documents."""
 
 
 class Gatherer:
@@ -113,22 +132,27 @@ class Gatherer:
         return found
 
     def _empty(self, reads: Reads) -> TokenArray:
-        rows = len(reads.shards) + len(reads.pieces)
+        rows = len(reads.rows) + len(reads.pieces)
         return np.empty((rows, self._width), self._blocks.layout.dtype)
 
     def _joined(self, reads: Reads, track: int, dtype: np.dtype[Any], *, width: int = 1) -> npt.NDArray[Any]:
         """Return what the rows of `reads` have on a track, end to end."""
-        size_bytes = self._width * width * dtype.itemsize
-        return np.frombuffer(self._blocks.read(reads.shards, reads.places[track], size_bytes), dtype)
+        whole = self._width * width * dtype.itemsize
+        sizes = [whole] * len(reads.shards) if reads.sizes is None else reads.sizes[track]
+        return np.frombuffer(self._blocks.read(reads.shards, reads.places[track], sizes), dtype)
 
     def _copy_row_by_row(self, reads: Reads, out: TokenArray, columns: Mapping[str, AnyArray]) -> None:
         """Hold no more than one row's blocks at a time: slow, but it works in any memory that has room for them."""
-        track = self._tracks[0]
-        starts = ((np.array(reads.places[0]) - track.start[reads.shards]) // track.token_bytes[reads.shards]).tolist()
-        stretches = {
-            row: [Span(shard, start, start + self._width)]
-            for row, shard, start in zip(reads.rows, reads.shards, starts, strict=True)
-        }
+        stretches: dict[int, list[Span]] = {row: [] for row in reads.rows}
+        itemsize = self._blocks.layout.dtype.itemsize
+        sizes = [self._width * itemsize] * len(reads.shards) if reads.sizes is None else reads.sizes[0]
+        rows = np.array(reads.rows, np.int64)[
+            (np.cumsum(sizes, dtype=np.int64) - 1) // (self._width * itemsize)
+        ].tolist()
+        for row, shard, place, size in zip(rows, reads.shards, reads.places[0], sizes, strict=True):
+            if shard != NOWHERE:
+                start = (place - int(self._tracks[0].start[shard])) // itemsize
+                stretches[row].append(Span(shard, start, start + size // itemsize))
         for row, spans in (stretches | reads.pieces).items():
             with self._blocks.hold(blocks_of(spans, self._blocks.layout, tracks=self._tracks)):
                 self._copy_pieces(spans, row, out, columns)
@@ -151,12 +175,12 @@ class Gatherer:
         token_bytes = int(track.token_bytes[span.shard])
         start = int(track.start[span.shard]) + span.start * token_bytes
         size_bytes = (span.stop - span.start) * token_bytes
-        return np.frombuffer(self._blocks.read([span.shard], [start], size_bytes), dtype)
+        return np.frombuffer(self._blocks.read([span.shard], [start], [size_bytes]), dtype)
 
 
 def _fill(out: AnyArray, reads: Reads, values: npt.NDArray[Any]) -> None:
     """Copy the rows of `reads`, end to end in `values`, to where they belong."""
-    rows = values.reshape(len(reads.shards), *out.shape[1:])
+    rows = values.reshape(len(reads.rows), *out.shape[1:])
     if reads.pieces:
         out[list(reads.rows)] = rows
     else:
@@ -188,18 +212,16 @@ def blank_deleted(
     *,
     gaps: Gaps,
     columns: Mapping[str, AnyArray],
-    computed: AnyArray | None,
     token: int,
 ) -> None:
-    """Write `token` over what of `plan` lies in `gaps`, and zeros over its columns; `computed` is a loss mask that no shard has."""
-    if computed is not None:
-        computed.fill(1)
-        computed[~plan.valid] = 0
+    """Write `token` over what of `plan` lies in `gaps`, and zeros over its columns."""
     blanks = blanks_of(plan.samples, seq_len=tokens.shape[1] - 1, gaps=gaps)
     blank_out(blanks, tokens, columns=columns, token=token)
 
 
-def reads_of(plans: list[BatchPlan], *, grid: SampleGrid, layout: BlockLayout, tracks: Sequence[Track]) -> list[Reads]:
+def reads_of(
+    plans: Sequence[BatchPlan], *, grid: SampleGrid, layout: BlockLayout, tracks: Sequence[Track]
+) -> list[Reads]:
     """Return the reads of each of `plans`, which all have the same number of rows, from all of `tracks`."""
     if not plans:
         return []
@@ -230,7 +252,7 @@ def reads_of(plans: list[BatchPlan], *, grid: SampleGrid, layout: BlockLayout, t
         whole = ~odd[index]
         pieces = _pieces(grid, plan, odd[index])
         crossing = [span for spans in pieces.values() for span in spans]
-        blocks = [_between(first[index][whole], last[index][whole]) for first, last in ranges]
+        blocks = [between(first[index][whole], last[index][whole]) for first, last in ranges]
         blocks.append(blocks_of(crossing, layout, tracks=tracks))
         whole_places = [place[index][whole].tolist() for place in places]
         stretches = (np.flatnonzero(whole).tolist(), shards[index][whole].tolist(), whole_places)
@@ -243,7 +265,7 @@ def blocks_of(spans: list[Span], layout: BlockLayout, *, tracks: Sequence[Track]
     shards = np.array([span.shard for span in spans], np.int64)
     start = np.array([span.start for span in spans], np.int64)
     stop = np.array([span.stop for span in spans], np.int64)
-    return np.concatenate([_between(*layout.of_tokens(shards, start, stop, track=track)) for track in tracks])
+    return np.concatenate([between(*layout.of_tokens(shards, start, stop, track=track)) for track in tracks])
 
 
 def blanks_of(samples: I64, *, seq_len: int, gaps: Gaps) -> list[Blank]:
@@ -263,7 +285,7 @@ def _pieces(grid: SampleGrid, plan: BatchPlan, odd: npt.NDArray[np.bool_]) -> di
     return {row: list(grid.spans(sample)) if sample != NO_SAMPLE else [] for row, sample in samples.items()}
 
 
-def _between(first: I64, last: I64) -> I64:
+def between(first: I64, last: I64) -> I64:
     """Return all numbers from each `first` to its `last`, in no order, with repeats."""
     wide = np.flatnonzero(last - first > 1)
     inner = [np.arange(low + 1, high) for low, high in zip(first[wide].tolist(), last[wide].tolist(), strict=True)]

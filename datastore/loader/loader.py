@@ -18,32 +18,22 @@ import numpy as np
 from typing_extensions import override
 
 from datastore.errors import ConfigError, DatastoreError, whole_number
+from datastore.loader.assemble import Assembler, empty_columns
 from datastore.loader.batch import Batch
 from datastore.loader.cache.blocks import TokenBlocks
-from datastore.loader.cache.files import FileBlocks
-from datastore.loader.cache.memory import BlockCache
 from datastore.loader.cache.prefetch import Prefetcher
-from datastore.loader.gather import (
-    AnyArray,
-    BatchColumn,
-    Gatherer,
-    Reads,
-    TokenArray,
-    blank_deleted,
-    fill_lacking,
-    reads_of,
-)
+from datastore.loader.gather import AnyArray, BatchColumn, Reads, TokenArray
 from datastore.loader.mixture.request import Data, Weights
 from datastore.loader.order.lanes import I64
 from datastore.loader.order.order import BatchPlan
 from datastore.loader.position import Position
-from datastore.loader.settings import LOSS_MASK, LoaderSettings, Rank, checked_options
+from datastore.loader.settings import LoaderSettings, Rank, checked_options
 from datastore.loader.state import LoaderState
-from datastore.loader.stream import SampleStream, columns_of, end_of_text_of, open_stream
+from datastore.loader.stream import columns_of, end_of_text_of, open_stream
 from datastore.storage.base import Storage
 from datastore.units import format_bytes
 
-__all__ = ["Loader", "open_blocks"]
+__all__ = ["Loader"]
 
 _PLAN_SLOTS = 65_536
 """Rows of this rank planned at a time: NumPy's cost per call is spread over them."""
@@ -92,7 +82,7 @@ class Loader:
         self._pid = os.getpid()
         self._blocks: TokenBlocks | None = None
         self._prefetcher: Prefetcher | None = None
-        self._gatherer: Gatherer | None = None
+        self._assembler: Assembler | None = None
         self._delivered = 0
         self._position = Position(
             dataset,
@@ -205,29 +195,20 @@ class Loader:
         if not self._planned:
             raise StopIteration
         plan, reads = self._planned[0]
-        assert self._gatherer is not None
-        tokens = self._gatherer.gather(reads, out, columns=into)
-        fill_lacking(plan, tuple(self.columns.values()), into)
-        if self._stream.blanks is not None:
-            computed = into[LOSS_MASK] if self.columns[LOSS_MASK].track is None else None
-            gaps, token = self._stream.blanks, self._end_of_text
-            blank_deleted(plan, tokens, gaps=gaps, columns=into, computed=computed, token=token)
+        assert self._assembler is not None
+        batch = self._assembler.make(plan, reads, out, into)
         blocks.passed()
         self._planned.popleft()
         self._requested = max(0, self._requested - 1)
         self._delivered += 1
         moved = self._position.after(plan)
-        batch = Batch(tokens, plan.positions, plan.samples, plan.cursor, self._stream, into)
         # Nothing can be raised from here to the caller: the cursor counts this batch when, and only when, it is delivered.
         self._unsettled, self._position.state, self._begun = False, moved, True
         return batch
 
     def empty_columns(self) -> dict[str, AnyArray]:
         """Return arrays for the columns of one batch; what is in them is undefined."""
-        return {
-            name: np.empty(column.shape(self.rows, self.seq_len + 1), column.dtype)
-            for name, column in self.columns.items()
-        }
+        return empty_columns(self.columns, rows=self.rows, tokens=self.seq_len + 1)
 
     def state_dict(self) -> dict[str, Any]:
         """Return where the loader stands, as JSON values: under 1 KB, the same on every rank."""
@@ -312,10 +293,10 @@ class Loader:
             # Forked: threads are gone, and locks may have been copied locked. Leave all of it and start anew.
             self._pid, self._blocks, self._prefetcher = os.getpid(), None, None
         if self._blocks is None:
-            blocks = open_blocks(self._stream, budget_bytes=self.options.memory_bytes)
+            blocks = self._stream.open_blocks()
             threads = min(self.options.threads, _LOCAL_THREADS) if self._local else self.options.threads
             prefetcher = Prefetcher(blocks, threads=threads)
-            self._gatherer = Gatherer(blocks, width=self.seq_len + 1, columns=tuple(self.columns.values()))
+            self._assembler = Assembler(self._stream, blocks, columns=self.columns, end_of_text=self._end_of_text)
             self._requested, self._blocks, self._prefetcher = 0, blocks, prefetcher
             if not self._local:
                 self._warn_if_memory_is_short(blocks)
@@ -332,9 +313,8 @@ class Loader:
             if not plans:
                 break
             self._next_cursor = self._position.end_of(plans[-1])
-            stored = [column.track for column in self.columns.values() if column.track is not None]
-            tracks = [blocks.layout.tokens, *stored]
-            reads = reads_of(plans, grid=self._stream.grid, layout=blocks.layout, tracks=tracks)
+            assert self._assembler is not None
+            reads = self._assembler.reads_of(plans)
             self._planned.extend(zip(plans, reads, strict=True))
             blocks.expect([batch.blocks for batch in reads])
 
@@ -367,10 +347,3 @@ def _loader_at(
     loader = Loader(dataset, seq_len=seq_len, global_batch=global_batch, seed=state["seed"], rank=rank, options=options)
     loader.load_state_dict(state)
     return loader
-
-
-def open_blocks(stream: SampleStream, *, budget_bytes: int) -> TokenBlocks:
-    """Return the blocks of `stream`; `budget_bytes` bounds the memory for shards that are not on this machine."""
-    if stream.is_local:
-        return FileBlocks(stream.storage, stream.segments)
-    return BlockCache(stream.storage, stream.segments, budget_bytes=budget_bytes)

@@ -12,14 +12,13 @@ from typing import Any
 import numpy as np
 
 from datastore.errors import ConfigError
+from datastore.loader.assemble import Assembler, empty_columns
 from datastore.loader.batch import Batch
 from datastore.loader.cache.blocks import TokenBlocks
-from datastore.loader.gather import AnyArray, Gatherer, blank_deleted, fill_lacking, reads_of
-from datastore.loader.loader import open_blocks
 from datastore.loader.mixture.request import Data
 from datastore.loader.order.lanes import I64
 from datastore.loader.order.order import BatchPlan
-from datastore.loader.settings import LOSS_MASK, LoaderSettings, checked_options
+from datastore.loader.settings import LoaderSettings, checked_options
 from datastore.loader.sources import course_of
 from datastore.loader.stream import columns_of, end_of_text_of, open_stream
 
@@ -74,25 +73,14 @@ class SampleReader:
         grid, blocks = self._stream.grid, self._ready()
         found = self._order.locate(wanted)
         plan = BatchPlan(int(wanted[0]) if wanted.size else 0, wanted, found.samples, found.shards)
-        shape = len(wanted), grid.seq_len + 1
-        columns: dict[str, AnyArray] = {
-            name: np.empty(column.shape(*shape), column.dtype) for name, column in self._columns.items()
-        }
-        tracks = [column.track for column in self._columns.values() if column.track is not None]
-        reads = reads_of([plan], grid=grid, layout=blocks.layout, tracks=[blocks.layout.tokens, *tracks])
-        gatherer = Gatherer(blocks, width=grid.seq_len + 1, columns=tuple(self._columns.values()))
-        tokens = gatherer.gather(reads[0], None, columns=columns)
-        fill_lacking(plan, tuple(self._columns.values()), columns)
-        if self._stream.blanks is not None:
-            computed = columns[LOSS_MASK] if self._columns[LOSS_MASK].track is None else None
-            gaps, token = self._stream.blanks, self._end_of_text
-            blank_deleted(plan, tokens, gaps=gaps, columns=columns, computed=computed, token=token)
-        return Batch(tokens, wanted, plan.samples, plan.cursor, self._stream, columns)
+        into = empty_columns(self._columns, rows=len(wanted), tokens=grid.seq_len + 1)
+        assembler = Assembler(self._stream, blocks, columns=self._columns, end_of_text=self._end_of_text)
+        return assembler.make(plan, assembler.reads_of([plan])[0], None, into)
 
     def _ready(self) -> TokenBlocks:
         """Return the blocks, opened by this process: a forked one has none of the threads, and perhaps locks that are taken."""
         if self._blocks is None or self._blocks[0] != os.getpid():
-            self._blocks = os.getpid(), open_blocks(self._stream, budget_bytes=self.options.memory_bytes)
+            self._blocks = os.getpid(), self._stream.open_blocks()
         return self._blocks[1]
 
 

@@ -12,7 +12,7 @@ import msgspec
 from datastore.document import Count, Positive, SettingsDocument, convert
 from datastore.errors import ConfigError, whole_number
 
-__all__ = ["LOSS_MASK", "DeletionMode", "LoaderSettings", "Rank", "checked_options"]
+__all__ = ["LOSS_MASK", "DeletionMode", "LoaderSettings", "Packing", "Rank", "checked_options"]
 
 Lanes = Annotated[int, msgspec.Meta(ge=1, le=65_536)]
 
@@ -20,6 +20,9 @@ DeletionMode = Literal["mask", "compact"]
 
 LOSS_MASK = "loss_mask"
 """The column that says of each token whether it is to be learned: 1, or 0."""
+
+
+Packing = Literal["best_fit"]
 
 
 class LoaderSettings(SettingsDocument, frozen=True, kw_only=True):
@@ -36,6 +39,11 @@ class LoaderSettings(SettingsDocument, frozen=True, kw_only=True):
 
     epochs: Positive | None = None
     """How often to go through the dataset; None never ends."""
+
+    packing: Packing | None = None
+    """Of which tokens a sample is made. None: of the stream as it is, cut every `seq_len` tokens. "best_fit": of whole
+    documents, packed so that none is cut that fits a row, with little padding. The loss mask is 0 at their first tokens and in
+    the padding; `Batch.document_starts` tells them apart. It reads the lengths of all documents first."""
 
     deletions: DeletionMode = "mask"
     """What becomes of deleted documents. "mask": their tokens read as end-of-text, and the loss mask is 0 there; every

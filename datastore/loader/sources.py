@@ -76,6 +76,7 @@ def first_state(
         cursor=0,
         deletions=options.deletions,
         shuffle=options.shuffle,
+        packing=options.packing,
     )
     if mixture is None:
         return state

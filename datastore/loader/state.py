@@ -19,7 +19,7 @@ from datastore.digest import digest_hex
 from datastore.document import Count, Document
 from datastore.errors import ResumeError
 from datastore.loader.order.samples import Gaps
-from datastore.loader.settings import DeletionMode
+from datastore.loader.settings import DeletionMode, Packing
 
 __all__ = [
     "LoaderState",
@@ -35,6 +35,10 @@ Lanes = Annotated[int, msgspec.Meta(ge=1, le=65_536)]
 
 _MAY_DIFFER = {"cursor", "lanes", "window", "version", "sources", "stages", "given"}
 """Keys that a state brings along, rather than having to match; or that are compared one by one."""
+
+
+_SELDOM = {"packing", "sources", "stages", "given"}
+"""Keys that are left out where they have nothing to say."""
 
 
 class SourceState(Document, frozen=True, kw_only=True):
@@ -83,6 +87,7 @@ class LoaderState(Document, frozen=True, kw_only=True):
 
     deletions: DeletionMode = "mask"
     shuffle: bool = True
+    packing: Packing | None = None
     sources: Mapping[str, SourceState] = msgspec.field(default_factory=dict)
     """Of a mixture, by name."""
 
@@ -105,9 +110,9 @@ def shards_fingerprint(segments: Segments, *, shards: int) -> str:
 
 
 def as_values(state: LoaderState) -> dict[str, Any]:
-    """Return `state` as JSON values, without what only mixtures have if it is of none."""
+    """Return `state` as JSON values, without what has nothing to say."""
     values: dict[str, Any] = msgspec.to_builtins(state)
-    return {name: value for name, value in values.items() if value or name not in ("sources", "stages", "given")}
+    return {name: value for name, value in values.items() if value or name not in _SELDOM}
 
 
 def read_state(saved: Mapping[str, Any], *, here: LoaderState, reweigh: bool = False) -> LoaderState:

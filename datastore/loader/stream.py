@@ -1,6 +1,7 @@
 """From a dataset, or a mixture of several, to the samples of tokens: the parts that a loader and a trace have in common."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import cast
 
@@ -9,17 +10,29 @@ import numpy as np
 from datastore.dataset.shards.segments import Segments
 from datastore.dataset.snapshot import Dataset
 from datastore.errors import ConfigError, whole_number
-from datastore.loader.cache.blocks import Track
+from datastore.loader.cache.blocks import TokenBlocks, Track
+from datastore.loader.cache.files import FileBlocks
+from datastore.loader.cache.memory import BlockCache
 from datastore.loader.gather import BatchColumn
-from datastore.loader.mixture.joint import JointSegments, JointStorage, joint_grid, places_of, spans_of
+from datastore.loader.mixture.joint import JointSegments, JointStorage, joint_grid, places_of
 from datastore.loader.mixture.request import Data, Mixture
-from datastore.loader.order.samples import Gaps, SampleGrid, sample_grid
+from datastore.loader.order.packs import PackGrid, joint_packs, pack_grid
+from datastore.loader.order.samples import I64, Gaps, SampleGrid, sample_grid
 from datastore.loader.settings import LOSS_MASK, LoaderSettings
 from datastore.loader.sources import Shape, Source, first_state
 from datastore.loader.state import LoaderState, dataset_fingerprint
 from datastore.storage.base import Storage
 
-__all__ = ["SMALL_BYTES", "SampleStream", "columns_of", "end_of_text_of", "is_local", "lanes_for", "open_stream"]
+__all__ = [
+    "SMALL_BYTES",
+    "SampleStream",
+    "columns_of",
+    "end_of_text_of",
+    "is_local",
+    "lanes_for",
+    "open_blocks",
+    "open_stream",
+]
 
 SMALL_BYTES = 2**30
 """A dataset of at most as many bytes is small: all of it can stay in memory, so it is shuffled as well as possible."""
@@ -39,7 +52,7 @@ class SampleStream:
     storage: Storage
     """Their files."""
 
-    grid: SampleGrid
+    grid: SampleGrid | PackGrid
     """Their samples."""
 
     start: LoaderState
@@ -56,6 +69,10 @@ class SampleStream:
     def is_local(self) -> bool:
         """Whether all shards are files of this machine."""
         return all(is_local(source.dataset) for source in self.sources)
+
+    def open_blocks(self) -> TokenBlocks:
+        """Return the blocks of its shards."""
+        return open_blocks(self.storage, self.segments, local=self.is_local, budget_bytes=self.options.memory_bytes)
 
 
 def _again(data: Data, seq_len: int, seed: int, options: LoaderSettings) -> SampleStream:
@@ -88,43 +105,89 @@ def open_stream(data: Data, *, seq_len: int, seed: int, options: LoaderSettings)
     seed, seq_len = whole_number(seed, name="seed"), whole_number(seq_len, name="seq_len")
     if not 0 <= seed <= _MAX_SEED:
         raise ConfigError("seed out of range", seed=seed, hint="Use a number from 0 to 2^63 - 1.")
-    compact = options.deletions == "compact"
-    grids = [_grid_of(name, dataset, seq_len=seq_len, compact=compact) for name, dataset in datasets.items()]
-    places = places_of(grids, shards=[len(dataset.segments) for dataset in datasets.values()])
+    cut = _samples_of if options.packing is None else _packs_of
+    grids: list[SampleGrid | PackGrid] = [
+        cut(name, dataset, seq_len=seq_len, options=options) for name, dataset in datasets.items()
+    ]
+    places = places_of([grid.numbers for grid in grids], shards=[len(one.segments) for one in datasets.values()])
     sources = tuple(
         Source(name, dataset, grid, place, _shape_of(dataset, grid, options))
         for (name, dataset), grid, place in zip(datasets.items(), grids, places, strict=True)
     )
     start = first_state(sources, mixture, seq_len=seq_len, seed=seed, options=options)
-    if mixture is None:
-        only, grid = sources[0].dataset, grids[0]
-        spans, segments, storage = only.deleted_spans, only.segments, only.storage
-    else:
-        grid = joint_grid(grids, places)
+    segments: Segments = sources[0].dataset.segments
+    storage: Storage = sources[0].dataset.storage
+    grid = grids[0]
+    if mixture is not None:
+        packs = [grid for grid in grids if isinstance(grid, PackGrid)]
+        samples = [grid for grid in grids if isinstance(grid, SampleGrid)]
+        grid = joint_packs(packs) if packs else joint_grid(samples, places)
         segments = JointSegments(datasets)
         storage = JointStorage({name: dataset.storage for name, dataset in datasets.items()})
-        spans = (
-            spans_of([source.dataset for source in sources], grid, places)
-            if not compact
-            else np.empty((0, 2), np.int64)
+    spans = np.empty((0, 2), np.int64)
+    if options.deletions != "compact":
+        spans = np.concatenate(
+            [source.dataset.deleted_spans + grid.stored_start[source.place.first_shard] for source in sources]
         )
-    blanks = Gaps(spans) if spans.size and not compact else None
+    blanks = Gaps(spans) if spans.size else None
     return SampleStream(data, sources, segments, storage, grid, start, blanks, options)
 
 
-def _grid_of(name: str, dataset: Dataset, *, seq_len: int, compact: bool) -> SampleGrid:
-    left_out = Gaps(dataset.deleted_spans) if compact and dataset.deleted_spans.size else None
-    try:
+def _samples_of(name: str, dataset: Dataset, *, seq_len: int, options: LoaderSettings) -> SampleGrid | PackGrid:
+    left_out = Gaps(dataset.deleted_spans) if options.deletions == "compact" and dataset.deleted_spans.size else None
+    with _named(name):
         return sample_grid(dataset.segments.tokens, seq_len=seq_len, gaps=left_out)
+
+
+def _packs_of(name: str, dataset: Dataset, *, seq_len: int, options: LoaderSettings) -> SampleGrid | PackGrid:
+    """Return the packs of `dataset`: reads where the documents of all shards begin."""
+    segments = dataset.segments
+    live = (dataset.live_rows(shard) if options.deletions == "compact" else None for shard in range(len(segments)))
+    blocks = open_blocks(dataset.storage, segments, local=is_local(dataset), budget_bytes=options.memory_bytes)
+    try:
+        with _named(name):
+            return pack_grid(_offsets(segments, blocks), tokens=segments.tokens, seq_len=seq_len, live=live)
+    finally:
+        blocks.close()
+
+
+def _offsets(segments: Segments, blocks: TokenBlocks) -> Iterator[I64]:
+    """Yield where the documents of each shard begin, and where the last one ends; a few shards are read ahead."""
+
+    def read(shard: int) -> I64:
+        info = segments.shard(shard)
+        size = (info.documents + 1) * np.dtype(info.offsets_dtype).itemsize
+        with blocks.hold(
+            np.array(blocks.layout.of_bytes(shard, info.offsets_start, info.offsets_start + size), np.int64)
+        ):
+            raw = blocks.read([shard], [info.offsets_start], [size])
+        return np.frombuffer(raw, info.offsets_dtype).astype(np.int64)
+
+    return map(read, range(len(segments)))
+
+
+@contextmanager
+def _named(source: str) -> Iterator[None]:
+    """Say in an error which source of a mixture it is about."""
+    try:
+        yield
     except ConfigError as error:
-        if not name:
+        if not source:
             raise
-        raise ConfigError(error.fact, source=name, **error.values, hint=error.hint) from None
+        raise ConfigError(error.fact, source=source, **error.values, hint=error.hint) from None
 
 
-def _shape_of(dataset: Dataset, grid: SampleGrid, options: LoaderSettings) -> Shape:
+def open_blocks(storage: Storage, segments: Segments, *, local: bool, budget_bytes: int) -> TokenBlocks:
+    """Return the blocks of `segments`; `budget_bytes` bounds the memory for shards that are not on this machine."""
+    if local:
+        return FileBlocks(storage, segments)
+    return BlockCache(storage, segments, budget_bytes=budget_bytes)
+
+
+def _shape_of(dataset: Dataset, grid: SampleGrid | PackGrid, options: LoaderSettings) -> Shape:
     lanes = lanes_for(dataset.segments, grid, options) if options.shuffle else 1
-    return Shape(lanes, options.window if options.shuffle else 1, dataset_fingerprint(dataset.segments, gaps=grid.gaps))
+    gaps = Gaps(dataset.deleted_spans) if options.deletions == "compact" and dataset.deleted_spans.size else None
+    return Shape(lanes, options.window if options.shuffle else 1, dataset_fingerprint(dataset.segments, gaps=gaps))
 
 
 def _check_tokenizers(datasets: Mapping[str, Dataset]) -> None:
@@ -167,7 +230,7 @@ def columns_of(stream: SampleStream, options: LoaderSettings) -> dict[str, Batch
         lacking = segments.lacks(name) if isinstance(segments, JointSegments) else None
         track = Track(segments.column_start(name), token_bytes)
         found[name] = BatchColumn(name, dtype, width, track, lacking if lacking is not None and lacking.any() else None)
-    if stream.blanks is not None:
+    if stream.blanks is not None or options.packing is not None:
         found.setdefault(LOSS_MASK, BatchColumn(LOSS_MASK, np.dtype(np.uint8), 1, None))
     return found
 
@@ -195,7 +258,7 @@ def end_of_text_of(stream: SampleStream, options: LoaderSettings) -> int:
     return token
 
 
-def lanes_for(segments: Segments, grid: SampleGrid, options: LoaderSettings) -> int:
+def lanes_for(segments: Segments, grid: SampleGrid | PackGrid, options: LoaderSettings) -> int:
     """Return how many lanes `options.lanes` come down to.
 
     Each lane needs a few blocks to itself (four), or small reads would not pay. Where the whole dataset can stay in
@@ -207,6 +270,6 @@ def lanes_for(segments: Segments, grid: SampleGrid, options: LoaderSettings) -> 
     itemsize = int(segments.itemsize.max())
     block_samples = max(1, int(segments.block_bytes.max()) // (grid.seq_len * itemsize))
     lanes = grid.samples // (4 * block_samples)
-    if int(grid.token_start[-1]) * itemsize <= SMALL_BYTES:
+    if grid.samples * grid.seq_len * itemsize <= SMALL_BYTES:
         lanes = max(lanes, grid.samples // options.window)
     return max(1, min(options.lanes, lanes))

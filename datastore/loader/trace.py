@@ -15,8 +15,8 @@ from datastore.formats.tokentext import TokenText
 from datastore.loader.mixture.request import Data
 from datastore.loader.order.lanes import I64
 from datastore.loader.order.order import BatchPlan, Planner
-from datastore.loader.order.samples import Gaps, Span, sample_grid
-from datastore.loader.settings import DeletionMode, LoaderSettings, Rank
+from datastore.loader.order.samples import Span
+from datastore.loader.settings import DeletionMode, LoaderSettings, Packing, Rank
 from datastore.loader.sources import course_of, source_numbers
 from datastore.loader.state import read_state
 from datastore.loader.stream import SampleStream, open_stream
@@ -63,7 +63,12 @@ class SampleOrigin:
 
 
 def locate(
-    dataset: Dataset, *, seq_len: int, samples: Iterable[int], deletions: DeletionMode = "mask"
+    dataset: Dataset,
+    *,
+    seq_len: int,
+    samples: Iterable[int],
+    deletions: DeletionMode = "mask",
+    packing: Packing | None = None,
 ) -> list[SampleOrigin]:
     """Return where each of `samples` comes from. Reads whole shards, so it is for looking, not for training.
 
@@ -71,7 +76,7 @@ def locate(
         ConfigError: a sample is not one of the dataset's.
         CorruptError: a shard or its documents are damaged.
     """
-    return Tracer(dataset, seq_len=seq_len, deletions=deletions).locate(samples)
+    return Tracer(dataset, seq_len=seq_len, deletions=deletions, packing=packing).locate(samples)
 
 
 def origins_of(stream: SampleStream, samples: I64) -> list[SampleOrigin]:
@@ -82,8 +87,9 @@ def origins_of(stream: SampleStream, samples: I64) -> list[SampleOrigin]:
         here = np.flatnonzero(numbers == number).tolist()
         if here:
             own = (samples[here] - source.place.first_sample).tolist()
-            start = stream.start
-            origins = locate(source.dataset, seq_len=start.seq_len, samples=own, deletions=start.deletions)
+            options, seq_len = stream.options, stream.grid.seq_len
+            tracer = Tracer(source.dataset, seq_len=seq_len, deletions=options.deletions, packing=options.packing)
+            origins = tracer.locate(own)
             found |= dict(zip(here, origins, strict=True))
     return [found[row] for row in range(len(samples))]
 
@@ -95,7 +101,9 @@ def plan_step(data: Data, state: Mapping[str, Any], *, global_batch: int, rank: 
         ResumeError: `state` is not one of this dataset version, or of this mixture.
     """
     seq_len, seed = int(state.get("seq_len", 1)), int(state.get("seed", 0))
-    options = LoaderSettings(deletions=state.get("deletions", "mask"))
+    options = LoaderSettings(
+        deletions=state.get("deletions", "mask"), packing=state.get("packing"), shuffle=state.get("shuffle", True)
+    )
     stream = open_stream(data, seq_len=seq_len, seed=seed, options=options)
     saved = read_state(state, here=stream.start)
     course = course_of(stream.sources, saved, epochs=None)
@@ -106,11 +114,12 @@ def plan_step(data: Data, state: Mapping[str, Any], *, global_batch: int, rank: 
 class Tracer:
     """Looks up samples of `seq_len + 1` tokens, as a loader with `deletions` cuts them; keeps the shards it read last."""
 
-    def __init__(self, dataset: Dataset, *, seq_len: int, deletions: DeletionMode = "mask") -> None:
+    def __init__(
+        self, dataset: Dataset, *, seq_len: int, deletions: DeletionMode = "mask", packing: Packing | None = None
+    ) -> None:
         self._dataset = dataset
-        left_out = deletions == "compact" and dataset.deleted_spans.size
-        gaps = Gaps(dataset.deleted_spans) if left_out else None
-        self._grid = sample_grid(dataset.segments.tokens, seq_len=seq_len, gaps=gaps)
+        options = LoaderSettings(deletions=deletions, packing=packing)
+        self._grid = open_stream(dataset, seq_len=seq_len, seed=0, options=options).grid
         self._tokens = lru_cache(_SHARDS_KEPT)(dataset.token_shard)
         self._documents = lru_cache(_SHARDS_KEPT)(dataset.documents)
         raw = dataset.tokenizer()

@@ -60,6 +60,11 @@ class TensorBatch:
         return None if found is None else found.bool()
 
     @property
+    def document_starts(self) -> Tensor:
+        """[D, 2] int64 on the device: the row and the place in it where each document of packed rows starts (`Batch.document_starts`)."""
+        return torch.from_numpy(self.host.document_starts).to(self.tokens.device)
+
+    @property
     def inputs(self) -> Tensor:
         """[B, seq_len] what the model sees."""
         return self.tokens[:, :-1]

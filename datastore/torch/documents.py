@@ -1,8 +1,8 @@
 """Documents within samples: where each begins, for models whose attention stays within one.
 
 A sample is a stretch of the token stream, so it has the end of one document, some whole ones, and the beginning of another. The
-end-of-text token belongs to the document that it ends; what a row begins with counts from its first token. Everything follows from
-the tokens, on the device that they are on.
+end-of-text token belongs to the document that it ends; what a row begins with counts from its first token. A packed row has whole
+documents, and says where they start. Everything is computed on the device that the tokens are on.
 
 Source: the arguments are those of `flash_attn_varlen_func` (flash-attention 2) and `torch.nn.attention.flex_attention`.
 """
@@ -61,11 +61,14 @@ class DocumentLayout:
         return create_block_mask(sees, rows, None, length, length, device=ids.device)
 
 
-def document_layout(tokens: Tensor, *, end_of_text: int) -> DocumentLayout:
-    """Return where documents lie in `tokens` [B, T], which `end_of_text` ends: `TensorBatch.inputs`, as a rule.
+def document_layout(tokens: Tensor, *, end_of_text: int | None = None, starts: Tensor | None = None) -> DocumentLayout:
+    """Return where documents lie in `tokens` [B, T], `TensorBatch.inputs` as a rule.
+
+    `end_of_text` is the token that ends each of them; or, of packed rows, `starts` [D, 2] are the rows and places where
+    they begin: `TensorBatch.document_starts`.
 
     Raises:
-        ConfigError: `tokens` are not rows of whole numbers.
+        ConfigError: `tokens` are not rows of whole numbers, or it is not said how to tell documents apart.
     """
     if tokens.ndim != 2 or tokens.is_floating_point() or tokens.is_complex() or tokens.dtype == torch.bool:
         raise ConfigError(
@@ -74,8 +77,15 @@ def document_layout(tokens: Tensor, *, end_of_text: int) -> DocumentLayout:
             dtype=str(tokens.dtype),
             hint="Pass [B, T] integers, such as `TensorBatch.inputs`.",
         )
+    if (end_of_text is None) == (starts is None):
+        raise ConfigError("documents are told apart in one way", hint="Pass either end_of_text or starts.")
     begins = torch.zeros_like(tokens, dtype=torch.bool)
-    begins[:, 1:] = tokens[:, :-1] == end_of_text
+    if starts is None:
+        begins[:, 1:] = tokens[:, :-1] == end_of_text
+    else:
+        inside = starts[starts[:, 1] < tokens.shape[1]].to(tokens.device)  # The last token is a target alone.
+        begins[inside[:, 0], inside[:, 1]] = True
+    begins[:, 0] = False  # A row begins with document 0.
     places = torch.arange(tokens.shape[1], device=tokens.device).expand_as(tokens)
     first = torch.where(begins, places, 0).cummax(dim=1).values
     return DocumentLayout(begins.long().cumsum(dim=1), places - first)

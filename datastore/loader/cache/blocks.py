@@ -30,7 +30,18 @@ from datastore.errors import CorruptError, StorageError
 from datastore.storage.base import Storage
 from datastore.storage.errors import TOO_SHORT, is_damage
 
-__all__ = ["I64", "BlockLayout", "BlockRange", "BlockStats", "TokenBlocks", "Track", "damaged", "unreadable"]
+__all__ = [
+    "I64",
+    "NOWHERE",
+    "ZEROS",
+    "BlockLayout",
+    "BlockRange",
+    "BlockStats",
+    "TokenBlocks",
+    "Track",
+    "damaged",
+    "unreadable",
+]
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,6 +76,12 @@ class BlockRange:
 
 
 I64 = npt.NDArray[np.int64]
+
+NOWHERE = -1
+"""Stands for a shard: zeros are read from there."""
+
+ZEROS = memoryview(bytes(2**24))
+"""What is read from there."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -186,10 +203,12 @@ class TokenBlocks(ABC):
         """
 
     @abstractmethod
-    def read(self, shards: Sequence[int], starts: Sequence[int], size_bytes: int) -> bytearray | npt.NDArray[np.uint8]:
+    def read(
+        self, shards: Sequence[int], starts: Sequence[int], sizes: Sequence[int]
+    ) -> bytearray | npt.NDArray[np.uint8]:
         """Return for each of `shards` so many bytes of its file, from `starts` on, end to end in memory of their own.
 
-        All of them lie in blocks that are held.
+        All of them lie in blocks that are held. Shard `NOWHERE` has zeros, at most `ZEROS` bytes at a time.
 
         Raises:
             DatastoreError: as `hold`; a block may have been lost since.

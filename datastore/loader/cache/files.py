@@ -17,9 +17,11 @@ import os
 import sys
 import threading
 import weakref
+from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass
+from itertools import accumulate
 
 import numpy as np
 import numpy.typing as npt
@@ -30,7 +32,7 @@ from datastore.dataset.shards.info import ShardInfo
 from datastore.dataset.shards.segments import Segments
 from datastore.digest import DIGEST_BYTES, digest_of
 from datastore.errors import CorruptError, MissingError, StorageError
-from datastore.loader.cache.blocks import I64, BlockRange, TokenBlocks, damaged, unreadable
+from datastore.loader.cache.blocks import I64, ZEROS, BlockRange, TokenBlocks, damaged, unreadable
 from datastore.storage.base import Storage
 from datastore.storage.verified import has_digest
 
@@ -119,16 +121,16 @@ class FileBlocks(TokenBlocks):
         return True
 
     @override
-    def read(self, shards: Sequence[int], starts: Sequence[int], size_bytes: int) -> npt.NDArray[np.uint8]:
-        homes = self._homes
+    def read(self, shards: Sequence[int], starts: Sequence[int], sizes: Sequence[int]) -> npt.NDArray[np.uint8]:
+        homes, places = self._homes, list(zip(shards, starts, sizes, strict=True))
         try:
-            rows = [homes[shard].map[start : start + size_bytes] for shard, start in zip(shards, starts, strict=True)]
+            rows = [homes[shard].map[at : at + size] if shard >= 0 else ZEROS[:size] for shard, at, size in places]
         except KeyError:  # It was forgotten since.
             rows = []
         found = self._copier.join(rows) if rows else None
-        if found is not None and len(found) == size_bytes * len(shards) and self._changes == self._held:
+        if found is not None and len(found) == sum(sizes) and self._changes == self._held:
             return found
-        parts = [self._read_carefully(shard, start, size_bytes) for shard, start in zip(shards, starts, strict=True)]
+        parts = [self._read_carefully(*place) if place[0] >= 0 else ZEROS[: place[2]] for place in places]
         return np.frombuffer(bytearray().join(parts), np.uint8)
 
     @override
@@ -256,22 +258,24 @@ class _Copier:
         self._view = np.empty(0, np.uint8)
 
     def join(self, pieces: Sequence[memoryview]) -> npt.NDArray[np.uint8] | None:
-        """Return equally long pieces end to end, in memory of their own; less, or None, if the kernel cannot read them."""
-        size_bytes = len(pieces[0])
-        at_once = max(1, min(_MAX_ROWS, _STEP_BYTES // max(1, size_bytes)))
+        """Return the pieces end to end, in memory of their own; less, or None, if the kernel cannot read them."""
+        ends = list(accumulate(map(len, pieces)))
         try:
-            file = self._room_for(min(at_once, len(pieces)) * size_bytes)
-            if len(pieces) <= at_once:
-                return self._view[: os.pwritev(file, pieces, 0)].copy()
-            joined = np.empty(size_bytes * len(pieces), np.uint8)
-            at = 0
-            for first in range(0, len(pieces), at_once):
-                count = os.pwritev(file, pieces[first : first + at_once], 0)
+            if len(pieces) <= _MAX_ROWS and ends[-1] <= _STEP_BYTES:
+                return self._view[: os.pwritev(self._room_for(ends[-1]), pieces, 0)].copy()
+            joined = np.empty(ends[-1], np.uint8)
+            at = first = 0
+            while first < len(pieces):
+                last = min(first + _MAX_ROWS, len(pieces))
+                stop = max(first + 1, bisect_right(ends, at + _STEP_BYTES, first, last))
+                count = os.pwritev(self._room_for(ends[stop - 1] - at), pieces[first:stop], 0)
                 joined[at : at + count] = self._view[:count]
-                at += count
+                if at + count < ends[stop - 1]:
+                    return joined[: at + count]
+                at, first = ends[stop - 1], stop
         except (OSError, AttributeError):  # No such files on this system; or a page that is not there.
             return None
-        return joined[:at]
+        return joined
 
     def _room_for(self, size_bytes: int) -> int:
         if self._file is None:

@@ -26,7 +26,7 @@ from datastore.dataset.shards.info import ShardInfo
 from datastore.dataset.shards.segments import Segments
 from datastore.digest import DIGEST_BYTES, digest_bytes
 from datastore.errors import ConfigError, MissingError, StorageError
-from datastore.loader.cache.blocks import I64, BlockRange, BlockStats, TokenBlocks, damaged, unreadable
+from datastore.loader.cache.blocks import I64, ZEROS, BlockRange, BlockStats, TokenBlocks, damaged, unreadable
 from datastore.loader.cache.prefetch import NEVER, Future
 from datastore.storage.base import Storage
 from datastore.storage.verified import has_digest
@@ -158,10 +158,12 @@ class BlockCache(TokenBlocks):
         return self._bring(block, urgent=False)
 
     @override
-    def read(self, shards: Sequence[int], starts: Sequence[int], size_bytes: int) -> bytearray:
+    def read(self, shards: Sequence[int], starts: Sequence[int], sizes: Sequence[int]) -> bytearray:
         regions = self._regions
-        rows = [regions[shard].data[start : start + size_bytes] for shard, start in zip(shards, starts, strict=True)]
-        return bytearray().join(rows)
+        places = zip(shards, starts, sizes, strict=True)
+        return bytearray().join(
+            [regions[shard].data[at : at + size] if shard >= 0 else ZEROS[:size] for shard, at, size in places]
+        )
 
     @override
     def expect(self, batches: Sequence[I64]) -> None:

@@ -23,7 +23,7 @@ from datastore.loader.order.samples import I64, Gaps, SampleGrid
 from datastore.storage.base import ReadOnly, Stat, Storage
 from datastore.storage.statistics import OperationStatistics, add_statistics
 
-__all__ = ["JointSegments", "JointStorage", "joint_grid", "places_of", "spans_of"]
+__all__ = ["JointSegments", "JointStorage", "joint_grid", "places_of"]
 
 
 class JointSegments(Segments):
@@ -154,15 +154,10 @@ class JointStorage(ReadOnly):
         return self._storages[prefix], name
 
 
-def places_of(grids: Sequence[SampleGrid], *, shards: Sequence[int]) -> list[Place]:
-    """Return where each source begins: its line takes up whole samples."""
-    first_shard = first_sample = 0
-    found = []
-    for grid, own in zip(grids, shards, strict=True):
-        found.append(Place(first_shard, first_sample))
-        first_shard += own
-        first_sample += -(-int(grid.token_start[-1]) // grid.seq_len)
-    return found
+def places_of(numbers: Sequence[int], *, shards: Sequence[int]) -> list[Place]:
+    """Return where sources begin that take up so many numbers of samples, and have so many shards."""
+    first_shard, first_sample = (np.cumsum([0, *counts]).tolist() for counts in (shards, numbers))
+    return [Place(*both) for both in zip(first_shard[:-1], first_sample[:-1], strict=True)]
 
 
 def joint_grid(grids: Sequence[SampleGrid], places: Sequence[Place]) -> SampleGrid:
@@ -187,13 +182,6 @@ def joint_grid(grids: Sequence[SampleGrid], places: Sequence[Place]) -> SampleGr
         stored_start=stored,
         gaps=Gaps(np.concatenate(gaps)) if gaps else None,
     )
-
-
-def spans_of(sources: Sequence[Dataset], grid: SampleGrid, places: Sequence[Place]) -> I64:
-    """Return [K, 2] the deleted tokens of all sources as stretches of the stream of `grid`, which leaves none out."""
-    starts = [int(place.first_sample) * grid.seq_len for place in places]
-    spans = [source.deleted_spans + start for source, start in zip(sources, starts, strict=True)]
-    return np.concatenate([np.empty((0, 2), np.int64), *spans])
 
 
 def _end_to_end(starts: Sequence[I64], origins: Sequence[int]) -> I64:

@@ -3,6 +3,7 @@
 order     from a position to a sample, from a cursor to batches
 lanes     lanes and windows
 samples   where samples begin in shards
+packs     whole documents side by side in rows of one length
 mix       the arithmetic of hashing, frozen
 """
 

@@ -92,6 +92,11 @@ class SampleGrid:
     gaps: Gaps | None = None
     """What is left out; None if nothing is."""
 
+    @property
+    def numbers(self) -> int:
+        """How many sample numbers its line takes up; a last one may not be a whole sample."""
+        return -(-int(self.token_start[-1]) // self.seq_len)
+
     def owner(self, samples: I64) -> I64:
         """Return the shard that each sample belongs to; O(log shards) each."""
         return np.searchsorted(self.token_start, samples * self.seq_len, side="right") - 1

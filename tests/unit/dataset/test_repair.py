@@ -23,7 +23,6 @@ from datastore.errors import ConfigError, ConflictError, CorruptError, FormatErr
 from datastore.loader.cache.blocks import TokenBlocks
 from datastore.loader.cache.files import FileBlocks
 from datastore.loader.cache.memory import BlockCache
-from datastore.loader.loader import open_blocks
 from datastore.loader.settings import LoaderSettings
 from datastore.loader.stream import open_stream
 from datastore.storage.backends.local import LocalStorage
@@ -164,7 +163,7 @@ def test_blocks_of_files_go_on_with_another_copy(disks: list[Path]) -> None:
     shard = dataset.segments.shard(0)
     first = placed(dataset).homes(shard.path)[0].storage
     flip(Path(first.url) / shard.path, 2 * BLOCK + 7)
-    blocks = open_blocks(open_stream(dataset, seq_len=1, seed=0, options=LoaderSettings()), budget_bytes=1)
+    blocks = open_stream(dataset, seq_len=1, seed=0, options=LoaderSettings()).open_blocks()
     assert isinstance(blocks, FileBlocks)
     with blocks.hold(np.arange(len(blocks.layout.of_shard(0)))):
         assert np.array_equal(tokens_of(blocks, shard), whole)

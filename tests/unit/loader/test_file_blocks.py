@@ -18,7 +18,7 @@ from datastore.errors import CorruptError, DatastoreError, MissingError
 from datastore.loader.cache.blocks import TokenBlocks
 from datastore.loader.cache.files import FileBlocks
 from datastore.loader.cache.memory import BlockCache
-from datastore.loader.loader import Loader, open_blocks
+from datastore.loader.loader import Loader
 from datastore.loader.settings import LoaderSettings
 from datastore.loader.stream import SampleStream, open_stream
 from datastore.storage.backends.local import LocalStorage
@@ -47,7 +47,7 @@ def touch(blocks: FileBlocks, shard: int) -> None:
 def tokens_of(blocks: TokenBlocks, shard: int) -> npt.NDArray[np.uint16]:
     """Return the tokens of a shard whose blocks are held."""
     track, tokens = blocks.layout.tokens, int(blocks._segments.tokens[shard])
-    return np.frombuffer(blocks.read([shard], [int(track.start[shard])], 2 * tokens), np.uint16)
+    return np.frombuffer(blocks.read([shard], [int(track.start[shard])], [2 * tokens]), np.uint16)
 
 
 def samples_of(dataset: Dataset) -> SampleStream:
@@ -55,9 +55,9 @@ def samples_of(dataset: Dataset) -> SampleStream:
 
 
 def test_local_datasets_are_read_where_they_lie_and_others_kept_in_memory(dataset: Dataset) -> None:
-    assert isinstance(open_blocks(samples_of(dataset), budget_bytes=2**20), FileBlocks)
+    assert isinstance(samples_of(dataset).open_blocks(), FileBlocks)
     elsewhere = make_dataset("memory://local-or-not", [[10]])
-    assert isinstance(open_blocks(samples_of(elsewhere), budget_bytes=2**20), BlockCache)
+    assert isinstance(samples_of(elsewhere).open_blocks(), BlockCache)
 
 
 def test_held_tokens_are_those_of_the_shard(dataset: Dataset) -> None:

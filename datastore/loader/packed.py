@@ -1,0 +1,163 @@
+"""The reads of packed rows, and where in them nothing is to be learned.
+
+A row is its pieces end to end, then zeros. They are read in one go like rows that are one stretch, each piece from where it lies.
+All of it is planned for many batches at once; what is left to do for each is two writes into its loss mask.
+"""
+
+from collections.abc import Mapping, Sequence
+from itertools import pairwise
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from datastore.loader.cache.blocks import NOWHERE, BlockLayout, Track
+from datastore.loader.gather import AnyArray, Marks, Reads, TokenArray, between, blocks_of
+from datastore.loader.order.order import NO_SAMPLE, BatchPlan
+from datastore.loader.order.packs import PackGrid, deleted_pieces
+from datastore.loader.order.samples import I64, Gaps, Span
+from datastore.loader.settings import LOSS_MASK
+
+__all__ = ["document_starts", "finish_packed", "reads_of_packs"]
+
+
+class _Stretches(NamedTuple):
+    """What rows are made of, in order."""
+
+    row: I64
+    piece: I64
+    """-1: zeros."""
+
+    length: I64
+    at: I64
+    """Place of its first token, rows laid end to end."""
+
+
+def reads_of_packs(
+    plans: Sequence[BatchPlan], *, grid: PackGrid, layout: BlockLayout, tracks: Sequence[Track], gaps: Gaps | None
+) -> list[Reads]:
+    """Return the reads of each of `plans`, which all have the same number of rows, from all of `tracks`."""
+    if not plans:
+        return []
+    samples, shards = (np.concatenate([getattr(plan, name) for plan in plans]) for name in ("samples", "shards"))
+    rows = len(plans[0].samples)
+    everything = _stretches(grid, samples)
+    odd = (samples == NO_SAMPLE) | layout.is_narrow(shards)
+    read = _Stretches(*(part[~odd[everything.row]] for part in everything)) if odd.any() else everything
+    is_piece = read.piece >= 0
+    shard = np.where(is_piece, shards[read.row], NOWHERE)
+    start = np.where(is_piece, grid.piece_start[read.piece], 0)
+    inside = shard[is_piece], start[is_piece], (start + read.length)[is_piece]
+    ranges = [layout.of_tokens(*inside, track=track) for track in tracks]
+    places = [np.where(is_piece, track.start[shard] + start * track.token_bytes[shard], 0) for track in tracks]
+    # Rows of narrower tokens are read otherwise, so here the tokens of a track have the bytes of the widest.
+    sizes = [read.length * int(track.token_bytes.max(initial=0)) for track in tracks]
+    bounds = np.searchsorted(read.row, np.arange(0, len(samples) + 1, rows)).tolist()
+    blocks = _blocks_by_batch(
+        ranges, np.searchsorted(read.row[is_piece], np.arange(0, len(samples) + 1, rows)).tolist()
+    )
+    marks = _marks(grid, everything, shards, batches=len(plans), rows=rows, gaps=gaps)
+    shard_list, place_lists, size_lists = (
+        shard.tolist(),
+        [each.tolist() for each in places],
+        [each.tolist() for each in sizes],
+    )
+    found = []
+    for index in range(len(plans)):
+        part = slice(bounds[index], bounds[index + 1])
+        pieces: dict[int, list[Span]] = {}
+        if odd[index * rows : (index + 1) * rows].any():
+            others = np.flatnonzero(odd[index * rows : (index + 1) * rows]).tolist()
+            pieces = {at: _spans(grid, int(samples[index * rows + at])) for at in others}
+            crossing = [span for spans in pieces.values() for span in spans]
+            blocks[index] = np.concatenate([blocks[index], blocks_of(crossing, layout, tracks=tracks)])
+        found.append(
+            Reads(
+                [row for row in range(rows) if row not in pieces] if pieces else range(rows),
+                shard_list[part],
+                [places[part] for places in place_lists],
+                pieces,
+                blocks[index],
+                [sizes[part] for sizes in size_lists],
+                marks[index],
+            )
+        )
+    return found
+
+
+def _blocks_by_batch(ranges: Sequence[tuple[I64, I64]], bounds: Sequence[int]) -> list[I64]:
+    """Return all blocks of the ranges [low, high] of each batch."""
+    parts = [slice(*pair) for pair in pairwise(bounds)]
+    if any((high - low > 1).any() for low, high in ranges):
+        return [np.concatenate([between(low[part], high[part]) for low, high in ranges]) for part in parts]
+    ends = np.stack([end for pair in ranges for end in pair])
+    return [ends[:, part].reshape(-1) for part in parts]
+
+
+def finish_packed(marks: Marks, tokens: TokenArray, *, columns: Mapping[str, AnyArray], token: int) -> None:
+    """Set the loss mask of packed rows to 0 where `marks` say so, and write `token` over documents that are deleted."""
+    columns[LOSS_MASK].reshape(-1)[marks.unlearned] = 0
+    flat = tokens.reshape(-1)
+    for start, stop in marks.deleted:
+        flat[start:stop] = token
+        for values in columns.values():
+            values.reshape(len(flat), -1)[start:stop] = 0
+
+
+def document_starts(grid: PackGrid, samples: I64) -> npt.NDArray[np.int64]:
+    """Return [D, 2] the row and the place in it where each document of the packed rows `samples` starts; zeros count as one."""
+    found = _stretches(grid, samples)
+    return np.stack([found.row, found.at % (grid.seq_len + 1)], axis=1)
+
+
+def _stretches(grid: PackGrid, samples: I64) -> _Stretches:
+    """Return the stretches of all rows that hold a sample."""
+    rows = np.flatnonzero(samples != NO_SAMPLE)
+    first = grid.first_piece[samples[rows]]
+    count = grid.first_piece[samples[rows] + 1] - first + 1
+    ends = np.cumsum(count)
+    begin = np.repeat(ends - count, count)
+    row = np.repeat(rows, count)
+    piece = np.repeat(first, count) + np.arange(len(row)) - begin
+    piece[ends - 1] = -1
+    length = np.where(piece < 0, 0, grid.piece_length[piece].astype(np.int64))
+    before = np.cumsum(length) - length
+    at = before - before[begin]
+    length[ends - 1] = grid.seq_len + 1 - at[ends - 1]
+    kept = length > 0
+    return _Stretches(row[kept], piece[kept], length[kept], (at + row * (grid.seq_len + 1))[kept])
+
+
+def _marks(
+    grid: PackGrid, found: _Stretches, shards: I64, *, batches: int, rows: int, gaps: Gaps | None
+) -> list[Marks]:
+    """Return for each batch where nothing is learned: the first token of each piece, what is deleted, and zeros."""
+    zeros = np.flatnonzero(found.piece < 0)
+    padding = np.repeat(found.at[zeros], found.length[zeros])
+    padding += np.arange(len(padding)) - np.repeat(
+        np.cumsum(found.length[zeros]) - found.length[zeros], found.length[zeros]
+    )
+    unlearned = np.sort(np.concatenate([found.at, padding]))
+    gone = np.empty(0, np.int64)
+    if gaps is not None:
+        pieces = np.flatnonzero(found.piece >= 0)
+        gone = pieces[deleted_pieces(grid, found.piece[pieces], shards[found.row[pieces]], gaps=gaps)]
+    tokens = rows * (grid.seq_len + 1)
+    borders = np.arange(batches + 1) * tokens
+    cuts, gone_cuts = np.searchsorted(unlearned, borders).tolist(), np.searchsorted(found.at[gone], borders).tolist()
+    unlearned %= tokens
+    deleted = np.stack([found.at[gone], (found.at + found.length)[gone]], axis=1).tolist()
+    return [
+        Marks(
+            unlearned[cuts[index] : cuts[index + 1]],
+            [
+                [start - index * tokens, stop - index * tokens]
+                for start, stop in deleted[slice(*gone_cuts[index : index + 2])]
+            ],
+        )
+        for index in range(batches)
+    ]
+
+
+def _spans(grid: PackGrid, sample: int) -> list[Span]:
+    return list(grid.spans(sample)) if sample != NO_SAMPLE else []
