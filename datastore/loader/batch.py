@@ -14,7 +14,7 @@ from datastore.loader.order.lanes import I64
 from datastore.loader.order.mix import mix64
 from datastore.loader.order.order import NO_SAMPLE
 from datastore.loader.order.packs import PackGrid
-from datastore.loader.packed import document_starts
+from datastore.loader.packed import document_starts, sequences_of
 from datastore.loader.settings import LOSS_MASK
 from datastore.loader.sources import source_numbers
 from datastore.loader.stream import SampleStream
@@ -63,12 +63,33 @@ class Batch:
         Raises:
             ConfigError: the rows are not packed: where documents start follows from the tokens.
         """
+        return document_starts(self._packs, self.samples)
+
+    def sequences(self) -> list[tuple[TokenArray, AnyArray]]:
+        """Return for each valid row of `packing="buckets"` its documents [k, m], padded with zeros to the longest, and their loss mask.
+
+        Views of `tokens` and of the mask: k x m is at most seq_len + 1.
+
+        Raises:
+            ConfigError: the rows are packed otherwise, or not at all.
+        """
+        found = []
+        for row in np.flatnonzero(self.valid).tolist():
+            count, width = sequences_of(self._packs, int(self.samples[row]))
+            parts = (
+                values[row, : count * width].reshape(count, width) for values in (self.tokens, self.columns[LOSS_MASK])
+            )
+            found.append(tuple(parts))
+        return found  # type: ignore[return-value]
+
+    @property
+    def _packs(self) -> PackGrid:
         if not isinstance(self.stream.grid, PackGrid):
             raise ConfigError(
                 "only packed rows say where documents start",
                 hint='Read with LoaderSettings(packing="best_fit"), or look for end-of-text tokens.',
             )
-        return document_starts(self.stream.grid, self.samples)
+        return self.stream.grid
 
     @property
     def loss_mask(self) -> npt.NDArray[np.bool_] | None:

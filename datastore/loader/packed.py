@@ -9,8 +9,8 @@ from itertools import pairwise
 from typing import NamedTuple
 
 import numpy as np
-import numpy.typing as npt
 
+from datastore.errors import ConfigError
 from datastore.loader.cache.blocks import NOWHERE, BlockLayout, Track
 from datastore.loader.gather import AnyArray, Marks, Reads, TokenArray, between, blocks_of
 from datastore.loader.order.order import NO_SAMPLE, BatchPlan
@@ -18,7 +18,7 @@ from datastore.loader.order.packs import PackGrid, deleted_pieces
 from datastore.loader.order.samples import I64, Gaps, Span
 from datastore.loader.settings import LOSS_MASK
 
-__all__ = ["document_starts", "finish_packed", "reads_of_packs"]
+__all__ = ["document_starts", "finish_packed", "reads_of_packs", "sequences_of"]
 
 
 class _Stretches(NamedTuple):
@@ -104,28 +104,54 @@ def finish_packed(marks: Marks, tokens: TokenArray, *, columns: Mapping[str, Any
             values.reshape(len(flat), -1)[start:stop] = 0
 
 
-def document_starts(grid: PackGrid, samples: I64) -> npt.NDArray[np.int64]:
+def sequences_of(grid: PackGrid, sample: int) -> tuple[int, int]:
+    """Return how many sequences a row of them has, and how many tokens each takes up.
+
+    Raises:
+        ConfigError: the rows are packed otherwise.
+    """
+    if grid.widths is None:
+        raise ConfigError(
+            "only rows of sequences of similar length have a shape", hint='Read with LoaderSettings(packing="buckets").'
+        )
+    return int(grid.first_piece[sample + 1] - grid.first_piece[sample]), int(grid.widths[sample])
+
+
+def document_starts(grid: PackGrid, samples: I64) -> I64:
     """Return [D, 2] the row and the place in it where each document of the packed rows `samples` starts; zeros count as one."""
     found = _stretches(grid, samples)
     return np.stack([found.row, found.at % (grid.seq_len + 1)], axis=1)
 
 
 def _stretches(grid: PackGrid, samples: I64) -> _Stretches:
-    """Return the stretches of all rows that hold a sample."""
+    """Return the stretches of all rows that hold a sample: pieces, zeros after each if it takes up more than it has, and at the end."""
     rows = np.flatnonzero(samples != NO_SAMPLE)
     first = grid.first_piece[samples[rows]]
-    count = grid.first_piece[samples[rows] + 1] - first + 1
-    ends = np.cumsum(count)
-    begin = np.repeat(ends - count, count)
+    count = grid.first_piece[samples[rows] + 1] - first
     row = np.repeat(rows, count)
+    begin = np.repeat(np.cumsum(count) - count, count)
     piece = np.repeat(first, count) + np.arange(len(row)) - begin
-    piece[ends - 1] = -1
-    length = np.where(piece < 0, 0, grid.piece_length[piece].astype(np.int64))
-    before = np.cumsum(length) - length
-    at = before - before[begin]
-    length[ends - 1] = grid.seq_len + 1 - at[ends - 1]
-    kept = length > 0
-    return _Stretches(row[kept], piece[kept], length[kept], (at + row * (grid.seq_len + 1))[kept])
+    length = grid.piece_length[piece].astype(np.int64)
+    taken = length if grid.widths is None else grid.widths[samples[row]].astype(np.int64)
+    before = np.cumsum(taken) - taken
+    at = before - before[begin] + row * (grid.seq_len + 1)
+    end = at + length
+    following = np.append(at[1:], 0)
+    last = np.cumsum(count) - 1
+    following[last] = (rows + 1) * (grid.seq_len + 1)
+    empty = np.flatnonzero(following > end)
+    # Zeros come right after the piece that they follow.
+    places = np.arange(len(row)) + np.searchsorted(empty, np.arange(len(row)))
+    found = _Stretches(*(np.empty(len(row) + len(empty), np.int64) for _ in _Stretches._fields))
+    for target, pieces, zeros in zip(
+        found,
+        (row, piece, length, at),
+        (row[empty], np.full(len(empty), -1), (following - end)[empty], end[empty]),
+        strict=True,
+    ):
+        target[places] = pieces
+        target[places[empty] + 1] = zeros
+    return found
 
 
 def _marks(

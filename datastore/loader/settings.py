@@ -22,7 +22,7 @@ LOSS_MASK = "loss_mask"
 """The column that says of each token whether it is to be learned: 1, or 0."""
 
 
-Packing = Literal["best_fit"]
+Packing = Literal["best_fit", "buckets"]
 
 
 class LoaderSettings(SettingsDocument, frozen=True, kw_only=True):
@@ -43,7 +43,9 @@ class LoaderSettings(SettingsDocument, frozen=True, kw_only=True):
     packing: Packing | None = None
     """Of which tokens a sample is made. None: of the stream as it is, cut every `seq_len` tokens. "best_fit": of whole
     documents, packed so that none is cut that fits a row, with little padding. The loss mask is 0 at their first tokens and in
-    the padding; `Batch.document_starts` tells them apart. It reads the lengths of all documents first."""
+    the padding; `Batch.document_starts` tells them apart. "buckets": of documents of similar length, as many as fit if each takes up
+    as much as the longest: `Batch.sequences` are then rectangles of at most `seq_len + 1` tokens, for models that do not know
+    packing. Both read the lengths of all documents first."""
 
     deletions: DeletionMode = "mask"
     """What becomes of deleted documents. "mask": their tokens read as end-of-text, and the loss mask is 0 there; every

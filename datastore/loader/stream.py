@@ -143,10 +143,12 @@ def _packs_of(name: str, dataset: Dataset, *, seq_len: int, options: LoaderSetti
     """Return the packs of `dataset`: reads where the documents of all shards begin."""
     segments = dataset.segments
     live = (dataset.live_rows(shard) if options.deletions == "compact" else None for shard in range(len(segments)))
+    assert options.packing is not None
     blocks = open_blocks(dataset.storage, segments, local=is_local(dataset), budget_bytes=options.memory_bytes)
     try:
         with _named(name):
-            return pack_grid(_offsets(segments, blocks), tokens=segments.tokens, seq_len=seq_len, live=live)
+            offsets = _offsets(segments, blocks)
+            return pack_grid(offsets, tokens=segments.tokens, seq_len=seq_len, live=live, packing=options.packing)
     finally:
         blocks.close()
 

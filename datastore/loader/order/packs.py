@@ -15,7 +15,7 @@ Source: D. S. Johnson, "Near-optimal bin packing algorithms", 1973; H. Ding et a
 modeling", ICML 2024.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -23,8 +23,9 @@ import numpy.typing as npt
 
 from datastore.errors import ConfigError
 from datastore.loader.order.samples import I64, Gaps, Span
+from datastore.loader.settings import Packing
 
-__all__ = ["PackGrid", "best_fit", "deleted_pieces", "joint_packs", "pack_grid"]
+__all__ = ["PackGrid", "best_fit", "buckets", "deleted_pieces", "joint_packs", "pack_grid"]
 
 I32 = npt.NDArray[np.int32]
 
@@ -61,6 +62,9 @@ class PackGrid:
     piece_length: I32
     """[P] its tokens."""
 
+    widths: I32 | None = None
+    """[N] of sequences of similar length, the tokens that each of them takes up in a row, zeros with it; None: just its own."""
+
     @property
     def numbers(self) -> int:
         """How many sample numbers it takes up."""
@@ -72,7 +76,7 @@ class PackGrid:
         return float(self.piece_length.sum(dtype=np.int64)) / (self.samples * (self.seq_len + 1))
 
     def spans(self, sample: int) -> Iterator[Span]:
-        """Yield the pieces that make up `sample`, in order."""
+        """Yield the pieces that make up `sample`, in order; zeros are not told."""
         shard = int(np.searchsorted(self.run_start, sample, side="right")) - 1
         for piece in range(int(self.first_piece[sample]), int(self.first_piece[sample + 1])):
             start = int(self.piece_start[piece])
@@ -80,7 +84,12 @@ class PackGrid:
 
 
 def pack_grid(
-    offsets: Iterable[I64], *, tokens: I64, seq_len: int, live: Iterable[npt.NDArray[np.bool_] | None]
+    offsets: Iterable[I64],
+    *,
+    tokens: I64,
+    seq_len: int,
+    live: Iterable[npt.NDArray[np.bool_] | None],
+    packing: Packing = "best_fit",
 ) -> PackGrid:
     """Return the packs of shards with `tokens` [S] tokens, whose documents lie at `offsets` (each [documents + 1]).
 
@@ -96,7 +105,7 @@ def pack_grid(
     for found, mask in zip(offsets, live, strict=True):
         packs = 0
         for start, length in _groups(*_pieces(found, mask, seq_len), tokens=max(_GROUP_TOKENS, _GROUP_ROWS * seq_len)):
-            order, sizes = best_fit(length, room=seq_len + 1)
+            order, sizes = _PACKERS[packing](length, room=seq_len + 1)
             starts.append(start[order])
             lengths.append(length[order].astype(np.int32))
             counts.append(sizes)
@@ -110,15 +119,17 @@ def pack_grid(
     stored_start = np.zeros(len(tokens) + 1, np.int64)
     np.cumsum(tokens, out=stored_start[1:])
     runs = np.array(run_length, np.int64)
+    first_piece, piece_length = np.cumsum(np.concatenate(counts)), np.concatenate(lengths)
     return PackGrid(
         seq_len=seq_len,
         samples=total,
         run_start=np.cumsum(runs) - runs,
         run_length=runs,
         stored_start=stored_start,
-        first_piece=np.cumsum(np.concatenate(counts)),
+        first_piece=first_piece,
         piece_start=np.concatenate(starts),
-        piece_length=np.concatenate(lengths),
+        piece_length=piece_length,
+        widths=np.maximum.reduceat(piece_length, first_piece[:-1]) if packing == "buckets" else None,
     )
 
 
@@ -156,6 +167,24 @@ def best_fit(lengths: I64, *, room: int) -> tuple[I64, I64]:
     return order, np.array([len(pieces) for pieces in rows], np.int64)
 
 
+def buckets(lengths: I64, *, room: int) -> tuple[I64, I64]:
+    """Return `lengths` so that those of a row are similar: each row has as many as would fit if all were as long as its longest.
+
+    The same answer as `best_fit`; rows come in the order of the longest piece that each begins with.
+    """
+    order = np.argsort(-lengths, kind="stable")
+    sizes = lengths[order].tolist()
+    counts: list[int] = []
+    at = 0
+    while at < len(sizes):
+        counts.append(min(room // sizes[at], len(sizes) - at))
+        at += counts[-1]
+    return order, np.array(counts, np.int64)
+
+
+_PACKERS: dict[Packing, Callable[..., tuple[I64, I64]]] = {"best_fit": best_fit, "buckets": buckets}
+
+
 def joint_packs(grids: Sequence[PackGrid]) -> PackGrid:
     """Return the packs of several datasets, one after the other."""
     first_pack = np.cumsum([0, *(grid.samples for grid in grids)])
@@ -174,6 +203,9 @@ def joint_packs(grids: Sequence[PackGrid]) -> PackGrid:
         ),
         piece_start=np.concatenate([grid.piece_start for grid in grids]),
         piece_length=np.concatenate([grid.piece_length for grid in grids]),
+        widths=np.concatenate(widths)
+        if (widths := [grid.widths for grid in grids if grid.widths is not None])
+        else None,
     )
 
 

@@ -119,6 +119,28 @@ def test_every_document_comes_whole_and_once(dataset: Dataset, world: int) -> No
     assert found == pieces_of(documents_of(dataset))
 
 
+def test_buckets_are_rectangles_within_the_budget_with_each_document_once(dataset: Dataset) -> None:
+    options = LoaderSettings(lanes=4, window=4, threads=0, packing="buckets", epochs=1, memory_bytes=2**20)
+    found: Counter[tuple[int, ...]] = Counter()
+    padding = total = 0
+    for batch in Loader(dataset, seq_len=SEQ_LEN, global_batch=3, options=options):
+        starts = {(row, at) for row, at in batch.document_starts.tolist()}
+        for row, (tokens, mask) in zip(np.flatnonzero(batch.valid).tolist(), batch.sequences(), strict=True):
+            assert tokens.size <= SEQ_LEN + 1
+            assert not batch.tokens[row, tokens.size :].any()
+            for at, (sequence, learned) in enumerate(zip(tokens, mask, strict=True)):
+                length = 1 + int(np.count_nonzero(learned))
+                assert learned.tolist() == [0] + [1] * (length - 1) + [0] * (len(sequence) - length)
+                assert not sequence[length:].any()
+                assert (row, at * tokens.shape[1]) in starts
+                found[tuple(sequence[:length].tolist())] += 1
+                padding, total = padding + len(sequence) - length, total + len(sequence)
+    assert found == pieces_of(documents_of(dataset))
+    assert padding < 0.1 * total, "documents of a row are of similar length"
+    with pytest.raises(ConfigError, match="similar length"):
+        next(Loader(dataset, seq_len=SEQ_LEN, global_batch=3, options=PACKED)).sequences()
+
+
 def test_it_resumes_everywhere_and_on_other_ranks(dataset: Dataset) -> None:
     def open_at(state: object, rank: Rank = Rank(), batch: int = 4) -> Loader:  # noqa: B008
         loader = Loader(dataset, seq_len=SEQ_LEN, global_batch=batch, seed=5, rank=rank, options=PACKED)
