@@ -14,7 +14,7 @@ from datastore.loader.order.lanes import I64
 from datastore.loader.order.mix import mix64
 from datastore.loader.order.order import NO_SAMPLE
 from datastore.loader.order.packs import PackGrid
-from datastore.loader.packed import document_starts, sequences_of
+from datastore.loader.packed import document_starts, has_deleted_piece, sequences_of
 from datastore.loader.settings import LOSS_MASK
 from datastore.loader.sources import source_numbers
 from datastore.loader.stream import SampleStream
@@ -64,6 +64,18 @@ class Batch:
             ConfigError: the rows are not packed: where documents start follows from the tokens.
         """
         return document_starts(self._packs, self.samples)
+
+    @property
+    def has_deleted(self) -> bool:
+        """Whether tokens of deleted documents are in it, and read as end-of-text."""
+        gaps, samples = self.stream.blanks, self.samples[self.valid]
+        if gaps is None:
+            return False
+        if isinstance(self.stream.grid, PackGrid):
+            return has_deleted_piece(self.stream.grid, samples, gaps=gaps)
+        begin = samples * self.stream.grid.seq_len
+        first, last = gaps.touched(begin, begin + self.stream.grid.seq_len + 1)
+        return bool((last > first).any())
 
     def sequences(self) -> list[tuple[TokenArray, AnyArray]]:
         """Return for each valid row of `packing="buckets"` its documents [k, m], padded with zeros to the longest, and their loss mask.

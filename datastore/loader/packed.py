@@ -18,7 +18,7 @@ from datastore.loader.order.packs import PackGrid, deleted_pieces
 from datastore.loader.order.samples import I64, Gaps, Span
 from datastore.loader.settings import LOSS_MASK
 
-__all__ = ["document_starts", "finish_packed", "reads_of_packs", "sequences_of"]
+__all__ = ["document_starts", "finish_packed", "has_deleted_piece", "reads_of_packs", "sequences_of"]
 
 
 class _Stretches(NamedTuple):
@@ -102,6 +102,14 @@ def finish_packed(marks: Marks, tokens: TokenArray, *, columns: Mapping[str, Any
         flat[start:stop] = token
         for values in columns.values():
             values.reshape(len(flat), -1)[start:stop] = 0
+
+
+def has_deleted_piece(grid: PackGrid, samples: I64, *, gaps: Gaps) -> bool:
+    """Return whether a document of the packed rows `samples` lies in `gaps`."""
+    found = _stretches(grid, samples)
+    pieces = np.flatnonzero(found.piece >= 0)
+    shards = np.searchsorted(grid.run_start, samples, side="right") - 1
+    return bool(deleted_pieces(grid, found.piece[pieces], shards[found.row[pieces]], gaps=gaps).any())
 
 
 def sequences_of(grid: PackGrid, sample: int) -> tuple[int, int]:

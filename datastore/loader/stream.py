@@ -154,7 +154,7 @@ def _packs_of(name: str, dataset: Dataset, *, seq_len: int, options: LoaderSetti
 
 
 def _offsets(segments: Segments, blocks: TokenBlocks) -> Iterator[I64]:
-    """Yield where the documents of each shard begin, and where the last one ends; a few shards are read ahead."""
+    """Yield where the documents of each shard begin, and where the last one ends: at its last token, if part of it is held back."""
 
     def read(shard: int) -> I64:
         info = segments.shard(shard)
@@ -163,7 +163,8 @@ def _offsets(segments: Segments, blocks: TokenBlocks) -> Iterator[I64]:
             np.array(blocks.layout.of_bytes(shard, info.offsets_start, info.offsets_start + size), np.int64)
         ):
             raw = blocks.read([shard], [info.offsets_start], [size])
-        return np.frombuffer(raw, info.offsets_dtype).astype(np.int64)
+        offsets = np.frombuffer(raw, info.offsets_dtype).astype(np.int64)
+        return np.minimum(offsets, info.tokens)
 
     return map(read, range(len(segments)))
 

@@ -24,7 +24,6 @@ from datastore.dataset.snapshot import Dataset
 from datastore.errors import ConfigError, MissingError
 from datastore.loader.batch import Batch
 from datastore.loader.loader import Loader
-from datastore.loader.order.samples import Gaps
 from datastore.loader.settings import Rank
 from datastore.loader.trace import DocumentSpan, Tracer, plan_step
 from datastore.training.run.data import Versions
@@ -154,7 +153,9 @@ def trace(run: str, step: int, *, rank: int | None = None, limit: int = 0) -> St
         rank=Rank() if rank is None else Rank(rank, world),
     )
     chosen = np.argsort(plan.positions)[: limit or None]
-    tracer = Tracer(dataset, seq_len=config.settings.data.seq_len, deletions=config.settings.loader.deletions)
+    loader = config.settings.loader
+    seq_len = config.settings.data.seq_len
+    tracer = Tracer(dataset, seq_len=seq_len, deletions=loader.deletions, packing=loader.packing)
     known = dataset.commit.tokenizer is not None
     origins = tracer.locate(plan.samples[chosen].tolist())
     return StepTrace(
@@ -306,16 +307,12 @@ class _Reader:
     """A loader of all samples of each step."""
 
     loader: Loader
-    later: Gaps | None
-    """What is deleted in the version that it reads, if that is a later one than was trained on."""
+    is_exact: bool
+    """Whether it reads the version that was trained on, not a later one, with more deletions."""
 
     def hides(self, batch: Batch) -> bool:
         """Return whether tokens of `batch` are deleted that may not have been when they were trained on."""
-        if self.later is None:
-            return False
-        begin = batch.samples * self.loader.seq_len
-        first, last = self.later.touched(begin, begin + self.loader.seq_len + 1)
-        return bool((last > first).any())
+        return not self.is_exact and batch.has_deleted
 
 
 @contextmanager
@@ -335,7 +332,7 @@ def _reader_of(config: RunConfig, history: StepHistory, versions: Versions, *, c
         options=config.settings.loader,
     ) as loader:
         loader.load_state_dict(history.loader | {"cursor": cursor, "version": dataset.version})
-        yield _Reader(loader, None if exact or not dataset.deleted_spans.size else Gaps(dataset.deleted_spans))
+        yield _Reader(loader, exact)
 
 
 def _compare(entry: StepEntry, reader: _Reader, count: _Count) -> list[str]:

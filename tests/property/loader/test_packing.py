@@ -23,6 +23,7 @@ from datastore.loader.settings import LoaderSettings, Rank
 from datastore.testing.examples import make_dataset
 from datastore.testing.resume import check_resumes_everywhere
 from datastore.torch import document_layout
+from datastore.training.run.data import Stretch
 
 SEQ_LEN = 31
 SHARDS = [[5, 90, 31, 32, 33, 1, 2, 0, 17], [64, 63, 62, 7, 7, 7, 7], [1], list(range(2, 40))]
@@ -209,6 +210,20 @@ def test_deleted_documents_are_masked_or_left_out(deletions: str) -> None:
                 blanked += len(tokens)
     assert found == pieces_of([document for document in documents if document not in gone])
     assert bool(blanked) == (deletions == "mask")
+
+
+def test_what_is_held_back_is_not_packed(dataset: Dataset) -> None:
+    documents = documents_of(dataset)
+    for kept in (3, 150, 400):
+        part = Stretch(dataset, start=0, stop=kept)
+        ends = np.cumsum([len(document) for document in documents])
+        left = [
+            document[: max(0, kept - int(end) + len(document))] for document, end in zip(documents, ends, strict=True)
+        ]
+        found: Counter[tuple[int, ...]] = Counter()
+        for batch in Loader(part, seq_len=SEQ_LEN, global_batch=1, options=PACKED):
+            found.update(tokens for tokens, _ in pieces_in(batch))
+        assert found == pieces_of(left)
 
 
 def test_it_mixes_and_widens(tmp_path: Path) -> None:
