@@ -59,7 +59,8 @@ if TYPE_CHECKING:
     from datastore.storage.resolve import open_storage
     from datastore.training.export.export import export as export_model
     from datastore.training.export.inference import evaluate, generate
-    from datastore.training.run.audit import prove, trace
+    from datastore.training.run.audit import trace
+    from datastore.training.run.proof import prove
     from datastore.training.settings import Settings as RunSettings
     from datastore.training.start import resume, train
 
@@ -109,7 +110,7 @@ _HOMES = {
     "open_storage": ("datastore.storage.resolve", "open_storage"),
     "place": ("datastore.dataset.roots", "place_dataset"),
     "protect": ("datastore.dataset.durability.parity", "protect"),
-    "prove": ("datastore.training.run.audit", "prove"),
+    "prove": ("datastore.training.run.proof", "prove"),
     "purge": ("datastore.dataset.operations.purge.purge", "purge"),
     "repair": ("datastore.dataset.durability.repair", "repair"),
     "resume": ("datastore.training.start", "resume"),

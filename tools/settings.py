@@ -102,6 +102,9 @@ def rows_of(kind: type[msgspec.Struct], above: str = "") -> Iterator[tuple[str, 
             continue
         meaning = " ".join(meanings.get(field.name, "").split()).replace("|", "\\|")
         yield key, default_of(field).replace("|", "\\|"), allowed(hints[field.name]), meaning
+        for inner in get_args(field.type):
+            if isinstance(inner, type) and issubclass(inner, SettingsDocument):
+                yield from rows_of(inner, f"{key}.NAME." if get_origin(field.type) is dict else f"{key}.")
 
 
 def default_of(field: Any) -> str:
@@ -118,7 +121,7 @@ def default_of(field: Any) -> str:
 def toml(value: Any) -> str:
     """Return a value as TOML writes it."""
     if isinstance(value, dict):
-        return "{ " + ", ".join(f"{name} = {toml(inner)}" for name, inner in value.items()) + " }"
+        return "{ " + ", ".join(f"{name} = {toml(inner)}" for name, inner in value.items()) + " }" if value else "{}"
     return json.dumps(value, ensure_ascii=False)
 
 
@@ -146,6 +149,8 @@ def allowed(kind: Any) -> str:
         return ", ".join(allowed(part) for part in inner if part is not type(None))
     if origin is tuple:
         return f"list: {allowed(inner[0])}"
+    if isinstance(kind, type) and issubclass(kind, msgspec.Struct):
+        return NAMES[dict]
     return NAMES[origin or kind]
 
 

@@ -5,6 +5,7 @@ This is the only place in the package that reads the environment: launchers such
 on a terminal; elsewhere it is printed every ten seconds. What must not be missed is printed in any case.
 """
 
+import math
 import os
 import sys
 import time
@@ -135,7 +136,7 @@ def prove(*, run: str, as_json: bool) -> int:
     Reads the dataset again, computes which samples every step must have consumed, and compares; exits with 1 if
     anything differs.
     """
-    from datastore.training.run.audit import prove as prove_run
+    from datastore.training.run.proof import prove as prove_run
 
     proof = prove_run(run)
     if as_json:
@@ -176,6 +177,8 @@ def evaluate(*, model: str, run: str | None, step: int | None, samples: int, as_
         return
     at = "" if found.step is None else f" at step {found.step:,}"
     say(f"validation loss {found.loss:.4f} (perplexity {found.perplexity:.1f}) on {found.tokens:,} tokens{at}")
+    for name, loss in found.sources.items():
+        say(f"  {name}: {loss:.4f} (perplexity {math.exp(loss):.1f})")
     for reason in found.passed_over:
         say(f"not used: {reason}")
 
@@ -229,7 +232,8 @@ def trace(*, run: str, step: int, rank: int | None, limit: int, as_json: bool) -
     say(f"step {found.step}, from position {found.cursor:,} on: {found.rows:,} samples seen {who}")
     for sample in found.samples:
         say()
-        say(f"position {sample.position:,}: sample {sample.sample:,}")
+        of = f" of {sample.dataset}" if sample.dataset else ""
+        say(f"position {sample.position:,}: sample {sample.sample:,}{of}")
         for span in sample.spans:
             _tell(span)
     if len(found.samples) < found.rows:

@@ -151,7 +151,12 @@ class Loader:
     @property
     def batches(self) -> int | None:
         """Steps from the start to the end of all passes, or of the mixture; None: it does not end."""
-        return self._position.batches
+        return None if self.end is None else -(-self.end // self.global_batch)
+
+    @property
+    def end(self) -> int | None:
+        """Position after the last sample of all passes, or of the mixture; None: it does not end."""
+        return self._position.end
 
     def next_into(self, out: TokenArray, *, columns: Mapping[str, AnyArray] | None = None) -> Batch:
         """Return the next batch with its tokens in `out` [rows, seq_len + 1], which the caller may use again later.
@@ -218,13 +223,21 @@ class Loader:
         """Go on from `state`, on any world and any batch size.
 
         It was saved by a loader of the same dataset version; or, where deleted tokens are masked, of an earlier one that has
-        the same shards: what has been deleted since is masked from now on. With `reweigh` a mixture goes on with the weights,
-        stages, epochs and sources that it has here; how often each source was drawn before is kept.
+        the same shards: what has been deleted since is masked from now on. With `reweigh` a mixture whose weights, stages,
+        epochs or sources are others here goes on with these; how often each source was drawn before is kept.
 
         Raises:
             ResumeError: `state` belongs to another order; the message names the keys that differ.
         """
         self._start_at(self._position.read(state, reweigh=reweigh))
+
+    def replay(self, state: Mapping[str, Any]) -> None:
+        """Go through what came after `state` once more: the weights, stages and epochs of a mixture are those of the state.
+
+        Raises:
+            ResumeError: as `load_state_dict`.
+        """
+        self._start_at(self._position.recalled(state))
 
     def reweigh(self, weights: Weights) -> None:
         """Give the sources of the mixture other weights, from the next batch on and until the end; it is part of the state.

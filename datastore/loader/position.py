@@ -10,7 +10,7 @@ from datastore.loader.mixture.request import Data, Mixture, Stage, Weights
 from datastore.loader.order.order import BatchPlan, Planner
 from datastore.loader.settings import Rank
 from datastore.loader.sources import Source, course_of, reweighed
-from datastore.loader.state import LoaderState, as_values, read_state
+from datastore.loader.state import LoaderState, as_values, is_same_mixture, read_state
 
 __all__ = ["Position"]
 
@@ -57,9 +57,9 @@ class Position:
         return sum(source.lanes for source in self.state.sources.values()) or self.state.lanes
 
     @property
-    def batches(self) -> int | None:
-        """Batches from the start to the end; None: there is no end."""
-        return None if self._end is None else -(-self._end // self._global_batch)
+    def end(self) -> int | None:
+        """Position after the last sample; None: there is no end."""
+        return self._end
 
     def plan(self, cursor: int, *, batches: int) -> list[BatchPlan]:
         """Return the next `batches` batches from `cursor` on, fewer at the end."""
@@ -88,7 +88,7 @@ class Position:
         return as_values(self.state)
 
     def read(self, saved: Mapping[str, Any], *, reweigh: bool = False) -> LoaderState:
-        """Return `saved` as a state of this order; with `reweigh`, with the weights that the mixture has here from now on.
+        """Return `saved` as a state of this order; with `reweigh`, if the mixture is another one here, with what it is here from now on.
 
         Raises:
             ResumeError: it belongs to another order; the message names the keys that differ.
@@ -97,9 +97,19 @@ class Position:
         state = read_state(saved, here=self._start, reweigh=reweigh)
         if not reweigh:
             return state
-        stages = [Stage(stage.start, stage.weights) for stage in self._start.stages]
         self._mixed("reweigh")
+        if is_same_mixture(state, self._start):
+            return state
+        stages = [Stage(stage.start, stage.weights) for stage in self._start.stages]
         return msgspec.structs.replace(reweighed(state, stages=stages, here=self._start), given=self._start.stages)
+
+    def recalled(self, saved: Mapping[str, Any]) -> LoaderState:
+        """Return `saved` as it was, whatever weights the mixture has here.
+
+        Raises:
+            ResumeError: as `read`.
+        """
+        return read_state(saved, here=self._start, reweigh=True)
 
     def reweighed(self, weights: Weights) -> LoaderState:
         """Return the state with other weights from here on.

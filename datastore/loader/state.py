@@ -27,6 +27,7 @@ __all__ = [
     "StageState",
     "as_values",
     "dataset_fingerprint",
+    "is_same_mixture",
     "read_state",
     "shards_fingerprint",
 ]
@@ -151,6 +152,15 @@ def read_state(saved: Mapping[str, Any], *, here: LoaderState, reweigh: bool = F
         for name, source in state.sources.items()
     }
     return msgspec.structs.replace(state, version=here.version, sources=sources)
+
+
+def is_same_mixture(saved: LoaderState, here: LoaderState) -> bool:
+    """Return whether a program that had the mixture of `here` saved `saved`, though it may have changed the weights since."""
+    shapes = [
+        {name: (source.dataset, source.fingerprint, source.epochs) for name, source in state.sources.items()}
+        for state in (saved, here)
+    ]
+    return shapes[0] == shapes[1] and (saved.given or saved.stages) == here.stages
 
 
 def _differing(saved: Document, here: Document, names: Sequence[str]) -> dict[str, str]:

@@ -105,7 +105,7 @@ def plan_step(data: Data, state: Mapping[str, Any], *, global_batch: int, rank: 
         deletions=state.get("deletions", "mask"), packing=state.get("packing"), shuffle=state.get("shuffle", True)
     )
     stream = open_stream(data, seq_len=seq_len, seed=seed, options=options)
-    saved = read_state(state, here=stream.start)
+    saved = read_state(state, here=stream.start, reweigh=True)  # The weights of that time are those of the state.
     course = course_of(stream.sources, saved, epochs=None)
     planner = Planner(course.order, rank=rank or Rank(), global_batch=global_batch, total=course.end)
     return planner.plan(saved.cursor, batches=1)[0]

@@ -78,7 +78,7 @@ def document_layout(tokens: Tensor, *, end_of_text: int | None = None, starts: T
             hint="Pass [B, T] integers, such as `TensorBatch.inputs`.",
         )
     if (end_of_text is None) == (starts is None):
-        raise ConfigError("documents are told apart in one way", hint="Pass either end_of_text or starts.")
+        raise ConfigError("documents are told apart in one way", hint="Pass either `end_of_text` or `starts`.")
     begins = torch.zeros_like(tokens, dtype=torch.bool)
     if starts is None:
         begins[:, 1:] = tokens[:, :-1] == end_of_text

@@ -5,18 +5,20 @@ in which none does has the loss 0.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional
 from typing_extensions import override
 
 from datastore.config import find_class
 from datastore.document import Document, convert
+from datastore.loader.batch import Batch
 
-__all__ = ["Causal", "MicroBatch", "Objective", "make_objective"]
+__all__ = ["Causal", "MicroBatch", "Objective", "make_objective", "micro_batches"]
 
 _IGNORED = -100
 _NOTHING = Document()
@@ -47,6 +49,18 @@ class MicroBatch:
     def learned(self) -> Tensor | None:
         """How many targets count, a scalar; None: all do."""
         return None if self.loss_mask is None else self.loss_mask[:, 1:].sum()
+
+
+def micro_batches(batch: Batch, device: torch.device, *, rows: int) -> Iterator[MicroBatch]:
+    """Yield the micro-batches of a batch. What is copied to the device are narrow token ids; they are widened there."""
+    mask = batch.loss_mask
+    tokens = torch.split(_to_device(torch.from_numpy(batch.tokens), device), rows)
+    masks = torch.split(_to_device(torch.from_numpy(mask), device), rows) if mask is not None else [None] * len(tokens)
+    return (MicroBatch(piece.long(), masked) for piece, masked in zip(tokens, masks, strict=True))
+
+
+def _to_device(tensor: Tensor, device: torch.device) -> Tensor:
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
 
 
 class Objective(ABC):

@@ -28,7 +28,7 @@ from datastore.training.launcher import Launch, on_first_signal
 from datastore.training.machine import device_name, pick_device, use_machine
 from datastore.training.metrics import MetricsWriter, Result, TrainingProgress
 from datastore.training.model import parameter_count
-from datastore.training.run.data import Split, ValidationSamples, Versions
+from datastore.training.run.data import Versions
 from datastore.training.run.folder import (
     CONFIG_KEY,
     RunConfig,
@@ -38,9 +38,11 @@ from datastore.training.run.folder import (
     encode_config,
     new_session,
     open_split,
+    own_versions,
     versions_to_read,
 )
 from datastore.training.run.lock import RunLock
+from datastore.training.run.split import Split, ValidationSamples
 from datastore.training.settings import SessionRequest, Settings, check_world
 from datastore.training.supervisor import Outputs, Supervisor
 from datastore.training.trainer import Trainer
@@ -128,12 +130,15 @@ def _agree_on_versions(config: RunConfig, ranks: Ranks) -> Versions:
 
 def _deletions_note(config: RunConfig, split: Split, versions: Versions) -> str:
     """Return what to tell of documents that were deleted since the run began."""
-    if versions.training == config.dataset.version:
+    own = own_versions(config)
+    if versions == own:
         return ""
-    deleted = split.training.totals.deleted_documents
-    return (
-        f"reads version {versions.training} of the dataset, in which {deleted:,} documents are deleted: they are masked"
-    )
+    deleted = sum(dataset.totals.deleted_documents for dataset in split.datasets)
+    newer = [
+        f"version {version} of {name}" for name, version in versions.sources.items() if version != own.sources[name]
+    ]
+    read = ", ".join(newer) or f"version {versions.training} of the dataset"
+    return f"reads {read}, in which {deleted:,} documents are deleted: they are masked"
 
 
 def _changes_note(changed: Mapping[str, tuple[Any, Any]]) -> str:
@@ -141,7 +146,7 @@ def _changes_note(changed: Mapping[str, tuple[Any, Any]]) -> str:
     return "; ".join(
         f"from here on {key} = {after} (before: {before})"
         for key, (before, after) in changed.items()
-        if key.startswith(("hooks", "optim."))
+        if key.startswith(("hooks", "optim.", "data.sources", "data.stages", "data.temperature"))
     )
 
 
@@ -156,10 +161,10 @@ def _open_checkpointer(settings: Settings, folder: RunFolder, ranks: Ranks, *, s
     )
 
 
-def _samples(split: Split, trainer: Trainer) -> ValidationSamples | None:
+def _samples(split: Split, trainer: Trainer) -> list[ValidationSamples]:
     settings = trainer.settings
     if not settings.eval.every:
-        return None
+        return []
     rank = Rank(trainer.ranks.rank, trainer.ranks.world)
     return split.samples(settings.eval.samples, seq_len=settings.data.seq_len, rank=rank, options=settings.loader)
 
@@ -181,6 +186,7 @@ def _session(name: str, trainer: Trainer, versions: Versions) -> RunSession:
             "torch": version("torch"),
         },
         data=versions,
+        loader=trainer.loader.state_dict() if versions.sources else {},
     )
 
 

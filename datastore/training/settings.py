@@ -9,7 +9,7 @@
     [objective] use = "causal"      what is learned; it owns its other keys
     [[hooks]] use = "prune" ...     in the order in which they run; each hook owns its other keys
 
-Every value has a default except `data.url`. A value that depends on the machine may be "auto"; what it became is
+Every value has a default except `data.url`, or `[data.sources.NAME]` where there are several. A value that depends on the machine may be "auto"; what it became is
 written into the record of the session, so that a run can be repeated.
 """
 
@@ -31,6 +31,8 @@ __all__ = [
     "OptimSettings",
     "SessionRequest",
     "Settings",
+    "SourceSettings",
+    "StageSettings",
     "StepSettings",
     "changed_keys",
     "flatten",
@@ -40,6 +42,9 @@ Rate = Annotated[float, msgspec.Meta(ge=0)]
 
 _MAY_CHANGE = (
     "checkpoint.",
+    "data.sources",
+    "data.stages",
+    "data.temperature",
     "data.url",
     "eval.",
     "loader.end_of_text",
@@ -61,14 +66,49 @@ _MAY_CHANGE = (
     "train.timeout_s",
 )
 """Settings that a resumed run may change: none of them changes which samples a step consumes or what is learned from them, but
-for the size of its steps. That may have to change: a run whose loss has blown up can go on with smaller ones only."""
+for the size of its steps and the weights of its sources. Those may have to change: a run whose loss has blown up can go on with smaller
+ones only, and one that was started on the wrong mixture with another one."""
+
+
+class SourceSettings(SettingsDocument, frozen=True, kw_only=True):
+    """One dataset of several that are trained on together."""
+
+    url: Annotated[str, msgspec.Meta(min_length=1)]
+    """A tokenized dataset, as `data.url`."""
+
+    weight: Rate | None = None
+    """Its share of the samples, beside those of the others. None, for all sources: as many samples as each has, times `epochs`."""
+
+    epochs: Rate | None = None
+    """How often to go through it at most; then the others share what it had."""
+
+
+class StageSettings(SettingsDocument, frozen=True, kw_only=True):
+    """Other weights from a sample on."""
+
+    start: Positive
+    """Samples that came before."""
+
+    weights: dict[str, Rate]
+    """By source; one that is not named is left out."""
 
 
 class DataSettings(SettingsDocument, frozen=True, kw_only=True):
     """The training stream and what is held back from it."""
 
-    url: Annotated[str, msgspec.Meta(min_length=1)]
-    """A tokenized dataset; `URL@version` and `URL@tag` pin one version, else the newest is pinned when the run begins."""
+    url: str = ""
+    """A tokenized dataset; `URL@version` and `URL@tag` pin one version, else the newest is pinned when the run begins. Either
+    this or `sources` must be given."""
+
+    sources: dict[str, SourceSettings] = msgspec.field(default_factory=dict)
+    """Several datasets by name, each a table `[data.sources.NAME]` with `url`, `weight` and `epochs`; see
+    [mix datasets by weight](howto/mixtures.md#in-a-training-run)."""
+
+    temperature: Annotated[float, msgspec.Meta(gt=0)] = 1.0
+    """Of `sources`: weights are raised to the power of 1 / temperature."""
+
+    stages: tuple[StageSettings, ...] = ()
+    """Of `sources`: tables `[[data.stages]]` with other weights from the sample `start` on, in order."""
 
     seq_len: Positive = 1024
     """Tokens that the model sees at once; a sample has one more."""
@@ -83,7 +123,21 @@ class DataSettings(SettingsDocument, frozen=True, kw_only=True):
     """Another dataset with the same tokenizer, used for validation only. Empty: `holdout` decides."""
 
     holdout: Annotated[float, msgspec.Meta(ge=0, le=0.5)] = 0.01
-    """Fraction of the tokens, the last ones that were ingested, that is never trained on. Not used with `validation`."""
+    """Fraction of the tokens, the last ones that were ingested, that is never trained on; of each source. Not used with
+    `validation`."""
+
+    @override
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if bool(self.url) == bool(self.sources):
+            raise ValueError("name one dataset as data.url, or several as [data.sources.NAME]")
+        if len({source.weight is None for source in self.sources.values()}) > 1:
+            raise ValueError("give a weight to every source, or to none")
+
+    def weights(self) -> dict[str, float] | None:
+        """Return the weights of the sources; None: by their sizes."""
+        given = {name: source.weight for name, source in self.sources.items() if source.weight is not None}
+        return given or None
 
 
 class ModelSettings(SettingsDocument, frozen=True, kw_only=True):

@@ -14,7 +14,7 @@ by the step after it: so it is on trial until then, and dropped if it does, for 
 import math
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, wait
 from dataclasses import asdict, dataclass
 from logging import getLogger
@@ -34,9 +34,9 @@ from datastore.training.hooks.base import RunState
 from datastore.training.machine import flops_per_token, peak_flops
 from datastore.training.metrics import MetricsWriter, StepMeter, TrainingProgress
 from datastore.training.model import parameter_count
-from datastore.training.run.data import ValidationSamples
 from datastore.training.run.lock import RunLock
 from datastore.training.run.record import ConsumptionRecord, StepEntry
+from datastore.training.run.split import ValidationSamples
 from datastore.training.trainer import Observer, StepOutcome, Trainer
 from datastore.training.validation import validation_loss
 
@@ -68,7 +68,7 @@ class Supervisor(Observer):
         *,
         session: str,
         checkpointer: Checkpointer,
-        samples: ValidationSamples | None,
+        samples: Sequence[ValidationSamples],
         stop: threading.Event,
     ) -> None:
         self._trainer = trainer
@@ -172,7 +172,7 @@ class Supervisor(Observer):
         return bool(every) and step % every == 0
 
     def _evaluate(self, step: int) -> None:
-        if self._samples is None:
+        if not self._samples:
             return
         trainer = self._trainer
         found = validation_loss(
@@ -187,6 +187,7 @@ class Supervisor(Observer):
             hint = f"This step is not saved; the newest checkpoint is from before it. {_ADVICE}"
             raise DatastoreError("the validation loss is not finite", step=step, loss=found.loss, hint=hint)
         self.validation_loss = self._line["validation_loss"] = found.loss
+        self._line |= {f"validation_loss/{name}": loss for name, loss in found.sources.items()}
 
     def _save(self, step: int, *, blocking: bool, finished: bool) -> None:
         hint = f"This step is not saved; the newest checkpoint is from before it. {_ADVICE}"

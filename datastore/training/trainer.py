@@ -15,7 +15,7 @@ before the first forward pass, and a micro-batch counts by its own.
 """
 
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Protocol, Self
@@ -28,15 +28,17 @@ from datastore.digest import digest_bytes
 from datastore.errors import ConfigError, CorruptError
 from datastore.loader.batch import Batch
 from datastore.loader.loader import Loader
+from datastore.loader.mixture.request import Mixture
 from datastore.loader.settings import Rank
 from datastore.training.distributed import Ranks
 from datastore.training.hooks.base import Hook, HookSet, RunState, make_hooks
 from datastore.training.machine import Machine, autocast
 from datastore.training.model import GPT, Block
-from datastore.training.objectives import MicroBatch, Objective, make_objective
+from datastore.training.objectives import MicroBatch, Objective, make_objective, micro_batches
 from datastore.training.optim import learning_rate, make_optimizer, named_state, set_learning_rate
-from datastore.training.run.data import Split
+from datastore.training.run.data import ChangeableLoader
 from datastore.training.run.folder import RunConfig
+from datastore.training.run.split import Split
 from datastore.training.settings import Settings
 
 __all__ = ["Observer", "StepOutcome", "Trainer", "build_model", "build_with_hooks", "seed_step"]
@@ -134,6 +136,7 @@ class Trainer:
             objective=objective,
             loader=loader,
         )
+        trainer._refuse_short_data()
         trainer._refuse_unreached()
         if ranks.world > 1 or machine.compiled:
             ranks.settle(model, lambda: trainer._loss_of_zeros(model))
@@ -151,7 +154,7 @@ class Trainer:
             "model": self.state.model,
             "optim": named_state(self.state.model, self.state.optimizer),
             "hooks": HookSet(self.hooks),
-            "data": self.loader,
+            "data": ChangeableLoader(self.loader) if isinstance(self.loader.dataset, Mixture) else self.loader,
         }
 
     def run(self, observer: Observer) -> None:
@@ -214,7 +217,7 @@ class Trainer:
         """Leave the gradient of the mean over the global batch in the parameters; return this rank's part of the mean."""
         device, world = self.state.device, self.state.world
         total = torch.zeros((), device=device)
-        pieces = list(_pieces(batch, device, rows=self.micro_rows))
+        pieces = list(micro_batches(batch, device, rows=self.micro_rows))
         whole = _learned(batch, device, self.ranks)
         for number, micro in enumerate(pieces, start=1):
             counted = micro.learned
@@ -283,6 +286,17 @@ class Trainer:
                 hint="Freeze it (requires_grad = False), or use it in the objective or in a hook's loss.",
             )
 
+    def _refuse_short_data(self) -> None:
+        """Refuse more steps than a mixture whose sources all end has whole batches for."""
+        end, settings = self.loader.end, self.settings
+        if end is not None and settings.train.steps > end // settings.data.global_batch:
+            raise ConfigError(
+                "the sources end before the last step",
+                steps=settings.train.steps,
+                there_are=end // settings.data.global_batch,
+                hint="Lower train.steps, or leave out `epochs` of a source, which then goes on.",
+            )
+
     def _probe(self) -> tuple[Tensor, dict[str, Tensor | None]]:
         """Return a loss and its gradients by parameter, on this rank alone; nothing is changed."""
         loss = self._loss_of_zeros(self.state.model, rows=0 if self.machine.compiled else 1)
@@ -342,14 +356,6 @@ def seed_step(seed: int, step: int, rank: int) -> None:
     torch.manual_seed(int.from_bytes(digest_bytes(f"{seed}/{step}/{rank}".encode())[:8], "big"))
 
 
-def _pieces(batch: Batch, device: torch.device, *, rows: int) -> Iterator[MicroBatch]:
-    """Yield the micro-batches of a batch. What is copied to the device are narrow token ids; they are widened there."""
-    mask = batch.loss_mask
-    tokens = torch.split(_to_device(torch.from_numpy(batch.tokens), device), rows)
-    masks = torch.split(_to_device(torch.from_numpy(mask), device), rows) if mask is not None else [None] * len(tokens)
-    return (MicroBatch(piece.long(), masked) for piece, masked in zip(tokens, masks, strict=True))
-
-
 def _learned(batch: Batch, device: torch.device, ranks: Ranks) -> Tensor | None:
     """Return how many targets of the global batch count, at least 1, as float64; None: all do."""
     mask = batch.loss_mask
@@ -357,10 +363,6 @@ def _learned(batch: Batch, device: torch.device, ranks: Ranks) -> Tensor | None:
         return None
     mine = torch.tensor(int(mask[:, 1:].sum()), dtype=torch.float64, device=device)
     return ranks.sum(mine)().clamp(min=1)
-
-
-def _to_device(tensor: Tensor, device: torch.device) -> Tensor:
-    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
 
 
 def _settle(late: Callable[[], StepOutcome], observer: Observer) -> bool:

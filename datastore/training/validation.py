@@ -4,8 +4,9 @@ Each rank takes a part of them; sums are added in float64, so the number of rank
 """
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
+import msgspec
 import torch
 from torch import nn
 
@@ -13,9 +14,9 @@ from datastore.document import Document
 from datastore.training.distributed import Ranks
 from datastore.training.machine import autocast
 from datastore.training.objectives import MicroBatch, Objective
-from datastore.training.run.data import ValidationSamples
+from datastore.training.run.split import ValidationSamples
 
-__all__ = ["Evaluation", "loss_over", "parts_of", "validation_loss"]
+__all__ = ["Evaluation", "loss_over", "mean_of", "parts_of", "validation_loss"]
 
 
 class Evaluation(Document, frozen=True, kw_only=True):
@@ -31,6 +32,9 @@ class Evaluation(Document, frozen=True, kw_only=True):
     step: int | None = None
     """The step of a run that was measured; None: a model in training, or of a folder."""
 
+    sources: dict[str, float] = msgspec.field(default_factory=dict)
+    """The loss on what each source of a mixture holds out."""
+
     passed_over: tuple[str, ...] = ()
     """Newer steps of the run that are damaged, each with its reason."""
 
@@ -42,16 +46,32 @@ class Evaluation(Document, frozen=True, kw_only=True):
 
 def validation_loss(
     model: nn.Module,
-    samples: ValidationSamples,
+    samples: Sequence[ValidationSamples],
     *,
     objective: Objective,
     ranks: Ranks,
     precision: str,
     rows: int,
 ) -> Evaluation:
-    """Return the loss of `model`, which sees `rows` samples at a time; the same on every rank."""
-    parts = parts_of(samples, rows=rows)
-    return loss_over(model, samples, parts, objective=objective, ranks=ranks, precision=precision)
+    """Return the loss of `model` on all of `samples`, `rows` of them at a time, and that on each source; the same on every rank."""
+    return mean_of(
+        samples,
+        [
+            loss_over(model, one, parts_of(one, rows=rows), objective=objective, ranks=ranks, precision=precision)
+            for one in samples
+        ],
+    )
+
+
+def mean_of(samples: Sequence[ValidationSamples], found: Sequence[Evaluation]) -> Evaluation:
+    """Return the mean over all targets of what was found for each of `samples`."""
+    tokens = sum(one.tokens for one in found)
+    return Evaluation(
+        loss=sum(one.loss * one.tokens for one in found) / max(1, tokens),
+        samples=sum(one.samples for one in found),
+        tokens=tokens,
+        sources={part.source: one.loss for part, one in zip(samples, found, strict=True) if part.source},
+    )
 
 
 def parts_of(samples: ValidationSamples, *, rows: int) -> list[slice]:

@@ -37,7 +37,7 @@ def loss_of_transformers(folder: Path, run: str) -> float:
     """Compute the validation loss without any code of ours, but for the samples."""
     from transformers import AutoModelForCausalLM
 
-    tokens = open_split(RunFolder.open(run).config()).samples(16, seq_len=32, rank=Rank()).mine
+    tokens = open_split(RunFolder.open(run).config()).samples(16, seq_len=32, rank=Rank())[0].mine
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     ids = torch.from_numpy(tokens).long()
     logits = model(ids[:, :-1]).logits

@@ -22,8 +22,9 @@ from datastore.testing.examples import make_language, tiny_settings
 from datastore.training.export.export import open_model
 from datastore.training.export.inference import evaluate
 from datastore.training.metrics import MetricsWriter, TrainingProgress, read_metrics
-from datastore.training.run.audit import prove, read_history
+from datastore.training.run.audit import read_history
 from datastore.training.run.folder import RunFolder
+from datastore.training.run.proof import prove
 from datastore.training.run.record import record_bytes
 from datastore.training.settings import Settings
 from datastore.training.start import resume, train

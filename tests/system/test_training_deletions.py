@@ -25,9 +25,10 @@ from datastore.training.machine import Machine
 from datastore.training.metrics import TrainingProgress, read_metrics
 from datastore.training.model import GPT
 from datastore.training.objectives import Causal, MicroBatch
-from datastore.training.run.audit import prove, read_history, trace
-from datastore.training.run.data import ValidationSamples
+from datastore.training.run.audit import read_history, trace
 from datastore.training.run.folder import RunFolder
+from datastore.training.run.proof import prove
+from datastore.training.run.split import ValidationSamples
 from datastore.training.settings import DataSettings, ModelSettings, Settings, StepSettings
 from datastore.training.start import resume, train
 from datastore.training.trainer import Trainer
@@ -128,13 +129,13 @@ def test_the_validation_loss_is_the_mean_over_the_targets_that_count() -> None:
     mask = generator.integers(0, 2, (5, 9)).astype(np.bool_)
     ranks = Ranks(Launch(), CPU, None)
     measure = partial(validation_loss, small_model(), objective=Causal(), ranks=ranks, precision="fp32")
-    found = measure(ValidationSamples(tokens, 5, mask), rows=2)
+    found = measure([ValidationSamples(tokens, 5, mask)], rows=2)
     logits = small_model()(torch.from_numpy(tokens.astype(np.int64))[:, :-1])[torch.from_numpy(mask[:, 1:])]
     wanted = functional.cross_entropy(logits, torch.from_numpy(tokens.astype(np.int64))[:, 1:][mask[:, 1:]])
     assert found.loss == pytest.approx(wanted.item(), rel=1e-5)
     assert found.tokens == mask[:, 1:].sum()
-    whole, all_count = measure(ValidationSamples(tokens, 5), rows=2), np.ones_like(mask)
-    assert measure(ValidationSamples(tokens, 5, all_count), rows=2).loss == pytest.approx(whole.loss, rel=1e-6)
+    whole, all_count = measure([ValidationSamples(tokens, 5)], rows=2), np.ones_like(mask)
+    assert measure([ValidationSamples(tokens, 5, all_count)], rows=2).loss == pytest.approx(whole.loss, rel=1e-6)
     assert whole.tokens == 40
 
 

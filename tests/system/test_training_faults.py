@@ -21,8 +21,8 @@ from datastore.training import supervisor
 from datastore.training.export.export import export, open_model
 from datastore.training.export.inference import evaluate
 from datastore.training.metrics import TrainingProgress, read_metrics
-from datastore.training.run.audit import prove
 from datastore.training.run.folder import RunFolder
+from datastore.training.run.proof import prove
 from datastore.training.start import resume, train
 from datastore.training.trainer import Trainer
 

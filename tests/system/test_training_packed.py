@@ -5,7 +5,8 @@ from pathlib import Path
 import pytest
 
 from datastore.testing.examples import make_language, tiny_settings
-from datastore.training.run.audit import prove, trace
+from datastore.training.run.audit import trace
+from datastore.training.run.proof import prove
 from datastore.training.start import resume, train
 
 

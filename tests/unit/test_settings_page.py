@@ -66,6 +66,6 @@ def written(value: object) -> str:
     """Return a default as the page has it."""
     if value is None:
         return "none"
-    if isinstance(value, dict):
+    if isinstance(value, dict) and value:
         return "`{ " + ", ".join(f'{name} = "{inner}"' for name, inner in value.items()) + " }`"
     return f"`{json.dumps(value, ensure_ascii=False)}`"

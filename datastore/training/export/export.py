@@ -153,4 +153,4 @@ def _restore(storage: Storage, items: dict[str, Any], *, step: int | None) -> Re
 
 
 def _tokenizer(config: RunConfig) -> bytes | None:
-    return open_split(config).training.tokenizer()
+    return next((raw for one in open_split(config).datasets if (raw := one.tokenizer()) is not None), None)

@@ -3,7 +3,7 @@
 Tokens are drawn one at a time from the model's own distribution, the same for the same seed.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Annotated
 
 import msgspec
@@ -22,8 +22,8 @@ from datastore.training.launcher import Launch
 from datastore.training.model import KeyValueCache
 from datastore.training.objectives import make_objective
 from datastore.training.run.folder import RunFolder, is_run, open_split
-from datastore.training.validation import Evaluation, loss_over, parts_of
-from datastore.units import Progress, telling
+from datastore.training.validation import Evaluation, loss_over, mean_of, parts_of
+from datastore.units import Progress
 
 __all__ = ["Sampling", "evaluate", "generate", "sample_tokens"]
 
@@ -126,9 +126,20 @@ def evaluate(
     ranks = Ranks(Launch(), torch.device("cpu"), None)
     loaded = open_model(source, step=step)
     objective = make_objective(settings.objective)
-    rows = len(held_out.mine)
-    parts = telling(
-        parts_of(held_out, rows=_ROWS), progress, size=lambda part: min(part.stop, rows) - part.start, total=rows
-    )
-    found = loss_over(loaded.model, held_out, parts, objective=objective, ranks=ranks, precision="fp32")
-    return msgspec.structs.replace(found, step=loaded.step, passed_over=loaded.passed_over)
+    total, done = sum(len(one.mine) for one in held_out), 0
+    found = []
+    for one in held_out:
+        parts = _telling(parts_of(one, rows=_ROWS), progress, rows=len(one.mine), before=done, total=total)
+        found.append(loss_over(loaded.model, one, parts, objective=objective, ranks=ranks, precision="fp32"))
+        done += len(one.mine)
+    return msgspec.structs.replace(mean_of(held_out, found), step=loaded.step, passed_over=loaded.passed_over)
+
+
+def _telling(
+    parts: Sequence[slice], progress: Progress | None, *, rows: int, before: int, total: int
+) -> Iterator[slice]:
+    """Yield `parts`, and tell of each when it is done with."""
+    for part in parts:
+        yield part
+        if progress is not None:
+            progress(before + min(part.stop, rows), total)

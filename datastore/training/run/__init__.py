@@ -2,9 +2,11 @@
 
 folder   its documents: settings, sessions
 lock     one writer at a time
-data     which versions are read, and what is held back
+data     which versions are read
+split    what is trained on, and what is held back
 record   what each step consumed
-audit    prove and trace
+audit    trace: what a step consumed
+proof    prove: that each sample came once
 """
 
 __all__: list[str] = []

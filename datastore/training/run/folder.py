@@ -24,7 +24,8 @@ from datastore.host import utc_now
 from datastore.storage.base import Storage
 from datastore.storage.resolve import open_storage
 from datastore.storage.urls import strip_credentials
-from datastore.training.run.data import DatasetRef, Split, Versions, make_split, open_at, ref_of, version_to_read
+from datastore.training.run.data import DatasetRef, Versions, open_at, ref_of, version_to_read
+from datastore.training.run.split import Split, make_split, mix_split
 from datastore.training.settings import Settings, changed_keys, flatten
 
 __all__ = [
@@ -51,8 +52,11 @@ class RunConfig(Sealed, frozen=True, kw_only=True):
     """`config.json`: what a run is. Only settings that may change are ever changed in it."""
 
     settings: Settings
-    dataset: DatasetRef
-    """What it began with."""
+    dataset: DatasetRef | None = None
+    """What it began with; None: there are several."""
+
+    sources: Mapping[str, DatasetRef] = msgspec.field(default_factory=dict)
+    """What it began with, or added, by name."""
 
     validation: DatasetRef | None = None
     """The dataset named by `data.validation`."""
@@ -84,6 +88,9 @@ class RunSession(Sealed, frozen=True, kw_only=True):
 
     data: Versions | None = None
     """Versions of the datasets that it reads; None: those of the config."""
+
+    loader: dict[str, Any] = msgspec.field(default_factory=dict)
+    """State of the loader at its start, where that says more than where it stood: of a mixture."""
 
     number: int = 0
     """1 for the first session of a run, and one more for each; 0: not noted yet."""
@@ -165,7 +172,11 @@ class RunFolder:
                 run=self.url,
                 hint="Give it the old settings, or start another run.",
             )
-        return msgspec.structs.replace(config, settings=_without_secrets(settings))
+        sources = {
+            name: config.sources.get(name) or ref_of(open_dataset(one.url))
+            for name, one in settings.data.sources.items()
+        }
+        return msgspec.structs.replace(config, settings=_without_secrets(settings), sources=sources)
 
     def changes(self, config: RunConfig) -> dict[str, tuple[Any, Any]]:
         """Return the settings that `config` changes, by their path, each as it was and as it is."""
@@ -219,7 +230,9 @@ def is_run(storage: Storage) -> bool:
 def own_versions(config: RunConfig) -> Versions:
     """Return the versions that a run began with."""
     return Versions(
-        training=config.dataset.version, validation=config.validation.version if config.validation is not None else 0
+        training=config.dataset.version if config.dataset is not None else 0,
+        validation=config.validation.version if config.validation is not None else 0,
+        sources={name: ref.version for name, ref in config.sources.items()},
     )
 
 
@@ -230,9 +243,12 @@ def versions_to_read(config: RunConfig) -> Versions:
         MissingError: a dataset is not there any more.
     """
     data, mode = config.settings.data, config.settings.loader.deletions
-    other = config.validation
+    own, other = config.dataset, config.validation
     return Versions(
-        training=version_to_read(data.url, config.dataset, deletions=mode),
+        sources={
+            name: version_to_read(data.sources[name].url, ref, deletions=mode) for name, ref in config.sources.items()
+        },
+        training=version_to_read(data.url, own, deletions=mode) if own is not None else 0,
         validation=version_to_read(data.validation, other, deletions=mode) if other is not None else 0,
     )
 
@@ -246,11 +262,24 @@ def open_split(config: RunConfig, versions: Versions | None = None) -> Split:
     """
     data, other = config.settings.data, config.validation
     versions = versions or versions_to_read(config)
-    dataset = open_at(data.url, config.dataset, version=versions.training)
     validation = None
     if other is not None:
         validation = open_at(data.validation, other, version=versions.validation or other.version)
-    return make_split(dataset, holdout=data.holdout, validation=validation)
+    if config.dataset is not None:
+        dataset = open_at(data.url, config.dataset, version=versions.training)
+        return make_split(dataset, holdout=data.holdout, validation=validation)
+    dropped = sorted(set(versions.sources) - set(config.sources))
+    if dropped:
+        raise ConfigError(
+            "the run has dropped a source that it read then",
+            sources=dropped,
+            hint="Add it to the settings, with weight = 0.",
+        )
+    datasets = {
+        name: open_at(data.sources[name].url, config.sources[name], version=version)
+        for name, version in versions.sources.items()
+    }
+    return mix_split(datasets, data=data, validation=validation)
 
 
 def encode_config(config: RunConfig) -> str:
@@ -264,14 +293,20 @@ def decode_config(text: str) -> RunConfig:
 
 
 def _new_config(settings: Settings) -> RunConfig:
-    dataset = open_dataset(settings.data.url)
-    if dataset.kind != "tokens":
-        raise ConfigError(
-            "the dataset holds text, not tokens", url=dataset.url, hint="Ingest it with --tokenizer to train on it."
-        )
-    validation = open_dataset(settings.data.validation) if settings.data.validation else None
-    make_split(dataset, holdout=settings.data.holdout, validation=validation)
-    tokenizer = dataset.commit.tokenizer
+    data = settings.data
+    urls = {name: source.url for name, source in data.sources.items()} or {"": data.url}
+    datasets = {name: open_dataset(url) for name, url in urls.items()}
+    for dataset in datasets.values():
+        if dataset.kind != "tokens":
+            raise ConfigError(
+                "the dataset holds text, not tokens", url=dataset.url, hint="Ingest it with --tokenizer to train on it."
+            )
+    validation = open_dataset(data.validation) if data.validation else None
+    if data.sources:
+        mix_split(datasets, data=data, validation=validation)
+    else:
+        make_split(datasets[""], holdout=data.holdout, validation=validation)
+    tokenizer = next((one.commit.tokenizer for one in datasets.values() if one.commit.tokenizer), None)
     known = tokenizer.vocab_size if tokenizer else 0
     vocab_size = settings.model.vocab_size or known
     if vocab_size < known or not vocab_size:
@@ -281,9 +316,11 @@ def _new_config(settings: Settings) -> RunConfig:
             tokenizer=known,
             hint="Set model.vocab_size to the tokenizer's or more; 0 takes the tokenizer's.",
         )
+    refs = {name: ref_of(dataset) for name, dataset in datasets.items()}
     return RunConfig(
         settings=_without_secrets(settings),
-        dataset=ref_of(dataset),
+        dataset=refs.pop("", None),
+        sources=refs,
         validation=ref_of(validation) if validation is not None else None,
         vocab_size=vocab_size,
         end_of_text=tokenizer.end_of_text if tokenizer else None,
@@ -293,7 +330,12 @@ def _new_config(settings: Settings) -> RunConfig:
 
 def _without_secrets(settings: Settings) -> Settings:
     """Return `settings` as they are stored: URLs without passwords and signatures."""
+    data = settings.data
+    sources = {
+        name: msgspec.structs.replace(source, url=strip_credentials(source.url))
+        for name, source in data.sources.items()
+    }
     data = msgspec.structs.replace(
-        settings.data, url=strip_credentials(settings.data.url), validation=strip_credentials(settings.data.validation)
+        data, url=strip_credentials(data.url), validation=strip_credentials(data.validation), sources=sources
     )
     return msgspec.structs.replace(settings, data=data)

@@ -23,7 +23,7 @@ from datastore.loader.loader import Loader
 from datastore.loader.settings import DeletionMode, LoaderSettings, Rank
 from datastore.testing.resume import check_resumes_everywhere
 from datastore.torch import TensorStream, stream
-from datastore.training.run.data import Stretch, make_split
+from datastore.training.run.split import Stretch, make_split
 
 DOCUMENTS = [70, 30, 1, 0, 99, 5, 200, 11, 1, 1, 1, 90]
 SEQ_LEN = 7
@@ -159,7 +159,7 @@ def test_a_stretch_of_a_dataset_brings_the_values_of_its_own_tokens(known: Known
 
 def test_held_out_samples_bring_their_loss_mask(known: Known) -> None:
     split = make_split(known.dataset, holdout=0.2, validation=None)
-    found = split.samples(4, seq_len=SEQ_LEN, rank=Rank())
+    (found,) = split.samples(4, seq_len=SEQ_LEN, rank=Rank())
     assert found.loss_mask is not None
     held_out = known.tokens[-int(len(known.tokens) * 0.2) :].tolist()
     for tokens, mask in zip(found.mine.tolist(), found.loss_mask.tolist(), strict=True):

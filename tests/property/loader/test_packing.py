@@ -23,7 +23,7 @@ from datastore.loader.settings import LoaderSettings, Rank
 from datastore.testing.examples import make_dataset
 from datastore.testing.resume import check_resumes_everywhere
 from datastore.torch import document_layout
-from datastore.training.run.data import Stretch
+from datastore.training.run.split import Stretch
 
 SEQ_LEN = 31
 SHARDS = [[5, 90, 31, 32, 33, 1, 2, 0, 17], [64, 63, 62, 7, 7, 7, 7], [1], list(range(2, 40))]

@@ -19,7 +19,7 @@ from datastore.loader.rows.loader import RowLoader
 from datastore.loader.settings import LoaderSettings, Rank
 from datastore.testing.examples import make_dataset
 from datastore.torch import TokenDataset, stream
-from datastore.training.run.data import make_split
+from datastore.training.run.split import make_split
 
 
 @pytest.fixture
@@ -65,7 +65,7 @@ def test_batches_and_differences_are_what_they_were(dataset: Dataset) -> None:
 
 def test_a_part_of_a_dataset_is_that_part(dataset: Dataset) -> None:
     split = make_split(dataset, holdout=0.2, validation=None)
-    for part in (split.training, split.validation):
+    for part in (split.training, split.validation[""]):
         assert sent(part).segments.tokens.tolist() == part.segments.tokens.tolist()
         assert part.segments.tokens.sum() < dataset.segments.tokens.sum()
 

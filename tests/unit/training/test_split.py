@@ -11,7 +11,7 @@ from datastore.loader.loader import Loader
 from datastore.loader.settings import Rank
 from datastore.storage.backends.memory import MemoryStorage
 from datastore.testing.examples import make_dataset, make_language
-from datastore.training.run.data import Stretch, make_split
+from datastore.training.run.split import Stretch, make_split
 
 SHARDS = [[5, 7], [1], [30, 2, 11], [4]]
 TOTAL = sum(map(sum, SHARDS))
@@ -40,7 +40,7 @@ def test_a_stretch_is_that_part_of_the_stream(dataset: Dataset, start: int, data
 @given(holdout=st.floats(0, 0.5))
 def test_training_and_validation_share_no_token_and_lose_none(dataset: Dataset, holdout: float) -> None:
     split = make_split(dataset, holdout=holdout, validation=None)
-    kept, held_out = (int(part.segments.tokens.sum()) for part in (split.training, split.validation))
+    kept, held_out = (int(part.segments.tokens.sum()) for part in (split.training, split.validation[""]))
     assert kept + held_out == TOTAL
     assert held_out == int(TOTAL * holdout)
 
@@ -48,8 +48,8 @@ def test_training_and_validation_share_no_token_and_lose_none(dataset: Dataset, 
 @pytest.mark.parametrize("world", [1, 2, 3, 20])
 def test_any_number_of_ranks_validates_on_the_same_samples(tmp_path: Path, world: int) -> None:
     split = make_split(make_language(tmp_path), holdout=0.1, validation=None)
-    alone = split.samples(16, seq_len=32, rank=Rank())
-    parts = [split.samples(16, seq_len=32, rank=Rank(rank, world)) for rank in range(world)]
+    (alone,) = split.samples(16, seq_len=32, rank=Rank())
+    parts = [split.samples(16, seq_len=32, rank=Rank(rank, world))[0] for rank in range(world)]
     together = np.concatenate([part.mine for part in parts])
     assert {part.count for part in parts} == {alone.count} == {16}
     assert sorted(map(tuple, together.tolist())) == sorted(map(tuple, alone.mine.tolist()))
@@ -70,4 +70,4 @@ def test_another_dataset_is_validated_on_as_a_whole(tmp_path: Path) -> None:
     dataset, other = make_language(tmp_path / "one"), make_language(tmp_path / "other", seed=1)
     split = make_split(dataset, holdout=0.3, validation=other)
     assert split.training is dataset
-    assert split.validation is other
+    assert split.validation[""] is other
