@@ -13,10 +13,10 @@ from concurrent.futures import Future
 import numpy as np
 import pyarrow as pa
 
-from datastore.dataset.snapshot import Dataset
 from datastore.errors import ConfigError
 from datastore.formats.schema import no_rows
 from datastore.loader.order.lanes import I64
+from datastore.loader.rows.source import RowSource
 
 __all__ = ["RowStore"]
 
@@ -30,7 +30,7 @@ _SHARDS = 65_536
 class RowStore:
     """Rows of `dataset` by shard and number, `columns` of them (all, if there are none); `budget_bytes` of batches are kept."""
 
-    def __init__(self, dataset: Dataset, *, columns: Sequence[str], budget_bytes: int) -> None:
+    def __init__(self, dataset: RowSource, *, columns: Sequence[str], budget_bytes: int) -> None:
         self.schema = dataset.schema if not columns else pa.schema([dataset.schema.field(name) for name in columns])
         """What rows look like."""
         self._dataset = dataset
@@ -150,8 +150,7 @@ class RowStore:
             if starts is None:
                 if len(self._starts) >= _SHARDS:
                     self._starts.popitem(last=False)
-                spans = self._dataset.segments.shard(shard).layout.batches
-                starts = self._starts[shard] = np.cumsum([0, *(span.rows for span in spans)])
+                starts = self._starts[shard] = np.cumsum([0, *self._dataset.batch_rows(shard)])
             return starts
 
     def _read(self, place: int) -> pa.RecordBatch:
