@@ -19,6 +19,7 @@ from datastore.loader.rows.batch import RowBatch, Rows
 from datastore.loader.rows.files.opening import FileRows, open_files
 from datastore.loader.rows.loader import RowLoader
 from datastore.loader.settings import LoaderSettings, Rank
+from datastore.media import decode_image
 from datastore.storage.backends.memory import MemoryStorage
 from datastore.testing.resume import check_resumes_everywhere
 
@@ -354,3 +355,44 @@ def test_a_dataset_and_files_give_the_same_rows_unshuffled(tmp_path: Path, opene
     files, ours = (load(source, shuffle=False, epochs=1) for source in sources)
     for one, other in zip(files, ours, strict=True):
         assert one.data.equals(other.data)
+
+
+def test_columns_that_only_folders_have_are_warned_of(tmp_path: Path, opened: Opened) -> None:
+    (tmp_path / "rows").mkdir()
+    put(tmp_path / "rows" / "hour=3", "a.parquet", pa.table({"i": [1]}))
+    with pytest.warns(RuntimeWarning, match="hour"):
+        opened(tmp_path / "rows")
+    put(tmp_path / "rows" / "hour=3", "a.parquet", pa.table({"i": [1], "hour": [3]}))
+    opened(tmp_path / "rows")
+
+
+def test_features_of_datasets_come_along(tmp_path: Path, opened: Opened) -> None:
+    import datasets
+    from PIL import Image
+
+    datasets.disable_progress_bars()
+    features = datasets.Features(
+        {
+            "image": datasets.Image(),
+            "grid": datasets.Array2D((2, 3), "float32"),
+            "label": datasets.ClassLabel(names=["no", "yes"]),
+            "turns": [{"role": datasets.Value("string"), "text": datasets.Value("string")}],
+        }
+    )
+    rows = {
+        "image": [Image.fromarray(np.full((4, 4, 3), value, np.uint8)) for value in range(10)],
+        "grid": [np.full((2, 3), value, np.float32) for value in range(10)],
+        "label": [value % 2 for value in range(10)],
+        "turns": [[{"role": "user", "text": "x" * value}] * value for value in range(10)],
+    }
+    datasets.Dataset.from_dict(rows, features=features).save_to_disk(str(tmp_path / "rows"))
+    source = opened(tmp_path / "rows")
+    assert b"ClassLabel" in source.schema.field("label").metadata[b"huggingface"]
+    for batch in load(source, epochs=1):
+        for number, row in zip(batch.numbers.tolist(), batch.data.to_pylist(), strict=True):
+            assert decode_image(row["image"]).tolist() == np.full((4, 4, 3), number).tolist()
+            assert row["grid"] == np.full((2, 3), number).tolist()
+            assert (row["label"], row["turns"]) == (number % 2, rows["turns"][number])
+    only = next(load(source, batch=10, columns=("image", "label"), epochs=1))
+    assert only.data.schema.names == ["image", "label"]
+    assert sorted(decode_image(image)[0, 0, 0] for image in only.data["image"].to_pylist()) == list(range(10))

@@ -9,13 +9,13 @@ import time
 import warnings
 from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import msgspec
 
 from datastore.digest import digest_hex
 from datastore.document import Count, Document, Hex32, Sealed, seal, unseal
-from datastore.errors import CorruptError, FormatError, MissingError, StorageError
+from datastore.errors import ConfigError, CorruptError, FormatError, MissingError, StorageError
 from datastore.storage.base import Stat, Storage
 from datastore.storage.resolve import open_storage
 from datastore.threads import each
@@ -57,6 +57,8 @@ class FileEntry(Document, frozen=True, kw_only=True):
 class FileIndex(Sealed, frozen=True, kw_only=True):
     """All files of a folder, in their order."""
 
+    compact: ClassVar[bool] = True
+
     url: str
     files: tuple[FileEntry, ...]
     schemas: tuple[bytes, ...]
@@ -79,7 +81,10 @@ class Kept:
     """Where indexes are kept: a folder, by default `~/.cache/datastore/files`."""
 
     def __init__(self, url: str, where: str | None) -> None:
-        folder = str(Path.home() / ".cache" / "datastore" / "files") if where is None else where
+        try:
+            folder = str(Path.home() / ".cache" / "datastore" / "files") if where is None else where
+        except RuntimeError:
+            raise ConfigError("this user has no home to keep an index in", hint="Name a folder: `index=`.") from None
         self._storage = open_storage(folder)
         self._folder = digest_hex(url.encode())[:16]
 

@@ -202,6 +202,7 @@ def open_files(url: StorageLike, *, index: str | os.PathLike[str] | None = None)
     )
     rows = FileRows(storage, found, cost=cost, kept=kept)
     _warn_of_large_batches(found)
+    _warn_of_folders_that_are_columns(rows)
     if before is None or (before.files, before.note) != (found.files, found.note):
         kept.keep(found)
     return rows
@@ -290,6 +291,18 @@ def _changed(file: FileEntry) -> CorruptError:
         indexed_bytes=file.size_bytes,
         hint="Put it back; or open the files again and start a new run.",
     )
+
+
+def _warn_of_folders_that_are_columns(rows: FileRows) -> None:
+    parts = {part.partition("=")[0] for file in rows.index.files for part in file.path.split("/")[:-1] if "=" in part}
+    lost = sorted(parts - set(rows.schema.names))
+    if lost:
+        warnings.warn(
+            f"the folders of {rows.url} are named by columns that are not in the files, and are not read: {', '.join(lost)}. "
+            "Write them into the files if they are needed.",
+            RuntimeWarning,
+            stacklevel=3,
+        )
 
 
 def _warn_of_large_batches(index: FileIndex) -> None:

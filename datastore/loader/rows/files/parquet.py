@@ -25,6 +25,9 @@ _TAIL_BYTES = 64 * 2**10
 
 _MAGIC, _END_BYTES = b"PAR1", 8
 
+_SLACK_BYTES = 100
+"""Old writers did not count the header of a dictionary page (PARQUET-816), so pyarrow reads on for so many bytes."""
+
 _GAP_BYTES = 64 * 2**10
 """Columns that lie this near to each other are fetched in one request."""
 
@@ -32,7 +35,9 @@ _GAP_BYTES = 64 * 2**10
 class Footer:
     """The footer of a file, and its digest."""
 
-    def __init__(self, raw: bytes) -> None:
+    def __init__(self, raw: bytes, *, size_bytes: int) -> None:
+        self.size_bytes = size_bytes
+        """Size of the file."""
         self.digest = digest_hex(raw)
         # A file that is nothing but its footer: what the footer says of other places is not looked at.
         self.metadata = pq.read_metadata(pa.BufferReader(pa.py_buffer(_MAGIC + raw)))
@@ -65,7 +70,7 @@ def read_footer(storage: Storage, key: str, *, size_bytes: int) -> Footer:
     if length > len(tail):
         tail = storage.get_ranges(key, [(size_bytes - length, start)])[0] + tail
     try:
-        return Footer(tail[-length:])
+        return Footer(tail[-length:], size_bytes=size_bytes)
     except (pa.ArrowException, OSError, ValueError) as error:
         raise not_readable(error, key) from None
 
@@ -88,7 +93,7 @@ def read_group(
     ]
     if not leaves:
         return rows_of_nothing(group.num_rows)
-    spans = list(_joined(_span(group.column(leaf)) for leaf in leaves))
+    spans = list(_joined(_span(group.column(leaf), footer.size_bytes) for leaf in leaves))
     size_bytes = max(stop for _, stop in spans)
     image = mmap.mmap(-1, size_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     for (start, stop), piece in zip(spans, storage.get_ranges(key, spans), strict=True):
@@ -129,11 +134,11 @@ def _is_read(path: str, columns: Sequence[str]) -> bool:
     return any(path == name or path.startswith(f"{name}.") for name in columns)
 
 
-def _span(chunk: pq.ColumnChunkMetaData) -> tuple[int, int]:
+def _span(chunk: pq.ColumnChunkMetaData, size_bytes: int) -> tuple[int, int]:
     starts = [chunk.data_page_offset]
     if chunk.has_dictionary_page and chunk.dictionary_page_offset:
         starts.append(chunk.dictionary_page_offset)
-    return min(starts), min(starts) + chunk.total_compressed_size
+    return min(starts), min(min(starts) + chunk.total_compressed_size + _SLACK_BYTES, size_bytes)
 
 
 def _joined(spans: Iterable[tuple[int, int]]) -> Iterator[tuple[int, int]]:
