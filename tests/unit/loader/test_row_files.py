@@ -5,6 +5,7 @@ import os
 import shutil
 from collections import deque
 from collections.abc import Callable, Iterable
+from datetime import date, datetime
 from pathlib import Path
 from typing import Any
 
@@ -307,6 +308,43 @@ def test_files_of_other_columns_are_refused_by_name(
     put(tmp_path / "rows", "b.parquet", pa.table(other))
     with pytest.raises(ConfigError, match=message) as caught:
         opened(tmp_path / "rows")
+    assert caught.value.values["file"] == "b.parquet"
+
+
+@pytest.mark.parametrize(
+    ("first", "later"),
+    [
+        (pa.array([1.0], pa.float32()), pa.array([16_777_217.0])),
+        (pa.array([1], pa.int8()), pa.array([2**40])),
+        (pa.array(["x"]), pa.array(["y"], pa.large_string())),
+        (pa.nulls(1), pa.array([7])),
+    ],
+)
+def test_the_first_file_does_not_change_the_values_of_the_rest(
+    tmp_path: Path, opened: Opened, first: Any, later: Any
+) -> None:
+    put(tmp_path / "rows", "a.parquet", pa.table({"i": first}))
+    put(tmp_path / "rows", "b.parquet", pa.table({"i": later}))
+    found = next(load(opened(tmp_path / "rows"), batch=2, shuffle=False)).data["i"].to_pylist()
+    assert found == first.to_pylist() + later.to_pylist()
+
+
+@pytest.mark.parametrize(
+    ("first", "later"),
+    [
+        (pa.array([1]), pa.array([7.5])),
+        (pa.array([1.0]), pa.array([2**53 + 1])),
+        (pa.array([True]), pa.array([7])),
+        (pa.array([date(2026, 1, 1)]), pa.array([datetime(2026, 1, 2, 12)], pa.timestamp("us"))),  # noqa: DTZ001
+    ],
+)
+def test_what_would_change_is_refused_and_its_file_named(
+    tmp_path: Path, opened: Opened, first: Any, later: Any
+) -> None:
+    put(tmp_path / "rows", "a.parquet", pa.table({"i": first}))
+    put(tmp_path / "rows", "b.parquet", pa.table({"i": later}))
+    with pytest.raises(ConfigError, match=r"the files do not have the same columns|does not fit the others") as caught:
+        next(load(opened(tmp_path / "rows"), batch=2))
     assert caught.value.values["file"] == "b.parquet"
 
 

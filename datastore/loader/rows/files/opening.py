@@ -138,7 +138,11 @@ class FileRows:
             return pa.RecordBatch.from_arrays(
                 found.columns, schema=wanted
             )  # What is said of columns is that of all files.
-        fitted = check_rows(pa.Table.from_batches([found]), wanted).combine_chunks().to_batches()
+        try:
+            fitted = check_rows(pa.Table.from_batches([found]), wanted).combine_chunks().to_batches()
+        except ConfigError as error:
+            values: dict[str, Any] = {"file": file.path} | error.values
+            raise ConfigError(f"a file does not fit the others: {error.fact}", hint=error.hint, **values) from None
         return fitted[0] if fitted else no_rows(wanted)
 
     def record_shard(self, index: int) -> pa.Table:
