@@ -190,6 +190,14 @@ def test_each_step_has_the_same_rows_on_any_number_of_ranks(dataset: ds.Dataset,
             assert part.data["number"].to_pylist() == part.numbers.tolist()
 
 
+@pytest.mark.parametrize("sample", [None, *SAMPLES])
+def test_epochs_differ(dataset: ds.Dataset, sample: Any) -> None:
+    loader = load(dataset, sample)
+    rows = loader.rows_per_epoch
+    first, second = loader.numbers_at(0, rows), loader.numbers_at(rows, rows)
+    assert np.count_nonzero(first == second) < rows / 4
+
+
 @pytest.mark.parametrize("sample", SAMPLES)
 def test_it_resumes_everywhere(dataset: ds.Dataset, sample: Any) -> None:
     def open_at(state: Any) -> RowLoader:

@@ -4,7 +4,8 @@ import itertools
 import os
 import shutil
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
 from datetime import date, datetime
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from datastore.loader.rows.loader import RowLoader
 from datastore.loader.settings import LoaderSettings, Rank
 from datastore.media import decode_image
 from datastore.storage.backends.memory import MemoryStorage
+from datastore.storage.base import Stat
 from datastore.testing.resume import check_resumes_everywhere
 
 ROWS = 230
@@ -434,3 +436,36 @@ def test_features_of_datasets_come_along(tmp_path: Path, opened: Opened) -> None
     only = next(load(source, batch=10, columns=("image", "label"), epochs=1))
     assert only.data.schema.names == ["image", "label"]
     assert sorted(decode_image(image)[0, 0, 0] for image in only.data["image"].to_pylist()) == list(range(10))
+
+
+class Timeless(MemoryStorage):
+    """A storage that does not say when its files were changed."""
+
+    def list(self, folder: str = "") -> Iterator[Stat]:
+        return (replace(stat, modified=0.0) for stat in super().list(folder))
+
+
+def parquet(rows: pa.Table) -> bytes:
+    sink = pa.BufferOutputStream()
+    pq.write_table(rows, sink)
+    return sink.getvalue().to_pybytes()
+
+
+def test_elsewhere_a_file_is_known_by_its_footer(tmp_path: Path, opened: Opened) -> None:
+    storage = MemoryStorage(f"elsewhere {tmp_path}")
+    storage.put("a.parquet", parquet(table(0, 10)))
+    storage.put("b.parquet", parquet(table(10, 20)))
+    source = opened(storage)
+    storage.put("b.parquet", parquet(table(10, 19)))
+    with pytest.raises(CorruptError, match="a file has changed") as caught:
+        deque(load(source, epochs=1), maxlen=0)
+    assert caught.value.values["file"] == "b.parquet"
+
+
+def test_without_times_the_index_is_made_each_time(tmp_path: Path, opened: Opened) -> None:
+    storage = Timeless(f"timeless {tmp_path}")
+    storage.put("a.parquet", parquet(table(0, 10)))
+    first = opened(storage)
+    again = opened(storage)
+    assert again.indexed.files_read == 1
+    assert again.uuid == first.uuid
