@@ -14,13 +14,16 @@ import numpy.typing as npt
 
 from datastore.digest import digest_hex
 from datastore.errors import ConfigError
-from datastore.loader.mixture.schedule import Phase, huffman_tree
+from datastore.loader.mixture.schedule import PERIOD, Phase, huffman_tree
 from datastore.loader.order.lanes import I64
 from datastore.loader.order.mix import U64
 from datastore.loader.order.order import Located, Order, OrderKey, SampleOrder
 from datastore.loader.rows.grid import RowGrid
 
 __all__ = ["StratifiedGrid", "StratifiedOrder", "stratified_grid"]
+
+_PERIODS = 4
+"""Periods of the schedule that are kept: 1 MiB each."""
 
 _MOST_ROWS = 2**30
 """Up to here the schedule gives each stratum exactly its rows in every epoch."""
@@ -66,6 +69,7 @@ class StratifiedOrder:
         self._uid64 = uid64
         self._size = np.diff(grid.first)
         self._phase = Phase(0, huffman_tree([float(size) for size in self._size]), (0,) * len(self._size))
+        self._periods: dict[int, tuple[I64, I64]] = {}
         lanes = np.maximum(1, key.lanes * self._size // grid.samples)
         self._parts = [self._part(number, int(count)) for number, count in enumerate(lanes)]
         self._lanes = lanes
@@ -76,7 +80,7 @@ class StratifiedOrder:
 
     def lane_of(self, positions: I64) -> npt.NDArray[np.uint16]:
         """Return how far along its stratum the lane of each position lies, in 65,536ths."""
-        strata, nth = self._phase.at(positions.reshape(-1) % self._grid.samples)
+        strata, nth = self._draws(positions.reshape(-1) % self._grid.samples)
         along: npt.NDArray[np.uint16] = self._along[self._first_lane[strata] + nth % self._lanes[strata]]
         return along.reshape(positions.shape)
 
@@ -86,7 +90,7 @@ class StratifiedOrder:
         found = Located(np.empty_like(positions), np.empty_like(positions))
         if not positions.size:
             return found
-        strata, nth = self._phase.at(within)
+        strata, nth = self._draws(within)
         ordered = np.argsort(strata, kind="stable")
         numbers, starts = np.unique(strata[ordered], return_index=True)
         for number, here in zip(numbers.tolist(), np.split(ordered, starts[1:]), strict=True):
@@ -94,6 +98,29 @@ class StratifiedOrder:
             part = order.locate(epoch[here] * order.samples + nth[here])
             found.samples[here] = self._grid.first[number] + part.samples
             found.shards[here] = present[part.shards]
+        return found
+
+    def _draws(self, within: I64) -> tuple[I64, I64]:
+        """Return the stratum of each position of an epoch, and which of its rows comes there."""
+        period, slot = np.divmod(within, PERIOD)
+        strata, nth = np.empty_like(within), np.empty_like(within)
+        for number in np.unique(period).tolist():
+            here = np.flatnonzero(period == number)
+            dealt = self._period(number)
+            strata[here], nth[here] = dealt[0][slot[here]], dealt[1][slot[here]]
+        return strata, nth
+
+    def _period(self, number: int) -> tuple[I64, I64]:
+        """Return the same for a whole period; the last few are kept."""
+        found = self._periods.get(number)
+        if found is None:
+            found = np.empty(PERIOD, np.int64), np.empty(PERIOD, np.int64)
+            for run in self._phase.period(number):
+                found[0][run.slots] = run.source
+                found[1][run.slots] = run.first + np.arange(len(run.slots))
+            if len(self._periods) >= _PERIODS:
+                del self._periods[next(iter(self._periods))]
+            self._periods[number] = found
         return found
 
     def _part(self, number: int, lanes: int) -> tuple[Order, I64]:
