@@ -469,3 +469,18 @@ def test_without_times_the_index_is_made_each_time(tmp_path: Path, opened: Opene
     again = opened(storage)
     assert again.indexed.files_read == 1
     assert again.uuid == first.uuid
+
+
+def test_the_index_is_kept_at_home_unless_told_otherwise(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    put(tmp_path / "rows", "a.parquet", table(0, 10))
+    for wanted in (1, 0):
+        assert open_files(tmp_path / "rows").indexed.files_read == wanted
+    assert len(list((tmp_path / "home" / ".cache" / "datastore" / "files").rglob("*.json"))) == 1
+
+
+def test_only_the_last_few_indexes_of_a_folder_are_kept(tmp_path: Path, opened: Opened) -> None:
+    for number in range(7):
+        put(tmp_path / "rows", f"{number}.parquet", table(0, 10))
+        opened(tmp_path / "rows")
+    assert len(list((tmp_path / "index").rglob("*.json"))) == 4
