@@ -54,7 +54,9 @@ if TYPE_CHECKING:
     from datastore.loader.loader import Loader
     from datastore.loader.mixture.request import Mixture, Stage
     from datastore.loader.rows.batch import RowBatch, Rows
+    from datastore.loader.rows.files.opening import FileRows, open_files
     from datastore.loader.rows.loader import RowLoader
+    from datastore.loader.rows.sampling import Stratified, Weighted
     from datastore.loader.settings import LoaderSettings, Rank
     from datastore.storage.resolve import open_storage
     from datastore.training.export.export import export as export_model
@@ -73,6 +75,7 @@ _HOMES = {
     "Dataset": ("datastore.dataset.snapshot", "Dataset"),
     "DatastoreError": ("datastore.errors", "DatastoreError"),
     "DependencyError": ("datastore.errors", "DependencyError"),
+    "FileRows": ("datastore.loader.rows.files.opening", "FileRows"),
     "FormatError": ("datastore.errors", "FormatError"),
     "IngestSettings": ("datastore.ingestion.settings", "IngestSettings"),
     "Keep": ("datastore.checkpoint.steps", "Keep"),
@@ -89,8 +92,10 @@ _HOMES = {
     "RunSettings": ("datastore.training.settings", "Settings"),
     "Stage": ("datastore.loader.mixture.request", "Stage"),
     "StorageError": ("datastore.errors", "StorageError"),
+    "Stratified": ("datastore.loader.rows.sampling", "Stratified"),
     "TokenizerSettings": ("datastore.ingestion.encoding.tokenizer", "TokenizerSettings"),
     "WaitError": ("datastore.errors", "WaitError"),
+    "Weighted": ("datastore.loader.rows.sampling", "Weighted"),
     "clone": ("datastore.dataset.operations.clone", "clone"),
     "compact": ("datastore.dataset.operations.compact", "compact"),
     "copy": ("datastore.dataset.operations.copy", "copy"),
@@ -107,6 +112,7 @@ _HOMES = {
     "ingest": ("datastore.ingestion.ingest", "ingest"),
     "load_settings": ("datastore.config", "load_settings"),
     "open": ("datastore.dataset.snapshot", "open_dataset"),
+    "open_files": ("datastore.loader.rows.files.opening", "open_files"),
     "open_storage": ("datastore.storage.resolve", "open_storage"),
     "place": ("datastore.dataset.roots", "place_dataset"),
     "protect": ("datastore.dataset.durability.parity", "protect"),
@@ -134,6 +140,7 @@ __all__ = [
     "Dataset",
     "DatastoreError",
     "DependencyError",
+    "FileRows",
     "FormatError",
     "IngestSettings",
     "Keep",
@@ -150,8 +157,10 @@ __all__ = [
     "RunSettings",
     "Stage",
     "StorageError",
+    "Stratified",
     "TokenizerSettings",
     "WaitError",
+    "Weighted",
     "clone",
     "compact",
     "copy",
@@ -168,6 +177,7 @@ __all__ = [
     "ingest",
     "load_settings",
     "open",
+    "open_files",
     "open_storage",
     "place",
     "protect",

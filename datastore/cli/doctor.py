@@ -32,6 +32,8 @@ _EXTRAS = {
     "track": ("tensorboard",),
     "compress": ("compressed-tensors",),
     "fast": ("gigatoken",),
+    "images": ("PIL",),
+    "audio": ("soundfile",),
 }
 """The optional extras and the packages that each brings."""
 

@@ -25,6 +25,7 @@ from datastore.errors import ConfigError, CorruptError, MissingError
 from datastore.formats.evolution import adapt
 from datastore.formats.joining import keep_rows
 from datastore.formats.plain import python_rows
+from datastore.formats.records import BATCH_BYTES
 from datastore.formats.schema import decode_schema
 from datastore.formats.tokens import Offsets, Tokens
 from datastore.storage.base import Storage
@@ -80,6 +81,11 @@ class Dataset(Views):
     def kind(self) -> Kind:
         """`tokens` or `records`."""
         return self.commit.kind
+
+    @property
+    def batch_bytes(self) -> int:
+        """About what a batch of records takes in memory."""
+        return BATCH_BYTES
 
     @property
     def totals(self) -> Totals:
@@ -204,6 +210,14 @@ class Dataset(Views):
             CorruptError: the file is damaged.
         """
         return self._batches.read(shard, batch, columns=columns)
+
+    def batch_rows(self, shard: int) -> list[int]:
+        """Return how many rows each batch of record shard `shard` has; none if it is of before batches could be read alone.
+
+        Raises:
+            IndexError: there is no such shard.
+        """
+        return [span.rows for span in self.segments.shard(shard).layout.batches]
 
     def iter_batches(self, *, columns: Sequence[str] | None = None, deleted: bool = False) -> Iterator[pa.RecordBatch]:
         """Yield the rows of a record dataset in order, a few batches of 2 MiB in memory at a time; `deleted` ones only if asked.

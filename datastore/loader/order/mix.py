@@ -32,6 +32,7 @@ class Purpose(IntEnum):
     SLICE = 4
     ROW = 5
     SOURCE = 6
+    DRAW = 7
 
 
 def mix64(values: U64) -> U64:

@@ -11,14 +11,14 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from datastore.dataset.snapshot import Dataset
 from datastore.errors import DatastoreError, RejectedError
 from datastore.formats.plain import python_rows
 from datastore.loader.order.lanes import I64
 from datastore.loader.order.mix import Purpose, derive_key
 from datastore.loader.order.order import NO_SAMPLE, BatchPlan
 from datastore.loader.rows.batch import Rows
-from datastore.loader.rows.grid import RowGrid
+from datastore.loader.rows.grid import Grid
+from datastore.loader.rows.source import RowSource
 from datastore.loader.rows.store import RowStore
 
 __all__ = ["Assembler", "Made"]
@@ -37,8 +37,8 @@ class Made(NamedTuple):
 class Assembler:
     """Makes the batches of one loader. Thread-safe, and may be sent to another process: what it has read stays behind."""
 
-    dataset: Dataset
-    grid: RowGrid
+    dataset: RowSource
+    grid: Grid
     seed: int
     columns: Sequence[str]
     budget_bytes: int
@@ -60,8 +60,10 @@ class Assembler:
             MissingError, CorruptError, StorageError: as `RowStore.take`.
         """
         there = np.flatnonzero(plan.positions != NO_SAMPLE)
-        positions, shards = plan.positions[there], plan.shards[there]
-        numbers = self.grid.numbers(plan.samples[there])
+        positions = plan.positions[there]
+        numbers = self.grid.numbers(plan.samples[there], positions)
+        # Not those of the plan: where rows are drawn by weight, it knows only about where they lie. A shard of no rows is never the last at its start.
+        shards = np.searchsorted(self.grid.shard_start, numbers, side="right") - 1
         rows = numbers - self.grid.shard_start[shards]
         live = self.store.live(shards, rows)
         if not live.all():

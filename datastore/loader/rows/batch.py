@@ -8,8 +8,9 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from datastore.dataset.snapshot import Dataset
 from datastore.loader.order.lanes import I64
+from datastore.loader.rows.sampling import Stratified, Weighted
+from datastore.loader.rows.source import RowSource
 
 if TYPE_CHECKING:
     import pyarrow.compute as pc
@@ -28,6 +29,9 @@ class Rows:
 
     numbers: "I64 | None" = None
     """Or a list of row numbers. A row may be in it more than once; their order is that of the loader all the same."""
+
+    sample: Weighted | Stratified | None = None
+    """How to go through them; None: each once an epoch."""
 
     transform: Callable[[dict[str, Any], np.random.Generator], Any] | None = None
     """Called with each row as a dict, and a generator that depends on the loader's seed and the row's position alone."""
@@ -65,7 +69,7 @@ class RowBatch:
     cursor: int
     """First position of the global batch: how many rows all ranks had been given before it."""
 
-    dataset: Dataset = field(repr=False)
+    dataset: RowSource = field(repr=False)
     failed: Mapping[int, str] = field(default_factory=dict)
     """Rows that the transform failed on and that were left out: the number of each, and why."""
 

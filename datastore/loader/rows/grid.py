@@ -7,18 +7,52 @@ condition or by the user, and is part of the fingerprint of a state.
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
 from datastore.dataset.operations.selection import Matcher, Selection
-from datastore.dataset.snapshot import Dataset
 from datastore.digest import digest_hex
 from datastore.errors import ConfigError
 from datastore.loader.order.lanes import I64
+from datastore.loader.order.mix import U64
+from datastore.loader.order.order import Order, OrderKey, SampleOrder
+from datastore.loader.rows.source import RowSource
 
-__all__ = ["RowGrid", "live_rows_of", "matching_rows", "row_grid"]
+__all__ = ["Grid", "RowGrid", "live_rows_of", "matching_rows", "row_grid"]
+
+
+class Grid(Protocol):
+    """Rows to go through: each once an epoch (`RowGrid`), or as `sampling` asks for."""
+
+    @property
+    def samples(self) -> int:
+        """N, what the order goes through before it begins anew."""
+        ...
+
+    @property
+    def rows_per_epoch(self) -> int:
+        """Rows of an epoch: N, or a multiple of it."""
+        ...
+
+    @property
+    def shard_start(self) -> I64:
+        """[S] number in the dataset of each shard's first row."""
+        ...
+
+    def numbers(self, samples: I64, positions: I64) -> I64:
+        """Return the number in the dataset of each sample at its position."""
+        ...
+
+    def order(self, uid64: U64, key: OrderKey) -> SampleOrder:
+        """Return the order of the samples."""
+        ...
+
+    def fingerprint(self, uid64: U64) -> str:
+        """Return 16 hex digits that name the rows, and what they are gone through by."""
+        ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,17 +74,27 @@ class RowGrid:
     chosen: I64 | None = None
     """[N] numbers in the dataset, ascending; None: all."""
 
-    def numbers(self, samples: I64) -> I64:
-        """Return the number in the dataset of each row of the line."""
+    @property
+    def rows_per_epoch(self) -> int:
+        """Rows that are gone through before the order begins anew."""
+        return self.samples
+
+    def numbers(self, samples: I64, positions: I64) -> I64:
+        """Return the number in the dataset of each row of the line, and of the order: here the positions do not matter."""
+        del positions
         return samples if self.chosen is None else self.chosen[samples]
 
-    def fingerprint(self, uid64: np.ndarray) -> str:
+    def order(self, uid64: U64, key: OrderKey) -> SampleOrder:
+        """Return the order of the rows."""
+        return Order(self, uid64, key)
+
+    def fingerprint(self, uid64: U64) -> str:
         """Return 16 hex digits that name the line: the shards and their rows, and which of these are chosen."""
         parts = [uid64.tobytes(), self.run_length.tobytes()]
         return digest_hex(*parts, *([] if self.chosen is None else [self.chosen.tobytes()]))[:16]
 
 
-def row_grid(dataset: Dataset, *, chosen: I64 | None = None) -> RowGrid:
+def row_grid(dataset: RowSource, *, chosen: I64 | None = None) -> RowGrid:
     """Return the rows of `dataset`, or those that are `chosen`.
 
     Raises:
@@ -74,7 +118,7 @@ def row_grid(dataset: Dataset, *, chosen: I64 | None = None) -> RowGrid:
     return RowGrid(len(ordered), run_start, run_length, starts, ordered)
 
 
-def matching_rows(dataset: Dataset, where: "str | pc.Expression") -> I64:
+def matching_rows(dataset: RowSource, where: "str | pc.Expression") -> I64:
     """Return the numbers of the rows for which a condition is true, deleted ones too: one pass over the columns it names.
 
     Raises:
@@ -90,12 +134,12 @@ def matching_rows(dataset: Dataset, where: "str | pc.Expression") -> I64:
     return np.concatenate(found)
 
 
-def live_rows_of(dataset: Dataset) -> I64:
+def live_rows_of(dataset: RowSource) -> I64:
     """Return the numbers of all rows that are not deleted."""
     return np.concatenate([np.empty(0, np.int64), *_live(dataset)])
 
 
-def _live(dataset: Dataset) -> Iterable[I64]:
+def _live(dataset: RowSource) -> Iterable[I64]:
     at = 0
     for shard, rows in enumerate(dataset.segments.documents.tolist()):
         live = dataset.live_rows(shard)

@@ -20,15 +20,15 @@ from multiprocessing.reduction import ForkingPickler
 from typing import Any, Self
 
 import msgspec
+import numpy as np
 from typing_extensions import override
 
-from datastore.dataset.snapshot import Dataset
-from datastore.errors import ConfigError, DatastoreError, whole_number
-from datastore.formats.records import BATCH_BYTES
+from datastore.errors import ConfigError, DatastoreError, ResumeError, whole_number
 from datastore.loader.order.lanes import I64
-from datastore.loader.order.order import BatchPlan, Order, OrderKey, Planner
+from datastore.loader.order.order import BatchPlan, OrderKey, Planner, SampleOrder
 from datastore.loader.rows.assemble import Assembler, Made
 from datastore.loader.rows.batch import RowBatch, Rows
+from datastore.loader.rows.source import ChangedFiles, RowSource
 from datastore.loader.rows.stream import checked_columns, chosen_rows, first_state
 from datastore.loader.settings import LoaderSettings, Rank, checked_options
 from datastore.loader.state import LoaderState, as_values, read_state
@@ -38,6 +38,9 @@ __all__ = ["RowLoader"]
 
 _PLAN_SLOTS = 16_384
 """Slots of global batches planned at a time."""
+
+_NAMED = 5
+"""Changed files that an error names."""
 
 
 class RowLoader(Iterator[RowBatch]):
@@ -55,7 +58,7 @@ class RowLoader(Iterator[RowBatch]):
 
     def __init__(
         self,
-        dataset: Dataset,
+        dataset: RowSource,
         *,
         global_batch: int,
         seed: int = 0,
@@ -68,8 +71,8 @@ class RowLoader(Iterator[RowBatch]):
         self.global_batch = whole_number(global_batch, name="global_batch")
         self.options = checked_options(options)
         self._workers = _checked_workers(rows)
-        grid = chosen_rows(dataset, rows, options=self.options)
         seed = whole_number(seed, name="seed")
+        grid = chosen_rows(dataset, rows, seed=seed, options=self.options)
         self._assembler = Assembler(
             dataset=dataset,
             grid=grid,
@@ -145,8 +148,8 @@ class RowLoader(Iterator[RowBatch]):
 
     @property
     def rows_per_epoch(self) -> int:
-        """N, the rows that it goes through."""
-        return self._assembler.grid.samples
+        """Rows of an epoch: those that it goes through, or as many as are drawn."""
+        return self._assembler.grid.rows_per_epoch
 
     @property
     def batches_per_epoch(self) -> int:
@@ -163,7 +166,21 @@ class RowLoader(Iterator[RowBatch]):
         Raises:
             ResumeError: `state` belongs to another order, or another choice of rows; the message names the keys that differ.
         """
-        self._start_at(read_state(state, here=self._start))
+        try:
+            found = read_state(state, here=self._start)
+        except ResumeError:
+            changed = (
+                self.dataset.changed_since(str(state.get("dataset"))) if isinstance(self.dataset, ChangedFiles) else []
+            )
+            if not changed:
+                raise
+            raise ResumeError(
+                f"files have changed since the state was saved: {'; '.join(changed[:_NAMED])}",
+                url=self.dataset.url,
+                changed=len(changed),
+                hint="Put them back, or start a new run.",
+            ) from None
+        self._start_at(found)
 
     def skip(self, batches: int) -> None:
         """Go on `batches` batches later, without reading any."""
@@ -172,10 +189,31 @@ class RowLoader(Iterator[RowBatch]):
         cursor = self._within(self.cursor + batches * self.global_batch)
         self._start_at(msgspec.structs.replace(self._state, cursor=cursor))
 
+    def seek(self, position: int) -> None:
+        """Go to a position of the order: so many rows, of all ranks and epochs, come before the next batch. Nothing is read.
+
+        Raises:
+            ConfigError: it is negative, or lies behind the end.
+        """
+        position = whole_number(position, name="position")
+        if position < 0 or (self._total is not None and position > self._total):
+            raise ConfigError(
+                "there is no such position", position=position, end=self._total, hint="Stay in the order."
+            )
+        self._start_at(msgspec.structs.replace(self._state, cursor=position))
+
+    def numbers_at(self, position: int, rows: int) -> I64:
+        """Return the numbers of the rows at `rows` positions from `position` on, of all ranks; nothing is read or moved."""
+        if position < 0 or rows < 0:
+            raise ConfigError("there are no such positions", position=position, rows=rows, hint="Count from 0.")
+        stop = position + rows if self._total is None else min(position + rows, max(self._total, position))
+        positions = np.arange(position, stop)
+        return self._assembler.grid.numbers(self._order_of(self._state).locate(positions).samples, positions)
+
     def plan(self, batches: int) -> list[I64]:
         """Return the numbers of the rows of this rank's next `batches` batches, deleted ones too; nothing is read or moved."""
         plans = self._planner.plan(self.cursor, batches=batches)
-        return [self._assembler.grid.numbers(plan.samples[plan.valid]) for plan in plans]
+        return [self._assembler.grid.numbers(plan.samples[plan.valid], plan.positions[plan.valid]) for plan in plans]
 
     def stats(self) -> dict[str, int]:
         """Return counts since the start: batches, rows that failed, lanes, and those of the batches kept of shards."""
@@ -215,9 +253,11 @@ class RowLoader(Iterator[RowBatch]):
         self._state, self._planned_to, self._unsettled = state, state.cursor, False
 
     def _planner_of(self, state: LoaderState) -> Planner:
+        return Planner(self._order_of(state), rank=self.rank, global_batch=self.global_batch, total=self._total)
+
+    def _order_of(self, state: LoaderState) -> SampleOrder:
         key = OrderKey(state.seed, state.lanes, state.window, state.shuffle)
-        order = Order(self._assembler.grid, self.dataset.segments.uid64, key)
-        return Planner(order, rank=self.rank, global_batch=self.global_batch, total=self._total)
+        return self._assembler.grid.order(self.dataset.segments.uid64, key)
 
     def _look_ahead(self) -> None:
         """Plan on, and have the batches made that have come within `prefetch_batches`."""
@@ -249,7 +289,7 @@ class RowLoader(Iterator[RowBatch]):
         size_bytes = int(segments.size_bytes.sum())
         windows = -(-state.lanes // self.rank.world)
         row_bytes = size_bytes / max(1, int(segments.documents.sum()))
-        needed = min(size_bytes, int(windows * (state.window * row_bytes + BATCH_BYTES)))
+        needed = min(size_bytes, int(windows * (state.window * row_bytes + self.dataset.batch_bytes)))
         if needed > self.options.memory_bytes:
             warnings.warn(
                 f"memory_bytes ({format_bytes(self.options.memory_bytes)}) cannot hold what the windows of this rank lie in "
@@ -266,7 +306,7 @@ class RowLoader(Iterator[RowBatch]):
 
 
 def _loader_at(
-    dataset: Dataset, global_batch: int, rank: Rank, rows: Rows, options: LoaderSettings, state: dict[str, Any]
+    dataset: RowSource, global_batch: int, rank: Rank, rows: Rows, options: LoaderSettings, state: dict[str, Any]
 ) -> RowLoader:
     loader = RowLoader(dataset, global_batch=global_batch, seed=state["seed"], rank=rank, rows=rows, options=options)
     loader.load_state_dict(state)

@@ -7,21 +7,38 @@ read once.
 
 import threading
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import Future
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.types as pt
 
-from datastore.dataset.snapshot import Dataset
 from datastore.errors import ConfigError
 from datastore.formats.schema import no_rows
 from datastore.loader.order.lanes import I64
+from datastore.loader.rows.source import RowSource
 
 __all__ = ["RowStore"]
 
 _SHIFT = 32
 """A batch is named by one number: its shard, and below so many bits 1 more than its number there; 0: the whole shard."""
+
+_TAKEN, _SHORT_BYTES = 16, 512
+"""Rows of a batch, and bytes of a row, from which and up to which rows are taken together."""
+
+_PLAIN: tuple[Any, ...] = (
+    pt.is_primitive,
+    pt.is_decimal,
+    pt.is_string,
+    pt.is_large_string,
+    pt.is_binary,
+    pt.is_large_binary,
+    pt.is_list,
+    pt.is_large_list,
+    pt.is_struct,
+)
 
 _SHARDS = 65_536
 """Shards whose batches are remembered: some hundred bytes each."""
@@ -30,7 +47,7 @@ _SHARDS = 65_536
 class RowStore:
     """Rows of `dataset` by shard and number, `columns` of them (all, if there are none); `budget_bytes` of batches are kept."""
 
-    def __init__(self, dataset: Dataset, *, columns: Sequence[str], budget_bytes: int) -> None:
+    def __init__(self, dataset: RowSource, *, columns: Sequence[str], budget_bytes: int) -> None:
         self.schema = dataset.schema if not columns else pa.schema([dataset.schema.field(name) for name in columns])
         """What rows look like."""
         self._dataset = dataset
@@ -64,8 +81,7 @@ class RowStore:
             if size_bytes > self._budget_bytes // 4 or index + 1 == len(wanted):
                 # Slices keep what they are slices of: copy the rows, and let go of it, before more is read.
                 here = np.flatnonzero((members >= first) & (members <= index))
-                pairs = zip(members[here].tolist(), within[here].tolist(), strict=True)
-                parts.append(_joined([held[batch].slice(row, 1) for batch, row in pairs], self.schema))
+                parts.append(_gathered(held, members[here], within[here], self.schema))
                 order.append(here)
                 first, size_bytes = index + 1, 0
                 held.clear()
@@ -150,8 +166,7 @@ class RowStore:
             if starts is None:
                 if len(self._starts) >= _SHARDS:
                     self._starts.popitem(last=False)
-                spans = self._dataset.segments.shard(shard).layout.batches
-                starts = self._starts[shard] = np.cumsum([0, *(span.rows for span in spans)])
+                starts = self._starts[shard] = np.cumsum([0, *self._dataset.batch_rows(shard)])
             return starts
 
     def _read(self, place: int) -> pa.RecordBatch:
@@ -169,6 +184,30 @@ class RowStore:
             _, (_, size_bytes) = self._kept.popitem(last=False)
             self.resident_bytes -= size_bytes
             self.evictions += 1
+
+
+def _gathered(held: Mapping[int, pa.RecordBatch], members: I64, within: I64, schema: pa.Schema) -> pa.RecordBatch:
+    """Return rows of the batches `held`, each by its batch and its number there, copied.
+
+    One by one, which costs 1.3 us a row. Where many come from each, and are short, pyarrow takes those of a batch at once, and then
+    puts them in order: two copies, and 1.8 times as fast for rows of 100 bytes. From 500 bytes on there is nothing to gain.
+    """
+    if len(members) >= _TAKEN * len(held) and all(map(_is_plain, schema.types)):
+        rows, size_bytes = (sum(getattr(batch, name) for batch in held.values()) for name in ("num_rows", "nbytes"))
+        if size_bytes <= _SHORT_BYTES * rows:
+            order = np.argsort(members, kind="stable")
+            numbers, starts = np.unique(members[order], return_index=True)
+            groups = zip(numbers.tolist(), np.split(within[order], starts[1:]), strict=True)
+            taken = _joined([held[number].take(group) for number, group in groups], schema)
+            return taken.take(np.argsort(order))
+    pairs = zip(members.tolist(), within.tolist(), strict=True)
+    return _joined([held[batch].slice(row, 1) for batch, row in pairs], schema)
+
+
+def _is_plain(kind: Any) -> bool:
+    """Return whether pyarrow takes rows of a type: not of all it does."""
+    inner = all(_is_plain(kind.field(index).type) for index in range(kind.num_fields))
+    return inner and any(is_one(kind) for is_one in _PLAIN)
 
 
 def _joined(batches: Sequence[pa.RecordBatch], schema: pa.Schema) -> pa.RecordBatch:

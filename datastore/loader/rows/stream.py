@@ -2,20 +2,26 @@
 
 import numpy as np
 
-from datastore.dataset.snapshot import Dataset
 from datastore.errors import ConfigError
 from datastore.formats.records import BATCH_BYTES
 from datastore.loader.order.order import ORDER_VERSION
 from datastore.loader.rows.batch import Rows
-from datastore.loader.rows.grid import RowGrid, live_rows_of, matching_rows, row_grid
+from datastore.loader.rows.grid import Grid, RowGrid, live_rows_of, matching_rows, row_grid
+from datastore.loader.rows.sampling import Stratified, Weighted, draws_of, strata_of, weights_of
+from datastore.loader.rows.source import RowSource
+from datastore.loader.rows.strata import stratified_grid
+from datastore.loader.rows.weighted import subset_grid, weighted_grid
 from datastore.loader.settings import LoaderSettings
 from datastore.loader.state import LoaderState
 from datastore.loader.stream import SMALL_BYTES
 
 __all__ = ["checked_columns", "chosen_rows", "first_state"]
 
+_WIDEST = 65_536
+"""Rows of a window at most, as the state has it."""
 
-def chosen_rows(dataset: Dataset, rows: Rows, *, options: LoaderSettings) -> RowGrid:
+
+def chosen_rows(dataset: RowSource, rows: Rows, *, seed: int, options: LoaderSettings) -> Grid:
     """Return the rows of `dataset` to go through.
 
     Raises:
@@ -38,10 +44,26 @@ def chosen_rows(dataset: Dataset, rows: Rows, *, options: LoaderSettings) -> Row
     if options.deletions == "compact" and dataset.deletions:
         live = live_rows_of(dataset)
         chosen = live if chosen is None else chosen[np.isin(chosen, live)]
-    return row_grid(dataset, chosen=chosen)
+    return _sampled(dataset, row_grid(dataset, chosen=chosen), rows, seed=seed)
 
 
-def checked_columns(dataset: Dataset, names: tuple[str, ...]) -> tuple[str, ...]:
+def _sampled(dataset: RowSource, grid: RowGrid, rows: Rows, *, seed: int) -> Grid:
+    """Return the rows of `grid` as they are to be gone through."""
+    here = slice(None) if grid.chosen is None else grid.chosen
+    if isinstance(rows.sample, Stratified):
+        return stratified_grid(grid, strata_of(dataset, rows.sample)[here])
+    if isinstance(rows.sample, Weighted):
+        weights = weights_of(dataset, rows.sample)[here]
+        draws = draws_of(rows.sample, weights)
+        return (weighted_grid if rows.sample.replacement else subset_grid)(grid, weights, draws=draws, seed=seed)
+    if rows.sample is not None:
+        raise ConfigError(
+            "no such way to go through rows", sample=type(rows.sample).__name__, hint="Use `Weighted` or `Stratified`."
+        )
+    return grid
+
+
+def checked_columns(dataset: RowSource, names: tuple[str, ...]) -> tuple[str, ...]:
     """Return `names`, if they are columns of `dataset`.
 
     Raises:
@@ -58,11 +80,14 @@ def checked_columns(dataset: Dataset, names: tuple[str, ...]) -> tuple[str, ...]
     return names
 
 
-def first_state(dataset: Dataset, grid: RowGrid, *, seed: int, options: LoaderSettings) -> LoaderState:
+def first_state(dataset: RowSource, grid: Grid, *, seed: int, options: LoaderSettings) -> LoaderState:
     """Return the state of a loader that has delivered no row.
 
     A lane reads a batch of a shard at a time, and shuffles within a window. Where the rows are so large that few make a batch, a
-    window is one batch, or each lane would have many to keep.
+    window is one batch, or each lane would have many to keep. Where batches are so large that few fit into memory, there are
+    as many lanes as do, and windows become wider, up to a batch, so that as many rows are in one.
+
+    It depends on the dataset and the options alone, not on rank, world or memory, and is frozen in the state.
 
     Raises:
         ConfigError: `seed` is out of range.
@@ -70,11 +95,14 @@ def first_state(dataset: Dataset, grid: RowGrid, *, seed: int, options: LoaderSe
     if not 0 <= seed < 2**63:
         raise ConfigError("seed out of range", seed=seed, hint="Use a number from 0 to 2^63 - 1.")
     size_bytes, rows = int(dataset.segments.size_bytes.sum()), int(dataset.segments.documents.sum())
-    batch_rows = max(1, BATCH_BYTES * rows // max(1, size_bytes))
+    batch_rows = max(1, dataset.batch_bytes * rows // max(1, size_bytes))
     if size_bytes <= SMALL_BYTES:
         window, lanes = options.window, grid.samples // options.window
     else:
         window, lanes = min(options.window, batch_rows), grid.samples // (4 * batch_rows)
+        if dataset.batch_bytes > BATCH_BYTES:
+            lanes = max(1, min(options.lanes, lanes, SMALL_BYTES // dataset.batch_bytes))
+            window = min(max(window, options.lanes * options.window // lanes), batch_rows, _WIDEST)
     if not options.shuffle:
         lanes = window = 1
     return LoaderState(

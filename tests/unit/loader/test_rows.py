@@ -135,6 +135,25 @@ def test_skip_and_plan_read_nothing_and_agree_with_what_comes(dataset: Dataset) 
     assert [next(loader).numbers.tolist() for _ in range(2)] == [one.tolist() for one in planned[3:]]
 
 
+def test_rows_taken_together_are_those_taken_one_by_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = pa.table(
+        {
+            "number": range(400),
+            "text": [None if number % 5 == 0 else "x" * (number % 9) for number in range(400)],
+            "turns": [[{"role": "user", "at": [number] * (number % 3)}] * (number % 4) for number in range(400)],
+            "sure": pa.array([bool(number % 2) for number in range(400)]),
+        }
+    )
+    for start in range(0, 400, 100):
+        with ds.record_writer(str(tmp_path / "x"), schema=rows.schema) as out:
+            out.write(rows.slice(start, 100))
+    dataset = ds.open(tmp_path / "x")
+    for taken in (1, 10**9):
+        monkeypatch.setattr("datastore.loader.rows.store._TAKEN", taken)
+        for batch in load(dataset, batch=64, epochs=1, window=64):
+            assert batch.data.to_pylist() == [rows.slice(number, 1).to_pylist()[0] for number in batch.numbers.tolist()]
+
+
 # What is chosen
 
 
