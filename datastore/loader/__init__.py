@@ -10,10 +10,10 @@ mixture    several datasets as one, each by its weight
 sources    one dataset or those of a mixture, and the order that a state gives them
 position   where a loader stands, and what comes next
 stream     a dataset or a mixture as samples, deletions taken into account
+pipeline   what lies ahead: planned, fetched, made
 assemble   a planned batch made
-packed     the reads of packed rows, and what lies beside their tokens
-gather     what a batch reads, and the copy into it
-cache      blocks: mapped, kept in memory, fetched ahead
+gathering  what a batch reads, and the copy into it
+cache      blocks: mapped, kept in memory and on disk, fetched ahead
 state      the position, saved and loaded
 trace      from a batch back to documents
 """

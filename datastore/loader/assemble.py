@@ -11,7 +11,7 @@ import numpy as np
 
 from datastore.loader.batch import Batch
 from datastore.loader.cache.blocks import TokenBlocks
-from datastore.loader.gather import (
+from datastore.loader.gathering.gather import (
     AnyArray,
     BatchColumn,
     Gatherer,
@@ -21,9 +21,9 @@ from datastore.loader.gather import (
     fill_lacking,
     reads_of,
 )
+from datastore.loader.gathering.packed import finish_packed, reads_of_packs
 from datastore.loader.order.order import BatchPlan
 from datastore.loader.order.packs import PackGrid
-from datastore.loader.packed import finish_packed, reads_of_packs
 from datastore.loader.settings import LOSS_MASK
 from datastore.loader.stream import SampleStream
 
@@ -41,7 +41,8 @@ class Assembler:
         self._columns = columns
         self._end_of_text = end_of_text
         stored = [column.track for column in columns.values() if column.track is not None]
-        self._tracks = [blocks.layout.tokens, *stored]
+        self.tracks = [blocks.layout.tokens, *stored]
+        """Where what it gathers lies: the tokens, then each column."""
         self._gatherer = Gatherer(blocks, width=stream.grid.seq_len + 1, columns=tuple(columns.values()))
         mask = columns.get(LOSS_MASK)
         self._computes_mask = mask is not None and mask.track is None
@@ -50,8 +51,8 @@ class Assembler:
         """Return the reads of each of `plans`, which all have the same number of rows."""
         grid, layout = self._stream.grid, self._blocks.layout
         if isinstance(grid, PackGrid):
-            return reads_of_packs(plans, grid=grid, layout=layout, tracks=self._tracks, gaps=self._stream.blanks)
-        return reads_of(plans, grid=grid, layout=layout, tracks=self._tracks)
+            return reads_of_packs(plans, grid=grid, layout=layout, tracks=self.tracks, gaps=self._stream.blanks)
+        return reads_of(plans, grid=grid, layout=layout, tracks=self.tracks)
 
     def make(self, plan: BatchPlan, reads: Reads, out: TokenArray | None, into: Mapping[str, AnyArray]) -> Batch:
         """Return the batch of `plan`, its tokens in `out` or else in new memory, its columns in `into`.

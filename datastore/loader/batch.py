@@ -8,13 +8,13 @@ import numpy.typing as npt
 import xxhash
 
 from datastore.errors import ConfigError
-from datastore.loader.gather import AnyArray, TokenArray
+from datastore.loader.gathering.gather import AnyArray, TokenArray
+from datastore.loader.gathering.packed import document_starts, has_deleted_piece, sequences_of
 from datastore.loader.mixture.request import Data
 from datastore.loader.order.lanes import I64
 from datastore.loader.order.mix import mix64
 from datastore.loader.order.order import NO_SAMPLE
 from datastore.loader.order.packs import PackGrid
-from datastore.loader.packed import document_starts, has_deleted_piece, sequences_of
 from datastore.loader.settings import LOSS_MASK
 from datastore.loader.sources import source_numbers
 from datastore.loader.stream import SampleStream

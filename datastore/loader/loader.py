@@ -7,43 +7,26 @@ batch holds does not depend on threads, memory or prefetching: those change only
 Shards that are files of this machine are read where they lie, others into memory with a budget.
 """
 
-import os
-import warnings
-from collections import deque
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict
 from typing import Any, Self
 
 import numpy as np
 from typing_extensions import override
 
-from datastore.errors import ConfigError, DatastoreError, whole_number
-from datastore.loader.assemble import Assembler, empty_columns
+from datastore.errors import ConfigError, DatastoreError, StorageError, whole_number
+from datastore.loader.assemble import empty_columns
 from datastore.loader.batch import Batch
-from datastore.loader.cache.blocks import TokenBlocks
-from datastore.loader.cache.prefetch import Prefetcher
-from datastore.loader.gather import AnyArray, BatchColumn, Reads, TokenArray
+from datastore.loader.gathering.gather import AnyArray, BatchColumn, TokenArray
 from datastore.loader.mixture.request import Data, Weights
 from datastore.loader.order.lanes import I64
-from datastore.loader.order.order import BatchPlan
+from datastore.loader.pipeline import Pipeline
 from datastore.loader.position import Position
 from datastore.loader.settings import LoaderSettings, Rank, checked_options
 from datastore.loader.state import LoaderState
-from datastore.loader.stream import columns_of, end_of_text_of, open_stream
+from datastore.loader.stream import columns_of, open_stream
 from datastore.storage.base import Storage
-from datastore.units import format_bytes
 
 __all__ = ["Loader"]
-
-_PLAN_SLOTS = 65_536
-"""Rows of this rank planned at a time: NumPy's cost per call is spread over them."""
-
-_MAX_PLANNED = 2_048
-"""Batches planned ahead at most."""
-
-
-_LOCAL_THREADS = 4
-"""Threads that fetch ahead from files of this machine at most: more would wait for each other, and each has a buffer to fill."""
 
 
 class Loader:
@@ -77,13 +60,6 @@ class Loader:
         self.dtype: np.dtype[Any] = np.dtype("uint16" if itemsize == 2 else "uint32")
         self.columns: Mapping[str, BatchColumn] = columns_of(self._stream, self.options)
         """What batches bring along beside their tokens, by name."""
-        self._end_of_text = end_of_text_of(self._stream, self.options)
-        self._local = self._stream.is_local
-        self._pid = os.getpid()
-        self._blocks: TokenBlocks | None = None
-        self._prefetcher: Prefetcher | None = None
-        self._assembler: Assembler | None = None
-        self._delivered = 0
         self._position = Position(
             dataset,
             self._stream.sources,
@@ -92,10 +68,10 @@ class Loader:
             global_batch=self.global_batch,
             epochs=self.options.epochs,
         )
-        self._planned: deque[tuple[BatchPlan, Reads]] = deque()
-        self._next_cursor = self._requested = self._planned_at_once = 0
-        self._begun = False
-        """Whether the first batch from here on was delivered: until then nothing else is fetched."""
+        self._pipeline = Pipeline(
+            self._stream, self._position, columns=self.columns, rank=rank, global_batch=self.global_batch
+        )
+        self._delivered = 0
         self._unsettled = False
         """Whether a call is under way, or was ended by an exception: then what was planned may have holes."""
 
@@ -183,32 +159,26 @@ class Loader:
     def _next(self, out: TokenArray | None, into: Mapping[str, AnyArray]) -> Batch:
         try:
             return self._deliver(out, into)
-        except (DatastoreError, StopIteration):
+        except (DatastoreError, StopIteration) as error:
+            if isinstance(error, StorageError):
+                error.values["rank"] = f"{self.rank.rank} of {self.rank.world}"
             raise
         except BaseException:
-            # An interrupt may have ended the cache in the middle of anything: another one is opened next time.
-            self._blocks = self._prefetcher = None
+            self._pipeline.abandon()
             raise
 
     def _deliver(self, out: TokenArray | None, into: Mapping[str, AnyArray]) -> Batch:
         if self._unsettled:  # Something was raised while plans were being made or used up: none of them is trusted.
             self._start_at(self._position.state)
         self._unsettled = True
-        blocks = self._ready()
-        self._look_ahead(blocks)
-        self._request(blocks, ahead=self.options.prefetch_batches if self._begun else 0)
-        if not self._planned:
+        made = self._pipeline.make(out, into)
+        if made is None:
             raise StopIteration
-        plan, reads = self._planned[0]
-        assert self._assembler is not None
-        batch = self._assembler.make(plan, reads, out, into)
-        blocks.passed()
-        self._planned.popleft()
-        self._requested = max(0, self._requested - 1)
-        self._delivered += 1
+        plan, batch = made
+        self._pipeline.passed()
         moved = self._position.after(plan)
         # Nothing can be raised from here to the caller: the cursor counts this batch when, and only when, it is delivered.
-        self._unsettled, self._position.state, self._begun = False, moved, True
+        self._unsettled, self._position.state, self._delivered = False, moved, self._delivered + 1
         return batch
 
     def empty_columns(self) -> dict[str, AnyArray]:
@@ -255,22 +225,21 @@ class Loader:
         """Return the samples of this rank's next `batches` batches, one array [B] each; nothing is read or moved."""
         return [plan.samples for plan in self._position.plan(self.cursor, batches=batches)]
 
-    def stats(self) -> dict[str, int]:
-        """Return counts since the start: batches, lanes, and those of the block cache."""
-        counts = {
+    def stats(self) -> dict[str, int | float]:
+        """Return counts since the start: batches, lanes, those of the block cache (`BlockStats`), and how it fares now.
+
+        `hit_rate` is the part of the blocks asked for that were there already; `ahead` how many batches could be delivered at once.
+        """
+        counts: dict[str, int | float] = {
             "batches": self._delivered,
             "lanes": self._position.lanes,
             "window": self._position.state.window,
         }
-        return counts | (asdict(self._blocks.stats()) if self._blocks is not None else {})
+        return counts | self._pipeline.stats()
 
     def close(self) -> None:
         """End the threads and give back the memory. The loader may be used again; it starts anew where it stands."""
-        if self._prefetcher is not None and self._pid == os.getpid():
-            self._prefetcher.close()
-        if self._blocks is not None and self._pid == os.getpid():
-            self._blocks.close()
-        self._prefetcher = self._blocks = None
+        self._pipeline.close()
         self._start_at(self._position.state)
 
     def _check_columns(self, columns: Mapping[str, AnyArray]) -> None:
@@ -290,68 +259,8 @@ class Loader:
         """Plan from `state` on, and forget what was planned."""
         self._unsettled = True
         self._position.go_to(state)
-        self._planned.clear()
-        self._next_cursor = state.cursor
-        self._requested = self._planned_at_once = 0
-        self._begun = False
-        if self._prefetcher is not None:
-            self._prefetcher.forget()
-        if self._blocks is not None:
-            self._blocks.forget()
+        self._pipeline.start()
         self._unsettled = False
-
-    def _ready(self) -> TokenBlocks:
-        """Return the blocks, opened by this process."""
-        if self._pid != os.getpid():
-            # Forked: threads are gone, and locks may have been copied locked. Leave all of it and start anew.
-            self._pid, self._blocks, self._prefetcher = os.getpid(), None, None
-        if self._blocks is None:
-            blocks = self._stream.open_blocks()
-            threads = min(self.options.threads, _LOCAL_THREADS) if self._local else self.options.threads
-            prefetcher = Prefetcher(blocks, threads=threads)
-            self._assembler = Assembler(self._stream, blocks, columns=self.columns, end_of_text=self._end_of_text)
-            self._requested, self._blocks, self._prefetcher = 0, blocks, prefetcher
-            if not self._local:
-                self._warn_if_memory_is_short(blocks)
-        return self._blocks
-
-    def _look_ahead(self, blocks: TokenBlocks) -> None:
-        """Plan on, as far as `prefetch_batches` need it."""
-        ahead = self.options.prefetch_batches if self.options.threads else 0
-        while len(self._planned) <= ahead:
-            # Twice as many each time, so that the first batch does not wait for plans of a thousand.
-            most = min(_MAX_PLANNED, max(1 + ahead, _PLAN_SLOTS // self.rows))
-            self._planned_at_once = min(most, max(1 + ahead, 2 * self._planned_at_once))
-            plans = self._position.plan(self._next_cursor, batches=self._planned_at_once)
-            if not plans:
-                break
-            self._next_cursor = self._position.end_of(plans[-1])
-            assert self._assembler is not None
-            reads = self._assembler.reads_of(plans)
-            self._planned.extend(zip(plans, reads, strict=True))
-            blocks.expect([batch.blocks for batch in reads])
-
-    def _request(self, blocks: TokenBlocks, *, ahead: int) -> None:
-        """Have the blocks of the next batch and of those `ahead` of it fetched, as far as they are not requested yet."""
-        assert self._prefetcher is not None
-        for index in range(self._requested, min(1 + ahead, len(self._planned)) if self.options.threads else 0):
-            absent = blocks.absent(self._planned[index][1].blocks)
-            if absent.size:
-                self._prefetcher.request(absent[::-1].tolist())  # From the other side: the holder begins at the first.
-            self._requested = index + 1
-
-    def _warn_if_memory_is_short(self, blocks: TokenBlocks) -> None:
-        lanes = -(-self._position.lanes // self.rank.world)
-        tracks = 1 + sum(column.track is not None for column in self.columns.values())
-        needed = min(lanes * tracks * blocks.layout.largest_bytes, int(self._stream.segments.size_bytes.sum()))
-        if needed > self.options.memory_bytes:
-            warnings.warn(
-                f"memory_bytes ({format_bytes(self.options.memory_bytes)}) cannot hold one block of each of this rank's "
-                f"{lanes} lanes ({format_bytes(needed)}): blocks will be fetched again and again. "
-                "Raise memory_bytes, use more ranks, or start with fewer lanes.",
-                RuntimeWarning,
-                stacklevel=4,
-            )
 
 
 def _loader_at(

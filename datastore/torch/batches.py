@@ -18,7 +18,7 @@ from typing_extensions import override
 
 from datastore.errors import ConfigError
 from datastore.loader.batch import Batch
-from datastore.loader.gather import AnyArray, TokenArray
+from datastore.loader.gathering.gather import AnyArray, TokenArray
 from datastore.loader.loader import Loader
 from datastore.loader.settings import LOSS_MASK, Rank
 

@@ -19,7 +19,7 @@ from datastore.dataset.snapshot import Dataset, open_dataset
 from datastore.errors import ConfigError, CorruptError, ResumeError
 from datastore.loader.batch import Batch
 from datastore.loader.cache.blocks import BlockLayout
-from datastore.loader.gather import reads_of
+from datastore.loader.gathering.gather import reads_of
 from datastore.loader.loader import Loader
 from datastore.loader.order.order import NO_SAMPLE, BatchPlan
 from datastore.loader.order.samples import Gaps, sample_grid

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from datastore.loader.cache.blocks import BlockLayout
-from datastore.loader.gather import reads_of
+from datastore.loader.gathering.gather import reads_of
 from datastore.loader.order.order import NO_SAMPLE, BatchPlan
 from datastore.loader.order.samples import sample_grid
 from datastore.testing.examples import make_dataset

@@ -313,7 +313,7 @@ def test_a_child_forked_while_a_thread_holds_the_lock_does_not_wait_for_it(remot
     locked, done = threading.Event(), threading.Event()
 
     def hold() -> None:
-        with loader._blocks._changed:  # type: ignore[union-attr]
+        with loader._pipeline._blocks._changed:  # type: ignore[union-attr]
             locked.set()
             done.wait()
 

@@ -12,7 +12,7 @@ import numpy as np
 
 from datastore.errors import ConfigError
 from datastore.loader.cache.blocks import NOWHERE, BlockLayout, Track
-from datastore.loader.gather import AnyArray, Marks, Reads, TokenArray, between, blocks_of
+from datastore.loader.gathering.gather import AnyArray, Marks, Reads, TokenArray, between, blocks_of
 from datastore.loader.order.order import NO_SAMPLE, BatchPlan
 from datastore.loader.order.packs import PackGrid, deleted_pieces
 from datastore.loader.order.samples import I64, Gaps, Span
