@@ -42,15 +42,15 @@ class _Keeping(Generic[R]):
         return True
 
 
-def in_thread(work: Callable[[], R], *, name: str = "checkpoint") -> "Future[R]":
-    """Do `work` in a thread; return its result to come."""
+def in_thread(work: Callable[[], R], *, name: str = "checkpoint", daemon: bool = False) -> "Future[R]":
+    """Do `work` in a thread; return its result to come. The end of the program does not wait for a `daemon`: it may hang."""
     future: Future[R] = Future()
 
     def run() -> None:
         with _Keeping(future):
             future.set_result(work())
 
-    threading.Thread(target=run, name=name).start()
+    threading.Thread(target=run, name=name, daemon=daemon).start()
     return future
 
 

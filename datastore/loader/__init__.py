@@ -13,7 +13,7 @@ stream     a dataset or a mixture as samples, deletions taken into account
 assemble   a planned batch made
 packed     the reads of packed rows, and what lies beside their tokens
 gather     what a batch reads, and the copy into it
-cache      blocks: mapped, kept in memory, fetched ahead
+cache      blocks: mapped, kept in memory and on disk, fetched ahead
 state      the position, saved and loaded
 trace      from a batch back to documents
 """

@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
+from datastore.errors import ConfigError
 from datastore.loader.batch import Batch
 from datastore.loader.cache.blocks import TokenBlocks
 from datastore.loader.gather import (
@@ -27,7 +28,7 @@ from datastore.loader.packed import finish_packed, reads_of_packs
 from datastore.loader.settings import LOSS_MASK
 from datastore.loader.stream import SampleStream
 
-__all__ = ["Assembler", "empty_columns"]
+__all__ = ["Assembler", "check_columns", "empty_columns"]
 
 
 class Assembler:
@@ -41,7 +42,8 @@ class Assembler:
         self._columns = columns
         self._end_of_text = end_of_text
         stored = [column.track for column in columns.values() if column.track is not None]
-        self._tracks = [blocks.layout.tokens, *stored]
+        self.tracks = [blocks.layout.tokens, *stored]
+        """Where what it gathers lies: the tokens, then each column."""
         self._gatherer = Gatherer(blocks, width=stream.grid.seq_len + 1, columns=tuple(columns.values()))
         mask = columns.get(LOSS_MASK)
         self._computes_mask = mask is not None and mask.track is None
@@ -50,8 +52,8 @@ class Assembler:
         """Return the reads of each of `plans`, which all have the same number of rows."""
         grid, layout = self._stream.grid, self._blocks.layout
         if isinstance(grid, PackGrid):
-            return reads_of_packs(plans, grid=grid, layout=layout, tracks=self._tracks, gaps=self._stream.blanks)
-        return reads_of(plans, grid=grid, layout=layout, tracks=self._tracks)
+            return reads_of_packs(plans, grid=grid, layout=layout, tracks=self.tracks, gaps=self._stream.blanks)
+        return reads_of(plans, grid=grid, layout=layout, tracks=self.tracks)
 
     def make(self, plan: BatchPlan, reads: Reads, out: TokenArray | None, into: Mapping[str, AnyArray]) -> Batch:
         """Return the batch of `plan`, its tokens in `out` or else in new memory, its columns in `into`.
@@ -74,3 +76,22 @@ class Assembler:
 def empty_columns(columns: Mapping[str, BatchColumn], *, rows: int, tokens: int) -> dict[str, AnyArray]:
     """Return arrays for `columns` of one batch; what is in them is undefined."""
     return {name: np.empty(column.shape(rows, tokens), column.dtype) for name, column in columns.items()}
+
+
+def check_columns(
+    buffers: Mapping[str, AnyArray], columns: Mapping[str, BatchColumn], *, rows: int, tokens: int
+) -> None:
+    """Refuse buffers that are not as `empty_columns` makes them.
+
+    Raises:
+        ConfigError: a name, a shape or a type differs, or one is not contiguous.
+    """
+    wanted = {name: (column.shape(rows, tokens), column.dtype) for name, column in columns.items()}
+    found = {name: (array.shape, array.dtype) for name, array in buffers.items() if array.flags.c_contiguous}
+    if found != wanted or found.keys() != buffers.keys():
+        raise ConfigError(
+            "the buffers do not fit the columns of the batch",
+            columns=sorted(buffers),
+            wanted=sorted(wanted),
+            hint="Pass contiguous arrays as `empty_columns` returns them.",
+        )

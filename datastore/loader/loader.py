@@ -8,30 +8,32 @@ Shards that are files of this machine are read where they lie, others into memor
 """
 
 import os
-import warnings
 from collections import deque
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict
+from itertools import takewhile
 from typing import Any, Self
 
 import numpy as np
 from typing_extensions import override
 
-from datastore.errors import ConfigError, DatastoreError, whole_number
-from datastore.loader.assemble import Assembler, empty_columns
+from datastore.errors import ConfigError, DatastoreError, StorageError, whole_number
+from datastore.loader.assemble import Assembler, check_columns, empty_columns
 from datastore.loader.batch import Batch
 from datastore.loader.cache.blocks import TokenBlocks
+from datastore.loader.cache.opening import warn_if_memory_is_short
 from datastore.loader.cache.prefetch import Prefetcher
 from datastore.loader.gather import AnyArray, BatchColumn, Reads, TokenArray
 from datastore.loader.mixture.request import Data, Weights
+from datastore.loader.order.ahead import LaneReader, blocks_at_once
 from datastore.loader.order.lanes import I64
 from datastore.loader.order.order import BatchPlan
+from datastore.loader.order.samples import SampleGrid
 from datastore.loader.position import Position
 from datastore.loader.settings import LoaderSettings, Rank, checked_options
 from datastore.loader.state import LoaderState
 from datastore.loader.stream import columns_of, end_of_text_of, open_stream
 from datastore.storage.base import Storage
-from datastore.units import format_bytes
 
 __all__ = ["Loader"]
 
@@ -94,8 +96,11 @@ class Loader:
         )
         self._planned: deque[tuple[BatchPlan, Reads]] = deque()
         self._next_cursor = self._requested = self._planned_at_once = 0
-        self._begun = False
-        """Whether the first batch from here on was delivered: until then nothing else is fetched."""
+        self._reader: LaneReader | None = None
+        self._stretches = 1
+        """Places that this rank reads from at once."""
+        self._begun = 0
+        """Batches delivered from here on: before the first one, nothing else is fetched."""
         self._unsettled = False
         """Whether a call is under way, or was ended by an exception: then what was planned may have holes."""
 
@@ -177,13 +182,15 @@ class Loader:
             )
         into = self.empty_columns() if columns is None else columns
         if columns is not None:
-            self._check_columns(columns)
+            check_columns(columns, self.columns, rows=self.rows, tokens=self.seq_len + 1)
         return self._next(out, into)
 
     def _next(self, out: TokenArray | None, into: Mapping[str, AnyArray]) -> Batch:
         try:
             return self._deliver(out, into)
-        except (DatastoreError, StopIteration):
+        except (DatastoreError, StopIteration) as error:
+            if isinstance(error, StorageError):
+                error.values["rank"] = f"{self.rank.rank} of {self.rank.world}"
             raise
         except BaseException:
             # An interrupt may have ended the cache in the middle of anything: another one is opened next time.
@@ -201,6 +208,8 @@ class Loader:
             raise StopIteration
         plan, reads = self._planned[0]
         assert self._assembler is not None
+        if self._reader is not None:
+            self._reader.outlook.cursor = plan.cursor
         batch = self._assembler.make(plan, reads, out, into)
         blocks.passed()
         self._planned.popleft()
@@ -208,7 +217,7 @@ class Loader:
         self._delivered += 1
         moved = self._position.after(plan)
         # Nothing can be raised from here to the caller: the cursor counts this batch when, and only when, it is delivered.
-        self._unsettled, self._position.state, self._begun = False, moved, True
+        self._unsettled, self._position.state, self._begun = False, moved, self._begun + 1
         return batch
 
     def empty_columns(self) -> dict[str, AnyArray]:
@@ -255,14 +264,21 @@ class Loader:
         """Return the samples of this rank's next `batches` batches, one array [B] each; nothing is read or moved."""
         return [plan.samples for plan in self._position.plan(self.cursor, batches=batches)]
 
-    def stats(self) -> dict[str, int]:
-        """Return counts since the start: batches, lanes, and those of the block cache."""
-        counts = {
+    def stats(self) -> dict[str, int | float]:
+        """Return counts since the start: batches, lanes, those of the block cache (`BlockStats`), and how it fares now.
+
+        `hit_rate` is the part of the blocks asked for that were there already; `ahead` how many batches could be delivered at once.
+        """
+        counts: dict[str, int | float] = {
             "batches": self._delivered,
             "lanes": self._position.lanes,
             "window": self._position.state.window,
         }
-        return counts | (asdict(self._blocks.stats()) if self._blocks is not None else {})
+        if self._blocks is None:
+            return counts
+        found, absent = self._blocks.stats(), self._blocks.absent
+        ahead = sum(1 for _ in takewhile(lambda planned: not absent(planned[1].blocks).size, self._planned))
+        return counts | asdict(found) | {"hit_rate": found.hit_rate, "ahead": ahead}
 
     def close(self) -> None:
         """End the threads and give back the memory. The loader may be used again; it starts anew where it stands."""
@@ -273,27 +289,15 @@ class Loader:
         self._prefetcher = self._blocks = None
         self._start_at(self._position.state)
 
-    def _check_columns(self, columns: Mapping[str, AnyArray]) -> None:
-        wanted = {
-            name: (column.shape(self.rows, self.seq_len + 1), column.dtype) for name, column in self.columns.items()
-        }
-        found = {name: (array.shape, array.dtype) for name, array in columns.items() if array.flags.c_contiguous}
-        if found != wanted or found.keys() != columns.keys():
-            raise ConfigError(
-                "the buffers do not fit the columns of the batch",
-                columns=sorted(columns),
-                wanted=sorted(wanted),
-                hint="Pass contiguous arrays as `empty_columns` returns them.",
-            )
-
     def _start_at(self, state: LoaderState) -> None:
         """Plan from `state` on, and forget what was planned."""
         self._unsettled = True
         self._position.go_to(state)
+        self._reader = None
         self._planned.clear()
         self._next_cursor = state.cursor
         self._requested = self._planned_at_once = 0
-        self._begun = False
+        self._begun = 0
         if self._prefetcher is not None:
             self._prefetcher.forget()
         if self._blocks is not None:
@@ -305,15 +309,34 @@ class Loader:
         if self._pid != os.getpid():
             # Forked: threads are gone, and locks may have been copied locked. Leave all of it and start anew.
             self._pid, self._blocks, self._prefetcher = os.getpid(), None, None
+        if self._blocks is not None and self._blocks.abandoned and self._prefetcher is not None:
+            self._prefetcher.abandon()
+            self._blocks.close()
+            self._blocks = None
         if self._blocks is None:
             blocks = self._stream.open_blocks()
             threads = min(self.options.threads, _LOCAL_THREADS) if self._local else self.options.threads
             prefetcher = Prefetcher(blocks, threads=threads)
             self._assembler = Assembler(self._stream, blocks, columns=self.columns, end_of_text=self._end_of_text)
-            self._requested, self._blocks, self._prefetcher = 0, blocks, prefetcher
+            self._requested, self._blocks, self._prefetcher, self._reader = 0, blocks, prefetcher, None
+            lanes = -(-self._position.lanes // self.rank.world)
+            self._stretches = lanes * len(self._assembler.tracks)
             if not self._local:
-                self._warn_if_memory_is_short(blocks)
+                warn_if_memory_is_short(blocks.layout, self.options, stretches=self._stretches, lanes=lanes)
+        if self._reader is None:
+            self._reader = self._read_lanes(self._blocks)
         return self._blocks
+
+    def _read_lanes(self, blocks: TokenBlocks) -> LaneReader | None:
+        """Return how the lanes read on; None for a mixture and for packs, whose blocks are known batch by batch."""
+        orders, grid = self._position.orders(), self._stream.grid
+        if self._local or orders is None or not isinstance(grid, SampleGrid):
+            return None
+        assert self._assembler is not None
+        run = blocks_at_once(blocks.layout, budget_bytes=blocks.budget_bytes, stretches=self._stretches)
+        reader = LaneReader(orders, grid, blocks.layout, tracks=self._assembler.tracks, run=run)
+        blocks.foresee(reader.outlook)
+        return reader
 
     def _look_ahead(self, blocks: TokenBlocks) -> None:
         """Plan on, as far as `prefetch_batches` need it."""
@@ -335,23 +358,16 @@ class Loader:
         """Have the blocks of the next batch and of those `ahead` of it fetched, as far as they are not requested yet."""
         assert self._prefetcher is not None
         for index in range(self._requested, min(1 + ahead, len(self._planned)) if self.options.threads else 0):
-            absent = blocks.absent(self._planned[index][1].blocks)
+            plan, reads = self._planned[index]
+            absent = blocks.absent(reads.blocks)
             if absent.size:
                 self._prefetcher.request(absent[::-1].tolist())  # From the other side: the holder begins at the first.
+            # Until each lane has been visited, nothing comes before the blocks that are needed first.
+            if ahead and self._reader is not None and self._begun * self.global_batch >= self._position.lanes:
+                coming = self._reader.coming(plan)
+                blocks.announce(coming)
+                self._prefetcher.request(blocks.absent(np.array(coming, np.int64)).tolist(), later=True)
             self._requested = index + 1
-
-    def _warn_if_memory_is_short(self, blocks: TokenBlocks) -> None:
-        lanes = -(-self._position.lanes // self.rank.world)
-        tracks = 1 + sum(column.track is not None for column in self.columns.values())
-        needed = min(lanes * tracks * blocks.layout.largest_bytes, int(self._stream.segments.size_bytes.sum()))
-        if needed > self.options.memory_bytes:
-            warnings.warn(
-                f"memory_bytes ({format_bytes(self.options.memory_bytes)}) cannot hold one block of each of this rank's "
-                f"{lanes} lanes ({format_bytes(needed)}): blocks will be fetched again and again. "
-                "Raise memory_bytes, use more ranks, or start with fewer lanes.",
-                RuntimeWarning,
-                stacklevel=4,
-            )
 
 
 def _loader_at(

@@ -22,7 +22,10 @@ from datastore.loader.settings import LoaderSettings, checked_options
 from datastore.loader.sources import course_of
 from datastore.loader.stream import columns_of, end_of_text_of, open_stream
 
-__all__ = ["SampleReader"]
+__all__ = ["SampleReader", "blocks_of_steps"]
+
+_AT_ONCE = 1_024
+"""Positions looked up together."""
 
 
 class SampleReader:
@@ -70,18 +73,36 @@ class SampleReader:
         wanted = np.asarray(positions, np.int64)
         if wanted.size and int(wanted.min()) < 0:
             raise ConfigError("a position is negative", position=int(wanted.min()), hint="Positions count from 0.")
-        grid, blocks = self._stream.grid, self._ready()
-        found = self._order.locate(wanted)
-        plan = BatchPlan(int(wanted[0]) if wanted.size else 0, wanted, found.samples, found.shards)
-        into = empty_columns(self._columns, rows=len(wanted), tokens=grid.seq_len + 1)
-        assembler = Assembler(self._stream, blocks, columns=self._columns, end_of_text=self._end_of_text)
+        into = empty_columns(self._columns, rows=len(wanted), tokens=self._stream.grid.seq_len + 1)
+        assembler, plan = self._assembler(), self._planned(wanted)
         return assembler.make(plan, assembler.reads_of([plan])[0], None, into)
+
+    def blocks(self, positions: I64) -> I64:
+        """Return the blocks that the samples at `positions` lie in, each once; nothing is read."""
+        found: I64 = np.unique(self._assembler().reads_of([self._planned(positions)])[0].blocks)
+        return found
+
+    def _planned(self, positions: I64) -> BatchPlan:
+        found = self._order.locate(positions)
+        return BatchPlan(int(positions[0]) if positions.size else 0, positions, found.samples, found.shards)
+
+    def _assembler(self) -> Assembler:
+        return Assembler(self._stream, self._ready(), columns=self._columns, end_of_text=self._end_of_text)
 
     def _ready(self) -> TokenBlocks:
         """Return the blocks, opened by this process: a forked one has none of the threads, and perhaps locks that are taken."""
-        if self._blocks is None or self._blocks[0] != os.getpid():
+        if self._blocks is None or self._blocks[0] != os.getpid() or self._blocks[1].abandoned:
             self._blocks = os.getpid(), self._stream.open_blocks()
         return self._blocks[1]
+
+
+def blocks_of_steps(reader: SampleReader, *, steps: int, global_batch: int) -> list[int]:
+    """Return the blocks that all ranks together read in the first `steps` steps, those of the first steps first."""
+    found: dict[int, None] = {}
+    for start in range(0, steps * global_batch, _AT_ONCE):
+        positions = np.arange(start, min(start + _AT_ONCE, steps * global_batch), dtype=np.int64)
+        found.update(dict.fromkeys(reader.blocks(positions).tolist()))
+    return list(found)
 
 
 def _again(dataset: Data, seq_len: int, seed: int, options: LoaderSettings) -> SampleReader:

@@ -7,7 +7,7 @@ import msgspec
 
 from datastore.errors import ConfigError
 from datastore.loader.mixture.request import Data, Mixture, Stage, Weights
-from datastore.loader.order.order import BatchPlan, Planner
+from datastore.loader.order.order import BatchPlan, Order, Planner
 from datastore.loader.settings import Rank
 from datastore.loader.sources import Source, course_of, reweighed
 from datastore.loader.state import LoaderState, as_values, is_same_mixture, read_state
@@ -64,6 +64,14 @@ class Position:
     def plan(self, cursor: int, *, batches: int) -> list[BatchPlan]:
         """Return the next `batches` batches from `cursor` on, fewer at the end."""
         return self._planner.plan(cursor, batches=batches)
+
+    def orders(self) -> tuple[Order, Order] | None:
+        """Return the order of the one dataset, and the same again for another thread; None for a mixture."""
+        if not isinstance(self._order, Order):
+            return None
+        again = course_of(self._sources, self.state, epochs=self._epochs).order
+        assert isinstance(again, Order)
+        return self._order, again
 
     def end_of(self, plan: BatchPlan) -> int:
         """Return the cursor after `plan`."""
@@ -140,5 +148,5 @@ class Position:
         return cursor if self._end is None else min(cursor, max(self._end, self.cursor))
 
     def _planner_of(self, state: LoaderState) -> Planner:
-        order, self._end = course_of(self._sources, state, epochs=self._epochs)
-        return Planner(order, rank=self._rank, global_batch=self._global_batch, total=self._end)
+        self._order, self._end = course_of(self._sources, state, epochs=self._epochs)
+        return Planner(self._order, rank=self._rank, global_batch=self._global_batch, total=self._end)

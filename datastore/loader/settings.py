@@ -61,6 +61,17 @@ class LoaderSettings(SettingsDocument, frozen=True, kw_only=True):
     memory_bytes: Positive = 2**30
     """Memory for blocks of shards that are not on this machine. Local shards are read where they lie and need none."""
 
+    cache_dir: str = ""
+    """A folder of a local disk that keeps blocks of shards which are not on this machine, for all ranks and runs of it, and for
+    the next start. Empty: none. Who runs a job on a machine sets it: it changes no sample, and may be another one each time."""
+
+    cache_bytes: Positive = 2**36
+    """How much the blocks in `cache_dir` may take, those of other runs with them; let all that share it say the same."""
+
+    timeout_s: Positive = 300
+    """How long a batch waits for one block, or for its rows to be made, before that is an error; `next` may be called again. Longer
+    than a storage repeats a request, some 180 seconds."""
+
     prefetch_batches: Count = 16
     """How far ahead blocks are fetched and checked."""
 

@@ -11,8 +11,7 @@ from datastore.dataset.shards.segments import Segments
 from datastore.dataset.snapshot import Dataset
 from datastore.errors import ConfigError, whole_number
 from datastore.loader.cache.blocks import TokenBlocks, Track
-from datastore.loader.cache.files import FileBlocks
-from datastore.loader.cache.memory import BlockCache
+from datastore.loader.cache.opening import is_local, open_blocks, open_disk
 from datastore.loader.gather import BatchColumn
 from datastore.loader.mixture.joint import JointSegments, JointStorage, joint_grid, places_of
 from datastore.loader.mixture.request import Data, Mixture
@@ -28,9 +27,7 @@ __all__ = [
     "SampleStream",
     "columns_of",
     "end_of_text_of",
-    "is_local",
     "lanes_for",
-    "open_blocks",
     "open_stream",
 ]
 
@@ -72,17 +69,12 @@ class SampleStream:
 
     def open_blocks(self) -> TokenBlocks:
         """Return the blocks of its shards."""
-        return open_blocks(self.storage, self.segments, local=self.is_local, budget_bytes=self.options.memory_bytes)
+        disks = [(source.place.first_shard, open_disk(source.dataset, options=self.options)) for source in self.sources]
+        return open_blocks(self.storage, self.segments, local=self.is_local, options=self.options, disks=disks)
 
 
 def _again(data: Data, seq_len: int, seed: int, options: LoaderSettings) -> SampleStream:
     return open_stream(data, seq_len=seq_len, seed=seed, options=options)
-
-
-def is_local(dataset: Dataset) -> bool:
-    """Return whether the shards are files of this machine."""
-    segments = dataset.segments
-    return bool(len(segments)) and dataset.storage.local_path(segments.shard(0).path) is not None
 
 
 def open_stream(data: Data, *, seq_len: int, seed: int, options: LoaderSettings) -> SampleStream:
@@ -144,7 +136,8 @@ def _packs_of(name: str, dataset: Dataset, *, seq_len: int, options: LoaderSetti
     segments = dataset.segments
     live = (dataset.live_rows(shard) if options.deletions == "compact" else None for shard in range(len(segments)))
     assert options.packing is not None
-    blocks = open_blocks(dataset.storage, segments, local=is_local(dataset), budget_bytes=options.memory_bytes)
+    disks = [(0, open_disk(dataset, options=options))]
+    blocks = open_blocks(dataset.storage, segments, local=is_local(dataset), options=options, disks=disks)
     try:
         with _named(name):
             offsets = _offsets(segments, blocks)
@@ -178,13 +171,6 @@ def _named(source: str) -> Iterator[None]:
         if not source:
             raise
         raise ConfigError(error.fact, source=source, **error.values, hint=error.hint) from None
-
-
-def open_blocks(storage: Storage, segments: Segments, *, local: bool, budget_bytes: int) -> TokenBlocks:
-    """Return the blocks of `segments`; `budget_bytes` bounds the memory for shards that are not on this machine."""
-    if local:
-        return FileBlocks(storage, segments)
-    return BlockCache(storage, segments, budget_bytes=budget_bytes)
 
 
 def _shape_of(dataset: Dataset, grid: SampleGrid | PackGrid, options: LoaderSettings) -> Shape:

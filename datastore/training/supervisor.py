@@ -46,6 +46,12 @@ _PROGRESS_S = 0.25
 
 _LOGGER = getLogger(__name__)
 
+_CACHE_NUMBERS = (
+    *("hits", "misses", "hit_rate", "wait_s", "ahead", "fills", "filled_bytes", "resident_bytes", "evictions"),
+    *("requests", "fetched_bytes", "disk_hits", "disk_hit_bytes", "disk_writes", "disk_evictions"),
+)
+"""What a line of metrics has of the loader's cache, that of rank 0: counts since the start, but `ahead` and `resident_bytes` are of now."""
+
 _ADVICE = "Resume with a lower optim.lr (`--set`), or look at the data with `datastore trace`."
 
 
@@ -280,7 +286,7 @@ class Supervisor(Observer):
         if self._peak is not None:
             line["mfu"] = line["tokens_per_s"] * self._flops_per_token / (self._peak * self._trainer.ranks.world)
         cache = self._trainer.loader.stats()
-        line |= {f"cache_{key}": cache[key] for key in ("hits", "fills", "evictions") if key in cache}
+        line |= {f"cache_{key}": cache[key] for key in _CACHE_NUMBERS if key in cache}
         spent = total_statistics(self._trainer.loader.storage.statistics())
         line |= {f"storage_{name}": value for name, value in asdict(spent).items()}
         for hook in self._trainer.hooks.values():

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -105,6 +106,21 @@ def test_metrics_have_one_record_for_each_step(language: str, tmp_path: Path) ->
     } <= found[0].keys()
     assert [line["step"] for line in found if "validation_loss" in line] == [10, 20]
     assert found[-1]["sparsity"] == pytest.approx(0.75, abs=0.01)
+
+
+def test_metrics_say_how_the_cache_fares(language: str, tmp_path: Path) -> None:
+    """Of a dataset that lies elsewhere: in an archive, which is no file that a block can be mapped from."""
+    shutil.make_archive(str(tmp_path / "set"), "zip", language)
+    cached = [f"loader.cache_dir={tmp_path / 'cache'}", "loader.cache_bytes=1000000", "train.steps=3"]
+    train(tiny_settings(f"zip://{tmp_path / 'set.zip'}", *cached), str(tmp_path / "first"))
+    train(tiny_settings(f"zip://{tmp_path / 'set.zip'}", *cached), str(tmp_path / "second"))
+    first, second = (read_metrics(RunFolder.open(str(tmp_path / name)).storage)[-1] for name in ("first", "second"))
+    assert 0 < first["cache_fetched_bytes"] <= first["cache_filled_bytes"]  # The validation samples came before.
+    assert second["cache_fetched_bytes"] == 0
+    assert second["cache_disk_hit_bytes"] == second["cache_filled_bytes"] == first["cache_filled_bytes"]
+    assert 0 <= second["cache_hit_rate"] <= 1
+    assert second["cache_wait_s"] >= 0
+    assert second["loss"] == first["loss"]
 
 
 def test_metrics_go_to_tensorboard_if_asked_for(language: str, tmp_path: Path) -> None:

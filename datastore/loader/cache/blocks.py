@@ -6,7 +6,7 @@ Promises:
 2. While a block is held it stays: its tokens can be read, and are right.
 3. A block that cannot be had right is an error that names the file and the block; nothing wrong is ever handed out.
 
-Ranks share nothing: there is no lock, no shared memory and no file between processes.
+Ranks share no memory, and no lock that one could hold for long; only the files of a cache on disk, where there is one.
 
 A block, which is fetched, checked and kept as one, is a range of bytes of a shard's file, with a digest in the manifest.
 Numbers, not objects: whether a batch is in memory is one look into an array, and a million shards cost 16 bytes each.
@@ -16,7 +16,7 @@ stretch of the file is a track: blocks know no more of what they hold.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
@@ -51,6 +51,12 @@ class BlockStats:
     hits: int = 0
     """Blocks asked for that were there already."""
 
+    misses: int = 0
+    """Blocks asked for that were not: a batch waited for them."""
+
+    wait_s: float = 0.0
+    """Seconds that batches waited."""
+
     fills: int = 0
     """Blocks read and checked."""
 
@@ -63,6 +69,26 @@ class BlockStats:
     """Memory in use now, with what is being fetched; 0 for local files, whose memory is the kernel's."""
 
     peak_bytes: int = 0
+    requests: int = 0
+    """Reads of the storage that were asked for; one may bring several blocks. 0 for local files."""
+
+    fetched_bytes: int = 0
+    """What came from the storage; the rest of `filled_bytes` came from the disk of the cache. 0 for local files."""
+
+    disk_hits: int = 0
+    """Blocks that came from the disk of the cache (`cache_dir`); this and what follows is of this process."""
+
+    disk_hit_bytes: int = 0
+    disk_writes: int = 0
+    disk_write_bytes: int = 0
+    disk_evictions: int = 0
+    disk_corrupt: int = 0
+    """Files of the cache whose digest was wrong; each was removed, and its block fetched."""
+
+    @property
+    def hit_rate(self) -> float:
+        """Which part of the blocks asked for were there already; 1 if there were none."""
+        return self.hits / (self.hits + self.misses) if self.hits + self.misses else 1.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,6 +147,11 @@ class BlockLayout:
         segments = self._segments
         return int(np.minimum(segments.block_bytes, segments.size_bytes).max(initial=0))
 
+    @property
+    def total_bytes(self) -> int:
+        """Size of all blocks."""
+        return int(self._segments.size_bytes.sum())
+
     def of_tokens(self, shards: I64, start: I64, stop: I64, *, track: Track | None = None) -> tuple[I64, I64]:
         """Return the first and the last block of tokens `[start, stop)` of each shard; no range is empty.
 
@@ -156,6 +187,22 @@ class BlockLayout:
         stop = min((index + 1) * block_bytes, int(self._segments.size_bytes[shard]))
         return BlockRange(shard, index, index * block_bytes, stop)
 
+    def ranges_of(self, blocks: I64) -> tuple[I64, I64, I64]:
+        """Return the shard of each block, and where in its file it begins and ends."""
+        shards = np.searchsorted(self._first, blocks, side="right") - 1
+        block_bytes = self._segments.block_bytes[shards]
+        start = (blocks - self._first[shards]) * block_bytes
+        return shards, start, np.minimum(start + block_bytes, self._segments.size_bytes[shards])
+
+    def numbered(self, uids: npt.NDArray[np.uint64], indices: I64) -> I64:
+        """Return the blocks by the uid of their shard (its first 64 bits) and their number in it; -1 where there is none."""
+        order = np.argsort(self._segments.uid64)
+        at = np.minimum(np.searchsorted(self._segments.uid64[order], uids), len(order) - 1)
+        shards = order[at]
+        blocks = self._first[shards] + indices
+        known = (self._segments.uid64[shards] == uids) & (blocks < self._first[shards + 1])
+        return np.where(known, blocks, -1)
+
     def sizes(self, blocks: I64) -> I64:
         """Return the bytes of each block."""
         shards = np.searchsorted(self._first, blocks, side="right") - 1
@@ -172,7 +219,10 @@ class TokenBlocks(ABC):
         self._segments = segments
         self.layout = BlockLayout(segments)
         """The numbering of blocks."""
-        self._hits = self._fills = self._filled_bytes = self._refetches = self._evictions = 0
+        self.abandoned = False
+        """Whether something hangs in it: open another one."""
+        self._wait_s = 0.0
+        self._hits = self._misses = self._fills = self._filled_bytes = self._refetches = self._evictions = 0
 
     @property
     def budget_bytes(self) -> int | None:
@@ -202,6 +252,11 @@ class TokenBlocks(ABC):
             DatastoreError: as `hold`.
         """
 
+    def fetch_run(self, blocks: range) -> None:
+        """Bring neighbours ahead of their use, in ascending order, as far as there is room; as `fetch`."""
+        for block in blocks:
+            self.fetch(block)
+
     @abstractmethod
     def read(
         self, shards: Sequence[int], starts: Sequence[int], sizes: Sequence[int]
@@ -218,6 +273,14 @@ class TokenBlocks(ABC):
         """Take note of the blocks of batches to come, in order, after those told before; a cache may ignore it."""
         return
 
+    def announce(self, blocks: Sequence[int]) -> None:  # noqa: ARG002 - the protocol
+        """Take note that `blocks` are needed some time after all batches that were told."""
+        return
+
+    def foresee(self, next_uses: Callable[[I64], I64]) -> None:  # noqa: ARG002 - the protocol
+        """Take note of when blocks are needed next beyond the batches that are told: the larger the number, the later."""
+        return
+
     def passed(self) -> None:
         """Take note that the first of the batches told was delivered."""
         return
@@ -228,7 +291,15 @@ class TokenBlocks(ABC):
 
     def stats(self) -> BlockStats:
         """Return counts since the start."""
-        return BlockStats(self._hits, self._fills, self._filled_bytes, self._refetches, self._evictions)
+        return BlockStats(
+            hits=self._hits,
+            misses=self._misses,
+            wait_s=self._wait_s,
+            fills=self._fills,
+            filled_bytes=self._filled_bytes,
+            refetches=self._refetches,
+            evictions=self._evictions,
+        )
 
     @abstractmethod
     def close(self) -> None:

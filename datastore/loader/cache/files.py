@@ -16,6 +16,7 @@ import mmap
 import os
 import sys
 import threading
+import time
 import weakref
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
@@ -82,6 +83,8 @@ class FileBlocks(TokenBlocks):
     def hold(self, blocks: I64) -> AbstractContextManager[None]:
         absent = self.absent(blocks)
         self._hits += len(blocks) - len(absent)
+        self._misses += len(absent)
+        started = time.perf_counter() if absent.size else 0.0
         for _ in range(_ROUNDS):
             changes = self._changes
             for block in absent.tolist():
@@ -92,6 +95,8 @@ class FileBlocks(TokenBlocks):
         else:
             place = self.layout.range_of(int(absent[0]))
             raise damaged("no copy of the shard is whole", shard=self._segments.shard(place.shard), block=place)
+        if absent.size:
+            self._wait_s += time.perf_counter() - started
         self._held = changes
         return nullcontext()  # Nothing is given back.
 

@@ -1,4 +1,4 @@
-"""Shards elsewhere: blocks fetched into memory, checked, and given back when others need the room.
+"""Shards elsewhere: blocks brought into memory, from the disk under it or over the network, and given back when others need the room.
 
 Each shard in use gets one anonymous map as large as its file, so that its tokens stay one flat array; memory is taken
 only by the blocks that were filled, and an evicted block returns its pages to the kernel. A block is paid for before
@@ -9,90 +9,44 @@ known, the one least recently used. A block that is fetched ahead never pushes o
 
 A hold pins its blocks before it fetches them, so they cannot be evicted under it. One thread holds, others fetch
 ahead; while the holder waits for room, no other thread takes any.
+
+A holder waits for each block `timeout_s` at most, in a thread of its own that can be left behind: a server that hangs does not
+end, and what it writes into is not touched any more. The cache is of no use then (`abandoned`), and another one is opened.
 """
 
-import mmap
 import threading
+import time
 from collections import Counter, OrderedDict
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
-from dataclasses import replace
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import wait
+from contextlib import contextmanager
+from dataclasses import asdict, replace
+from functools import partial
 from itertools import islice
 
 import numpy as np
 from typing_extensions import override
 
-from datastore.dataset.shards.info import ShardInfo
 from datastore.dataset.shards.segments import Segments
-from datastore.digest import DIGEST_BYTES, digest_bytes
-from datastore.errors import ConfigError, MissingError, StorageError
-from datastore.loader.cache.blocks import I64, ZEROS, BlockRange, BlockStats, TokenBlocks, damaged, unreadable
+from datastore.errors import ConfigError, StorageError
+from datastore.loader.cache.blocks import I64, ZEROS, BlockLayout, BlockStats, TokenBlocks
+from datastore.loader.cache.disk import DiskTier
 from datastore.loader.cache.prefetch import NEVER, Future
+from datastore.loader.cache.region import Filled, Region
 from datastore.storage.base import Storage
-from datastore.storage.verified import has_digest
+from datastore.threads import in_thread
 from datastore.units import format_bytes
 
-__all__ = ["BlockCache", "Region"]
+__all__ = ["TIMEOUT_S", "BlockCache", "Disks"]
+
+Disks = Sequence[tuple[int, DiskTier | None]]
+"""From which shard on which disk is under the memory, in ascending order; None: none."""
+
+TIMEOUT_S = 300
+"""Longer than a storage repeats a request by itself: it knows better what is wrong."""
 
 _LOOKED_AT = 64
 """Blocks looked at together when one has to go."""
-
-
-class Region:
-    """The bytes of one shard. Blocks are independent: several threads may fill different ones."""
-
-    def __init__(self, storage: Storage, info: ShardInfo) -> None:
-        self._storage = storage
-        self._info = info
-        # Private: pages of a shared map would not go away by MADV_DONTNEED.
-        self._map = mmap.mmap(-1, info.size_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-        self.data = memoryview(self._map).toreadonly()
-
-    def fill(self, block: BlockRange) -> int:
-        """Fetch a block and check it; return how many times it had to be fetched again.
-
-        Raises:
-            CorruptError: its bytes are wrong each time, or the object is too short.
-            MissingError: the object is gone.
-            StorageError: the storage failed.
-        """
-        at = block.index * DIGEST_BYTES
-        wanted = self._info.block_digests[at : at + DIGEST_BYTES]
-        target = memoryview(self._map)[block.start : block.stop]
-        for attempt in range(_FETCHES):
-            self._read(block, target)
-            if digest_bytes(target) == wanted:
-                return attempt
-        if self._read_copy(block, target, wanted):
-            return _FETCHES
-        raise damaged("a block does not match its digest", shard=self._info, block=block, fetched=f"{_FETCHES} times")
-
-    def release(self, block: BlockRange) -> None:
-        """Return the memory of a block to the kernel; it reads as zeros from now on."""
-        page = mmap.PAGESIZE
-        start = -(-block.start // page) * page
-        # The rest of the last page is padding. Between blocks, a page that two share must stay.
-        last = block.stop == self._info.size_bytes
-        stop = -(-block.stop // page) * page if last else block.stop // page * page
-        if stop > start:
-            self._map.madvise(mmap.MADV_DONTNEED, start, stop - start)
-
-    def _read(self, block: BlockRange, target: memoryview) -> None:
-        try:
-            self._storage.read_into(self._info.path, block.start, target)
-        except StorageError as error:
-            raise unreadable(error, shard=self._info, block=block) from None
-
-    def _read_copy(self, block: BlockRange, target: memoryview, wanted: bytes) -> bool:
-        """Fill `target` from the first copy that is right, and have the others healed; return whether there is one."""
-        copies = self._storage.copies(self._info.path)
-        for copy in copies if len(copies) > 1 else ():
-            with suppress(MissingError, StorageError):
-                copy.read_into(self._info.path, block.start, target)
-                if digest_bytes(target) == wanted:
-                    self._storage.heal(self._info.path, has_digest(self._info.digest))
-                    return True
-        return False
 
 
 class BlockCache(TokenBlocks):
@@ -102,9 +56,20 @@ class BlockCache(TokenBlocks):
     pinned block, once resident, stays.
     """
 
-    def __init__(self, storage: Storage, segments: Segments, *, budget_bytes: int) -> None:
+    def __init__(
+        self,
+        storage: Storage,
+        segments: Segments,
+        *,
+        budget_bytes: int,
+        disks: Disks = (),
+        timeout_s: float = TIMEOUT_S,
+    ) -> None:
         super().__init__(storage, segments)
         self._budget_bytes = budget_bytes
+        self._disks = disks
+        self._timeout_s = timeout_s
+        self._requests = self._fetched_bytes = 0
         self._changed = threading.Condition()
         self._regions: dict[int, Region] = {}
         self._recent: OrderedDict[int, int] = OrderedDict()
@@ -115,7 +80,9 @@ class BlockCache(TokenBlocks):
         """How many holds each thread has open."""
         self._resident = np.zeros(self.layout.blocks, np.bool_)
         self._future = Future(self.layout.blocks)
-        self._used_bytes = self._peak_bytes = self._waiting = 0
+        self._used_bytes = self._peak_bytes = 0
+        self._waiting = self._short = 0
+        """Holders that wait, and those of them that wait for room: then nobody else takes any."""
 
     @property
     @override
@@ -138,9 +105,12 @@ class BlockCache(TokenBlocks):
             for block in wanted[there].tolist():
                 self._recent.move_to_end(block)
             self._hits += int(there.sum())
+            self._misses += int((~there).sum())
+        started = time.perf_counter()
         try:
             for block in wanted[~there].tolist():
-                self._bring(block, urgent=True)
+                self._wait_for(block)
+            self._wait_s += time.perf_counter() - started
             yield
         finally:
             with self._changed:
@@ -155,7 +125,23 @@ class BlockCache(TokenBlocks):
 
     @override
     def fetch(self, block: int) -> bool:
-        return self._bring(block, urgent=False)
+        self.fetch_run(range(block, block + 1))
+        return bool(self._resident[block])
+
+    @override
+    def fetch_run(self, blocks: range) -> None:
+        shard = self.layout.of_shard(self.layout.range_of(blocks.start).shard)
+        here = range(blocks.start, min(blocks.stop, shard.stop))
+        claimed: list[int] = []
+        with self._changed:
+            for block in here:
+                if self._claim(block, urgent=False):
+                    claimed.append(block)
+                elif not (self._resident[block] or block in self._filling):
+                    break  # There is no room for it, nor for those after it, which are needed later.
+        self._fill(claimed)
+        if here.stop < blocks.stop:
+            self.fetch_run(range(here.stop, blocks.stop))
 
     @override
     def read(self, shards: Sequence[int], starts: Sequence[int], sizes: Sequence[int]) -> bytearray:
@@ -171,6 +157,16 @@ class BlockCache(TokenBlocks):
             self._future.plan(batches)
 
     @override
+    def announce(self, blocks: Sequence[int]) -> None:
+        with self._changed:
+            self._future.announce(blocks)
+
+    @override
+    def foresee(self, next_uses: Callable[[I64], I64]) -> None:
+        if len(self._disks) == 1 and self._disks[0][1] is not None:
+            self._disks[0][1].next_uses = partial(_uses_by_name, self.layout, next_uses)
+
+    @override
     def passed(self) -> None:
         with self._changed:
             self._future.pass_one()
@@ -183,7 +179,16 @@ class BlockCache(TokenBlocks):
     @override
     def stats(self) -> BlockStats:
         with self._changed:
-            return replace(super().stats(), resident_bytes=self._used_bytes, peak_bytes=self._peak_bytes)
+            mine = replace(
+                super().stats(),
+                resident_bytes=self._used_bytes,
+                peak_bytes=self._peak_bytes,
+                requests=self._requests,
+                fetched_bytes=self._fetched_bytes,
+            )
+        for disk in {disk for _, disk in self._disks if disk is not None}:
+            mine = replace(mine, **{name: getattr(mine, name) + count for name, count in asdict(disk.stats()).items()})
+        return mine
 
     @override
     def close(self) -> None:
@@ -191,43 +196,86 @@ class BlockCache(TokenBlocks):
             for block in list(self._recent):
                 self._evict(block)
 
-    def _bring(self, block: int, *, urgent: bool) -> bool:
-        """Make `block` resident; unless `urgent`, only if nobody else is at it and there is room."""
-        place = self.layout.range_of(block)
-        size = place.stop - place.start
+    def _wait_for(self, block: int) -> None:
+        """Have `block` brought; leave whoever brings it behind if that takes too long."""
+        before = self._storage.statistics().get("read_into")
+        try:
+            coming = in_thread(partial(self._bring, block), name="datastore-block", daemon=True)
+        except RuntimeError:  # The system has no more threads: wait for as long as it takes.
+            return self._bring(block)
+        wait((coming,), timeout=self._timeout_s)
+        if coming.done():
+            return coming.result()
+        self.abandoned = True
+        place, after = self.layout.range_of(block), self._storage.statistics().get("read_into")
+        done = (after - before if before else after) if after else None
+        raise StorageError(
+            "a block did not come in time",
+            transient=True,
+            url=self._storage.url,
+            shard=self._segments.shard(place.shard).path,
+            block=place.index,
+            bytes=f"{place.start}-{place.stop}",
+            waited_s=self._timeout_s,
+            tried="a request that was not answered"
+            if done is None or not done.requests
+            else f"a request that was not answered; meanwhile {done.requests} others ended, {done.retries} of them repeats",
+            on_disk="not there" if self._disk_of(place.shard) is not None else "no cache_dir",
+            hint="Look at the network and at the server; or wait longer: `timeout_s`.",
+        )
+
+    def _bring(self, block: int) -> None:
+        """Make `block` resident: wait for room, and for another thread that is at it."""
         with self._changed:
-            if not self._claim(block, size, urgent=urgent):
-                return bool(self._resident[block])
-        filled = False
+            claimed = self._claim(block, urgent=True)
+        if claimed:
+            self._fill([block])
+
+    def _fill(self, claimed: list[int]) -> None:
+        """Bring blocks of one shard for which there is room, and let those who wait know of each."""
+        if not claimed:
+            return
+        places = [self.layout.range_of(block) for block in claimed]
+        first = claimed[0] - places[0].index
         try:
             # Here, where a shard that cannot be described is as one that cannot be read: whoever waits is told.
             with self._changed:
-                region = self._region(place.shard)
-            refetches = region.fill(place)
-            filled = True
+                region = self._region(places[0].shard)
+            for filled in region.fill(places):
+                self._publish(first + filled.block.index, filled)
         finally:
             with self._changed:
-                del self._filling[block]
-                if filled:
-                    self._recent[block] = size
-                    self._resident[block] = True
-                    self._fills += 1
-                    self._filled_bytes += size
-                    self._refetches += refetches
-                else:
-                    self._give_back(block, size)
+                for block in claimed:
+                    if block in self._filling:
+                        self._give_back(block, self._filling.pop(block))
                 self._changed.notify_all()
-        return True
 
-    def _claim(self, block: int, size: int, *, urgent: bool) -> bool:
-        """Reserve room for `block` and mark it as being filled by this thread; False if there is nothing to do."""
+    def _publish(self, block: int, filled: Filled) -> None:
+        with self._changed:
+            size = self._filling.pop(block)
+            self._recent[block] = size
+            self._resident[block] = True
+            self._fills += 1
+            self._filled_bytes += size
+            self._requests += filled.requests
+            self._fetched_bytes += filled.fetched_bytes
+            self._refetches += filled.refetches
+            self._changed.notify_all()
+
+    def _claim(self, block: int, *, urgent: bool) -> bool:
+        """Reserve room for `block` and mark it as being filled by this thread; False if there is nothing to do.
+
+        Unless `urgent`, only if nobody else is at it and there is room.
+        """
+        place = self.layout.range_of(block)
+        size = place.stop - place.start
         while True:
             if self._resident[block]:
                 self._recent.move_to_end(block)
                 return False
             if (
                 block not in self._filling
-                and (urgent or not self._waiting)
+                and (urgent or not self._short)
                 and self._make_room(block, size, urgent=urgent)
             ):
                 self._filling[block] = size
@@ -240,11 +288,14 @@ class BlockCache(TokenBlocks):
             # themselves; holds that all wait for each other do not.
             if not self._filling and self._waiting + 1 == len(self._holders):
                 raise self._too_small(self._used_bytes + size)
+            short = block not in self._filling
             self._waiting += 1
+            self._short += short
             try:
                 self._changed.wait()
             finally:
                 self._waiting -= 1
+                self._short -= short
 
     def _make_room(self, block: int, size: int, *, urgent: bool) -> bool:
         """Evict what is not pinned, until the `size` bytes of `block` fit; False if they cannot.
@@ -295,11 +346,29 @@ class BlockCache(TokenBlocks):
             hint="Raise `memory_bytes`.",
         )
 
+    def _disk_of(self, shard: int) -> DiskTier | None:
+        found = [disk for first, disk in self._disks if first <= shard]
+        return found[-1] if found else None
+
     def _region(self, shard: int) -> Region:
         region = self._regions.get(shard)
         if region is None:
-            region = self._regions[shard] = Region(self._storage, self._segments.shard(shard))
+            region = self._regions[shard] = Region(
+                self._storage, self._segments.shard(shard), disk=self._disk_of(shard)
+            )
         return region
+
+
+def _uses_by_name(layout: BlockLayout, next_uses: Callable[[I64], I64], names: Sequence[str]) -> list[int]:
+    """Return when blocks are needed next, by the names that they have on the disk."""
+    parts = [name.partition("-b") for name in names]
+    uids = np.array([int(uid[:16], 16) for uid, _, _ in parts], np.uint64)
+    blocks = layout.numbered(uids, np.array([int(index or 0) for _, _, index in parts], np.int64))
+    uses = np.full(len(names), NEVER)
+    known = np.flatnonzero(blocks >= 0)
+    uses[known] = next_uses(blocks[known])
+    found: list[int] = uses.tolist()
+    return found
 
 
 def _subtract(counts: Counter[int], keys: list[int]) -> None:
@@ -308,7 +377,3 @@ def _subtract(counts: Counter[int], keys: list[int]) -> None:
         counts[key] -= 1
         if not counts[key]:
             del counts[key]
-
-
-_FETCHES = 2
-"""Wrong bytes are fetched once more: the first ones may have been damaged on the way."""

@@ -21,6 +21,7 @@ Complexity: O(global_batch) time a batch on every rank, 8 ns a slot; the samples
 """
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Protocol
 
 import numpy as np
@@ -60,7 +61,7 @@ class OrderKey:
     """False: every epoch has the samples in the order of the dataset; lanes and window are 1."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Line:
     """One epoch's shards laid end to end."""
 
@@ -69,6 +70,13 @@ class Line:
 
     start: I64
     """[S] place on the line of the first sample of each of them."""
+
+    @cached_property
+    def starts(self) -> I64:
+        """[S] place on the line of the first sample of each shard, in the order of the dataset."""
+        found = np.empty_like(self.start)
+        found[self.shard] = self.start
+        return found
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,6 +148,42 @@ class Order:
             found.samples[chosen] = part.samples
             found.shards[chosen] = part.shards
         return found
+
+    def last_of_lane(self, positions: I64, shards: I64) -> I64:
+        """Return for samples, by position and shard, the last sample of the same shard that is of the same lane."""
+        if not self.key.shuffle:
+            return self._grid.run_start[shards] + self._grid.run_length[shards] - 1
+        epochs, within = np.divmod(positions, self.samples)
+        lanes = self.lanes.lane_of(within)
+        found = np.empty_like(positions)
+        for epoch in np.unique(epochs).tolist():
+            chosen = np.flatnonzero(epochs == epoch)
+            shard, lane = shards[chosen], lanes[chosen]
+            start = self._line(epoch).starts[shard]
+            stop = np.minimum(start + self._grid.run_length[shard], self.lanes.start[lane] + self.lanes.length[lane])
+            found[chosen] = self._grid.run_start[shard] + stop - 1 - start
+        return found
+
+    def next_read(self, shards: I64, first: I64, last: I64, *, cursor: int) -> I64:
+        """Return about when any of the samples `first` to `last` of each shard is read next: a position from `cursor` on.
+
+        It is right up to a window of each lane, and early where a stretch lies in more than one lane.
+        """
+        epoch, now = divmod(cursor, self.samples)
+        begin, end = self._read_in(epoch, shards, first, last)
+        again, _ = self._read_in(epoch + 1, shards, first, last)
+        return np.where(now <= end, np.maximum(begin, now), self.samples + again) + epoch * self.samples
+
+    def _read_in(self, epoch: int, shards: I64, first: I64, last: I64) -> tuple[I64, I64]:
+        """Return about where in an epoch the first and the last sample of each stretch is read."""
+        starts = self._line(epoch).starts if self.key.shuffle else self._grid.run_start
+        places = np.stack([first, last]) + starts[shards] - self._grid.run_start[shards]
+        lanes = np.searchsorted(self.lanes.start, places, side="right") - 1
+        index = places - self.lanes.start[lanes]
+        # In two lanes: at the end of one, and at the start of the next.
+        begin = np.where(lanes[0] == lanes[1], np.maximum(index[0] - self.lanes.window, 0), 0)
+        end = np.where(lanes[0] == lanes[1], index[1] + self.lanes.window, self.samples)
+        return begin * self.lanes.lanes, end * self.lanes.lanes
 
     def _locate(self, within: I64, *, epoch: int) -> Located:
         cells: Cells = self.lanes.cells(within)

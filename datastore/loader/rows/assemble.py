@@ -20,6 +20,7 @@ from datastore.loader.rows.batch import Rows
 from datastore.loader.rows.grid import Grid
 from datastore.loader.rows.source import RowSource
 from datastore.loader.rows.store import RowStore
+from datastore.loader.settings import LoaderSettings
 
 __all__ = ["Assembler", "Made"]
 
@@ -41,12 +42,12 @@ class Assembler:
     grid: Grid
     seed: int
     columns: Sequence[str]
-    budget_bytes: int
+    options: LoaderSettings
     rows: Rows
     store: RowStore = field(init=False)
 
     def __post_init__(self) -> None:
-        self.store = RowStore(self.dataset, columns=self.columns, budget_bytes=self.budget_bytes)
+        self.store = RowStore(self.dataset, columns=self.columns, options=self.options)
 
     def __reduce__(self) -> tuple[Any, ...]:
         chosen = {name: getattr(self, name) for name in _SENT}
@@ -103,7 +104,7 @@ class Assembler:
         return out, kept
 
 
-_SENT = ("dataset", "grid", "seed", "columns", "budget_bytes", "rows")
+_SENT = ("dataset", "grid", "seed", "columns", "options", "rows")
 
 
 def _again(chosen: dict[str, Any]) -> Assembler:

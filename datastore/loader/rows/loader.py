@@ -13,7 +13,7 @@ import os
 import warnings
 from collections import deque
 from collections.abc import Iterator, Mapping
-from concurrent.futures import Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor
+from concurrent.futures import Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from multiprocessing import get_context
 from multiprocessing.reduction import ForkingPickler
@@ -23,7 +23,7 @@ import msgspec
 import numpy as np
 from typing_extensions import override
 
-from datastore.errors import ConfigError, DatastoreError, ResumeError, whole_number
+from datastore.errors import ConfigError, DatastoreError, ResumeError, StorageError, whole_number
 from datastore.loader.order.lanes import I64
 from datastore.loader.order.order import BatchPlan, OrderKey, Planner, SampleOrder
 from datastore.loader.rows.assemble import Assembler, Made
@@ -41,6 +41,9 @@ _PLAN_SLOTS = 16_384
 
 _NAMED = 5
 """Changed files that an error names."""
+
+_SHOWN = 8
+"""Rows of a batch that an error names."""
 
 
 class RowLoader(Iterator[RowBatch]):
@@ -78,7 +81,7 @@ class RowLoader(Iterator[RowBatch]):
             grid=grid,
             seed=seed,
             columns=checked_columns(dataset, self.options.columns),
-            budget_bytes=self.options.memory_bytes,
+            options=self.options,
             rows=rows,
         )
         if self._workers:
@@ -121,7 +124,7 @@ class RowLoader(Iterator[RowBatch]):
             raise StopIteration
         plan, coming = self._queue[0]
         try:
-            made = self._assembler.make(plan) if coming is None else coming.result()
+            made = self._assembler.make(plan) if coming is None else self._awaited(coming, plan)
         except BrokenProcessPool:
             self._end_pool()
             raise DatastoreError(
@@ -215,16 +218,20 @@ class RowLoader(Iterator[RowBatch]):
         plans = self._planner.plan(self.cursor, batches=batches)
         return [self._assembler.grid.numbers(plan.samples[plan.valid], plan.positions[plan.valid]) for plan in plans]
 
-    def stats(self) -> dict[str, int]:
-        """Return counts since the start: batches, rows that failed, lanes, and those of the batches kept of shards."""
+    def stats(self) -> dict[str, int | float]:
+        """Return counts since the start: batches, rows that failed, lanes, and those of the batches kept of shards.
+
+        With worker processes, what is kept, and read from the disk of a cache, is kept and counted there, not here.
+        """
         store = self._assembler.store
-        counts = {"batches": self._batches, "failed": self._failed, "lanes": self._state.lanes}
+        counts: dict[str, int | float] = {"batches": self._batches, "failed": self._failed, "lanes": self._state.lanes}
         return counts | {
             "window": self._state.window,
             "hits": store.hits,
             "fills": store.fills,
             "evictions": store.evictions,
             "resident_bytes": store.resident_bytes,
+            **store.disk_stats(),
         }
 
     def close(self) -> None:
@@ -298,6 +305,24 @@ class RowLoader(Iterator[RowBatch]):
                 RuntimeWarning,
                 stacklevel=3,
             )
+
+    def _awaited(self, coming: Future[Made], plan: BatchPlan) -> Made:
+        """Return a batch that is being made; give up those who make it if that takes too long."""
+        wait((coming,), timeout=self.options.timeout_s)
+        if coming.done():
+            return coming.result()
+        self._end_pool()
+        raise StorageError(
+            "a batch of rows was not made in time",
+            transient=True,
+            url=self.dataset.url,
+            rank=f"{self.rank.rank} of {self.rank.world}",
+            cursor=plan.cursor,
+            rows=plan.samples.tolist()[:_SHOWN],
+            waited_s=self.options.timeout_s,
+            made_by=f"{self._workers} worker processes" if self._workers else f"{self.options.threads} threads",
+            hint="Look at the network, the server and `transform`; or wait longer: `timeout_s`.",
+        )
 
     def _end_pool(self) -> None:
         if self._pool is not None and self._pid == os.getpid():

@@ -9,16 +9,21 @@ import threading
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future
+from dataclasses import asdict
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.types as pt
 
+from datastore.dataset.snapshot import Dataset
 from datastore.errors import ConfigError
 from datastore.formats.schema import no_rows
+from datastore.loader.cache.batches import CachedBatches
+from datastore.loader.cache.opening import open_disk
 from datastore.loader.order.lanes import I64
 from datastore.loader.rows.source import RowSource
+from datastore.loader.settings import LoaderSettings
 
 __all__ = ["RowStore"]
 
@@ -45,14 +50,19 @@ _SHARDS = 65_536
 
 
 class RowStore:
-    """Rows of `dataset` by shard and number, `columns` of them (all, if there are none); `budget_bytes` of batches are kept."""
+    """Rows of `dataset` by shard and number, `columns` of them (all, if there are none).
 
-    def __init__(self, dataset: RowSource, *, columns: Sequence[str], budget_bytes: int) -> None:
+    `memory_bytes` of batches are kept in memory, and those of a dataset elsewhere in `cache_dir` as well, as `options` say.
+    """
+
+    def __init__(self, dataset: RowSource, *, columns: Sequence[str], options: LoaderSettings) -> None:
         self.schema = dataset.schema if not columns else pa.schema([dataset.schema.field(name) for name in columns])
         """What rows look like."""
         self._dataset = dataset
         self._columns = tuple(columns) or None
-        self._budget_bytes = budget_bytes
+        self._budget_bytes = options.memory_bytes
+        disk = open_disk(dataset, options=options) if isinstance(dataset, Dataset) else None
+        self._cached = CachedBatches(dataset, disk) if disk is not None and isinstance(dataset, Dataset) else None
         self._lock = threading.Lock()
         self._kept: OrderedDict[int, tuple[pa.RecordBatch, int]] = OrderedDict()
         self._coming: dict[int, tuple[int, Future[tuple[pa.RecordBatch, int]]]] = {}
@@ -139,6 +149,10 @@ class RowStore:
                     found[here] = mask[rows[here]]
         return found
 
+    def disk_stats(self) -> dict[str, int]:
+        """Return the counts of the disk of the cache; nothing if there is none."""
+        return {} if self._cached is None else asdict(self._cached.disk.stats())
+
     def _mask(self, shard: int) -> np.ndarray | None:
         with self._lock:
             if shard not in self._live:
@@ -171,6 +185,8 @@ class RowStore:
 
     def _read(self, place: int) -> pa.RecordBatch:
         shard, number = place >> _SHIFT, (place & (1 << _SHIFT) - 1) - 1
+        if number >= 0 and self._cached is not None:
+            return self._cached.read(shard, number, columns=self._columns)
         if number >= 0:
             return self._dataset.read_batch(shard, number, columns=self._columns)
         table = self._dataset.record_shard(shard)

@@ -135,7 +135,13 @@ def _samples_of(
         global_batch=count,
         seed=_VALIDATION_SEED,
         rank=rank if shared else Rank(),
-        options=LoaderSettings(deletions=options.deletions, end_of_text=options.end_of_text),
+        options=LoaderSettings(
+            deletions=options.deletions,
+            end_of_text=options.end_of_text,
+            cache_dir=options.cache_dir,
+            cache_bytes=options.cache_bytes,
+            timeout_s=options.timeout_s,
+        ),
     )
     with loader:
         batch = next(loader)

@@ -191,10 +191,36 @@ def test_threads_that_fetch_ahead_never_break_the_budget_and_never_starve_the_ho
 def test_while_a_holder_waits_for_room_no_thread_that_fetches_ahead_takes_it() -> None:
     storage, dataset = faulty_dataset()
     cache = BlockCache(storage, dataset.segments, budget_bytes=2**20)
-    cache._waiting = 1
+    cache._short = 1
     assert not cache.fetch(5)
-    cache._waiting = 0
+    cache._short = 0
     assert cache.fetch(5)
+
+
+def test_a_holder_that_waits_for_a_fetch_keeps_nobody_from_fetching_ahead() -> None:
+    storage, dataset = faulty_dataset()
+    cache = BlockCache(storage, dataset.segments, budget_bytes=2**20)
+    answered, asked = threading.Event(), threading.Event()
+
+    def slow(key: str, start: int, target: Buffer) -> None:
+        if start == 0:
+            asked.set()
+            answered.wait(60)
+        MemoryStorage.read_into(storage, key, start, target)
+
+    storage.read_into = slow  # type: ignore[method-assign]
+    fetching = threading.Thread(target=cache.fetch, args=(0,))
+    fetching.start()
+    assert asked.wait(60)
+    holding = threading.Thread(target=lambda: cache.hold(np.array([0])).__enter__())
+    holding.start()
+    while not cache._waiting:
+        threading.Event().wait(0.001)
+    assert cache.fetch(6)
+    answered.set()
+    fetching.join(60)
+    holding.join(60)
+    assert not cache.absent(np.array([0, 6])).size
 
 
 def test_holds_that_wait_for_each_other_end_in_an_error() -> None:

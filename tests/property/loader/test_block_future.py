@@ -1,6 +1,8 @@
 """The next use of every block, held against looking it up; and what that is worth where memory is short."""
 
 import uuid
+from itertools import pairwise
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,6 +12,7 @@ from hypothesis import strategies as st
 from datastore.loader.cache.memory import BlockCache
 from datastore.loader.cache.prefetch import NEVER, Future
 from datastore.loader.loader import Loader
+from datastore.loader.order.ahead import blocks_at_once
 from datastore.loader.settings import LoaderSettings
 from datastore.testing.examples import make_dataset
 
@@ -79,6 +82,29 @@ def test_a_block_fetched_ahead_does_not_push_out_what_is_needed_before_it() -> N
     assert cache.absent(np.array([0, 1, 2])).tolist() == [0]
 
 
+def test_a_block_that_is_needed_some_time_outlives_those_that_are_not() -> None:
+    cache = cache_of(2)
+    cache.announce([0])
+    for block in (0, 1):
+        assert cache.fetch(block)
+    cache.fetch_run(range(2, 3))
+    assert cache.absent(np.array([0, 1, 2])).tolist() == [1]
+    cache.forget()
+    cache.fetch(3)
+    assert cache.absent(np.array([0, 2, 3])).tolist() == [0]
+
+
+def test_blocks_are_fetched_together_only_as_far_as_memory_and_one_request_go() -> None:
+    layout = cache_of(1).layout
+
+    def at_once(blocks: int | None, stretches: int) -> int:
+        return blocks_at_once(layout, budget_bytes=None if blocks is None else blocks * 4096, stretches=stretches)
+
+    assert [at_once(blocks, 4) for blocks in (1, 8, 11, 12, 40)] == [1, 1, 1, 2, 9]
+    assert at_once(10**6, 4) == 4096
+    assert at_once(None, 4) == 1
+
+
 @pytest.mark.filterwarnings("ignore:memory_bytes:RuntimeWarning")
 def test_a_loader_with_too_little_memory_fetches_again_only_what_does_not_fit() -> None:
     block = 4096
@@ -92,3 +118,21 @@ def test_a_loader_with_too_little_memory_fetches_again_only_what_does_not_fit() 
     assert stats["peak_bytes"] <= 28 * block
     # Least recently used first would fetch a block for nearly every one of 6,249 samples.
     assert stats["fills"] < 2_500
+
+
+def test_a_disk_with_room_for_half_of_the_dataset_serves_nearly_half_of_each_epoch(tmp_path: Path) -> None:
+    block = 4096
+    dataset = make_dataset(f"memory://{uuid.uuid4().hex}", [[100_000]] * 8, block_bytes=block)
+    total = int(dataset.segments.size_bytes.sum())
+    options = LoaderSettings(
+        lanes=16, window=8, threads=0, memory_bytes=40 * block, cache_dir=str(tmp_path), cache_bytes=total // 2
+    )
+    with Loader(dataset, seq_len=64, global_batch=8, options=options) as loader:
+        fetched = [0.0]
+        for _ in range(4):
+            for _ in range(loader.batches_per_epoch):
+                next(loader)
+            fetched.append(loader.stats()["fetched_bytes"])
+    each = [(after - before) / total for before, after in pairwise(fetched[1:])]
+    # Least recently used first would find next to nothing: what is needed soonest has been there for longest.
+    assert max(each) < 0.65

@@ -277,3 +277,45 @@ def test_batches_mix_like_a_shuffle_of_everything() -> None:
     assert mixed[1] < 1.2
     assert mixed[2] < 4
     assert all(lump > 4 * fine_one for lump, fine_one in zip(lumps, mixed, strict=True))
+
+
+def in_epoch(order: Order, epoch: int) -> list[tuple[int, int, int, int]]:
+    """Return (position, lane, shard, sample) of each position of an epoch."""
+    positions = epoch * order.samples + np.arange(order.samples, dtype=np.int64)
+    found = order.locate(positions)
+    lanes = order.lanes.lane_of(positions % order.samples)
+    return list(zip(positions.tolist(), lanes.tolist(), found.shards.tolist(), found.samples.tolist(), strict=True))
+
+
+@given(shard_tokens, seq_lens, keys, st.integers(0, 3))
+def test_the_last_sample_of_a_lane_in_a_shard_is_the_last_one_that_it_visits_there(
+    tokens: list[int], seq_len: int, key: OrderKey, epoch: int
+) -> None:
+    order = order_of(tokens, seq_len, key)
+    visits = in_epoch(order, epoch)
+    positions, shards = np.array([visit[0] for visit in visits]), np.array([visit[2] for visit in visits])
+    wanted = [max(k for _, at, where, k in visits if (at, where) == (lane, shard)) for _, lane, shard, _ in visits]
+    assert order.last_of_lane(positions, shards).tolist() == wanted
+
+
+@given(shard_tokens, seq_lens, keys, st.data())
+def test_the_next_read_of_a_stretch_is_foreseen_up_to_a_window(
+    tokens: list[int], seq_len: int, key: OrderKey, data: st.DataObject
+) -> None:
+    order = order_of(tokens, seq_len, key)
+    cursor = data.draw(st.integers(0, 3 * order.samples))
+    epoch = cursor // order.samples
+    _, _, shard, first = data.draw(st.sampled_from(in_epoch(order, epoch)))
+    samples = [k for _, _, where, k in in_epoch(order, epoch) if where == shard and k >= first]
+    last = data.draw(st.sampled_from(samples))
+    later = in_epoch(order, epoch) + in_epoch(order, epoch + 1)
+    really = min(at for at, _, where, k in later if at >= cursor and where == shard and first <= k <= last)
+    found = int(order.next_read(np.array([shard]), np.array([first]), np.array([last]), cursor=cursor)[0])
+    slack = 2 * (key.window + 1) * key.lanes
+    assert cursor <= found <= really + slack
+    lanes = {lane for _, lane, where, k in in_epoch(order, epoch) if where == shard and first <= k <= last}
+    again = {lane for _, lane, where, k in in_epoch(order, epoch + 1) if where == shard and first <= k <= last}
+    if len(lanes) == len(again) == 1:
+        # Perhaps in this epoch still, where the window is not over: then a whole epoch early.
+        over = max(at for at, _, where, k in in_epoch(order, epoch) if where == shard and first <= k <= last)
+        assert found >= really - slack or over >= cursor - slack
