@@ -7,6 +7,7 @@ from typing import NoReturn
 
 import click
 
+from datastore.cli.cache import cache
 from datastore.cli.checkpoints import checkpoint
 from datastore.cli.datasets import COMMANDS as DATA_COMMANDS
 from datastore.cli.datasets import RECORD_COMMANDS
@@ -46,6 +47,7 @@ for command in (
     *REDUNDANCY_COMMANDS,
     *RUN_COMMANDS,
     checkpoint,
+    cache,
     doctor,
 ):
     cli.add_command(command)

@@ -5,6 +5,7 @@ import json
 import re
 import shlex
 import shutil
+import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -66,6 +67,9 @@ FLAGS = {
     "checkpoint gc": "dry-run last",
     "checkpoint rewind": "dry-run step",
     "checkpoint export": "quantize replace step",
+    "cache ls": "",
+    "cache clear": "dataset",
+    "cache warm": "bytes columns dir global-batch seed seq-len steps",
     "doctor": "url",
 }
 """Every flag but --json, --debug, --progress and --help. A flag that goes or changes its name breaks somebody's script."""
@@ -153,6 +157,9 @@ def test_json_tells_what_the_storage_was_asked_for(
         "checkpoint gc run --dry-run",
         "checkpoint rewind run --step 4 --dry-run",
         "checkpoint export run model --replace",
+        "cache warm data --dir cache",
+        "cache ls cache",
+        "cache clear cache",
         "resume run",
     ],
 )
@@ -198,6 +205,7 @@ LONG = {
     "train": "train run.toml --to newrun --progress plain",
     "resume": "resume begun --set train.steps=3 --progress plain",
     "evaluate": "evaluate run --progress plain",
+    "cache warm": "cache warm zip://data.zip/data --dir warmed --progress plain",
     "checkpoint verify": "checkpoint verify run --progress plain",
     "checkpoint export": "checkpoint export run model2 --progress plain",
 }
@@ -224,6 +232,9 @@ def places(run: Path) -> Path:
         assert call(cli, ["ingest", "src", "--to", "holed"], CliSession()) == 0
         assert call(cli, ["delete", "holed", "--source", "*b.txt"], CliSession()) == 0
         assert call(cli, ["train", "run.toml", "--to", "begun"], CliSession()) == 0
+        with zipfile.ZipFile("data.zip", "w") as archive:
+            for path in Path("data").rglob("*"):
+                archive.write(path)
         Path("littered/shards/00").mkdir(parents=True, exist_ok=True)
         Path(f"littered/shards/00/{'0' * 32}.arrow").write_bytes(b"left behind")
     return run
