@@ -97,6 +97,7 @@ class Loader:
         self._planned: deque[tuple[BatchPlan, Reads]] = deque()
         self._next_cursor = self._requested = self._planned_at_once = 0
         self._reader: LaneReader | None = None
+        self._knows_lanes = False
         self._stretches = 1
         """Places that this rank reads from at once."""
         self._begun = 0
@@ -293,7 +294,7 @@ class Loader:
         """Plan from `state` on, and forget what was planned."""
         self._unsettled = True
         self._position.go_to(state)
-        self._reader = None
+        self._knows_lanes = False
         self._planned.clear()
         self._next_cursor = state.cursor
         self._requested = self._planned_at_once = 0
@@ -318,19 +319,20 @@ class Loader:
             threads = min(self.options.threads, _LOCAL_THREADS) if self._local else self.options.threads
             prefetcher = Prefetcher(blocks, threads=threads)
             self._assembler = Assembler(self._stream, blocks, columns=self.columns, end_of_text=self._end_of_text)
-            self._requested, self._blocks, self._prefetcher, self._reader = 0, blocks, prefetcher, None
+            self._requested, self._blocks, self._prefetcher, self._knows_lanes = 0, blocks, prefetcher, False
             lanes = -(-self._position.lanes // self.rank.world)
             self._stretches = lanes * len(self._assembler.tracks)
             if not self._local:
                 warn_if_memory_is_short(blocks.layout, self.options, stretches=self._stretches, lanes=lanes)
-        if self._reader is None:
-            self._reader = self._read_lanes(self._blocks)
+        if not self._knows_lanes:
+            self._reader, self._knows_lanes = self._read_lanes(self._blocks), True
         return self._blocks
 
     def _read_lanes(self, blocks: TokenBlocks) -> LaneReader | None:
         """Return how the lanes read on; None for a mixture and for packs, whose blocks are known batch by batch."""
-        orders, grid = self._position.orders(), self._stream.grid
-        if self._local or orders is None or not isinstance(grid, SampleGrid):
+        grid = self._stream.grid
+        orders = None if self._local or not isinstance(grid, SampleGrid) else self._position.orders()
+        if orders is None or not isinstance(grid, SampleGrid):
             return None
         assert self._assembler is not None
         run = blocks_at_once(blocks.layout, budget_bytes=blocks.budget_bytes, stretches=self._stretches)
