@@ -6,8 +6,9 @@ from typing import Any
 import msgspec
 
 from datastore.errors import ConfigError
-from datastore.loader.mixture.request import Data, Mixture, Stage, Weights
-from datastore.loader.order.order import BatchPlan, Order, Planner
+from datastore.loader.mixture.request import Mixture, Stage, Weights
+from datastore.loader.order.lanes import I64
+from datastore.loader.order.order import BatchPlan, Located, Order, Planner
 from datastore.loader.settings import Rank
 from datastore.loader.sources import Source, course_of, reweighed
 from datastore.loader.state import LoaderState, as_values, is_same_mixture, read_state
@@ -26,8 +27,8 @@ class Position:
 
     def __init__(
         self,
-        data: Data,
-        sources: Sequence[Source],
+        data: object,
+        sources: Sequence[Source[Any]],
         start: LoaderState,
         *,
         rank: Rank,
@@ -40,7 +41,7 @@ class Position:
         self._rank = rank
         self._global_batch = global_batch
         self._epochs = epochs
-        self.samples_per_epoch = sum(source.runs.samples for source in sources)
+        self.samples_per_epoch = sum(source.runs.rows_per_epoch for source in sources)
         """N, the samples of the dataset; of a mixture, those of all its sources."""
         self.state = start
         self._planner = self._planner_of(start)
@@ -72,6 +73,10 @@ class Position:
         again = course_of(self._sources, self.state, epochs=self._epochs).order
         assert isinstance(again, Order)
         return self._order, again
+
+    def locate(self, positions: I64) -> Located:
+        """Return the samples at some positions, wherever they lie."""
+        return course_of(self._sources, self.state, epochs=self._epochs).order.locate(positions)
 
     def end_of(self, plan: BatchPlan) -> int:
         """Return the cursor after `plan`."""

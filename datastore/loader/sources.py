@@ -6,18 +6,17 @@ the joint numbering.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, Generic, NamedTuple, Protocol, TypeVar
 
 import msgspec
 import numpy as np
 
-from datastore.dataset.snapshot import Dataset
 from datastore.errors import ConfigError
 from datastore.loader.mixture.order import MixedOrder, Place, seed_of
 from datastore.loader.mixture.request import Mixture, Stage, weights_in_force
 from datastore.loader.mixture.schedule import Phase, phases_of
 from datastore.loader.order.lanes import I64
-from datastore.loader.order.order import ORDER_VERSION, Order, OrderKey, Runs, SampleOrder
+from datastore.loader.order.order import ORDER_VERSION, Order, Ordered, OrderKey, SampleOrder
 from datastore.loader.settings import LoaderSettings
 from datastore.loader.state import LoaderState, SourceState, StageState
 
@@ -35,15 +34,37 @@ class Shape(NamedTuple):
     fingerprint: str
 
 
+class Named(Protocol):
+    """What the order of a source depends on, besides its samples."""
+
+    @property
+    def uuid(self) -> str:
+        """Names what is in it."""
+        ...
+
+    @property
+    def version(self) -> int:
+        """Counts what may change while a run goes on."""
+        ...
+
+    @property
+    def segments(self) -> Any:
+        """Its shards; `uid64` names them."""
+        ...
+
+
+D_co = TypeVar("D_co", bound=Named, covariant=True)
+
+
 @dataclass(frozen=True, slots=True)
-class Source:
+class Source(Generic[D_co]):
     """One dataset of what a loader goes through."""
 
     name: str
     """Its name in the mixture; empty, where there is none."""
 
-    dataset: Dataset
-    runs: Runs
+    dataset: D_co
+    runs: Ordered
     place: Place
     shape: Shape
 
@@ -57,7 +78,7 @@ class Course(NamedTuple):
 
 
 def first_state(
-    sources: Sequence[Source], mixture: Mixture | None, *, seq_len: int, seed: int, options: LoaderSettings
+    sources: Sequence[Source[Any]], mixture: Mixture | None, *, seq_len: int, seed: int, options: LoaderSettings
 ) -> LoaderState:
     """Return the state of a loader that has delivered nothing.
 
@@ -116,24 +137,25 @@ def first_state(
     )
 
 
-def course_of(sources: Sequence[Source], state: LoaderState, *, epochs: int | None) -> Course:
+def course_of(sources: Sequence[Source[Any]], state: LoaderState, *, epochs: int | None) -> Course:
     """Return the order that `state` is a position of."""
     if not state.stages:
         source = sources[0]
         key = OrderKey(state.seed, state.lanes, state.window, state.shuffle)
-        end = None if epochs is None else epochs * source.runs.samples
-        return Course(Order(source.runs, source.dataset.segments.uid64, key), end)
+        end = None if epochs is None else epochs * source.runs.rows_per_epoch
+        return Course(source.runs.order(source.dataset.segments.uid64, key), end)
     orders = [
-        Order(
-            source.runs,
+        source.runs.order(
             source.dataset.segments.uid64,
             OrderKey(seed_of(state.seed, source.name), shape.lanes, shape.window, state.shuffle),
         )
         for source, shape in ((source, state.sources[source.name]) for source in sources)
     ]
     phases, end = _phases(state)
+    plain = [order for order in orders if isinstance(order, Order)]
+    assert len(plain) == len(orders), "sources of a mixture are gone through as they are"
     key = OrderKey(state.seed, state.lanes, state.window, state.shuffle)
-    return Course(MixedOrder(orders, [source.place for source in sources], phases=phases, key=key), end)
+    return Course(MixedOrder(plain, [source.place for source in sources], phases=phases, key=key), end)
 
 
 def reweighed(state: LoaderState, *, stages: Sequence[Stage], here: LoaderState) -> LoaderState:
@@ -156,7 +178,7 @@ def reweighed(state: LoaderState, *, stages: Sequence[Stage], here: LoaderState)
     return msgspec.structs.replace(state, dataset=here.dataset, sources=known, stages=(first, *later))
 
 
-def source_numbers(sources: Sequence[Source], samples: I64) -> I64:
+def source_numbers(sources: Sequence[Source[Any]], samples: I64) -> I64:
     """Return the number of the source that each of `samples` is of; that of no sample is -1."""
     starts = np.array([source.place.first_sample for source in sources], np.int64)
     return np.searchsorted(starts, samples, side="right") - 1

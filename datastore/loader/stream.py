@@ -42,7 +42,7 @@ class SampleStream:
     """The samples of a dataset or of a mixture, and the state of a loader that has delivered none of them."""
 
     data: Data
-    sources: tuple[Source, ...]
+    sources: tuple[Source[Dataset], ...]
     segments: Segments
     """The shards of all sources."""
 
@@ -82,7 +82,8 @@ def open_stream(data: Data, *, seq_len: int, seed: int, options: LoaderSettings)
             tokens of another tokenizer than the others.
     """
     mixture = data if isinstance(data, Mixture) else None
-    datasets = {name: mixture.sources[name] for name in mixture.names} if mixture else {"": cast("Dataset", data)}
+    given = {name: mixture.sources[name] for name in mixture.names} if mixture else {"": cast("Dataset", data)}
+    datasets = cast("dict[str, Dataset]", given)  # Which holds tokens, or is refused.
     for dataset in datasets.values():
         if dataset.kind != "tokens":
             raise ConfigError(

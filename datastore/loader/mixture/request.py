@@ -8,16 +8,31 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
+from typing import Protocol
 
 from datastore.dataset.snapshot import Dataset
 from datastore.errors import ConfigError
 
-__all__ = ["Data", "Mixture", "Stage", "Weights", "weights_in_force"]
+__all__ = ["Data", "Mixture", "Readable", "Stage", "Weights", "weights_in_force"]
 
 Weights = Mapping[str, float]
 """How much of each source, by name."""
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
+
+
+class Readable(Protocol):
+    """A dataset, or files that were not ingested."""
+
+    @property
+    def kind(self) -> str:
+        """`tokens` or `records`."""
+        ...
+
+    @property
+    def url(self) -> str:
+        """Where it lies, without credentials."""
+        ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,8 +59,8 @@ class Mixture:
         ConfigError: there is no source, a name is no plain one, or a value is out of range; the message names it.
     """
 
-    sources: Mapping[str, Dataset]
-    """Datasets, of tokens or of records; several versions of one are several sources."""
+    sources: Mapping[str, Readable]
+    """Datasets of tokens; or of records, or files that were not ingested. Several versions of one are several sources."""
 
     weights: Weights | None = None
     """How much of each source; one that is not named, or has 0, is left out. None: as many samples as each has, times its `epochs`."""
@@ -113,7 +128,7 @@ def weights_in_force(stages: Sequence[Stage], at: int) -> Weights:
     return [stage.weights for stage in stages if stage.start <= at][-1]
 
 
-def _check_weights(weights: Weights, sources: Mapping[str, Dataset], *, stage: int) -> None:
+def _check_weights(weights: Weights, sources: Mapping[str, Readable], *, stage: int) -> None:
     for name, weight in weights.items():
         _check_source(name, sources)
         if not 0 <= weight < math.inf:
@@ -122,7 +137,7 @@ def _check_weights(weights: Weights, sources: Mapping[str, Dataset], *, stage: i
         raise ConfigError("all weights are 0", stage=stage, hint="Give at least one source a weight.")
 
 
-def _check_source(name: str, sources: Mapping[str, Dataset]) -> None:
+def _check_source(name: str, sources: Mapping[str, Readable]) -> None:
     if name not in sources:
         raise ConfigError(
             "the mixture has no such source", source=name, sources=sorted(sources), hint="Name one of them."

@@ -40,6 +40,7 @@ __all__ = [
     "Located",
     "Order",
     "OrderKey",
+    "Ordered",
     "Planner",
     "Runs",
     "SampleOrder",
@@ -110,6 +111,24 @@ class Runs(Protocol):
     @property
     def run_length(self) -> I64:
         """[S] samples of each shard."""
+        ...
+
+
+class Ordered(Protocol):
+    """Samples that say in which order they are gone through."""
+
+    @property
+    def samples(self) -> int:
+        """N, what the order goes through before it begins anew."""
+        ...
+
+    @property
+    def rows_per_epoch(self) -> int:
+        """Samples of an epoch: N, or a multiple of it."""
+        ...
+
+    def order(self, uid64: U64, key: OrderKey) -> "SampleOrder":
+        """Return the order of the samples."""
         ...
 
 

@@ -22,6 +22,8 @@ import numpy as np
 import numpy.typing as npt
 
 from datastore.errors import ConfigError
+from datastore.loader.order.mix import U64
+from datastore.loader.order.order import Order, OrderKey, SampleOrder
 from datastore.loader.order.samples import I64, Gaps, Span
 from datastore.loader.settings import Packing
 
@@ -69,6 +71,15 @@ class PackGrid:
     def numbers(self) -> int:
         """How many sample numbers it takes up."""
         return self.samples
+
+    @property
+    def rows_per_epoch(self) -> int:
+        """Samples of an epoch: all of them."""
+        return self.samples
+
+    def order(self, uid64: U64, key: OrderKey) -> SampleOrder:
+        """Return the order of the samples."""
+        return Order(self, uid64, key)
 
     @property
     def fill(self) -> float:

@@ -16,6 +16,8 @@ import numpy as np
 import numpy.typing as npt
 
 from datastore.errors import ConfigError
+from datastore.loader.order.mix import U64
+from datastore.loader.order.order import Order, OrderKey, SampleOrder
 
 __all__ = ["Gaps", "SampleGrid", "Span", "sample_grid"]
 
@@ -96,6 +98,15 @@ class SampleGrid:
     def numbers(self) -> int:
         """How many sample numbers its line takes up; a last one may not be a whole sample."""
         return -(-int(self.token_start[-1]) // self.seq_len)
+
+    @property
+    def rows_per_epoch(self) -> int:
+        """Samples of an epoch: all of them."""
+        return self.samples
+
+    def order(self, uid64: U64, key: OrderKey) -> SampleOrder:
+        """Return the order of the samples."""
+        return Order(self, uid64, key)
 
     def owner(self, samples: I64) -> I64:
         """Return the shard that each sample belongs to; O(log shards) each."""

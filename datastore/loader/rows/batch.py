@@ -8,6 +8,7 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
+from datastore.loader.mixture.request import Mixture
 from datastore.loader.order.lanes import I64
 from datastore.loader.rows.sampling import Stratified, Weighted
 from datastore.loader.rows.source import RowSource
@@ -64,17 +65,30 @@ class RowBatch:
     """[B] place of each row in the endless order."""
 
     numbers: I64
-    """[B] number of each row in the dataset, deleted ones counted."""
+    """[B] number of each row in the dataset, deleted ones counted; in a mixture, through all its sources in the order of names."""
 
     cursor: int
     """First position of the global batch: how many rows all ranks had been given before it."""
 
-    dataset: RowSource = field(repr=False)
+    dataset: RowSource | Mixture = field(repr=False)
     failed: Mapping[int, str] = field(default_factory=dict)
     """Rows that the transform failed on and that were left out: the number of each, and why."""
 
+    first_rows: I64 = field(default_factory=lambda: np.zeros(1, np.int64))
+    """[sources] number of the first row of each source of a mixture."""
+
     def __len__(self) -> int:
         return len(self.positions)
+
+    @property
+    def sources(self) -> I64:
+        """[B] which source of the mixture each row is of, a number in `Mixture.names`; 0 of a dataset."""
+        return np.searchsorted(self.first_rows, self.numbers, side="right") - 1
+
+    @property
+    def own_numbers(self) -> I64:
+        """[B] number of each row in its own source."""
+        return self.numbers - self.first_rows[self.sources]
 
     def columns(self) -> dict[str, npt.NDArray[Any]]:
         """Return the columns as NumPy arrays of their own, of objects where NumPy has no type for them.

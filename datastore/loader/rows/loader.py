@@ -13,10 +13,8 @@ import os
 import warnings
 from collections import deque
 from collections.abc import Iterator, Mapping
-from concurrent.futures import Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor, wait
+from concurrent.futures import Executor, Future, wait
 from concurrent.futures.process import BrokenProcessPool
-from multiprocessing import get_context
-from multiprocessing.reduction import ForkingPickler
 from typing import Any, Self
 
 import msgspec
@@ -24,14 +22,17 @@ import numpy as np
 from typing_extensions import override
 
 from datastore.errors import ConfigError, DatastoreError, ResumeError, StorageError, whole_number
+from datastore.loader.mixture.request import Mixture, Weights
 from datastore.loader.order.lanes import I64
-from datastore.loader.order.order import BatchPlan, OrderKey, Planner, SampleOrder
+from datastore.loader.order.order import BatchPlan
+from datastore.loader.position import Position
 from datastore.loader.rows.assemble import Assembler, Made
 from datastore.loader.rows.batch import RowBatch, Rows
 from datastore.loader.rows.source import ChangedFiles, RowSource
-from datastore.loader.rows.stream import checked_columns, chosen_rows, first_state
+from datastore.loader.rows.stream import open_rows
+from datastore.loader.rows.workers import check_sendable, checked_workers, make_here, pool_of
 from datastore.loader.settings import LoaderSettings, Rank, checked_options
-from datastore.loader.state import LoaderState, as_values, read_state
+from datastore.loader.state import LoaderState
 from datastore.units import format_bytes
 
 __all__ = ["RowLoader"]
@@ -60,7 +61,7 @@ class RowLoader(Iterator[RowBatch]):
 
     def __init__(
         self,
-        dataset: RowSource,
+        dataset: RowSource | Mixture,
         *,
         global_batch: int,
         seed: int = 0,
@@ -72,22 +73,28 @@ class RowLoader(Iterator[RowBatch]):
         self.rank = rank
         self.global_batch = whole_number(global_batch, name="global_batch")
         self.options = checked_options(options)
-        self._workers = _checked_workers(rows)
+        self._workers = checked_workers(rows)
         seed = whole_number(seed, name="seed")
-        grid = chosen_rows(dataset, rows, seed=seed, options=self.options)
+        self._stream = open_rows(dataset, rows, seed=seed, options=self.options)
         self._assembler = Assembler(
-            dataset=dataset,
-            grid=grid,
+            dataset=self._stream.source,
+            grid=self._stream.grid,
             seed=seed,
-            columns=checked_columns(dataset, self.options.columns),
+            columns=self.options.columns,
             options=self.options,
             rows=rows,
         )
         if self._workers:
-            _check_sendable(self._assembler)
-        self._start = first_state(dataset, grid, seed=seed, options=self.options)
-        self._state: LoaderState = self._start
-        self._planner = self._planner_of(self._state)
+            check_sendable(self._assembler)
+        self._position = Position(
+            dataset,
+            self._stream.sources,
+            self._stream.start,
+            rank=rank,
+            global_batch=self.global_batch,
+            epochs=self.options.epochs,
+        )
+        self._first_rows = self._stream.first_rows
         self._queue: deque[tuple[BatchPlan, Future[Made] | None]] = deque()
         """Planned batches, those at the front being made."""
 
@@ -101,7 +108,7 @@ class RowLoader(Iterator[RowBatch]):
     @override
     def __reduce__(self) -> tuple[object, ...]:
         """Pickle what it was made of and where it stands, as `Loader` does."""
-        _check_sendable(self._assembler)
+        check_sendable(self._assembler)
         made_of = self.dataset, self.global_batch, self.rank, self._assembler.rows, self.options
         return _loader_at, (*made_of, self.state_dict())
 
@@ -115,7 +122,7 @@ class RowLoader(Iterator[RowBatch]):
             CorruptError, MissingError, StorageError: what it needs cannot be read. The cursor stays.
         """
         if self._unsettled or self._pid != os.getpid():
-            self._start_at(self._state)
+            self._start_at(self._position.state)
         self._unsettled = True
         self._look_ahead()
         if not self._queue:
@@ -129,11 +136,13 @@ class RowLoader(Iterator[RowBatch]):
             raise DatastoreError(
                 "a worker process of the loader has ended", workers=self._workers, hint="Look for a lack of memory."
             ) from None
-        batch = RowBatch(made.data, made.positions, made.numbers, plan.cursor, self.dataset, made.failed)
-        moved = msgspec.structs.replace(self._state, cursor=self._within(plan.cursor + self.global_batch))
+        batch = RowBatch(
+            made.data, made.positions, made.numbers, plan.cursor, self.dataset, made.failed, self._first_rows
+        )
+        moved = self._position.after(plan)
         self._queue.popleft()
         self._batches, self._failed = self._batches + 1, self._failed + len(made.failed)
-        self._unsettled, self._state = False, moved
+        self._unsettled, self._position.state = False, moved
         return batch
 
     def __enter__(self) -> Self:
@@ -145,13 +154,12 @@ class RowLoader(Iterator[RowBatch]):
     @property
     def cursor(self) -> int:
         """Rows delivered so far, over all ranks and epochs."""
-        cursor: int = self._state.cursor
-        return cursor
+        return self._position.cursor
 
     @property
     def rows_per_epoch(self) -> int:
-        """Rows of an epoch: those that it goes through, or as many as are drawn."""
-        return self._assembler.grid.rows_per_epoch
+        """Rows of an epoch: those that it goes through, or as many as are drawn; of a mixture, those of all its sources."""
+        return self._position.samples_per_epoch
 
     @property
     def batches_per_epoch(self) -> int:
@@ -160,36 +168,44 @@ class RowLoader(Iterator[RowBatch]):
 
     def state_dict(self) -> dict[str, Any]:
         """Return where the loader stands, as JSON values: under 1 KB, the same on every rank."""
-        return as_values(self._state)
+        return self._position.saved()
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from `state`, on any world and any batch size.
+    @property
+    def batches(self) -> int | None:
+        """Steps from the start to the end of all passes, or of the mixture; None: it does not end."""
+        return None if self._position.end is None else -(-self._position.end // self.global_batch)
+
+    def load_state_dict(self, state: Mapping[str, Any], *, reweigh: bool = False) -> None:
+        """Go on from `state`, on any world and any batch size; with `reweigh`, as `Loader.load_state_dict`.
 
         Raises:
             ResumeError: `state` belongs to another order, or another choice of rows; the message names the keys that differ.
         """
         try:
-            found = read_state(state, here=self._start)
+            found = self._position.read(state, reweigh=reweigh)
         except ResumeError:
-            changed = (
-                self.dataset.changed_since(str(state.get("dataset"))) if isinstance(self.dataset, ChangedFiles) else []
-            )
+            changed = self._changed_files(state)
             if not changed:
                 raise
             raise ResumeError(
                 f"files have changed since the state was saved: {'; '.join(changed[:_NAMED])}",
-                url=self.dataset.url,
+                url=self._stream.source.url,
                 changed=len(changed),
                 hint="Put them back, or start a new run.",
             ) from None
         self._start_at(found)
 
+    def reweigh(self, weights: Weights) -> None:
+        """Give the sources of the mixture other weights, from the next batch on and until the end; it is part of the state.
+
+        Raises:
+            ConfigError: the loader reads one dataset, or a weight is out of range.
+        """
+        self._start_at(self._position.reweighed(weights))
+
     def skip(self, batches: int) -> None:
         """Go on `batches` batches later, without reading any."""
-        if batches < 0:
-            raise ConfigError("cannot skip backwards", batches=batches, hint="Load a saved state instead.")
-        cursor = self._within(self.cursor + batches * self.global_batch)
-        self._start_at(msgspec.structs.replace(self._state, cursor=cursor))
+        self._start_at(self._position.skipped(batches))
 
     def seek(self, position: int) -> None:
         """Go to a position of the order: so many rows, of all ranks and epochs, come before the next batch. Nothing is read.
@@ -198,23 +214,23 @@ class RowLoader(Iterator[RowBatch]):
             ConfigError: it is negative, or lies behind the end.
         """
         position = whole_number(position, name="position")
-        if position < 0 or (self._total is not None and position > self._total):
-            raise ConfigError(
-                "there is no such position", position=position, end=self._total, hint="Stay in the order."
-            )
-        self._start_at(msgspec.structs.replace(self._state, cursor=position))
+        end = self._position.end
+        if position < 0 or (end is not None and position > end):
+            raise ConfigError("there is no such position", position=position, end=end, hint="Stay in the order.")
+        self._start_at(msgspec.structs.replace(self._position.state, cursor=position))
 
     def numbers_at(self, position: int, rows: int) -> I64:
         """Return the numbers of the rows at `rows` positions from `position` on, of all ranks; nothing is read or moved."""
         if position < 0 or rows < 0:
             raise ConfigError("there are no such positions", position=position, rows=rows, hint="Count from 0.")
-        stop = position + rows if self._total is None else min(position + rows, max(self._total, position))
+        end = self._position.end
+        stop = position + rows if end is None else min(position + rows, max(end, position))
         positions = np.arange(position, stop)
-        return self._assembler.grid.numbers(self._order_of(self._state).locate(positions).samples, positions)
+        return self._assembler.grid.numbers(self._position.locate(positions).samples, positions)
 
     def plan(self, batches: int) -> list[I64]:
         """Return the numbers of the rows of this rank's next `batches` batches, deleted ones too; nothing is read or moved."""
-        plans = self._planner.plan(self.cursor, batches=batches)
+        plans = self._position.plan(self.cursor, batches=batches)
         return [self._assembler.grid.numbers(plan.samples[plan.valid], plan.positions[plan.valid]) for plan in plans]
 
     def stats(self) -> dict[str, int | float]:
@@ -223,9 +239,13 @@ class RowLoader(Iterator[RowBatch]):
         With worker processes, what is kept, and read from the disk of a cache, is kept and counted there, not here.
         """
         store = self._assembler.store
-        counts: dict[str, int | float] = {"batches": self._batches, "failed": self._failed, "lanes": self._state.lanes}
+        counts: dict[str, int | float] = {
+            "batches": self._batches,
+            "failed": self._failed,
+            "lanes": self._position.lanes,
+        }
         return counts | {
-            "window": self._state.window,
+            "window": self._position.state.window,
             "hits": store.hits,
             "fills": store.fills,
             "evictions": store.evictions,
@@ -236,66 +256,63 @@ class RowLoader(Iterator[RowBatch]):
     def close(self) -> None:
         """End threads and processes. The loader may be used again; it starts anew where it stands."""
         self._end_pool()
-        self._start_at(self._state)
-
-    @property
-    def _total(self) -> int | None:
-        return None if self.options.epochs is None else self.options.epochs * self.rows_per_epoch
-
-    def _within(self, cursor: int) -> int:
-        return cursor if self._total is None else min(cursor, max(self._total, self.cursor))
+        self._start_at(self._position.state)
 
     def _start_at(self, state: LoaderState) -> None:
         """Plan from `state` on, and forget what was planned."""
         self._unsettled = True
         if self._pid != os.getpid():  # Forked: threads and processes are not here.
             self._pool, self._pid = None, os.getpid()
-        if (state.lanes, state.window) != (self._state.lanes, self._state.window):
-            self._planner = self._planner_of(state)
         for _, coming in self._queue:
             if coming is not None:
                 coming.cancel()
         self._queue.clear()
-        self._state, self._planned_to, self._unsettled = state, state.cursor, False
+        self._position.go_to(state)
+        self._planned_to, self._unsettled = state.cursor, False
 
-    def _planner_of(self, state: LoaderState) -> Planner:
-        return Planner(self._order_of(state), rank=self.rank, global_batch=self.global_batch, total=self._total)
-
-    def _order_of(self, state: LoaderState) -> SampleOrder:
-        key = OrderKey(state.seed, state.lanes, state.window, state.shuffle)
-        return self._assembler.grid.order(self.dataset.segments.uid64, key)
+    def _changed_files(self, state: Mapping[str, Any]) -> list[str]:
+        """Return which files are others than when `state` was saved, as far as a source can tell."""
+        saved = {name: source["dataset"] for name, source in state.get("sources", {}).items()}
+        found: list[str] = []
+        for source in self._stream.sources:
+            if isinstance(source.dataset, ChangedFiles):
+                found += source.dataset.changed_since(str(saved.get(source.name, state.get("dataset"))))
+        return found
 
     def _look_ahead(self) -> None:
         """Plan on, and have the batches made that have come within `prefetch_batches`."""
         hands = self._workers or self.options.threads
         ahead = min(self.options.prefetch_batches, 2 * hands)
         while len(self._queue) <= ahead:
-            plans = self._planner.plan(self._planned_to, batches=max(1 + ahead, _PLAN_SLOTS // self.global_batch))
+            plans = self._position.plan(self._planned_to, batches=max(1 + ahead, _PLAN_SLOTS // self.global_batch))
             if not plans:
                 break
-            self._planned_to = self._within(plans[-1].cursor + self.global_batch)
+            self._planned_to = self._position.end_of(plans[-1])
             self._queue.extend((plan, None) for plan in plans)
         if not ahead:
             return
         if self._pool is None:
-            self._pool = _pool(self._assembler, workers=self._workers, threads=self.options.threads)
+            self._pool = pool_of(self._assembler, workers=self._workers, threads=self.options.threads)
         for index in range(min(ahead + 1, len(self._queue))):
             plan, coming = self._queue[index]
             if coming is None or (
                 coming.done() and (coming.cancelled() or coming.exception() is not None) and not index
             ):
                 again = (
-                    self._pool.submit(_make, plan) if self._workers else self._pool.submit(self._assembler.make, plan)
+                    self._pool.submit(make_here, plan)
+                    if self._workers
+                    else self._pool.submit(self._assembler.make, plan)
                 )
                 self._queue[index] = plan, again
 
     def _warn_if_memory_is_short(self) -> None:
         """Tell of a budget that has no room for the batches of shards that this rank's windows lie in."""
-        segments, state = self.dataset.segments, self._state
+        source, state = self._stream.source, self._position.state
+        segments = source.segments
         size_bytes = int(segments.size_bytes.sum())
-        windows = -(-state.lanes // self.rank.world)
+        windows = -(-self._position.lanes // self.rank.world)
         row_bytes = size_bytes / max(1, int(segments.documents.sum()))
-        needed = min(size_bytes, int(windows * (state.window * row_bytes + self.dataset.batch_bytes)))
+        needed = min(size_bytes, int(windows * (state.window * row_bytes + source.batch_bytes)))
         if needed > self.options.memory_bytes:
             warnings.warn(
                 f"memory_bytes ({format_bytes(self.options.memory_bytes)}) cannot hold what the windows of this rank lie in "
@@ -314,7 +331,7 @@ class RowLoader(Iterator[RowBatch]):
         raise StorageError(
             "a batch of rows was not made in time",
             transient=True,
-            url=self.dataset.url,
+            url=self._stream.source.url,
             rank=f"{self.rank.rank} of {self.rank.world}",
             cursor=plan.cursor,
             rows=plan.samples.tolist()[:_SHOWN],
@@ -330,48 +347,13 @@ class RowLoader(Iterator[RowBatch]):
 
 
 def _loader_at(
-    dataset: RowSource, global_batch: int, rank: Rank, rows: Rows, options: LoaderSettings, state: dict[str, Any]
+    dataset: RowSource | Mixture,
+    global_batch: int,
+    rank: Rank,
+    rows: Rows,
+    options: LoaderSettings,
+    state: dict[str, Any],
 ) -> RowLoader:
     loader = RowLoader(dataset, global_batch=global_batch, seed=state["seed"], rank=rank, rows=rows, options=options)
     loader.load_state_dict(state)
     return loader
-
-
-def _checked_workers(rows: Rows) -> int:
-    workers = whole_number(rows.workers, name="workers")
-    if workers < 0:
-        raise ConfigError("workers is negative", workers=workers, hint="Use 0 for threads of this process.")
-    if rows.on_error not in ("raise", "leave_out"):
-        raise ConfigError("no such way with errors", on_error=rows.on_error, hint='Use "raise" or "leave_out".')
-    return workers
-
-
-def _check_sendable(assembler: Assembler) -> None:
-    try:
-        ForkingPickler.dumps(assembler)  # As the pool will: nothing of it is ever stored.
-    except Exception as error:  # noqa: BLE001 - a user's object may raise anything
-        raise ConfigError(
-            f"what the worker processes are to do cannot be sent to them: {error}",
-            hint="Define transform and collate at the top of a module, or use workers=0.",
-        ) from None
-
-
-def _pool(assembler: Assembler, *, workers: int, threads: int) -> Executor:
-    if not workers:
-        return ThreadPoolExecutor(threads, thread_name_prefix="datastore-rows")
-    context = get_context("forkserver" if os.name == "posix" else "spawn")
-    return ProcessPoolExecutor(workers, mp_context=context, initializer=_enter, initargs=(assembler,))
-
-
-_here: Assembler | None = None
-"""What a worker process makes batches with."""
-
-
-def _enter(assembler: Assembler) -> None:
-    global _here  # noqa: PLW0603 - a worker process has one
-    _here = assembler
-
-
-def _make(plan: BatchPlan) -> Made:
-    assert _here is not None
-    return _here.make(plan)

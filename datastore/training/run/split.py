@@ -94,7 +94,8 @@ class Split:
     @property
     def datasets(self) -> Sequence[Dataset]:
         """What is trained on, one dataset after the other."""
-        return [self.training] if isinstance(self.training, Dataset) else list(self.training.sources.values())
+        sources = [self.training] if isinstance(self.training, Dataset) else self.training.sources.values()
+        return [source for source in sources if isinstance(source, Dataset)]
 
     def samples(
         self, count: int, *, seq_len: int, rank: Rank, options: LoaderSettings = _DEFAULTS

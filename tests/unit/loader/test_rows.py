@@ -15,6 +15,7 @@ import datastore as ds
 from datastore.dataset.snapshot import Dataset
 from datastore.errors import ConfigError, CorruptError, RejectedError, ResumeError
 from datastore.loader.order.order import Planner
+from datastore.loader.position import Position
 from datastore.loader.rows.assemble import Assembler
 from datastore.loader.rows.batch import RowBatch, Rows
 from datastore.loader.rows.loader import RowLoader
@@ -293,7 +294,7 @@ def test_what_cannot_be_sent_to_workers_is_refused_at_once(dataset: Dataset) -> 
         load(dataset, rows=Rows(transform=lambda row, _: row, workers=1))
 
 
-@pytest.mark.parametrize(("owner", "name"), [(Planner, "plan"), (Assembler, "make"), (RowLoader, "_within")])
+@pytest.mark.parametrize(("owner", "name"), [(Planner, "plan"), (Assembler, "make"), (Position, "end_of")])
 @pytest.mark.parametrize("after", [False, True], ids=["before it", "after it"])
 def test_after_any_exception_the_next_batch_is_the_next_one(
     dataset: Dataset, monkeypatch: pytest.MonkeyPatch, owner: type, name: str, *, after: bool
