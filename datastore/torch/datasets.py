@@ -68,8 +68,12 @@ class TokenDataset(IterableDataset[TensorBatch]):
         taken = self.loader.cursor // self.loader.global_batch % len(self)
         return _Pass(batches, len(self) - taken)
 
-    def state_dict(self) -> dict[str, Any]:
-        """Return `Loader.state_dict`: without workers a `DataLoader` takes a batch only to hand it out."""
+    def state_dict(self, *_counted: object) -> dict[str, Any]:
+        """Return `Loader.state_dict`: without workers a `DataLoader` takes a batch only to hand it out.
+
+        Composer passes how many samples of the epoch its loop has counted, and that they count from the epoch's start; the loader
+        knows better.
+        """
         return self.loader.state_dict()
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:

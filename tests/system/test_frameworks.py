@@ -123,7 +123,7 @@ def test_passes_of_an_endless_loader_follow_each_other(dataset: Dataset) -> None
 
 def test_a_pass_goes_on_after_an_exception(dataset: Dataset, monkeypatch: pytest.MonkeyPatch) -> None:
     plain, source = stream(loader_of(dataset)), TokenDataset(loader_of(dataset))
-    batches, honest, fail = iter(source), Loader.next_into, True
+    batches, honest, fail = iter(source), Loader.__next__, True
 
     def once(loader: Loader, *arguments: Any, **named: Any) -> Any:
         nonlocal fail
@@ -133,7 +133,7 @@ def test_a_pass_goes_on_after_an_exception(dataset: Dataset, monkeypatch: pytest
         return honest(loader, *arguments, **named)
 
     assert rows_of(next(batches).tokens) == rows_of(next(plain).tokens)
-    monkeypatch.setattr(Loader, "next_into", once)
+    monkeypatch.setattr(Loader, "__next__", once)
     with pytest.raises(KeyboardInterrupt):
         next(batches)
     assert [rows_of(batch.tokens) for batch in batches] == [rows_of(next(plain).tokens) for _ in range(EPOCH - 1)]
@@ -323,3 +323,55 @@ def test_lightning(dataset: Dataset, tmp_path: Path, load: Callable[[Dataset], t
         folder = tmp_path / f"stopped-{step}"
         first = fit(folder, stop_in=step)
         assert first + fit(folder, start=str(folder / f"step={step}.ckpt")) == whole
+
+
+# Composer, which cannot be installed beside this torch: a loop with its calls (mosaicml 0.32.1: State._dataset_state_dict,
+# State._load_dataset_state, Trainer._train_loop).
+
+
+class ComposerLike:
+    """Trains by epochs; each checkpoint asks the dataset of the `DataLoader` for its state, with what the loop has counted."""
+
+    def __init__(self, loading: "DataLoader[Any]", *, stop_in: int | None) -> None:
+        self.loading, self.stop_in = loading, stop_in
+        self.seen: list[list[tuple[int, ...]]] = []
+        self.saved: list[dict[str, Any]] = []
+        self.step = self.samples_in_epoch = 0
+
+    def save(self) -> None:
+        dataset: Any = self.loading.dataset
+        self.saved.append({"step": self.step, "train": dataset.state_dict(self.samples_in_epoch, True)})
+
+    def load(self, saved: dict[str, Any]) -> None:
+        self.step = saved["step"]
+        dataset: Any = self.loading.dataset
+        dataset.load_state_dict(saved["train"])
+
+    def fit(self) -> list[list[tuple[int, ...]]]:
+        while self.step < STEPS:
+            self.samples_in_epoch = 0
+            for batch in self.loading:
+                if self.step == self.stop_in:
+                    return self.seen
+                self.seen.append(rows_of(batch.tokens))
+                self.step += 1
+                self.samples_in_epoch += len(batch.tokens)
+                self.save()
+                if self.step == STEPS:
+                    break
+        return self.seen
+
+
+def test_a_loop_like_that_of_composer(dataset: Dataset) -> None:
+    def trainer(stop_in: int | None = None) -> ComposerLike:
+        return ComposerLike(DataLoader(TokenDataset(loader_of(dataset)), batch_size=None), stop_in=stop_in)
+
+    plain = stream(loader_of(dataset))
+    whole = trainer().fit()
+    assert whole == [rows_of(next(plain).tokens) for _ in range(STEPS)]
+    for step in range(1, STEPS):
+        first = trainer(stop_in=step)  # One more batch was taken, and is lost.
+        seen = first.fit()
+        again = trainer()
+        again.load(first.saved[-1])
+        assert seen + again.fit() == whole

@@ -1,7 +1,9 @@
 """Every code block of README and docs/ runs, every link leads somewhere, every command is described.
 
 Blocks are told apart by their language: `sh` and `python` are run, `sql` goes through DuckDB, `toml` and `json` must
-parse, `text` is output or a drawing. A page whose first line holds `starts empty` runs in a folder with nothing but
+parse, `text` is output or a drawing. A `python alone` block runs in a process of its own, a `python slow` one likewise, in a test
+that is marked slow and skipped where what it imports is missing. In a table whose last column is headed `here`, the code in that column
+runs, too, in the order of the page. A page whose first line holds `starts empty` runs in a folder with nothing but
 `src/`; any other finds there what the tutorial makes: `tok.json`, `data/code`, `run.toml` and `runs/first`; and
 `data/text`, the same files as records.
 """
@@ -13,6 +15,8 @@ import os
 import re
 import shlex
 import shutil
+import subprocess
+import sys
 import tomllib
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -29,7 +33,8 @@ from datastore.cli.shell import CliSession, call
 
 ROOT = Path(__file__).parents[2]
 PAGES = sorted([ROOT / "README.md", *(ROOT / "docs").rglob("*.md")])
-FENCE = re.compile(r"^```(\w*)[^\n]*\n(.*?)^```\s*$", re.MULTILINE | re.DOTALL)
+FENCE = re.compile(r"^```(\w*)[ ]?([^\n]*)\n(.*?)^```\s*$", re.MULTILINE | re.DOTALL)
+TABLE = re.compile(r"^\|[^\n]*\| here \|\n\|[-| ]+\|\n((?:\|[^\n]*\|\n)+)", re.MULTILINE)
 LINK = re.compile(r"(?<!!)\[[^\]]*\]\(([^)\s]+)\)")
 RUN = """
 [data]
@@ -64,11 +69,27 @@ class Block:
     language: str
     text: str
     line: int
+    mark: str = ""
 
 
 def blocks(page: Path) -> list[Block]:
     text = page.read_text(encoding="utf-8")
-    return [Block(found[1], found[2], text.count("\n", 0, found.start()) + 1) for found in FENCE.finditer(text)]
+    found = [
+        Block(match[1], match[3], text.count("\n", 0, match.start()) + 1, match[2]) for match in FENCE.finditer(text)
+    ]
+    return sorted(found + cells(text), key=lambda block: block.line)
+
+
+def cells(text: str) -> list[Block]:
+    """Return the code in the last column of tables that are headed `here`."""
+    return [
+        Block(
+            "sh" if code.startswith("datastore ") else "python", code, text.count("\n", 0, table.start(1)) + 1 + number
+        )
+        for table in TABLE.finditer(text)
+        for number, row in enumerate(table[1].splitlines())
+        for code in re.findall(r"`([^`]+)`", row.rsplit(" | ", 1)[1])
+    ]
 
 
 def name_of(page: Path) -> str:
@@ -136,7 +157,33 @@ def test_every_block_runs(page: Path) -> None:
     for block in blocks(page):
         where = f"{name_of(page)}:{block.line}"
         assert block.language in RUNNERS, f"{where}: a block needs one of the languages {', '.join(RUNNERS)}"
-        RUNNERS[block.language](block.text, names, where)
+        if block.mark == "alone":
+            run_alone(block, where)
+        elif block.mark != "slow":
+            RUNNERS[block.language](block.text, names, where)
+
+
+SLOW = [page for page in PAGES if any(block.mark == "slow" for block in blocks(page))]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("page", "workspace"), [case(page) for page in SLOW], indirect=["workspace"])
+@pytest.mark.usefixtures("workspace")
+def test_every_slow_block_runs(page: Path) -> None:
+    for block in blocks(page):
+        if block.mark == "slow":
+            for name in set(re.findall(r"^(?:import|from) (\w+)", block.text, re.MULTILINE)):
+                if importlib.util.find_spec(name) is None:
+                    pytest.skip(f"{name} is not installed")
+            run_alone(block, f"{name_of(page)}:{block.line}")
+
+
+def run_alone(block: Block, where: str) -> None:
+    """Run a block in a process of its own: what it imports changes the process that it is in."""
+    Path("block.py").write_text(block.text, encoding="utf-8")
+    command = [sys.executable, "-W", "ignore", "block.py"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=280, check=False)
+    assert done.returncode == 0, f"{where}: {done.stderr[-2000:]}"
 
 
 def run_python(text: str, names: dict[str, object], where: str) -> None:
