@@ -15,6 +15,7 @@ from datastore.cli.deletion import COMMANDS as DELETION_COMMANDS
 from datastore.cli.doctor import doctor
 from datastore.cli.ingest import COMMANDS as INGEST_COMMANDS
 from datastore.cli.interop import COMMANDS as INTEROP_COMMANDS
+from datastore.cli.plan import plan
 from datastore.cli.redundancy import COMMANDS as REDUNDANCY_COMMANDS
 from datastore.cli.runs import COMMANDS as RUN_COMMANDS
 from datastore.cli.shell import CliSession, CommandGroup, call, debug_option, example, last_words
@@ -48,6 +49,7 @@ for command in (
     *RUN_COMMANDS,
     checkpoint,
     cache,
+    plan,
     doctor,
 ):
     cli.add_command(command)

@@ -7,15 +7,14 @@ settings   what a user may choose, and the rank that reads
 batch      one batch
 order      from a position to a sample: pure functions
 mixture    several datasets as one, each by its weight
-sources    one dataset or those of a mixture, and the order that a state gives them
-position   where a loader stands, and what comes next
+place      where a loader stands, and what comes next; the state
 stream     a dataset or a mixture as samples, deletions taken into account
 pipeline   what lies ahead: planned, fetched, made
 assemble   a planned batch made
 gathering  what a batch reads, and the copy into it
 cache      blocks: mapped, kept in memory and on disk, fetched ahead
-state      the position, saved and loaded
 trace      from a batch back to documents
+forecast   a run of the loader without data: requests, bytes, stalls
 """
 
 __all__: list[str] = []

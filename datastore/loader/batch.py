@@ -15,8 +15,8 @@ from datastore.loader.order.lanes import I64
 from datastore.loader.order.mix import mix64
 from datastore.loader.order.order import NO_SAMPLE
 from datastore.loader.order.packs import PackGrid
+from datastore.loader.place.sources import source_numbers
 from datastore.loader.settings import LOSS_MASK
-from datastore.loader.sources import source_numbers
 from datastore.loader.stream import SampleStream
 from datastore.loader.trace import DocumentSpan, origins_of
 

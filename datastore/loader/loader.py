@@ -20,9 +20,9 @@ from datastore.loader.gathering.gather import AnyArray, BatchColumn, TokenArray
 from datastore.loader.mixture.request import Data, Weights
 from datastore.loader.order.lanes import I64
 from datastore.loader.pipeline import Pipeline
-from datastore.loader.position import Position
+from datastore.loader.place.position import Position
+from datastore.loader.place.state import LoaderState
 from datastore.loader.settings import LoaderSettings, Rank, checked_options
-from datastore.loader.state import LoaderState
 from datastore.loader.stream import columns_of, open_stream
 from datastore.storage.base import Storage
 

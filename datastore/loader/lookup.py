@@ -18,8 +18,8 @@ from datastore.loader.cache.blocks import TokenBlocks
 from datastore.loader.mixture.request import Data
 from datastore.loader.order.lanes import I64
 from datastore.loader.order.order import BatchPlan
+from datastore.loader.place.sources import course_of
 from datastore.loader.settings import LoaderSettings, checked_options
-from datastore.loader.sources import course_of
 from datastore.loader.stream import columns_of, end_of_text_of, open_stream
 
 __all__ = ["SampleReader", "blocks_of_steps"]

@@ -24,7 +24,7 @@ from datastore.loader.gathering.gather import AnyArray, BatchColumn, Reads, Toke
 from datastore.loader.order.ahead import LaneReader, blocks_at_once
 from datastore.loader.order.order import BatchPlan
 from datastore.loader.order.samples import SampleGrid
-from datastore.loader.position import Position
+from datastore.loader.place.position import Position
 from datastore.loader.settings import Rank
 from datastore.loader.stream import SampleStream, end_of_text_of
 

@@ -17,9 +17,9 @@ from datastore.loader.mixture.joint import JointSegments, JointStorage, joint_gr
 from datastore.loader.mixture.request import Data, Mixture
 from datastore.loader.order.packs import PackGrid, joint_packs, pack_grid
 from datastore.loader.order.samples import I64, Gaps, SampleGrid, sample_grid
+from datastore.loader.place.sources import Shape, Source, first_state
+from datastore.loader.place.state import LoaderState, dataset_fingerprint
 from datastore.loader.settings import LOSS_MASK, LoaderSettings
-from datastore.loader.sources import Shape, Source, first_state
-from datastore.loader.state import LoaderState, dataset_fingerprint
 from datastore.storage.base import Storage
 
 __all__ = [

@@ -16,9 +16,9 @@ from datastore.loader.mixture.request import Data
 from datastore.loader.order.lanes import I64
 from datastore.loader.order.order import BatchPlan, Planner
 from datastore.loader.order.samples import Span
+from datastore.loader.place.sources import course_of, source_numbers
+from datastore.loader.place.state import read_state
 from datastore.loader.settings import DeletionMode, LoaderSettings, Packing, Rank
-from datastore.loader.sources import course_of, source_numbers
-from datastore.loader.state import read_state
 from datastore.loader.stream import SampleStream, open_stream
 
 __all__ = ["DocumentSpan", "SampleOrigin", "Tracer", "locate", "origins_of", "plan_step"]

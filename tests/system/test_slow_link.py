@@ -35,14 +35,15 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def share_of(loader: Loader) -> int:
     """Return the bytes of the blocks that a rank's whole epoch lies in, by planning alone."""
-    blocks = loader._ready()
-    loader._look_ahead(blocks)
+    pipeline = loader._pipeline
+    blocks = pipeline._ready()
+    pipeline._look_ahead(blocks)
     found: set[int] = set()
-    reads = loader._pipeline._planned
+    reads = pipeline._planned
     while reads:
         found.update(np.unique(reads[0][1].blocks).tolist())
         reads.popleft()
-        loader._look_ahead(blocks)
+        pipeline._look_ahead(blocks)
     loader.close()
     return int(blocks.layout.sizes(np.array(sorted(found))).sum())
 

@@ -25,14 +25,14 @@ from datastore.errors import ConfigError, DatastoreError, ResumeError, StorageEr
 from datastore.loader.mixture.request import Mixture, Weights
 from datastore.loader.order.lanes import I64
 from datastore.loader.order.order import BatchPlan
-from datastore.loader.position import Position
+from datastore.loader.place.position import Position
+from datastore.loader.place.state import LoaderState
 from datastore.loader.rows.assemble import Assembler, Made
 from datastore.loader.rows.batch import RowBatch, Rows
 from datastore.loader.rows.source import ChangedFiles, RowSource
 from datastore.loader.rows.stream import open_rows
 from datastore.loader.rows.workers import check_sendable, checked_workers, make_here, pool_of
 from datastore.loader.settings import LoaderSettings, Rank, checked_options
-from datastore.loader.state import LoaderState
 from datastore.units import format_bytes
 
 __all__ = ["RowLoader"]

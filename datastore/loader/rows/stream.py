@@ -10,6 +10,8 @@ from datastore.formats.records import BATCH_BYTES
 from datastore.loader.mixture.joint import places_of
 from datastore.loader.mixture.request import Mixture
 from datastore.loader.order.lanes import I64
+from datastore.loader.place.sources import Shape, Source, first_state
+from datastore.loader.place.state import LoaderState
 from datastore.loader.rows.batch import Rows
 from datastore.loader.rows.grid import Grid, RowGrid, live_rows_of, matching_rows, row_grid
 from datastore.loader.rows.joint import JointRows, joint_rows
@@ -18,8 +20,6 @@ from datastore.loader.rows.source import RowSource
 from datastore.loader.rows.strata import stratified_grid
 from datastore.loader.rows.weighted import subset_grid, weighted_grid
 from datastore.loader.settings import LoaderSettings
-from datastore.loader.sources import Shape, Source, first_state
-from datastore.loader.state import LoaderState
 from datastore.loader.stream import SMALL_BYTES
 
 __all__ = ["RowStream", "checked_columns", "chosen_rows", "open_rows", "shape_of"]

@@ -11,8 +11,8 @@ import numpy as np
 from datastore.checkpoint.checkpointer import Checkpointer
 from datastore.errors import ConfigError, MissingError
 from datastore.loader.mixture.request import Data, Mixture
+from datastore.loader.place.sources import source_numbers
 from datastore.loader.settings import LoaderSettings, Rank
-from datastore.loader.sources import source_numbers
 from datastore.loader.stream import open_stream
 from datastore.loader.trace import DocumentSpan, Tracer, plan_step
 from datastore.training.run.folder import RunConfig, RunFolder, RunSession, open_split, own_versions

@@ -19,8 +19,8 @@ from datastore.dataset.snapshot import Dataset, open_dataset, split_reference
 from datastore.document import Document
 from datastore.errors import MissingError, ResumeError
 from datastore.loader.loader import Loader
+from datastore.loader.place.state import shards_fingerprint
 from datastore.loader.settings import DeletionMode
-from datastore.loader.state import shards_fingerprint
 from datastore.training.run.split import Stretch
 
 __all__ = [

@@ -15,7 +15,7 @@ import datastore as ds
 from datastore.dataset.snapshot import Dataset
 from datastore.errors import ConfigError, CorruptError, RejectedError, ResumeError
 from datastore.loader.order.order import Planner
-from datastore.loader.position import Position
+from datastore.loader.place.position import Position
 from datastore.loader.rows.assemble import Assembler
 from datastore.loader.rows.batch import RowBatch, Rows
 from datastore.loader.rows.loader import RowLoader

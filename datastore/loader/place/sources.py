@@ -17,8 +17,8 @@ from datastore.loader.mixture.request import Mixture, Stage, weights_in_force
 from datastore.loader.mixture.schedule import Phase, phases_of
 from datastore.loader.order.lanes import I64
 from datastore.loader.order.order import ORDER_VERSION, Order, Ordered, OrderKey, SampleOrder
+from datastore.loader.place.state import LoaderState, SourceState, StageState
 from datastore.loader.settings import LoaderSettings
-from datastore.loader.state import LoaderState, SourceState, StageState
 
 __all__ = ["Course", "Shape", "Source", "course_of", "first_state", "reweighed", "source_numbers"]
 

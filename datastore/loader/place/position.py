@@ -9,9 +9,9 @@ from datastore.errors import ConfigError
 from datastore.loader.mixture.request import Mixture, Stage, Weights
 from datastore.loader.order.lanes import I64
 from datastore.loader.order.order import BatchPlan, Located, Order, Planner
+from datastore.loader.place.sources import Source, course_of, reweighed
+from datastore.loader.place.state import LoaderState, as_values, is_same_mixture, read_state
 from datastore.loader.settings import Rank
-from datastore.loader.sources import Source, course_of, reweighed
-from datastore.loader.state import LoaderState, as_values, is_same_mixture, read_state
 
 __all__ = ["Position"]
 
