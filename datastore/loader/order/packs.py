@@ -111,7 +111,7 @@ def pack_grid(
         ConfigError: `seq_len` is below 1, or there is nothing to pack.
     """
     if seq_len < 1:
-        raise ConfigError("seq_len must be at least 1", seq_len=seq_len, hint="Set seq_len to 1 or more.")
+        raise ConfigError("seq_len must be at least 1", seq_len=seq_len, hint="Set `seq_len` to 1 or more.")
     starts, lengths, counts, run_length = [np.empty(0, np.int64)], [np.empty(0, np.int32)], [np.zeros(1, np.int64)], []
     for found, mask in zip(offsets, live, strict=True):
         packs = 0

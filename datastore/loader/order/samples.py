@@ -153,7 +153,7 @@ def sample_grid(tokens: I64, *, seq_len: int, gaps: Gaps | None = None) -> Sampl
         ConfigError: `seq_len` is below 1, or the dataset has no sample of that length.
     """
     if seq_len < 1:
-        raise ConfigError("seq_len must be at least 1", seq_len=seq_len, hint="Set seq_len to 1 or more.")
+        raise ConfigError("seq_len must be at least 1", seq_len=seq_len, hint="Set `seq_len` to 1 or more.")
     stored_start = np.zeros(len(tokens) + 1, np.int64)
     np.cumsum(tokens, out=stored_start[1:])
     token_start = stored_start if gaps is None else gaps.line_of(stored_start)
@@ -164,7 +164,7 @@ def sample_grid(tokens: I64, *, seq_len: int, gaps: Gaps | None = None) -> Sampl
             "seq_len is longer than the whole dataset" if total else "the dataset has no tokens",
             seq_len=seq_len,
             tokens=total,
-            hint="Use a smaller `seq_len` (a sample has seq_len + 1 tokens), or add data.",
+            hint="Use a smaller `seq_len` (a sample has one token more), or add data.",
         )
     run_end = np.minimum(-(-token_start // seq_len), samples)
     return SampleGrid(seq_len, samples, token_start, run_end[:-1], np.diff(run_end), stored_start, gaps)

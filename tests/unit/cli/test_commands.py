@@ -54,6 +54,7 @@ FLAGS = {
     "evolve": "add default drop rename widen",
     "train": "processes set take-over to",
     "resume": "processes set take-over",
+    "plan": "batch cost delay lanes link memory per-node plot ranks seq-len shard step steps store threads tokens",
     "prove": "",
     "trace": "limit rank step",
     "evaluate": "run samples step",
