@@ -224,6 +224,9 @@ class TokenBlocks(ABC):
         self._wait_s = 0.0
         self._hits = self._misses = self._fills = self._filled_bytes = self._refetches = self._evictions = 0
 
+    lends = False
+    """Whether what `read` returns is overwritten by the next read."""
+
     @property
     def budget_bytes(self) -> int | None:
         """How much can be held at once; None if there is no limit."""
@@ -261,7 +264,7 @@ class TokenBlocks(ABC):
     def read(
         self, shards: Sequence[int], starts: Sequence[int], sizes: Sequence[int]
     ) -> bytearray | npt.NDArray[np.uint8]:
-        """Return for each of `shards` so many bytes of its file, from `starts` on, end to end in memory of their own.
+        """Return for each of `shards` so many bytes of its file, from `starts` on, end to end; right until the next read if `lends`.
 
         All of them lie in blocks that are held. Shard `NOWHERE` has zeros, at most `ZEROS` bytes at a time.
 

@@ -67,6 +67,8 @@ class _Home:
 class FileBlocks(TokenBlocks):
     """The shards of `segments` in `storage`, all of which are files of this machine. One thread holds, others may fetch."""
 
+    lends = True
+
     def __init__(self, storage: Storage, segments: Segments, *, max_shards: int = _MAX_SHARDS) -> None:
         super().__init__(storage, segments)
         self._max_shards = max_shards
@@ -263,11 +265,11 @@ class _Copier:
         self._view = np.empty(0, np.uint8)
 
     def join(self, pieces: Sequence[memoryview]) -> npt.NDArray[np.uint8] | None:
-        """Return the pieces end to end, in memory of their own; less, or None, if the kernel cannot read them."""
+        """Return the pieces end to end, until the next call; less, or None, if the kernel cannot read them."""
         ends = list(accumulate(map(len, pieces)))
         try:
             if len(pieces) <= _MAX_ROWS and ends[-1] <= _STEP_BYTES:
-                return self._view[: os.pwritev(self._room_for(ends[-1]), pieces, 0)].copy()
+                return self._view[: os.pwritev(self._room_for(ends[-1]), pieces, 0)]
             joined = np.empty(ends[-1], np.uint8)
             at = first = 0
             while first < len(pieces):

@@ -120,7 +120,7 @@ class Gatherer:
             self._copy_row_by_row(reads, found, columns)
             return found
         with self._blocks.hold(reads.blocks):
-            if out is None and not reads.pieces:
+            if out is None and not reads.pieces and not self._blocks.lends:
                 found = self._joined(reads, 0, layout.dtype).reshape(-1, self._width)
             else:
                 found = self._empty(reads) if out is None else out
