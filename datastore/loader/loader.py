@@ -221,6 +221,14 @@ class Loader:
         """Go on `batches` batches later, without reading any."""
         self._start_at(self._position.skipped(batches))
 
+    def seek(self, position: int) -> None:
+        """Go to a position of the order: so many samples, of all ranks and epochs, come before the next batch. Nothing is read.
+
+        Raises:
+            ConfigError: it is negative, or lies behind the end.
+        """
+        self._start_at(self._position.sought(position))
+
     def plan(self, batches: int) -> list[I64]:
         """Return the samples of this rank's next `batches` batches, one array [B] each; nothing is read or moved."""
         return [plan.samples for plan in self._position.plan(self.cursor, batches=batches)]

@@ -5,7 +5,7 @@ from typing import Any
 
 import msgspec
 
-from datastore.errors import ConfigError
+from datastore.errors import ConfigError, whole_number
 from datastore.loader.mixture.request import Mixture, Stage, Weights
 from datastore.loader.order.lanes import I64
 from datastore.loader.order.order import BatchPlan, Located, Order, Planner
@@ -95,6 +95,17 @@ class Position:
         if batches < 0:
             raise ConfigError("cannot skip backwards", batches=batches, hint="Load a saved state instead.")
         return msgspec.structs.replace(self.state, cursor=self._within(self.cursor + batches * self._global_batch))
+
+    def sought(self, position: int) -> LoaderState:
+        """Return the state at `position`: so many samples, of all ranks and epochs, come before the next batch.
+
+        Raises:
+            ConfigError: it is negative, or lies behind the end.
+        """
+        position = whole_number(position, name="position")
+        if position < 0 or (self._end is not None and position > self._end):
+            raise ConfigError("there is no such position", position=position, end=self._end, hint="Stay in the order.")
+        return msgspec.structs.replace(self.state, cursor=position)
 
     def saved(self) -> dict[str, Any]:
         """Return the state as JSON values."""

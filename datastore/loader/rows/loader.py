@@ -17,7 +17,6 @@ from concurrent.futures import Executor, Future, wait
 from concurrent.futures.process import BrokenProcessPool
 from typing import Any, Self
 
-import msgspec
 import numpy as np
 from typing_extensions import override
 
@@ -213,11 +212,7 @@ class RowLoader(Iterator[RowBatch]):
         Raises:
             ConfigError: it is negative, or lies behind the end.
         """
-        position = whole_number(position, name="position")
-        end = self._position.end
-        if position < 0 or (end is not None and position > end):
-            raise ConfigError("there is no such position", position=position, end=end, hint="Stay in the order.")
-        self._start_at(msgspec.structs.replace(self._position.state, cursor=position))
+        self._start_at(self._position.sought(position))
 
     def numbers_at(self, position: int, rows: int) -> I64:
         """Return the numbers of the rows at `rows` positions from `position` on, of all ranks; nothing is read or moved."""

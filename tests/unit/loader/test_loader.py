@@ -194,6 +194,19 @@ def test_the_longest_sample_is_the_whole_dataset(dataset: Dataset) -> None:
     assert np.array_equal(batch.tokens[0], whole)
 
 
+def test_any_position_can_be_gone_to(tmp_path: Path) -> None:
+    dataset = make_dataset(tmp_path / "seek", [[400], [90]])
+    loader = Loader(dataset, seq_len=9, global_batch=4, options=LoaderSettings(epochs=2))
+    batches = list(loader)
+    for step in (5, 0, 11):
+        loader.seek(4 * step)
+        assert loader.cursor == 4 * step
+        assert next(loader).fingerprint() == batches[step].fingerprint()
+    for wrong in (-1, 2 * loader.samples_per_epoch + 1):
+        with pytest.raises(ConfigError, match="no such position"):
+            loader.seek(wrong)
+
+
 def test_records_are_refused(tmp_path: Path) -> None:
     from datastore.ingestion.writers.records import record_writer
 
