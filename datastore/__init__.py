@@ -64,7 +64,7 @@ if TYPE_CHECKING:
     from datastore.training.run.audit import trace
     from datastore.training.run.proof import prove
     from datastore.training.settings import Settings as RunSettings
-    from datastore.training.start import resume, train
+    from datastore.training.start import fork, resume, train
 
 _HOMES = {
     "Batch": ("datastore.loader.batch", "Batch"),
@@ -107,6 +107,7 @@ _HOMES = {
     "export_dataset": ("datastore.interop.export", "export"),
     "export_model": ("datastore.training.export.export", "export"),
     "health": ("datastore.dataset.durability.health", "health"),
+    "fork": ("datastore.training.start", "fork"),
     "generate": ("datastore.training.export.inference", "generate"),
     "import_dataset": ("datastore.ingestion.importing", "import_dataset"),
     "ingest": ("datastore.ingestion.ingest", "ingest"),
@@ -171,6 +172,7 @@ __all__ = [
     "expire",
     "export_dataset",
     "export_model",
+    "fork",
     "generate",
     "health",
     "import_dataset",

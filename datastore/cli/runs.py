@@ -90,6 +90,31 @@ def resume(*, run: str, overrides: tuple[str, ...], processes: int, take_over: b
     )
 
 
+@click.command(
+    short_help="Begin another run with the weights of a run.",
+    epilog=example("datastore fork runs/first --to runs/tuned --set train.steps=4 --set optim.lr=0.0001"),
+)
+@RUN
+@click.option("--to", "target", required=True, help="The new run: a new folder or URL.")
+@STEP
+@SET
+@PROCESSES
+@progress_option
+@json_option
+def fork(*, run: str, target: str, step: int | None, overrides: tuple[str, ...], processes: int, as_json: bool) -> None:
+    """Begin another run with the weights of RUN, and its settings but for those that are set.
+
+    Optimizer, schedule and order begin anew. To go on with a run as it is, `datastore resume`.
+    """
+    from datastore.training.start import fork as fork_run
+
+    named = run if step is None else f"{run}@{step}"
+    _train(
+        lambda **options: fork_run(named, target, overrides=overrides, processes=processes, **options),
+        as_json=as_json,
+    )
+
+
 def _train(start: Callable[..., "Result"], *, as_json: bool) -> None:
     """Call `start` with who this process is and what shows progress, and print how the session ended."""
     from datastore.training.launcher import LOST_PEER, Launch, LostPeerError
@@ -241,7 +266,7 @@ def trace(*, run: str, step: int, rank: int | None, limit: int, as_json: bool) -
         say(f"... and {found.rows - len(found.samples):,} more samples; --limit 0 shows all")
 
 
-COMMANDS = (train, resume, prove, trace, evaluate, generate)
+COMMANDS = (train, resume, fork, prove, trace, evaluate, generate)
 
 _HINT = "Start all ranks with one launcher, such as torchrun, or unset RANK and WORLD_SIZE."
 

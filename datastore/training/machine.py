@@ -11,13 +11,23 @@ from dataclasses import dataclass
 
 import torch
 
+from datastore.digest import digest_bytes
 from datastore.errors import ConfigError
 from datastore.host import cores
 from datastore.training.distributed import Ranks
 from datastore.training.launcher import Launch
 from datastore.training.settings import ModelSettings, StepSettings
 
-__all__ = ["Machine", "autocast", "device_name", "flops_per_token", "peak_flops", "pick_device", "use_machine"]
+__all__ = [
+    "Machine",
+    "autocast",
+    "device_name",
+    "flops_per_token",
+    "peak_flops",
+    "pick_device",
+    "seed_step",
+    "use_machine",
+]
 
 
 def pick_device(wanted: str, launch: Launch) -> torch.device:
@@ -100,3 +110,8 @@ def peak_flops(device: torch.device) -> float | None:
         return None
     name = torch.cuda.get_device_name(device)
     return next((peak for part, peak in _PEAKS.items() if part in name), None)
+
+
+def seed_step(seed: int, step: int, rank: int) -> None:
+    """Seed torch for the step after `step` steps: a resumed run draws what the undisturbed one would have drawn."""
+    torch.manual_seed(int.from_bytes(digest_bytes(f"{seed}/{step}/{rank}".encode())[:8], "big"))

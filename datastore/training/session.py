@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import msgspec
+from torch import Tensor
 
 from datastore.checkpoint.checkpointer import Checkpointer
 from datastore.checkpoint.steps import CheckpointerSettings, Keep
@@ -23,6 +24,7 @@ from datastore.errors import ConfigError
 from datastore.host import utc_now
 from datastore.loader.settings import Rank
 from datastore.training.distributed import Ranks, connect
+from datastore.training.export.initial import initial_weights, with_shape
 from datastore.training.hooks.base import training_hooks
 from datastore.training.launcher import Launch, on_first_signal
 from datastore.training.machine import device_name, pick_device, use_machine
@@ -72,7 +74,9 @@ def run_session(request: SessionRequest, launch: Launch, report: Callable[[Train
         machine = use_machine(config.settings.train, ranks, threads=folder.threads_before(ranks.world))
         versions = _agree_on_versions(config, ranks)
         split = open_split(config, versions)
-        trainer = Trainer.build(config, split, ranks, machine=machine)
+        trainer = Trainer.build(
+            config, split, ranks, machine=machine, weights=_weights_to_begin_with(config, folder, split, ranks)
+        )
         stack.callback(trainer.loader.close)
         checkpointer = stack.enter_context(_open_checkpointer(config.settings, folder, ranks, session=name))
         supervisor = Supervisor(
@@ -117,9 +121,20 @@ def run_session(request: SessionRequest, launch: Launch, report: Callable[[Train
 
 def _config_under(_lock: RunLock, request: SessionRequest, folder: RunFolder) -> RunConfig:
     """Return what rank 0 finds in the run folder, or will put there."""
+    before = folder.config().settings if folder.has_begun() else None
+    settings = with_shape(request.settings, before=before)
     if request.fresh:
-        return folder.begin(request.settings, kept=training_hooks)
-    return folder.again(request.settings, kept=training_hooks)
+        return folder.begin(settings, kept=training_hooks)
+    return folder.again(settings, kept=training_hooks)
+
+
+def _weights_to_begin_with(
+    config: RunConfig, folder: RunFolder, split: Split, ranks: Ranks
+) -> Mapping[str, Tensor] | None:
+    """Return the weights that `model.init` names; None, if there is none, or the run has a checkpoint of its own."""
+    init = config.settings.model.init
+    begun = ranks.share("begun", lambda: str(folder.has_checkpoint()))
+    return initial_weights(init, split.datasets) if init and begun == "False" else None
 
 
 def _agree_on_versions(config: RunConfig, ranks: Ranks) -> Versions:

@@ -146,6 +146,9 @@ class DataSettings(SettingsDocument, frozen=True, kw_only=True):
 class ModelSettings(SettingsDocument, frozen=True, kw_only=True):
     """The shape of the GPT. The default has 26 M parameters besides the embedding."""
 
+    init: str = ""
+    """Weights to begin with: those of a run (`RUN`, `RUN@STEP`), or of a Hugging Face folder. Their shape comes with them."""
+
     layers: Positive = 8
     """Blocks of attention and feed-forward, one after the other."""
 

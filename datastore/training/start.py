@@ -18,7 +18,7 @@ from datastore.training.launcher import Launch, spawn
 from datastore.training.metrics import Result, TrainingProgress
 from datastore.training.settings import SessionRequest, Settings, check_world
 
-__all__ = ["resume", "train"]
+__all__ = ["fork", "resume", "train"]
 
 _HERE = Launch()
 
@@ -72,6 +72,37 @@ def resume(
     settings = settings_from(Settings, msgspec.to_builtins(before), overrides=overrides, where=run)
     request = SessionRequest(run=run, settings=settings, fresh=False, take_over=take_over)
     return _run(request, processes=processes, launch=launch, on_progress=on_progress)
+
+
+def fork(
+    run: str,
+    to: str,
+    *,
+    overrides: Sequence[str] = (),
+    processes: int = 1,
+    launch: Launch = _HERE,
+    on_progress: Callable[[TrainingProgress], None] | None = None,
+) -> Result:
+    """Train another run, `to`, that begins with the weights of `run`: `RUN@STEP`, or `RUN` for its newest checkpoint.
+
+    Its settings are those of `run`, changed by `overrides`. Optimizer, schedule and order begin anew.
+
+    Raises:
+        MissingError: there is no run, or no such step.
+        DatastoreError: as `train`.
+    """
+    from datastore.dataset.snapshot import split_reference  # noqa: PLC0415 - loads pyarrow
+    from datastore.training.run.folder import RunFolder  # noqa: PLC0415 - so does this
+
+    settings = msgspec.to_builtins(RunFolder.open(split_reference(run)[0]).config().settings)
+    settings["model"]["init"] = run
+    return train(
+        settings_from(Settings, settings, overrides=overrides, where=run),
+        to,
+        processes=processes,
+        launch=launch,
+        on_progress=on_progress,
+    )
 
 
 def work(launch: Launch, arguments: dict[str, Any], report: Callable[[dict[str, Any]], None]) -> dict[str, Any]:

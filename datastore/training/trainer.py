@@ -32,7 +32,7 @@ from datastore.loader.mixture.request import Mixture
 from datastore.loader.settings import Rank
 from datastore.training.distributed import Ranks
 from datastore.training.hooks.base import Hook, HookSet, RunState, make_hooks
-from datastore.training.machine import Machine, autocast
+from datastore.training.machine import Machine, autocast, seed_step
 from datastore.training.model import GPT, Block
 from datastore.training.objectives import MicroBatch, Objective, make_objective, micro_batches
 from datastore.training.optim import learning_rate, make_optimizer, named_state, set_learning_rate
@@ -41,7 +41,7 @@ from datastore.training.run.folder import RunConfig
 from datastore.training.run.split import Split
 from datastore.training.settings import Settings
 
-__all__ = ["Observer", "StepOutcome", "Trainer", "build_model", "build_with_hooks", "seed_step"]
+__all__ = ["Observer", "StepOutcome", "Trainer", "build_model", "build_with_hooks"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,15 +108,23 @@ class Trainer:
     """Entered while parameters and the state of hooks move: a checkpoint may still be copying them."""
 
     @classmethod
-    def build(cls, config: RunConfig, split: Split, ranks: Ranks, *, machine: Machine) -> Self:
-        """Return the trainer of the run before its first step.
+    def build(
+        cls,
+        config: RunConfig,
+        split: Split,
+        ranks: Ranks,
+        *,
+        machine: Machine,
+        weights: Mapping[str, Tensor] | None = None,
+    ) -> Self:
+        """Return the trainer of the run before its first step, with `weights`, or else those that its seed gives.
 
         Raises:
             ConfigError: a hook or the objective is unknown or wrongly set; the dataset has no sample; no loss reaches a parameter.
         """
         settings = config.settings
         objective = make_objective(settings.objective)
-        state, model, hooks = build_with_hooks(config, ranks, compiled=machine.compiled)
+        state, model, hooks = build_with_hooks(config, ranks, compiled=machine.compiled, weights=weights)
         loader = Loader(
             split.training,
             seq_len=settings.data.seq_len,
@@ -317,7 +325,7 @@ def build_model(config: RunConfig) -> GPT:
 
 
 def build_with_hooks(
-    config: RunConfig, ranks: Ranks, *, compiled: bool = False
+    config: RunConfig, ranks: Ranks, *, compiled: bool = False, weights: Mapping[str, Tensor] | None = None
 ) -> tuple[RunState, nn.Module, dict[str, Hook]]:
     """Return the state of a run before its first step, its model as distributed over `ranks`, and its hooks, started.
 
@@ -329,6 +337,8 @@ def build_with_hooks(
     settings = config.settings
     hooks = make_hooks(settings.hooks, where="settings")
     model: nn.Module = build_model(config)
+    if weights is not None:
+        model.load_state_dict(weights)
     for hook in hooks.values():
         model = hook.model(model)
     model.to(ranks.device)
@@ -351,11 +361,6 @@ def build_with_hooks(
     return state, wrapped, hooks
 
 
-def seed_step(seed: int, step: int, rank: int) -> None:
-    """Seed torch for the step after `step` steps: a resumed run draws what the undisturbed one would have drawn."""
-    torch.manual_seed(int.from_bytes(digest_bytes(f"{seed}/{step}/{rank}".encode())[:8], "big"))
-
-
 def _learned(batch: Batch, device: torch.device, ranks: Ranks) -> Tensor | None:
     """Return how many targets of the global batch count, at least 1, as float64; None: all do."""
     mask = batch.loss_mask
@@ -366,8 +371,7 @@ def _learned(batch: Batch, device: torch.device, ranks: Ranks) -> Tensor | None:
 
 
 def _settle(late: Callable[[], StepOutcome], observer: Observer) -> bool:
-    outcome = late()
-    observer.settled(outcome)
+    observer.settled(outcome := late())
     return outcome.stop
 
 

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from datastore.dataset.snapshot import Dataset
-from datastore.document import Count, Positive, SettingsDocument
+from datastore.document import Count, Document, Positive
 from datastore.errors import ConfigError
 from datastore.loader.cache.blocks import BlockLayout, Track
 from datastore.loader.forecast.imagined import ImaginedDataset
@@ -32,7 +32,7 @@ from datastore.loader.stream import columns_of, lanes_for, open_stream
 __all__ = ["Cluster", "Forecast", "forecast"]
 
 
-class Cluster(SettingsDocument, frozen=True, kw_only=True):
+class Cluster(Document, frozen=True, kw_only=True):
     """Where a run is to take place."""
 
     ranks: Positive = 1

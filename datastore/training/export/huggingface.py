@@ -26,7 +26,7 @@ from datastore.training.hooks.quantize import PackedLinear, QuantizeSettings, qu
 from datastore.training.model import GPT
 from datastore.training.settings import ModelSettings
 
-__all__ = ["HuggingFaceModel", "read_folder", "write_folder"]
+__all__ = ["HuggingFaceModel", "read_folder", "shape_of_folder", "write_folder"]
 
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 _ADDING = {"TemplateProcessing", "BertProcessing", "RobertaProcessing"}
@@ -67,6 +67,18 @@ def write_folder(storage: Storage, source: HuggingFaceModel) -> dict[str, int]:
         storage.put(key, content)
         sizes[key] = len(content)
     return sizes
+
+
+def shape_of_folder(storage: Storage) -> ModelSettings:
+    """Return the shape of the model in a folder.
+
+    Raises:
+        MissingError: no config.json.
+        ConfigError: a model that our GPT is not.
+    """
+    config = _read_json(storage, "config.json")
+    _check_supported(config, where=storage.url)
+    return _model_settings(config)
 
 
 def read_folder(storage: Storage) -> HuggingFaceModel:

@@ -133,6 +133,14 @@ class RunFolder:
             raise MissingError("there is no run", url=self.url, hint="Start one with `datastore train`.") from None
         return unseal(RunConfig, raw, where=f"{self.url}/{CONFIG_KEY}")
 
+    def has_begun(self) -> bool:
+        """Return whether a run lies there."""
+        return is_run(self.storage)
+
+    def has_checkpoint(self) -> bool:
+        """Return whether a step of the run is stored."""
+        return next(iter(self.storage.list("steps")), None) is not None
+
     def begin(self, settings: Settings, *, kept: Callable[[HookTables], object] = tuple) -> RunConfig:
         """Return the config of a run that may be new; nothing is written yet.
 
@@ -143,7 +151,7 @@ class RunFolder:
             ConfigError: the folder holds something else, or a setting does not fit the dataset.
         """
         if is_run(self.storage):
-            if next(iter(self.storage.list("steps")), None) is not None:
+            if self.has_checkpoint():
                 return self.again(settings, kept=kept)
         else:
             foreign = next((found.key for found in self.storage.list() if not found.key.startswith("lock/")), None)

@@ -55,6 +55,7 @@ FLAGS = {
     "train": "processes set take-over to",
     "resume": "processes set take-over",
     "plan": "batch cost delay lanes link memory per-node plot ranks seq-len shard step steps store threads tokens",
+    "fork": "processes set step to",
     "prove": "",
     "trace": "limit rank step",
     "evaluate": "run samples step",
@@ -205,6 +206,7 @@ LONG = {
     "repair": "repair data --dry-run --progress plain",
     "train": "train run.toml --to newrun --progress plain",
     "resume": "resume begun --set train.steps=3 --progress plain",
+    "fork": "fork run --to forked --set train.steps=2 --progress plain",
     "evaluate": "evaluate run --progress plain",
     "cache warm": "cache warm zip://data.zip/data --dir warmed --progress plain",
     "checkpoint verify": "checkpoint verify run --progress plain",
@@ -265,7 +267,7 @@ def test_a_long_command_says_how_far_it_is(
     monkeypatch.setattr("datastore.cli.output.LINE_EVERY_S", 0.0)
     assert call(cli, LONG[name].split(), CliSession()) == 0
     err = capsys.readouterr().err
-    if name in {"train", "resume"}:
+    if name in {"train", "resume", "fork"}:
         assert "step " in err
     else:
         assert re.search(r"^[a-z0-9 ]+: .+ of .+ \(\d+%\)", err, re.MULTILINE), err
