@@ -20,7 +20,7 @@ from datastore.errors import plain
 from datastore.storage.resolve import open_storage
 from datastore.testing.examples import make_language, tiny_settings
 from datastore.training.export.inference import Sampling
-from datastore.training.settings import Settings
+from datastore.training.settings import Settings, StageSettings
 
 I = np.int64  # noqa: E741 - it stands before every number here
 
@@ -59,6 +59,7 @@ def settings_records() -> list[type[SettingsDocument]]:
 def test_settings_hold_plain_numbers(kind: type[SettingsDocument]) -> None:
     needed = {"url": "data"} if "url" in kind.__struct_fields__ else {}
     needed |= {"data": {"url": "data"}} if kind is Settings else {}
+    needed |= {"start": 7, "weights": {"a": 1}} if kind is StageSettings else {}
     standard = msgspec.convert(needed, kind)
     numbers = {
         field.name: value
