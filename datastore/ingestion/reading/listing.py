@@ -130,7 +130,9 @@ def split_glob(source: str) -> tuple[str, Callable[[str], bool] | None]:
     [True, True, False, False]
     """
     scheme, mark, path = source.rpartition("://")
-    if not _GLOB.search(path) or (not mark and Path(source).expanduser().exists()):
+    # In a URL a question mark begins the query, and web servers list nothing.
+    is_glob = "*" in path and scheme not in {"http", "https"} if mark else _GLOB.search(path) is not None
+    if not is_glob or (not mark and Path(source).expanduser().exists()):
         return source, None
     parts = path.split("/")
     fixed = list(takewhile(lambda part: not _GLOB.search(part), parts))
