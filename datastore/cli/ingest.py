@@ -1,6 +1,8 @@
 """The commands that bring text in: `ingest`, and `tokenizer train`."""
 
+import sys
 from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -15,7 +17,10 @@ if TYPE_CHECKING:  # pyarrow takes longer to load than a wrong option takes to f
 
 __all__ = ["COMMANDS", "in_source_bytes"]
 
-TABLES = ("parquet", "csv", "hf", "mds", "litdata", "webdataset")
+READ_AS = (
+    *("text", "lines", "jsonl", "json", "csv", "tsv", "parquet", "arrow"),
+    *("hf", "mds", "litdata", "megatron", "webdataset"),
+)
 SOURCES = click.argument("sources", nargs=-1, required=True, metavar="SOURCE...")
 INCLUDE = click.option(
     "--include", multiple=True, metavar="GLOB", help="Take only such files of a folder; may be repeated."
@@ -35,10 +40,14 @@ EXCLUDE = click.option(
 @INCLUDE
 @EXCLUDE
 @click.option(
-    "--format", "format", type=click.Choice(TABLES), help="Read all files as such; the text is in one column."
+    "--as",
+    "--format",
+    "format",
+    type=click.Choice(READ_AS),
+    help="Read all files as such, whatever they look like; without it each file says what it is.",
 )
-@click.option("--text-key", help="Key of the text in a line of JSON, or its column.  [default: text]")
-@click.option("--id-key", help="Key of the document's id in a line of JSON.  [default: id]")
+@click.option("--text-key", "--text-field", help="Key of the text in JSON, or its column.  [default: text]")
+@click.option("--id-key", "--id-field", help="Key of the document's id in JSON, or its column.  [default: id]")
 @click.option("--separator", help="What parts the documents of a text file; without it a file is one document.")
 @click.option("--workers", type=int, help="Processes; as many as there are cores if left out. They change no byte.")
 @click.option("--on-error", type=click.Choice(["quarantine", "skip", "fail"]), help="What becomes of a bad document.")
@@ -59,9 +68,10 @@ EXCLUDE = click.option(
 def ingest(
     *, sources: tuple[str, ...], to: str, overrides: tuple[str, ...], dry_run: bool, as_json: bool, **options: Any
 ) -> None:
-    """Add the documents of each SOURCE to a dataset: folders of text or code, .jsonl, .jsonl.gz, .jsonl.zst, .parquet.
+    """Add what each SOURCE holds to a dataset: a folder, a file, a glob in quotes, a URL, or - for the standard input.
 
-    A killed ingest goes on when the same command is given again; given once more, it adds nothing. Bad documents are set
+    Text and code, JSON lines and arrays, CSV, TSV, Parquet, Arrow, and what MDS, LitData, Megatron, WebDataset and
+    Hugging Face datasets wrote are told apart by their content. A killed ingest goes on when the same command is given again; given once more, it adds nothing. Bad documents are set
     aside and counted.
 
     With --overwrite the new version holds the sources alone, with any tokenizer. What it held before is not removed: it
@@ -69,18 +79,23 @@ def ingest(
     """
     from datastore.config import settings_from
     from datastore.ingestion.ingest import ingest as ingest_sources
+    from datastore.ingestion.reading.spool import spooled_stream
     from datastore.ingestion.settings import IngestSettings
 
     given, origins = given_options(options)
     settings = settings_from(IngestSettings, given, overrides=overrides, where="the options", origins=origins)
-    if dry_run:
-        from datastore.ingestion.estimate import estimate
+    with ExitStack() as stack:
+        if "-" in sources:
+            kept = stack.enter_context(spooled_stream(sys.stdin.buffer))
+            sources = tuple(kept if source == "-" else source for source in sources)
+        if dry_run:
+            from datastore.ingestion.estimate import estimate
 
-        expected = estimate(sources, to, settings=settings)
-        say_json(expected) if as_json else _tell_estimate(expected)
-        return
-    report = with_progress("ingest", in_source_bytes(ingest_sources), sources=sources, to=to, settings=settings)
-    say_json(report) if as_json else _tell(report)
+            expected = estimate(sources, to, settings=settings)
+            say_json(expected) if as_json else _tell_estimate(expected)
+            return
+        report = with_progress("ingest", in_source_bytes(ingest_sources), sources=sources, to=to, settings=settings)
+        say_json(report) if as_json else _tell(report)
 
 
 def in_source_bytes(ingest_sources: Callable[..., "IngestReport"]) -> Callable[..., "IngestReport"]:

@@ -16,7 +16,7 @@ __all__ = ["COMMANDS"]
 
 URL = click.argument("url")
 EXPORTS = ("parquet", "hf", "mds", "litdata", "megatron", "webdataset", "jsonl")
-IMPORTS = ("parquet", "csv", "hf", "mds", "litdata", "megatron", "webdataset")
+IMPORTS = ("parquet", "arrow", "csv", "tsv", "hf", "mds", "litdata", "megatron", "webdataset")
 
 _WIDEST = 80
 """Characters of a cell."""
@@ -145,6 +145,7 @@ def import_(*, source: str, kind: Any, to: str, overrides: tuple[str, ...], as_j
 
     Token ids become tokens; with a tokenizer, text is encoded; all else becomes records with all their columns. A killed
     import goes on when the same command is given again; given once more, it adds nothing. Columns of pickles are refused.
+    `datastore ingest` reads all of these, too, and finds out the format.
     """
     from datastore.config import settings_from
     from datastore.ingestion.importing import import_dataset

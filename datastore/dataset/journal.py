@@ -24,6 +24,7 @@ from datastore.dataset.shards.segments import checked_shards
 from datastore.digest import check_digest, digest_hex
 from datastore.document import Count, Document, Sealed, seal, unseal
 from datastore.errors import ConflictError, CorruptError, MissingError
+from datastore.formats.decompression import Codec
 from datastore.host import utc_now
 from datastore.storage.base import Stat, Storage
 from datastore.storage.verified import first_sound, read_checked
@@ -44,11 +45,10 @@ D = TypeVar("D")
 _LOGGER = logging.getLogger(__name__)
 
 
-Codec = Literal["", "gz", "zst", "bz2", "xz"]
-"""How a file is compressed, "" for not at all."""
-
-SourceFormat = Literal["text", "jsonl", "parquet", "csv", "hf", "mds", "litdata", "megatron", "webdataset"]
-"""How the records of a file are read; all but the first two are formats of `interop`."""
+SourceFormat = Literal[
+    "text", "lines", "jsonl", "json", "parquet", "arrow", "csv", "tsv", "hf", "mds", "litdata", "megatron", "webdataset"
+]
+"""How the records of a file are read; all but the first four are formats of `interop`."""
 
 
 class TaskDone(Sealed, frozen=True, kw_only=True):

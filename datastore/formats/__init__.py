@@ -12,6 +12,7 @@ plain         rows of Python values as Arrow
 joining       rows put together and taken apart, whatever their types
 common        the schema that several files have in common
 evolution     rows of an older schema as rows of a newer one
+decompression  compressed bytes as plain ones
 safetensors   the header of a safetensors file
 """
 

@@ -109,6 +109,14 @@ class Destination:
             with suppress(OSError):  # Somebody else has put something there, or it is a mount point.
                 Path(self.storage.url).rmdir()
 
+    def holds_texts(self) -> bool:
+        """Return whether the dataset has texts, or tokens of texts, to which others can be added."""
+        if self.newest is None:
+            return False
+        return self.newest.tokenizer is not None or (
+            self.newest.kind == "records" and set(decode_schema(self.newest.record_schema).names) == _OF_TEXTS
+        )
+
     def require_kind(self, kind: Kind) -> None:
         """Raise unless documents of `kind` can be added.
 

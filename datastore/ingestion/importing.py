@@ -12,11 +12,10 @@ import pyarrow as pa
 from datastore.dataset.journal import SourceFile
 from datastore.errors import ConfigError
 from datastore.ingestion.ingest import ingest
-from datastore.ingestion.reading.rows import first_schema
+from datastore.ingestion.reading.rows import first_schema, is_token_column
 from datastore.ingestion.reading.sources import list_sources
 from datastore.ingestion.report import IngestProgress, IngestReport
 from datastore.ingestion.settings import IngestSettings
-from datastore.ingestion.sinks import is_token_column
 from datastore.interop.formats import FORMATS, ImportFormat
 from datastore.storage.resolve import open_storage
 
@@ -52,7 +51,7 @@ def import_dataset(
 
 def _chosen(source: str, settings: IngestSettings) -> IngestSettings:
     """Return `settings` with what to take of a row, by the columns of the first file that has some."""
-    listing, roots = list_sources([source], settings)
+    listing, roots = list_sources([source], msgspec.structs.replace(settings, take="rows"))
 
     def read(file: SourceFile) -> pa.Schema:
         url, key = roots.locate(file.path)

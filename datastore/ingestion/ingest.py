@@ -15,6 +15,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from itertools import chain
 
+import msgspec
 import pyarrow as pa
 
 from datastore.dataset.journal import Journal, Plan, SourceFile, TaskDone
@@ -33,6 +34,7 @@ from datastore.ingestion.outcome import IngestOutcome, Overtaken, commit_ingest
 from datastore.ingestion.plan import changed_since, make_plan, work_items
 from datastore.ingestion.reading.rows import first_schema, is_table, require_rows, rows_schema
 from datastore.ingestion.reading.sources import Listing, Roots, list_sources
+from datastore.ingestion.reading.spool import Sources, spooled
 from datastore.ingestion.report import IngestProgress, IngestReport, Tally, skipped_in
 from datastore.ingestion.settings import IngestSettings, reading_digest
 from datastore.ingestion.sinks import RECORDS_SCHEMA
@@ -49,7 +51,7 @@ _LOGGER = logging.getLogger(__name__)
 
 
 def ingest(
-    sources: Sequence[str],
+    sources: Sources,
     to: str,
     *,
     settings: IngestSettings | None = None,
@@ -57,6 +59,8 @@ def ingest(
 ) -> IngestReport:
     """Add the documents of `sources` to the dataset at `to`, which is made if it is not there.
 
+    Sources are paths, URLs or globs; or one iterable of rows: dicts, or a `Dataset` or `IterableDataset` of Hugging Face
+    `datasets`. Rows are first written to a file for temporary use, as several processes read them, and twice.
     `settings` default to `IngestSettings()`. `progress` is called in this thread, a few times a second at most per
     worker. Files that the dataset knows are left out, also those that another ingest brings meanwhile; one that has
     changed is a new file, and its old documents stay.
@@ -70,6 +74,13 @@ def ingest(
     """
     started = time.monotonic()
     settings = settings or IngestSettings()
+    with spooled(sources) as named:
+        return replace(_ingest(named, to, settings, progress), seconds=time.monotonic() - started)
+
+
+def _ingest(
+    sources: Sequence[str], to: str, settings: IngestSettings, progress: Callable[[IngestProgress], None] | None
+) -> IngestReport:
     prepared = prepare(sources, to, settings)
     known = prepared.plan.known
     while True:
@@ -80,7 +91,7 @@ def ingest(
             prepared = prepare(sources, to, settings)
             continue
         overtaken = max(0, prepared.plan.known - known)
-        return replace(report, overtaken_files=overtaken, seconds=time.monotonic() - started)
+        return replace(report, overtaken_files=overtaken)
 
 
 @dataclass(frozen=True, slots=True)
@@ -217,11 +228,12 @@ def prepare(sources: Sequence[str], to: str, settings: IngestSettings) -> Prepar
     Raises:
         ConfigError, MissingError, FormatError, CorruptError, StorageError: as `ingest`.
     """
-    listing, roots = list_sources(sources, settings)
+    target = open_target(to)
+    listing, roots = list_sources(sources, settings, encodes=target.holds_texts() and settings.operation == "append")
+    settings = msgspec.structs.replace(settings, take=listing.take, tokens_key=listing.tokens_key)
     if settings.take != "text":
         for file in listing.files:
             require_rows(file)
-    target = open_target(to)
     tokenizer = target.choose_tokenizer(settings) if settings.take != "rows" else None
     kind: Kind = "tokens" if tokenizer or settings.take == "tokens" else "records"
     base = target if settings.operation == "append" else Destination(target.storage, None)
@@ -285,7 +297,7 @@ def _record_schema(listing: Listing, roots: Roots, target: Destination, settings
         ConfigError: the first file does not have them; better now than after all the reading.
     """
     # Each line is held against the columns as it is read.
-    if target.newest is not None and listing.files[0].format == "jsonl":
+    if target.newest is not None and not is_table(listing.files[0]):
         return target.newest.record_schema
 
     def read(file: SourceFile) -> pa.Schema:

@@ -11,7 +11,7 @@ from datastore.dataset.journal import Part, Plan, SourceFile, Task
 from datastore.dataset.log.manifest import Kind
 from datastore.digest import digest_hex
 from datastore.document import Document
-from datastore.ingestion.reading.documents import separator_of
+from datastore.ingestion.reading.cutting import separator_of
 from datastore.ingestion.reading.rows import is_cuttable, is_table
 from datastore.ingestion.reading.sources import Listing
 from datastore.ingestion.reading.streams import can_be_cut, cut_evenly

@@ -14,7 +14,7 @@ from datastore.digest import digest_hex
 from datastore.document import Positive, SettingsDocument, encode
 from datastore.interop.formats import ImportFormat
 
-__all__ = ["CODE_VERSION", "IngestSettings", "OnError", "SpecialTokens", "Take", "reading_digest"]
+__all__ = ["CODE_VERSION", "IngestSettings", "OnError", "ReadAs", "SpecialTokens", "Take", "reading_digest"]
 
 CODE_VERSION = 1
 """Raised whenever the same source and settings would give other shard bytes than before."""
@@ -23,7 +23,9 @@ OnError = Literal["quarantine", "skip", "fail"]
 
 SpecialTokens = Literal["escape", "allow", "reject"]
 
-Take = Literal["text", "rows", "tokens"]
+Take = Literal["auto", "text", "rows", "tokens"]
+
+ReadAs = Literal["", "text", "lines", "jsonl", "json", ImportFormat]
 
 Encoder = Literal["auto", "tokenizers", "gigatoken"]
 
@@ -47,11 +49,12 @@ class IngestSettings(SettingsDocument, frozen=True, kw_only=True):
     encoder: Encoder = "auto"
     """Who encodes; the ids are the same. `auto`: gigatoken where it is installed and knows the tokenizer."""
 
-    format: Literal["", ImportFormat] = ""
-    """Read all files as those of this format. Empty: text and JSON lines, told by their names."""
+    format: ReadAs = ""
+    """Read all files as those of this format: `text` as it is, whatever is in it; `lines` of text. Empty: what each file is, by its content."""
 
-    take: Take = "text"
-    """What of a row of such a format, or of a JSON line, becomes a document: the text under `text_key`, all columns, or tokens."""
+    take: Take = "auto"
+    """What of a row of a table, or of a JSON line, becomes a document: the text under `text_key`, all columns (`rows`), or tokens.
+    `auto`: text where there is some; of the folders of other libraries tokens, then text if there is a tokenizer, then rows."""
 
     include: tuple[Name, ...] = ()
     """Take only files of a folder that match one of these globs (a name, or with `/` the path in the folder)."""

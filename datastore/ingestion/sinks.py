@@ -14,7 +14,6 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.types as kinds
 import xxhash
 from typing_extensions import override
 
@@ -29,6 +28,7 @@ from datastore.formats.joining import cut_to_fit
 from datastore.formats.tokens import Tokens, narrow_tokens, offsets_of, token_dtype
 from datastore.ingestion.encoding.encoder import Counts, TextEncoder
 from datastore.ingestion.reading.documents import Reject, TextRecord, reject
+from datastore.ingestion.reading.rows import is_token_column
 from datastore.storage.base import Storage
 
 __all__ = [
@@ -40,7 +40,6 @@ __all__ = [
     "ShardSink",
     "Sink",
     "TokenShards",
-    "is_token_column",
 ]
 
 _RECORD_COLUMNS: dict[str, pa.DataType] = {
@@ -262,13 +261,6 @@ class CopiedTokens(CopySink):
                 hint="Name the tokenizer that made these tokens: `tokenizer=FILE`.",
             )
         return ids.astype(np.uint32), numbers_of(column.value_lengths()).astype(np.int64)
-
-
-def is_token_column(schema: pa.Schema, name: str) -> bool:
-    """Return whether the column `name` is there and holds lists of whole numbers."""
-    kind: Any = schema.field(name).type if name in schema.names else None
-    is_list = kind is not None and (kinds.is_list(kind) or kinds.is_large_list(kind) or kinds.is_fixed_size_list(kind))
-    return bool(is_list and kinds.is_integer(kind.value_type))
 
 
 def _documents_of_rows(rows: pa.Table, counts: Any, *, first: int, source: str) -> pa.Table:

@@ -3,7 +3,9 @@
     formats      those that can be read, by name
     base         what a format is; an export appears whole or not at all
     export       a dataset into a format
-    columnar     Parquet, CSV, datasets
+    columnar     Parquet, Arrow, datasets
+    delimited    CSV and TSV
+    plainly      compressed files as plain bytes
     cells        values as cells of text
     packed       lists of bytes, packed
     litdata, mds, megatron, webdataset    one module each

@@ -29,7 +29,7 @@ from datastore.storage.base import Storage, check_key
 from datastore.storage.errors import explain
 from datastore.storage.resolve import open_storage
 
-__all__ = ["Exporter", "Folder", "Format", "Rows", "Span", "below", "numbered", "read_json", "whole_files"]
+__all__ = ["Exporter", "Folder", "Format", "Rows", "Span", "below", "damaged", "numbered", "read_json", "whole_files"]
 
 Span = tuple[int, int]
 """A byte range of a file: what begins in it belongs to it."""
@@ -247,6 +247,14 @@ def read_json(storage: Storage, key: str, *, what: str) -> dict[str, Any]:
     if not isinstance(found, dict):
         raise CorruptError("not a JSON object", where=key, hint="Restore this file from a copy.")
     return found
+
+
+def damaged(error: Exception, key: str, what: str) -> DatastoreError:
+    """Return the error for the file `key` that is no `what`, as its library said; one of the storage stays as it is."""
+    if isinstance(error, DatastoreError):  # Of the storage: they are OSErrors, too.
+        return error
+    reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+    return CorruptError(f"not {what}: {reason}", where=key, hint="Restore this file from a copy.")
 
 
 def below(index: str, name: object) -> str:

@@ -1,39 +1,46 @@
-"""The formats that hold columns already: Parquet, the Arrow folders of Hugging Face `datasets`, and CSV; and JSON lines.
+"""The formats that hold columns already: Parquet, Arrow, the Arrow folders of Hugging Face `datasets`; and JSON lines.
 
 Rows pass through as Arrow, so every type survives (in JSON lines: as far as JSON has it; bytes become base64).
 
 Source: https://huggingface.co/docs/datasets/about_arrow (a saved folder is Arrow streams beside `state.json`)
 """
 
-import io
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import IO, Any
+from typing import Any
 
 import orjson
 import pyarrow as pa
-import pyarrow.csv
 import pyarrow.parquet as pq
 from typing_extensions import override
 
-from datastore.errors import ConfigError, CorruptError, DatastoreError, MissingError
+from datastore.errors import ConfigError, CorruptError, MissingError
 from datastore.formats.arrow import types_within
 from datastore.formats.huggingface import check_hf_types, keep_features, with_features
 from datastore.formats.schema import check_names, without_views
-from datastore.interop.base import Exporter, Folder, Format, Rows, Span, below, numbered, read_json, whole_files
+from datastore.interop.base import (
+    Exporter,
+    Folder,
+    Format,
+    Rows,
+    Span,
+    below,
+    damaged,
+    numbered,
+    read_json,
+    whole_files,
+)
 from datastore.interop.cells import json_rows
 from datastore.storage.as_fsspec import ReadOnlyFileSystem
 from datastore.storage.base import Storage
-from datastore.units import format_bytes
 
-__all__ = ["CSV", "HF", "PARQUET", "HfExporter", "JsonLinesExporter", "ParquetExporter"]
+__all__ = ["ARROW", "HF", "PARQUET", "HfExporter", "JsonLinesExporter", "ParquetExporter"]
 
 _STATE = "state.json"
 _INFO = "dataset_info.json"
 _BATCH_ROWS = 8192
 _GROUP_BYTES = 16 * 2**20
-_CSV_BLOCKS = (2**20, 2**24, 2**28, 2**30)
-"""Bytes that pyarrow takes at once; a row must fit."""
+_ARROW_MAGIC = b"ARROW1"
 
 
 class _Tables(Exporter):
@@ -164,19 +171,12 @@ def _open(storage: Storage, key: str) -> Any:
     return ReadOnlyFileSystem(storage).open(key)
 
 
-def _damaged(error: Exception, key: str, what: str) -> DatastoreError:
-    if isinstance(error, DatastoreError):  # Of the storage: they are OSErrors, too.
-        return error
-    reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-    return CorruptError(f"not {what}: {reason}", where=key, hint="Restore this file from a copy.")
-
-
 def _parquet_schema(storage: Storage, key: str) -> pa.Schema:
     try:
         schema = keep_features(pq.read_schema(_open(storage, key)))
         check_names(schema)
     except (pa.ArrowException, OSError, ValueError) as error:
-        raise _damaged(error, key, "Parquet") from None
+        raise damaged(error, key, "Parquet") from None
     return without_views(schema)  # Parquet has none; a writer's own type of column is said beside it.
 
 
@@ -194,7 +194,7 @@ def _read_parquet(storage: Storage, key: str, span: Span) -> Iterator[Rows]:
                         yield first + start, table
                 first += group.num_rows
     except (pa.ArrowException, OSError, ValueError) as error:
-        raise _damaged(error, key, "Parquet") from None
+        raise damaged(error, key, "Parquet") from None
 
 
 def _start(group: Any) -> int:
@@ -226,7 +226,7 @@ def _hf_schema(storage: Storage, key: str) -> pa.Schema:
             schema = keep_features(reader.schema, _hf_features(storage))
             check_names(schema)
     except (pa.ArrowException, OSError, ValueError) as error:
-        raise _damaged(error, key, "an Arrow stream") from None
+        raise damaged(error, key, "an Arrow stream") from None
     return without_views(schema)
 
 
@@ -244,7 +244,38 @@ def _read_hf(storage: Storage, key: str, _span: Span) -> Iterator[Rows]:
         with _open(storage, key) as file, pa.ipc.open_stream(file) as reader:
             yield from numbered(pa.Table.from_batches([_valid(batch)]) for batch in reader)
     except (pa.ArrowException, OSError, ValueError) as error:
-        raise _damaged(error, key, "an Arrow stream") from None
+        raise damaged(error, key, "an Arrow stream") from None
+
+
+@contextmanager
+def _arrow_batches(storage: Storage, key: str) -> Iterator[tuple[pa.Schema, Iterator[pa.RecordBatch]]]:
+    """Yield the schema and the batches of an Arrow file, which Feather is, or an Arrow stream: both are called `.arrow`."""
+    head = storage.get_ranges(key, [(0, min(len(_ARROW_MAGIC), storage.stat(key).size_bytes))])[0]
+    with _open(storage, key) as file:
+        if head == _ARROW_MAGIC:
+            with pa.ipc.open_file(file) as whole:
+                yield whole.schema, (whole.get_batch(index) for index in range(whole.num_record_batches))
+        else:
+            with pa.ipc.open_stream(file) as stream:
+                yield stream.schema, iter(stream)
+
+
+def _arrow_schema(storage: Storage, key: str) -> pa.Schema:
+    try:
+        with _arrow_batches(storage, key) as (found, _):
+            schema = keep_features(found)
+            check_names(schema)
+    except (pa.ArrowException, OSError, ValueError) as error:
+        raise damaged(error, key, "an Arrow file or stream") from None
+    return without_views(schema)
+
+
+def _read_arrow(storage: Storage, key: str, _span: Span) -> Iterator[Rows]:
+    try:
+        with _arrow_batches(storage, key) as (_, batches):
+            yield from numbered(pa.Table.from_batches([_valid(batch)]) for batch in batches)
+    except (pa.ArrowException, OSError, ValueError) as error:
+        raise damaged(error, key, "an Arrow file or stream") from None
 
 
 def _valid(batch: pa.RecordBatch) -> pa.RecordBatch:
@@ -253,91 +284,6 @@ def _valid(batch: pa.RecordBatch) -> pa.RecordBatch:
     return batch
 
 
-class _WholeLineEnds(io.RawIOBase):
-    """A file that is never read up to the middle of a CRLF.
-
-    On the border of two of its blocks pyarrow takes the line feed of one in quotes for an end of line (26.0.1), and loses it.
-    """
-
-    def __init__(self, file: IO[bytes]) -> None:
-        self._file = file
-        self._held = b""
-
-    @override
-    def readable(self) -> bool:
-        return True
-
-    @override
-    def read(self, size: int = -1, /) -> bytes:
-        data = self._held + self._file.read(size - len(self._held) if size >= 0 else -1)
-        self._held = b""
-        if len(data) > 1 and data.endswith(b"\r"):
-            self._held, data = data[-1:], data[:-1]
-        return data
-
-
-@contextmanager
-def _csv_reader(storage: Storage, key: str, *, block_bytes: int, schema: pa.Schema | None) -> Iterator[Any]:
-    with _open(storage, key) as file:
-        source: Any = pa.PythonFile(_WholeLineEnds(file), mode="r")
-        with pyarrow.csv.open_csv(
-            source,
-            read_options=pyarrow.csv.ReadOptions(block_size=block_bytes),
-            parse_options=pyarrow.csv.ParseOptions(newlines_in_values=True),
-            convert_options=pyarrow.csv.ConvertOptions(column_types=schema, strings_can_be_null=False),
-        ) as reader:
-            yield reader
-
-
-def _csv_schema(storage: Storage, key: str) -> pa.Schema:
-    if not storage.stat(key).size_bytes:  # An empty part, without even a header.
-        return pa.schema([])
-    for block_bytes in _CSV_BLOCKS:
-        try:
-            with _csv_reader(storage, key, block_bytes=block_bytes, schema=None) as reader:
-                return pa.schema([(name, pa.string()) for name in reader.schema.names])
-        except (pa.ArrowException, OSError, ValueError) as error:
-            if not _is_too_long(error):
-                raise _damaged(error, key, "CSV") from None
-    raise _too_long(key)
-
-
-def _read_csv(storage: Storage, key: str, _span: Span) -> Iterator[Rows]:
-    """Yield all columns as text: what looks like a number in one part of a file may be none in another.
-
-    A row longer than a block of pyarrow's makes it begin again with larger ones, past what was handed out already.
-    """
-    schema, done = _csv_schema(storage, key), 0
-    if not schema.names:
-        return
-    for block_bytes in _CSV_BLOCKS:
-        row = 0
-        try:
-            with _csv_reader(storage, key, block_bytes=block_bytes, schema=schema) as reader:
-                for batch in reader:
-                    part = batch.slice(max(0, done - row))
-                    row += batch.num_rows
-                    if part.num_rows:
-                        yield done, pa.Table.from_batches([part])
-                        done = row
-        except (pa.ArrowException, OSError, ValueError) as error:
-            if not _is_too_long(error):
-                raise _damaged(error, key, "CSV") from None
-        else:
-            return
-    raise _too_long(key)
-
-
-def _is_too_long(error: Exception) -> bool:
-    """Return whether a row is longer than a block: pyarrow has no other sign of it than its text."""
-    return "straddling" in str(error)
-
-
-def _too_long(key: str) -> ConfigError:
-    longest = format_bytes(_CSV_BLOCKS[-1])
-    return ConfigError(f"a row is longer than {longest}", where=key, hint="Store it as Parquet or JSON lines.")
-
-
 PARQUET = Format(files=whole_files(".parquet"), schema=_parquet_schema, read=_read_parquet, can_be_cut=True)
 HF = Format(files=_hf_files, schema=_hf_schema, read=_read_hf)
-CSV = Format(files=whole_files(".csv"), schema=_csv_schema, read=_read_csv)
+ARROW = Format(files=whole_files(".arrow", ".feather"), schema=_arrow_schema, read=_read_arrow)

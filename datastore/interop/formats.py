@@ -4,7 +4,8 @@ from typing import Literal, get_args
 
 from datastore.dataset.journal import SourceFormat
 from datastore.interop.base import Format
-from datastore.interop.columnar import CSV, HF, PARQUET
+from datastore.interop.columnar import ARROW, HF, PARQUET
+from datastore.interop.delimited import CSV, TSV
 from datastore.interop.litdata import LITDATA
 from datastore.interop.mds import MDS
 from datastore.interop.megatron import MEGATRON
@@ -12,11 +13,13 @@ from datastore.interop.webdataset import WEBDATASET
 
 __all__ = ["FORMATS", "ImportFormat"]
 
-ImportFormat = Literal["parquet", "csv", "hf", "mds", "litdata", "megatron", "webdataset"]
+ImportFormat = Literal["parquet", "arrow", "csv", "tsv", "hf", "mds", "litdata", "megatron", "webdataset"]
 
 FORMATS: dict[str, Format] = {
     "parquet": PARQUET,
+    "arrow": ARROW,
     "csv": CSV,
+    "tsv": TSV,
     "hf": HF,
     "mds": MDS,
     "litdata": LITDATA,
@@ -24,4 +27,4 @@ FORMATS: dict[str, Format] = {
     "webdataset": WEBDATASET,
 }
 
-assert get_args(SourceFormat)[2:] == tuple(FORMATS)
+assert get_args(SourceFormat)[4:] == tuple(FORMATS)

@@ -11,6 +11,7 @@ import pytest
 
 from datastore.dataset.snapshot import Dataset, open_dataset
 from datastore.ingestion.importing import import_dataset
+from datastore.ingestion.ingest import ingest
 from datastore.ingestion.settings import IngestSettings
 from datastore.ingestion.writers.records import record_writer
 from datastore.interop.export import ExportFormat, export
@@ -207,3 +208,45 @@ def test_records_come_back(tmp_path: Path, kind: Any) -> None:
     back = taken(tmp_path / "out", kind)
     assert list(back.iter_records()) == list(dataset.iter_records())
     assert back.schema.names == schema.names
+
+
+class TestToldByContent:
+    """`ingest` finds out by itself what other libraries wrote, and takes what those libraries read."""
+
+    ROWS = [{"id": f"d{i}", "text": f"número {i}\n"} for i in range(300)]  # noqa: RUF012
+
+    def came_out(self, source: Any, to: Path) -> list[dict[str, Any]]:
+        for added in (True, False):
+            assert ingest(source, str(to), settings=ONE).added == added
+        return list(open_dataset(to).iter_records())
+
+    def test_mds(self, tmp_path: Path) -> None:
+        source = write_mds(tmp_path / "mds", {"id": "str", "text": "str"}, self.ROWS)
+        read = peers.mosaicml().LocalDataset(str(source))
+        assert self.came_out([str(source)], tmp_path / "set") == [dict(row) for row in read] == self.ROWS
+
+    def test_litdata(self, tmp_path: Path) -> None:
+        source = write_litdata(tmp_path / "lit", self.ROWS)
+        assert self.came_out([str(source)], tmp_path / "set") == self.ROWS
+
+    def test_datasets_saved_loaded_and_streaming(self, tmp_path: Path) -> None:
+        datasets = pytest.importorskip("datasets")
+        made = datasets.Dataset.from_list(self.ROWS)
+        made.save_to_disk(str(tmp_path / "saved"))
+        assert self.came_out([str(tmp_path / "saved")], tmp_path / "set") == list(made)
+        chosen = made.select([5, 3, 8])
+        for number, source in enumerate([chosen, chosen.to_iterable_dataset()]):
+            found = self.came_out(source, tmp_path / str(number))
+            assert [(row["id"], row["text"]) for row in found] == [(row["id"], row["text"]) for row in chosen]
+
+    @pytest.mark.parametrize(("name", "separator"), [("a.csv", ","), ("a.tsv", "\t"), ("a.csv.gz", ",")])
+    def test_tables_of_text_as_datasets_reads_them(self, tmp_path: Path, name: str, separator: str) -> None:
+        datasets = pytest.importorskip("datasets")
+        rows = [{"id": row["id"], "text": f'{row["text"]} "quoted", {separator}'} for row in self.ROWS]
+        datasets.Dataset.from_list(rows).to_pandas().to_csv(tmp_path / name, sep=separator, index=False)
+        read = datasets.load_dataset(
+            "csv", data_files=str(tmp_path / name), sep=separator, cache_dir=str(tmp_path / "cache"), split="train"
+        )
+        found = self.came_out([str(tmp_path / name)], tmp_path / "set")
+        assert [(row["id"], row["text"]) for row in found] == [(row["id"], row["text"]) for row in read]
+        assert [row["text"] for row in read] == [row["text"] for row in rows]

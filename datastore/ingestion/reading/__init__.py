@@ -1,9 +1,14 @@
 """From files to documents.
 
 sources     what a source is, and its files
+spool       sources that are no files, as files
 listing     a local folder, and what names say
-streams     bytes, decompressed, cut into records
-rows        rows with all their columns, of tables and JSON lines
+content     what a file is, told by its first bytes
+folders     folders that another library wrote
+choice      what of the sources is taken
+streams     bytes in chunks, cut at separators
+cutting     a file cut into its records
+rows        rows with all their columns, of tables and JSON
 documents   records into documents, or the reason why not
 """
 

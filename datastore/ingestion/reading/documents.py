@@ -19,17 +19,11 @@ import pyarrow as pa
 
 from datastore.dataset.journal import SourceFile
 from datastore.errors import ConfigError, ConflictError, CorruptError, MissingError, StorageError
+from datastore.formats.decompression import SourceStream, open_stream
+from datastore.ingestion.reading.cutting import cut_records, separator_of
 from datastore.ingestion.reading.listing import SkipReason
 from datastore.ingestion.reading.rows import is_table, read_rows
-from datastore.ingestion.reading.streams import (
-    HEAD_BYTES,
-    RecordPiece,
-    SourceStream,
-    lookback,
-    open_stream,
-    read_chunks,
-    split_records,
-)
+from datastore.ingestion.reading.streams import HEAD_BYTES, RecordPiece, lookback, read_chunks
 from datastore.ingestion.settings import IngestSettings
 from datastore.interop.base import Span
 from datastore.interop.cells import is_binary, is_text
@@ -46,7 +40,6 @@ __all__ = [
     "read_part",
     "read_texts",
     "reject",
-    "separator_of",
     "text_parser",
 ]
 
@@ -105,11 +98,6 @@ _PROBE_BYTES = 8192
 """Where a NUL makes a file of a folder binary; git looks about as far."""
 
 
-def separator_of(file: SourceFile, settings: IngestSettings) -> bytes:
-    """Return what parts the records of `file`; empty if it is one record."""
-    return b"\n" if file.format == "jsonl" else settings.separator.encode()
-
-
 class TextRecord(NamedTuple):
     """One document: bytes `[offset, offset + length)` of its source hold it."""
 
@@ -135,7 +123,7 @@ def read_part(
         StorageError: it cannot be read.
     """
     separator = separator_of(file, settings)
-    start, stop = span
+    start, _ = span
     if is_table(file):
         yield from read_texts(storage, key, file=file, span=span, settings=settings)
         check_unchanged(storage, key, file=file)
@@ -146,13 +134,7 @@ def read_part(
             return
         stored = read_chunks(storage, key, start=lookback(start, separator), size_bytes=file.size_bytes)
         stream = open_stream(stored, codec=file.codec, max_expansion=settings.max_expansion)
-        pieces = split_records(
-            stream,
-            separator=separator,
-            start=start,
-            stop=None if file.codec else stop,
-            limit_bytes=settings.max_document_bytes,
-        )
+        pieces = cut_records(stream, file=file, span=span, settings=settings)
         yield from _records_of(pieces, stream, file=file, settings=settings)
     except (MissingError, StorageError) as error:
         if isinstance(error, StorageError) and error.fact != "the object ends too early":
@@ -199,9 +181,19 @@ Parser = Callable[[RecordPiece], TextRecord | Reject | None]
 
 
 def _parser(file: SourceFile, settings: IngestSettings) -> Parser:
-    if file.format == "jsonl":
+    if file.format in {"jsonl", "json"}:
         return line_parser(file.path, text_key=settings.text_key, id_key=settings.id_key)
+    if file.format == "lines":
+        parse = text_parser(file.path, whole=False)
+        return lambda piece: parse(_without_return(piece))
     return text_parser(file.path, whole=not settings.separator)
+
+
+def _without_return(piece: RecordPiece) -> RecordPiece:
+    """Return a line without the carriage return that some systems end it with."""
+    if piece.length > len(piece.data) or not piece.data.endswith(b"\r"):
+        return piece
+    return piece._replace(data=piece.data[:-1], length=piece.length - 1)
 
 
 def _may_be_binary(file: SourceFile) -> bool:

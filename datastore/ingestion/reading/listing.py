@@ -7,27 +7,40 @@ the same text twice, and a loop would never end. The folder itself may be named 
 """
 
 import os
+import re
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from fnmatch import fnmatchcase
+from itertools import takewhile
 from pathlib import Path, PurePosixPath
 from typing import Literal
 
-from datastore.dataset.journal import Codec
 from datastore.dataset.log.keys import INFO_KEY
 from datastore.errors import ConfigError
+from datastore.formats.decompression import Codec
 from datastore.ingestion.settings import IngestSettings
 from datastore.storage.base import Stat, check_key
 from datastore.storage.errors import explain
 
-__all__ = ["Globs", "SkipReason", "kind_of", "odd_name", "walk"]
+__all__ = ["Globs", "SkipReason", "kind_of", "named_codec", "odd_name", "split_glob", "walk"]
 
 SkipReason = Literal[
-    "binary", "dataset", "empty", "excluded", "hidden", "odd_name", "outside_root", "special_file", "symlink"
+    "beside_dataset",
+    "binary",
+    "dataset",
+    "empty",
+    "excluded",
+    "hidden",
+    "no_text_column",
+    "odd_name",
+    "outside_root",
+    "special_file",
+    "symlink",
 ]
 """Why a file or folder is left out.
 
-`dataset` is a folder of ours, perhaps the target itself. `odd_name` has bytes that are no UTF-8, a backslash or a
+`beside_dataset` is what lies in the folder of another library's dataset and is not of it, as its index says.
+`no_text_column` is a table among texts that has none. `dataset` is a folder of ours, perhaps the target itself. `odd_name` has bytes that are no UTF-8, a backslash or a
 control character. `symlink` leads to a file below the same root, which is read under its own name; `outside_root` to
 one elsewhere, which is refused.
 """
@@ -56,13 +69,18 @@ def kind_of(name: str) -> tuple[Literal["text", "jsonl"], Codec] | None:
     ('text', '')
     """
     path = PurePosixPath(name.lower())
-    codec = _CODECS.get(path.suffix, "")
+    codec = named_codec(name)
     inner = path.with_suffix("").suffix if codec else path.suffix
     if inner in _LINES:
         return "jsonl", codec
     if path.suffix in _BINARY and not (codec and inner in _COMPRESSED_TEXT):
         return None
     return "text", codec
+
+
+def named_codec(name: str) -> Codec:
+    """Return how the file called `name` is compressed, as its name says."""
+    return _CODECS.get(PurePosixPath(name.lower()).suffix, "")
 
 
 def odd_name(key: str) -> bool:
@@ -90,6 +108,47 @@ class Globs:
     def prunes(self, folder: str) -> bool:
         """Return whether nothing below `folder` is wanted."""
         return any(_matches(folder, glob) for glob in self._exclude)
+
+
+_GLOB = re.compile(r"[*?[]")
+
+_GLOB_PARTS = re.compile(r"\*\*/|\*\*|\*|\?|\[!?\]?[^]]*\]")
+
+_GLOB_MEANING = {"**/": "(?:.*/)?", "**": ".*", "*": "[^/]*", "?": "[^/]"}
+
+
+def split_glob(source: str) -> tuple[str, Callable[[str], bool] | None]:
+    """Return the folder in `source` that is no glob, and which keys below it are meant: None stands for all.
+
+    `*` and `?` stop at a slash, `**` does not. A folder that matches is taken whole. A name that is there as it is written,
+    with its brackets, is no glob.
+
+    >>> folder, takes = split_glob("s3://bucket/books/**/part-?.jsonl")
+    >>> folder
+    's3://bucket/books'
+    >>> [takes(key) for key in ("en/part-1.jsonl", "part-2.jsonl", "part-10.jsonl", "en/notes.txt")]
+    [True, True, False, False]
+    """
+    scheme, mark, path = source.rpartition("://")
+    # In a URL a question mark begins the query, and web servers list nothing.
+    is_glob = "*" in path and scheme not in {"http", "https"} if mark else _GLOB.search(path) is not None
+    if not is_glob or (not mark and Path(source).expanduser().exists()):
+        return source, None
+    parts = path.split("/")
+    fixed = list(takewhile(lambda part: not _GLOB.search(part), parts))
+    pattern = re.compile(f"{_expression('/'.join(parts[len(fixed) :]))}(?:/.*)?", re.DOTALL)
+    folder = "/".join(fixed) or ("/" if path.startswith("/") else "" if mark else ".")
+    return f"{scheme}{mark}{folder}", lambda key: pattern.fullmatch(key) is not None
+
+
+def _expression(glob: str) -> str:
+    """Return the regular expression of `glob`."""
+    found, end = [], 0
+    for match in _GLOB_PARTS.finditer(glob):
+        part = match.group()
+        found += [re.escape(glob[end : match.start()]), _GLOB_MEANING.get(part) or part.replace("[!", "[^", 1)]
+        end = match.end()
+    return "".join([*found, re.escape(glob[end:])])
 
 
 def _matches(key: str, glob: str) -> bool:

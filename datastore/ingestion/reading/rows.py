@@ -17,15 +17,17 @@ import pyarrow.types as kinds
 
 from datastore.dataset.journal import SourceFile
 from datastore.errors import ConfigError, CorruptError
+from datastore.formats.decompression import open_stream
 from datastore.formats.plain import table_of_rows
 from datastore.formats.schema import check_names
-from datastore.ingestion.reading.streams import RecordPiece, lookback, open_stream, read_chunks, split_records
+from datastore.ingestion.reading.cutting import cut_records, separator_of
+from datastore.ingestion.reading.streams import RecordPiece, lookback, read_chunks
 from datastore.ingestion.settings import IngestSettings
 from datastore.interop.base import Rows, Span
 from datastore.interop.formats import FORMATS
 from datastore.storage.base import Storage
 
-__all__ = ["first_schema", "is_cuttable", "is_table", "read_rows", "require_rows", "rows_schema"]
+__all__ = ["first_schema", "is_cuttable", "is_table", "is_token_column", "read_rows", "require_rows", "rows_schema"]
 
 _HEAD_ROWS = 65_536
 """Lines of the first file that say which columns there are."""
@@ -47,13 +49,20 @@ def is_cuttable(file: SourceFile) -> bool:
     return is_table(file) and FORMATS[file.format].can_be_cut
 
 
+def is_token_column(schema: pa.Schema, name: str) -> bool:
+    """Return whether the column `name` is there and holds lists of whole numbers."""
+    kind: Any = schema.field(name).type if name in schema.names else None
+    is_list = kind is not None and (kinds.is_list(kind) or kinds.is_large_list(kind) or kinds.is_fixed_size_list(kind))
+    return bool(is_list and kinds.is_integer(kind.value_type))
+
+
 def require_rows(file: SourceFile) -> None:
     """Raise unless `file` holds rows.
 
     Raises:
         ConfigError: it is plain text.
     """
-    if file.format == "text":
+    if file.format in {"text", "lines"}:
         raise ConfigError(
             "a file of text has no rows",
             file=file.path,
@@ -135,15 +144,11 @@ def _token_columns(schema: pa.Schema) -> pa.Schema:
 def _json_rows(
     storage: Storage, key: str, *, file: SourceFile, span: Span, settings: IngestSettings
 ) -> Iterator[tuple[RecordPiece, dict[str, Any]]]:
-    stored = read_chunks(storage, key, start=lookback(span[0], b"\n"), size_bytes=file.size_bytes)
-    stream = open_stream(stored, codec=file.codec, max_expansion=settings.max_expansion)
-    pieces = split_records(
-        stream,
-        separator=b"\n",
-        start=span[0],
-        stop=None if file.codec else span[1],
-        limit_bytes=settings.max_document_bytes,
+    stored = read_chunks(
+        storage, key, start=lookback(span[0], separator_of(file, settings)), size_bytes=file.size_bytes
     )
+    stream = open_stream(stored, codec=file.codec, max_expansion=settings.max_expansion)
+    pieces = cut_records(stream, file=file, span=span, settings=settings)
     for piece in pieces:
         if stream.fault is not None and not piece.ended:
             break

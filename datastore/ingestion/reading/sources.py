@@ -5,28 +5,37 @@ name, its size and its time. So a moved folder is the same source, and a touched
 byte to find out would cost as much as the ingest. What is left out is counted by reason; nothing vanishes silently.
 """
 
+import logging
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from stat import S_ISDIR
-from typing import Literal
+from typing import NamedTuple
 
 import msgspec
 
-from datastore.dataset.journal import Codec, SourceFile
+from datastore.dataset.journal import SourceFile, SourceFormat
 from datastore.dataset.log.keys import INFO_KEY
 from datastore.digest import digest_hex
 from datastore.document import Document
 from datastore.errors import ConfigError, MissingError
-from datastore.ingestion.reading.listing import Globs, SkipReason, kind_of, odd_name, walk
-from datastore.ingestion.settings import IngestSettings
+from datastore.ingestion.reading.choice import choose
+from datastore.ingestion.reading.content import Kind, look
+from datastore.ingestion.reading.folders import ForeignFolder, foreign_folders, is_megatron_index
+from datastore.ingestion.reading.listing import Globs, SkipReason, kind_of, named_codec, odd_name, split_glob, walk
+from datastore.ingestion.reading.rows import is_table
+from datastore.ingestion.settings import IngestSettings, Take
 from datastore.interop.formats import FORMATS
 from datastore.storage.base import Stat, Storage
 from datastore.storage.errors import ABSENT, explain
 from datastore.storage.resolve import open_storage
-from datastore.storage.urls import strip_credentials
+from datastore.storage.urls import join_url, strip_credentials
+from datastore.threads import in_parallel
 
 __all__ = ["Listing", "Roots", "list_sources", "read_url"]
+
+
+_LOGGER = logging.getLogger(__name__)
 
 
 class Listing(Document, frozen=True, kw_only=True):
@@ -37,43 +46,57 @@ class Listing(Document, frozen=True, kw_only=True):
     shown: tuple[str, ...]
     """The sources without credentials."""
 
+    take: Take
+    """What is taken of them; never `auto`."""
+
+    tokens_key: str
+
 
 class Roots(Document, frozen=True, kw_only=True):
     """Where each source lies on this machine. Never stored: it may hold credentials."""
 
     folders: dict[str, str]
-    """Name of the source -> URL of the folder, or for a single file of the folder that it is in."""
+    """Name of the source -> URL of the folder, or for a single file of the folder that it is in. A folder in a source that another
+    library wrote, `<name>/<path below it>`, is here, too: that library's files are named in there."""
 
     def locate(self, path: str) -> tuple[str, str]:
         """Return the URL of a folder and the key below it for the file called `path`."""
-        name, _, below = path.partition("/")
-        return self.folders[name], below or name
+        parts = path.split("/")
+        for end in range(len(parts) - 1, 0, -1):
+            url = self.folders.get("/".join(parts[:end]))
+            if url is not None:
+                return url, "/".join(parts[end:])
+        return self.folders[path], path
 
 
-def list_sources(sources: Sequence[str], settings: IngestSettings) -> tuple[Listing, Roots]:
+def list_sources(sources: Sequence[str], settings: IngestSettings, *, encodes: bool = False) -> tuple[Listing, Roots]:
     """Return the files of `sources`, in an order that depends on their names alone.
+
+    `encodes` says that they go to a dataset of texts, or of tokens of texts.
 
     Raises:
         ConfigError: there is no source; two have the same name; or none has a file to read.
         MissingError: a source does not exist.
         StorageError: a folder cannot be read.
+        CorruptError: a table, or the index of another library's folder, is damaged.
     """
     if not sources:
         raise ConfigError("there is no source", hint="Name a folder, a text file or a .jsonl file.")
     folders: dict[str, str] = {}
-    files: list[SourceFile] = []
+    found: list[tuple[tuple[str, int], SourceFile]] = []
     skipped: Counter[str] = Counter()
     for source in sources:
-        name, url, found = _open(source, settings, skipped)
-        if name in folders:
+        opened = _open(source, settings, skipped)
+        if opened.name in folders:
             raise ConfigError(
                 "two sources have the same name",
-                name=name,
+                name=opened.name,
                 sources=[strip_credentials(each) for each in sources],
                 hint="Ingest them one after the other, or name the folder above them.",
             )
-        folders[name] = url
-        files.extend(found)
+        folders |= {opened.name: opened.url, **opened.foreign}
+        found += opened.files
+    files = [file for _, file in sorted(found, key=lambda each: each[0])]
     shown = tuple(strip_credentials(source) for source in sources)
     if not files:
         raise ConfigError(
@@ -82,10 +105,26 @@ def list_sources(sources: Sequence[str], settings: IngestSettings) -> tuple[List
             skipped=dict(skipped),
             hint="Name a folder with text in it, and check `include` and `exclude`; links in it are not followed.",
         )
-    if not settings.format:  # Another format says itself in which order its files are.
-        files.sort(key=lambda file: file.path)
-    listing = Listing(files=tuple(files), skipped=dict(sorted((+skipped).items())), shown=shown)
-    return listing, Roots(folders=folders)
+    roots = Roots(folders=folders)
+    choice = choose(files, roots.locate, settings, encodes=encodes)
+    if choice.left_out:
+        skipped["no_text_column"] += len(choice.left_out)
+        _LOGGER.warning(
+            "tables without a column %r are left out: %d, the first is %s. Name the column by `text_key`, or `exclude` them",
+            settings.text_key,
+            len(choice.left_out),
+            choice.left_out[0],
+        )
+    settings = msgspec.structs.replace(settings, take=choice.take, tokens_key=choice.tokens_key)
+    left_out = frozenset(choice.left_out)
+    listing = Listing(
+        files=tuple(_with_fingerprint(file, settings) for file in files if file.path not in left_out),
+        skipped=dict(sorted((+skipped).items())),
+        shown=shown,
+        take=choice.take,
+        tokens_key=choice.tokens_key,
+    )
+    return listing, roots
 
 
 def read_url(url: str) -> bytes:
@@ -101,36 +140,101 @@ def read_url(url: str) -> bytes:
         raise MissingError("no such file", file=strip_credentials(url), hint="Name a file that exists.") from None
 
 
-def _open(source: str, settings: IngestSettings, skipped: Counter[str]) -> tuple[str, str, list[SourceFile]]:
-    """Return the name of a source, the URL below which its files lie, and these."""
-    if settings.format:
-        return _tables(source, settings)
+class _Source(NamedTuple):
+    """One source, opened."""
+
+    name: str
+    url: str
+    """Of the folder below which its files lie."""
+
+    files: list[tuple[tuple[str, int], SourceFile]]
+    """Each with what it is sorted by: its path, or for the files of another library their folder and place in its index."""
+
+    foreign: Mapping[str, str] = {}
+    """Of folders in it that another library wrote: as `Roots.folders` has them."""
+
+
+def _open(source: str, settings: IngestSettings, skipped: Counter[str]) -> _Source:
+    """Return a source; its files have no fingerprint yet."""
+    if settings.format and settings.format in FORMATS:
+        return _tables(source, settings.format)
+    source, takes = split_glob(source)
     storage = open_storage(source)
     local = Path(storage.url) if "://" not in storage.url else None
     if _is_file(source) if local is None else _is_local_file(local):
-        if source.lower().endswith(".parquet"):
-            return _tables(source, msgspec.structs.replace(settings, format="parquet"))
         # Through a link a file keeps the link's name, which says what is in it; caches link to files named by digest.
         return _lone_file(source if local is None else str(local), settings)
-    local = local.resolve() if local is not None else None
-    name = local.name if local is not None else source.rstrip("/").rpartition("/")[2]
-    name = name or "root"
-    stats = walk(local, Globs(settings), skipped) if local is not None else _remote(storage, Globs(settings), skipped)
-    files = []
-    for stat in stats:
-        kind = kind_of(stat.key)
+    url = source if local is None else str(local.resolve())
+    globs = Globs(settings)
+    stats = list(walk(Path(url), globs, skipped) if local is not None else _remote(storage, globs, skipped))
+    found = stats if takes is None else [stat for stat in stats if takes(stat.key)]
+    return _folder(url, storage, found, settings, skipped)
+
+
+def _folder(
+    url: str, storage: Storage, stats: Sequence[Stat], settings: IngestSettings, skipped: Counter[str]
+) -> _Source:
+    name = url.rstrip("/").rpartition("/")[2] or "root"
+    foreign = list(foreign_folders(url, stats)) if not settings.format else []
+    found = [
+        ((f"{name}/{folder.below}", number), _source_file(f"{name}/{key}", storage.stat(key), Kind(folder.format, "")))
+        for folder in foreign
+        for number, key in enumerate(folder.files)
+    ]
+    apart = list(_apart(stats, foreign, skipped))
+    for stat, kind in zip(apart, _look_at(storage, apart, settings), strict=True):
+        path = f"{name}/{stat.key}"
         if kind is None:
             skipped["binary"] += 1
+        elif kind != _PART:
+            found.append(((path, 0), _source_file(path, stat, kind)))
+    below = {f"{name}/{folder.below[:-1]}": join_url(url, folder.below) for folder in foreign if folder.below}
+    return _Source(name, url, found, below)
+
+
+def _apart(stats: Sequence[Stat], foreign: Sequence[ForeignFolder], skipped: Counter[str]) -> Iterator[Stat]:
+    """Yield the files that are in none of the folders `foreign`, and not empty."""
+    folders = tuple(folder.below for folder in foreign)
+    owned = {key for folder in foreign for key in (*folder.files, *folder.indices)}
+    for stat in stats:
+        if stat.key.startswith(folders):
+            skipped["beside_dataset"] += stat.key not in owned
         elif stat.size_bytes == 0:
-            skipped["empty"] += 1
+            skipped["empty" if kind_of(stat.key) is not None else "binary"] += 1
         else:
-            files.append(_source_file(f"{name}/{stat.key}", stat, kind, settings))
-    return name, source if local is None else str(local), files
+            yield stat
 
 
-def _tables(source: str, settings: IngestSettings) -> tuple[str, str, list[SourceFile]]:
-    """Return name, URL and files of a source in the format of another library."""
-    if settings.format == "megatron":  # It calls a pair of files by what their names have in common.
+_PART = Kind("megatron", "gz")
+"""Stands for a file that is read with another one: the index of a pair."""
+
+
+def _look_at(storage: Storage, stats: Sequence[Stat], settings: IngestSettings) -> Iterator[Kind | None]:
+    """Yield how each of these files is to be read."""
+    names = {stat.key for stat in stats}
+    stems = {key[:-4] for key in names if key.endswith(".idx") and f"{key[:-4]}.bin" in names}
+    pairs = {stem for stem in stems if not settings.format and is_megatron_index(storage, f"{stem}.idx")}
+
+    def of(stat: Stat) -> Kind | None:
+        if stat.key[:-4] in pairs and stat.key.endswith((".bin", ".idx")):
+            return Kind("megatron", "") if stat.key.endswith(".bin") else _PART
+        return _as_told(stat.key, settings) if settings.format else look(storage, stat.key, stat.size_bytes)
+
+    yield from in_parallel(of, stats)
+
+
+def _as_told(key: str, settings: IngestSettings) -> Kind | None:
+    """Return how to read a file of a format that the user has named, or None if its name says that it is something else."""
+    named = kind_of(key)
+    if named is None and not (codec := named_codec(key)):
+        return None
+    assert settings.format in {"text", "lines", "jsonl", "json"}
+    return Kind(settings.format, named[1] if named is not None else codec)
+
+
+def _tables(source: str, format: SourceFormat) -> _Source:  # noqa: A002 - what it is
+    """Return a source in the format of another library; its files have no fingerprint yet."""
+    if format == "megatron":  # It calls a pair of files by what their names have in common.
         source = f"{source.removesuffix('.idx').removesuffix('.bin')}.bin" if not _is_folder(source) else source
     if _is_file(source):
         url, name = _parent(source)
@@ -138,64 +242,66 @@ def _tables(source: str, settings: IngestSettings) -> tuple[str, str, list[Sourc
     else:
         url = str(Path(source).expanduser().resolve()) if "://" not in source else source
         storage = open_storage(url)
-        keys = FORMATS[settings.format].files(storage)
+        keys = FORMATS[format].files(storage)
         folder = url.rstrip("/").rpartition("/")[2] or "root"
-    found = []
-    for key in keys:
-        stat = storage.stat(key)
-        facts = (stat.size_bytes, stat.modified, settings.format, settings.take, settings.text_key, settings.tokens_key)
-        path = f"{folder}/{key}" if folder else key
-        found.append(
-            SourceFile(
-                path=path,
-                size_bytes=stat.size_bytes,
-                modified=stat.modified,
-                format=settings.format or "text",
-                codec="",
-                lone=not folder,
-                fingerprint=digest_hex(msgspec.json.encode((path, *facts))),
-            )
-        )
-    return folder or keys[0], url, found
+    kind = Kind(format, "")
+    paths = [(f"{folder}/{key}" if folder else key, storage.stat(key)) for key in keys]
+    found = [
+        ((folder or path, number), _source_file(path, stat, kind, lone=not folder))
+        for number, (path, stat) in enumerate(paths)
+    ]
+    return _Source(folder or keys[0], url, found)
 
 
 def _is_folder(url: str) -> bool:
     return next(iter(open_storage(url).list()), None) is not None if not _is_file(url) else False
 
 
-def _lone_file(source: str, settings: IngestSettings) -> tuple[str, str, list[SourceFile]]:
+def _lone_file(source: str, settings: IngestSettings) -> _Source:
     parent, name = _parent(source)
     shown = strip_credentials(source)
-    kind = kind_of(name)
+    storage = open_storage(parent)
+    found = storage.stat(name)
+    if found.size_bytes == 0 and kind_of(name) is not None:
+        raise ConfigError("the source is empty", file=shown, hint="Name a file with text in it.")
+    is_half = not settings.format and name.endswith((".bin", ".idx")) and _is_file(f"{source[:-4]}.idx")
+    if is_half and is_megatron_index(storage, f"{name[:-4]}.idx"):
+        return _tables(source, "megatron")
+    kind = _as_told(name, settings) if settings.format else look(storage, name, found.size_bytes)
     if kind is None:
         raise ConfigError(
             "this kind of file cannot be read",
             file=shown,
-            hint="Name a text file, .jsonl, .jsonl.gz, .jsonl.zst or .parquet, or say its `format`.",
+            hint="Name a file of text, JSON, Parquet, Arrow, CSV or TSV, or say what it is to be read `as`.",
         )
-    found = open_storage(parent).stat(name)
-    if found.size_bytes == 0:
-        raise ConfigError("the source is empty", file=shown, hint="Name a file with text in it.")
-    return name, parent, [_source_file(name, found, kind, settings, lone=True)]
+    return _Source(name, parent, [((name, 0), _source_file(name, found, kind, lone=True))])
 
 
-def _source_file(
-    path: str, stat: Stat, kind: tuple[Literal["text", "jsonl"], Codec], settings: IngestSettings, *, lone: bool = False
-) -> SourceFile:
-    # What a document of it is belongs to what the file is: the same lines read by another key are other documents.
-    how = settings.text_key if kind[0] == "jsonl" else settings.separator
-    if settings.take != "text":
-        how = f"{settings.take} {settings.tokens_key}"
-    facts = (path, stat.size_bytes, stat.modified, kind[0], how)
+def _source_file(path: str, stat: Stat, kind: Kind, *, lone: bool = False) -> SourceFile:
     return SourceFile(
         path=path,
         size_bytes=stat.size_bytes,
         modified=stat.modified,
-        format=kind[0],
-        codec=kind[1],
+        format=kind.format,
+        codec=kind.codec if kind.format not in FORMATS else "",
         lone=lone,
-        fingerprint=digest_hex(msgspec.json.encode(facts)),
+        fingerprint="",
     )
+
+
+def _with_fingerprint(file: SourceFile, settings: IngestSettings) -> SourceFile:
+    """Return `file` as it is known to the dataset: what a document of it is belongs to what the file is.
+
+    The same lines read by another key are other documents.
+    """
+    state = (file.path, file.size_bytes, file.modified, file.format)
+    if is_table(file):
+        facts: tuple[object, ...] = (*state, settings.take, settings.text_key, settings.tokens_key)
+    elif settings.take != "text":
+        facts = (*state, f"{settings.take} {settings.tokens_key}")
+    else:
+        facts = (*state, settings.separator if file.format in {"text", "lines"} else settings.text_key)
+    return msgspec.structs.replace(file, fingerprint=digest_hex(msgspec.json.encode(facts)))
 
 
 def _remote(storage: Storage, globs: Globs, skipped: Counter[str]) -> Iterator[Stat]:

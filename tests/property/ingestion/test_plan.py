@@ -29,7 +29,7 @@ def listings(draw: st.DrawFn) -> Listing:
         )
         for number, (size, (form, codec)) in enumerate(drawn)
     )
-    return Listing(files=files, skipped={}, shown=("src",))
+    return Listing(files=files, skipped={}, shown=("src",), take="text", tokens_key="tokens")
 
 
 tasks = st.integers(1024, 200_000).map(lambda size: IngestSettings(task_bytes=size))
@@ -66,7 +66,11 @@ def test_known_files_leave_no_trace_in_the_plan_of_the_others(
 ) -> None:
     prints = frozenset(f"{number:032x}" for number in known)
     others = Listing(
-        files=tuple(file for file in listing.files if file.fingerprint not in prints), skipped={}, shown=("src",)
+        files=tuple(file for file in listing.files if file.fingerprint not in prints),
+        skipped={},
+        shown=("src",),
+        take="text",
+        tokens_key="tokens",
     )
     found = make_plan(listing, settings=settings, kind="tokens", reading_digest="", known=prints)
     alone = make_plan(others, settings=settings, kind="tokens", reading_digest="")

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, get_args
 
 import pyarrow as pa
+import pyarrow.feather
 import pyarrow.parquet as pq
 import pytest
 import zstandard
@@ -126,9 +127,12 @@ def sources(folder: Path) -> dict[str, Path]:
     for kind in FORMATS:
         if kind == "megatron":
             ds.export_dataset(tokens, str(folder / kind), format=kind)
-        elif kind == "csv":
-            (folder / "csv").mkdir()
-            (folder / "csv/a.csv").write_text("text,b\none,two\n")
+        elif kind in {"csv", "tsv"}:
+            (folder / kind).mkdir()
+            (folder / kind / f"a.{kind}").write_text("text,b\none,two\n".replace(",", "," if kind == "csv" else "\t"))
+        elif kind == "arrow":
+            (folder / "arrow").mkdir()
+            pyarrow.feather.write_feather(table, folder / "arrow/a.arrow")
         else:
             columns = ["text"] if kind in {"mds", "litdata", "webdataset"} else None
             ds.export_dataset(made, str(folder / kind), format=kind, columns=columns)
@@ -150,5 +154,6 @@ def test_every_kind_of_source_can_be_taken_in_every_way_or_is_refused_in_words(t
             taken.add((name, take))
     assert all(hints)
     assert {("jsonl", take) for take in get_args(Take)} <= taken
-    assert {(name, "rows") for name in ("parquet", "csv", "hf", "mds", "litdata", "webdataset")} <= taken
+    assert {(name, "rows") for name in FORMATS if name != "megatron"} <= taken
+    assert {(name, "auto") for name in (*FORMATS, "jsonl", "text")} <= taken
     assert ("text", "rows") not in taken

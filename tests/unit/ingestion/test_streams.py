@@ -8,7 +8,8 @@ import random
 import pytest
 import zstandard
 
-from datastore.ingestion.reading.streams import open_stream, read_chunks
+from datastore.formats.decompression import open_stream
+from datastore.ingestion.reading.streams import read_chunks
 from datastore.storage.backends.memory import MemoryStorage
 
 TEXT = b"".join(b"line %d of the text\n" % number for number in range(20_000))
