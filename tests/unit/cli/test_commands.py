@@ -34,7 +34,8 @@ FLAGS = {
     "export": "column format shard-bytes to",
     "import": "format set text-key to tokenizer tokens-key workers",
     "sql": "",
-    "ingest": "dry-run exclude format id-key include max-reject-ratio on-error overwrite separator set text-key to tokenizer "
+    "ingest": "chat chat-template dry-run exclude format id-key include max-reject-ratio on-error overwrite pairs separator set "
+    "text-key to tokenizer "
     "workers",
     "tokenizer train": "exclude include text-key to vocab",
     "show": "",
