@@ -10,7 +10,8 @@ between is encoded as text; it is checked that the cuts themselves change no id.
 """
 
 import json
-from collections.abc import Iterator, Sequence
+import re
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -63,6 +64,7 @@ class ChatEncoder:
         self._plain.encode_special_tokens = True
         self._special = special_tokens(self._live)
         self._template = ChatTemplate(form, [] if special == "allow" else list(self._special.values()))
+        _require_tokens(form, self._special.values())
         self._refuses_special = special == "reject"
         self.vocab_size = max(self._live.get_vocab(with_added_tokens=True).values()) + 1
 
@@ -182,6 +184,27 @@ def _cut(length: int, real: Spans) -> Iterator[tuple[int, int, bool]]:
 def _arrays(ids: Sequence[int], offsets: Spans) -> tuple[Ids, Ids, Ids]:
     begins, ends = np.array(offsets, dtype=np.uint32).reshape(-1, 2).T
     return np.array(ids, dtype=np.uint32), begins, ends
+
+
+def _require_tokens(form: ChatFormat, special: Collection[str]) -> None:
+    """Raise if the template writes a token that the tokenizer's config names, and its own file does not.
+
+    `transformers` would make a new token of it, with an id that the dataset's tokenizer does not have.
+    """
+    lacking = {
+        name: value
+        for name, value in form.variables.items()
+        if value
+        and value not in special
+        and (re.search(rf"\b{re.escape(name)}\b", form.template) or value in form.template)
+    }
+    if lacking:
+        raise ConfigError(
+            "the chat template writes tokens that the tokenizer.json does not have as special ones",
+            template=form.name,
+            lacking=lacking,
+            hint="Save the tokenizer again with transformers, which adds them: `save_pretrained(FOLDER)`.",
+        )
 
 
 def _require_all(messages: Messages, tools: Any, text: str) -> None:

@@ -274,6 +274,15 @@ def test_without_a_template_or_a_tokenizer_nothing_begins(chats: Chats) -> None:
     assert not Path(chats.url).exists()
 
 
+def test_a_token_that_only_the_config_names_is_refused(chats: Chats) -> None:
+    config = chats.folder / "tok" / "tokenizer_config.json"
+    config.write_text(json.dumps({"eos_token": "<eos>", "pad_token": "<pad>"}))
+    chats.template(CHATML + "{{ eos_token }}")
+    with pytest.raises(ConfigError, match=r"does not have as special ones.*'eos_token': '<eos>'") as caught:
+        chats.run([{"messages": [USER, ASSISTANT]}])
+    assert "pad_token" not in str(caught.value)
+
+
 def test_an_estimate_counts_tokens_and_rejects(chats: Chats) -> None:
     source = chats.lines([{"messages": [USER, ASSISTANT]}] * 20 + [{"messages": [USER]}])
     expected = estimate([source], chats.url, settings=chats.settings())
