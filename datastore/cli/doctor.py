@@ -32,6 +32,7 @@ _EXTRAS = {
     "track": ("tensorboard",),
     "compress": ("compressed-tensors",),
     "fast": ("gigatoken",),
+    "chat": ("jinja2",),
     "images": ("PIL",),
     "audio": ("soundfile",),
 }

@@ -36,7 +36,12 @@ EXCLUDE = click.option(
 )
 @SOURCES
 @click.option("--to", required=True, metavar="URL", help="The dataset; it is made if it is not there.")
-@click.option("--tokenizer", metavar="FILE", help="A tokenizer.json; without it, in a new dataset, text stays text.")
+@click.option(
+    "--tokenizer", metavar="FILE", help="A tokenizer.json or its folder; without it, in a new dataset, text stays text."
+)
+@click.option("--chat", "take", flag_value="chats", help="Take the chats of JSON lines or a table, with a loss mask.")
+@click.option("--pairs", "take", flag_value="pairs", help="Take pairs of chats: prompt, chosen, rejected.")
+@click.option("--chat-template", metavar="FILE", help="A chat template, if not the one beside the tokenizer.")
 @INCLUDE
 @EXCLUDE
 @click.option(
@@ -152,6 +157,9 @@ def _tell(report: "IngestReport") -> None:
             else None,
             "left out": _counts(report.skipped),
             "rejected": _counts(report.rejected, report.rejects),
+            "escaped": f"{report.escaped:,} chats spell a special token; it is made of ordinary ones"
+            if report.escaped
+            else None,
             "shards": f"{report.shards:,}, {format_bytes(report.shard_bytes)}",
             "time": f"{format_seconds(report.seconds)}, {rate}{f', {report.encoder}' if report.encoder else ''}",
             "taken over": f"{report.tasks_resumed} of {report.tasks} tasks" if report.tasks_resumed else None,

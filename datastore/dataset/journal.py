@@ -72,6 +72,9 @@ class TaskDone(Sealed, frozen=True, kw_only=True):
     encoder: str
     """Which library encoded; the ids are the same."""
 
+    escaped: Count = 0
+    """Chats in which a message spells a special token, which was made of ordinary ones."""
+
 
 class SourceFile(Document, frozen=True, kw_only=True):
     """One file to read."""

@@ -20,6 +20,7 @@ from datastore.dataset.shards.segments import load_segments
 from datastore.dataset.snapshot import split_reference
 from datastore.errors import ConfigError, CorruptError, MissingError
 from datastore.formats.schema import decode_schema
+from datastore.ingestion.encoding.chatfiles import tokenizer_file
 from datastore.ingestion.encoding.reference import facts_of, load_tokenizer
 from datastore.ingestion.reading.sources import read_url
 from datastore.ingestion.settings import IngestSettings
@@ -155,7 +156,7 @@ class Destination:
         """
         present = self.newest.tokenizer if self.newest else None
         if settings.tokenizer:
-            raw = read_url(settings.tokenizer)
+            raw = read_url(tokenizer_file(settings.tokenizer))
         elif present is not None:
             raw = read_tokenizer(self.storage, present)
         else:

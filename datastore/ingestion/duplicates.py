@@ -18,7 +18,7 @@ from datastore.dataset.journal import Journal, TaskDone
 from datastore.dataset.shards.files import (
     read_documents,
     read_record_shard,
-    read_token_shard,
+    read_token_table,
     write_record_shard,
     write_token_shard,
 )
@@ -86,12 +86,19 @@ def _rewrite(journal: Journal, shard: ShardInfo, drop: Rows, *, into: Deduplicat
             into.shards.append(write_record_shard(storage, uid=uid, table=table.take(keep)))
     else:
         table = read_documents(storage, shard)
-        values, offsets = read_token_shard(storage, shard)
+        stored = read_token_table(storage, shard)
+        offsets = stored.offsets
         if len(keep):
             new_offsets = offsets_of(np.diff(offsets)[keep])
-            kept = np.concatenate([values[offsets[row] : offsets[row + 1]] for row in keep])
-            documents = table.take(keep)
-            written = write_token_shard(storage, uid=uid, values=kept, offsets=new_offsets, documents=documents)
+            rows = np.concatenate([np.arange(offsets[row], offsets[row + 1]) for row in keep])
+            written = write_token_shard(
+                storage,
+                uid=uid,
+                values=stored.values[rows],
+                offsets=new_offsets,
+                documents=table.take(keep),
+                columns={name: values[rows] for name, values in stored.columns.items()},
+            )
             into.shards.append(written)
     for row in table.select(["id", "source", "offset"]).take(drop).to_pylist():
         into.rejects.append(reject(row["source"], row["offset"], "duplicate_id", row["id"]))

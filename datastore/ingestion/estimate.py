@@ -12,10 +12,13 @@ from typing import Any
 
 from datastore.dataset.log.manifest import Kind
 from datastore.formats.schema import decode_schema
+from datastore.ingestion.encoding.chats import ChatEncoder, UnusableChatError
 from datastore.ingestion.encoding.encoder import TextEncoder
+from datastore.ingestion.encoding.template import ChatFormat
 from datastore.ingestion.ingest import PreparedIngest, prepare
 from datastore.ingestion.plan import WorkItem, source_bytes, work_items
-from datastore.ingestion.reading.documents import Reject, TextRecord, read_part
+from datastore.ingestion.reading.chats import read_documents
+from datastore.ingestion.reading.documents import Reject, TextRecord
 from datastore.ingestion.reading.rows import read_rows
 from datastore.ingestion.settings import IngestSettings
 from datastore.storage.resolve import open_storage
@@ -94,7 +97,7 @@ class _Sample:
         self.rejects = 0
         self.tokens = 0
         self.encode_s = 0.0
-        if prepared.settings.take != "text":
+        if prepared.settings.take in {"rows", "tokens"}:
             self._look_at_rows(prepared, every)
             return
         texts: list[str] = []
@@ -106,13 +109,30 @@ class _Sample:
                 texts.append(found.text)
         self.documents = len(texts)
         self.shard_bytes = sum(len(text.encode()) for text in texts)
-        if prepared.tokenizer is not None and texts:
+        if prepared.tokenizer is not None and prepared.chats is not None:
+            self._encode_chats(texts, prepared.tokenizer.raw, prepared.chats, prepared.settings)
+        elif prepared.tokenizer is not None and texts:
             encoder = TextEncoder(prepared.tokenizer.raw, prepared.settings)
             started = time.process_time()
             encoded = encoder.encode(texts)
             self.encode_s = time.process_time() - started
             self.tokens = encoded.values.size
             self.shard_bytes = encoded.values.nbytes
+
+    def _encode_chats(self, texts: Sequence[str], raw: bytes, form: ChatFormat, settings: IngestSettings) -> None:
+        encoder = ChatEncoder(raw, form, settings.special_tokens)
+        started = time.process_time()
+        self.documents = self.shard_bytes = 0
+        for text in texts:
+            try:
+                chats = encoder.encode_pair(text) if settings.take == "pairs" else (encoder.encode(text),)
+            except UnusableChatError:
+                self.rejects += 1
+                continue
+            self.documents += 1
+            self.tokens += sum(chat.ids.size for chat in chats)
+        self.encode_s = time.process_time() - started
+        self.shard_bytes = 5 * self.tokens
 
     def _look_at_rows(self, prepared: PreparedIngest, every: Sequence[WorkItem]) -> None:
         """Count the first rows of files spread over the plan; how many source bytes they take is not known, but about."""
@@ -141,7 +161,7 @@ def _spread(prepared: PreparedIngest, every: Sequence[WorkItem]) -> Iterator[Tex
     for file, start, stop in islice(parts, 0, None, step):
         url, key = prepared.roots.locate(file.path)
         taken = 0
-        for found in read_part(open_storage(url), key, file=file, span=(start, stop), settings=prepared.settings):
+        for found in read_documents(open_storage(url), key, file=file, span=(start, stop), settings=prepared.settings):
             if isinstance(found, str):
                 continue
             yield found

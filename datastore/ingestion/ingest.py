@@ -23,13 +23,18 @@ from datastore.dataset.log.identity import create_dataset
 from datastore.dataset.log.manifest import Commit, Kind
 from datastore.dataset.operations.expire import time_of
 from datastore.dataset.shards.files import put_tokenizer
+from datastore.document import encode
 from datastore.errors import ConfigError, CorruptError, RejectedError
 from datastore.formats.common import common_schema
 from datastore.formats.fitting import check_rows
 from datastore.formats.huggingface import keep_features
 from datastore.formats.schema import check_storable, decode_schema, encode_schema, no_rows, with_wide_indices
 from datastore.host import cores
+from datastore.ingestion.chatsinks import PAIRS_SCHEMA
 from datastore.ingestion.destination import Destination, TokenizerChoice, open_target
+from datastore.ingestion.encoding.chatfiles import chat_format
+from datastore.ingestion.encoding.chats import require_usable
+from datastore.ingestion.encoding.template import ChatFormat
 from datastore.ingestion.outcome import IngestOutcome, Overtaken, commit_ingest
 from datastore.ingestion.plan import changed_since, make_plan, work_items
 from datastore.ingestion.reading.rows import first_schema, is_table, require_rows, rows_schema
@@ -106,6 +111,9 @@ class PreparedIngest:
     changed: Mapping[str, int]
     """Files that the dataset has in another state, and the last version that brought one."""
 
+    chats: ChatFormat | None = None
+    """How chats become text, if they are taken."""
+
     restored: Plan | None = None
     """The plan of a finished ingest that was lost or damaged, as it was."""
 
@@ -133,6 +141,7 @@ class PreparedIngest:
             settings=self.settings,
             tokenizer=self.tokenizer.ref if self.tokenizer else None,
             record_schema=self.plan.record_schema,
+            chats=self.chats,
             parallel=workers == 1,
         )
 
@@ -213,6 +222,7 @@ def _report(
         shard_bytes=sum(shard.size_bytes for shard in outcome.shards),
         rejected=dict(sorted(outcome.rejected.items())),
         rejects=join_url(url, Journal(prepared.target.storage, plan.ingest_id).folder, "rejects") if kept else "",
+        escaped=sum(task.escaped for task in done.values()),
         tasks=len(plan.tasks),
         tasks_resumed=resumed,
         encoder=" and ".join(sorted({task.encoder for task in done.values()} - {""})),
@@ -231,22 +241,33 @@ def prepare(sources: Sequence[str], to: str, settings: IngestSettings) -> Prepar
     target = open_target(to)
     listing, roots = list_sources(sources, settings, encodes=target.holds_texts() and settings.operation == "append")
     settings = msgspec.structs.replace(settings, take=listing.take, tokens_key=listing.tokens_key)
+    is_chat = settings.take in {"chats", "pairs"}
     if settings.take != "text":
         for file in listing.files:
             require_rows(file)
     tokenizer = target.choose_tokenizer(settings) if settings.take != "rows" else None
-    kind: Kind = "tokens" if tokenizer or settings.take == "tokens" else "records"
+    chats = _chat_format(tokenizer, settings) if is_chat else None
+    of_pairs = settings.take == "pairs"
+    kind: Kind = "tokens" if (tokenizer or settings.take == "tokens") and not of_pairs else "records"
     base = target if settings.operation == "append" else Destination(target.storage, None)
     base.require_kind(kind)
     if kind == "records" and settings.take == "text":
         base.require_schema(RECORDS_SCHEMA)
+    if of_pairs:
+        base.require_schema(PAIRS_SCHEMA)
     planned = partial(
         make_plan,
         listing,
         settings=settings,
         kind=kind,
-        reading_digest=reading_digest(settings, tokenizer_sha256=tokenizer.ref.sha256 if tokenizer else ""),
-        record_schema=_record_schema(listing, roots, base, settings) if settings.take == "rows" else b"",
+        reading_digest=reading_digest(
+            settings, tokenizer_sha256=tokenizer.ref.sha256 if tokenizer else "", chats=encode(chats) if chats else b""
+        ),
+        record_schema=encode_schema(PAIRS_SCHEMA)
+        if of_pairs
+        else _record_schema(listing, roots, base, settings)
+        if settings.take == "rows"
+        else b"",
     )
     found = tuple(base.ingests())
     history = [(commit.version, each) for commit, each in found if each is not None]
@@ -265,7 +286,24 @@ def prepare(sources: Sequence[str], to: str, settings: IngestSettings) -> Prepar
         plan=plan,
         changed=changed_since(plan.files, history),
         restored=restored,
+        chats=chats,
     )
+
+
+def _chat_format(tokenizer: TokenizerChoice | None, settings: IngestSettings) -> ChatFormat:
+    """Return how chats become text, tried out: better now than after all the reading.
+
+    Raises:
+        ConfigError: there is no tokenizer, or no template that can be used.
+        DependencyError: jinja2 is not installed.
+    """
+    if tokenizer is None:
+        raise ConfigError(
+            "chats need a tokenizer", take=settings.take, hint="Name one that has a chat template: `tokenizer=FOLDER`."
+        )
+    found = chat_format(settings)
+    require_usable(tokenizer.raw, found, settings)
+    return found
 
 
 def _recognized(

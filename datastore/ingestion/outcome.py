@@ -145,7 +145,7 @@ def _commit(
     draft = draft_commit(operation, ingest_id=plan.ingest_id, config_digest=plan.reading_digest)
     if plan.kind == "records":
         schema = plan.record_schema or encode_schema(RECORDS_SCHEMA)
-        draft = msgspec.structs.replace(draft, kind="records", record_schema=schema)
+        draft = msgspec.structs.replace(draft, kind="records", record_schema=schema, tokenizer=tokenizer)
     else:
         draft = msgspec.structs.replace(draft, tokenizer=tokenizer)
     if operation == "overwrite":

@@ -68,6 +68,9 @@ class IngestReport:
     rejects: str
     """The folder in which the rejected documents are described; empty if there are none."""
 
+    escaped: int
+    """Chats in which a message spells a special token, which was made of ordinary ones."""
+
     tasks: int
     tasks_resumed: int
     """How many of them an interrupted run had done."""

@@ -23,7 +23,7 @@ OnError = Literal["quarantine", "skip", "fail"]
 
 SpecialTokens = Literal["escape", "allow", "reject"]
 
-Take = Literal["auto", "text", "rows", "tokens"]
+Take = Literal["auto", "text", "rows", "tokens", "chats", "pairs"]
 
 ReadAs = Literal["", "text", "lines", "jsonl", "json", ImportFormat]
 
@@ -38,7 +38,7 @@ class IngestSettings(SettingsDocument, frozen=True, kw_only=True):
     """How sources become shards."""
 
     tokenizer: str = ""
-    """Path or URL of a `tokenizer.json`. Empty: the one that the dataset has; in a new dataset, text stays text."""
+    """Path or URL of a `tokenizer.json`, or of its folder. Empty: the one that the dataset has; in a new dataset, text stays text."""
 
     end_of_text: Name = "<|endoftext|>"
     """The token that ends each document."""
@@ -53,8 +53,16 @@ class IngestSettings(SettingsDocument, frozen=True, kw_only=True):
     """Read all files as those of this format: `text` as it is, whatever is in it; `lines` of text. Empty: what each file is, by its content."""
 
     take: Take = "auto"
-    """What of a row of a table, or of a JSON line, becomes a document: the text under `text_key`, all columns (`rows`), or tokens.
+    """What of a row of a table, or of a JSON line, becomes a document: the text under `text_key`, all columns (`rows`), tokens;
+    a chat, its messages made tokens by a chat template; or a pair of chats, `chosen` and `rejected`, as one record.
     `auto`: text where there is some; of the folders of other libraries tokens, then text if there is a tokenizer, then rows."""
+
+    chat_template: str = ""
+    """Path or URL of a file with the chat template. Empty: the one beside the tokenizer, if chats or pairs are taken."""
+
+    chat_day: Annotated[str, msgspec.Meta(pattern=r"^(\d{4}-\d{2}-\d{2})?$")] = ""
+    """The day that a template is told which asks for it, such as 2026-11-28. Empty: today, in UTC; an ingest that goes on
+    the next day then begins anew."""
 
     include: tuple[Name, ...] = ()
     """Take only files of a folder that match one of these globs (a name, or with `/` the path in the folder)."""
@@ -99,13 +107,19 @@ class IngestSettings(SettingsDocument, frozen=True, kw_only=True):
     """`overwrite`: the new version holds the sources and nothing else; what it held can be read in the versions before."""
 
 
-_NO_EFFECT = {"tokenizer", "encoder", "include", "exclude", "workers", "on_error", "max_reject_ratio", "operation"}
-"""Settings that change no shard byte (the tokenizer enters by its sha256, globs by the files they leave)."""
+_NO_EFFECT = {
+    *("tokenizer", "encoder", "include", "exclude", "workers", "on_error", "max_reject_ratio", "operation"),
+    *("chat_template", "chat_day"),
+}
+"""Settings that change no shard byte (the tokenizer enters by its sha256, the template by its text, globs by the files they leave)."""
 
 
-def reading_digest(settings: IngestSettings, *, tokenizer_sha256: str) -> str:
-    """Return the digest of all that shard bytes depend on besides the source; an empty sha256 stands for text."""
+def reading_digest(settings: IngestSettings, *, tokenizer_sha256: str, chats: bytes = b"") -> str:
+    """Return the digest of all that shard bytes depend on besides the source; an empty sha256 stands for text.
+
+    `chats` says how they become text.
+    """
     plain = IngestSettings()
     same = {name: getattr(plain, name) for name in _NO_EFFECT}
     relevant = encode(msgspec.structs.replace(settings, **same))
-    return digest_hex(f"{CODE_VERSION}/{tokenizer_sha256}\n".encode(), relevant)
+    return digest_hex(f"{CODE_VERSION}/{tokenizer_sha256}\n".encode(), relevant, *([chats] if chats else []))

@@ -40,6 +40,7 @@ __all__ = [
     "ShardSink",
     "Sink",
     "TokenShards",
+    "documents_of_texts",
 ]
 
 _RECORD_COLUMNS: dict[str, pa.DataType] = {
@@ -62,6 +63,8 @@ class Sink(ABC):
         """What was stored so far."""
         self.documents = 0
         self.tokens = 0
+        self.escaped = 0
+        """Chats in which a special token was spelled."""
         self._task_id = task_id
         self._shard_bytes = shard_bytes
         self._collected_bytes = 0
@@ -140,7 +143,7 @@ class TokenShards(ShardSink):
             uid=uid,
             values=values,
             offsets=offsets_of(counts),
-            documents=_documents_of_texts(records, counts),
+            documents=documents_of_texts(records, counts),
         )
 
 
@@ -291,7 +294,8 @@ def _fitting(given: Any, kind: pa.DataType, otherwise: Any) -> Any:
         return otherwise
 
 
-def _documents_of_texts(records: Sequence[TextRecord], counts: Counts) -> pa.Table:
+def documents_of_texts(records: Sequence[TextRecord], counts: Counts) -> pa.Table:
+    """Return what describes `records` that have become so many tokens each."""
     names, sources, offsets, lengths, texts, _ = zip(*records, strict=True)
     digests = [xxhash.xxh3_128_digest(text.encode()) for text in texts]
     return table_of([names, sources, offsets, lengths, counts, digests], DOCUMENTS_SCHEMA)

@@ -19,14 +19,17 @@ from datastore.dataset.shards.files import read_tokenizer
 from datastore.document import Document
 from datastore.errors import RejectedError
 from datastore.formats.schema import decode_schema
+from datastore.ingestion.chatsinks import ChatShards, PairShards
+from datastore.ingestion.encoding.chats import ChatEncoder
 from datastore.ingestion.encoding.encoder import TextEncoder
+from datastore.ingestion.encoding.template import ChatFormat
 from datastore.ingestion.plan import WorkItem, source_bytes
+from datastore.ingestion.reading.chats import read_documents
 from datastore.ingestion.reading.documents import (
     Reject,
     TextRecord,
     check_unchanged,
     encode_rejects,
-    read_part,
 )
 from datastore.ingestion.reading.listing import SkipReason
 from datastore.ingestion.reading.rows import read_rows
@@ -54,6 +57,9 @@ class Job(Document, frozen=True, kw_only=True):
     tokenizer: TokenizerRef | None
     record_schema: bytes = b""
     """The columns, if rows are taken over."""
+
+    chats: ChatFormat | None = None
+    """How chats become text, if they are taken."""
 
     parallel: bool
     """Whether the encoder may use all cores."""
@@ -91,6 +97,14 @@ class TaskRunner:
         raw = read_tokenizer(self.storage, self.job.tokenizer)
         return TextEncoder(raw, self.job.settings, parallel=self.job.parallel)
 
+    @cached_property
+    def chat_encoder(self) -> ChatEncoder | None:
+        """The job's tokenizer with its template; None if no chats are taken."""
+        if self.job.chats is None or self.job.tokenizer is None:
+            return None
+        raw = read_tokenizer(self.storage, self.job.tokenizer)
+        return ChatEncoder(raw, self.job.chats, self.job.settings.special_tokens)
+
     def work(self, order: WorkItem, report: Report) -> TaskDone:
         """Do one task, mark it done, and return what it made.
 
@@ -99,7 +113,8 @@ class TaskRunner:
             ConflictError: a source file changed.
             StorageError: a source cannot be read, or the dataset not be written.
         """
-        done = self._encode(order, report) if self.job.settings.take == "text" else self._copy(order, report)
+        copies = self.job.settings.take in {"rows", "tokens"}
+        done = self._copy(order, report) if copies else self._encode(order, report)
         report(Advance(storage=self._spent()))
         return done
 
@@ -116,9 +131,10 @@ class TaskRunner:
         for file, start, stop in order.parts:
             url, key = self.job.roots.locate(file.path)
             folder = self._folders.setdefault(url, open_storage(url))
-            for found in read_part(folder, key, file=file, span=(start, stop), settings=self.job.settings):
+            for found in read_documents(folder, key, file=file, span=(start, stop), settings=self.job.settings):
                 run.take(found)
         run.end()
+        encoder = self.chat_encoder or self.encoder
         done = TaskDone(
             task_id=order.task_id,
             shards=tuple(run.sink.shards),
@@ -129,7 +145,8 @@ class TaskRunner:
             skipped=dict(sorted(run.skipped.items())),
             rejects_digest="",
             ids_digest="",
-            encoder=self.encoder.name if self.encoder else "",
+            encoder=encoder.name if encoder else "",
+            escaped=run.sink.escaped,
         )
         return self.journal.finish(done, rejects=encode_rejects(run.kept), ids=run.ids() if run.named else b"")
 
@@ -179,6 +196,9 @@ class TaskRunner:
 
     def _sink(self, order: WorkItem) -> ShardSink:
         size = self.job.settings.shard_bytes
+        if self.chat_encoder is not None:
+            kind = PairShards if self.job.settings.take == "pairs" else ChatShards
+            return kind(self.storage, order.task_id, encoder=self.chat_encoder, shard_bytes=size)
         if self.encoder is None:
             return RecordShards(self.storage, order.task_id, shard_bytes=size)
         return TokenShards(self.storage, order.task_id, encoder=self.encoder, shard_bytes=size)

@@ -9,7 +9,9 @@ choice      what of the sources is taken
 streams     bytes in chunks, cut at separators
 cutting     a file cut into its records
 rows        rows with all their columns, of tables and JSON
-documents   records into documents, or the reason why not
+rejects     the reasons why not
+documents   records into documents
+chats       records of messages into documents
 """
 
 __all__: list[str] = []

@@ -11,19 +11,20 @@ Of sources that are tables, in the formats of other libraries, it gives the rows
 """
 
 import json
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any, Literal, NamedTuple
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
 
 import orjson
 import pyarrow as pa
 
 from datastore.dataset.journal import SourceFile
-from datastore.errors import ConfigError, ConflictError, CorruptError, MissingError, StorageError
+from datastore.errors import ConfigError, ConflictError, MissingError, StorageError
 from datastore.formats.decompression import SourceStream, open_stream
 from datastore.ingestion.reading.cutting import cut_records, separator_of
 from datastore.ingestion.reading.listing import SkipReason
+from datastore.ingestion.reading.rejects import Reason, Reject, decode_rejects, encode_rejects, reject
 from datastore.ingestion.reading.rows import is_table, read_rows
-from datastore.ingestion.reading.streams import HEAD_BYTES, RecordPiece, lookback, read_chunks
+from datastore.ingestion.reading.streams import RecordPiece, lookback, read_chunks
 from datastore.ingestion.settings import IngestSettings
 from datastore.interop.base import Span
 from datastore.interop.cells import is_binary, is_text
@@ -43,57 +44,6 @@ __all__ = [
     "text_parser",
 ]
 
-Reason = Literal[
-    "bomb",
-    "corrupt_stream",
-    "duplicate_id",
-    "empty_text",
-    "id_not_text",
-    "invalid_json",
-    "invalid_utf8",
-    "lone_surrogate",
-    "missing_text",
-    "no_tokens",
-    "nul",
-    "null_text",
-    "special_token",
-    "text_not_string",
-    "token_out_of_range",
-    "too_long",
-    "truncated",
-]
-"""Why a document was rejected; `docs/` explains each."""
-
-
-class Reject(NamedTuple):
-    """One record that gives no document."""
-
-    source: str
-    offset: int
-    reason: Reason
-    excerpt: str
-    """Its first 200 bytes; those that are no UTF-8 as `\\xNN`."""
-
-
-def encode_rejects(rejects: Sequence[Reject]) -> bytes:
-    """Return `rejects` as JSON lines."""
-    return b"".join(orjson.dumps(reject._asdict(), option=orjson.OPT_APPEND_NEWLINE) for reject in rejects)
-
-
-def decode_rejects(raw: bytes, *, where: str) -> Iterator[Reject]:
-    """Yield the rejects of the JSON lines `raw`.
-
-    Raises:
-        CorruptError: a line is damaged, as far as that shows: only people read them.
-    """
-    for line in raw.split(b"\n")[:-1]:
-        try:
-            found = Reject(**orjson.loads(line))
-        except (TypeError, ValueError) as error:
-            raise CorruptError(f"a line is no reject: {error}", where=where) from None
-        yield found
-
-
 _PROBE_BYTES = 8192
 """Where a NUL makes a file of a folder binary; git looks about as far."""
 
@@ -111,7 +61,13 @@ class TextRecord(NamedTuple):
 
 
 def read_part(
-    storage: Storage, key: str, *, file: SourceFile, span: tuple[int, int], settings: IngestSettings
+    storage: Storage,
+    key: str,
+    *,
+    file: SourceFile,
+    span: tuple[int, int],
+    settings: IngestSettings,
+    parser: "Parser | None" = None,
 ) -> Iterator[TextRecord | Reject | SkipReason]:
     """Yield what the records of `file` that begin in the byte range `span` are, in order.
 
@@ -135,7 +91,7 @@ def read_part(
         stored = read_chunks(storage, key, start=lookback(start, separator), size_bytes=file.size_bytes)
         stream = open_stream(stored, codec=file.codec, max_expansion=settings.max_expansion)
         pieces = cut_records(stream, file=file, span=span, settings=settings)
-        yield from _records_of(pieces, stream, file=file, settings=settings)
+        yield from _records_of(pieces, stream, parser or _parser(file, settings), file=file, settings=settings)
     except (MissingError, StorageError) as error:
         if isinstance(error, StorageError) and error.fact != "the object ends too early":
             raise
@@ -158,9 +114,9 @@ def check_unchanged(storage: Storage, key: str, *, file: SourceFile) -> None:
 
 
 def _records_of(
-    pieces: Iterator[RecordPiece], stream: SourceStream, *, file: SourceFile, settings: IngestSettings
+    pieces: Iterator[RecordPiece], stream: SourceStream, parse: "Parser", *, file: SourceFile, settings: IngestSettings
 ) -> Iterator[TextRecord | Reject | SkipReason]:
-    parse, separator = _parser(file, settings), separator_of(file, settings)
+    separator = separator_of(file, settings)
     end = 0
     for piece in pieces:
         if not separator and _may_be_binary(file) and b"\0" in piece.data[:_PROBE_BYTES]:
@@ -213,12 +169,6 @@ def _changed(file: SourceFile) -> ConflictError:
 
 
 _BOM = b"\xef\xbb\xbf"
-
-
-def reject(source: str, offset: int, reason: Reason, data: bytes | str) -> Reject:
-    """Return the reject for the record that begins with `data`."""
-    raw = data if isinstance(data, bytes) else data[:HEAD_BYTES].encode("utf-8", "surrogatepass")
-    return Reject(source, offset, reason, raw[:HEAD_BYTES].decode("utf-8", "backslashreplace"))
 
 
 def text_parser(source: str, *, whole: bool) -> Parser:
