@@ -157,7 +157,7 @@ def _without_end(batches: Iterator[pa.RecordBatch], key: str) -> Iterator[pa.Rec
         raise CorruptError(
             "a quote is opened and never closed: all that follows would be one value",
             where=key,
-            hint="Close it, or write it twice; `as=lines` takes the lines as they are.",
+            hint="Close it, or write it twice; `format=lines` takes the lines as they are.",
         )
     yield held.slice(0, last)
 

@@ -272,7 +272,7 @@ def _lone_file(source: str, settings: IngestSettings) -> _Source:
         raise ConfigError(
             "this kind of file cannot be read",
             file=shown,
-            hint="Name a file of text, JSON, Parquet, Arrow, CSV or TSV, or say what it is to be read `as`.",
+            hint="Name a file of text, JSON, Parquet, Arrow, CSV or TSV, or say its `format`.",
         )
     return _Source(name, parent, [((name, 0), _source_file(name, found, kind, lone=True))])
 
