@@ -11,8 +11,10 @@ between is encoded as text; it is checked that the cuts themselves change no id.
 
 import json
 import re
+from bisect import bisect_left, bisect_right
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
+from operator import itemgetter
 from typing import Any
 
 import numpy as np
@@ -30,6 +32,8 @@ __all__ = ["ChatEncoder", "ChatTokens", "UnusableChatError", "end_to_end", "requ
 Spans = Sequence[tuple[int, int]]
 Ids = npt.NDArray[np.uint32]
 Mask = npt.NDArray[np.bool_]
+
+_BEGIN, _END = itemgetter(0), itemgetter(1)
 
 
 class UnusableChatError(Exception):
@@ -102,14 +106,14 @@ class ChatEncoder:
         learned = [span for i, span in zip(answers, spans, strict=True) if i >= learn_from]
         if whole.escaped and self._refuses_special:
             raise UnusableChatError("special_token", "a message spells a special token")
-        ids, begins, ends = self._tokens(whole)
+        ids, offsets = self._tokens(whole)
         if ids.size == 0:
             raise UnusableChatError("no_tokens", "the text of the template is empty")
         if int(ids.max()) >= self.vocab_size:
             raise UnusableChatError("token_out_of_range", "an id is past the vocabulary")
         mask = np.zeros(ids.size, dtype=np.bool_)
         for start, stop in learned:
-            mask[np.searchsorted(ends, start, side="right") : np.searchsorted(begins, stop, side="left")] = True
+            mask[bisect_right(offsets, start, key=_END) : bisect_left(offsets, stop, key=_BEGIN)] = True
         if not mask.any():
             raise UnusableChatError("no_answer", "the answers have no tokens")
         return ChatTokens(ids, mask, escaped=bool(whole.escaped))
@@ -140,11 +144,11 @@ class ChatEncoder:
         bare = text.rstrip()
         return len(bare) if len(bare) > start and bare.endswith(tuple(self._special.values())) else len(text)
 
-    def _tokens(self, whole: Rendered) -> tuple[Ids, Ids, Ids]:
+    def _tokens(self, whole: Rendered) -> tuple[Ids, Spans]:
         """Return the ids of a text, and where the text of each begins and ends."""
         found = self._live.encode(whole.text, add_special_tokens=False)
         if not whole.escaped:
-            return _arrays(found.ids, found.offsets)
+            return np.array(found.ids, dtype=np.uint32), found.offsets
         real = [
             span
             for i, span in zip(found.ids, found.offsets, strict=True)
@@ -166,7 +170,7 @@ class ChatEncoder:
             raise UnusableChatError(
                 "special_token", "a message spells a special token, and the tokenizer cannot escape it"
             )
-        return _arrays(ids, offsets)
+        return np.array(ids, dtype=np.uint32), offsets
 
 
 def _cut(length: int, real: Spans) -> Iterator[tuple[int, int, bool]]:
@@ -179,11 +183,6 @@ def _cut(length: int, real: Spans) -> Iterator[tuple[int, int, bool]]:
         at = end
     if at < length:
         yield at, length, False
-
-
-def _arrays(ids: Sequence[int], offsets: Spans) -> tuple[Ids, Ids, Ids]:
-    begins, ends = np.array(offsets, dtype=np.uint32).reshape(-1, 2).T
-    return np.array(ids, dtype=np.uint32), begins, ends
 
 
 def _require_tokens(form: ChatFormat, special: Collection[str]) -> None:
