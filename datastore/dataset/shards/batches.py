@@ -23,8 +23,8 @@ from datastore.dataset.shards.info import ShardInfo, frame_ranges
 from datastore.dataset.shards.segments import Segments
 from datastore.digest import check_digest, digest_of, require_digest
 from datastore.errors import ConfigError, CorruptError, StorageError
-from datastore.formats.evolution import adapt, source_names
 from datastore.formats.arrow import types_within
+from datastore.formats.evolution import adapt, source_names
 from datastore.formats.records import decode_batch, decode_message, read_frame
 from datastore.storage.base import Storage
 from datastore.storage.verified import first_sound, has_digest
@@ -88,6 +88,10 @@ class BatchReader:
         if not found.info.layout.batches:
             return list(self._whole(found.info, wanted))[batch]
         return found.read(batch, wanted)
+
+    def info(self, shard: int) -> ShardInfo:
+        """Return what the manifest says of a shard."""
+        return self._shard(shard).info
 
     def read_in_place(self, shard: int, batch: int, *, columns: Sequence[str] | None = None) -> InPlace | None:
         """Return one batch of a shard as `read` does, and where it lies in a file; None if there is not one such file.

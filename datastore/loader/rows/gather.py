@@ -40,6 +40,9 @@ _TAKEABLE: tuple[Any, ...] = (
 
 _LARGEST_OFFSET = 2**31 - 1
 
+_FIXED = 8
+"""Columns of numbers, above which one slice of all costs less than a step in Python for each."""
+
 
 @dataclass(frozen=True, slots=True)
 class Values:
@@ -80,7 +83,10 @@ class Held:
 
 def held(batch: pa.RecordBatch) -> Held:
     """Return `batch`, ready for rows to be taken from it. Nothing is copied."""
-    names = [field.name for field in batch.schema if is_bytes(field.type) or _width(field.type)]
+    fixed = [field.name for field in batch.schema if _width(field.type)]
+    if len(fixed) > _FIXED:
+        fixed = []
+    names = [field.name for field in batch.schema if is_bytes(field.type) or field.name in fixed]
     others = [name for name in batch.schema.names if name not in names]
     columns = {name: _values(batch.column(name)) for name in names}
     return Held(columns, batch.select(others) if others else None, batch.nbytes)
@@ -149,8 +155,14 @@ def _values(column: Any) -> Values:
     width = _width(column.type)
     if width:
         return Values(data[start * width : (start + rows) * width], None, width, there)
-    code, size = ("q", 8) if pt.is_large_string(column.type) or pt.is_large_binary(column.type) else ("i", 4)
-    return Values(data, _bytes_of(buffers[1])[start * size : (start + rows + 1) * size].cast(code), 0, there)
+    large = pt.is_large_string(column.type) or pt.is_large_binary(column.type)
+    raw = _bytes_of(buffers[1])
+    offsets = (
+        raw[start * 8 : (start + rows + 1) * 8].cast("q")
+        if large
+        else raw[start * 4 : (start + rows + 1) * 4].cast("i")
+    )
+    return Values(data, offsets, 0, there)
 
 
 def _bytes_of(buffer: Any) -> memoryview:
@@ -167,7 +179,7 @@ def _column(sources: list[Values], rows: list[int], kind: Any) -> Any:
         size_bytes = count * width
     else:
         pieces = [
-            source.data[source.offsets[row] : source.offsets[row + 1]]  # type: ignore[index] - texts have them
+            source.data[source.offsets[row] : source.offsets[row + 1]]  # type: ignore[index]
             for source, row in zip(sources, rows, strict=True)
         ]
         ends = np.zeros(count + 1, np.int64)
@@ -177,7 +189,7 @@ def _column(sources: list[Values], rows: list[int], kind: Any) -> Any:
             if size_bytes > _LARGEST_OFFSET:
                 raise _too_large(count)
             ends = ends.astype(np.int32)
-        offsets = pa.py_buffer(ends)
+        offsets = pa.py_buffer(ends.data)
     data: Any
     if any(source.mapped for source in sources):
         data = Copier.of_thread().join(pieces)
@@ -188,7 +200,7 @@ def _column(sources: list[Values], rows: list[int], kind: Any) -> Any:
     there = None
     if any(source.there is not None for source in sources):
         flags = [source.there is None or source.there[row] for source, row in zip(sources, rows, strict=True)]
-        there = pa.py_buffer(np.packbits(flags, bitorder="little"))
+        there = pa.py_buffer(np.packbits(flags, bitorder="little").data)
     buffers = [there, pa.py_buffer(data)] if width else [there, offsets, pa.py_buffer(data)]
     return pa.Array.from_buffers(kind, count, buffers)
 

@@ -39,7 +39,6 @@ class MappedBatches:
     """The batches of `dataset` that can be read so. Thread-safe."""
 
     def __init__(self, dataset: Dataset) -> None:
-        self._segments = dataset.segments
         self._reader = BatchReader(dataset.storage, dataset.segments, schema=dataset.schema)
         self._lock = threading.Lock()
         self._maps: WeakValueDictionary[Path, npt.NDArray[np.uint8]] = WeakValueDictionary()
@@ -63,7 +62,7 @@ class MappedBatches:
         return None if found is None else _placed(whole, place, found)
 
     def _is_long(self, shard: int) -> bool:
-        info = self._segments.shard(shard)
+        info = self._reader.info(shard)
         return info.size_bytes >= _LONG_BYTES * info.documents
 
     def _map(self, place: InPlace) -> "npt.NDArray[np.uint8] | None":
@@ -81,12 +80,12 @@ def _mapped(path: Path) -> npt.NDArray[np.uint8]:
     """Return a file, for the kernel to read."""
     # Arrow maps it and lets go of the descriptor; `mmap.mmap` would keep one per map.
     with pa.memory_map(str(path)) as file:
-        return np.frombuffer(file.read_buffer(), np.uint8)
+        return np.frombuffer(memoryview(file.read_buffer()).cast("B"), np.uint8)
 
 
 def _placed(whole: Held, place: InPlace, file: npt.NDArray[np.uint8]) -> Held:
     """Return a batch whose texts lie in `file`, and all else in memory of its own."""
-    columns = {name: _values(values, place, memoryview(file)) for name, values in whole.columns.items()}
+    columns = {name: _values(values, place, file.data) for name, values in whole.columns.items()}
     others = whole.others
     if others is not None:
         others = pa.ipc.read_record_batch(others.serialize(), others.schema)

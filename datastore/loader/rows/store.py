@@ -8,11 +8,11 @@ read once.
 import threading
 from bisect import bisect_right
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import asdict
 from itertools import accumulate
-from typing import Any
+from typing import NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -27,7 +27,7 @@ from datastore.loader.rows.mapped import MappedBatches
 from datastore.loader.rows.source import RowSource
 from datastore.loader.settings import LoaderSettings
 
-__all__ = ["RowStore"]
+__all__ = ["RowPlaces", "RowStore"]
 
 _SHIFT = 32
 """A batch is named by one number: its shard, and below so many bits 1 more than its number there; 0: the whole shard."""
@@ -40,6 +40,13 @@ _FEW = 16
 
 _SHARDS = 65_536
 """Shards whose batches are remembered: some hundred bytes each."""
+
+
+class RowPlaces(NamedTuple):
+    """Where rows lie: the batch that each is in, and its number there."""
+
+    keys: list[int]
+    within: list[int]
 
 
 class RowStore:
@@ -66,14 +73,33 @@ class RowStore:
         self._live: OrderedDict[int, np.ndarray | None] = OrderedDict()
         self.hits = self.fills = self.evictions = self.resident_bytes = 0
 
-    def take(self, shards: I64, rows: I64) -> pa.RecordBatch:
-        """Return the rows number `rows` of `shards`, in that order, as one batch of its own memory.
+    def place(self, shards: I64, rows: I64) -> "RowPlaces":
+        """Return where the rows number `rows` of `shards` lie. Only a table of contents is read, if anything."""
+        found = set(shards.tolist())
+        starts_of = {shard: self._batch_starts(shard) for shard in found}
+        if len(rows) < _FEW * len(found):
+            return _places_one_by_one(shards, rows, starts_of)
+        number, within = np.full(len(rows), -1, np.int64), rows.copy()
+        for shard, starts in starts_of.items():
+            # One that was written before shards said where their batches are is read as a whole.
+            if len(starts) > 1:
+                here, first = np.flatnonzero(shards == shard), np.array(starts)
+                number[here] = np.searchsorted(first, rows[here], side="right") - 1
+                within[here] -= first[number[here]]
+        return RowPlaces((shards << _SHIFT | number + 1).tolist(), within.tolist())
+
+    def has(self, places: "RowPlaces") -> bool:
+        """Return whether rows can be taken without reading a batch: all that they lie in are kept."""
+        with self._lock:
+            return all(key in self._kept for key in places.keys)
+
+    def take(self, places: "RowPlaces") -> pa.RecordBatch:
+        """Return the rows at `places`, in that order, as one batch of its own memory.
 
         Raises:
             MissingError, CorruptError, StorageError: a batch that they lie in cannot be read, or is damaged.
         """
-        number, places = self._places(shards, rows)
-        keys, within = (shards << _SHIFT | number + 1).tolist(), places.tolist()
+        keys, within = places.keys, places.within
         wanted = sorted(set(keys))
         kept = self._kept_of(wanted)
         if len(kept) == len(wanted):
@@ -171,29 +197,6 @@ class RowStore:
                 self._live[shard] = self._dataset.live_rows(shard)
             return self._live[shard]
 
-    def _places(self, shards: I64, rows: I64) -> tuple[I64, I64]:
-        """Return the number of the batch that each row lies in, and the row's number there."""
-        number, within = np.full(len(rows), -1, np.int64), rows.copy()
-        found = set(shards.tolist())
-        if len(rows) < _FEW * len(found):
-            # So few that a step in Python for each row costs less than NumPy's for each shard.
-            starts_of = {shard: self._batch_starts(shard) for shard in found}
-            for at, (shard, row) in enumerate(zip(shards.tolist(), rows.tolist(), strict=True)):
-                starts = starts_of[shard]
-                if len(starts) > 1:
-                    number[at] = batch = bisect_right(starts, row) - 1
-                    within[at] = row - starts[batch]
-            return number, within
-        for shard in found:
-            starts = self._batch_starts(shard)
-            # One that was written before shards said where their batches are is read as a whole.
-            if len(starts) > 1:
-                here = np.flatnonzero(shards == shard)
-                first = np.asarray(starts)
-                number[here] = np.searchsorted(first, rows[here], side="right") - 1
-                within[here] -= first[number[here]]
-        return number, within
-
     def _batch_starts(self, shard: int) -> list[int]:
         """Return the first row of each batch of a shard, and the number of its rows."""
         with self._lock:
@@ -226,6 +229,17 @@ class RowStore:
             _, gone = self._kept.popitem(last=False)
             self.resident_bytes -= gone.size_bytes
             self.evictions += 1
+
+
+def _places_one_by_one(shards: I64, rows: I64, starts_of: Mapping[int, list[int]]) -> RowPlaces:
+    """Return where so few rows lie that a step in Python for each costs less than NumPy's for each shard."""
+    keys, within = [], []
+    for shard, row in zip(shards.tolist(), rows.tolist(), strict=True):
+        starts = starts_of[shard]
+        batch = bisect_right(starts, row) - 1 if len(starts) > 1 else -1
+        keys.append(shard << _SHIFT | batch + 1)
+        within.append(row - starts[batch] if batch >= 0 else row)
+    return RowPlaces(keys, within)
 
 
 def _place_of(key: int) -> tuple[int, int]:
