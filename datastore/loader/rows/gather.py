@@ -192,9 +192,10 @@ def _column(sources: list[Values], rows: list[int], kind: Any) -> Any:
         offsets = pa.py_buffer(ends.data)
     data: Any
     if any(source.mapped for source in sources):
-        data = Copier.of_thread().join(pieces)
-        if data is None or len(data) != size_bytes:
+        found = Copier.of_thread().join(pieces)
+        if found is None or len(found) != size_bytes:
             return None
+        data = found if found.base is None else found.copy()  # What is a view is overwritten by the next call.
     else:
         data = b"".join(pieces)
     there = None
