@@ -26,6 +26,7 @@ __all__ = [
     "RecordFormat",
     "check_format",
     "decode_batch",
+    "decode_message",
     "decode_records",
     "decoded_bytes",
     "encode_parts",
@@ -184,6 +185,20 @@ def decode_batch(
             batch = batch.select(list(columns))
         batch.validate(full=True)
     except (pa.ArrowException, OSError, ValueError, KeyError, IndexError, MemoryError) as error:
+        raise _not_a_shard(error) from None
+    return batch
+
+
+def decode_message(raw: Buffer, schema: pa.Schema, *, columns: Sequence[str]) -> pa.RecordBatch:
+    """Return `columns` of a batch of an Arrow shard from its bytes alone: nothing in `schema` is a dictionary. Nothing is copied.
+
+    Raises:
+        CorruptError: as `decode_batch`.
+    """
+    try:
+        batch = pa.ipc.read_record_batch(pa.ipc.read_message(pa.py_buffer(raw)), schema).select(list(columns))
+        batch.validate(full=True)
+    except (pa.ArrowException, OSError, ValueError, KeyError, MemoryError) as error:
         raise _not_a_shard(error) from None
     return batch
 

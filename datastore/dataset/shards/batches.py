@@ -12,7 +12,8 @@ import mmap
 import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, TypeVar
+from pathlib import Path
+from typing import Any, NamedTuple, TypeVar
 
 import pyarrow as pa
 from typing_extensions import Buffer
@@ -22,13 +23,14 @@ from datastore.dataset.shards.info import ShardInfo, frame_ranges
 from datastore.dataset.shards.segments import Segments
 from datastore.digest import check_digest, digest_of, require_digest
 from datastore.errors import ConfigError, CorruptError, StorageError
+from datastore.formats.arrow import types_within
 from datastore.formats.evolution import adapt, source_names
-from datastore.formats.records import decode_batch, read_frame
+from datastore.formats.records import decode_batch, decode_message, read_frame
 from datastore.storage.base import Storage
 from datastore.storage.verified import first_sound, has_digest
 from datastore.threads import in_parallel
 
-__all__ = ["BatchReader"]
+__all__ = ["BatchReader", "InPlace"]
 
 T = TypeVar("T")
 Frame = list[tuple[int, bytes]]
@@ -37,9 +39,24 @@ Frame = list[tuple[int, bytes]]
 _FRAMES = 64
 """Shards whose frame is kept: some kilobytes each."""
 
+_BUFFER_BYTES = 2**23
+"""What a thread keeps to read into; larger batches get memory of their own."""
+
 _READERS = 2
 _REMOTE_READERS = 4
 """Threads that read ahead, each at most two batches."""
+
+
+class InPlace(NamedTuple):
+    """A batch, and where the bytes that it was decoded from lie: what is at `address + n` in memory is at `n` in the file."""
+
+    rows: pa.RecordBatch
+    address: int
+    path: Path
+    """The only copy of the shard, a file of this machine."""
+
+    size_bytes: int
+    """Of the file."""
 
 
 class BatchReader:
@@ -71,6 +88,27 @@ class BatchReader:
         if not found.info.layout.batches:
             return list(self._whole(found.info, wanted))[batch]
         return found.read(batch, wanted)
+
+    def info(self, shard: int) -> ShardInfo:
+        """Return what the manifest says of a shard."""
+        return self._shard(shard).info
+
+    def read_in_place(self, shard: int, batch: int, *, columns: Sequence[str] | None = None) -> InPlace | None:
+        """Return one batch of a shard as `read` does, and where it lies in a file; None if there is not one such file.
+
+        Its rows are good until this thread reads the next one: they lie in a buffer that is filled again and again.
+
+        Raises:
+            ConfigError, MissingError, CorruptError: as `read`.
+        """
+        found = self._shard(shard)
+        info = found.info
+        if info.layout.format != "arrow" or not 0 <= batch < len(info.layout.batches):
+            return None
+        path = self._storage.local_path(info.path)
+        if path is None or len(list(self._storage.copies(info.path))) > 1:
+            return None
+        return found.borrowed(batch, self._wanted(columns), path)
 
     def each(self, *, columns: Sequence[str] | None = None) -> Iterator[tuple[int, int, pa.RecordBatch]]:
         """Yield all batches in order, each with its shard and the number of its first row there; a few are read ahead.
@@ -146,6 +184,29 @@ class _Shard:
             return adapt(pa.record_batch([pa.nulls(span.rows)], names=["-"]), wanted, stored=stored)
         image = self._sound(lambda place: self._filled(place, frame, batch))
         rows = decode_batch(image, batch, format=self.info.layout.format, columns=names)
+        return self._checked(rows, batch, wanted)
+
+    def borrowed(self, batch: int, wanted: pa.Schema, path: Path) -> InPlace | None:
+        """Return one batch as rows of `wanted` that lie in the buffer of this thread, or None if it takes more to decode it."""
+        span = self.info.layout.batches[batch]
+        _, stored = self._framed()
+        names = source_names(stored, wanted)
+        if not names or any(pa.types.is_dictionary(kind) for each in stored for kind in types_within(each.type)):
+            return None
+        buffer = _buffer_of_thread(span.stop - span.start)
+
+        def fill(place: Storage) -> None:
+            place.read_into(self.info.path, span.start, buffer)
+            check_digest(buffer, span.digest, where=f"{self.info.path}, batch {batch}")
+
+        self._sound(fill)
+        raw = pa.py_buffer(buffer)
+        rows = self._checked(decode_message(raw, stored, columns=names), batch, wanted)
+        return InPlace(rows, raw.address - span.start, path, self.info.size_bytes)
+
+    def _checked(self, rows: pa.RecordBatch, batch: int, wanted: pa.Schema) -> pa.RecordBatch:
+        """Return what was decoded of a batch as rows of `wanted`, if they are as many as there should be."""
+        span, (_, stored) = self.info.layout.batches[batch], self._framed()
         if rows.num_rows != span.rows:
             raise CorruptError(
                 "a batch has another number of rows than its manifest says",
@@ -204,6 +265,19 @@ def _image(info: ShardInfo, frame: Frame) -> mmap.mmap:
     for start, piece in frame:
         image[start : start + len(piece)] = piece
     return image
+
+
+_HERE = threading.local()
+
+
+def _buffer_of_thread(size_bytes: int) -> memoryview:
+    """Return memory that this thread fills again and again: new memory costs as much as what is read into it."""
+    if size_bytes > _BUFFER_BYTES:
+        return memoryview(_zeros(size_bytes))
+    found = getattr(_HERE, "buffer", None)
+    if found is None or len(found) < size_bytes:
+        found = _HERE.buffer = memoryview(_zeros(size_bytes))
+    return memoryview(found)[:size_bytes]
 
 
 def _zeros(size_bytes: int) -> mmap.mmap:

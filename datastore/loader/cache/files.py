@@ -37,7 +37,7 @@ from datastore.loader.cache.blocks import I64, ZEROS, BlockRange, TokenBlocks, d
 from datastore.storage.base import Storage
 from datastore.storage.verified import has_digest
 
-__all__ = ["FileBlocks"]
+__all__ = ["Copier", "FileBlocks", "map_ahead"]
 
 _MAX_SHARDS = 32_768
 """Shards mapped at a time; half of what Linux allows a process by default (vm.max_map_count)."""
@@ -79,7 +79,7 @@ class FileBlocks(TokenBlocks):
         self._changes = self._held = 0
         """How often a shard failed or went on to another copy: by now, and when blocks were held last."""
         self._buffers = threading.local()
-        self._copier = _Copier()
+        self._copier = Copier()
 
     @override
     def hold(self, blocks: I64) -> AbstractContextManager[None]:
@@ -120,7 +120,8 @@ class FileBlocks(TokenBlocks):
             if copy is None:
                 raise
             home = copy
-        _map_ahead(home, place)
+        if home.map:
+            map_ahead(home.address + place.start, place.stop - place.start)
         with self._lock:
             self._fills += 1
             self._filled_bytes += place.stop - place.start
@@ -243,12 +244,11 @@ def _home(info: ShardInfo, storage: Storage) -> _Home:
     return _Home(info, storage, found, address)
 
 
-def _map_ahead(home: _Home, place: BlockRange) -> None:
-    """Enter the pages of a block into the page table at once: 45 ms for a GB, where faults one by one take twice as long."""
-    first = home.address + place.start
-    aligned = first - first % mmap.PAGESIZE
-    if home.map and _MADVISE is not None:
-        _MADVISE(ctypes.c_void_p(aligned), ctypes.c_size_t(home.address + place.stop - aligned), _POPULATE_READ)
+def map_ahead(address: int, size_bytes: int) -> None:
+    """Enter pages of a map into the page table at once: 45 ms for a GB, where faults one by one take twice as long."""
+    aligned = address - address % mmap.PAGESIZE
+    if _MADVISE is not None:
+        _MADVISE(ctypes.c_void_p(aligned), ctypes.c_size_t(address + size_bytes - aligned), _POPULATE_READ)
 
 
 _MADVISE = ctypes.CDLL(None).madvise if sys.platform == "linux" else None
@@ -257,19 +257,32 @@ _POPULATE_READ = 22
 """MADV_POPULATE_READ: it says what cannot be read. Kernels before Linux 5.14 refuse, and pages come one by one."""
 
 
-class _Copier:
+_HERE = threading.local()
+
+
+class Copier:
     """Joins pieces of maps without looking at them: the kernel writes them to a file in memory."""
 
     def __init__(self) -> None:
         self._file: int | None = None
         self._view = np.empty(0, np.uint8)
 
+    @staticmethod
+    def of_thread() -> "Copier":
+        """Return the one of this thread: no two may write to one file."""
+        found = getattr(_HERE, "copier", None)
+        if found is None or _HERE.pid != os.getpid():  # A fork shares the file.
+            found, _HERE.pid = Copier(), os.getpid()
+            _HERE.copier = found
+        return found
+
     def join(self, pieces: Sequence[memoryview]) -> npt.NDArray[np.uint8] | None:
         """Return the pieces end to end, until the next call; less, or None, if the kernel cannot read them."""
         ends = list(accumulate(map(len, pieces)))
         try:
             if len(pieces) <= _MAX_ROWS and ends[-1] <= _STEP_BYTES:
-                return self._view[: os.pwritev(self._room_for(ends[-1]), pieces, 0)]
+                count = os.pwritev(self._room_for(ends[-1]), pieces, 0)
+                return self._view[:count]
             joined = np.empty(ends[-1], np.uint8)
             at = first = 0
             while first < len(pieces):

@@ -4,6 +4,8 @@ loader     RowLoader: an iterator of batches
 assemble   a planned batch made: read, transformed, collated
 workers    threads or processes that make them
 store      the batches of shards that rows are read from, kept under a budget
+gather     rows taken out of many batches, column by column
+mapped     batches whose texts stay in a file of this machine
 stream     from a dataset to the order of its rows
 grid       which rows there are, and in which shards they lie
 sampling   other ways to go through them: by weight, by stratum

@@ -19,10 +19,18 @@ from datastore.loader.order.order import NO_SAMPLE, BatchPlan
 from datastore.loader.rows.batch import Rows
 from datastore.loader.rows.grid import Grid
 from datastore.loader.rows.source import RowSource
-from datastore.loader.rows.store import RowStore
+from datastore.loader.rows.store import RowPlaces, RowStore
 from datastore.loader.settings import LoaderSettings
 
-__all__ = ["Assembler", "Made"]
+__all__ = ["Assembler", "Located", "Made"]
+
+
+class Located(NamedTuple):
+    """The rows of a plan, and where they lie."""
+
+    positions: I64
+    numbers: I64
+    places: RowPlaces
 
 
 class Made(NamedTuple):
@@ -53,13 +61,8 @@ class Assembler:
         chosen = {name: getattr(self, name) for name in _SENT}
         return _again, (chosen,)
 
-    def make(self, plan: BatchPlan) -> Made:
-        """Return the batch of `plan`.
-
-        Raises:
-            RejectedError: `transform` raised something, and rows are not to be left out; the message names the row.
-            MissingError, CorruptError, StorageError: as `RowStore.take`.
-        """
+    def locate(self, plan: BatchPlan) -> "Located":
+        """Return which rows `plan` asks for that are not deleted, and where they lie."""
         there = np.flatnonzero(plan.positions != NO_SAMPLE)
         positions = plan.positions[there]
         numbers = self.grid.numbers(plan.samples[there], positions)
@@ -69,7 +72,25 @@ class Assembler:
         live = self.store.live(shards, rows)
         if not live.all():
             positions, shards, numbers, rows = positions[live], shards[live], numbers[live], rows[live]
-        data: Any = self.store.take(shards, rows)
+        return Located(positions, numbers, self.store.place(shards, rows))
+
+    def at_hand(self, located: "Located") -> bool:
+        """Return whether its batch can be made at once: nothing is to be read, and no code of a user to be run."""
+        return self.rows.transform is None and self.rows.collate is None and self.store.has(located.places)
+
+    def make(self, plan: BatchPlan) -> Made:
+        """Return the batch of `plan`; as `make_of`."""
+        return self.make_of(self.locate(plan))
+
+    def make_of(self, located: "Located") -> Made:
+        """Return the batch of the rows that were `located`.
+
+        Raises:
+            RejectedError: `transform` raised something, and rows are not to be left out; the message names the row.
+            MissingError, CorruptError, StorageError: as `RowStore.take`.
+        """
+        positions, numbers = located.positions, located.numbers
+        data: Any = self.store.take(located.places)
         failed: dict[int, str] = {}
         if self.rows.transform is not None:
             data, kept = self._transformed(python_rows(data), positions, numbers, failed)

@@ -26,7 +26,7 @@ from datastore.loader.order.lanes import I64
 from datastore.loader.order.order import BatchPlan
 from datastore.loader.place.position import Position
 from datastore.loader.place.state import LoaderState
-from datastore.loader.rows.assemble import Assembler, Made
+from datastore.loader.rows.assemble import Assembler, Located, Made
 from datastore.loader.rows.batch import RowBatch, Rows
 from datastore.loader.rows.source import ChangedFiles, RowSource
 from datastore.loader.rows.stream import open_rows
@@ -94,8 +94,8 @@ class RowLoader(Iterator[RowBatch]):
             epochs=self.options.epochs,
         )
         self._first_rows = self._stream.first_rows
-        self._queue: deque[tuple[BatchPlan, Future[Made] | None]] = deque()
-        """Planned batches, those at the front being made."""
+        self._queue: deque[tuple[BatchPlan, Future[Made] | Located | None]] = deque()
+        """Planned batches: those at the front are being made, or can be made at once."""
 
         self._planned_to = 0
         self._pool: Executor | None = None
@@ -129,7 +129,12 @@ class RowLoader(Iterator[RowBatch]):
             raise StopIteration
         plan, coming = self._queue[0]
         try:
-            made = self._assembler.make(plan) if coming is None else self._awaited(coming, plan)
+            if coming is None:
+                made = self._assembler.make(plan)
+            elif isinstance(coming, Located):
+                made = self._assembler.make_of(coming)
+            else:
+                made = self._awaited(coming, plan)
         except BrokenProcessPool:
             self._end_pool()
             raise DatastoreError(
@@ -259,7 +264,7 @@ class RowLoader(Iterator[RowBatch]):
         if self._pid != os.getpid():  # Forked: threads and processes are not here.
             self._pool, self._pid = None, os.getpid()
         for _, coming in self._queue:
-            if coming is not None:
+            if isinstance(coming, Future):
                 coming.cancel()
         self._queue.clear()
         self._position.go_to(state)
@@ -290,15 +295,15 @@ class RowLoader(Iterator[RowBatch]):
             self._pool = pool_of(self._assembler, workers=self._workers, threads=self.options.threads)
         for index in range(min(ahead + 1, len(self._queue))):
             plan, coming = self._queue[index]
-            if coming is None or (
-                coming.done() and (coming.cancelled() or coming.exception() is not None) and not index
-            ):
-                again = (
-                    self._pool.submit(make_here, plan)
-                    if self._workers
-                    else self._pool.submit(self._assembler.make, plan)
-                )
-                self._queue[index] = plan, again
+            if coming is None or (isinstance(coming, Future) and not index and _has_failed(coming)):
+                self._queue[index] = plan, self._begun(self._pool, plan)
+
+    def _begun(self, pool: Executor, plan: BatchPlan) -> Future[Made] | Located:
+        """Have a batch made, unless it takes no waiting: handed from thread to thread, that would cost a third more."""
+        if self._workers:
+            return pool.submit(make_here, plan)
+        located = self._assembler.locate(plan)
+        return located if self._assembler.at_hand(located) else pool.submit(self._assembler.make_of, located)
 
     def _warn_if_memory_is_short(self) -> None:
         """Tell of a budget that has no room for the batches of shards that this rank's windows lie in."""
@@ -339,6 +344,10 @@ class RowLoader(Iterator[RowBatch]):
         if self._pool is not None and self._pid == os.getpid():
             self._pool.shutdown(wait=False, cancel_futures=True)
         self._pool = None
+
+
+def _has_failed(coming: Future[Made]) -> bool:
+    return coming.done() and (coming.cancelled() or coming.exception() is not None)
 
 
 def _loader_at(

@@ -6,47 +6,47 @@ read once.
 """
 
 import threading
+from bisect import bisect_right
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import asdict
-from typing import Any
+from itertools import accumulate
+from typing import NamedTuple
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.types as pt
 
 from datastore.dataset.snapshot import Dataset
-from datastore.errors import ConfigError
 from datastore.formats.schema import no_rows
 from datastore.loader.cache.batches import CachedBatches
 from datastore.loader.cache.opening import open_disk
 from datastore.loader.order.lanes import I64
+from datastore.loader.rows.gather import Held, gathered, held, joined
+from datastore.loader.rows.mapped import MappedBatches
 from datastore.loader.rows.source import RowSource
 from datastore.loader.settings import LoaderSettings
 
-__all__ = ["RowStore"]
+__all__ = ["RowPlaces", "RowStore"]
 
 _SHIFT = 32
 """A batch is named by one number: its shard, and below so many bits 1 more than its number there; 0: the whole shard."""
 
-_TAKEN, _SHORT_BYTES = 16, 512
-"""Rows of a batch, and bytes of a row, from which and up to which rows are taken together."""
+_MOST = 32_768
+"""Batches that are kept at most: of those whose rows are read from a file there is little in memory."""
 
-_PLAIN: tuple[Any, ...] = (
-    pt.is_primitive,
-    pt.is_decimal,
-    pt.is_string,
-    pt.is_large_string,
-    pt.is_binary,
-    pt.is_large_binary,
-    pt.is_list,
-    pt.is_large_list,
-    pt.is_struct,
-)
+_FEW = 16
+"""Rows of a shard, below which they are looked up one by one."""
 
 _SHARDS = 65_536
 """Shards whose batches are remembered: some hundred bytes each."""
+
+
+class RowPlaces(NamedTuple):
+    """Where rows lie: the batch that each is in, and its number there."""
+
+    keys: list[int]
+    within: list[int]
 
 
 class RowStore:
@@ -64,45 +64,81 @@ class RowStore:
         # Files that were not ingested have no digests: nothing of them is kept on disk.
         disk = open_disk(dataset, options=options) if isinstance(dataset, Dataset) else None
         self._cached = CachedBatches(dataset, disk) if isinstance(dataset, Dataset) and disk is not None else None
+        self._mapped = MappedBatches(dataset) if isinstance(dataset, Dataset) and disk is None else None
         self._lock = threading.Lock()
-        self._kept: OrderedDict[int, tuple[pa.RecordBatch, int]] = OrderedDict()
-        self._coming: dict[int, tuple[int, Future[tuple[pa.RecordBatch, int]]]] = {}
+        self._kept: OrderedDict[int, Held] = OrderedDict()
+        self._coming: dict[int, tuple[int, Future[Held]]] = {}
         """What is being read, by which thread."""
-        self._starts: OrderedDict[int, I64] = OrderedDict()
+        self._starts: OrderedDict[int, list[int]] = OrderedDict()
         self._live: OrderedDict[int, np.ndarray | None] = OrderedDict()
         self.hits = self.fills = self.evictions = self.resident_bytes = 0
 
-    def take(self, shards: I64, rows: I64) -> pa.RecordBatch:
-        """Return the rows number `rows` of `shards`, in that order, as one batch of its own memory.
+    def place(self, shards: I64, rows: I64) -> "RowPlaces":
+        """Return where the rows number `rows` of `shards` lie. Only a table of contents is read, if anything."""
+        found = set(shards.tolist())
+        starts_of = {shard: self._batch_starts(shard) for shard in found}
+        if len(rows) < _FEW * len(found):
+            return _places_one_by_one(shards, rows, starts_of)
+        number, within = np.full(len(rows), -1, np.int64), rows.copy()
+        for shard, starts in starts_of.items():
+            # One that was written before shards said where their batches are is read as a whole.
+            if len(starts) > 1:
+                here, first = np.flatnonzero(shards == shard), np.array(starts)
+                number[here] = np.searchsorted(first, rows[here], side="right") - 1
+                within[here] -= first[number[here]]
+        return RowPlaces((shards << _SHIFT | number + 1).tolist(), within.tolist())
+
+    def has(self, places: "RowPlaces") -> bool:
+        """Return whether rows can be taken without reading a batch: all that they lie in are kept."""
+        with self._lock:
+            return all(key in self._kept for key in places.keys)
+
+    def take(self, places: "RowPlaces") -> pa.RecordBatch:
+        """Return the rows at `places`, in that order, as one batch of its own memory.
 
         Raises:
             MissingError, CorruptError, StorageError: a batch that they lie in cannot be read, or is damaged.
         """
-        number, within = self._places(shards, rows)
-        keys, members = np.unique(shards << _SHIFT | number + 1, return_inverse=True)
-        wanted = keys.tolist()
+        keys, within = places.keys, places.within
+        wanted = sorted(set(keys))
         kept = self._kept_of(wanted)
+        if len(kept) == len(wanted):
+            return self._gathered(kept, keys, within)
         parts: list[pa.RecordBatch] = []
-        order: list[I64] = []
-        first, held = 0, dict[int, pa.RecordBatch]()
+        order: list[int] = []
+        read = dict[int, Held]()
         size_bytes = 0
         for index, key in enumerate(wanted):
-            held[index], read_bytes = kept.pop(key) if key in kept else self._batch(key)
-            size_bytes += read_bytes
+            read[key] = kept.pop(key) if key in kept else self._batch(key)
+            size_bytes += read[key].size_bytes
             if size_bytes > self._budget_bytes // 4 or index + 1 == len(wanted):
-                # Slices keep what they are slices of: copy the rows, and let go of it, before more is read.
-                here = np.flatnonzero((members >= first) & (members <= index))
-                parts.append(_gathered(held, members[here], within[here], self.schema))
-                order.append(here)
-                first, size_bytes = index + 1, 0
-                held.clear()
+                # What was read stays in memory as long as it is named here: copy the rows, and let go of it, before more is read.
+                here = [at for at, one in enumerate(keys) if one in read]
+                parts.append(self._gathered(read, [keys[at] for at in here], [within[at] for at in here]))
+                order += here
+                size_bytes = 0
+                read.clear()
         if len(parts) < 2:
-            return parts[0] if parts else _joined([], self.schema)
-        back = np.argsort(np.concatenate(order)).tolist()
-        whole = _joined(parts, self.schema)
-        return _joined([whole.slice(index, 1) for index in back], self.schema)
+            return parts[0] if parts else no_rows(self.schema)
+        back = np.argsort(order).tolist()
+        whole = joined(parts, self.schema)
+        return joined([whole.slice(index, 1) for index in back], self.schema)
 
-    def _kept_of(self, keys: list[int]) -> dict[int, tuple[pa.RecordBatch, int]]:
+    def _gathered(self, read: dict[int, Held], keys: list[int], within: list[int]) -> pa.RecordBatch:
+        """Return rows of what was read; what can no longer be read from a map is read anew, and checked anew."""
+        found = gathered([read[key] for key in keys], within, self.schema)
+        if found is None:
+            mapped = {key for key, part in read.items() if part.is_mapped}
+            with self._lock:
+                for key in mapped:
+                    if self._kept.get(key) is read[key]:
+                        self.resident_bytes -= self._kept.pop(key).size_bytes
+            again = {key: held(self._read(key)) if key in mapped else part for key, part in read.items()}
+            found = gathered([again[key] for key in keys], within, self.schema)
+            assert found is not None, "nothing of it is mapped"
+        return found
+
+    def _kept_of(self, keys: list[int]) -> dict[int, Held]:
         """Return those of some batches that are kept, and note that they were used."""
         with self._lock:
             found = {key: self._kept[key] for key in keys if key in self._kept}
@@ -111,8 +147,8 @@ class RowStore:
             self.hits += len(found)
             return found
 
-    def _batch(self, place: int) -> tuple[pa.RecordBatch, int]:
-        """Return one batch of a shard, deleted rows too, and its size in bytes."""
+    def _batch(self, place: int) -> Held:
+        """Return one batch of a shard, deleted rows too."""
         with self._lock:
             found = self._kept.get(place)
             if found is not None:
@@ -126,8 +162,7 @@ class RowStore:
         if not mine:
             return coming.result()
         try:
-            rows = self._read(place)
-            batch = rows, rows.nbytes
+            batch = self._read_to_keep(place)
         except BaseException as error:
             with self._lock:
                 self._coming.pop(place, None)
@@ -162,78 +197,51 @@ class RowStore:
                 self._live[shard] = self._dataset.live_rows(shard)
             return self._live[shard]
 
-    def _places(self, shards: I64, rows: I64) -> tuple[I64, I64]:
-        """Return the number of the batch that each row lies in, and the row's number there."""
-        number, within = np.full(len(rows), -1, np.int64), rows.copy()
-        for shard in np.unique(shards).tolist():
-            starts = self._batch_starts(shard)
-            # One that was written before shards said where their batches are is read as a whole.
-            if len(starts) > 1:
-                here = np.flatnonzero(shards == shard)
-                number[here] = np.searchsorted(starts, rows[here], side="right") - 1
-                within[here] -= starts[number[here]]
-        return number, within
-
-    def _batch_starts(self, shard: int) -> I64:
+    def _batch_starts(self, shard: int) -> list[int]:
         """Return the first row of each batch of a shard, and the number of its rows."""
         with self._lock:
             starts = self._starts.get(shard)
             if starts is None:
                 if len(self._starts) >= _SHARDS:
                     self._starts.popitem(last=False)
-                starts = self._starts[shard] = np.cumsum([0, *self._dataset.batch_rows(shard)])
+                starts = self._starts[shard] = [0, *accumulate(self._dataset.batch_rows(shard))]
             return starts
 
+    def _read_to_keep(self, place: int) -> Held:
+        shard, number = _place_of(place)
+        found = None if self._mapped is None or number < 0 else self._mapped.read(shard, number, columns=self._columns)
+        return held(self._read(place)) if found is None else found
+
     def _read(self, place: int) -> pa.RecordBatch:
-        shard, number = place >> _SHIFT, (place & (1 << _SHIFT) - 1) - 1
+        shard, number = _place_of(place)
         if number >= 0 and self._cached is not None:
             return self._cached.read(shard, number, columns=self._columns)
         if number >= 0:
             return self._dataset.read_batch(shard, number, columns=self._columns)
         table = self._dataset.record_shard(shard)
-        return _joined((table if self._columns is None else table.select(self._columns)).to_batches(), self.schema)
+        return joined((table if self._columns is None else table.select(self._columns)).to_batches(), self.schema)
 
-    def _keep(self, place: int, batch: tuple[pa.RecordBatch, int]) -> None:
+    def _keep(self, place: int, batch: Held) -> None:
         self.fills += 1
         self._kept[place] = batch
-        self.resident_bytes += batch[1]
-        while self.resident_bytes > self._budget_bytes and len(self._kept) > 1:
-            _, (_, size_bytes) = self._kept.popitem(last=False)
-            self.resident_bytes -= size_bytes
+        self.resident_bytes += batch.size_bytes
+        while len(self._kept) > 1 and (self.resident_bytes > self._budget_bytes or len(self._kept) > _MOST):
+            _, gone = self._kept.popitem(last=False)
+            self.resident_bytes -= gone.size_bytes
             self.evictions += 1
 
 
-def _gathered(held: Mapping[int, pa.RecordBatch], members: I64, within: I64, schema: pa.Schema) -> pa.RecordBatch:
-    """Return rows of the batches `held`, each by its batch and its number there, copied.
-
-    One by one, which costs 1.3 us a row. Where many come from each, and are short, pyarrow takes those of a batch at once, and then
-    puts them in order: two copies, and 1.8 times as fast for rows of 100 bytes. From 500 bytes on there is nothing to gain.
-    """
-    if len(members) >= _TAKEN * len(held) and all(map(_is_plain, schema.types)):
-        rows, size_bytes = (sum(getattr(batch, name) for batch in held.values()) for name in ("num_rows", "nbytes"))
-        if size_bytes <= _SHORT_BYTES * rows:
-            order = np.argsort(members, kind="stable")
-            numbers, starts = np.unique(members[order], return_index=True)
-            groups = zip(numbers.tolist(), np.split(within[order], starts[1:]), strict=True)
-            taken = _joined([held[number].take(group) for number, group in groups], schema)
-            return taken.take(np.argsort(order))
-    pairs = zip(members.tolist(), within.tolist(), strict=True)
-    return _joined([held[batch].slice(row, 1) for batch, row in pairs], schema)
+def _places_one_by_one(shards: I64, rows: I64, starts_of: Mapping[int, list[int]]) -> RowPlaces:
+    """Return where so few rows lie that a step in Python for each costs less than NumPy's for each shard."""
+    keys, within = [], []
+    for shard, row in zip(shards.tolist(), rows.tolist(), strict=True):
+        starts = starts_of[shard]
+        batch = bisect_right(starts, row) - 1 if len(starts) > 1 else -1
+        keys.append(shard << _SHIFT | batch + 1)
+        within.append(row - starts[batch] if batch >= 0 else row)
+    return RowPlaces(keys, within)
 
 
-def _is_plain(kind: Any) -> bool:
-    """Return whether pyarrow takes rows of a type: not of all it does."""
-    inner = all(_is_plain(kind.field(index).type) for index in range(kind.num_fields))
-    return inner and any(is_one(kind) for is_one in _PLAIN)
-
-
-def _joined(batches: Sequence[pa.RecordBatch], schema: pa.Schema) -> pa.RecordBatch:
-    """Return the rows of all `batches` in one, copied."""
-    if not batches:
-        return no_rows(schema)
-    joined = pa.Table.from_batches(batches).combine_chunks().to_batches()
-    if len(joined) > 1:
-        raise ConfigError(
-            "a batch of rows is larger than an Arrow array can be", rows=len(batches), hint="Lower global_batch."
-        )
-    return joined[0] if joined else batches[0]
+def _place_of(key: int) -> tuple[int, int]:
+    """Return the shard of a batch and its number there; below 0: the whole shard."""
+    return key >> _SHIFT, (key & (1 << _SHIFT) - 1) - 1

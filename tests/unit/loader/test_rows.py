@@ -150,7 +150,7 @@ def test_rows_taken_together_are_those_taken_one_by_one(tmp_path: Path, monkeypa
             out.write(rows.slice(start, 100))
     dataset = ds.open(tmp_path / "x")
     for taken in (1, 10**9):
-        monkeypatch.setattr("datastore.loader.rows.store._TAKEN", taken)
+        monkeypatch.setattr("datastore.loader.rows.gather._TAKEN", taken)
         for batch in load(dataset, batch=64, epochs=1, window=64):
             assert batch.data.to_pylist() == [rows.slice(number, 1).to_pylist()[0] for number in batch.numbers.tolist()]
 
