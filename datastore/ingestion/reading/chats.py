@@ -68,7 +68,7 @@ def read_chats(
                     yield _record(bare, name, source=file.path, offset=where, length=size, text_of=text_of)
         check_unchanged(storage, key, file=file)
         return
-    if file.format != "jsonl":
+    if file.format not in {"jsonl", "json"}:
         raise ConfigError(
             "a file of text has no chats",
             file=file.path,

@@ -104,6 +104,12 @@ def test_chats_in_parquet_are_those_in_json(chats: Chats) -> None:
     assert chats.dataset.documents(0).column("id").to_pylist() == ["a", "b"]
 
 
+def test_chats_in_an_array_of_json_are_those_in_lines(chats: Chats) -> None:
+    (chats.folder / "x.json").write_text(json.dumps([{"messages": [USER, ASSISTANT]}, {"messages": [USER, OTHER]}]))
+    ingest([str(chats.folder / "x.json")], chats.url, settings=chats.settings())
+    assert chats.learned() == ["Yes.<|im_end|>", "No!<|im_end|>"]
+
+
 BAD: list[tuple[Any, str]] = [
     ("{", "invalid_json"),
     ("[1]", "invalid_json"),
