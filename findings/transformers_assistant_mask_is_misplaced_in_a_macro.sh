@@ -6,7 +6,7 @@
 # template writes before the tag is taken for the answer, and as much of its end is lost.
 # The ids are right, and there is no word.
 # Why it matters: a model is trained on the header of its turns, and never on where to stop.
-# Upstream: no issue known.
+# Upstream: not searched for.
 set -euo pipefail
 tmp=$(mktemp -d); trap 'rm -rf "$tmp"' EXIT
 "${PYTHON:-python3}" -m venv "$tmp/v"

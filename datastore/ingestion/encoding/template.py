@@ -1,9 +1,10 @@
 """The chat template of a tokenizer: from messages to one text, and which stretches of it the assistant has said.
 
 Templates come with models of other people, so they run in jinja2's sandbox, set up as `transformers` does: the same filters,
-extensions and variables, messages without their null fields. Three things differ on purpose. `strftime_now` gives the day
-that the ingest was told, or the same source would make other shards tomorrow. Strings of a message that spell a special
-token are marked, so that what a user has written never becomes one. And an answer within `{% generation %}` is marked
+extensions and variables, messages without their null fields; but not its own `dict` and `namespace`. Three things differ on purpose.
+`strftime_now` gives the day (and no hour) that the ingest was told, or the same source would make other shards tomorrow. Strings of a message
+that spell a special token are marked, so that what a user has written does not become one; a token that a template puts together from pieces
+of several strings is not seen. And an answer within `{% generation %}` is marked
 where it stands; its place is right in a macro, too.
 
 Source: transformers 5.24, `utils/chat_template_utils.py`.
@@ -148,7 +149,7 @@ class ChatTemplate:
             raise TemplateRefusedError(str(error) or type(error).__name__) from None
         except RecursionError:
             raise TemplateRefusedError("its messages are nested too deeply") from None
-        return _unmarked(marked)
+        return _unmarked(marked, self._special)
 
     def _escape(self, value: Any) -> Any:
         """Return `value` with marks around each special token that a string in it spells."""
@@ -161,10 +162,11 @@ class ChatTemplate:
         return [self._escape(each) for each in value] if isinstance(value, list) else value
 
 
-def _unmarked(marked: str) -> Rendered:
+def _unmarked(marked: str, special: re.Pattern[str]) -> Rendered:
     """Return the text without its marks, and where they were.
 
-    A mark may be alone, as a template may cut a string at a token. Then nothing is whole between marks that could become one.
+    A mark may be alone, as a template may cut a string at a token, or take its first letter. What is left of the token is beside
+    the mark: if it is whole, it is still what a message spells.
     """
     parts: list[str] = []
     answers: list[tuple[int, int]] = []
@@ -172,6 +174,7 @@ def _unmarked(marked: str) -> Rendered:
     ends = {_ANSWER_END: answers, _TEXT_END: escaped}
     begun: dict[str, int] = {}
     at, last = 0, 0
+    alone: list[int] = []
     for mark in _MARK.finditer(marked):
         parts.append(marked[last : mark.start()])
         at, last = at + mark.start() - last, mark.end()
@@ -179,9 +182,17 @@ def _unmarked(marked: str) -> Rendered:
             begin = begun.pop(chr(ord(mark[0]) - 1), None)
             if begin is not None and begin < at:
                 ends[mark[0]].append((begin, at))
+            elif begin is None and mark[0] == _TEXT_END:
+                alone.append(at)
         else:
+            if mark[0] == _TEXT and mark[0] in begun:
+                alone.append(begun[mark[0]])
             begun[mark[0]] = at
-    return Rendered("".join([*parts, marked[last:]]), answers, escaped)
+    text = "".join([*parts, marked[last:]])
+    alone += [begun[_TEXT]] if _TEXT in begun else []
+    if alone:
+        escaped += [found.span() for found in special.finditer(text) if {found.start(), found.end()} & set(alone)]
+    return Rendered(text, answers, escaped)
 
 
 def _with_reasoning(message: dict[str, Any]) -> dict[str, Any]:

@@ -226,6 +226,14 @@ def test_no_string_of_a_record_brings_a_special_token_in(raw: bytes, place: str)
     assert (found.ids == end).sum() == 2
 
 
+@pytest.mark.parametrize("cut", ["[1:]", "[:-1]"])
+def test_a_token_that_has_lost_one_of_its_marks_is_escaped_all_the_same(cut: str) -> None:
+    form = ChatFormat(template=f"{{% for m in messages %}}{{{{ m.content{cut} }}}}<|end|>{{% endfor %}}", variables={})
+    found = ChatTemplate(form, ["<|end|>"]).render([{"role": "user", "content": "<|end|>"}])
+    assert found.text == "<|end|><|end|>"
+    assert found.escaped == [(0, 7)]
+
+
 def test_a_tokenizer_that_cannot_escape_refuses_the_chat(raw: bytes) -> None:
     # Its first word has a blank before it, and so has each piece that is encoded alone.
     config = json.loads(raw)
