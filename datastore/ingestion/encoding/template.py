@@ -174,7 +174,8 @@ def _unmarked(marked: str, special: re.Pattern[str]) -> Rendered:
     ends = {_ANSWER_END: answers, _TEXT_END: escaped}
     begun: dict[str, int] = {}
     at, last = 0, 0
-    alone: list[int] = []
+    only_begun: set[int] = set()
+    only_ended: set[int] = set()
     for mark in _MARK.finditer(marked):
         parts.append(marked[last : mark.start()])
         at, last = at + mark.start() - last, mark.end()
@@ -183,15 +184,16 @@ def _unmarked(marked: str, special: re.Pattern[str]) -> Rendered:
             if begin is not None and begin < at:
                 ends[mark[0]].append((begin, at))
             elif begin is None and mark[0] == _TEXT_END:
-                alone.append(at)
+                only_ended.add(at)
         else:
             if mark[0] == _TEXT and mark[0] in begun:
-                alone.append(begun[mark[0]])
+                only_begun.add(begun[mark[0]])
             begun[mark[0]] = at
     text = "".join([*parts, marked[last:]])
-    alone += [begun[_TEXT]] if _TEXT in begun else []
-    if alone:
-        escaped += [found.span() for found in special.finditer(text) if {found.start(), found.end()} & set(alone)]
+    only_begun |= {begun[_TEXT]} if _TEXT in begun else set()
+    if only_begun or only_ended:
+        tokens = [found.span() for found in special.finditer(text)]
+        escaped += [span for span in tokens if span[0] in only_begun or span[1] in only_ended]
     return Rendered(text, answers, escaped)
 
 
