@@ -9,6 +9,7 @@ A dataset keeps the tokenizer, not the template: whoever adds chats to it names 
 
 import json
 from datetime import UTC, datetime
+from pathlib import Path
 from typing import Any
 
 from datastore.errors import ConfigError, MissingError
@@ -23,7 +24,8 @@ _DEFAULT = "default"
 
 def tokenizer_file(named: str) -> str:
     """Return the URL of the `tokenizer.json` that `named` is, or that lies in the folder it is."""
-    return named if named.endswith(".json") or not named else f"{named.rstrip('/')}/tokenizer.json"
+    is_file = not named or named.endswith(".json") or Path(named).is_file()
+    return named if is_file else f"{named.rstrip('/')}/tokenizer.json"
 
 
 def chat_format(settings: IngestSettings) -> ChatFormat:
