@@ -38,8 +38,8 @@ class Assembler:
     ) -> None:
         self._stream = stream
         self._blocks = blocks
-        self._columns = columns
         self._end_of_text = end_of_text
+        self._lacking = [column for column in columns.values() if column.lacking is not None]
         stored = [column.track for column in columns.values() if column.track is not None]
         self.tracks = [blocks.layout.tokens, *stored]
         """Where what it gathers lies: the tokens, then each column."""
@@ -61,7 +61,7 @@ class Assembler:
             DatastoreError: as `TokenBlocks.hold`.
         """
         tokens = self._gatherer.gather(reads, out, columns=into)
-        fill_lacking(plan, tuple(self._columns.values()), into)
+        fill_lacking(plan, self._lacking, into)
         if self._computes_mask:
             into[LOSS_MASK].fill(1)
             into[LOSS_MASK][~plan.valid] = 0

@@ -12,7 +12,7 @@ import msgspec
 from datastore.document import Count, Positive, SettingsDocument, convert
 from datastore.errors import ConfigError, whole_number
 
-__all__ = ["LOSS_MASK", "DeletionMode", "LoaderSettings", "Packing", "Rank", "checked_options"]
+__all__ = ["LOSS_MASK", "DeletionMode", "LoaderSettings", "Packing", "Rank", "checked_options", "checked_seed"]
 
 Lanes = Annotated[int, msgspec.Meta(ge=1, le=65_536)]
 
@@ -86,6 +86,18 @@ def checked_options(options: LoaderSettings) -> LoaderSettings:
         ConfigError: one is not, and is named.
     """
     return convert(LoaderSettings, msgspec.structs.asdict(options), where="LoaderSettings")
+
+
+def checked_seed(seed: int) -> int:
+    """Return `seed`, if it is in range.
+
+    Raises:
+        ConfigError: it is not.
+    """
+    number = whole_number(seed, name="seed")
+    if not 0 <= number < 2**63:
+        raise ConfigError("seed out of range", seed=number, hint="Use a number from 0 to 2^63 - 1.")
+    return number
 
 
 @dataclass(frozen=True, slots=True)

@@ -19,7 +19,7 @@ from datastore.loader.order.packs import PackGrid, joint_packs, pack_grid
 from datastore.loader.order.samples import I64, Gaps, SampleGrid, sample_grid
 from datastore.loader.place.sources import Shape, Source, first_state
 from datastore.loader.place.state import LoaderState, dataset_fingerprint
-from datastore.loader.settings import LOSS_MASK, LoaderSettings
+from datastore.loader.settings import LOSS_MASK, LoaderSettings, checked_seed
 from datastore.storage.base import Storage
 
 __all__ = [
@@ -33,8 +33,6 @@ __all__ = [
 
 SMALL_BYTES = 2**30
 """A dataset of at most as many bytes is small: all of it can stay in memory, so it is shuffled as well as possible."""
-
-_MAX_SEED = 2**63 - 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,9 +90,7 @@ def open_stream(data: Data, *, seq_len: int, seed: int, options: LoaderSettings)
                 hint="Read it with `RowLoader`, or ingest it with --tokenizer.",
             )
     _check_tokenizers(datasets)
-    seed, seq_len = whole_number(seed, name="seed"), whole_number(seq_len, name="seq_len")
-    if not 0 <= seed <= _MAX_SEED:
-        raise ConfigError("seed out of range", seed=seed, hint="Use a number from 0 to 2^63 - 1.")
+    seed, seq_len = checked_seed(seed), whole_number(seq_len, name="seq_len")
     cut = _samples_of if options.packing is None else _packs_of
     grids: list[SampleGrid | PackGrid] = [
         cut(name, dataset, seq_len=seq_len, options=options) for name, dataset in datasets.items()

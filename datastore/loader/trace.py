@@ -15,13 +15,14 @@ from datastore.formats.tokentext import TokenText
 from datastore.loader.mixture.request import Data
 from datastore.loader.order.lanes import I64
 from datastore.loader.order.order import BatchPlan, Planner
-from datastore.loader.order.samples import Span
-from datastore.loader.place.sources import course_of, source_numbers
+from datastore.loader.order.packs import PackGrid
+from datastore.loader.order.samples import SampleGrid, Span
+from datastore.loader.place.sources import Source, course_of, source_numbers
 from datastore.loader.place.state import read_state
 from datastore.loader.settings import DeletionMode, LoaderSettings, Packing, Rank
 from datastore.loader.stream import SampleStream, open_stream
 
-__all__ = ["DocumentSpan", "SampleOrigin", "Tracer", "locate", "origins_of", "plan_step"]
+__all__ = ["DocumentSpan", "SampleOrigin", "Tracer", "locate", "origins_of", "plan_step", "tracer_of"]
 
 _SHARDS_KEPT = 4
 
@@ -87,11 +88,15 @@ def origins_of(stream: SampleStream, samples: I64) -> list[SampleOrigin]:
         here = np.flatnonzero(numbers == number).tolist()
         if here:
             own = (samples[here] - source.place.first_sample).tolist()
-            options, seq_len = stream.options, stream.grid.seq_len
-            tracer = Tracer(source.dataset, seq_len=seq_len, deletions=options.deletions, packing=options.packing)
-            origins = tracer.locate(own)
+            origins = tracer_of(source, stream).locate(own)
             found |= dict(zip(here, origins, strict=True))
     return [found[row] for row in range(len(samples))]
+
+
+def tracer_of(source: Source[Dataset], stream: SampleStream) -> "Tracer":
+    """Return a tracer of the samples that `source` has in `stream`."""
+    grid = source.runs if isinstance(source.runs, SampleGrid | PackGrid) else None
+    return Tracer(source.dataset, seq_len=stream.grid.seq_len, deletions=stream.options.deletions, grid=grid)
 
 
 def plan_step(data: Data, state: Mapping[str, Any], *, global_batch: int, rank: Rank | None = None) -> BatchPlan:
@@ -112,14 +117,23 @@ def plan_step(data: Data, state: Mapping[str, Any], *, global_batch: int, rank: 
 
 
 class Tracer:
-    """Looks up samples of `seq_len + 1` tokens, as a loader with `deletions` cuts them; keeps the shards it read last."""
+    """Looks up samples of `seq_len + 1` tokens, as a loader with `deletions` cuts them; keeps the shards it read last.
+
+    `grid` are these samples, where somebody has them: to pack anew reads the lengths of all documents.
+    """
 
     def __init__(
-        self, dataset: Dataset, *, seq_len: int, deletions: DeletionMode = "mask", packing: Packing | None = None
+        self,
+        dataset: Dataset,
+        *,
+        seq_len: int,
+        deletions: DeletionMode = "mask",
+        packing: Packing | None = None,
+        grid: SampleGrid | PackGrid | None = None,
     ) -> None:
         self._dataset = dataset
         options = LoaderSettings(deletions=deletions, packing=packing)
-        self._grid = open_stream(dataset, seq_len=seq_len, seed=0, options=options).grid
+        self._grid = grid or open_stream(dataset, seq_len=seq_len, seed=0, options=options).grid
         self._tokens = lru_cache(_SHARDS_KEPT)(dataset.token_shard)
         self._documents = lru_cache(_SHARDS_KEPT)(dataset.documents)
         raw = dataset.tokenizer()

@@ -3,6 +3,7 @@
 A wrapper of your own inherits from `WrappedStorage` and overrides what it changes.
 """
 
+from abc import abstractmethod
 from collections.abc import Callable, Collection, Iterator, Sequence
 from concurrent.futures import Future
 from pathlib import Path
@@ -16,10 +17,49 @@ from datastore.storage.statistics import OperationStatistics, add_statistics
 from datastore.storage.urls import join_url
 from datastore.threads import in_thread
 
-__all__ = ["LaterPuts", "LinkedStorage", "Subfolder", "WrappedStorage", "is_link"]
+__all__ = ["LaterPuts", "LinkedStorage", "RoutedReads", "Subfolder", "WrappedStorage", "is_link"]
 
 
-class WrappedStorage(Storage):
+class RoutedReads(Storage):
+    """Reading where `_place` says that the bytes of a key are."""
+
+    @override
+    def get(self, key: str) -> bytes:
+        storage, name = self._place(key)
+        return storage.get(name)
+
+    @override
+    def get_ranges(self, key: str, ranges: Sequence[tuple[int, int]]) -> list[bytes]:
+        storage, name = self._place(key)
+        return storage.get_ranges(name, ranges)
+
+    @override
+    def read_into(self, key: str, start: int, target: Buffer) -> None:
+        storage, name = self._place(key)
+        storage.read_into(name, start, target)
+
+    @override
+    def stat(self, key: str) -> Stat:
+        storage, name = self._place(key)
+        found = storage.stat(name)
+        return Stat(key=key, size_bytes=found.size_bytes, modified=found.modified)
+
+    @override
+    def local_path(self, key: str) -> Path | None:
+        storage, name = self._place(key)
+        return storage.local_path(name)
+
+    @override
+    def heal(self, key: str, is_good: Callable[[bytes], bool]) -> None:
+        storage, name = self._place(key)
+        storage.heal(name, is_good)
+
+    @abstractmethod
+    def _place(self, key: str) -> tuple[Storage, str]:
+        """Return where the bytes of `key` are, and what they are called there."""
+
+
+class WrappedStorage(RoutedReads):
     """The storage `inner`, unchanged: every member is passed on.
 
     A key goes through `_place`, which says where its bytes are and what they are called there; by default, here and the
@@ -42,21 +82,6 @@ class WrappedStorage(Storage):
     @override
     def exclusive(self) -> bool:
         return self.inner.exclusive
-
-    @override
-    def get(self, key: str) -> bytes:
-        storage, name = self._place(key)
-        return storage.get(name)
-
-    @override
-    def get_ranges(self, key: str, ranges: Sequence[tuple[int, int]]) -> list[bytes]:
-        storage, name = self._place(key)
-        return storage.get_ranges(name, ranges)
-
-    @override
-    def read_into(self, key: str, start: int, target: Buffer) -> None:
-        storage, name = self._place(key)
-        storage.read_into(name, start, target)
 
     @override
     def put(self, key: str, *chunks: Buffer) -> None:
@@ -83,17 +108,6 @@ class WrappedStorage(Storage):
         storage.delete(name)
 
     @override
-    def stat(self, key: str) -> Stat:
-        storage, name = self._place(key)
-        found = storage.stat(name)
-        return Stat(key=key, size_bytes=found.size_bytes, modified=found.modified)
-
-    @override
-    def local_path(self, key: str) -> Path | None:
-        storage, name = self._place(key)
-        return storage.local_path(name)
-
-    @override
     def statistics(self) -> dict[str, OperationStatistics]:
         return self.inner.statistics()
 
@@ -101,11 +115,6 @@ class WrappedStorage(Storage):
     def copies(self, key: str) -> Sequence[Storage]:
         storage, name = self._place(key)
         return storage.copies(name)
-
-    @override
-    def heal(self, key: str, is_good: Callable[[bytes], bool]) -> None:
-        storage, name = self._place(key)
-        storage.heal(name, is_good)
 
     @override
     def clear_unfinished(self, *, before: float, dry_run: bool = False) -> Sequence[Stat]:
@@ -128,8 +137,8 @@ class WrappedStorage(Storage):
     def behind(self) -> Collection[str]:
         return self.inner.behind()
 
+    @override
     def _place(self, key: str) -> tuple[Storage, str]:
-        """Return where the bytes of `key` are, and what they are called there."""
         return self.inner, key
 
 

@@ -121,8 +121,9 @@ def run_session(request: SessionRequest, launch: Launch, report: Callable[[Train
 
 def _config_under(_lock: RunLock, request: SessionRequest, folder: RunFolder) -> RunConfig:
     """Return what rank 0 finds in the run folder, or will put there."""
-    before = folder.config().settings if folder.has_begun() else None
-    settings = with_shape(request.settings, before=before)
+    settings = request.settings
+    if settings.model.init:
+        settings = with_shape(settings, before=folder.config().settings if folder.has_begun() else None)
     if request.fresh:
         return folder.begin(settings, kept=training_hooks)
     return folder.again(settings, kept=training_hooks)
@@ -133,8 +134,9 @@ def _weights_to_begin_with(
 ) -> Mapping[str, Tensor] | None:
     """Return the weights that `model.init` names; None, if there is none, or the run has a checkpoint of its own."""
     init = config.settings.model.init
-    begun = ranks.share("begun", lambda: str(folder.has_checkpoint()))
-    return initial_weights(init, split.datasets) if init and begun == "False" else None
+    if not init or ranks.share("begun", lambda: "yes" if folder.has_checkpoint() else "no") == "yes":
+        return None
+    return initial_weights(init, split.datasets)
 
 
 def _agree_on_versions(config: RunConfig, ranks: Ranks) -> Versions:

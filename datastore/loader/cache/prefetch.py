@@ -26,7 +26,7 @@ import numpy as np
 from datastore.errors import DatastoreError
 from datastore.loader.cache.blocks import I64, TokenBlocks
 
-__all__ = ["NEVER", "RUN_BYTES", "Future", "Prefetcher"]
+__all__ = ["NEVER", "Future", "Prefetcher", "blocks_of_a_run"]
 
 _LOGGER = logging.getLogger(__name__)
 
@@ -34,6 +34,11 @@ _END_TIMEOUT_S = 5.0
 
 RUN_BYTES = 16 * 2**20
 """Neighbours that wait together are fetched by one request of so many bytes at most."""
+
+
+def blocks_of_a_run(largest_bytes: int) -> int:
+    """Return how many neighbours of at most `largest_bytes` one request brings."""
+    return max(1, RUN_BYTES // max(1, largest_bytes))
 
 
 class _Queue:
@@ -107,7 +112,7 @@ class Prefetcher:
     def __init__(self, blocks: TokenBlocks, *, threads: int) -> None:
         self._blocks = blocks
         self._wanted = threads
-        self._queue = _Queue(run=max(1, RUN_BYTES // max(1, blocks.layout.largest_bytes)), threads=threads)
+        self._queue = _Queue(run=blocks_of_a_run(blocks.layout.largest_bytes), threads=threads)
         self._threads: list[threading.Thread] = []
         self._end = weakref.finalize(self, _end, self._queue, self._threads, os.getpid())
 

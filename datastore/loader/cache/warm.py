@@ -19,7 +19,7 @@ from datastore.loader.cache.batches import CachedBatches
 from datastore.loader.cache.blocks import BlockLayout
 from datastore.loader.cache.disk import DiskTier
 from datastore.loader.cache.opening import is_local
-from datastore.loader.cache.prefetch import RUN_BYTES
+from datastore.loader.cache.prefetch import blocks_of_a_run
 from datastore.loader.cache.region import Region
 from datastore.loader.settings import LoaderSettings, checked_options
 from datastore.threads import in_parallel
@@ -124,7 +124,7 @@ def _read(batches: CachedBatches, shard: int, batch: int) -> None:
 def _of_tokens(dataset: Dataset, disk: DiskTier, wanted: Sequence[int] | None) -> list[_Work]:
     layout = BlockLayout(dataset.segments)
     blocks = list(range(layout.blocks)) if wanted is None else list(wanted)
-    run = max(1, RUN_BYTES // max(1, layout.largest_bytes))
+    run = blocks_of_a_run(layout.largest_bytes)
     works: list[_Work] = []
     at = 0
     while at < len(blocks):

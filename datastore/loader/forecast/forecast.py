@@ -14,6 +14,7 @@ from datastore.dataset.snapshot import Dataset
 from datastore.document import Count, Document, Positive
 from datastore.errors import ConfigError
 from datastore.loader.cache.blocks import BlockLayout, Track
+from datastore.loader.cache.prefetch import blocks_of_a_run
 from datastore.loader.forecast.imagined import ImaginedDataset
 from datastore.loader.forecast.node import Need, NodeRun, Wire, run_node
 from datastore.loader.gathering.gather import Reads, reads_of
@@ -137,7 +138,7 @@ def forecast(
         min(cluster.link_bytes_per_s, cluster.store_bytes_per_s / nodes),
         cluster.delay_s,
         max(1, options.threads),
-        max(1, 16 * 2**20 // layout.largest_bytes),
+        blocks_of_a_run(layout.largest_bytes),
     )
     run = run_node(
         needs,

@@ -5,14 +5,13 @@ sample, so that sample k of a source is sample `first_sample + k` of all: a few 
 """
 
 import bisect
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from pathlib import Path
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import msgspec
 import numpy as np
 import numpy.typing as npt
-from typing_extensions import Buffer, override
+from typing_extensions import override
 
 from datastore.dataset.shards.info import ColumnLayout, ShardInfo
 from datastore.dataset.shards.segments import Segments
@@ -22,6 +21,7 @@ from datastore.loader.mixture.order import Place
 from datastore.loader.order.samples import I64, Gaps, SampleGrid
 from datastore.storage.base import ReadOnly, Stat, Storage
 from datastore.storage.statistics import OperationStatistics, add_statistics
+from datastore.storage.wrappers import RoutedReads
 
 __all__ = ["JointSegments", "JointStorage", "joint_grid", "places_of"]
 
@@ -89,7 +89,7 @@ class JointSegments(Segments):
         return np.concatenate(starts)
 
 
-class JointStorage(ReadOnly):
+class JointStorage(RoutedReads, ReadOnly):
     """The files of several storages: a key begins with the name of its storage."""
 
     def __init__(self, storages: Mapping[str, Storage]) -> None:
@@ -101,21 +101,6 @@ class JointStorage(ReadOnly):
         return " + ".join(storage.url for storage in self._storages.values())
 
     @override
-    def get(self, key: str) -> bytes:
-        storage, name = self._place(key)
-        return storage.get(name)
-
-    @override
-    def get_ranges(self, key: str, ranges: Sequence[tuple[int, int]]) -> list[bytes]:
-        storage, name = self._place(key)
-        return storage.get_ranges(name, ranges)
-
-    @override
-    def read_into(self, key: str, start: int, target: Buffer) -> None:
-        storage, name = self._place(key)
-        storage.read_into(name, start, target)
-
-    @override
     def list(self, folder: str = "") -> Iterator[Stat]:
         for prefix, storage in self._storages.items():
             for found in storage.list():
@@ -124,31 +109,16 @@ class JointStorage(ReadOnly):
                     yield Stat(key=key, size_bytes=found.size_bytes, modified=found.modified)
 
     @override
-    def stat(self, key: str) -> Stat:
-        storage, name = self._place(key)
-        found = storage.stat(name)
-        return Stat(key=key, size_bytes=found.size_bytes, modified=found.modified)
-
-    @override
-    def local_path(self, key: str) -> Path | None:
-        storage, name = self._place(key)
-        return storage.local_path(name)
-
-    @override
     def copies(self, key: str) -> Sequence[Storage]:
         prefix = key.partition("/")[0]
         storage, name = self._place(key)
         return [JointStorage({prefix: copy}) for copy in storage.copies(name)]
 
     @override
-    def heal(self, key: str, is_good: Callable[[bytes], bool]) -> None:
-        storage, name = self._place(key)
-        storage.heal(name, is_good)
-
-    @override
     def statistics(self) -> dict[str, OperationStatistics]:
         return add_statistics(storage.statistics() for storage in self._storages.values())
 
+    @override
     def _place(self, key: str) -> tuple[Storage, str]:
         prefix, _, name = key.partition("/")
         return self._storages[prefix], name

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from datastore.loader.cache.blocks import I64, BlockLayout, Track
-from datastore.loader.cache.prefetch import NEVER, RUN_BYTES
+from datastore.loader.cache.prefetch import NEVER, blocks_of_a_run
 from datastore.loader.order.order import NO_SAMPLE, BatchPlan, Order
 from datastore.loader.order.samples import SampleGrid
 
@@ -28,7 +28,7 @@ def blocks_at_once(layout: BlockLayout, *, budget_bytes: int | None, stretches: 
     if budget_bytes is None or not layout.blocks:
         return 1
     each = budget_bytes // max(1, stretches * layout.largest_bytes)
-    return max(1, min(each - 1, RUN_BYTES // layout.largest_bytes))
+    return max(1, min(each - 1, blocks_of_a_run(layout.largest_bytes)))
 
 
 class Outlook:

@@ -31,7 +31,7 @@ from datastore.loader.rows.batch import RowBatch, Rows
 from datastore.loader.rows.source import ChangedFiles, RowSource
 from datastore.loader.rows.stream import open_rows
 from datastore.loader.rows.workers import check_sendable, checked_workers, make_here, pool_of
-from datastore.loader.settings import LoaderSettings, Rank, checked_options
+from datastore.loader.settings import LoaderSettings, Rank, checked_options, checked_seed
 from datastore.units import format_bytes
 
 __all__ = ["RowLoader"]
@@ -73,7 +73,7 @@ class RowLoader(Iterator[RowBatch]):
         self.global_batch = whole_number(global_batch, name="global_batch")
         self.options = checked_options(options)
         self._workers = checked_workers(rows)
-        seed = whole_number(seed, name="seed")
+        seed = checked_seed(seed)
         self._stream = open_rows(dataset, rows, seed=seed, options=self.options)
         self._assembler = Assembler(
             dataset=self._stream.source,

@@ -55,8 +55,6 @@ def open_rows(data: RowSource | Mixture, rows: Rows, *, seed: int, options: Load
             different columns, or their rows are to be chosen by number or drawn by weight.
         DependencyError: the condition is SQL, and DuckDB is not installed.
     """
-    if not 0 <= seed < 2**63:
-        raise ConfigError("seed out of range", seed=seed, hint="Use a number from 0 to 2^63 - 1.")
     mixture = data if isinstance(data, Mixture) else None
     if mixture is not None and (rows.numbers is not None or rows.sample is not None):
         raise ConfigError(

@@ -14,7 +14,7 @@ from datastore.loader.mixture.request import Data, Mixture
 from datastore.loader.place.sources import source_numbers
 from datastore.loader.settings import LoaderSettings, Rank
 from datastore.loader.stream import open_stream
-from datastore.loader.trace import DocumentSpan, Tracer, plan_step
+from datastore.loader.trace import DocumentSpan, Tracer, plan_step, tracer_of
 from datastore.training.run.folder import RunConfig, RunFolder, RunSession, open_split, own_versions
 from datastore.training.run.record import ConsumptionRecord, StepEntry, read_segments
 
@@ -180,11 +180,9 @@ class _Tracers:
     def __init__(self, config: RunConfig, data: Data) -> None:
         loader, seq_len = config.settings.loader, config.settings.data.seq_len
         options = LoaderSettings(deletions=loader.deletions, packing=loader.packing)
-        self._sources = open_stream(data, seq_len=seq_len, seed=0, options=options).sources
-        self._tracers = [
-            Tracer(source.dataset, seq_len=seq_len, deletions=loader.deletions, packing=loader.packing)
-            for source in self._sources
-        ]
+        stream = open_stream(data, seq_len=seq_len, seed=0, options=options)
+        self._sources = stream.sources
+        self._tracers = [tracer_of(source, stream) for source in stream.sources]
 
     def trace(self, sample: int) -> tuple[int, list[TracedSpan], str]:
         """Return the number of a sample in its source, what it is made of, and the name of the source."""
