@@ -21,9 +21,8 @@ from datastore.loader.cache.blocks import TokenBlocks
 from datastore.loader.cache.opening import warn_if_memory_is_short
 from datastore.loader.cache.prefetch import Prefetcher
 from datastore.loader.gathering.gather import AnyArray, BatchColumn, Reads, TokenArray
-from datastore.loader.order.ahead import LaneReader, blocks_at_once
+from datastore.loader.order.ahead import LaneReader
 from datastore.loader.order.order import BatchPlan
-from datastore.loader.order.samples import SampleGrid
 from datastore.loader.place.position import Position
 from datastore.loader.settings import Rank
 from datastore.loader.stream import SampleStream, end_of_text_of
@@ -158,14 +157,19 @@ class Pipeline:
         return blocks
 
     def _read_lanes(self, blocks: TokenBlocks) -> LaneReader | None:
-        """Return how the lanes read on; None for a mixture and for packs, whose blocks are known batch by batch."""
-        grid = self._stream.grid
-        orders = None if self._is_local or not isinstance(grid, SampleGrid) else self._position.orders()
-        if orders is None or not isinstance(grid, SampleGrid):
+        """Return how the lanes read on; None where there is nothing to fetch."""
+        orders = None if self._is_local else self._position.orders()
+        if orders is None:
             return None
         assert self._assembler is not None
-        run = blocks_at_once(blocks.layout, budget_bytes=blocks.budget_bytes, stretches=self._stretches)
-        reader = LaneReader(orders, grid, blocks.layout, tracks=self._assembler.tracks, run=run)
+        reader = LaneReader(
+            orders,
+            self._stream.grid,
+            blocks.layout,
+            tracks=self._assembler.tracks,
+            budget_bytes=blocks.budget_bytes,
+            stretches=self._stretches,
+        )
         blocks.foresee(reader.outlook)
         return reader
 

@@ -10,6 +10,7 @@ import datastore as ds
 from datastore.dataset.snapshot import open_dataset
 from datastore.errors import StorageError
 from datastore.loader.loader import Loader
+from datastore.loader.mixture.request import Mixture
 from datastore.loader.rows.loader import RowLoader
 from datastore.loader.settings import LoaderSettings, Rank
 from datastore.storage.backends.web import WebStorage
@@ -83,6 +84,37 @@ def test_a_rank_fetches_its_share_once_in_requests_of_several_mib(
             with loader() as reading:
                 assert sum(1 for _ in reading) == count
             assert not shards_of(served)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("kind", "most"), [("mixture", 80), ("packs", 70)])
+def test_lanes_of_mixtures_and_packs_read_on_too(tmp_path: Path, kind: str, most: int) -> None:
+    lengths = np.random.default_rng(0).geometric(1 / 900, 8_000) + 1
+    for name, shards in {"a": [[16 * MIB], [8 * MIB]], "b": [[8 * MIB]], "c": [lengths.tolist()] * 4}.items():
+        make_dataset(tmp_path / name, shards, block_bytes=MIB // 4, name=name)
+    with serve_folder(tmp_path, link=GIGABIT) as served, warnings.catch_warnings():
+        warnings.simplefilter("error")
+        sets = {name: open_dataset(f"{served.url}/{name}") for name in "abc"}
+        packs = kind == "packs"
+        options = LoaderSettings(
+            lanes=16,
+            window=64,
+            epochs=1 if packs else None,
+            memory_bytes=64 * MIB,
+            packing="best_fit" if packs else None,
+        )
+        mixture = Mixture({name: sets[name] for name in "ab"}, epochs={"a": 1, "b": 1})
+        data = sets["c"] if packs else mixture
+        rank = Rank(1, 2)
+        share = share_of(Loader(data, seq_len=SEQ_LEN, global_batch=64, rank=rank, options=options))
+        with Loader(data, seq_len=SEQ_LEN, global_batch=64, rank=rank, options=options) as loader:
+            assert sum(1 for _ in loader) > 100
+            stats = loader.stats()
+        assert share <= stats["fetched_bytes"] <= 1.02 * share
+        # Block by block it would take twice as many.
+        assert stats["requests"] <= most
+        assert share / (MIB // 4) > 1.4 * most
+        assert stats["peak_bytes"] <= options.memory_bytes
 
 
 def test_the_first_batch_comes_after_two_round_trips_past_the_manifest(folder: Path) -> None:

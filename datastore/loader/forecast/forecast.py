@@ -21,7 +21,7 @@ from datastore.loader.gathering.gather import Reads, reads_of
 from datastore.loader.gathering.packed import reads_of_packs
 from datastore.loader.mixture.order import Place
 from datastore.loader.mixture.request import Mixture
-from datastore.loader.order.ahead import LaneReader, blocks_at_once
+from datastore.loader.order.ahead import LaneReader
 from datastore.loader.order.order import BatchPlan
 from datastore.loader.order.packs import PackGrid
 from datastore.loader.order.samples import SampleGrid, sample_grid
@@ -185,10 +185,11 @@ def _needs(
     """Yield what each step needs, as `Pipeline` requests it."""
     tracks = [layout.tokens, *view.columns]
     stretches = -(-position.lanes // cluster.ranks) * len(tracks)
-    orders, grid, reader = position.orders(), view.grid, None
-    if orders is not None and isinstance(grid, SampleGrid):
-        run = blocks_at_once(layout, budget_bytes=options.memory_bytes, stretches=stretches)
-        reader = LaneReader(orders, grid, layout, tracks=tracks, run=run)
+    orders, reader = position.orders(), None
+    if orders is not None:
+        reader = LaneReader(
+            orders, view.grid, layout, tracks=tracks, budget_bytes=options.memory_bytes, stretches=stretches
+        )
     plans = position.plan(0, batches=cluster.steps)
     for step, (plan, reads) in enumerate(zip(plans, _reads_of(view, plans, layout, tracks), strict=True)):
         begun = step * rows * cluster.ranks >= position.lanes

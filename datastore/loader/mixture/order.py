@@ -8,13 +8,14 @@ source: rank r gets about the same lanes of every source at every step, as it do
 """
 
 from bisect import bisect_right
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
 
 from datastore.errors import ConfigError
+from datastore.loader.cache.prefetch import NEVER
 from datastore.loader.mixture.schedule import PERIOD, U16, Phase
 from datastore.loader.order.lanes import I64
 from datastore.loader.order.mix import Purpose, derive_key
@@ -73,21 +74,51 @@ class MixedOrder:
 
     def locate(self, positions: I64) -> Located:
         """Return the sample at each position and its shard, both in the joint numbering."""
+        found = Located(np.empty_like(positions), np.empty_like(positions))
+        for order, place, here, draws in self._by_source(positions):
+            part = order.locate(draws)
+            found.samples[here] = part.samples + place.first_sample
+            found.shards[here] = part.shards + place.first_shard
+        return found
+
+    def last_of_lane(self, positions: I64, shards: I64) -> I64:
+        """Return for samples, by position and shard, the last sample of the same shard that is of the same lane."""
+        found = np.empty_like(positions)
+        for order, place, here, draws in self._by_source(positions):
+            found[here] = order.last_of_lane(draws, shards[here] - place.first_shard) + place.first_sample
+        return found
+
+    def next_read(self, shards: I64, first: I64, last: I64, *, cursor: int) -> I64:
+        """Return about when any of the samples `first` to `last` of each shard is read next: a position from `cursor` on.
+
+        As if the weights stayed what they are at `cursor`; a source without weight is never read.
+        """
+        phase = self._phases[max(0, bisect_right(self._starts, cursor) - 1)]
+        drawn, rates = phase.drawn(cursor - phase.start), phase.rates(len(self._orders))
+        source_of = np.searchsorted([place.first_shard for place in self._places], shards, side="right") - 1
+        found = np.full(len(shards), NEVER, np.int64)
+        for source in np.unique(source_of).tolist():
+            if rates[source] > 0:
+                here, place = np.flatnonzero(source_of == source), self._places[source]
+                samples = [each[here] - place.first_sample for each in (first, last)]
+                order = self._orders[source]
+                draws = order.next_read(shards[here] - place.first_shard, *samples, cursor=drawn[source])
+                found[here] = cursor + ((draws - drawn[source]) / rates[source]).astype(np.int64)
+        return found
+
+    def _by_source(self, positions: I64) -> Iterator[tuple[Order, Place, I64, I64]]:
+        """Yield for each source that is drawn from: its order and place, which of `positions` are its, and their draws."""
         dealt, places = self._dealt(positions)
         sources = dealt.sources[places]
         draws = dealt.first[places // PERIOD * len(self._orders) + sources] + dealt.nth[places]
-        found = Located(np.empty_like(draws), np.empty_like(draws))
         by_source = np.argsort(sources, kind="stable")  # 16 bits sort by radix.
         ends = np.cumsum(np.bincount(sources, minlength=len(self._orders))).tolist()
         start = 0
         for order, place, end in zip(self._orders, self._places, ends, strict=True):
             if start < end:
                 here = by_source[start:end]
-                part = order.locate(draws[here])
-                found.samples[here] = part.samples + place.first_sample
-                found.shards[here] = part.shards + place.first_shard
+                yield order, place, here, draws[here]
             start = end
-        return found
 
     def _dealt(self, positions: I64) -> tuple[_Dealt, I64]:
         """Return whole periods that have `positions` among theirs, end to end, and where each of these is there."""

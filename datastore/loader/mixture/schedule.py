@@ -104,6 +104,12 @@ class Phase:
         _count(self.tree, within, drawn)
         return tuple(drawn)
 
+    def rates(self, sources: int) -> list[float]:
+        """Return the draws of each source per position."""
+        found = [0.0] * sources
+        _share(self.tree, 1.0, found)
+        return found
+
     def when(self, source: int, draws: int) -> int:
         """Return the position just after that at which `source` has its last of `draws` draws, counted from the very first."""
         found = _after(self.tree, source, draws - self.before[source])
@@ -135,6 +141,14 @@ def _count(tree: Tree, draws: int, into: list[int]) -> None:
     first = (draws * tree.share + _HALF) >> _BITS
     _count(tree.left, first, into)
     _count(tree.right, draws - first, into)
+
+
+def _share(tree: Tree, share: float, into: list[float]) -> None:
+    if tree.left is None or tree.right is None:
+        into[tree.source] += share
+        return
+    _share(tree.left, share * tree.share / _ONE, into)
+    _share(tree.right, share * (_ONE - tree.share) / _ONE, into)
 
 
 def _after(tree: Tree, source: int, draws: int) -> int | None:

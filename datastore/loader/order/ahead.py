@@ -14,21 +14,22 @@ import numpy as np
 
 from datastore.loader.cache.blocks import I64, BlockLayout, Track
 from datastore.loader.cache.prefetch import NEVER, blocks_of_a_run
-from datastore.loader.order.order import NO_SAMPLE, BatchPlan, Order
+from datastore.loader.order.order import NO_SAMPLE, BatchPlan, LaneOrder
+from datastore.loader.order.packs import PackGrid
 from datastore.loader.order.samples import SampleGrid
 
 __all__ = ["LaneReader", "Outlook", "blocks_at_once"]
 
 
-def blocks_at_once(layout: BlockLayout, *, budget_bytes: int | None, stretches: int) -> int:
+def blocks_at_once(layout: BlockLayout, *, budget_bytes: int | None, stretches: int, in_use: int = 1) -> int:
     """Return how many blocks may be fetched together, if this rank reads on in so many `stretches` at once; at least 1.
 
-    Each of them has one block in use, and all that are fetched together wait for it.
+    Each of them has `in_use` blocks that it reads from, and all that are fetched together wait for those.
     """
     if budget_bytes is None or not layout.blocks:
         return 1
     each = budget_bytes // max(1, stretches * layout.largest_bytes)
-    return max(1, min(each - 1, blocks_of_a_run(layout.largest_bytes)))
+    return max(1, min(each - in_use, blocks_of_a_run(layout.largest_bytes)))
 
 
 class Outlook:
@@ -37,7 +38,9 @@ class Outlook:
     It knows the order of this epoch and of the next one, on whatever rank; `order` is its own, for it is asked by other threads.
     """
 
-    def __init__(self, order: Order, grid: SampleGrid, layout: BlockLayout, *, tracks: Sequence[Track]) -> None:
+    def __init__(
+        self, order: LaneOrder, grid: SampleGrid | PackGrid, layout: BlockLayout, *, tracks: Sequence[Track]
+    ) -> None:
         self._order, self._grid, self._layout, self._tracks = order, grid, layout, tracks
         self.cursor = 0
         """Where the loader stands."""
@@ -51,30 +54,32 @@ class Outlook:
             low = np.clip((starts - track.start[shards]) // track.token_bytes[shards], 0, tokens)
             high = np.clip(-((track.start[shards] - stops) // track.token_bytes[shards]), 0, tokens)
             here = np.flatnonzero(high > low)
-            ends = [self._samples_at(shards[here], place[here]) for place in (low, high - 1)]
+            ends = self._grid.samples_of(shards[here], low[here], high[here] - 1)
             uses = self._order.next_read(shards[here], *ends, cursor=self.cursor)
             found[here] = np.minimum(found[here], uses)
         return found
 
-    def _samples_at(self, shards: I64, tokens: I64) -> I64:
-        """Return the sample that each token of a shard belongs to, or the one next to it of the same shard."""
-        places = self._grid.stored_start[shards] + tokens
-        if self._grid.gaps is not None:
-            places = self._grid.gaps.line_of(places)
-        first = self._grid.run_start[shards]
-        last = first + np.maximum(self._grid.run_length[shards] - 1, 0)
-        found: I64 = np.clip(places // self._grid.seq_len, first, last)
-        return found
-
 
 class LaneReader:
-    """How the lanes of a rank read on, up to `run` blocks together; of two equal orders, one is for its `outlook`."""
+    """How the lanes of a rank read on, as many blocks together as memory has room for, in so many `stretches` at once.
+
+    Of two equal orders, one is for its `outlook`.
+    """
 
     def __init__(
-        self, orders: tuple[Order, Order], grid: SampleGrid, layout: BlockLayout, *, tracks: Sequence[Track], run: int
+        self,
+        orders: tuple[LaneOrder, LaneOrder],
+        grid: SampleGrid | PackGrid,
+        layout: BlockLayout,
+        *,
+        tracks: Sequence[Track],
+        budget_bytes: int | None,
+        stretches: int,
     ) -> None:
         self._order, self._grid, self._layout, self._tracks = orders[0], grid, layout, tracks
-        self._run = run
+        token_bytes = max(int(track.token_bytes.max(initial=0)) for track in tracks)
+        in_use = 1 + (grid.tokens_at_once - 1) * token_bytes // max(1, layout.largest_bytes)
+        self._run = blocks_at_once(layout, budget_bytes=budget_bytes, stretches=stretches, in_use=in_use)
         self._asked = np.zeros(layout.blocks, np.bool_)
         self.outlook = Outlook(orders[1], grid, layout, tracks=tracks)
 
@@ -101,6 +106,5 @@ class LaneReader:
 
     def _last_block(self, shards: I64, samples: I64, track: Track) -> I64:
         """Return the block that the last token of each sample lies in, as far as it is in the same shard."""
-        tokens = self._grid.stored_start[shards + 1] - self._grid.stored_start[shards]
-        stops = np.minimum(self._grid.start_in(shards, samples) + self._grid.seq_len + 1, np.maximum(tokens, 1))
+        stops = self._grid.end_in(shards, samples)
         return self._layout.of_tokens(shards, stops - 1, stops, track=track)[1]

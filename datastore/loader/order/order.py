@@ -36,6 +36,7 @@ __all__ = [
     "NO_SAMPLE",
     "ORDER_VERSION",
     "BatchPlan",
+    "LaneOrder",
     "Line",
     "Located",
     "Order",
@@ -236,6 +237,18 @@ class SampleOrder(Protocol):
 
     def locate(self, positions: I64) -> Located:
         """Return the sample at each position, and its shard."""
+        ...
+
+
+class LaneOrder(SampleOrder, Protocol):
+    """An order that also knows how its lanes read on: see `Order`."""
+
+    def last_of_lane(self, positions: I64, shards: I64) -> I64:
+        """Return for samples, by position and shard, the last sample of the same shard that is of the same lane."""
+        ...
+
+    def next_read(self, shards: I64, first: I64, last: I64, *, cursor: int) -> I64:
+        """Return about when any of the samples `first` to `last` of each shard is read next: a position from `cursor` on."""
         ...
 
 

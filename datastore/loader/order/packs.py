@@ -64,6 +64,12 @@ class PackGrid:
     piece_length: I32
     """[P] its tokens."""
 
+    group_pack: I64
+    """[G] number of the first pack of each group."""
+
+    group_stop: I64
+    """[G] place in the stream where the documents of each group end."""
+
     widths: I32 | None = None
     """[N] of sequences of similar length, the tokens that each of them takes up in a row, zeros with it; None: just its own."""
 
@@ -71,6 +77,12 @@ class PackGrid:
     def numbers(self) -> int:
         """How many sample numbers it takes up."""
         return self.samples
+
+    @property
+    def tokens_at_once(self) -> int:
+        """Tokens of a shard that packs next to each other are taken from: those of the largest group, about."""
+        starts = np.concatenate([self.stored_start[:1], self.group_stop[:-1]])
+        return int((self.group_stop - starts).max())
 
     @property
     def rows_per_epoch(self) -> int:
@@ -85,6 +97,25 @@ class PackGrid:
     def fill(self) -> float:
         """Share of the tokens of all rows that are of documents."""
         return float(self.piece_length.sum(dtype=np.int64)) / (self.samples * (self.seq_len + 1))
+
+    def end_in(self, shards: I64, samples: I64) -> I64:
+        """Return where in its shard the group of each pack ends: any pack of it may hold its last document."""
+        group = np.searchsorted(self.group_pack, samples, side="right") - 1
+        found: I64 = self.group_stop[group] - self.stored_start[shards]
+        return found
+
+    def samples_of(self, shards: I64, first: I64, last: I64) -> tuple[I64, I64]:
+        """Return the first and the last pack of the groups that the tokens `first` to `last` of each shard are of."""
+        low, high = (
+            np.minimum(
+                np.searchsorted(self.group_stop, self.stored_start[shards] + at, side="right"), len(self.group_pack) - 1
+            )
+            for at in (first, last)
+        )
+        start = self.run_start[shards]
+        most = start + np.maximum(self.run_length[shards] - 1, 0)
+        after = np.append(self.group_pack[1:], self.samples)
+        return np.clip(self.group_pack[low], start, most), np.clip(after[high] - 1, start, most)
 
     def spans(self, sample: int) -> Iterator[Span]:
         """Yield the pieces that make up `sample`, in order; zeros are not told."""
@@ -113,13 +144,19 @@ def pack_grid(
     if seq_len < 1:
         raise ConfigError("seq_len must be at least 1", seq_len=seq_len, hint="Set `seq_len` to 1 or more.")
     starts, lengths, counts, run_length = [np.empty(0, np.int64)], [np.empty(0, np.int32)], [np.zeros(1, np.int64)], []
-    for found, mask in zip(offsets, live, strict=True):
+    stored_start = np.zeros(len(tokens) + 1, np.int64)
+    np.cumsum(tokens, out=stored_start[1:])
+    group_packs: list[int] = []
+    group_stop: list[int] = []
+    for first_token, found, mask in zip(stored_start[:-1].tolist(), offsets, live, strict=True):
         packs = 0
         for start, length in _groups(*_pieces(found, mask, seq_len), tokens=max(_GROUP_TOKENS, _GROUP_ROWS * seq_len)):
             order, sizes = _PACKERS[packing](length, room=seq_len + 1)
             starts.append(start[order])
             lengths.append(length[order].astype(np.int32))
             counts.append(sizes)
+            group_packs.append(len(sizes))
+            group_stop.append(first_token + int(start[-1] + length[-1]))
             packs += len(sizes)
         run_length.append(packs)
     total = sum(run_length)
@@ -127,8 +164,6 @@ def pack_grid(
         raise ConfigError(
             "there is nothing to pack: no document has two tokens", tokens=int(tokens.sum()), hint="Add data."
         )
-    stored_start = np.zeros(len(tokens) + 1, np.int64)
-    np.cumsum(tokens, out=stored_start[1:])
     runs = np.array(run_length, np.int64)
     first_piece, piece_length = np.cumsum(np.concatenate(counts)), np.concatenate(lengths)
     return PackGrid(
@@ -140,6 +175,8 @@ def pack_grid(
         first_piece=first_piece,
         piece_start=np.concatenate(starts),
         piece_length=piece_length,
+        group_pack=np.cumsum([0, *group_packs[:-1]]),
+        group_stop=np.array(group_stop, np.int64),
         widths=np.maximum.reduceat(piece_length, first_piece[:-1]) if packing == "buckets" else None,
     )
 
@@ -214,6 +251,8 @@ def joint_packs(grids: Sequence[PackGrid]) -> PackGrid:
         ),
         piece_start=np.concatenate([grid.piece_start for grid in grids]),
         piece_length=np.concatenate([grid.piece_length for grid in grids]),
+        group_pack=np.concatenate([grid.group_pack + at for grid, at in zip(grids, first_pack[:-1], strict=True)]),
+        group_stop=np.concatenate([grid.group_stop + at for grid, at in zip(grids, first_token[:-1], strict=True)]),
         widths=np.concatenate(widths)
         if (widths := [grid.widths for grid in grids if grid.widths is not None])
         else None,

@@ -100,6 +100,11 @@ class SampleGrid:
         return -(-int(self.token_start[-1]) // self.seq_len)
 
     @property
+    def tokens_at_once(self) -> int:
+        """Tokens of a shard that samples next to each other are taken from: here each is read on from the one before."""
+        return 1
+
+    @property
     def rows_per_epoch(self) -> int:
         """Samples of an epoch: all of them."""
         return self.samples
@@ -115,6 +120,17 @@ class SampleGrid:
     def start_in(self, shards: I64, samples: I64) -> I64:
         """Return where each sample starts in its shard."""
         return self._stream_of(samples * self.seq_len) - self.stored_start[shards]
+
+    def end_in(self, shards: I64, samples: I64) -> I64:
+        """Return where in its shard the reads of each sample end, at least 1: where the shard ends, if they go beyond it."""
+        tokens = self.stored_start[shards + 1] - self.stored_start[shards]
+        found: I64 = np.minimum(self.start_in(shards, samples) + self.seq_len + 1, np.maximum(tokens, 1))
+        return found
+
+    def samples_of(self, shards: I64, first: I64, last: I64) -> tuple[I64, I64]:
+        """Return the first and the last sample of each shard that its tokens `first` to `last` are of, or are next to."""
+        low, high = self._sample_at(shards, first), self._sample_at(shards, last)
+        return low, high
 
     def is_broken(self, samples: I64) -> npt.NDArray[np.bool_]:
         """Return whether something is left out between the first and the last token of each sample."""
@@ -141,6 +157,14 @@ class SampleGrid:
                 yield Span(shard, at - first, min(end, last) - first)
                 at = min(end, last)
             shard += 1
+
+    def _sample_at(self, shards: I64, tokens: I64) -> I64:
+        places = self.stored_start[shards] + tokens
+        if self.gaps is not None:
+            places = self.gaps.line_of(places)
+        first = self.run_start[shards]
+        found: I64 = np.clip(places // self.seq_len, first, first + np.maximum(self.run_length[shards] - 1, 0))
+        return found
 
     def _stream_of(self, places: I64) -> I64:
         return places if self.gaps is None else self.gaps.stream_of(places)

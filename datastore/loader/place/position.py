@@ -6,9 +6,10 @@ from typing import Any
 import msgspec
 
 from datastore.errors import ConfigError, whole_number
+from datastore.loader.mixture.order import MixedOrder
 from datastore.loader.mixture.request import Mixture, Stage, Weights
 from datastore.loader.order.lanes import I64
-from datastore.loader.order.order import BatchPlan, Located, Order, Planner
+from datastore.loader.order.order import BatchPlan, LaneOrder, Located, Order, Planner
 from datastore.loader.place.sources import Source, course_of, reweighed
 from datastore.loader.place.state import LoaderState, as_values, is_same_mixture, read_state
 from datastore.loader.settings import Rank
@@ -66,13 +67,11 @@ class Position:
         """Return the next `batches` batches from `cursor` on, fewer at the end."""
         return self._planner.plan(cursor, batches=batches)
 
-    def orders(self) -> tuple[Order, Order] | None:
-        """Return the order of the one dataset, and the same again for another thread; None for a mixture."""
-        if not isinstance(self._order, Order):
-            return None
-        again = course_of(self._sources, self.state, epochs=self._epochs).order
-        assert isinstance(again, Order)
-        return self._order, again
+    def orders(self) -> tuple[LaneOrder, LaneOrder] | None:
+        """Return the order, and the same again for another thread; None if its lanes do not read on."""
+        orders = self._order, course_of(self._sources, self.state, epochs=self._epochs).order
+        first, again = (order if isinstance(order, Order | MixedOrder) else None for order in orders)
+        return None if first is None or again is None else (first, again)
 
     def locate(self, positions: I64) -> Located:
         """Return the samples at some positions, wherever they lie."""

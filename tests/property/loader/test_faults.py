@@ -27,6 +27,9 @@ from datastore.storage.backends.local import LocalStorage
 from datastore.storage.backends.memory import MemoryStorage
 from datastore.torch import stream
 
+pytestmark = pytest.mark.filterwarnings("ignore:unclosed:ResourceWarning")
+"""What is raised between opening a file and keeping it leaves that file to the garbage collector, which closes it."""
+
 PACKAGE = str(Path(datastore.__file__).parent)
 
 GLOBAL_BATCH = 6

@@ -13,6 +13,7 @@ import datastore as ds
 from datastore.dataset.snapshot import Dataset
 from datastore.errors import ConfigError, ResumeError
 from datastore.loader.batch import Batch
+from datastore.loader.cache.prefetch import NEVER
 from datastore.loader.loader import Loader
 from datastore.loader.lookup import SampleReader
 from datastore.loader.mixture.order import seed_of
@@ -104,6 +105,45 @@ def test_each_source_comes_in_the_order_that_it_has_alone(sets: dict[str, Datase
     for name, rows in drawn(mixture, steps=60).items():
         alone = SampleReader(sets[name], seq_len=SEQ_LEN, seed=seed_of(3, name), options=SMALL)
         assert rows == alone.read(range(len(rows))).tokens.tolist()
+
+
+def test_lanes_of_a_source_read_on_as_they_do_alone(sets: dict[str, Dataset]) -> None:
+    mixture = Mixture(sets, {"code": 3, "old": 1, "web": 2})
+    loader = loader_of(mixture)
+    orders = loader._position.orders()
+    assert orders is not None
+    mixed, positions = orders[0], np.arange(3_000)
+    found = mixed.locate(positions)
+    lanes, ends = mixed.lane_of(positions), mixed.last_of_lane(positions, found.shards)
+    assert (ends >= found.samples).all()
+    epoch = np.arange(200)  # Within it no source begins anew but the smallest.
+    for at in epoch.tolist():
+        same = (found.shards[epoch] == found.shards[at]) & (lanes[epoch] == lanes[at])
+        assert (found.samples[epoch][same] <= ends[at]).all()
+
+
+@pytest.mark.parametrize("cursor", [0, 5, 7_770])
+def test_when_a_sample_of_a_mixture_is_read_next_is_known_up_to_two_windows(cursor: int) -> None:
+    large, small, unused = (
+        make_dataset(f"memory://next-{os.getpid()}-{cursor}-{name}", [[tokens]], name=name, block_bytes=1024)
+        for name, tokens in (("a", 40_000), ("b", 20_000), ("c", 1_000))
+    )
+    loader = loader_of(Mixture({"a": large, "b": small, "c": unused}, {"a": 3, "b": 2, "c": 0}))
+    orders = loader._position.orders()
+    assert orders is not None
+    mixed = orders[0]
+    found = mixed.locate(np.arange(cursor, cursor + 20_000))
+    samples, first = np.unique(found.samples, return_index=True)
+    shards = found.shards[first]
+    uses = mixed.next_read(shards, samples, samples, cursor=cursor)
+    assert (uses >= cursor).all()
+    # A window is 8 samples of each of 16 lanes, and a source gets 2 or 3 of 5 positions.
+    near = np.abs(uses - cursor - first) <= 2 * 8 * 16 * 5 / np.where(shards == 0, 3, 2)
+    # What lies within a window of the cursor may be taken for read or not.
+    assert np.mean(near) > 0.9
+    assert (
+        mixed.next_read(np.array([2]), np.array([samples[-1] + 9]), np.array([samples[-1] + 9]), cursor=0)[0] == NEVER
+    )
 
 
 def test_ranks_together_have_the_batches_of_one(sets: dict[str, Dataset]) -> None:

@@ -104,6 +104,30 @@ def test_a_real_mix_of_lengths_fills_rows_to_more_than_99_percent() -> None:
         assert grid.fill >= 0.99
 
 
+@settings(max_examples=30)
+@given(
+    shards=st.lists(st.lists(st.integers(0, 60_000), min_size=1, max_size=150), min_size=1, max_size=3), data=st.data()
+)
+def test_a_group_says_where_its_packs_end_and_which_packs_a_token_may_be_in(
+    shards: list[list[int]], data: st.DataObject
+) -> None:
+    offsets = [np.cumsum([0, *lengths]) for lengths in shards]
+    tokens = np.array([each[-1] for each in offsets])
+    if not any(length > 1 for lengths in shards for length in lengths):
+        return
+    grid = pack_grid(offsets, tokens=tokens, seq_len=511, live=[None] * len(shards))
+    for shard in range(len(shards)):
+        packs = np.arange(grid.run_start[shard], grid.run_start[shard] + grid.run_length[shard])
+        ends = grid.end_in(np.full(len(packs), shard), packs)
+        assert (np.diff(ends) >= 0).all()
+        for pack in packs[:: max(1, len(packs) // 5)].tolist():
+            spans = list(grid.spans(pack))
+            assert max(span.stop for span in spans) <= ends[pack - packs[0]] <= tokens[shard]
+            span = data.draw(st.sampled_from(spans))
+            low, high = grid.samples_of(np.array([shard]), np.array([span.start]), np.array([span.stop - 1]))
+            assert packs[0] <= low[0] <= pack <= high[0] <= packs[-1]
+
+
 @pytest.mark.parametrize("world", [1, 3])
 def test_every_document_comes_whole_and_once(dataset: Dataset, world: int) -> None:
     ranks = [
