@@ -150,7 +150,7 @@ def _offsets(segments: Segments, blocks: TokenBlocks) -> Iterator[I64]:
         with blocks.hold(
             np.array(blocks.layout.of_bytes(shard, info.offsets_start, info.offsets_start + size), np.int64)
         ):
-            raw = blocks.read([shard], [info.offsets_start], [size])
+            raw = blocks.read(*(np.array([value]) for value in (shard, info.offsets_start, size)))
         offsets = np.frombuffer(raw, info.offsets_dtype).astype(np.int64)
         return np.minimum(offsets, info.tokens)
 

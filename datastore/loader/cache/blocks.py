@@ -261,9 +261,7 @@ class TokenBlocks(ABC):
             self.fetch(block)
 
     @abstractmethod
-    def read(
-        self, shards: Sequence[int], starts: Sequence[int], sizes: Sequence[int]
-    ) -> bytearray | npt.NDArray[np.uint8]:
+    def read(self, shards: I64, starts: I64, sizes: I64) -> bytearray | npt.NDArray[np.uint8]:
         """Return for each of `shards` so many bytes of its file, from `starts` on, end to end; right until the next read if `lends`.
 
         All of them lie in blocks that are held. Shard `NOWHERE` has zeros, at most `ZEROS` bytes at a time.

@@ -6,6 +6,7 @@ Files are mapped, but nothing here ever looks at a map: where the disk cannot re
 by SIGBUS. The kernel looks instead. Blocks are read by `pread` and checked; the rows of a batch are named to `pwritev`, all
 at once, which copies them from the maps to a file in memory and says so if it cannot. Then the shard is damaged like any other.
 For 2,049 tokens that takes 0.9 us: a plain copy from a map takes 0.5, a `pread` of each row 1.4 (Linux 6.18, tools/bench/loader).
+Rows are named by their addresses, which NumPy adds up for all of them: packed rows are several hundred pieces.
 
 A shard is read from one copy, where there are several: that whose blocks were checked. If it fails, another takes its place,
 and is checked from the start.
@@ -19,7 +20,7 @@ import threading
 import time
 import weakref
 from bisect import bisect_right
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass
 from itertools import accumulate
@@ -33,7 +34,7 @@ from datastore.dataset.shards.info import ShardInfo
 from datastore.dataset.shards.segments import Segments
 from datastore.digest import DIGEST_BYTES, digest_of
 from datastore.errors import CorruptError, MissingError, StorageError
-from datastore.loader.cache.blocks import I64, ZEROS, BlockRange, TokenBlocks, damaged, unreadable
+from datastore.loader.cache.blocks import I64, NOWHERE, ZEROS, BlockRange, TokenBlocks, damaged, unreadable
 from datastore.storage.base import Storage
 from datastore.storage.verified import has_digest
 
@@ -76,6 +77,11 @@ class FileBlocks(TokenBlocks):
         self._homes: dict[int, _Home] = {}
         # Zeroed memory that nobody touches costs nothing, so this is as large as the part that is read.
         self._checked = np.zeros(self.layout.blocks, np.bool_)
+        self._addresses = np.zeros(len(segments) + 1, np.int64)
+        """Where the map of each shard begins; 0: there is none. The last is `NOWHERE`."""
+        self._addresses[NOWHERE] = np.frombuffer(ZEROS, np.uint8).ctypes.data
+        self._gone: list[_Home] = []
+        """Given up since blocks were held last: a read may be under way."""
         self._changes = self._held = 0
         """How often a shard failed or went on to another copy: by now, and when blocks were held last."""
         self._buffers = threading.local()
@@ -83,6 +89,7 @@ class FileBlocks(TokenBlocks):
 
     @override
     def hold(self, blocks: I64) -> AbstractContextManager[None]:
+        self._gone.clear()
         absent = self.absent(blocks)
         self._hits += len(blocks) - len(absent)
         self._misses += len(absent)
@@ -129,15 +136,13 @@ class FileBlocks(TokenBlocks):
         return True
 
     @override
-    def read(self, shards: Sequence[int], starts: Sequence[int], sizes: Sequence[int]) -> npt.NDArray[np.uint8]:
-        homes, places = self._homes, list(zip(shards, starts, sizes, strict=True))
-        try:
-            rows = [homes[shard].map[at : at + size] if shard >= 0 else ZEROS[:size] for shard, at, size in places]
-        except KeyError:  # It was forgotten since.
-            rows = []
-        found = self._copier.join(rows) if rows else None
-        if found is not None and len(found) == sum(sizes) and self._changes == self._held:
-            return found
+    def read(self, shards: I64, starts: I64, sizes: I64) -> npt.NDArray[np.uint8]:
+        maps = self._addresses[shards]
+        if maps.all():  # None was forgotten since.
+            found = self._copier.copy(maps + starts, sizes)
+            if found is not None and len(found) == int(sizes.sum()) and self._changes == self._held:
+                return found
+        places = zip(shards.tolist(), starts.tolist(), sizes.tolist(), strict=True)
         parts = [self._read_carefully(*place) if place[0] >= 0 else ZEROS[: place[2]] for place in places]
         return np.frombuffer(bytearray().join(parts), np.uint8)
 
@@ -145,6 +150,7 @@ class FileBlocks(TokenBlocks):
     def close(self) -> None:
         with self._lock:
             self._homes.clear()
+            self._addresses[:NOWHERE] = 0
             self._checked = np.zeros(self.layout.blocks, np.bool_)
             self._changes += 1
 
@@ -194,8 +200,13 @@ class FileBlocks(TokenBlocks):
                 while len(self._homes) >= self._max_shards:
                     self._uncheck(next(iter(self._homes)))
                     self._evictions += 1
-                found = self._homes[shard] = self._first_home(self._segments.shard(shard))
+                found = self._first_home(self._segments.shard(shard))
+                self._go_home(shard, found)
             return found
+
+    def _go_home(self, shard: int, home: _Home) -> None:
+        self._homes[shard] = home
+        self._addresses[shard] = home.address
 
     def _first_home(self, info: ShardInfo) -> _Home:
         homes = (_home(info, copy) for copy in self._storage.copies(info.path))
@@ -213,7 +224,7 @@ class FileBlocks(TokenBlocks):
                 continue
             with self._lock:
                 self._uncheck(place.shard)
-                self._homes[place.shard] = found
+                self._go_home(place.shard, found)
                 self._changes += 1
             self._storage.heal(home.info.path, has_digest(home.info.digest))
             return found
@@ -227,7 +238,10 @@ class FileBlocks(TokenBlocks):
                 self._changes += 1
 
     def _uncheck(self, shard: int) -> None:
-        self._homes.pop(shard, None)
+        gone = self._homes.pop(shard, None)
+        if gone is not None:
+            self._gone.append(gone)
+        self._addresses[shard] = 0
         blocks = self.layout.of_shard(shard)
         self._checked[blocks.start : blocks.stop] = False
 
@@ -240,7 +254,8 @@ def _home(info: ShardInfo, storage: Storage) -> _Home:
             # Arrow maps the file and lets go of the descriptor; `mmap.mmap` would keep one per map.
             with pa.memory_map(str(path)) as file:
                 buffer = file.read_buffer()
-                found, address = memoryview(buffer).cast("B"), buffer.address
+                if buffer.size >= info.size_bytes:  # Nobody looks behind the end of it.
+                    found, address = memoryview(buffer).cast("B"), buffer.address
     return _Home(info, storage, found, address)
 
 
@@ -251,11 +266,21 @@ def map_ahead(address: int, size_bytes: int) -> None:
         _MADVISE(ctypes.c_void_p(aligned), ctypes.c_size_t(address + size_bytes - aligned), _POPULATE_READ)
 
 
-_MADVISE = ctypes.CDLL(None).madvise if sys.platform == "linux" else None
+_IS_LINUX = sys.platform == "linux" and sys.maxsize > 2**32
+
+_MADVISE = ctypes.CDLL(None).madvise if _IS_LINUX else None
+
+_PWRITEV = ctypes.CDLL(None).pwritev if _IS_LINUX else None
+if _PWRITEV is not None:
+    _PWRITEV.argtypes = (ctypes.c_int, ctypes.c_void_p, ctypes.c_int, ctypes.c_int64)
+    _PWRITEV.restype = ctypes.c_ssize_t
 
 _POPULATE_READ = 22
 """MADV_POPULATE_READ: it says what cannot be read. Kernels before Linux 5.14 refuse, and pages come one by one."""
 
+
+_VECTOR_BYTES = 16
+"""What `pwritev` wants to know of a piece: its address and its size."""
 
 _HERE = threading.local()
 
@@ -266,6 +291,8 @@ class Copier:
     def __init__(self) -> None:
         self._file: int | None = None
         self._view = np.empty(0, np.uint8)
+        self._vector = np.empty((_MAX_ROWS, 2), np.int64)
+        """Address and size of each piece."""
 
     @staticmethod
     def of_thread() -> "Copier":
@@ -278,21 +305,51 @@ class Copier:
 
     def join(self, pieces: Sequence[memoryview]) -> npt.NDArray[np.uint8] | None:
         """Return the pieces end to end, until the next call; less, or None, if the kernel cannot read them."""
-        ends = list(accumulate(map(len, pieces)))
+
+        def write(file: int, first: int, stop: int) -> int:
+            return os.pwritev(file, pieces[first:stop], 0)
+
+        return self._written(list(accumulate(map(len, pieces))), write)
+
+    def copy(self, addresses: I64, sizes: I64) -> npt.NDArray[np.uint8] | None:
+        """Return what lies at some addresses end to end, as `join`."""
+        if _PWRITEV is None:
+            return None
+        count = len(addresses)
+        if count > len(self._vector):
+            self._vector = np.empty((count, 2), np.int64)
+        self._vector[:count, 0], self._vector[:count, 1] = addresses, sizes
+        begin = self._vector.ctypes.data
+
+        def write(file: int, first: int, stop: int) -> int:
+            return int(_PWRITEV(file, begin + first * _VECTOR_BYTES, stop - first, 0))
+
+        return self._written(np.cumsum(sizes), write)
+
+    def _written(
+        self, ends: Sequence[int] | I64, write: Callable[[int, int, int], int]
+    ) -> npt.NDArray[np.uint8] | None:
+        """Return all pieces, which end at `ends`; `write` copies those from one to before another to a file."""
+        if not len(ends):
+            return self._view[:0]
+        total = int(ends[-1])
         try:
-            if len(pieces) <= _MAX_ROWS and ends[-1] <= _STEP_BYTES:
-                count = os.pwritev(self._room_for(ends[-1]), pieces, 0)
-                return self._view[:count]
-            joined = np.empty(ends[-1], np.uint8)
+            if len(ends) <= _MAX_ROWS and total <= _STEP_BYTES:
+                count = write(self._room_for(total), 0, len(ends))
+                return None if count < 0 else self._view[:count]
+            joined = np.empty(total, np.uint8)
             at = first = 0
-            while first < len(pieces):
-                last = min(first + _MAX_ROWS, len(pieces))
+            while first < len(ends):
+                last = min(first + _MAX_ROWS, len(ends))
                 stop = max(first + 1, bisect_right(ends, at + _STEP_BYTES, first, last))
-                count = os.pwritev(self._room_for(ends[stop - 1] - at), pieces[first:stop], 0)
+                end = int(ends[stop - 1])
+                count = write(self._room_for(end - at), first, stop)
+                if count < 0:
+                    return None
                 joined[at : at + count] = self._view[:count]
-                if at + count < ends[stop - 1]:
+                if at + count < end:
                     return joined[: at + count]
-                at, first = ends[stop - 1], stop
+                at, first = end, stop
         except (OSError, AttributeError):  # No such files on this system; or a page that is not there.
             return None
         return joined

@@ -144,9 +144,9 @@ class BlockCache(TokenBlocks):
             self.fetch_run(range(here.stop, blocks.stop))
 
     @override
-    def read(self, shards: Sequence[int], starts: Sequence[int], sizes: Sequence[int]) -> bytearray:
+    def read(self, shards: I64, starts: I64, sizes: I64) -> bytearray:
         regions = self._regions
-        places = zip(shards, starts, sizes, strict=True)
+        places = zip(shards.tolist(), starts.tolist(), sizes.tolist(), strict=True)
         return bytearray().join(
             [regions[shard].data[at : at + size] if shard >= 0 else ZEROS[:size] for shard, at, size in places]
         )

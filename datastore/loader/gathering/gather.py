@@ -69,8 +69,8 @@ class Reads:
     rows: Sequence[int]
     """Rows that are read at once. Their stretches lie end to end: one each, or, of packs, several and zeros."""
 
-    shards: list[int]
-    places: Sequence[list[int]]
+    shards: I64
+    places: Sequence[I64]
     """On each track, at which byte of its shard's file each stretch starts."""
 
     pieces: dict[int, list[Span]]
@@ -79,7 +79,7 @@ class Reads:
     blocks: I64
     """All blocks needed, in no order, with repeats."""
 
-    sizes: Sequence[list[int]] | None = None
+    sizes: Sequence[I64] | None = None
     """On each track, the bytes of each stretch; None: each is a whole row."""
 
     marks: "Marks | None" = None
@@ -90,11 +90,14 @@ class Reads:
 class Marks:
     """Places in the packed rows of a batch, laid end to end."""
 
-    unlearned: I64
-    """Tokens that are not to be learned: nothing before them tells what they are, or nothing is there."""
+    firsts: I64
+    """The first token of each document, which is not to be learned: nothing before it tells what it is."""
 
-    deleted: list[list[int]]
-    """Stretches [start, stop) of deleted documents."""
+    empty: I64
+    """[E, 2] stretches of zeros, where nothing is."""
+
+    deleted: I64
+    """[D, 2] stretches of deleted documents."""
 
 
 class Gatherer:
@@ -138,21 +141,21 @@ class Gatherer:
     def _joined(self, reads: Reads, track: int, dtype: np.dtype[Any], *, width: int = 1) -> npt.NDArray[Any]:
         """Return what the rows of `reads` have on a track, end to end."""
         whole = self._width * width * dtype.itemsize
-        sizes = [whole] * len(reads.shards) if reads.sizes is None else reads.sizes[track]
+        sizes = np.full(len(reads.shards), whole) if reads.sizes is None else reads.sizes[track]
         return np.frombuffer(self._blocks.read(reads.shards, reads.places[track], sizes), dtype)
 
     def _copy_row_by_row(self, reads: Reads, out: TokenArray, columns: Mapping[str, AnyArray]) -> None:
         """Hold no more than one row's blocks at a time: slow, but it works in any memory that has room for them."""
         stretches: dict[int, list[Span]] = {row: [] for row in reads.rows}
         itemsize = self._blocks.layout.dtype.itemsize
-        sizes = [self._width * itemsize] * len(reads.shards) if reads.sizes is None else reads.sizes[0]
-        rows = np.array(reads.rows, np.int64)[
-            (np.cumsum(sizes, dtype=np.int64) - 1) // (self._width * itemsize)
-        ].tolist()
-        for row, shard, place, size in zip(rows, reads.shards, reads.places[0], sizes, strict=True):
-            if shard != NOWHERE:
-                start = (place - int(self._tracks[0].start[shard])) // itemsize
-                stretches[row].append(Span(shard, start, start + size // itemsize))
+        sizes = np.full(len(reads.shards), self._width * itemsize) if reads.sizes is None else reads.sizes[0]
+        rows = np.array(reads.rows, np.int64)[(np.cumsum(sizes) - 1) // (self._width * itemsize)]
+        starts = np.where(
+            reads.shards == NOWHERE, 0, (reads.places[0] - self._tracks[0].start[reads.shards]) // itemsize
+        )
+        stops = starts + sizes // itemsize
+        for row, *span in zip(*(each.tolist() for each in (rows, reads.shards, starts, stops)), strict=True):
+            stretches[row].append(Span(*span))
         for row, spans in (stretches | reads.pieces).items():
             with self._blocks.hold(blocks_of(spans, self._blocks.layout, tracks=self._tracks)):
                 self._copy_pieces(spans, row, out, columns)
@@ -161,6 +164,12 @@ class Gatherer:
         at = 0
         for span in spans:
             stop = at + span.stop - span.start
+            if span.shard == NOWHERE:
+                out[row, at:stop] = 0
+                for column, _ in self._columns:
+                    columns[column.name][row, at:stop] = 0
+                at = stop
+                continue
             itemsize = int(self._tracks[0].token_bytes[span.shard])
             out[row, at:stop] = self._values(span, self._tracks[0], np.dtype(f"u{itemsize}"))
             for column, track in self._columns:
@@ -175,7 +184,8 @@ class Gatherer:
         token_bytes = int(track.token_bytes[span.shard])
         start = int(track.start[span.shard]) + span.start * token_bytes
         size_bytes = (span.stop - span.start) * token_bytes
-        return np.frombuffer(self._blocks.read([span.shard], [start], [size_bytes]), dtype)
+        place = (np.array([value]) for value in (span.shard, start, size_bytes))
+        return np.frombuffer(self._blocks.read(*place), dtype)
 
 
 def _fill(out: AnyArray, reads: Reads, values: npt.NDArray[Any]) -> None:
@@ -242,26 +252,25 @@ def reads_of(
     for first, last in ranges:
         plain &= ~(last - first > 1).any(axis=1)
     rows = range(samples.shape[1])
-    shard_lists, place_lists = shards.tolist(), [place.tolist() for place in places]
     reads = []
     for index, plan in enumerate(plans):
         if plain[index]:
-            whole_places = [place[index] for place in place_lists]
-            reads.append(Reads(rows, shard_lists[index], whole_places, {}, ends[index]))
+            reads.append(Reads(rows, shards[index], [place[index] for place in places], {}, ends[index]))
             continue
         whole = ~odd[index]
         pieces = _pieces(grid, plan, odd[index])
         crossing = [span for spans in pieces.values() for span in spans]
         blocks = [between(first[index][whole], last[index][whole]) for first, last in ranges]
         blocks.append(blocks_of(crossing, layout, tracks=tracks))
-        whole_places = [place[index][whole].tolist() for place in places]
-        stretches = (np.flatnonzero(whole).tolist(), shards[index][whole].tolist(), whole_places)
+        whole_places = [place[index][whole] for place in places]
+        stretches = (np.flatnonzero(whole).tolist(), shards[index][whole], whole_places)
         reads.append(Reads(*stretches, pieces, np.concatenate(blocks)))
     return reads
 
 
 def blocks_of(spans: list[Span], layout: BlockLayout, *, tracks: Sequence[Track]) -> I64:
-    """Return the blocks that `spans` lie in, on all of `tracks`."""
+    """Return the blocks that `spans` lie in, on all of `tracks`; those of `NOWHERE` lie in none."""
+    spans = [span for span in spans if span.shard != NOWHERE]
     shards = np.array([span.shard for span in spans], np.int64)
     start = np.array([span.start for span in spans], np.int64)
     stop = np.array([span.stop for span in spans], np.int64)

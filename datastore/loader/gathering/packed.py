@@ -57,16 +57,12 @@ def reads_of_packs(
         ranges, np.searchsorted(read.row[is_piece], np.arange(0, len(samples) + 1, rows)).tolist()
     )
     marks = _marks(grid, everything, shards, batches=len(plans), rows=rows, gaps=gaps)
-    shard_list, place_lists, size_lists = (
-        shard.tolist(),
-        [each.tolist() for each in places],
-        [each.tolist() for each in sizes],
-    )
+    is_odd = odd.reshape(len(plans), rows).any(axis=1).tolist()
     found = []
     for index in range(len(plans)):
         part = slice(bounds[index], bounds[index + 1])
         pieces: dict[int, list[Span]] = {}
-        if odd[index * rows : (index + 1) * rows].any():
+        if is_odd[index]:
             others = np.flatnonzero(odd[index * rows : (index + 1) * rows]).tolist()
             pieces = {at: _spans(grid, int(samples[index * rows + at])) for at in others}
             crossing = [span for spans in pieces.values() for span in spans]
@@ -74,11 +70,11 @@ def reads_of_packs(
         found.append(
             Reads(
                 [row for row in range(rows) if row not in pieces] if pieces else range(rows),
-                shard_list[part],
-                [places[part] for places in place_lists],
+                shard[part],
+                [each[part] for each in places],
                 pieces,
                 blocks[index],
-                [sizes[part] for sizes in size_lists],
+                [each[part] for each in sizes],
                 marks[index],
             )
         )
@@ -96,9 +92,12 @@ def _blocks_by_batch(ranges: Sequence[tuple[I64, I64]], bounds: Sequence[int]) -
 
 def finish_packed(marks: Marks, tokens: TokenArray, *, columns: Mapping[str, AnyArray], token: int) -> None:
     """Set the loss mask of packed rows to 0 where `marks` say so, and write `token` over documents that are deleted."""
-    columns[LOSS_MASK].reshape(-1)[marks.unlearned] = 0
+    mask = columns[LOSS_MASK].reshape(-1)
+    mask[marks.firsts] = 0
+    for start, stop in marks.empty.tolist():
+        mask[start:stop] = 0
     flat = tokens.reshape(-1)
-    for start, stop in marks.deleted:
+    for start, stop in marks.deleted.tolist():
         flat[start:stop] = token
         for values in columns.values():
             values.reshape(len(flat), -1)[start:stop] = 0
@@ -166,32 +165,22 @@ def _marks(
     grid: PackGrid, found: _Stretches, shards: I64, *, batches: int, rows: int, gaps: Gaps | None
 ) -> list[Marks]:
     """Return for each batch where nothing is learned: the first token of each piece, what is deleted, and zeros."""
-    zeros = np.flatnonzero(found.piece < 0)
-    padding = np.repeat(found.at[zeros], found.length[zeros])
-    padding += np.arange(len(padding)) - np.repeat(
-        np.cumsum(found.length[zeros]) - found.length[zeros], found.length[zeros]
-    )
-    unlearned = np.sort(np.concatenate([found.at, padding]))
+    pieces, zeros = np.flatnonzero(found.piece >= 0), np.flatnonzero(found.piece < 0)
     gone = np.empty(0, np.int64)
     if gaps is not None:
-        pieces = np.flatnonzero(found.piece >= 0)
         gone = pieces[deleted_pieces(grid, found.piece[pieces], shards[found.row[pieces]], gaps=gaps)]
     tokens = rows * (grid.seq_len + 1)
     borders = np.arange(batches + 1) * tokens
-    cuts, gone_cuts = np.searchsorted(unlearned, borders).tolist(), np.searchsorted(found.at[gone], borders).tolist()
-    unlearned %= tokens
-    deleted = np.stack([found.at[gone], (found.at + found.length)[gone]], axis=1).tolist()
-    return [
-        Marks(
-            unlearned[cuts[index] : cuts[index + 1]],
-            [
-                [start - index * tokens, stop - index * tokens]
-                for start, stop in deleted[slice(*gone_cuts[index : index + 2])]
-            ],
-        )
-        for index in range(batches)
-    ]
+    parts = []
+    for chosen in (pieces, zeros, gone):
+        start = found.at[chosen]
+        begin = start % tokens
+        within = np.stack([begin, begin + found.length[chosen]], axis=1)
+        cuts = np.searchsorted(start, borders).tolist()
+        parts.append([within[low:high] for low, high in pairwise(cuts)])
+    return [Marks(firsts[:, 0], empty, deleted) for firsts, empty, deleted in zip(*parts, strict=True)]
 
 
 def _spans(grid: PackGrid, sample: int) -> list[Span]:
-    return list(grid.spans(sample)) if sample != NO_SAMPLE else []
+    """Return the pieces and zeros that make up a row, but for the zeros at its end."""
+    return list(grid.row(sample)) if sample != NO_SAMPLE else []

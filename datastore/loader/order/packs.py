@@ -22,6 +22,7 @@ import numpy as np
 import numpy.typing as npt
 
 from datastore.errors import ConfigError
+from datastore.loader.cache.blocks import NOWHERE
 from datastore.loader.order.mix import U64
 from datastore.loader.order.order import Order, OrderKey, SampleOrder
 from datastore.loader.order.samples import I64, Gaps, Span
@@ -123,6 +124,14 @@ class PackGrid:
         for piece in range(int(self.first_piece[sample]), int(self.first_piece[sample + 1])):
             start = int(self.piece_start[piece])
             yield Span(shard, start, start + int(self.piece_length[piece]))
+
+    def row(self, sample: int) -> Iterator[Span]:
+        """Yield what `sample` is made of, the zeros between its pieces too: of a sequence shorter than others in its row."""
+        width = 0 if self.widths is None else int(self.widths[sample])
+        for span in self.spans(sample):
+            yield span
+            if span.stop - span.start < width:
+                yield Span(NOWHERE, 0, width - (span.stop - span.start))
 
 
 def pack_grid(

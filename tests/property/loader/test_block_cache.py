@@ -140,7 +140,9 @@ class CacheMachine(RuleBasedStateMachine):
             start = max(0, (place.start - info.values_start + 1) // 2)
             stop = min(info.tokens, (place.stop - info.values_start) // 2)
             at = info.values_start + 2 * start
-            found = np.frombuffer(self.cache.read([place.shard], [at], [max(0, 2 * (stop - start))]), np.uint16)
+            found = np.frombuffer(
+                self.cache.read(*np.array([[place.shard], [at], [max(0, 2 * (stop - start))]])), np.uint16
+            )
             assert np.array_equal(found, self.truth[place.shard][start:stop])
 
     def teardown(self) -> None:
@@ -182,7 +184,7 @@ def test_threads_that_fetch_ahead_never_break_the_budget_and_never_starve_the_ho
         prefetcher.request(generator.integers(0, cache.layout.blocks, 4).tolist())
         with cache.hold(np.arange(int(first[0]), int(last[0]) + 1)):
             at = dataset.segments.shard(shard).values_start + 2 * start
-            found = np.frombuffer(cache.read([shard], [at], [8_000]), np.uint16)
+            found = np.frombuffer(cache.read(*np.array([[shard], [at], [8_000]])), np.uint16)
             assert np.array_equal(found, truth[shard][start : start + 4_000])
     prefetcher.close()
     the_budget_holds(cache)

@@ -261,6 +261,22 @@ def test_it_mixes_and_widens(tmp_path: Path) -> None:
     assert found == pieces_of(documents_of(narrow)) + pieces_of(documents_of(wide))
 
 
+@pytest.mark.parametrize("memory_bytes", [2**20, 600])
+@pytest.mark.filterwarnings("ignore:memory_bytes:RuntimeWarning")
+def test_zeros_between_sequences_are_there_in_whatever_way_a_row_is_read(tmp_path: Path, memory_bytes: int) -> None:
+    lengths = [[9, 5, 4, 50], [12, 3, 3]]
+    narrow = make_dataset(f"memory://gaps-{os.getpid()}-{memory_bytes}", lengths, name="narrow", block_bytes=128)
+    wide = make_dataset(str(tmp_path / "wide"), [[8, 4, 4, 3]], dtype="uint32", name="wide", block_bytes=128)
+    options = LoaderSettings(lanes=4, window=4, threads=0, packing="buckets", memory_bytes=memory_bytes)
+    for sets in ({"narrow": narrow}, {"narrow": narrow, "wide": wide}):
+        found: Counter[tuple[int, ...]] = Counter()
+        for batch in Loader(
+            ds.Mixture(sets, epochs=dict.fromkeys(sets, 1)), seq_len=SEQ_LEN, global_batch=3, options=options
+        ):
+            found.update(tokens for tokens, _ in pieces_in(batch))
+        assert found == sum((pieces_of(documents_of(one)) for one in sets.values()), Counter())
+
+
 def test_attention_stays_within_a_document(dataset: Dataset) -> None:
     loader = Loader(dataset, seq_len=SEQ_LEN, global_batch=4, options=PACKED)
     batch = next(loader)

@@ -144,3 +144,22 @@ def test_pieces_of_growing_size_are_joined_by_one_copier() -> None:
         found = copier.join(pieces)
         assert found is not None
         assert found.tobytes() == b"".join(pieces)
+        begin = np.array([np.frombuffer(piece, np.uint8).ctypes.data for piece in pieces])
+        found = copier.copy(begin, np.array([size] * 3))
+        assert found is not None
+        assert found.tobytes() == b"".join(pieces)
+
+
+def test_thousands_of_places_are_copied_at_once_and_a_place_that_is_not_there_ends_nothing() -> None:
+    copier, generator = Copier(), np.random.default_rng(0)
+    data = generator.integers(0, 256, 3 * 2**20, np.uint8)
+    starts, sizes = generator.integers(0, 2**21, 5_000), generator.integers(1, 2_000, 5_000)
+    found = copier.copy(data.ctypes.data + starts, sizes)
+    assert found is not None
+    assert np.array_equal(found, np.concatenate([data[at : at + size] for at, size in zip(starts, sizes, strict=True)]))
+    assert copier.copy(np.array([8]), np.array([100])) is None
+    cut = copier.copy(np.array([data.ctypes.data, 8]), np.array([100, 100]))
+    assert cut is None or np.array_equal(cut, data[:100])
+    none = copier.copy(starts[:0], sizes[:0])
+    assert none is not None
+    assert not len(none)

@@ -154,7 +154,7 @@ def test_verify_names_the_copy_that_is_bad(disks: list[Path]) -> None:
 
 def tokens_of(blocks: TokenBlocks, shard: ShardInfo) -> npt.NDArray[np.uint16]:
     """Return the tokens of shard 0, whose blocks are held."""
-    return np.frombuffer(blocks.read([0], [shard.values_start], [2 * shard.tokens]), np.uint16)
+    return np.frombuffer(blocks.read(*np.array([[0], [shard.values_start], [2 * shard.tokens]])), np.uint16)
 
 
 def test_blocks_of_files_go_on_with_another_copy(disks: list[Path]) -> None:

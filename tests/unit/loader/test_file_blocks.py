@@ -47,7 +47,7 @@ def touch(blocks: FileBlocks, shard: int) -> None:
 def tokens_of(blocks: TokenBlocks, shard: int) -> npt.NDArray[np.uint16]:
     """Return the tokens of a shard whose blocks are held."""
     track, tokens = blocks.layout.tokens, int(blocks._segments.tokens[shard])
-    return np.frombuffer(blocks.read([shard], [int(track.start[shard])], [2 * tokens]), np.uint16)
+    return np.frombuffer(blocks.read(*np.array([[shard], [int(track.start[shard])], [2 * tokens]])), np.uint16)
 
 
 def samples_of(dataset: Dataset) -> SampleStream:
