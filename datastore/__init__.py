@@ -62,6 +62,7 @@ if TYPE_CHECKING:
     from datastore.training.export.export import export as export_model
     from datastore.training.export.inference import evaluate, generate
     from datastore.training.run.audit import trace
+    from datastore.training.run.history import plot
     from datastore.training.run.proof import prove
     from datastore.training.settings import Settings as RunSettings
     from datastore.training.start import fork, resume, train
@@ -116,6 +117,7 @@ _HOMES = {
     "open_files": ("datastore.loader.rows.files.opening", "open_files"),
     "open_storage": ("datastore.storage.resolve", "open_storage"),
     "place": ("datastore.dataset.roots", "place_dataset"),
+    "plot": ("datastore.training.run.history", "plot"),
     "protect": ("datastore.dataset.durability.parity", "protect"),
     "prove": ("datastore.training.run.proof", "prove"),
     "purge": ("datastore.dataset.operations.purge.purge", "purge"),
@@ -182,6 +184,7 @@ __all__ = [
     "open_files",
     "open_storage",
     "place",
+    "plot",
     "protect",
     "prove",
     "purge",

@@ -13,6 +13,7 @@ from datastore.cli.datasets import COMMANDS as DATA_COMMANDS
 from datastore.cli.datasets import RECORD_COMMANDS
 from datastore.cli.deletion import COMMANDS as DELETION_COMMANDS
 from datastore.cli.doctor import doctor
+from datastore.cli.history import plot, runs
 from datastore.cli.ingest import COMMANDS as INGEST_COMMANDS
 from datastore.cli.interop import COMMANDS as INTEROP_COMMANDS
 from datastore.cli.plan import plan
@@ -47,6 +48,8 @@ for command in (
     *RECORD_COMMANDS,
     *REDUNDANCY_COMMANDS,
     *RUN_COMMANDS,
+    runs,
+    plot,
     checkpoint,
     cache,
     plan,

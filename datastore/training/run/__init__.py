@@ -7,6 +7,7 @@ split    what is trained on, and what is held back
 record   what each step consumed
 audit    trace: what a step consumed
 proof    prove: that each sample came once
+history  what runs have done: summaries, differences, pictures
 """
 
 __all__: list[str] = []

@@ -35,6 +35,7 @@ __all__ = [
     "RunSession",
     "decode_config",
     "encode_config",
+    "is_run",
     "new_session",
     "open_split",
     "own_versions",

@@ -19,7 +19,7 @@ from datastore.document import Sealed, seal, unseal
 from datastore.errors import ConflictError, MissingError
 from datastore.storage.base import Storage
 
-__all__ = ["LockHolder", "RunLock"]
+__all__ = ["LockHolder", "RunLock", "writer_of"]
 
 _FOLDER = "lock"
 
@@ -95,6 +95,19 @@ class RunLock:
             since=holder.since,
             hint=f"Wait for it or stop it. If it is gone for good, take over (`take_over`), or delete {key} in the run folder.",
         )
+
+
+def writer_of(storage: Storage) -> str | None:
+    """Return who writes to the run, as far as is known from here; None: nobody.
+
+    Raises:
+        CorruptError: the lock is damaged.
+    """
+    for _, key in reversed(_generations(storage)):
+        with _gone_is_fine():
+            holder = unseal(LockHolder, storage.get(key), where=key)
+            return None if _is_dead(holder) else f"{holder.host}, process {holder.pid}, since {holder.since}"
+    return None
 
 
 def _generations(storage: Storage) -> list[tuple[int, str]]:

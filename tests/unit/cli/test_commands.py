@@ -60,6 +60,10 @@ FLAGS = {
     "trace": "limit rank step",
     "evaluate": "run samples step",
     "generate": "prompt seed step temperature tokens top-k",
+    "runs ls": "",
+    "runs show": "",
+    "runs compare": "",
+    "plot": "against number to",
     "place": "copies root",
     "protect": "parity",
     "repair": "dry-run promote root",
@@ -287,6 +291,9 @@ MORE = [
     "prove run",
     "trace run --step 3",
     "generate run --prompt w1 --tokens 4",
+    "runs ls",
+    "runs show run",
+    "runs compare run run",
     "checkpoint ls run",
     "checkpoint show run",
     "checkpoint gc run --dry-run",
@@ -307,6 +314,8 @@ NAMED_BY_DATA = {
     "rejected",
     "skipped",
     "metrics",
+    "settings",
+    "data",
 }
 """Objects whose keys are names of somebody else."""
 

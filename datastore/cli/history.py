@@ -1,0 +1,142 @@
+"""The commands that look back on runs: which there are, how one stands, what differs between some, their numbers as a picture."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from datastore.cli.output import fields, json_option, moment, say, say_json, table
+from datastore.cli.shell import CommandGroup, example
+
+if TYPE_CHECKING:
+    from datastore.training.run.history import RunSummary
+
+__all__ = ["plot", "runs"]
+
+
+@click.group(cls=CommandGroup, short_help="List runs, show one, compare some.")
+def runs() -> None:
+    """List runs, show how one stands, compare some. Works while they go on."""
+
+
+@runs.command(short_help="List the runs in a folder.", epilog=example("datastore runs ls runs"))
+@click.argument("url", default="runs")
+@json_option
+def ls(*, url: str, as_json: bool) -> None:
+    """List the runs at URL, or up to three folders below it."""
+    from datastore.training.run.history import runs_below, summary_of
+
+    found = [summary_of(each) for each in runs_below(url)]
+    if as_json:
+        say_json(found)
+        return
+    if not found:
+        say(f"no runs in {url}")
+        return
+    rows = [
+        (
+            one.url.rstrip("/").rsplit("/", 1)[-1],
+            moment(one.created) if one.created else "",
+            f"{one.step:,} of {one.steps:,}",
+            _number(one.loss),
+            _number(one.validation_loss),
+            "" if one.tokens_per_s is None else f"{one.tokens_per_s:,.0f}",
+            one.problem or _state(one),
+        )
+        for one in found
+    ]
+    table(("run", "begun", "step", "loss", "validation", "tokens/s", ""), rows)
+
+
+@runs.command(short_help="Show how a run stands.", epilog=example("datastore runs show runs/first"))
+@click.argument("run")
+@json_option
+def show(*, run: str, as_json: bool) -> None:
+    """Show how RUN stands: its data, its steps, its numbers, who writes to it."""
+    from datastore.training.run.history import summary_of
+    from datastore.units import format_count
+
+    found = summary_of(run)
+    if as_json:
+        say_json(found)
+        return
+    if found.problem:
+        say(f"{found.url}: {found.problem}")
+        raise SystemExit(1)
+    fields(
+        {
+            "run": found.url,
+            "begun": moment(found.created),
+            **{f"source {name}" if name != "data" else "data": url for name, url in found.data.items()},
+            "step": f"{found.step:,} of {found.steps:,}, {format_count(found.tokens)} tokens",
+            "loss": _number(found.loss),
+            "validation": _number(found.validation_loss),
+            "rate": None if found.tokens_per_s is None else f"{found.tokens_per_s:,.0f} tokens/s",
+            "sessions": f"{found.sessions:,}, the last with {found.world} rank{'s' if found.world != 1 else ''}",
+            "state": _state(found),
+        }
+    )
+
+
+@runs.command(
+    short_help="Show what differs between runs.", epilog=example("datastore runs compare runs/first runs/second")
+)
+@click.argument("which", metavar="RUN...", nargs=-1, required=True)
+@json_option
+def compare(*, which: tuple[str, ...], as_json: bool) -> None:
+    """Show which settings of two RUNs or more differ, and their losses at the same steps."""
+    from datastore.training.run.history import compare as compare_runs
+
+    found = compare_runs(which)
+    if as_json:
+        say_json(found)
+        return
+    names = [url.rstrip("/").rsplit("/", 1)[-1] for url in found.runs]
+    if found.settings:
+        table(("setting", *names), [(key, *map(str, values)) for key, values in found.settings.items()])
+    else:
+        say("all settings are the same")
+    say()
+    if found.losses:
+        table(("loss at step", *names), [(f"{step:,}", *map(_number, losses)) for step, losses in found.losses])
+    else:
+        say("there is no step that all of them have taken")
+
+
+@click.command(
+    short_help="Draw the numbers of runs.",
+    epilog=example("datastore plot runs/first runs/second --to losses.svg --number loss"),
+)
+@click.argument("which", metavar="RUN...", nargs=-1, required=True)
+@click.option(
+    "--to", "path", type=click.Path(path_type=Path), default="plot.png", help="The picture: .png, .svg or .pdf."
+)
+@click.option(
+    "--number",
+    "numbers",
+    multiple=True,
+    metavar="NAME",
+    default=("loss", "validation_loss", "tokens_per_s", "lr"),
+    help="A number of the metrics; may be repeated.",
+)
+@click.option("--against", type=click.Choice(["step", "tokens", "hours"]), default="step", help="The axis.")
+@json_option
+def plot(*, which: tuple[str, ...], path: Path, numbers: tuple[str, ...], against: str, as_json: bool) -> None:
+    """Draw numbers of RUNs, a panel for each number and a line for each run."""
+    from datastore.training.run.history import plot as plot_runs
+
+    plot_runs(which, path, numbers=numbers, against=against)
+    if as_json:
+        say_json({"path": str(path)})
+        return
+    say(f"picture     {path}")
+
+
+def _number(value: float | None) -> str:
+    return "" if value is None else f"{value:.4f}"
+
+
+def _state(found: "RunSummary") -> str:
+    if found.writer is not None:
+        return f"going on: {found.writer}"
+    return "finished" if found.step >= found.steps else "stopped"
