@@ -18,7 +18,7 @@ if TYPE_CHECKING:  # pyarrow takes longer to load than a wrong option takes to f
 __all__ = ["COMMANDS", "in_source_bytes"]
 
 READ_AS = (
-    *("text", "lines", "jsonl", "json", "csv", "tsv", "parquet", "arrow"),
+    *("text", "lines", "jsonl", "json", "warc", "csv", "tsv", "parquet", "arrow"),
     *("hf", "mds", "litdata", "megatron", "webdataset"),
 )
 SOURCES = click.argument("sources", nargs=-1, required=True, metavar="SOURCE...")
@@ -53,6 +53,7 @@ EXCLUDE = click.option(
 )
 @click.option("--text-key", "--text-field", help="Key of the text in JSON, or its column.  [default: text]")
 @click.option("--id-key", "--id-field", help="Key of the document's id in JSON, or its column.  [default: id]")
+@click.option("--html-text", is_flag=True, default=None, help="Of HTML pages in WARC archives, take the main text.")
 @click.option("--separator", help="What parts the documents of a text file; without it a file is one document.")
 @click.option("--workers", type=int, help="Processes; as many as there are cores if left out. They change no byte.")
 @click.option("--on-error", type=click.Choice(["quarantine", "skip", "fail"]), help="What becomes of a bad document.")

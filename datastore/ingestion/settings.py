@@ -25,7 +25,7 @@ SpecialTokens = Literal["escape", "allow", "reject"]
 
 Take = Literal["auto", "text", "rows", "tokens", "chats", "pairs"]
 
-ReadAs = Literal["", "text", "lines", "jsonl", "json", ImportFormat]
+ReadAs = Literal["", "text", "lines", "jsonl", "json", "warc", ImportFormat]
 
 Encoder = Literal["auto", "tokenizers", "gigatoken"]
 
@@ -81,6 +81,9 @@ class IngestSettings(SettingsDocument, frozen=True, kw_only=True):
 
     separator: str = ""
     """What parts the documents of a text file, such as `<|endoftext|>`. Empty: a file is one document."""
+
+    html_text: bool = False
+    """Of HTML pages in WARC archives, take the main text, found by resiliparse, instead of the HTML."""
 
     max_document_bytes: Annotated[int, msgspec.Meta(ge=1, le=2**29)] = 16 * 2**20
     """A longer document is rejected. Encoding takes some 200 times its size in memory with `tokenizers`."""

@@ -8,6 +8,7 @@ folders     folders that another library wrote
 choice      what of the sources is taken
 streams     bytes in chunks, cut at separators
 cutting     a file cut into its records
+warc        pages and rows of WARC archives
 rows        rows with all their columns, of tables and JSON
 rejects     the reasons why not
 documents   records into documents

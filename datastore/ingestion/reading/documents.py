@@ -25,6 +25,7 @@ from datastore.ingestion.reading.listing import SkipReason
 from datastore.ingestion.reading.rejects import Reason, Reject, decode_rejects, encode_rejects, reject
 from datastore.ingestion.reading.rows import is_table, read_rows
 from datastore.ingestion.reading.streams import RecordPiece, lookback, read_chunks
+from datastore.ingestion.reading.warc import Page, read_pages
 from datastore.ingestion.settings import IngestSettings
 from datastore.interop.base import Span
 from datastore.interop.cells import is_binary, is_text
@@ -90,6 +91,11 @@ def read_part(
             return
         stored = read_chunks(storage, key, start=lookback(start, separator), size_bytes=file.size_bytes)
         stream = open_stream(stored, codec=file.codec, max_expansion=settings.max_expansion)
+        if file.format == "warc":
+            for found in read_pages(stream, file=file, settings=settings):
+                yield _record_of_page(found, file, settings) if isinstance(found, Page) else found
+            check_unchanged(storage, key, file=file)
+            return
         pieces = cut_records(stream, file=file, span=span, settings=settings)
         yield from _records_of(pieces, stream, parser or _parser(file, settings), file=file, settings=settings)
     except (MissingError, StorageError) as error:
@@ -287,6 +293,12 @@ def _texts(table: pa.Table, name: str, file: SourceFile) -> list[Any]:
             hint="Name the column of texts: `text_key=COLUMN`.",
         )
     return table.column(name).to_pylist()
+
+
+def _record_of_page(page: Page, file: SourceFile, settings: IngestSettings) -> TextRecord | Reject:
+    limit = settings.max_document_bytes
+    found = _record_of_row(page.text, page.name, file.path, row=page.offset, limit_bytes=limit)
+    return found._replace(length=page.length) if isinstance(found, TextRecord) else found
 
 
 def _record_of_row(value: Any, name: Any, source: str, *, row: int, limit_bytes: int) -> TextRecord | Reject:

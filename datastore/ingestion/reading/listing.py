@@ -25,24 +25,31 @@ from datastore.storage.errors import explain
 __all__ = ["Globs", "SkipReason", "kind_of", "named_codec", "odd_name", "split_glob", "walk"]
 
 SkipReason = Literal[
+    "about_records",
     "beside_dataset",
     "binary",
     "dataset",
     "empty",
     "excluded",
     "hidden",
+    "http_status",
     "no_text_column",
+    "not_text",
     "odd_name",
     "outside_root",
+    "revisit",
     "special_file",
     "symlink",
 ]
-"""Why a file or folder is left out.
+"""Why a file or folder, or a record of a WARC archive, is left out.
 
 `beside_dataset` is what lies in the folder of another library's dataset and is not of it, as its index says.
 `no_text_column` is a table among texts that has none. `dataset` is a folder of ours, perhaps the target itself. `odd_name` has bytes that are no UTF-8, a backslash or a
 control character. `symlink` leads to a file below the same root, which is read under its own name; `outside_root` to
 one elsewhere, which is refused.
+
+Of an archive: `about_records` say how it was made, and what was asked; a `revisit` stands for a page that another record has;
+`http_status` is an answer that is no success; `not_text` is an image, say.
 """
 
 _CODECS: dict[str, Codec] = {".gz": "gz", ".zst": "zst", ".bz2": "bz2", ".xz": "xz"}

@@ -228,7 +228,7 @@ def _as_told(key: str, settings: IngestSettings) -> Kind | None:
     named = kind_of(key)
     if named is None and not (codec := named_codec(key)):
         return None
-    assert settings.format in {"text", "lines", "jsonl", "json"}
+    assert settings.format in {"text", "lines", "jsonl", "json", "warc"}
     return Kind(settings.format, named[1] if named is not None else codec)
 
 
@@ -300,8 +300,14 @@ def _with_fingerprint(file: SourceFile, settings: IngestSettings) -> SourceFile:
     elif settings.take != "text":
         facts = (*state, f"{settings.take} {settings.tokens_key}")
     else:
-        facts = (*state, settings.separator if file.format in {"text", "lines"} else settings.text_key)
+        facts = (*state, _reading_of(file, settings))
     return msgspec.structs.replace(file, fingerprint=digest_hex(msgspec.json.encode(facts)))
+
+
+def _reading_of(file: SourceFile, settings: IngestSettings) -> object:
+    if file.format == "warc":
+        return settings.html_text
+    return settings.separator if file.format in {"text", "lines"} else settings.text_key
 
 
 def _remote(storage: Storage, globs: Globs, skipped: Counter[str]) -> Iterator[Stat]:
