@@ -32,6 +32,8 @@ _NEXT = re.compile(rb"\nWARC/\d+\.\d+[ \t]*\r?\n")
 
 _BLANK = re.compile(rb"\r?\n\r?\n")
 
+_LINE_ENDS = re.compile(rb"[\r\n]*")
+
 _LONGEST_BEGIN = 32
 """Bytes that may have to be seen twice to find `_NEXT`."""
 
@@ -110,7 +112,7 @@ def _block(
         found = scan.find_next()
         yield WarcRecord(offset, fields, block[:_KEPT_BYTES], size, "bad_record" if found else "truncated")
         return
-    behind = scan.peek(size + 2 * _LONGEST_BEGIN)[size:]
+    behind = scan.peek(2 * _LONGEST_BEGIN, behind=size)
     if not (behind.startswith(b"\r\n\r\n") or _BEGINS.match(behind.lstrip(b"\r\n")) or not behind.strip(b"\r\n")):
         yield WarcRecord(offset, fields, block[:_KEPT_BYTES], 0, "bad_record")
         scan.find_next()
@@ -127,11 +129,12 @@ class _Scan:
         self.rest = bytearray()
         self._chunks = iter(chunks)
 
-    def peek(self, size: int) -> bytes:
-        """Return the next `size` bytes, fewer at the end, and stay."""
-        while len(self.rest) < size and self._more():
+    def peek(self, size: int, *, behind: int = 0) -> bytes:
+        """Return the next `size` bytes `behind` so many others, fewer at the end, and stay."""
+        while len(self.rest) < behind + size and self._more():
             pass
-        return bytes(self.rest[:size])
+        with memoryview(self.rest) as rest:
+            return bytes(rest[behind : behind + size])
 
     def skip(self, size: int) -> bool:
         """Go on by `size` bytes; return whether there are so many."""
@@ -146,8 +149,8 @@ class _Scan:
     def pass_blank(self) -> bool:
         """Go on to the next byte that ends no line; return whether there is one."""
         while True:
-            kept = self.rest.lstrip(b"\r\n")
-            self._drop(len(self.rest) - len(kept))
+            found = _LINE_ENDS.match(self.rest)
+            self._drop(found.end() if found else 0)
             if self.rest:
                 return True
             if not self._more():
