@@ -34,7 +34,7 @@ EXCLUDE = click.option(
     short_help="Add files to a dataset.",
     epilog=example("datastore ingest src/ --to data/code --tokenizer tok.json --include '*.py'"),
 )
-@SOURCES
+@click.argument("sources", nargs=-1, metavar="SOURCE...")
 @click.option("--to", required=True, metavar="URL", help="The dataset; it is made if it is not there.")
 @click.option(
     "--tokenizer", metavar="FILE", help="A tokenizer.json or its folder; without it, in a new dataset, text stays text."
@@ -44,6 +44,8 @@ EXCLUDE = click.option(
 @click.option("--chat-template", metavar="FILE", help="A chat template, if not the one beside the tokenizer.")
 @INCLUDE
 @EXCLUDE
+@click.option("--gitignore", is_flag=True, default=None, help="Leave out of local folders what git ignores there.")
+@click.option("--files-from", multiple=True, metavar="FILE", help="Read the files that FILE lists, one a line.")
 @click.option(
     "--as",
     "--format",
@@ -52,6 +54,7 @@ EXCLUDE = click.option(
     help="Read all files as such, whatever they look like; without it each file says what it is.",
 )
 @click.option("--text-key", "--text-field", help="Key of the text in JSON, or its column.  [default: text]")
+@click.option("--template", help=r"Make the text of several fields: '{title}\n\n{body}'.")
 @click.option("--id-key", "--id-field", help="Key of the document's id in JSON, or its column.  [default: id]")
 @click.option("--html-text", is_flag=True, default=None, help="Of HTML pages in WARC archives, take the main text.")
 @click.option("--separator", help="What parts the documents of a text file; without it a file is one document.")
@@ -72,7 +75,14 @@ EXCLUDE = click.option(
 @progress_option
 @json_option
 def ingest(
-    *, sources: tuple[str, ...], to: str, overrides: tuple[str, ...], dry_run: bool, as_json: bool, **options: Any
+    *,
+    sources: tuple[str, ...],
+    files_from: tuple[str, ...],
+    to: str,
+    overrides: tuple[str, ...],
+    dry_run: bool,
+    as_json: bool,
+    **options: Any,
 ) -> None:
     """Add what each SOURCE holds to a dataset: a folder, a file, a glob in quotes, a URL, or - for the standard input.
 
@@ -90,6 +100,7 @@ def ingest(
 
     given, origins = given_options(options)
     settings = settings_from(IngestSettings, given, overrides=overrides, where="the options", origins=origins)
+    sources += tuple(f"@{name}" for name in files_from)
     with ExitStack() as stack:
         if "-" in sources:
             kept = stack.enter_context(spooled_stream(sys.stdin.buffer))

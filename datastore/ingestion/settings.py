@@ -70,8 +70,14 @@ class IngestSettings(SettingsDocument, frozen=True, kw_only=True):
     exclude: tuple[Name, ...] = ()
     """Leave out files and folders that match one of these globs."""
 
+    gitignore: bool = False
+    """Leave out of local folders what git ignores there."""
+
     text_key: Name = "text"
     """The key of the text in a JSON line, or its column."""
+
+    template: str = ""
+    """Makes the text of several fields, such as `{title}: {body}`, in the place of the one under `text_key`."""
 
     id_key: Name = "id"
     """The key of the id, or its column; without an id, a document is called after its file and place in it."""
@@ -111,7 +117,17 @@ class IngestSettings(SettingsDocument, frozen=True, kw_only=True):
 
 
 _NO_EFFECT = {
-    *("tokenizer", "encoder", "include", "exclude", "workers", "on_error", "max_reject_ratio", "operation"),
+    *(
+        "tokenizer",
+        "encoder",
+        "include",
+        "exclude",
+        "gitignore",
+        "workers",
+        "on_error",
+        "max_reject_ratio",
+        "operation",
+    ),
     *("chat_template", "chat_day"),
 }
 """Settings that change no shard byte (the tokenizer enters by its sha256, the template by its text, globs by the files they leave)."""
