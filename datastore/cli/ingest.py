@@ -71,6 +71,7 @@ EXCLUDE = click.option(
 @click.option(
     "--overwrite", "operation", flag_value="overwrite", help="The new version holds nothing else; older ones stay."
 )
+@click.option("--replace", is_flag=True, default=None, help="Of a file that has changed, delete the earlier documents.")
 @click.option("--dry-run", is_flag=True, help="Only estimate what there is to do; nothing is written.")
 @progress_option
 @json_option
@@ -136,7 +137,7 @@ def _tell_estimate(expected: "Estimate") -> None:
         {
             "to read": f"{expected.files:,} files, {format_bytes(expected.source_bytes)}",
             "already there": f"{expected.known_files:,} files" if expected.known_files else None,
-            "changed": f"{_files(expected.changed_files)}; their older documents stay"
+            "changed": f"{_files(expected.changed_files)}; their older documents stay, unless --replace is given"
             if expected.changed_files
             else None,
             "left out": _counts(expected.skipped),
@@ -163,8 +164,7 @@ def _tell(report: "IngestReport") -> None:
             "added": f"{report.documents:,} documents{tokens}",
             "from": f"{report.files:,} files, {format_bytes(report.text_bytes)} of text",
             "already there": _known(report) if report.known_files else None,
-            "changed": f"{_files(report.changed_files)} since version {report.changed_since}, added as new documents;"
-            " the older ones stay"
+            "changed": f"{_files(report.changed_files)} since version {report.changed_since}, {_older(report)}"
             if report.changed_files
             else None,
             "left out": _counts(report.skipped),
@@ -182,6 +182,11 @@ def _tell(report: "IngestReport") -> None:
 def _known(report: "IngestReport") -> str:
     meanwhile = f", {report.overtaken_files:,} of them brought by another ingest meanwhile"
     return f"{report.known_files:,} files{meanwhile if report.overtaken_files else ''}"
+
+
+def _older(report: "IngestReport") -> str:
+    gone = report.replaced_documents
+    return f"{gone:,} older documents deleted" if gone else "added as new documents; the older ones stay"
 
 
 def _files(count: int) -> str:

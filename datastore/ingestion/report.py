@@ -51,7 +51,10 @@ class IngestReport:
     """Of those, files that another ingest has brought since this one began."""
 
     changed_files: int
-    """Of those that were read, files that the dataset has in another state, whose documents stay."""
+    """Of those that were read, files that the dataset has in another state, whose documents stay unless `replace` is set."""
+
+    replaced_documents: int
+    """Documents of such states that were deleted, as `replace` says."""
 
     changed_since: int
     """The last version that brought such a state; 0 if no file has changed."""

@@ -112,11 +112,15 @@ class IngestSettings(SettingsDocument, frozen=True, kw_only=True):
     max_reject_ratio: Ratio = 0.001
     """Of all documents; above it nothing is committed."""
 
+    replace: bool = False
+    """A file that has changed takes the place of what it was: in the same commit, its earlier documents are deleted."""
+
     operation: Operation = "append"
     """`overwrite`: the new version holds the sources and nothing else; what it held can be read in the versions before."""
 
 
 _NO_EFFECT = {
+    "replace",
     *(
         "tokenizer",
         "encoder",

@@ -35,7 +35,7 @@ FLAGS = {
     "import": "format set text-key to tokenizer tokens-key workers",
     "sql": "",
     "ingest": "as chat chat-template dry-run exclude files-from format gitignore html-text id-field id-key include max-reject-ratio "
-    "on-error overwrite pairs separator set template text-field text-key to tokenizer workers",
+    "on-error overwrite pairs replace separator set template text-field text-key to tokenizer workers",
     "tokenizer train": "exclude include text-key to vocab",
     "show": "",
     "ls": "documents limit",
