@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from datastore.cli.output import fields, json_option, progress_option, say, say_json, with_progress
+from datastore.cli.output import fields, json_option, progress_option, say, say_json, table, with_progress
 from datastore.cli.shell import CommandGroup, example, given_options
 
 if TYPE_CHECKING:  # pyarrow takes longer to load than a wrong option takes to find.
@@ -245,4 +245,35 @@ def train(*, sources: tuple[str, ...], vocab_size: int, to: str, as_json: bool, 
     say(f"{to}: up to {vocab_size:,} ids, {format_bytes(len(raw))}, sha256 {sha256_hex(raw)[:16]}...")
 
 
-COMMANDS = (ingest, tokenizer)
+@click.command(
+    short_help="List what an ingest has rejected.",
+    epilog=example("datastore rejects data/code"),
+)
+@click.argument("url")
+@click.option("--limit", type=click.IntRange(min=0), default=20, help="How many; 0 for all.")
+@json_option
+def rejects(*, url: str, limit: int, as_json: bool) -> None:
+    """List the records that no ingest of the dataset at URL could take: where each stands, why, and how it begins.
+
+    Repair them in their files, and give the command that ingested these again, with --replace: a file that has changed takes the
+    place of what it was, and its rejects are over.
+    """
+    from itertools import islice
+
+    from datastore.ingestion.report import rejected_records
+
+    found = list(islice(rejected_records(url), limit + 1 if limit else None))
+    shown = found[:limit] if limit else found
+    if as_json:
+        say_json([each._asdict() for each in shown])
+        return
+    if not shown:
+        say("nothing was rejected, or all of it has been read again")
+        return
+    rows = [(each.version or "none", each.source, each.offset, each.reason, each.excerpt[:40]) for each in shown]
+    table(("version", "source", "offset", "reason", "begins"), rows)
+    if len(found) > len(shown):
+        say("... and more; --limit 0 lists all")
+
+
+COMMANDS = (ingest, rejects, tokenizer)

@@ -36,6 +36,7 @@ FLAGS = {
     "sql": "",
     "ingest": "as chat chat-template dry-run exclude files-from format gitignore html-text id-field id-key include max-reject-ratio "
     "on-error overwrite pairs replace separator set template text-field text-key to tokenizer workers",
+    "rejects": "limit",
     "tokenizer train": "exclude include text-key to vocab",
     "show": "",
     "ls": "documents limit",
