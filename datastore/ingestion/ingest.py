@@ -36,7 +36,7 @@ from datastore.ingestion.encoding.chatfiles import chat_format
 from datastore.ingestion.encoding.chats import require_usable
 from datastore.ingestion.encoding.template import ChatFormat
 from datastore.ingestion.outcome import IngestOutcome, Overtaken, commit_ingest
-from datastore.ingestion.plan import changed_since, make_plan, work_items
+from datastore.ingestion.plan import changed_since, digest_after, known_files, make_plan, work_items
 from datastore.ingestion.reading.rows import first_schema, is_table, require_rows, rows_schema
 from datastore.ingestion.reading.sources import Listing, Roots, list_sources
 from datastore.ingestion.reading.spool import Sources, spooled
@@ -169,6 +169,7 @@ def _ingested(prepared: PreparedIngest, to: str, progress: Callable[[IngestProgr
         [done[task.id] for task in prepared.plan.tasks],
         settings=prepared.settings,
         tokenizer=prepared.tokenizer.ref if prepared.tokenizer else None,
+        changed=prepared.changed,
     )
     report = _report(prepared, done, outcome, resumed=len(resumed))
     return replace(report, storage=add_statistics((report.storage, tally.storage)))
@@ -227,6 +228,7 @@ def _report(
         tasks_resumed=resumed,
         encoder=" and ".join(sorted({task.encoder for task in done.values()} - {""})),
         overtaken_files=0,
+        replaced_documents=outcome.replaced,
         seconds=0.0,
         storage=prepared.target.storage.statistics(),
     )
@@ -242,6 +244,12 @@ def prepare(sources: Sequence[str], to: str, settings: IngestSettings) -> Prepar
     listing, roots = list_sources(sources, settings, encodes=target.holds_texts() and settings.operation == "append")
     settings = msgspec.structs.replace(settings, take=listing.take, tokens_key=listing.tokens_key)
     is_chat = settings.take in {"chats", "pairs"}
+    if settings.replace and settings.take in {"rows", "tokens"}:
+        raise ConfigError(
+            "rows and tokens that are taken over do not say which file they are from, so none can be replaced",
+            take=settings.take,
+            hint="Leave out `replace`; or replace all that the dataset holds: `operation=overwrite`.",
+        )
     if settings.take != "text":
         for file in listing.files:
             require_rows(file)
@@ -271,7 +279,9 @@ def prepare(sources: Sequence[str], to: str, settings: IngestSettings) -> Prepar
     )
     found = tuple(base.ingests())
     history = [(commit.version, each) for commit, each in found if each is not None]
-    known = frozenset(file.fingerprint for _, each in history for file in each.files)
+    known, since = known_files(found, listing.files)
+    if since:
+        planned = partial(planned, reading_digest=digest_after(planned.keywords["reading_digest"], since))
     plan, restored = planned(known=known), None
     lost = [commit for commit, each in found if each is None]
     if lost and plan.files:
@@ -284,7 +294,7 @@ def prepare(sources: Sequence[str], to: str, settings: IngestSettings) -> Prepar
         target=target,
         tokenizer=tokenizer,
         plan=plan,
-        changed=changed_since(plan.files, history),
+        changed=changed_since(plan.files, history, in_any_state=settings.replace),
         restored=restored,
         chats=chats,
     )
