@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from datastore.checkpoint.checkpointer import Checkpointer
+    from datastore.checkpoint.exchange.dcp import DcpReader, DcpWriter
     from datastore.checkpoint.steps import Keep
     from datastore.config import load_settings
     from datastore.dataset.diff import diff
@@ -74,6 +75,8 @@ _HOMES = {
     "ConfigError": ("datastore.errors", "ConfigError"),
     "ConflictError": ("datastore.errors", "ConflictError"),
     "CorruptError": ("datastore.errors", "CorruptError"),
+    "DcpReader": ("datastore.checkpoint.exchange.dcp", "DcpReader"),
+    "DcpWriter": ("datastore.checkpoint.exchange.dcp", "DcpWriter"),
     "Dataset": ("datastore.dataset.snapshot", "Dataset"),
     "DatastoreError": ("datastore.errors", "DatastoreError"),
     "DependencyError": ("datastore.errors", "DependencyError"),
@@ -144,6 +147,8 @@ __all__ = [
     "CorruptError",
     "Dataset",
     "DatastoreError",
+    "DcpReader",
+    "DcpWriter",
     "DependencyError",
     "FileRows",
     "FormatError",

@@ -1,6 +1,7 @@
 """Training state that is there whole or not at all: saved in parts, committed by one file, verified before it is loaded.
 
 checkpointer   Checkpointer: what a training program calls
+exchange       checkpoints of others: torch.distributed.checkpoint with a run of ours behind it
 saving         a save: snapshot, write, commit
 loading        a load: sources, reader, targets, restore
 inspect        look at a run without torch
