@@ -9,7 +9,6 @@ destination   the dataset an ingest adds to
 tasks         one task: read, encode, store
 encoding      from text to tokens
 sinks         documents into shards
-chatsinks     chats into shards
 workers       tasks in this process, or in several beside it
 duplicates    documents that are there twice
 writers       rows and tokens from a program of one's own

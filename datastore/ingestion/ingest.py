@@ -30,7 +30,6 @@ from datastore.formats.fitting import check_rows
 from datastore.formats.huggingface import keep_features
 from datastore.formats.schema import check_storable, decode_schema, encode_schema, no_rows, with_wide_indices
 from datastore.host import cores
-from datastore.ingestion.chatsinks import PAIRS_SCHEMA
 from datastore.ingestion.destination import Destination, TokenizerChoice, open_target
 from datastore.ingestion.encoding.chatfiles import chat_format
 from datastore.ingestion.encoding.chats import require_usable
@@ -42,7 +41,8 @@ from datastore.ingestion.reading.sources import Listing, Roots, list_sources
 from datastore.ingestion.reading.spool import Sources, spooled
 from datastore.ingestion.report import IngestProgress, IngestReport, Tally, skipped_in
 from datastore.ingestion.settings import IngestSettings, reading_digest
-from datastore.ingestion.sinks import RECORDS_SCHEMA
+from datastore.ingestion.sinks.chats import PAIRS_SCHEMA
+from datastore.ingestion.sinks.documents import RECORDS_SCHEMA
 from datastore.ingestion.tasks import Advance, Job
 from datastore.ingestion.workers import run_orders
 from datastore.storage.resolve import open_storage

@@ -24,7 +24,7 @@ from datastore.ingestion.duplicates import without_duplicates
 from datastore.ingestion.reading.documents import decode_rejects, encode_rejects
 from datastore.ingestion.report import rejected_in
 from datastore.ingestion.settings import IngestSettings
-from datastore.ingestion.sinks import RECORDS_SCHEMA
+from datastore.ingestion.sinks.documents import RECORDS_SCHEMA
 from datastore.storage.urls import join_url
 
 __all__ = ["IngestOutcome", "Overtaken", "commit_ingest"]

@@ -19,7 +19,6 @@ from datastore.dataset.shards.files import read_tokenizer
 from datastore.document import Document
 from datastore.errors import RejectedError
 from datastore.formats.schema import decode_schema
-from datastore.ingestion.chatsinks import ChatShards, PairShards
 from datastore.ingestion.encoding.chats import ChatEncoder
 from datastore.ingestion.encoding.encoder import TextEncoder
 from datastore.ingestion.encoding.template import ChatFormat
@@ -35,7 +34,8 @@ from datastore.ingestion.reading.listing import SkipReason
 from datastore.ingestion.reading.rows import read_rows
 from datastore.ingestion.reading.sources import Roots
 from datastore.ingestion.settings import IngestSettings, OnError
-from datastore.ingestion.sinks import CopiedRows, CopiedTokens, CopySink, RecordShards, ShardSink, TokenShards
+from datastore.ingestion.sinks.chats import ChatShards, PairShards
+from datastore.ingestion.sinks.documents import CopiedRows, CopiedTokens, CopySink, RecordShards, ShardSink, TokenShards
 from datastore.storage.base import Storage
 from datastore.storage.resolve import open_storage
 from datastore.storage.statistics import OperationStatistics, add_statistics
