@@ -4,6 +4,7 @@ ingest        prepare, run, commit
 outcome       the commit, or why there is none
 settings      what a user may choose
 reading       from files to documents
+quality       which texts are worth it: filters, personal data, near duplicates
 plan          tasks: a pure function of the listing and the settings
 destination   the dataset an ingest adds to
 tasks         one task: read, encode, store

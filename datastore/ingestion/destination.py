@@ -18,7 +18,7 @@ from datastore.dataset.shards.files import read_documents, read_record_shard, re
 from datastore.dataset.shards.info import ShardInfo
 from datastore.dataset.shards.segments import load_segments
 from datastore.dataset.snapshot import split_reference
-from datastore.errors import ConfigError, CorruptError, MissingError
+from datastore.errors import ConfigError, CorruptError, FormatError, MissingError
 from datastore.formats.schema import decode_schema
 from datastore.ingestion.encoding.chatfiles import tokenizer_file
 from datastore.ingestion.encoding.reference import facts_of, load_tokenizer
@@ -109,6 +109,29 @@ class Destination:
         elif "://" not in self.storage.url:
             with suppress(OSError):  # Somebody else has put something there, or it is a mount point.
                 Path(self.storage.url).rmdir()
+
+    def require_same_filters(self, plan: Plan) -> None:
+        """Raise if an ingest of some of the same files, but with other filters, was begun and not finished.
+
+        Raises:
+            ConfigError: there is one; to go on with other filters would be to begin anew without a word.
+        """
+        history = CommitLog(self.storage).history(self.newest) if self.newest else ()
+        over = {plan.ingest_id, *(commit.ingest_id for commit in history)}
+        prints = {file.fingerprint for file in plan.files}
+        keys = [stat.key.split("/") for stat in self.storage.list(JOURNALS_FOLDER)] if prints else []
+        for name in (name for _, name, *rest in keys if rest == ["plan.json"] and name not in over):
+            with suppress(CorruptError, FormatError):
+                begun = Journal(self.storage, name).find_plan()
+                if begun is None or begun.filters_digest == plan.filters_digest:
+                    continue
+                if any(file.fingerprint in prints for file in begun.files):
+                    raise ConfigError(
+                        "an ingest of these files was begun with other filters, and not finished",
+                        url=self.storage.url,
+                        ingest=name,
+                        hint="Give the same filters to go on with it, or leave what it did: `begin_anew=true`.",
+                    )
 
     def holds_texts(self) -> bool:
         """Return whether the dataset has texts, or tokens of texts, to which others can be added."""

@@ -8,6 +8,7 @@ the tasks made is good enough, and if so, makes one commit of it.
 """
 
 import logging
+import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -34,13 +35,13 @@ from datastore.ingestion.destination import Destination, TokenizerChoice, open_t
 from datastore.ingestion.encoding.chatfiles import chat_format
 from datastore.ingestion.encoding.chats import require_usable
 from datastore.ingestion.encoding.template import ChatFormat
-from datastore.ingestion.outcome import IngestOutcome, Overtaken, commit_ingest
+from datastore.ingestion.outcome import IngestOutcome, Overtaken, commit_ingest, samples_of
 from datastore.ingestion.plan import changed_since, make_plan, work_items
 from datastore.ingestion.reading.rows import first_schema, is_table, require_rows, rows_schema
 from datastore.ingestion.reading.sources import Listing, Roots, list_sources
 from datastore.ingestion.reading.spool import Sources, spooled
-from datastore.ingestion.report import IngestProgress, IngestReport, Tally, skipped_in
-from datastore.ingestion.settings import IngestSettings, reading_digest
+from datastore.ingestion.report import IngestProgress, IngestReport, Tally, changed_in, filtered_in, skipped_in
+from datastore.ingestion.settings import IngestSettings, filter_identities, filters_digest, reading_digest
 from datastore.ingestion.sinks.chats import PAIRS_SCHEMA
 from datastore.ingestion.sinks.documents import RECORDS_SCHEMA
 from datastore.ingestion.tasks import Advance, Job
@@ -114,6 +115,9 @@ class PreparedIngest:
     chats: ChatFormat | None = None
     """How chats become text, if they are taken."""
 
+    identities: tuple[str, ...] = ()
+    """What the filters depend on beside their settings."""
+
     restored: Plan | None = None
     """The plan of a finished ingest that was lost or damaged, as it was."""
 
@@ -142,6 +146,8 @@ class PreparedIngest:
             tokenizer=self.tokenizer.ref if self.tokenizer else None,
             record_schema=self.plan.record_schema,
             chats=self.chats,
+            identities=self.identities,
+            path=tuple(sys.path) if self.identities else (),
             parallel=workers == 1,
         )
 
@@ -222,6 +228,9 @@ def _report(
         shard_bytes=sum(shard.size_bytes for shard in outcome.shards),
         rejected=dict(sorted(outcome.rejected.items())),
         rejects=join_url(url, Journal(prepared.target.storage, plan.ingest_id).folder, "rejects") if kept else "",
+        filtered=dict(sorted(filtered_in(done.values()).items())),
+        changed=dict(sorted(changed_in(done.values()).items())),
+        samples=samples_of(prepared.target, plan, most=prepared.settings.trace_filters),
         escaped=sum(task.escaped for task in done.values()),
         tasks=len(plan.tasks),
         tasks_resumed=resumed,
@@ -255,13 +264,17 @@ def prepare(sources: Sequence[str], to: str, settings: IngestSettings) -> Prepar
         base.require_schema(RECORDS_SCHEMA)
     if of_pairs:
         base.require_schema(PAIRS_SCHEMA)
+    found_filters = filter_identities(settings)
     planned = partial(
         make_plan,
         listing,
         settings=settings,
         kind=kind,
         reading_digest=reading_digest(
-            settings, tokenizer_sha256=tokenizer.ref.sha256 if tokenizer else "", chats=encode(chats) if chats else b""
+            settings,
+            tokenizer_sha256=tokenizer.ref.sha256 if tokenizer else "",
+            chats=encode(chats) if chats else b"",
+            filters=found_filters,
         ),
         record_schema=encode_schema(PAIRS_SCHEMA)
         if of_pairs
@@ -278,6 +291,9 @@ def prepare(sources: Sequence[str], to: str, settings: IngestSettings) -> Prepar
         restored = plan if any(commit.ingest_id == plan.ingest_id for commit in lost) else None
         again = plan.files if restored else _recognized(plan.files, base, lost, history)
         plan = planned(known=known.union(file.fingerprint for file in again))
+    plan = msgspec.structs.replace(plan, filters_digest=filters_digest(settings, found_filters))
+    if settings.operation == "append" and not settings.begin_anew:
+        target.require_same_filters(plan)
     return PreparedIngest(
         settings=settings,
         roots=roots,
@@ -287,6 +303,7 @@ def prepare(sources: Sequence[str], to: str, settings: IngestSettings) -> Prepar
         changed=changed_since(plan.files, history),
         restored=restored,
         chats=chats,
+        identities=found_filters,
     )
 
 

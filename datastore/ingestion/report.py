@@ -7,10 +7,11 @@ from dataclasses import dataclass
 from datastore.dataset.journal import TaskDone
 from datastore.dataset.log.manifest import Kind
 from datastore.ingestion.plan import WorkItem, source_bytes
+from datastore.ingestion.quality.sieve import Sample
 from datastore.ingestion.tasks import Advance
 from datastore.storage.statistics import OperationStatistics, add_statistics
 
-__all__ = ["IngestProgress", "IngestReport", "Tally", "rejected_in", "skipped_in"]
+__all__ = ["IngestProgress", "IngestReport", "Tally", "changed_in", "filtered_in", "rejected_in", "skipped_in"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,6 +68,15 @@ class IngestReport:
     rejected: Mapping[str, int]
     rejects: str
     """The folder in which the rejected documents are described; empty if there are none."""
+
+    filtered: Mapping[str, int]
+    """Documents that filters have dropped, by filter and rule."""
+
+    changed: Mapping[str, int]
+    """What filters have changed, by filter."""
+
+    samples: tuple[Sample, ...]
+    """Of what each rule has dropped, as many as `trace_filters` asks for."""
 
     escaped: int
     """Chats in which a message spells a special token, which was made of ordinary ones."""
@@ -133,3 +143,13 @@ def rejected_in(tasks: Iterable[TaskDone]) -> Counter[str]:
 def skipped_in(tasks: Iterable[TaskDone]) -> Counter[str]:
     """Return the number of files that `tasks` found not to be text, by reason."""
     return sum((Counter(task.skipped) for task in tasks), Counter())
+
+
+def filtered_in(tasks: Iterable[TaskDone]) -> Counter[str]:
+    """Return how many documents of `tasks` filters have dropped, by filter and rule."""
+    return sum((Counter(task.filtered) for task in tasks), Counter())
+
+
+def changed_in(tasks: Iterable[TaskDone]) -> Counter[str]:
+    """Return what filters have changed in `tasks`, by filter."""
+    return sum((Counter(task.changed) for task in tasks), Counter())

@@ -34,8 +34,8 @@ FLAGS = {
     "export": "column format shard-bytes to",
     "import": "format set text-key to tokenizer tokens-key workers",
     "sql": "",
-    "ingest": "as chat chat-template dry-run exclude format id-field id-key include max-reject-ratio on-error overwrite pairs "
-    "separator set text-field text-key to tokenizer workers",
+    "ingest": "as begin-anew chat chat-template config dry-run exclude format id-field id-key include max-reject-ratio on-error overwrite pairs "
+    "separator set text-field text-key to tokenizer trace-filters workers",
     "tokenizer train": "exclude include text-key to vocab",
     "show": "",
     "ls": "documents limit",
