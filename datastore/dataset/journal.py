@@ -270,6 +270,21 @@ class Journal:
         """Store samples of what the filters of a task have dropped, as JSON lines."""
         self.storage.put(f"{self.folder}/filtered/{task_id}.jsonl", samples)
 
+    def put_contamination(self, raw: bytes) -> None:
+        """Store the runs of tokens that evaluations have."""
+        self.storage.put(f"{self.folder}/contamination", raw)
+
+    def contamination(self, digest: str) -> bytes:
+        """Return them.
+
+        Raises:
+            CorruptError: they are damaged.
+        """
+        key = f"{self.folder}/contamination"
+        raw = self.storage.get(key)
+        check_digest(raw, digest, where=key)
+        return raw
+
     def samples(self) -> Iterator[bytes]:
         """Yield the files of samples; `ingestion` knows what their lines say."""
         for stat in self.storage.list(f"{self.folder}/filtered"):

@@ -41,7 +41,7 @@ def damaged_documents(storage: Storage) -> Iterator[tuple[str, str]]:
     yield from filter(None, in_parallel(look, [stat.key for stat in storage.list(JOURNALS_FOLDER)]))
 
 
-_CLEARED = {"done", "ids", "rejects", "filtered"}
+_CLEARED = {"done", "ids", "rejects", "filtered", "contamination"}
 """What a journal has beside its plan: needed to go on with the ingest, and no more once it is committed."""
 
 

@@ -34,9 +34,11 @@ from datastore.host import cores
 from datastore.ingestion.destination import Destination, TokenizerChoice, open_target
 from datastore.ingestion.encoding.chatfiles import chat_format
 from datastore.ingestion.encoding.chats import require_usable
+from datastore.ingestion.encoding.evaluations import read_contamination
 from datastore.ingestion.encoding.template import ChatFormat
 from datastore.ingestion.outcome import IngestOutcome, Overtaken, commit_ingest, samples_of
 from datastore.ingestion.plan import changed_since, make_plan, work_items
+from datastore.ingestion.quality.contamination import Contamination
 from datastore.ingestion.reading.rows import first_schema, is_table, require_rows, rows_schema
 from datastore.ingestion.reading.sources import Listing, Roots, list_sources
 from datastore.ingestion.reading.spool import Sources, spooled
@@ -118,6 +120,9 @@ class PreparedIngest:
     identities: tuple[str, ...] = ()
     """What the filters depend on beside their settings."""
 
+    contamination: Contamination | None = None
+    """What evaluations have, if they are kept out."""
+
     restored: Plan | None = None
     """The plan of a finished ingest that was lost or damaged, as it was."""
 
@@ -147,6 +152,7 @@ class PreparedIngest:
             record_schema=self.plan.record_schema,
             chats=self.chats,
             identities=self.identities,
+            contamination=self.contamination.digest if self.contamination else "",
             path=tuple(sys.path) if self.identities else (),
             parallel=workers == 1,
         )
@@ -186,7 +192,10 @@ def _begin(prepared: PreparedIngest) -> dict[str, TaskDone]:
     create_dataset(storage)
     if choice is not None:
         put_tokenizer(storage, choice.raw, vocab_size=choice.ref.vocab_size, end_of_text=choice.ref.end_of_text)
-    return Journal(storage, prepared.plan.ingest_id).begin(prepared.plan)
+    journal = Journal(storage, prepared.plan.ingest_id)
+    if prepared.contamination is not None:
+        journal.put_contamination(prepared.contamination.encode())
+    return journal.begin(prepared.plan)
 
 
 def _run(prepared: PreparedIngest, to: str, resumed: dict[str, TaskDone], tally: Tally) -> dict[str, TaskDone]:
@@ -260,11 +269,11 @@ def prepare(sources: Sequence[str], to: str, settings: IngestSettings) -> Prepar
     kind: Kind = "tokens" if (tokenizer or settings.take == "tokens") and not of_pairs else "records"
     base = target if settings.operation == "append" else Destination(target.storage, None)
     base.require_kind(kind)
-    if kind == "records" and settings.take == "text":
-        base.require_schema(RECORDS_SCHEMA)
-    if of_pairs:
-        base.require_schema(PAIRS_SCHEMA)
+    if of_pairs or (kind == "records" and settings.take == "text"):
+        base.require_schema(PAIRS_SCHEMA if of_pairs else RECORDS_SCHEMA)
     found_filters = filter_identities(settings)
+    contamination = read_contamination(settings, tokenizer.raw if tokenizer else None)
+    deciding = (*found_filters, *([contamination.digest] if contamination else []))
     planned = partial(
         make_plan,
         listing,
@@ -274,7 +283,7 @@ def prepare(sources: Sequence[str], to: str, settings: IngestSettings) -> Prepar
             settings,
             tokenizer_sha256=tokenizer.ref.sha256 if tokenizer else "",
             chats=encode(chats) if chats else b"",
-            filters=found_filters,
+            filters=deciding,
         ),
         record_schema=encode_schema(PAIRS_SCHEMA)
         if of_pairs
@@ -291,7 +300,7 @@ def prepare(sources: Sequence[str], to: str, settings: IngestSettings) -> Prepar
         restored = plan if any(commit.ingest_id == plan.ingest_id for commit in lost) else None
         again = plan.files if restored else _recognized(plan.files, base, lost, history)
         plan = planned(known=known.union(file.fingerprint for file in again))
-    plan = msgspec.structs.replace(plan, filters_digest=filters_digest(settings, found_filters))
+    plan = msgspec.structs.replace(plan, filters_digest=filters_digest(settings, deciding))
     if settings.operation == "append" and not settings.begin_anew:
         target.require_same_filters(plan)
     return PreparedIngest(
@@ -304,6 +313,7 @@ def prepare(sources: Sequence[str], to: str, settings: IngestSettings) -> Prepar
         restored=restored,
         chats=chats,
         identities=found_filters,
+        contamination=contamination,
     )
 
 

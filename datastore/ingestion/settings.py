@@ -15,6 +15,7 @@ from datastore.digest import digest_hex
 from datastore.document import Positive, SettingsDocument, encode
 from datastore.errors import ConfigError
 from datastore.ingestion.quality.chain import AnyFilter, identities
+from datastore.ingestion.quality.contamination import Decontaminate
 from datastore.interop.formats import ImportFormat
 
 __all__ = [
@@ -110,6 +111,9 @@ class IngestSettings(SettingsDocument, frozen=True, kw_only=True):
     filters: tuple[AnyFilter, ...] = ()
     """What texts are filtered by, in this order; each is a table with `use`, see [filters](#filters)."""
 
+    decontaminate: Decontaminate = Decontaminate()
+    """Evaluations that are kept out of the data."""
+
     trace_filters: Annotated[int, msgspec.Meta(ge=0, le=1000)] = 0
     """Of what each rule of a filter drops, so many samples are kept, drawn at random."""
 
@@ -170,6 +174,6 @@ def filter_identities(settings: IngestSettings) -> tuple[str, ...]:
 
 def filters_digest(settings: IngestSettings, found: Sequence[str]) -> str:
     """Return the digest of the filters, of which `found` are the identities; empty if there are none."""
-    if not settings.filters:
+    if not found:
         return ""
     return digest_hex(*map(encode, settings.filters), *(each.encode() for each in found))

@@ -24,6 +24,7 @@ from datastore.ingestion.encoding.encoder import TextEncoder
 from datastore.ingestion.encoding.template import ChatFormat
 from datastore.ingestion.plan import WorkItem, source_bytes
 from datastore.ingestion.quality.chain import Chain
+from datastore.ingestion.quality.contamination import Contamination
 from datastore.ingestion.quality.sieve import Sieve
 from datastore.ingestion.quality.text import Text
 from datastore.ingestion.reading.chats import read_documents
@@ -66,6 +67,9 @@ class Job(Document, frozen=True, kw_only=True):
 
     identities: tuple[str, ...] = ()
     """What the filters depend on beside their settings."""
+
+    contamination: str = ""
+    """The digest of the runs of tokens that evaluations have; empty if there are none to keep out."""
 
     path: tuple[str, ...] = ()
     """The caller's `sys.path`: a filter that it can import, its workers can."""
@@ -118,7 +122,13 @@ class TaskRunner:
     def chain(self) -> Chain | None:
         """The job's filters; None if there are none."""
         filters = self.job.settings.filters
-        return Chain(filters, expected=self.job.identities) if filters else None
+        return Chain(filters, expected=self.job.identities) if filters or self.job.contamination else None
+
+    @cached_property
+    def contamination(self) -> Contamination | None:
+        """What evaluations have; None if there are none to keep out."""
+        digest = self.job.contamination
+        return Contamination.decode(self.journal.contamination(digest)) if digest else None
 
     def work(self, order: WorkItem, report: Report) -> TaskDone:
         """Do one task, mark it done, and return what it made.
@@ -222,7 +232,9 @@ class TaskRunner:
             return kind(self.storage, order.task_id, encoder=self.chat_encoder, shard_bytes=size)
         if self.encoder is None:
             return RecordShards(self.storage, order.task_id, shard_bytes=size)
-        return TokenShards(self.storage, order.task_id, encoder=self.encoder, shard_bytes=size)
+        return TokenShards(
+            self.storage, order.task_id, encoder=self.encoder, shard_bytes=size, unwanted=self.contamination
+        )
 
 
 class _Run:
@@ -290,6 +302,10 @@ class _Run:
         self._report(Advance(source_bytes=step, documents=len(taken), tokens=self.sink.tokens - before))
         self._batch, self._batch_bytes = [], 0
         self._refuse(refused)
+        if self._sieve:
+            for record, rule in self.sink.screened:
+                self._sieve.drop(_as_text(record), rule)
+            self.sink.screened.clear()
 
     def _filtered(self) -> list[TextRecord]:
         """Return what the filters leave of the batch."""

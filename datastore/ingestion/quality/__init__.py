@@ -8,6 +8,7 @@ web           the rules of C4 and FineWeb
 plain         length, lines, symbols, regular expressions
 outside       languages by a model, a function of one's own
 redaction     personal data taken out
+contamination documents that hold a piece of an evaluation
 chain         filters in a row
 sieve         the filters of one task: counts, samples
 """

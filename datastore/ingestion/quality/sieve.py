@@ -54,14 +54,18 @@ class Sieve:
         found = smallest(self._samples, self._most)
         return b"".join(orjson.dumps(sample._asdict(), option=orjson.OPT_APPEND_NEWLINE) for sample in found)
 
+    def drop(self, text: Text, rule: str) -> None:
+        """Count `text`, which was left in, as dropped by `rule`."""
+        self.dropped[rule] += 1
+        if self._most:
+            self._keep(text, rule)
+
     def _left(self, text: Text) -> str | None:
         judged = self._chain.judge(text)
         if not judged.dropped:
             self.changed.update(judged.changes)
             return judged.text
-        self.dropped[judged.dropped] += 1
-        if self._most:
-            self._keep(text, judged.dropped)
+        self.drop(text, judged.dropped)
         return None
 
     def _keep(self, text: Text, rule: str) -> None:

@@ -390,3 +390,77 @@ def test_modules_do_not_need_the_libraries_of_a_few_filters() -> None:
         subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
         == "False False\n"
     )
+
+
+@pytest.fixture
+def tok(source: Path, tmp_path: Path) -> str:
+    from datastore.ingestion.encoding.tokenizer import TokenizerSettings, train_tokenizer
+
+    (tmp_path / "tok.json").write_bytes(train_tokenizer([str(source)], settings=TokenizerSettings(vocab_size=300)))
+    return str(tmp_path / "tok.json")
+
+
+def words(seed: int, count: int) -> str:
+    return " ".join(xxhash.xxh3_64_hexdigest(f"{seed}/{i}".encode())[:6] for i in range(count))
+
+
+def test_documents_that_hold_a_piece_of_an_evaluation_are_dropped(tmp_path: Path, tok: str) -> None:
+    exam = words(1, 60)
+    texts = [words(seed, 80) for seed in range(2, 40)]
+    texts[3] += " " + exam[100:220] + " end"
+    texts[7] = exam
+    texts[9] = "Begin. " + exam
+    texts[11] += " " + exam[100:108]
+    source, questions = write(tmp_path / "data.jsonl", texts), tmp_path / "exam.jsonl"
+    questions.write_text(json.dumps({"q": exam}) + "\n" + json.dumps({"q": "short"}) + "\n")
+    asked = {"tokenizer": tok, "decontaminate": {"files": [str(questions)], "text_key": "q"}, "trace_filters": 9}
+    report = run(source, tmp_path / "out", **asked)
+    assert report.filtered == {"decontaminate: exam.jsonl": 3}
+    assert {sample.id for sample in report.samples} == {"d3", "d7", "d9"}
+    dataset = open_dataset(str(tmp_path / "out"))
+    ids = [row for index in range(len(dataset.segments)) for row in dataset.documents(index).column("id").to_pylist()]
+    assert ids == [f"d{i}" for i in range(38) if i not in {3, 7, 9}]
+    assert run(source, tmp_path / "two", **asked, workers=2).filtered == report.filtered
+    assert shards(tmp_path / "out") == shards(tmp_path / "two") != {}
+
+
+def test_the_tokens_of_what_is_left_are_those_of_an_ingest_without_the_rest(tmp_path: Path, tok: str) -> None:
+    texts = [words(seed, 30) for seed in range(20)]
+    (tmp_path / "exam.txt").write_text(texts[5])
+    all_of_them, others = tmp_path / "a.jsonl", tmp_path / "b.jsonl"
+    write(all_of_them, texts)
+    others.write_text("".join(line + "\n" for i, line in enumerate(all_of_them.read_text().splitlines()) if i != 5))
+    run(all_of_them, tmp_path / "out", tokenizer=tok, decontaminate={"files": [str(tmp_path / "exam.txt")]})
+    run(others, tmp_path / "other", tokenizer=tok)
+    values = [
+        [token for index in range(len(dataset.segments)) for token in dataset.token_shard(index)[0].tolist()]
+        for dataset in (open_dataset(str(tmp_path / "out")), open_dataset(str(tmp_path / "other")))
+    ]
+    assert values[0] == values[1] != []
+
+
+def test_another_evaluation_is_another_ingest(source: Path, tmp_path: Path, tok: str) -> None:
+    exam = tmp_path / "exam.txt"
+    exam.write_text(words(1, 40))
+    plan = [
+        run(source, tmp_path / name, tokenizer=tok, **others).ingest_id
+        for name, others in (("a", {}), ("b", {"decontaminate": {"files": [str(exam)]}}))
+    ]
+    exam.write_text(words(2, 40))
+    plan.append(run(source, tmp_path / "c", tokenizer=tok, decontaminate={"files": [str(exam)]}).ingest_id)
+    assert len(set(plan)) == 3
+
+
+def test_an_evaluation_that_cannot_be_looked_for_is_named(source: Path, tmp_path: Path, tok: str) -> None:
+    exam = tmp_path / "exam.jsonl"
+    exam.write_text('{"text": "short"}\n')
+    asked = {"decontaminate": {"files": [str(exam)]}}
+    with pytest.raises(ConfigError, match="kept out of tokens of texts"):
+        run(source, tmp_path / "data", **asked)
+    with pytest.raises(ConfigError, match="as long as a run"):
+        run(source, tmp_path / "data", tokenizer=tok, **asked)
+    exam.write_text('{"question": "short"}\n')
+    with pytest.raises(ConfigError, match=r"cannot be read.*missing_text"):
+        run(source, tmp_path / "data", tokenizer=tok, **asked)
+    with pytest.raises(MissingError):
+        run(source, tmp_path / "data", tokenizer=tok, decontaminate={"files": [str(tmp_path / "nowhere.txt")]})
