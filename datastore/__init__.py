@@ -46,6 +46,8 @@ if TYPE_CHECKING:
     from datastore.ingestion.encoding.tokenizer import TokenizerSettings, train_tokenizer
     from datastore.ingestion.importing import import_dataset
     from datastore.ingestion.ingest import ingest
+    from datastore.ingestion.quality.similar import DedupSettings
+    from datastore.ingestion.quality.similar import deduplicate as dedup
     from datastore.ingestion.settings import IngestSettings
     from datastore.ingestion.writers.records import record_writer
     from datastore.ingestion.writers.tokens import token_writer
@@ -75,6 +77,7 @@ _HOMES = {
     "CorruptError": ("datastore.errors", "CorruptError"),
     "Dataset": ("datastore.dataset.snapshot", "Dataset"),
     "DatastoreError": ("datastore.errors", "DatastoreError"),
+    "DedupSettings": ("datastore.ingestion.quality.similar", "DedupSettings"),
     "DependencyError": ("datastore.errors", "DependencyError"),
     "FileRows": ("datastore.loader.rows.files.opening", "FileRows"),
     "FormatError": ("datastore.errors", "FormatError"),
@@ -100,6 +103,7 @@ _HOMES = {
     "clone": ("datastore.dataset.operations.clone", "clone"),
     "compact": ("datastore.dataset.operations.compact", "compact"),
     "copy": ("datastore.dataset.operations.copy", "copy"),
+    "dedup": ("datastore.ingestion.quality.similar", "deduplicate"),
     "delete": ("datastore.dataset.operations.delete", "delete"),
     "diff": ("datastore.dataset.diff", "diff"),
     "evaluate": ("datastore.training.export.inference", "evaluate"),
@@ -142,6 +146,7 @@ __all__ = [
     "CorruptError",
     "Dataset",
     "DatastoreError",
+    "DedupSettings",
     "DependencyError",
     "FileRows",
     "FormatError",
@@ -167,6 +172,7 @@ __all__ = [
     "clone",
     "compact",
     "copy",
+    "dedup",
     "delete",
     "diff",
     "evaluate",

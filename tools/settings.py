@@ -20,6 +20,7 @@ from datastore.checkpoint.steps import CheckpointerSettings, Keep
 from datastore.document import SettingsDocument
 from datastore.ingestion.encoding.tokenizer import TokenizerSettings
 from datastore.ingestion.quality.chain import AnyFilter
+from datastore.ingestion.quality.similar import DedupSettings
 from datastore.ingestion.settings import IngestSettings
 from datastore.loader.settings import LoaderSettings
 from datastore.training.export.inference import Sampling
@@ -70,6 +71,11 @@ SECTIONS = (
             "[filter texts](howto/quality.md)."
         ),
         tuple((f"{kind.__struct_config__.tag}: ", kind) for kind in get_args(AnyFilter)),
+    ),
+    (
+        "Near duplicates",
+        "Of `datastore dedup`, in Python `ds.DedupSettings`. See [filter texts](howto/quality.md#near-duplicates).",
+        (("", DedupSettings),),
     ),
     ("A tokenizer", "Of `ds.train_tokenizer`, in Python `ds.TokenizerSettings`.", (("", TokenizerSettings),)),
     (

@@ -14,13 +14,25 @@ from datastore.ingestion.quality.gopher import GopherQuality, GopherRepetition
 from datastore.ingestion.quality.outside import Function, Language
 from datastore.ingestion.quality.plain import Length, Lines, Pattern, Symbols
 from datastore.ingestion.quality.redaction import Redact
+from datastore.ingestion.quality.split import Split
 from datastore.ingestion.quality.text import Dropped, Text
 from datastore.ingestion.quality.web import C4, FineWeb
 
 __all__ = ["AnyFilter", "Chain", "Judged", "identities"]
 
 AnyFilter = (
-    GopherQuality | GopherRepetition | C4 | FineWeb | Length | Lines | Symbols | Pattern | Language | Function | Redact
+    GopherQuality
+    | GopherRepetition
+    | C4
+    | FineWeb
+    | Length
+    | Lines
+    | Symbols
+    | Pattern
+    | Language
+    | Function
+    | Redact
+    | Split
 )
 """What a table of `[[filters]]` may be."""
 

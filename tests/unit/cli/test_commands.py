@@ -50,6 +50,7 @@ FLAGS = {
     "delete": "allow-missing dry-run id ids-from source where",
     "purge": "drop-tags dry-run id ids-from source where",
     "compact": "dry-run target",
+    "dedup": "clusters dry-run keep text-column threshold words",
     "schema": "",
     "evolve": "add default drop rename widen",
     "train": "processes set take-over to",

@@ -464,3 +464,48 @@ def test_an_evaluation_that_cannot_be_looked_for_is_named(source: Path, tmp_path
         run(source, tmp_path / "data", tokenizer=tok, **asked)
     with pytest.raises(MissingError):
         run(source, tmp_path / "data", tokenizer=tok, decontaminate={"files": [str(tmp_path / "nowhere.txt")]})
+
+
+SHARES = {"train": 0.7, "validation": 0.2, "test": 0.1}
+
+
+def parts(source: Path, to: Path, **others: Any) -> dict[str, set[str]]:
+    found = {}
+    for part in SHARES:
+        run(source, to / part, {"use": "split", "part": part, "shares": SHARES, **others})
+        found[part] = {row["id"] for row in open_dataset(str(to / part)).iter_records()}
+    return found
+
+
+def test_every_document_is_in_one_part_and_stays_there(source: Path, tmp_path: Path) -> None:
+    before = parts(source, tmp_path / "a")
+    assert sum(map(len, before.values())) == len(set().union(*before.values())) == 200
+    for part, share in SHARES.items():
+        assert len(before[part]) == pytest.approx(200 * share, abs=20)
+    with source.open("a") as out:
+        out.writelines(json.dumps({"id": f"new{i}", "text": PROSE}) + "\n" for i in range(100))
+    after = parts(source, tmp_path / "b")
+    assert all(before[part] <= after[part] for part in SHARES)
+    assert parts(source, tmp_path / "c", seed=1) != after
+
+
+def test_near_duplicates_are_in_one_part(source: Path, tmp_path: Path) -> None:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    ids = [f"d{i}" for i in range(100)]
+    pq.write_table(pa.table({"id": ids, "cluster": ["d0"] * 50 + ["d50"] * 50}), tmp_path / "clusters.parquet")
+    found = parts(source, tmp_path / "a", clusters=str(tmp_path / "clusters.parquet"))
+    holders = [[part for part in SHARES if each & found[part]] for each in (set(ids[:50]), set(ids[50:]))]
+    assert all(len(part) == 1 for part in holders)
+
+
+def test_wrong_parts_are_named(source: Path, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="no such part"):
+        run(source, tmp_path / "data", {"use": "split", "part": "trains", "shares": SHARES})
+    with pytest.raises(ConfigError, match="not the whole"):
+        run(source, tmp_path / "data", {"use": "split", "part": "train", "shares": {"train": 0.7}})
+    with pytest.raises(MissingError, match="no such table of clusters"):
+        run(source, tmp_path / "data", {"use": "split", "part": "train", "clusters": "nowhere.parquet"})
+    with pytest.raises(ConfigError, match="not a table of clusters"):
+        run(source, tmp_path / "data", {"use": "split", "part": "train", "clusters": str(source)})
