@@ -205,6 +205,7 @@ LONG = {
     "delete": "delete data --source none --progress plain",
     "purge": "purge holed --progress plain",
     "compact": "compact holed --progress plain",
+    "dedup": "dedup data --progress plain",
     "vacuum": "vacuum littered --delete --older-than 0s --progress plain",
     "place": "place data --root second --progress plain",
     "protect": "protect data --progress plain",
