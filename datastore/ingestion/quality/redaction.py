@@ -91,10 +91,32 @@ class Redact(Filter, frozen=True, kw_only=True, tag="redact"):
 _ORDER: tuple[Kind, ...] = ("key", "mail", "ip", "phone")
 """A key may hold what looks like a number; a mail address may end like an IP address."""
 
-_PATTERNS: dict[Kind, tuple[tuple[Callable[[str], bool], re.Pattern[str]], ...]] = {
-    "key": ((lambda _: True, _KEY),),
+_KEY_SIGNS = (
+    *(
+        "PRIVATE KEY",
+        "AKIA",
+        "ASIA",
+        "ghp_",
+        "gho_",
+        "ghu_",
+        "ghs_",
+        "ghr_",
+        "github_pat_",
+        "glpat-",
+        "xox",
+        "AIza",
+        "hf_",
+    ),
+    *("sk-", "k_live_", "npm_", "pypi-", "eyJ"),
+)
+_IPV4_SIGN = re.compile(r"\d\.\d{1,3}\.\d")
+_IPV6_SIGN = re.compile(r":[0-9A-Fa-f]{0,4}:")
+_PHONE_SIGN = re.compile(r"\+\d|\d{3}[ .-]\d{4}")
+
+_PATTERNS: dict[Kind, tuple[tuple[Callable[[str], object], re.Pattern[str]], ...]] = {
+    "key": ((lambda text: any(sign in text for sign in _KEY_SIGNS), _KEY),),
     "mail": ((lambda text: "@" in text, _MAIL),),
-    "ip": ((lambda text: text.count(".") >= 3, _IPV4), (lambda text: text.count(":") >= 2, _IPV6)),
-    "phone": ((lambda _: True, _PHONE),),
+    "ip": ((_IPV4_SIGN.search, _IPV4), (_IPV6_SIGN.search, _IPV6)),
+    "phone": ((_PHONE_SIGN.search, _PHONE),),
 }
-"""What finds each kind, and a quick look whether there can be any."""
+"""What finds each kind, and a quick look whether there can be any: most texts have none."""
