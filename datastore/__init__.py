@@ -48,6 +48,7 @@ if TYPE_CHECKING:
     from datastore.ingestion.ingest import ingest
     from datastore.ingestion.quality.similar import DedupSettings
     from datastore.ingestion.quality.similar import deduplicate as dedup
+    from datastore.ingestion.report import rejected_records
     from datastore.ingestion.settings import IngestSettings
     from datastore.ingestion.writers.records import record_writer
     from datastore.ingestion.writers.tokens import token_writer
@@ -135,6 +136,7 @@ _HOMES = {
     "vacuum": ("datastore.dataset.operations.vacuum", "vacuum"),
     "verify": ("datastore.dataset.durability.verify", "verify"),
     "record_writer": ("datastore.ingestion.writers.records", "record_writer"),
+    "rejected_records": ("datastore.ingestion.report", "rejected_records"),
 }
 """Where each public name is defined, and what it is called there."""
 
@@ -195,6 +197,7 @@ __all__ = [
     "prove",
     "purge",
     "record_writer",
+    "rejected_records",
     "repair",
     "resume",
     "set_tag",

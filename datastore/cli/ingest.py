@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from datastore.cli.output import fields, json_option, progress_option, say, say_json, with_progress
+from datastore.cli.output import fields, json_option, progress_option, say, say_json, table, with_progress
 from datastore.cli.shell import CommandGroup, example, given_options
 
 if TYPE_CHECKING:  # pyarrow takes longer to load than a wrong option takes to find.
@@ -19,7 +19,7 @@ if TYPE_CHECKING:  # pyarrow takes longer to load than a wrong option takes to f
 __all__ = ["COMMANDS", "in_source_bytes"]
 
 READ_AS = (
-    *("text", "lines", "jsonl", "json", "csv", "tsv", "parquet", "arrow"),
+    *("text", "lines", "jsonl", "json", "warc", "csv", "tsv", "parquet", "arrow"),
     *("hf", "mds", "litdata", "megatron", "webdataset"),
 )
 SOURCES = click.argument("sources", nargs=-1, required=True, metavar="SOURCE...")
@@ -35,7 +35,7 @@ EXCLUDE = click.option(
     short_help="Add files to a dataset.",
     epilog=example("datastore ingest src/ --to data/code --tokenizer tok.json --include '*.py'"),
 )
-@SOURCES
+@click.argument("sources", nargs=-1, metavar="SOURCE...")
 @click.option("--to", required=True, metavar="URL", help="The dataset; it is made if it is not there.")
 @click.option(
     "--tokenizer", metavar="FILE", help="A tokenizer.json or its folder; without it, in a new dataset, text stays text."
@@ -47,6 +47,8 @@ EXCLUDE = click.option(
 @click.option("--trace-filters", type=int, metavar="N", help="Show so many samples of what each filter rule dropped.")
 @INCLUDE
 @EXCLUDE
+@click.option("--gitignore", is_flag=True, default=None, help="Leave out of local folders what git ignores there.")
+@click.option("--files-from", multiple=True, metavar="FILE", help="Read the files that FILE lists, one a line.")
 @click.option(
     "--as",
     "--format",
@@ -55,7 +57,9 @@ EXCLUDE = click.option(
     help="Read all files as such, whatever they look like; without it each file says what it is.",
 )
 @click.option("--text-key", "--text-field", help="Key of the text in JSON, or its column.  [default: text]")
+@click.option("--template", help=r"Make the text of several fields: '{title}\n\n{body}'.")
 @click.option("--id-key", "--id-field", help="Key of the document's id in JSON, or its column.  [default: id]")
+@click.option("--html-text", is_flag=True, default=None, help="Of HTML pages in WARC archives, take the main text.")
 @click.option("--separator", help="What parts the documents of a text file; without it a file is one document.")
 @click.option("--workers", type=int, help="Processes; as many as there are cores if left out. They change no byte.")
 @click.option("--on-error", type=click.Choice(["quarantine", "skip", "fail"]), help="What becomes of a bad document.")
@@ -71,12 +75,14 @@ EXCLUDE = click.option(
     "--overwrite", "operation", flag_value="overwrite", help="The new version holds nothing else; older ones stay."
 )
 @click.option("--begin-anew", is_flag=True, default=None, help="Leave what an ingest with other filters has done.")
+@click.option("--replace", is_flag=True, default=None, help="Of a file that has changed, delete the earlier documents.")
 @click.option("--dry-run", is_flag=True, help="Only estimate what there is to do; nothing is written.")
 @progress_option
 @json_option
 def ingest(
     *,
     sources: tuple[str, ...],
+    files_from: tuple[str, ...],
     to: str,
     config: str | None,
     overrides: tuple[str, ...],
@@ -105,6 +111,7 @@ def ingest(
     )
     if settings.filters:
         sys.path.insert(0, "")  # As `python -m` does: a function of the user's lies where the command is given.
+    sources += tuple(f"@{name}" for name in files_from)
     with ExitStack() as stack:
         if "-" in sources:
             kept = stack.enter_context(spooled_stream(sys.stdin.buffer))
@@ -140,7 +147,7 @@ def _tell_estimate(expected: "Estimate") -> None:
         {
             "to read": f"{expected.files:,} files, {format_bytes(expected.source_bytes)}",
             "already there": f"{expected.known_files:,} files" if expected.known_files else None,
-            "changed": f"{_files(expected.changed_files)}; their older documents stay"
+            "changed": f"{_files(expected.changed_files)}; their older documents stay, unless --replace is given"
             if expected.changed_files
             else None,
             "left out": _counts(expected.skipped),
@@ -167,8 +174,7 @@ def _tell(report: "IngestReport") -> None:
             "added": f"{report.documents:,} documents{tokens}",
             "from": f"{report.files:,} files, {format_bytes(report.text_bytes)} of text",
             "already there": _known(report) if report.known_files else None,
-            "changed": f"{_files(report.changed_files)} since version {report.changed_since}, added as new documents;"
-            " the older ones stay"
+            "changed": f"{_files(report.changed_files)} since version {report.changed_since}, {_older(report)}"
             if report.changed_files
             else None,
             "left out": _counts(report.skipped),
@@ -190,6 +196,11 @@ def _tell(report: "IngestReport") -> None:
 def _known(report: "IngestReport") -> str:
     meanwhile = f", {report.overtaken_files:,} of them brought by another ingest meanwhile"
     return f"{report.known_files:,} files{meanwhile if report.overtaken_files else ''}"
+
+
+def _older(report: "IngestReport") -> str:
+    gone = report.replaced_documents
+    return f"{gone:,} older documents deleted" if gone else "added as new documents; the older ones stay"
 
 
 def _files(count: int) -> str:
@@ -248,4 +259,35 @@ def train(*, sources: tuple[str, ...], vocab_size: int, to: str, as_json: bool, 
     say(f"{to}: up to {vocab_size:,} ids, {format_bytes(len(raw))}, sha256 {sha256_hex(raw)[:16]}...")
 
 
-COMMANDS = (ingest, tokenizer)
+@click.command(
+    short_help="List what an ingest has rejected.",
+    epilog=example("datastore rejects data/code"),
+)
+@click.argument("url")
+@click.option("--limit", type=click.IntRange(min=0), default=20, help="How many; 0 for all.")
+@json_option
+def rejects(*, url: str, limit: int, as_json: bool) -> None:
+    """List the records that no ingest of the dataset at URL could take: where each stands, why, and how it begins.
+
+    Repair them in their files, and give the command that ingested these again, with --replace: a file that has changed takes the
+    place of what it was, and its rejects are over.
+    """
+    from itertools import islice
+
+    from datastore.ingestion.report import rejected_records
+
+    found = list(islice(rejected_records(url), limit + 1 if limit else None))
+    shown = found[:limit] if limit else found
+    if as_json:
+        say_json([each._asdict() for each in shown])
+        return
+    if not shown:
+        say("nothing was rejected, or all of it has been read again")
+        return
+    rows = [(each.version or "none", each.source, each.offset, each.reason, each.excerpt[:40]) for each in shown]
+    table(("version", "source", "offset", "reason", "begins"), rows)
+    if len(found) > len(shown):
+        say("... and more; --limit 0 lists all")
+
+
+COMMANDS = (ingest, rejects, tokenizer)

@@ -46,9 +46,22 @@ _LOGGER = logging.getLogger(__name__)
 
 
 SourceFormat = Literal[
-    "text", "lines", "jsonl", "json", "parquet", "arrow", "csv", "tsv", "hf", "mds", "litdata", "megatron", "webdataset"
+    "text",
+    "lines",
+    "jsonl",
+    "json",
+    "warc",
+    "parquet",
+    "arrow",
+    "csv",
+    "tsv",
+    "hf",
+    "mds",
+    "litdata",
+    "megatron",
+    "webdataset",
 ]
-"""How the records of a file are read; all but the first four are formats of `interop`."""
+"""How the records of a file are read; all but the first five are formats of `interop`."""
 
 
 class TaskDone(Sealed, frozen=True, kw_only=True):

@@ -13,6 +13,8 @@ joining       rows put together and taken apart, whatever their types
 common        the schema that several files have in common
 evolution     rows of an older schema as rows of a newer one
 decompression  compressed bytes as plain ones
+warc          the records of a WARC archive
+http          what a web server answered, without its encodings
 safetensors   the header of a safetensors file
 """
 

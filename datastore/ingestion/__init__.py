@@ -15,7 +15,7 @@ duplicates    documents that are there twice
 writers       rows and tokens from a program of one's own
 importing     datasets of other libraries
 estimate      the cost, without doing it
-report        how far it is, and what it did
+report        how far it is, what it did, and what it has rejected
 """
 
 __all__: list[str] = []

@@ -20,8 +20,10 @@ from datastore.dataset.shards.segments import load_segments
 from datastore.dataset.snapshot import split_reference
 from datastore.errors import ConfigError, CorruptError, FormatError, MissingError
 from datastore.formats.schema import decode_schema
-from datastore.ingestion.encoding.chatfiles import tokenizer_file
+from datastore.ingestion.encoding.chatfiles import chat_format, tokenizer_file
+from datastore.ingestion.encoding.chats import require_usable
 from datastore.ingestion.encoding.reference import facts_of, load_tokenizer
+from datastore.ingestion.encoding.template import ChatFormat
 from datastore.ingestion.reading.sources import read_url
 from datastore.ingestion.settings import IngestSettings
 from datastore.storage.base import Storage
@@ -29,7 +31,7 @@ from datastore.storage.resolve import open_storage
 from datastore.storage.urls import strip_credentials
 from datastore.threads import in_parallel
 
-__all__ = ["Destination", "TokenizerChoice", "made_by_ingest", "open_target", "plan_of"]
+__all__ = ["Destination", "TokenizerChoice", "chat_format_of", "made_by_ingest", "open_target", "plan_of"]
 
 _OF_TEXTS = {"id", "source", "offset", "text"}
 """Columns of records that an ingest makes of texts."""
@@ -234,3 +236,19 @@ def open_target(to: str) -> Destination:
 
 def _shown(ref: TokenizerRef | None) -> str:
     return f"sha256 {ref.sha256[:16]}, end of text {ref.end_of_text}" if ref else "none"
+
+
+def chat_format_of(tokenizer: TokenizerChoice | None, settings: IngestSettings) -> ChatFormat:
+    """Return how chats become text, tried out: better now than after all the reading.
+
+    Raises:
+        ConfigError: there is no tokenizer, or no template that can be used.
+        DependencyError: jinja2 is not installed.
+    """
+    if tokenizer is None:
+        raise ConfigError(
+            "chats need a tokenizer", take=settings.take, hint="Name one that has a chat template: `tokenizer=FOLDER`."
+        )
+    found = chat_format(settings)
+    require_usable(tokenizer.raw, found, settings)
+    return found

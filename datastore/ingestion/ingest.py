@@ -31,13 +31,11 @@ from datastore.formats.fitting import check_rows
 from datastore.formats.huggingface import keep_features
 from datastore.formats.schema import check_storable, decode_schema, encode_schema, no_rows, with_wide_indices
 from datastore.host import cores
-from datastore.ingestion.destination import Destination, TokenizerChoice, open_target
-from datastore.ingestion.encoding.chatfiles import chat_format
-from datastore.ingestion.encoding.chats import require_usable
+from datastore.ingestion.destination import Destination, TokenizerChoice, chat_format_of, open_target
 from datastore.ingestion.encoding.evaluations import read_contamination
 from datastore.ingestion.encoding.template import ChatFormat
 from datastore.ingestion.outcome import IngestOutcome, Overtaken, commit_ingest, samples_of
-from datastore.ingestion.plan import changed_since, make_plan, work_items
+from datastore.ingestion.plan import changed_since, digest_after, known_files, make_plan, work_items
 from datastore.ingestion.quality.contamination import Contamination
 from datastore.ingestion.reading.rows import first_schema, is_table, require_rows, rows_schema
 from datastore.ingestion.reading.sources import Listing, Roots, list_sources
@@ -181,6 +179,7 @@ def _ingested(prepared: PreparedIngest, to: str, progress: Callable[[IngestProgr
         [done[task.id] for task in prepared.plan.tasks],
         settings=prepared.settings,
         tokenizer=prepared.tokenizer.ref if prepared.tokenizer else None,
+        changed=prepared.changed,
     )
     report = _report(prepared, done, outcome, resumed=len(resumed))
     return replace(report, storage=add_statistics((report.storage, tally.storage)))
@@ -245,6 +244,7 @@ def _report(
         tasks_resumed=resumed,
         encoder=" and ".join(sorted({task.encoder for task in done.values()} - {""})),
         overtaken_files=0,
+        replaced_documents=outcome.replaced,
         seconds=0.0,
         storage=prepared.target.storage.statistics(),
     )
@@ -260,11 +260,17 @@ def prepare(sources: Sequence[str], to: str, settings: IngestSettings) -> Prepar
     listing, roots = list_sources(sources, settings, encodes=target.holds_texts() and settings.operation == "append")
     settings = msgspec.structs.replace(settings, take=listing.take, tokens_key=listing.tokens_key)
     is_chat = settings.take in {"chats", "pairs"}
+    if settings.replace and settings.take in {"rows", "tokens"}:
+        raise ConfigError(
+            "rows and tokens that are taken over do not say which file they are from, so none can be replaced",
+            take=settings.take,
+            hint="Leave out `replace`; or replace all that the dataset holds: `operation=overwrite`.",
+        )
     if settings.take != "text":
         for file in listing.files:
             require_rows(file)
     tokenizer = target.choose_tokenizer(settings) if settings.take != "rows" else None
-    chats = _chat_format(tokenizer, settings) if is_chat else None
+    chats = chat_format_of(tokenizer, settings) if is_chat else None
     of_pairs = settings.take == "pairs"
     kind: Kind = "tokens" if (tokenizer or settings.take == "tokens") and not of_pairs else "records"
     base = target if settings.operation == "append" else Destination(target.storage, None)
@@ -293,7 +299,9 @@ def prepare(sources: Sequence[str], to: str, settings: IngestSettings) -> Prepar
     )
     found = tuple(base.ingests())
     history = [(commit.version, each) for commit, each in found if each is not None]
-    known = frozenset(file.fingerprint for _, each in history for file in each.files)
+    known, since = known_files(found, listing.files)
+    if since:
+        planned = partial(planned, reading_digest=digest_after(planned.keywords["reading_digest"], since))
     plan, restored = planned(known=known), None
     lost = [commit for commit, each in found if each is None]
     if lost and plan.files:
@@ -309,28 +317,12 @@ def prepare(sources: Sequence[str], to: str, settings: IngestSettings) -> Prepar
         target=target,
         tokenizer=tokenizer,
         plan=plan,
-        changed=changed_since(plan.files, history),
+        changed=changed_since(plan.files, history, in_any_state=settings.replace),
         restored=restored,
         chats=chats,
         identities=found_filters,
         contamination=contamination,
     )
-
-
-def _chat_format(tokenizer: TokenizerChoice | None, settings: IngestSettings) -> ChatFormat:
-    """Return how chats become text, tried out: better now than after all the reading.
-
-    Raises:
-        ConfigError: there is no tokenizer, or no template that can be used.
-        DependencyError: jinja2 is not installed.
-    """
-    if tokenizer is None:
-        raise ConfigError(
-            "chats need a tokenizer", take=settings.take, hint="Name one that has a chat template: `tokenizer=FOLDER`."
-        )
-    found = chat_format(settings)
-    require_usable(tokenizer.raw, found, settings)
-    return found
 
 
 def _recognized(

@@ -6,17 +6,23 @@ is planned again. Nothing is ever there twice, whoever is faster.
 """
 
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 
 import msgspec
+import pyarrow.compute as pc
 
 from datastore.dataset.journal import Journal, Plan, TaskDone
 from datastore.dataset.log.commits import CommitLog
+from datastore.dataset.log.keys import DELETIONS
 from datastore.dataset.log.manifest import Commit, TokenizerRef
-from datastore.dataset.operations.append import Operation, add_shards
+from datastore.dataset.operations.append import add_shards
+from datastore.dataset.operations.delete import find_documents
+from datastore.dataset.operations.selection import Selection
 from datastore.dataset.operations.transaction import draft_commit
+from datastore.dataset.shards.deletions import add_deletions
 from datastore.dataset.shards.info import ShardInfo
+from datastore.dataset.snapshot import open_dataset
 from datastore.errors import ConfigError, RejectedError
 from datastore.formats.schema import encode_schema
 from datastore.ingestion.destination import Destination, made_by_ingest, plan_of
@@ -44,6 +50,8 @@ class IngestOutcome:
 
     shards: Sequence[ShardInfo]
     rejected: Counter[str]
+    replaced: int = 0
+    """Documents that were deleted, as their files have changed."""
 
 
 def commit_ingest(
@@ -53,8 +61,9 @@ def commit_ingest(
     *,
     settings: IngestSettings,
     tokenizer: TokenizerRef | None,
+    changed: Collection[str] = (),
 ) -> IngestOutcome:
-    """Commit the shards of `tasks`, which are all those of `plan` in its order.
+    """Commit the shards of `tasks`, which are all those of `plan` in its order; `changed` are files whose place they take.
 
     Raises:
         RejectedError: too many documents were bad.
@@ -93,9 +102,9 @@ def commit_ingest(
         return IngestOutcome(target.newest, (), rejected)
     if settings.operation == "overwrite" and _is_all_of(target.newest, plan):
         return IngestOutcome(target.newest, (), rejected)
-    return IngestOutcome(
-        _commit(target, plan, found.shards, tokenizer, operation=settings.operation), found.shards, rejected
-    )
+    base = _Base(target, plan, frozenset(changed) if settings.replace else None)
+    commit = _commit(target, plan, found.shards, tokenizer, base=None if settings.operation == "overwrite" else base)
+    return IngestOutcome(commit, found.shards, rejected, replaced=base.replaced)
 
 
 def _none_left(
@@ -165,18 +174,49 @@ def _commit(
     shards: Sequence[ShardInfo],
     tokenizer: TokenizerRef | None,
     *,
-    operation: Operation,
+    base: "_Base | None",
 ) -> Commit:
     Journal(target.storage, plan.ingest_id).require_plan()
-    draft = draft_commit(operation, ingest_id=plan.ingest_id, config_digest=plan.reading_digest)
+    draft = draft_commit("append" if base else "overwrite", ingest_id=plan.ingest_id, config_digest=plan.reading_digest)
     if plan.kind == "records":
         schema = plan.record_schema or encode_schema(RECORDS_SCHEMA)
         draft = msgspec.structs.replace(draft, kind="records", record_schema=schema, tokenizer=tokenizer)
     else:
         draft = msgspec.structs.replace(draft, tokenizer=tokenizer)
-    if operation == "overwrite":
-        return add_shards(target.storage, shards, draft)
-    return add_shards(target.storage, shards, draft, check=_overtaken(target, plan))
+    return add_shards(target.storage, shards, draft, base=base) if base else add_shards(target.storage, shards, draft)
+
+
+class _Base:
+    """The part that is kept of the version that a commit follows.
+
+    With `changed` files, the documents of files of the plan are deleted from it. Which those are is decided anew for each version:
+    another ingest may have brought some.
+    """
+
+    def __init__(self, target: Destination, plan: Plan, changed: frozenset[str] | None) -> None:
+        self.replaced = 0
+        self._target = target
+        self._plan = plan
+        self._changed = changed
+        self._check = _overtaken(target, plan)
+
+    def __call__(self, newest: Commit) -> Commit:
+        self._check(newest)
+        seen = self._target.newest.version if self._target.newest else 0
+        if self._changed is None or (not self._changed and newest.version == seen):
+            return newest
+        storage = self._target.storage
+        paths = sorted(file.path for file in self._plan.files)
+        selection = Selection.of(ids=None, where=pc.field("source").isin(paths))
+        found = find_documents(open_dataset(storage, version=newest.version), selection)
+        self.replaced = found.documents
+        if not found.rows:
+            return newest
+        return msgspec.structs.replace(
+            newest,
+            deletions=add_deletions(storage, newest.deletions, found.rows, lengths=found.lengths),
+            features=tuple(sorted({*newest.features, DELETIONS})),
+        )
 
 
 def _overtaken(target: Destination, plan: Plan) -> Callable[[Commit], None]:

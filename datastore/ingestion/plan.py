@@ -8,7 +8,7 @@ import math
 from collections.abc import Iterable, Iterator
 
 from datastore.dataset.journal import Part, Plan, SourceFile, Task
-from datastore.dataset.log.manifest import Kind
+from datastore.dataset.log.manifest import Commit, Kind
 from datastore.digest import digest_hex
 from datastore.document import Document
 from datastore.ingestion.reading.cutting import separator_of
@@ -17,7 +17,16 @@ from datastore.ingestion.reading.sources import Listing
 from datastore.ingestion.reading.streams import can_be_cut, cut_evenly
 from datastore.ingestion.settings import IngestSettings
 
-__all__ = ["WorkItem", "changed_since", "ingest_id_of", "make_plan", "source_bytes", "work_items"]
+__all__ = [
+    "WorkItem",
+    "changed_since",
+    "digest_after",
+    "ingest_id_of",
+    "known_files",
+    "make_plan",
+    "source_bytes",
+    "work_items",
+]
 
 _FILE_WEIGHT = 4096
 """Opening a file costs as much as reading this many bytes of it."""
@@ -39,8 +48,40 @@ def ingest_id_of(files: Iterable[SourceFile], *, kind: Kind, reading_digest: str
     return digest_hex(f"{kind}/{reading_digest}\n{prints}".encode())
 
 
-def changed_since(files: Iterable[SourceFile], history: Iterable[tuple[int, Plan]]) -> dict[str, int]:
+def known_files(
+    history: Iterable[tuple[Commit, Plan | None]], files: Iterable[SourceFile]
+) -> tuple[frozenset[str], int]:
+    """Return the fingerprints of files that the dataset has, and if one of `files` is as it once was, the version since which not.
+
+    `history` are earlier ingests, newest first. The states that a file had before it was replaced are not known: their documents
+    are deleted.
+    """
+    known, gone, replaced = set[str](), set[str](), set[str]()
+    last = 0
+    for commit, plan in history:
+        for file in plan.files if plan else ():
+            (gone if file.path in replaced else known).add(file.fingerprint)
+        if commit.operation == "replace" and plan is not None:
+            replaced |= {file.path for file in plan.files}
+            last = last or commit.version
+    is_back = any(file.fingerprint in gone and file.fingerprint not in known for file in files)
+    return frozenset(known), last if is_back else 0
+
+
+def digest_after(reading_digest: str, version: int) -> str:
+    """Return the digest for reading files again that were as they are now before `version`.
+
+    Their shards have to be others than those of then, whose rows are deleted.
+    """
+    return digest_hex(f"{reading_digest} after version {version}".encode())
+
+
+def changed_since(
+    files: Iterable[SourceFile], history: Iterable[tuple[int, Plan]], *, in_any_state: bool = False
+) -> dict[str, int]:
     """Return the paths of `files` that were ingested in another state, never in this one, and the last version that did.
+
+    With `in_any_state`, also those that were ingested in this one.
 
     `history` are earlier ingests with their versions, newest first.
     """
@@ -53,7 +94,7 @@ def changed_since(files: Iterable[SourceFile], history: Iterable[tuple[int, Plan
     return {
         file.path: versions[file.path]
         for file in files
-        if file.path in states and (file.size_bytes, file.modified) not in states[file.path]
+        if file.path in states and (in_any_state or (file.size_bytes, file.modified) not in states[file.path])
     }
 
 

@@ -1,17 +1,40 @@
-"""The report of an ingest: how far it is, and at the end what it did."""
+"""The report of an ingest: how far it is, at the end what it did, and later what it has rejected.
 
+A record is repaired in its source, which keeps it whole; the next ingest finds the file changed and, with `replace`, takes it in
+the place of what it was. The rejects of its earlier state are then over, and not shown any more.
+"""
+
+import os
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from typing import NamedTuple
 
-from datastore.dataset.journal import TaskDone
+from datastore.dataset.journal import Journal, Plan, TaskDone
+from datastore.dataset.log.commits import CommitLog
+from datastore.dataset.log.keys import JOURNALS_FOLDER
 from datastore.dataset.log.manifest import Kind
+from datastore.dataset.roots import open_roots
+from datastore.errors import CorruptError
+from datastore.ingestion.destination import made_by_ingest
 from datastore.ingestion.plan import WorkItem, source_bytes
 from datastore.ingestion.quality.sieve import Sample
+from datastore.ingestion.reading.rejects import decode_rejects
 from datastore.ingestion.tasks import Advance
+from datastore.storage.base import Storage
 from datastore.storage.statistics import OperationStatistics, add_statistics
 
-__all__ = ["IngestProgress", "IngestReport", "Tally", "changed_in", "filtered_in", "rejected_in", "skipped_in"]
+__all__ = [
+    "IngestProgress",
+    "IngestReport",
+    "RejectedRecord",
+    "Tally",
+    "changed_in",
+    "filtered_in",
+    "rejected_in",
+    "rejected_records",
+    "skipped_in",
+]
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,7 +75,10 @@ class IngestReport:
     """Of those, files that another ingest has brought since this one began."""
 
     changed_files: int
-    """Of those that were read, files that the dataset has in another state, whose documents stay."""
+    """Of those that were read, files that the dataset has in another state, whose documents stay unless `replace` is set."""
+
+    replaced_documents: int
+    """Documents of such states that were deleted, as `replace` says."""
 
     changed_since: int
     """The last version that brought such a state; 0 if no file has changed."""
@@ -153,3 +179,53 @@ def filtered_in(tasks: Iterable[TaskDone]) -> Counter[str]:
 def changed_in(tasks: Iterable[TaskDone]) -> Counter[str]:
     """Return what filters have changed in `tasks`, by filter."""
     return sum((Counter(task.changed) for task in tasks), Counter())
+
+
+class RejectedRecord(NamedTuple):
+    """One record that gave no document."""
+
+    version: int
+    """Of the dataset, by which the others of its ingest came in; 0 if that was refused, or has not ended."""
+
+    source: str
+    offset: int
+    reason: str
+    excerpt: str
+    """How it begins."""
+
+
+def rejected_records(url: str | os.PathLike[str]) -> Iterator[RejectedRecord]:
+    """Yield what the ingests of the dataset at `url` have rejected and kept: those that added nothing first, then newest first.
+
+    Raises:
+        MissingError: there is no dataset.
+        CorruptError: a file of rejects is damaged.
+    """
+    storage, info = open_roots(os.fspath(url))
+    log = CommitLog(storage, exclusive=info.exclusive)
+    newest = log.newest()
+    commits = [commit for commit in log.history(newest) if made_by_ingest(commit)] if newest else []
+    versions = {commit.ingest_id: commit.version for commit in commits}
+    found = {stat.key.split("/")[1] for stat in storage.list(JOURNALS_FOLDER)}
+    read_later: set[str] = set()
+    for ingest_id in [*sorted(found - versions.keys()), *(commit.ingest_id for commit in commits)]:
+        version = versions.get(ingest_id, 0)
+        for record in _of_ingest(storage, ingest_id, version):
+            if record.source not in read_later:
+                yield record
+        plan = _plan(storage, ingest_id)
+        if version and plan is not None:
+            read_later |= {file.path for file in plan.files}
+
+
+def _of_ingest(storage: Storage, ingest_id: str, version: int) -> Iterator[RejectedRecord]:
+    for key, raw in Journal(storage, ingest_id).rejects():
+        for each in decode_rejects(raw, where=key):
+            yield RejectedRecord(version, *each)
+
+
+def _plan(storage: Storage, ingest_id: str) -> Plan | None:
+    try:
+        return Journal(storage, ingest_id).find_plan()
+    except CorruptError:
+        return None

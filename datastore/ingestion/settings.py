@@ -39,7 +39,7 @@ SpecialTokens = Literal["escape", "allow", "reject"]
 
 Take = Literal["auto", "text", "rows", "tokens", "chats", "pairs"]
 
-ReadAs = Literal["", "text", "lines", "jsonl", "json", ImportFormat]
+ReadAs = Literal["", "text", "lines", "jsonl", "json", "warc", ImportFormat]
 
 Encoder = Literal["auto", "tokenizers", "gigatoken"]
 
@@ -84,8 +84,14 @@ class IngestSettings(SettingsDocument, frozen=True, kw_only=True):
     exclude: tuple[Name, ...] = ()
     """Leave out files and folders that match one of these globs."""
 
+    gitignore: bool = False
+    """Leave out of local folders what git ignores there."""
+
     text_key: Name = "text"
     """The key of the text in a JSON line, or its column."""
+
+    template: str = ""
+    """Makes the text of several fields, such as `{title}: {body}`, in the place of the one under `text_key`."""
 
     id_key: Name = "id"
     """The key of the id, or its column; without an id, a document is called after its file and place in it."""
@@ -95,6 +101,9 @@ class IngestSettings(SettingsDocument, frozen=True, kw_only=True):
 
     separator: str = ""
     """What parts the documents of a text file, such as `<|endoftext|>`. Empty: a file is one document."""
+
+    html_text: bool = False
+    """Of HTML pages in WARC archives, take the main text, found by resiliparse, instead of the HTML."""
 
     max_document_bytes: Annotated[int, msgspec.Meta(ge=1, le=2**29)] = 16 * 2**20
     """A longer document is rejected. Encoding takes some 200 times its size in memory with `tokenizers`."""
@@ -129,12 +138,26 @@ class IngestSettings(SettingsDocument, frozen=True, kw_only=True):
     max_reject_ratio: Ratio = 0.001
     """Of all documents; above it nothing is committed."""
 
+    replace: bool = False
+    """A file that has changed takes the place of what it was: in the same commit, its earlier documents are deleted."""
+
     operation: Operation = "append"
     """`overwrite`: the new version holds the sources and nothing else; what it held can be read in the versions before."""
 
 
 _NO_EFFECT = {
-    *("tokenizer", "encoder", "include", "exclude", "workers", "on_error", "max_reject_ratio", "operation"),
+    "replace",
+    *(
+        "tokenizer",
+        "encoder",
+        "include",
+        "exclude",
+        "gitignore",
+        "workers",
+        "on_error",
+        "max_reject_ratio",
+        "operation",
+    ),
     *("chat_template", "chat_day", "trace_filters", "begin_anew"),
 }
 """Settings that change no shard byte (the tokenizer enters by its sha256, the template by its text, globs by the files they leave)."""

@@ -80,14 +80,14 @@ def add_shards(
     shards: Sequence[ShardInfo],
     draft: Commit,
     *,
-    check: Callable[[Commit], None] = lambda _: None,
+    base: Callable[[Commit], Commit] = lambda newest: newest,
     settle: Callable[[], None] = lambda: None,
     opened: Opened | None = None,
 ) -> Commit:
     """Make `shards` part of the dataset as `draft` says; otherwise as `commit_shards` and `commit_records`.
 
-    `check` is given each version that the new one would follow, again whenever another writer was faster. `settle` is
-    called before anything is committed: it returns when the files of the shards are there. What either raises ends the
+    `base` is given each version that the new one would follow, again whenever another writer was faster, and returns what
+    of it the new one keeps: all, or with more deletions, and is then a `replace`. `settle` is called before anything is committed: it returns when the files of the shards are there. What either raises ends the
     commit; nothing has changed. Whoever has `opened` the dataset a moment ago need not wait for that again.
     """
     _check_alike(shards, draft.kind)
@@ -103,7 +103,7 @@ def add_shards(
         if newest is None:
             draft_of_first = msgspec.structs.replace(draft, operation="create")
             return with_shards(storage, draft_of_first, kept=(), shards=shards, loaded=loaded)
-        check(newest)
+        based = base(newest)
         if draft.operation == "overwrite":
             whole = msgspec.structs.replace(draft, min_version=newest.min_version)
             return with_shards(storage, whole, kept=(), shards=shards)
@@ -111,7 +111,8 @@ def add_shards(
         fresh = _without_present(storage, newest, shards, loaded)
         if not fresh:
             return newest
-        added = draft_commit("append", parent=newest, ingest_id=draft.ingest_id, config_digest=draft.config_digest)
+        operation = "append" if based is newest else "replace"
+        added = draft_commit(operation, parent=based, ingest_id=draft.ingest_id, config_digest=draft.config_digest)
         return with_shards(storage, added, kept=newest.segments, shards=fresh, loaded=loaded)
 
     commit = publish(storage, info, build, seen=opened.newest if opened else None)

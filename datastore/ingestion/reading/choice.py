@@ -12,6 +12,7 @@ import pyarrow as pa
 
 from datastore.dataset.journal import SourceFile
 from datastore.ingestion.reading.rows import is_table, is_token_column
+from datastore.ingestion.reading.texts import parse_template
 from datastore.ingestion.settings import IngestSettings, Take
 from datastore.interop.cells import is_binary, is_text
 from datastore.interop.formats import FORMATS
@@ -74,10 +75,11 @@ def _of_tables(
     for name in (settings.tokens_key, *_TOKEN_COLUMNS):
         if is_token_column(columns, name):
             return "tokens", name
-    wants_text = encodes or settings.text_key != IngestSettings().text_key
+    wants_text = encodes or bool(settings.template) or settings.text_key != IngestSettings().text_key
     return ("text" if wants_text else "rows"), settings.tokens_key
 
 
 def _has_text(schema: pa.Schema, settings: IngestSettings) -> bool:
-    kind = schema.field(settings.text_key).type if settings.text_key in schema.names else None
-    return kind is not None and (is_text(kind) or is_binary(kind))
+    names = parse_template(settings.template).fields if settings.template else (settings.text_key,)
+    kinds = [schema.field(name).type for name in names if name in schema.names]
+    return len(kinds) == len(names) and all(is_text(kind) or is_binary(kind) for kind in kinds)

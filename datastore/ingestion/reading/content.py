@@ -51,6 +51,8 @@ _UNPACKED: set[SourceFormat] = {"parquet", "arrow"}
 
 _PACKED_TARS = (".tar.gz", ".tgz", ".tar.bz2", ".tar.xz")
 
+_WARC = re.compile(rb"WARC/\d\.\d+[ \t]*\r?\n")
+
 _ARRAY = re.compile(rb"\s*\[\s*\{")
 
 _BOM = b"\xef\xbb\xbf"
@@ -104,8 +106,8 @@ def kind_of_bytes(name: str, head: bytes, *, whole: bool) -> SourceFormat | None
             return found
     if _is_arrow_stream(head):
         return "arrow"
-    if head[257:262] == b"ustar":
-        return "webdataset"
+    if _WARC.match(head) or head[257:262] == b"ustar":
+        return "webdataset" if head[257:262] == b"ustar" else "warc"
     path = PurePosixPath(name.lower())
     named = _NAMED.get(path.with_suffix("").suffix if named_codec(name) else path.suffix)
     if named is not None:

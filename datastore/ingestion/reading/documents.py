@@ -12,6 +12,7 @@ Of sources that are tables, in the formats of other libraries, it gives the rows
 
 import json
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any, NamedTuple
 
 import orjson
@@ -25,6 +26,8 @@ from datastore.ingestion.reading.listing import SkipReason
 from datastore.ingestion.reading.rejects import Reason, Reject, decode_rejects, encode_rejects, reject
 from datastore.ingestion.reading.rows import is_table, read_rows
 from datastore.ingestion.reading.streams import RecordPiece, lookback, read_chunks
+from datastore.ingestion.reading.texts import Template, parse_template
+from datastore.ingestion.reading.warc import Page, read_pages
 from datastore.ingestion.settings import IngestSettings
 from datastore.interop.base import Span
 from datastore.interop.cells import is_binary, is_text
@@ -90,6 +93,11 @@ def read_part(
             return
         stored = read_chunks(storage, key, start=lookback(start, separator), size_bytes=file.size_bytes)
         stream = open_stream(stored, codec=file.codec, max_expansion=settings.max_expansion)
+        if file.format == "warc":
+            for found in read_pages(stream, file=file, settings=settings):
+                yield _record_of_page(found, file, settings) if isinstance(found, Page) else found
+            check_unchanged(storage, key, file=file)
+            return
         pieces = cut_records(stream, file=file, span=span, settings=settings)
         yield from _records_of(pieces, stream, parser or _parser(file, settings), file=file, settings=settings)
     except (MissingError, StorageError) as error:
@@ -138,7 +146,8 @@ Parser = Callable[[RecordPiece], TextRecord | Reject | None]
 
 def _parser(file: SourceFile, settings: IngestSettings) -> Parser:
     if file.format in {"jsonl", "json"}:
-        return line_parser(file.path, text_key=settings.text_key, id_key=settings.id_key)
+        template = parse_template(settings.template) if settings.template else None
+        return line_parser(file.path, text_key=settings.text_key, id_key=settings.id_key, template=template)
     if file.format == "lines":
         parse = text_parser(file.path, whole=False)
         return lambda piece: parse(_without_return(piece))
@@ -197,11 +206,12 @@ def text_parser(source: str, *, whole: bool) -> Parser:
     return parse
 
 
-def line_parser(source: str, *, text_key: str, id_key: str) -> Parser:
-    """Return the parser for JSON lines: an object with the text under one key and perhaps an id under another.
+def line_parser(source: str, *, text_key: str, id_key: str, template: Template | None = None) -> Parser:
+    """Return the parser for JSON lines: an object with the text under one key, or several, and perhaps an id under another.
 
     A blank line is no record.
     """
+    load = _loader(text_key, template)
 
     def parse(piece: RecordPiece) -> TextRecord | Reject | None:
         offset, data = piece.offset, piece.data
@@ -210,7 +220,7 @@ def line_parser(source: str, *, text_key: str, id_key: str) -> Parser:
         if piece.length > len(piece.data):
             return reject(source, offset, "too_long", data)
         try:
-            row = orjson.loads(data)
+            row = load(data)
         except orjson.JSONDecodeError:
             return reject(source, offset, _why_not_json(data), data) if data.strip() else None
         text = row.get(text_key) if isinstance(row, dict) else None
@@ -224,6 +234,23 @@ def line_parser(source: str, *, text_key: str, id_key: str) -> Parser:
         return TextRecord(str(name), source, offset, piece.length, text, named=True)
 
     return parse
+
+
+def _loader(text_key: str, template: Template | None) -> Callable[[bytes], Any]:
+    return orjson.loads if template is None else partial(_load_filled, template=template, text_key=text_key)
+
+
+def _load_filled(data: bytes, *, template: Template, text_key: str) -> Any:
+    """Return the row `data` with the text of its fields under `text_key`, or what the first bad one of them holds."""
+    row = orjson.loads(data)
+    if not isinstance(row, dict):
+        return row
+    text = template.fill(row)
+    if text is not None:
+        return {**row, text_key: text}
+    bad = next(name for name in template.fields if not isinstance(row.get(name), str))
+    rest = {name: value for name, value in row.items() if name != text_key}
+    return {**rest, text_key: row[bad]} if bad in row else rest
 
 
 def _text_reason(text: str) -> Reason | None:
@@ -269,14 +296,21 @@ def read_texts(
         CorruptError: the file is damaged.
     """
     for first, table in read_rows(storage, key, file=file, span=span, settings=settings):
-        texts = _texts(table, settings.text_key, file)
+        texts = _texts(table, settings, file)
         names = table.column(settings.id_key).to_pylist() if settings.id_key in table.column_names else None
         for row, value in enumerate(texts):
             name = names[row] if names is not None else None
             yield _record_of_row(value, name, file.path, row=first + row, limit_bytes=settings.max_document_bytes)
 
 
-def _texts(table: pa.Table, name: str, file: SourceFile) -> list[Any]:
+def _texts(table: pa.Table, settings: IngestSettings, file: SourceFile) -> list[Any]:
+    if not settings.template:
+        return _column(table, settings.text_key, file)
+    template = parse_template(settings.template)
+    return template.fill_all({name: _column(table, name, file) for name in template.fields})
+
+
+def _column(table: pa.Table, name: str, file: SourceFile) -> list[Any]:
     kind = table.schema.field(name).type if name in table.column_names else None
     if kind is None or not (is_text(kind) or is_binary(kind)):
         raise ConfigError(
@@ -287,6 +321,12 @@ def _texts(table: pa.Table, name: str, file: SourceFile) -> list[Any]:
             hint="Name the column of texts: `text_key=COLUMN`.",
         )
     return table.column(name).to_pylist()
+
+
+def _record_of_page(page: Page, file: SourceFile, settings: IngestSettings) -> TextRecord | Reject:
+    limit = settings.max_document_bytes
+    found = _record_of_row(page.text, page.name, file.path, row=page.offset, limit_bytes=limit)
+    return found._replace(length=page.length) if isinstance(found, TextRecord) else found
 
 
 def _record_of_row(value: Any, name: Any, source: str, *, row: int, limit_bytes: int) -> TextRecord | Reject:

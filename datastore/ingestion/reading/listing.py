@@ -16,33 +16,44 @@ from pathlib import Path, PurePosixPath
 from typing import Literal
 
 from datastore.dataset.log.keys import INFO_KEY
-from datastore.errors import ConfigError
+from datastore.errors import ConfigError, MissingError
 from datastore.formats.decompression import Codec
+from datastore.ingestion.reading.gathered import Ignored
 from datastore.ingestion.settings import IngestSettings
-from datastore.storage.base import Stat, check_key
+from datastore.storage.base import Stat, Storage, check_key
 from datastore.storage.errors import explain
 
-__all__ = ["Globs", "SkipReason", "kind_of", "named_codec", "odd_name", "split_glob", "walk"]
+__all__ = ["Globs", "SkipReason", "kind_of", "named_codec", "odd_name", "split_glob", "walk", "walk_remote"]
 
 SkipReason = Literal[
+    "about_records",
     "beside_dataset",
     "binary",
     "dataset",
     "empty",
+    "encrypted",
     "excluded",
     "hidden",
+    "http_status",
+    "ignored",
+    "nested_archive",
     "no_text_column",
+    "not_text",
     "odd_name",
     "outside_root",
+    "revisit",
     "special_file",
     "symlink",
 ]
-"""Why a file or folder is left out.
+"""Why a file or folder, or a record of a WARC archive, is left out.
 
 `beside_dataset` is what lies in the folder of another library's dataset and is not of it, as its index says.
 `no_text_column` is a table among texts that has none. `dataset` is a folder of ours, perhaps the target itself. `odd_name` has bytes that are no UTF-8, a backslash or a
-control character. `symlink` leads to a file below the same root, which is read under its own name; `outside_root` to
+control character. `ignored` by git; `encrypted` and `nested_archive` are members of a zip. `symlink` leads to a file below the same root, which is read under its own name; `outside_root` to
 one elsewhere, which is refused.
+
+Of an archive: `about_records` say how it was made, and what was asked; a `revisit` stands for a page that another record has;
+`http_status` is an answer that is no success; `not_text` is an image, say.
 """
 
 _CODECS: dict[str, Codec] = {".gz": "gz", ".zst": "zst", ".bz2": "bz2", ".xz": "xz"}
@@ -161,8 +172,10 @@ def _below(key: str, glob: str) -> bool:
     return any(_matches("/".join(parts[:end]), glob) for end in range(1, len(parts)))
 
 
-def walk(root: Path, globs: Globs, skipped: Counter[str], below: str = "") -> Iterator[Stat]:
-    """Yield the regular files below `root` (resolved) that `globs` takes; count all others in `skipped`.
+def walk(
+    root: Path, globs: Globs, skipped: Counter[str], below: str = "", *, ignored: Ignored | None = None
+) -> Iterator[Stat]:
+    """Yield the regular files below `root` (resolved) that `globs` takes and git does not ignore; count the others.
 
     Raises:
         MissingError, StorageError: a folder cannot be read.
@@ -177,11 +190,15 @@ def walk(root: Path, globs: Globs, skipped: Counter[str], below: str = "") -> It
         return
     for entry in entries:
         key = f"{below}/{entry.name}" if below else entry.name
+        is_folder = entry.is_dir(follow_symlinks=False)
         reason = _reason_to_skip(entry, key, root, globs)
+        if reason is None and ignored is not None and ignored.ignores(root / key, is_folder=is_folder):
+            reason = "ignored"
         if reason is not None:
             skipped[reason] += 1
-        elif entry.is_dir(follow_symlinks=False):
-            yield from walk(root, globs, skipped, key)
+        elif is_folder:
+            inner = Ignored(root / key, ignored) if ignored is not None else None
+            yield from walk(root, globs, skipped, key, ignored=inner)
         else:
             facts = entry.stat(follow_symlinks=False)
             yield Stat(key=key, size_bytes=facts.st_size, modified=facts.st_mtime)
@@ -205,3 +222,38 @@ def _stays_inside(root: Path, key: str) -> bool:
         return (root / key).resolve().is_relative_to(root)
     except (OSError, RuntimeError):  # A loop of links leads nowhere.
         return True
+
+
+def walk_remote(storage: Storage, globs: Globs, skipped: Counter[str]) -> Iterator[Stat]:
+    """Yield the files of `storage` that `globs` takes; count the others in `skipped`.
+
+    Raises:
+        MissingError: there is no file.
+    """
+    found = list(storage.list())
+    if not found:
+        raise MissingError("the source does not exist or is empty", source=storage.url, hint="Check the URL.")
+    datasets = {stat.key.removesuffix(INFO_KEY) for stat in found if stat.key.rpartition("/")[2] == INFO_KEY}
+    skipped["dataset"] += len(datasets)
+    for stat in found:
+        reason = _reason_for_key(stat.key, globs)
+        if any(folder in datasets for folder in _folders(stat.key)):
+            continue
+        if reason is not None:
+            skipped[reason] += 1
+        else:
+            yield stat
+
+
+def _reason_for_key(key: str, globs: Globs) -> SkipReason | None:
+    if any(part.startswith(".") for part in key.split("/")):
+        return "hidden"
+    if not globs.takes(key) or any(globs.prunes(folder[:-1]) for folder in _folders(key) if folder):
+        return "excluded"
+    return "odd_name" if odd_name(key) else None
+
+
+def _folders(key: str) -> list[str]:
+    """Return the folders that `key` is in: "" for the root, the others with a slash at the end."""
+    parts = key.split("/")
+    return ["", *("/".join(parts[:end]) + "/" for end in range(1, len(parts)))]

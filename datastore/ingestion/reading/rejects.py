@@ -12,10 +12,12 @@ __all__ = ["Reason", "Reject", "decode_rejects", "encode_rejects", "reject"]
 
 Reason = Literal[
     "bad_message",
+    "bad_record",
     "bad_tools",
     "bomb",
     "content_not_text",
     "corrupt_stream",
+    "digest_mismatch",
     "duplicate_id",
     "empty_text",
     "id_not_text",
@@ -37,6 +39,7 @@ Reason = Literal[
     "token_out_of_range",
     "too_long",
     "truncated",
+    "unknown_encoding",
 ]
 """Why a document was rejected; `docs/` explains each."""
 

@@ -22,6 +22,7 @@ from datastore.formats.plain import table_of_rows
 from datastore.formats.schema import check_names
 from datastore.ingestion.reading.cutting import cut_records, separator_of
 from datastore.ingestion.reading.streams import RecordPiece, lookback, read_chunks
+from datastore.ingestion.reading.warc import WARC_SCHEMA, warc_rows
 from datastore.ingestion.settings import IngestSettings
 from datastore.interop.base import Rows, Span
 from datastore.interop.formats import FORMATS
@@ -79,6 +80,8 @@ def rows_schema(storage: Storage, key: str, *, file: SourceFile, settings: Inges
     """
     if is_table(file):
         return FORMATS[file.format].schema(storage, key)
+    if file.format == "warc":
+        return WARC_SCHEMA
     found = islice(_json_rows(storage, key, file=file, span=(0, file.size_bytes), settings=settings), _HEAD_ROWS)
     rows = [row for _, row in found]
     if not rows:
@@ -122,6 +125,9 @@ def read_rows(
     if is_table(file):
         yield from FORMATS[file.format].read(storage, key, span)
         return
+    if file.format == "warc":
+        yield from _warc_rows(storage, key, file=file, settings=settings)
+        return
     wanted = schema if schema is not None else _token_columns(rows_schema(storage, key, file=file, settings=settings))
     first, size = 0, 0
     batch: list[tuple[RecordPiece, dict[str, Any]]] = []
@@ -133,6 +139,21 @@ def read_rows(
             first, size, batch = first + len(batch), 0, []
     if batch:
         yield first, _table(batch, wanted, file, whole=schema is not None)
+
+
+def _warc_rows(storage: Storage, key: str, *, file: SourceFile, settings: IngestSettings) -> Iterator[Rows]:
+    stored = read_chunks(storage, key, start=0, size_bytes=file.size_bytes)
+    stream = open_stream(stored, codec=file.codec, max_expansion=settings.max_expansion)
+    first, size = 0, 0
+    batch: list[dict[str, Any]] = []
+    for length, row in warc_rows(stream, file=file, settings=settings):
+        batch.append(row)
+        size += length
+        if size >= _BATCH_BYTES:
+            yield first, pa.Table.from_pylist(batch, WARC_SCHEMA)
+            first, size, batch = first + len(batch), 0, []
+    if batch:
+        yield first, pa.Table.from_pylist(batch, WARC_SCHEMA)
 
 
 def _token_columns(schema: pa.Schema) -> pa.Schema:

@@ -15,14 +15,14 @@ from typing import NamedTuple
 import msgspec
 
 from datastore.dataset.journal import SourceFile, SourceFormat
-from datastore.dataset.log.keys import INFO_KEY
 from datastore.digest import digest_hex
 from datastore.document import Document
 from datastore.errors import ConfigError, MissingError
 from datastore.ingestion.reading.choice import choose
 from datastore.ingestion.reading.content import Kind, look
 from datastore.ingestion.reading.folders import ForeignFolder, foreign_folders, is_megatron_index
-from datastore.ingestion.reading.listing import Globs, SkipReason, kind_of, named_codec, odd_name, split_glob, walk
+from datastore.ingestion.reading.gathered import ignored_below, is_zip, listed_files, zip_members, zip_url
+from datastore.ingestion.reading.listing import Globs, kind_of, named_codec, split_glob, walk, walk_remote
 from datastore.ingestion.reading.rows import is_table
 from datastore.ingestion.settings import IngestSettings, Take
 from datastore.interop.formats import FORMATS
@@ -158,15 +158,21 @@ def _open(source: str, settings: IngestSettings, skipped: Counter[str]) -> _Sour
     """Return a source; its files have no fingerprint yet."""
     if settings.format and settings.format in FORMATS:
         return _tables(source, settings.format)
+    if source.startswith("@"):
+        return _list(source[1:], settings, skipped)
     source, takes = split_glob(source)
     storage = open_storage(source)
     local = Path(storage.url) if "://" not in storage.url else None
     if _is_file(source) if local is None else _is_local_file(local):
         # Through a link a file keeps the link's name, which says what is in it; caches link to files named by digest.
-        return _lone_file(source if local is None else str(local), settings)
+        where = source if local is None else str(local)
+        return _zip(where, settings, skipped) if is_zip(where) else _lone_file(where, settings)
     url = source if local is None else str(local.resolve())
     globs = Globs(settings)
-    stats = list(walk(Path(url), globs, skipped) if local is not None else _remote(storage, globs, skipped))
+    ignored = ignored_below(Path(url)) if settings.gitignore and local is not None else None
+    stats = list(
+        walk(Path(url), globs, skipped, ignored=ignored) if local is not None else walk_remote(storage, globs, skipped)
+    )
     found = stats if takes is None else [stat for stat in stats if takes(stat.key)]
     return _folder(url, storage, found, settings, skipped)
 
@@ -182,6 +188,8 @@ def _folder(
         for number, key in enumerate(folder.files)
     ]
     apart = list(_apart(stats, foreign, skipped))
+    zips = [(stat.key, _zip(join_url(url, stat.key), settings, skipped)) for stat in apart if is_zip(stat.key)]
+    apart = [stat for stat in apart if not is_zip(stat.key)]
     for stat, kind in zip(apart, _look_at(storage, apart, settings), strict=True):
         path = f"{name}/{stat.key}"
         if kind is None:
@@ -189,7 +197,32 @@ def _folder(
         elif kind != _PART:
             found.append(((path, 0), _source_file(path, stat, kind)))
     below = {f"{name}/{folder.below[:-1]}": join_url(url, folder.below) for folder in foreign if folder.below}
+    for key, inner in zips:
+        folder = f"{name}/{key.rpartition('/')[0]}".rstrip("/")
+        below |= {f"{folder}/{inner.name}": inner.url, **{f"{folder}/{each}": at for each, at in inner.foreign.items()}}
+        found += [
+            ((f"{folder}/{path}", number), msgspec.structs.replace(file, path=f"{folder}/{file.path}"))
+            for (path, number), file in inner.files
+        ]
     return _Source(name, url, found, below)
+
+
+def _list(where: str, settings: IngestSettings, skipped: Counter[str]) -> _Source:
+    """Return the source that is a list of files."""
+    named = listed_files(read_url(where), where=strip_credentials(where))
+    storage = open_storage(named.url)
+    return _folder(named.url, storage, [storage.stat(key) for key in named.keys], settings, skipped)
+
+
+def _zip(where: str, settings: IngestSettings, skipped: Counter[str]) -> _Source:
+    """Return the source that is a zip archive."""
+    url = zip_url(where)
+    storage = open_storage(url)
+    if next(iter(storage.list()), None) is None:
+        skipped["empty"] += 1
+        return _Source(url.rpartition("/")[2], url, [])
+    stats = list(zip_members(url, list(walk_remote(storage, Globs(settings), skipped)), skipped))
+    return _folder(url, storage, stats, settings, skipped)
 
 
 def _apart(stats: Sequence[Stat], foreign: Sequence[ForeignFolder], skipped: Counter[str]) -> Iterator[Stat]:
@@ -228,7 +261,7 @@ def _as_told(key: str, settings: IngestSettings) -> Kind | None:
     named = kind_of(key)
     if named is None and not (codec := named_codec(key)):
         return None
-    assert settings.format in {"text", "lines", "jsonl", "json"}
+    assert settings.format in {"text", "lines", "jsonl", "json", "warc"}
     return Kind(settings.format, named[1] if named is not None else codec)
 
 
@@ -296,42 +329,18 @@ def _with_fingerprint(file: SourceFile, settings: IngestSettings) -> SourceFile:
     """
     state = (file.path, file.size_bytes, file.modified, file.format)
     if is_table(file):
-        facts: tuple[object, ...] = (*state, settings.take, settings.text_key, settings.tokens_key)
+        facts: tuple[object, ...] = (*state, settings.take, settings.template or settings.text_key, settings.tokens_key)
     elif settings.take != "text":
         facts = (*state, f"{settings.take} {settings.tokens_key}")
     else:
-        facts = (*state, settings.separator if file.format in {"text", "lines"} else settings.text_key)
+        facts = (*state, _reading_of(file, settings))
     return msgspec.structs.replace(file, fingerprint=digest_hex(msgspec.json.encode(facts)))
 
 
-def _remote(storage: Storage, globs: Globs, skipped: Counter[str]) -> Iterator[Stat]:
-    found = list(storage.list())
-    if not found:
-        raise MissingError("the source does not exist or is empty", source=storage.url, hint="Check the URL.")
-    datasets = {stat.key.removesuffix(INFO_KEY) for stat in found if stat.key.rpartition("/")[2] == INFO_KEY}
-    skipped["dataset"] += len(datasets)
-    for stat in found:
-        reason = _reason_to_skip(stat.key, globs)
-        if any(folder in datasets for folder in _folders(stat.key)):
-            continue
-        if reason is not None:
-            skipped[reason] += 1
-        else:
-            yield stat
-
-
-def _reason_to_skip(key: str, globs: Globs) -> SkipReason | None:
-    if any(part.startswith(".") for part in key.split("/")):
-        return "hidden"
-    if not globs.takes(key) or any(globs.prunes(folder[:-1]) for folder in _folders(key) if folder):
-        return "excluded"
-    return "odd_name" if odd_name(key) else None
-
-
-def _folders(key: str) -> list[str]:
-    """Return the folders that `key` is in: "" for the root, the others with a slash at the end."""
-    parts = key.split("/")
-    return ["", *("/".join(parts[:end]) + "/" for end in range(1, len(parts)))]
+def _reading_of(file: SourceFile, settings: IngestSettings) -> object:
+    if file.format == "warc":
+        return settings.html_text
+    return settings.separator if file.format in {"text", "lines"} else settings.template or settings.text_key
 
 
 def _is_local_file(path: Path) -> bool:

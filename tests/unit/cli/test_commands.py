@@ -34,8 +34,9 @@ FLAGS = {
     "export": "column format shard-bytes to",
     "import": "format set text-key to tokenizer tokens-key workers",
     "sql": "",
-    "ingest": "as begin-anew chat chat-template config dry-run exclude format id-field id-key include max-reject-ratio on-error overwrite pairs "
-    "separator set text-field text-key to tokenizer trace-filters workers",
+    "ingest": "as begin-anew chat chat-template config dry-run exclude files-from format gitignore html-text id-field id-key include max-reject-ratio "
+    "on-error overwrite pairs replace separator set template text-field text-key to tokenizer trace-filters workers",
+    "rejects": "limit",
     "tokenizer train": "exclude include text-key to vocab",
     "show": "",
     "ls": "documents limit",
