@@ -47,6 +47,8 @@ if TYPE_CHECKING:
     from datastore.ingestion.encoding.tokenizer import TokenizerSettings, train_tokenizer
     from datastore.ingestion.importing import import_dataset
     from datastore.ingestion.ingest import ingest
+    from datastore.ingestion.quality.similar import DedupSettings
+    from datastore.ingestion.quality.similar import deduplicate as dedup
     from datastore.ingestion.report import rejected_records
     from datastore.ingestion.settings import IngestSettings
     from datastore.ingestion.writers.records import record_writer
@@ -79,6 +81,7 @@ _HOMES = {
     "DcpWriter": ("datastore.checkpoint.exchange.dcp", "DcpWriter"),
     "Dataset": ("datastore.dataset.snapshot", "Dataset"),
     "DatastoreError": ("datastore.errors", "DatastoreError"),
+    "DedupSettings": ("datastore.ingestion.quality.similar", "DedupSettings"),
     "DependencyError": ("datastore.errors", "DependencyError"),
     "FileRows": ("datastore.loader.rows.files.opening", "FileRows"),
     "FormatError": ("datastore.errors", "FormatError"),
@@ -104,6 +107,7 @@ _HOMES = {
     "clone": ("datastore.dataset.operations.clone", "clone"),
     "compact": ("datastore.dataset.operations.compact", "compact"),
     "copy": ("datastore.dataset.operations.copy", "copy"),
+    "dedup": ("datastore.ingestion.quality.similar", "deduplicate"),
     "delete": ("datastore.dataset.operations.delete", "delete"),
     "diff": ("datastore.dataset.diff", "diff"),
     "evaluate": ("datastore.training.export.inference", "evaluate"),
@@ -149,6 +153,7 @@ __all__ = [
     "DatastoreError",
     "DcpReader",
     "DcpWriter",
+    "DedupSettings",
     "DependencyError",
     "FileRows",
     "FormatError",
@@ -174,6 +179,7 @@ __all__ = [
     "clone",
     "compact",
     "copy",
+    "dedup",
     "delete",
     "diff",
     "evaluate",

@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 from datastore.document import Document, convert
 from datastore.errors import ConfigError, DependencyError, MissingError
 
-__all__ = ["find_class", "load_settings", "parse_override", "settings_from"]
+__all__ = ["find_class", "load_settings", "parse_override", "read_table", "settings_from"]
 
 D = TypeVar("D", bound=Document)
 T = TypeVar("T")
@@ -27,15 +27,24 @@ def load_settings(kind: type[D], path: Path, overrides: Sequence[str] = ()) -> D
         MissingError: there is no such file.
         ConfigError: it cannot be read or is not TOML; or an unknown key, a wrong type or a value out of range, with its path.
     """
+    return settings_from(kind, read_table(path), overrides=overrides, where=str(path))
+
+
+def read_table(path: Path) -> dict[str, Any]:
+    """Return what the TOML file `path` says.
+
+    Raises:
+        MissingError: there is no such file.
+        ConfigError: it cannot be read or is not TOML.
+    """
     try:
-        table = tomllib.loads(path.read_text(encoding="utf-8"))
+        return tomllib.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise MissingError("no such file", file=str(path), hint="Name a TOML file that exists.") from None
     except OSError as error:
         raise ConfigError(f"the file cannot be read: {error.strerror}", file=str(path), hint="Check it.") from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ConfigError(f"not a TOML file: {error}", file=str(path), hint="Correct that line.") from None
-    return settings_from(kind, table, overrides=overrides, where=str(path))
 
 
 def settings_from(

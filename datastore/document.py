@@ -164,12 +164,15 @@ def _mistake(kind: type[Document], text: str, *, where: str, origins: Mapping[st
     if unknown:
         near = _nearest(kind, key)
         table = _type_at(kind, path)
-        known = [field.encode_name for field in msgspec.structs.fields(table)] if _is_record(table) else []
+        fields = [field.encode_name for each in _records(table) for field in msgspec.structs.fields(each)]
+        known = list(dict.fromkeys(fields))
+        near = near or next(iter(get_close_matches(unknown[1], known, 1)), "")
         hint = f"Did you mean {near}?" if near else "Use one of the known ones."
         return ConfigError(f"unknown setting `{key}`", where=where, known=known, hint=hint)
     if missing:
         return ConfigError(f"the setting `{key}` is missing", where=where, hint="Set it.")
-    allowed = _choices(_type_at(kind, path))
+    at = _type_at(kind, path)
+    allowed = _choices(at) or ([str(_tag(each)) for each in _records(at)] if reason.startswith("Invalid value") else [])
     listed = {"allowed": allowed} if allowed else {}
     fact = reason[0].lower() + reason[1:].replace("nvalid enum value", "t cannot be", 1)
     return ConfigError(f"`{found[2]}`: {fact}" if found[2] else fact, where=where, **listed, hint="Correct it.")
@@ -205,6 +208,16 @@ def _type_at(kind: Any, path: str) -> Any:
         fields = msgspec.structs.fields(kind) if _is_record(kind) else ()
         kind = next((field.type for field in fields if field.encode_name == name), None)
     return kind
+
+
+def _records(kind: Any) -> list[type[msgspec.Struct]]:
+    """Return the records that `kind` is, or is a list of."""
+    return [kind] if _is_record(kind) else [each for part in get_args(kind) for each in _records(part)]
+
+
+def _tag(kind: type[msgspec.Struct]) -> object:
+    """Return the word that tells `kind` from others in a list."""
+    return kind.__struct_config__.tag
 
 
 def _is_record(kind: Any) -> bool:

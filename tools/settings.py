@@ -19,6 +19,8 @@ import msgspec
 from datastore.checkpoint.steps import CheckpointerSettings, Keep
 from datastore.document import SettingsDocument
 from datastore.ingestion.encoding.tokenizer import TokenizerSettings
+from datastore.ingestion.quality.chain import AnyFilter
+from datastore.ingestion.quality.similar import DedupSettings
 from datastore.ingestion.settings import IngestSettings
 from datastore.loader.settings import LoaderSettings
 from datastore.training.export.inference import Sampling
@@ -61,6 +63,19 @@ SECTIONS = (
         "Bring text in",
         "Of `datastore ingest` and `datastore import`, in Python `ds.IngestSettings`. See [bring text in](howto/ingest.md).",
         (("", IngestSettings),),
+    ),
+    (
+        "Filters",
+        (
+            "A `[[filters]]` table of an ingest names a filter with `use`, and owns its other keys. See "
+            "[filter texts](howto/quality.md)."
+        ),
+        tuple((f"{kind.__struct_config__.tag}: ", kind) for kind in get_args(AnyFilter)),
+    ),
+    (
+        "Near duplicates",
+        "Of `datastore dedup`, in Python `ds.DedupSettings`. See [filter texts](howto/quality.md#near-duplicates).",
+        (("", DedupSettings),),
     ),
     ("A tokenizer", "Of `ds.train_tokenizer`, in Python `ds.TokenizerSettings`.", (("", TokenizerSettings),)),
     (
@@ -146,7 +161,7 @@ def allowed(kind: Any) -> str:
     if origin is Literal:
         return ", ".join(f"`{toml(value)}`" for value in inner)
     if origin in {Union, UnionType}:
-        return ", ".join(allowed(part) for part in inner if part is not type(None))
+        return ", ".join(dict.fromkeys(allowed(part) for part in inner if part is not type(None)))
     if origin is tuple:
         return f"list: {allowed(inner[0])}"
     if isinstance(kind, type) and issubclass(kind, msgspec.Struct):

@@ -26,6 +26,7 @@ SHORT = {
     "__main__.py": "an entry point",
     "host.py": "three facts that every document needs",
     "ingestion/importing.py": "an entry point",
+    "ingestion/quality/filter.py": "the protocol of filters",
     "interop/formats.py": "a registry",
     "dataset/query/readable.py": "a protocol",
     "storage/rendezvous.py": "a pure function with its source",

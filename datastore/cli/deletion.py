@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import click
 
 from datastore.cli.output import fields, json_option, progress_option, say, say_json, table, with_progress
-from datastore.cli.shell import example
+from datastore.cli.shell import example, given_options
 
 if TYPE_CHECKING:
     from datastore.dataset.operations.purge.purge import PurgeReport
@@ -235,4 +235,43 @@ def compact(*, url: str, target_bytes: str, dry_run: bool, as_json: bool) -> Non
     )
 
 
-COMMANDS = (delete, purge, compact)
+@click.command(
+    short_help="Delete near duplicates.",
+    epilog=example("datastore dedup data/code --threshold 0.8 --dry-run"),
+)
+@click.argument("url")
+@click.option(
+    "--threshold", type=float, help="Share of the runs of words that documents have in common.  [default: 0.8]"
+)
+@click.option("--words", type=int, help="How many words a run has.  [default: 5]")
+@click.option("--keep", type=click.Choice(["first", "longest"]), help="Which one stays.  [default: first]")
+@click.option("--text-column", help="Column of the text, in a dataset of records.  [default: text]")
+@click.option("--clusters", metavar="FILE", help="Write which documents are alike, as Parquet: a path or URL.")
+@click.option("--dry-run", is_flag=True, help="Only say what would be deleted.")
+@progress_option
+@json_option
+def dedup(*, url: str, dry_run: bool, as_json: bool, **options: Any) -> None:
+    """Find documents of the dataset at URL that are nearly the same, and delete all but one of each kind.
+
+    They are found by MinHash over runs of words. It is a delete like any other: no shard is touched, and the version before
+    has them still. Documents that are deleted already are not looked at, so given once more it finds what is left.
+    """
+    from datastore.config import settings_from
+    from datastore.ingestion.quality.similar import DedupSettings, deduplicate
+
+    given, origins = given_options(options)
+    settings = settings_from(DedupSettings, given, where="the options", origins=origins)
+    report = with_progress("dedup", deduplicate, unit="documents", target=url, settings=settings, dry_run=dry_run)
+    if as_json:
+        say_json(report)
+        return
+    verb = "would be deleted" if dry_run else "deleted"
+    tokens = f" ({report.tokens:,} tokens)" if report.tokens else ""
+    say(
+        f"{report.duplicates:,} of {report.documents:,} documents{tokens} {verb}: near duplicates, in {report.clusters:,} clusters"
+    )
+    if report.committed:
+        say(f"{report.url}, version {report.version}")
+
+
+COMMANDS = (delete, purge, compact, dedup)

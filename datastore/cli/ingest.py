@@ -3,6 +3,7 @@
 import sys
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -42,6 +43,8 @@ EXCLUDE = click.option(
 @click.option("--chat", "take", flag_value="chats", help="Take the chats of JSON lines or a table, with a loss mask.")
 @click.option("--pairs", "take", flag_value="pairs", help="Take pairs of chats: prompt, chosen, rejected.")
 @click.option("--chat-template", metavar="FILE", help="A chat template, if not the one beside the tokenizer.")
+@click.option("--config", metavar="FILE", help="Settings as TOML, such as a list of filters; options come on top.")
+@click.option("--trace-filters", type=int, metavar="N", help="Show so many samples of what each filter rule dropped.")
 @INCLUDE
 @EXCLUDE
 @click.option("--gitignore", is_flag=True, default=None, help="Leave out of local folders what git ignores there.")
@@ -71,6 +74,7 @@ EXCLUDE = click.option(
 @click.option(
     "--overwrite", "operation", flag_value="overwrite", help="The new version holds nothing else; older ones stay."
 )
+@click.option("--begin-anew", is_flag=True, default=None, help="Leave what an ingest with other filters has done.")
 @click.option("--replace", is_flag=True, default=None, help="Of a file that has changed, delete the earlier documents.")
 @click.option("--dry-run", is_flag=True, help="Only estimate what there is to do; nothing is written.")
 @progress_option
@@ -80,6 +84,7 @@ def ingest(
     sources: tuple[str, ...],
     files_from: tuple[str, ...],
     to: str,
+    config: str | None,
     overrides: tuple[str, ...],
     dry_run: bool,
     as_json: bool,
@@ -94,13 +99,18 @@ def ingest(
     With --overwrite the new version holds the sources alone, with any tokenizer. What it held before is not removed: it
     can be read as URL@VERSION until `datastore expire` and `datastore vacuum`.
     """
-    from datastore.config import settings_from
+    from datastore.config import read_table, settings_from
     from datastore.ingestion.ingest import ingest as ingest_sources
     from datastore.ingestion.reading.spool import spooled_stream
     from datastore.ingestion.settings import IngestSettings
 
     given, origins = given_options(options)
-    settings = settings_from(IngestSettings, given, overrides=overrides, where="the options", origins=origins)
+    table = read_table(Path(config)) if config else {}
+    settings = settings_from(
+        IngestSettings, table | given, overrides=overrides, where=config or "the options", origins=origins
+    )
+    if settings.filters:
+        sys.path.insert(0, "")  # As `python -m` does: a function of the user's lies where the command is given.
     sources += tuple(f"@{name}" for name in files_from)
     with ExitStack() as stack:
         if "-" in sources:
@@ -169,6 +179,8 @@ def _tell(report: "IngestReport") -> None:
             else None,
             "left out": _counts(report.skipped),
             "rejected": _counts(report.rejected, report.rejects),
+            "filtered": _counts(report.filtered),
+            "changed by filters": ", ".join(f"{count:,} {what}" for what, count in report.changed.items()) or None,
             "escaped": f"{report.escaped:,} chats spell a special token; it is made of ordinary ones"
             if report.escaped
             else None,
@@ -177,6 +189,8 @@ def _tell(report: "IngestReport") -> None:
             "taken over": f"{report.tasks_resumed} of {report.tasks} tasks" if report.tasks_resumed else None,
         }
     )
+    for sample in report.samples:
+        say(f"{sample.rule}  {sample.id}  {sample.begins[:80]!r}")
 
 
 def _known(report: "IngestReport") -> str:

@@ -88,6 +88,12 @@ class TaskDone(Sealed, frozen=True, kw_only=True):
     escaped: Count = 0
     """Chats in which a message spells a special token, which was made of ordinary ones."""
 
+    filtered: dict[str, Count] = msgspec.field(default_factory=dict)
+    """Documents that filters have dropped, by filter and rule."""
+
+    changed: dict[str, Count] = msgspec.field(default_factory=dict)
+    """What filters have changed in documents, by filter."""
+
 
 class SourceFile(Document, frozen=True, kw_only=True):
     """One file to read."""
@@ -145,6 +151,9 @@ class Plan(Sealed, frozen=True, kw_only=True):
     tasks: tuple[Task, ...]
     record_schema: bytes = b""
     """The columns of records that are taken over, as an encapsulated IPC message; empty if there are none."""
+
+    filters_digest: str = ""
+    """Of the filters and what they depend on; empty if there are none."""
 
 
 class Journal:
@@ -269,6 +278,30 @@ class Journal:
         """Yield the files of what was rejected and kept, each with its key; `ingestion` knows what their lines say."""
         for stat in self.storage.list(f"{self.folder}/rejects"):
             yield stat.key, self.storage.get(stat.key)
+
+    def put_samples(self, task_id: str, samples: bytes) -> None:
+        """Store samples of what the filters of a task have dropped, as JSON lines."""
+        self.storage.put(f"{self.folder}/filtered/{task_id}.jsonl", samples)
+
+    def put_contamination(self, raw: bytes) -> None:
+        """Store the runs of tokens that evaluations have."""
+        self.storage.put(f"{self.folder}/contamination", raw)
+
+    def contamination(self, digest: str) -> bytes:
+        """Return them.
+
+        Raises:
+            CorruptError: they are damaged.
+        """
+        key = f"{self.folder}/contamination"
+        raw = self.storage.get(key)
+        check_digest(raw, digest, where=key)
+        return raw
+
+    def samples(self) -> Iterator[bytes]:
+        """Yield the files of samples; `ingestion` knows what their lines say."""
+        for stat in self.storage.list(f"{self.folder}/filtered"):
+            yield self.storage.get(stat.key)
 
     @property
     def _plan_key(self) -> str:

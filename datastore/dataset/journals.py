@@ -41,7 +41,7 @@ def damaged_documents(storage: Storage) -> Iterator[tuple[str, str]]:
     yield from filter(None, in_parallel(look, [stat.key for stat in storage.list(JOURNALS_FOLDER)]))
 
 
-_CLEARED = {"done", "ids", "rejects"}
+_CLEARED = {"done", "ids", "rejects", "filtered", "contamination"}
 """What a journal has beside its plan: needed to go on with the ingest, and no more once it is committed."""
 
 
@@ -69,7 +69,7 @@ def journal_files(storage: Storage, history: Iterable[Commit]) -> set[str]:
 def clear_journals(storage: Storage, ingest_ids: Collection[str], *, ids_sha256: Collection[str]) -> Journals:
     """Remove what the journals of the ingests `ingest_ids`, which are committed, hold of their documents.
 
-    These are the digests of ids, the rejects with their excerpts of text, and what their tasks have made. The plan stays,
+    These are the digests of ids, the rejects and samples with their excerpts of text, and what their tasks have made. The plan stays,
     because it says which files the dataset knows; a file's name is blanked in it if it is, by its sha256, one of the ids.
     """
     cleared, unfinished = set[str](), set[str]()

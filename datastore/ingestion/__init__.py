@@ -4,12 +4,12 @@ ingest        prepare, run, commit
 outcome       the commit, or why there is none
 settings      what a user may choose
 reading       from files to documents
+quality       which texts are worth it: filters, personal data, near duplicates
 plan          tasks: a pure function of the listing and the settings
 destination   the dataset an ingest adds to
 tasks         one task: read, encode, store
 encoding      from text to tokens
 sinks         documents into shards
-chatsinks     chats into shards
 workers       tasks in this process, or in several beside it
 duplicates    documents that are there twice
 writers       rows and tokens from a program of one's own

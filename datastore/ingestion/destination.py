@@ -18,10 +18,12 @@ from datastore.dataset.shards.files import read_documents, read_record_shard, re
 from datastore.dataset.shards.info import ShardInfo
 from datastore.dataset.shards.segments import load_segments
 from datastore.dataset.snapshot import split_reference
-from datastore.errors import ConfigError, CorruptError, MissingError
+from datastore.errors import ConfigError, CorruptError, FormatError, MissingError
 from datastore.formats.schema import decode_schema
-from datastore.ingestion.encoding.chatfiles import tokenizer_file
+from datastore.ingestion.encoding.chatfiles import chat_format, tokenizer_file
+from datastore.ingestion.encoding.chats import require_usable
 from datastore.ingestion.encoding.reference import facts_of, load_tokenizer
+from datastore.ingestion.encoding.template import ChatFormat
 from datastore.ingestion.reading.sources import read_url
 from datastore.ingestion.settings import IngestSettings
 from datastore.storage.base import Storage
@@ -29,7 +31,7 @@ from datastore.storage.resolve import open_storage
 from datastore.storage.urls import strip_credentials
 from datastore.threads import in_parallel
 
-__all__ = ["Destination", "TokenizerChoice", "made_by_ingest", "open_target", "plan_of"]
+__all__ = ["Destination", "TokenizerChoice", "chat_format_of", "made_by_ingest", "open_target", "plan_of"]
 
 _OF_TEXTS = {"id", "source", "offset", "text"}
 """Columns of records that an ingest makes of texts."""
@@ -109,6 +111,29 @@ class Destination:
         elif "://" not in self.storage.url:
             with suppress(OSError):  # Somebody else has put something there, or it is a mount point.
                 Path(self.storage.url).rmdir()
+
+    def require_same_filters(self, plan: Plan) -> None:
+        """Raise if an ingest of some of the same files, but with other filters, was begun and not finished.
+
+        Raises:
+            ConfigError: there is one; to go on with other filters would be to begin anew without a word.
+        """
+        history = CommitLog(self.storage).history(self.newest) if self.newest else ()
+        over = {plan.ingest_id, *(commit.ingest_id for commit in history)}
+        prints = {file.fingerprint for file in plan.files}
+        keys = [stat.key.split("/") for stat in self.storage.list(JOURNALS_FOLDER)] if prints else []
+        for name in (name for _, name, *rest in keys if rest == ["plan.json"] and name not in over):
+            with suppress(CorruptError, FormatError):
+                begun = Journal(self.storage, name).find_plan()
+                if begun is None or begun.filters_digest == plan.filters_digest:
+                    continue
+                if any(file.fingerprint in prints for file in begun.files):
+                    raise ConfigError(
+                        "an ingest of these files was begun with other filters, and not finished",
+                        url=self.storage.url,
+                        ingest=name,
+                        hint="Give the same filters to go on with it, or leave what it did: `begin_anew=true`.",
+                    )
 
     def holds_texts(self) -> bool:
         """Return whether the dataset has texts, or tokens of texts, to which others can be added."""
@@ -211,3 +236,19 @@ def open_target(to: str) -> Destination:
 
 def _shown(ref: TokenizerRef | None) -> str:
     return f"sha256 {ref.sha256[:16]}, end of text {ref.end_of_text}" if ref else "none"
+
+
+def chat_format_of(tokenizer: TokenizerChoice | None, settings: IngestSettings) -> ChatFormat:
+    """Return how chats become text, tried out: better now than after all the reading.
+
+    Raises:
+        ConfigError: there is no tokenizer, or no template that can be used.
+        DependencyError: jinja2 is not installed.
+    """
+    if tokenizer is None:
+        raise ConfigError(
+            "chats need a tokenizer", take=settings.take, hint="Name one that has a chat template: `tokenizer=FOLDER`."
+        )
+    found = chat_format(settings)
+    require_usable(tokenizer.raw, found, settings)
+    return found

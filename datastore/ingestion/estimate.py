@@ -17,6 +17,8 @@ from datastore.ingestion.encoding.encoder import TextEncoder
 from datastore.ingestion.encoding.template import ChatFormat
 from datastore.ingestion.ingest import PreparedIngest, prepare
 from datastore.ingestion.plan import WorkItem, source_bytes, work_items
+from datastore.ingestion.quality.chain import Chain
+from datastore.ingestion.quality.text import Text
 from datastore.ingestion.reading.chats import read_documents
 from datastore.ingestion.reading.documents import Reject, TextRecord
 from datastore.ingestion.reading.rows import read_rows
@@ -107,6 +109,8 @@ class _Sample:
                 self.rejects += 1
             else:
                 texts.append(found.text)
+        if prepared.settings.filters:
+            texts = self._filter(texts, prepared)
         self.documents = len(texts)
         self.shard_bytes = sum(len(text.encode()) for text in texts)
         if prepared.tokenizer is not None and prepared.chats is not None:
@@ -115,9 +119,17 @@ class _Sample:
             encoder = TextEncoder(prepared.tokenizer.raw, prepared.settings)
             started = time.process_time()
             encoded = encoder.encode(texts)
-            self.encode_s = time.process_time() - started
+            self.encode_s += time.process_time() - started
             self.tokens = encoded.values.size
             self.shard_bytes = encoded.values.nbytes
+
+    def _filter(self, texts: Sequence[str], prepared: PreparedIngest) -> list[str]:
+        """Return what the filters leave."""
+        chain = Chain(prepared.settings.filters, expected=prepared.identities)
+        started = time.process_time()
+        judged = [chain.judge(Text(text, about={"id": "", "source": "", "offset": 0})) for text in texts]
+        self.encode_s += time.process_time() - started
+        return [each.text for each in judged if not each.dropped]
 
     def _encode_chats(self, texts: Sequence[str], raw: bytes, form: ChatFormat, settings: IngestSettings) -> None:
         encoder = ChatEncoder(raw, form, settings.special_tokens)

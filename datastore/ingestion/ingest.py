@@ -8,6 +8,7 @@ the tasks made is good enough, and if so, makes one commit of it.
 """
 
 import logging
+import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -30,19 +31,19 @@ from datastore.formats.fitting import check_rows
 from datastore.formats.huggingface import keep_features
 from datastore.formats.schema import check_storable, decode_schema, encode_schema, no_rows, with_wide_indices
 from datastore.host import cores
-from datastore.ingestion.chatsinks import PAIRS_SCHEMA
-from datastore.ingestion.destination import Destination, TokenizerChoice, open_target
-from datastore.ingestion.encoding.chatfiles import chat_format
-from datastore.ingestion.encoding.chats import require_usable
+from datastore.ingestion.destination import Destination, TokenizerChoice, chat_format_of, open_target
+from datastore.ingestion.encoding.evaluations import read_contamination
 from datastore.ingestion.encoding.template import ChatFormat
-from datastore.ingestion.outcome import IngestOutcome, Overtaken, commit_ingest
+from datastore.ingestion.outcome import IngestOutcome, Overtaken, commit_ingest, samples_of
 from datastore.ingestion.plan import changed_since, digest_after, known_files, make_plan, work_items
+from datastore.ingestion.quality.contamination import Contamination
 from datastore.ingestion.reading.rows import first_schema, is_table, require_rows, rows_schema
 from datastore.ingestion.reading.sources import Listing, Roots, list_sources
 from datastore.ingestion.reading.spool import Sources, spooled
-from datastore.ingestion.report import IngestProgress, IngestReport, Tally, skipped_in
-from datastore.ingestion.settings import IngestSettings, reading_digest
-from datastore.ingestion.sinks import RECORDS_SCHEMA
+from datastore.ingestion.report import IngestProgress, IngestReport, Tally, changed_in, filtered_in, skipped_in
+from datastore.ingestion.settings import IngestSettings, filter_identities, filters_digest, reading_digest
+from datastore.ingestion.sinks.chats import PAIRS_SCHEMA
+from datastore.ingestion.sinks.documents import RECORDS_SCHEMA
 from datastore.ingestion.tasks import Advance, Job
 from datastore.ingestion.workers import run_orders
 from datastore.storage.resolve import open_storage
@@ -114,6 +115,12 @@ class PreparedIngest:
     chats: ChatFormat | None = None
     """How chats become text, if they are taken."""
 
+    identities: tuple[str, ...] = ()
+    """What the filters depend on beside their settings."""
+
+    contamination: Contamination | None = None
+    """What evaluations have, if they are kept out."""
+
     restored: Plan | None = None
     """The plan of a finished ingest that was lost or damaged, as it was."""
 
@@ -142,6 +149,9 @@ class PreparedIngest:
             tokenizer=self.tokenizer.ref if self.tokenizer else None,
             record_schema=self.plan.record_schema,
             chats=self.chats,
+            identities=self.identities,
+            contamination=self.contamination.digest if self.contamination else "",
+            path=tuple(sys.path) if self.identities else (),
             parallel=workers == 1,
         )
 
@@ -181,7 +191,10 @@ def _begin(prepared: PreparedIngest) -> dict[str, TaskDone]:
     create_dataset(storage)
     if choice is not None:
         put_tokenizer(storage, choice.raw, vocab_size=choice.ref.vocab_size, end_of_text=choice.ref.end_of_text)
-    return Journal(storage, prepared.plan.ingest_id).begin(prepared.plan)
+    journal = Journal(storage, prepared.plan.ingest_id)
+    if prepared.contamination is not None:
+        journal.put_contamination(prepared.contamination.encode())
+    return journal.begin(prepared.plan)
 
 
 def _run(prepared: PreparedIngest, to: str, resumed: dict[str, TaskDone], tally: Tally) -> dict[str, TaskDone]:
@@ -223,6 +236,9 @@ def _report(
         shard_bytes=sum(shard.size_bytes for shard in outcome.shards),
         rejected=dict(sorted(outcome.rejected.items())),
         rejects=join_url(url, Journal(prepared.target.storage, plan.ingest_id).folder, "rejects") if kept else "",
+        filtered=dict(sorted(filtered_in(done.values()).items())),
+        changed=dict(sorted(changed_in(done.values()).items())),
+        samples=samples_of(prepared.target, plan, most=prepared.settings.trace_filters),
         escaped=sum(task.escaped for task in done.values()),
         tasks=len(plan.tasks),
         tasks_resumed=resumed,
@@ -254,22 +270,26 @@ def prepare(sources: Sequence[str], to: str, settings: IngestSettings) -> Prepar
         for file in listing.files:
             require_rows(file)
     tokenizer = target.choose_tokenizer(settings) if settings.take != "rows" else None
-    chats = _chat_format(tokenizer, settings) if is_chat else None
+    chats = chat_format_of(tokenizer, settings) if is_chat else None
     of_pairs = settings.take == "pairs"
     kind: Kind = "tokens" if (tokenizer or settings.take == "tokens") and not of_pairs else "records"
     base = target if settings.operation == "append" else Destination(target.storage, None)
     base.require_kind(kind)
-    if kind == "records" and settings.take == "text":
-        base.require_schema(RECORDS_SCHEMA)
-    if of_pairs:
-        base.require_schema(PAIRS_SCHEMA)
+    if of_pairs or (kind == "records" and settings.take == "text"):
+        base.require_schema(PAIRS_SCHEMA if of_pairs else RECORDS_SCHEMA)
+    found_filters = filter_identities(settings)
+    contamination = read_contamination(settings, tokenizer.raw if tokenizer else None)
+    deciding = (*found_filters, *([contamination.digest] if contamination else []))
     planned = partial(
         make_plan,
         listing,
         settings=settings,
         kind=kind,
         reading_digest=reading_digest(
-            settings, tokenizer_sha256=tokenizer.ref.sha256 if tokenizer else "", chats=encode(chats) if chats else b""
+            settings,
+            tokenizer_sha256=tokenizer.ref.sha256 if tokenizer else "",
+            chats=encode(chats) if chats else b"",
+            filters=deciding,
         ),
         record_schema=encode_schema(PAIRS_SCHEMA)
         if of_pairs
@@ -288,6 +308,9 @@ def prepare(sources: Sequence[str], to: str, settings: IngestSettings) -> Prepar
         restored = plan if any(commit.ingest_id == plan.ingest_id for commit in lost) else None
         again = plan.files if restored else _recognized(plan.files, base, lost, history)
         plan = planned(known=known.union(file.fingerprint for file in again))
+    plan = msgspec.structs.replace(plan, filters_digest=filters_digest(settings, deciding))
+    if settings.operation == "append" and not settings.begin_anew:
+        target.require_same_filters(plan)
     return PreparedIngest(
         settings=settings,
         roots=roots,
@@ -297,23 +320,9 @@ def prepare(sources: Sequence[str], to: str, settings: IngestSettings) -> Prepar
         changed=changed_since(plan.files, history, in_any_state=settings.replace),
         restored=restored,
         chats=chats,
+        identities=found_filters,
+        contamination=contamination,
     )
-
-
-def _chat_format(tokenizer: TokenizerChoice | None, settings: IngestSettings) -> ChatFormat:
-    """Return how chats become text, tried out: better now than after all the reading.
-
-    Raises:
-        ConfigError: there is no tokenizer, or no template that can be used.
-        DependencyError: jinja2 is not installed.
-    """
-    if tokenizer is None:
-        raise ConfigError(
-            "chats need a tokenizer", take=settings.take, hint="Name one that has a chat template: `tokenizer=FOLDER`."
-        )
-    found = chat_format(settings)
-    require_usable(tokenizer.raw, found, settings)
-    return found
 
 
 def _recognized(

@@ -27,13 +27,14 @@ from datastore.errors import ConfigError, RejectedError
 from datastore.formats.schema import encode_schema
 from datastore.ingestion.destination import Destination, made_by_ingest, plan_of
 from datastore.ingestion.duplicates import without_duplicates
+from datastore.ingestion.quality.sieve import Sample, decode_samples, smallest
 from datastore.ingestion.reading.documents import decode_rejects, encode_rejects
-from datastore.ingestion.report import rejected_in
+from datastore.ingestion.report import filtered_in, rejected_in
 from datastore.ingestion.settings import IngestSettings
-from datastore.ingestion.sinks import RECORDS_SCHEMA
+from datastore.ingestion.sinks.documents import RECORDS_SCHEMA
 from datastore.storage.urls import join_url
 
-__all__ = ["IngestOutcome", "Overtaken", "commit_ingest"]
+__all__ = ["IngestOutcome", "Overtaken", "commit_ingest", "samples_of"]
 
 
 class Overtaken(Exception):  # noqa: N818 - no error: nobody but `ingest` sees it
@@ -77,9 +78,10 @@ def commit_ingest(
             journal.put_rejects("duplicates", encode_rejects(found.rejects))
     where = join_url(target.storage.url, journal.folder, "rejects") if settings.on_error == "quarantine" else ""
     documents = sum(task.documents for task in tasks) - len(found.rejects)
-    if rejected and not documents:
-        raise _all_rejected(target, journal, rejected, where=where)
-    _check_limit(documents, rejected, settings, where=where)
+    filtered = filtered_in(tasks)
+    if not documents and (filtered or rejected):
+        raise _none_left(target, journal, rejected, filtered, where=where)
+    _check_limit(documents + filtered.total(), rejected, settings, where=where)
     if settings.on_error == "fail" and found.rejects:
         first = found.rejects[0]
         raise RejectedError(
@@ -103,6 +105,30 @@ def commit_ingest(
     base = _Base(target, plan, frozenset(changed) if settings.replace else None)
     commit = _commit(target, plan, found.shards, tokenizer, base=None if settings.operation == "overwrite" else base)
     return IngestOutcome(commit, found.shards, rejected, replaced=base.replaced)
+
+
+def _none_left(
+    target: Destination, journal: Journal, rejected: Counter[str], filtered: Counter[str], *, where: str
+) -> RejectedError:
+    """Return the error for a source of which nothing is left; where nothing was before, nothing is left."""
+    if not filtered:
+        return _all_rejected(target, journal, rejected, where=where)
+    target.forget(journal.ingest_id)
+    return RejectedError(
+        "the filters have dropped all documents, so nothing was committed",
+        dropped=filtered.total(),
+        by=dict(filtered.most_common(5)),
+        **({"rejected": rejected.total()} if rejected else {}),
+        hint="Loosen the filters that dropped most.",
+    )
+
+
+def samples_of(target: Destination, plan: Plan, *, most: int) -> tuple[Sample, ...]:
+    """Return of each rule of the filters at most so many samples of what it has dropped, over all tasks."""
+    if not most or not plan.tasks:
+        return ()
+    found = (sample for raw in Journal(target.storage, plan.ingest_id).samples() for sample in decode_samples(raw))
+    return tuple(smallest(found, most))
 
 
 def _all_rejected(target: Destination, journal: Journal, rejected: Counter[str], *, where: str) -> RejectedError:

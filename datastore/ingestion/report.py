@@ -18,6 +18,7 @@ from datastore.dataset.roots import open_roots
 from datastore.errors import CorruptError
 from datastore.ingestion.destination import made_by_ingest
 from datastore.ingestion.plan import WorkItem, source_bytes
+from datastore.ingestion.quality.sieve import Sample
 from datastore.ingestion.reading.rejects import decode_rejects
 from datastore.ingestion.tasks import Advance
 from datastore.storage.base import Storage
@@ -28,6 +29,8 @@ __all__ = [
     "IngestReport",
     "RejectedRecord",
     "Tally",
+    "changed_in",
+    "filtered_in",
     "rejected_in",
     "rejected_records",
     "skipped_in",
@@ -91,6 +94,15 @@ class IngestReport:
     rejected: Mapping[str, int]
     rejects: str
     """The folder in which the rejected documents are described; empty if there are none."""
+
+    filtered: Mapping[str, int]
+    """Documents that filters have dropped, by filter and rule."""
+
+    changed: Mapping[str, int]
+    """What filters have changed, by filter."""
+
+    samples: tuple[Sample, ...]
+    """Of what each rule has dropped, as many as `trace_filters` asks for."""
 
     escaped: int
     """Chats in which a message spells a special token, which was made of ordinary ones."""
@@ -157,6 +169,16 @@ def rejected_in(tasks: Iterable[TaskDone]) -> Counter[str]:
 def skipped_in(tasks: Iterable[TaskDone]) -> Counter[str]:
     """Return the number of files that `tasks` found not to be text, by reason."""
     return sum((Counter(task.skipped) for task in tasks), Counter())
+
+
+def filtered_in(tasks: Iterable[TaskDone]) -> Counter[str]:
+    """Return how many documents of `tasks` filters have dropped, by filter and rule."""
+    return sum((Counter(task.filtered) for task in tasks), Counter())
+
+
+def changed_in(tasks: Iterable[TaskDone]) -> Counter[str]:
+    """Return what filters have changed in `tasks`, by filter."""
+    return sum((Counter(task.changed) for task in tasks), Counter())
 
 
 class RejectedRecord(NamedTuple):

@@ -5,6 +5,7 @@ only changes who does the work, or how much bad input is tolerable (`workers`, `
 not: raising a limit and running again picks up where the refused run ended.
 """
 
+from collections.abc import Sequence
 from typing import Annotated, Literal
 
 import msgspec
@@ -12,9 +13,22 @@ import msgspec
 from datastore.dataset.operations.append import Operation
 from datastore.digest import digest_hex
 from datastore.document import Positive, SettingsDocument, encode
+from datastore.errors import ConfigError
+from datastore.ingestion.quality.chain import AnyFilter, identities
+from datastore.ingestion.quality.contamination import Decontaminate
 from datastore.interop.formats import ImportFormat
 
-__all__ = ["CODE_VERSION", "IngestSettings", "OnError", "ReadAs", "SpecialTokens", "Take", "reading_digest"]
+__all__ = [
+    "CODE_VERSION",
+    "IngestSettings",
+    "OnError",
+    "ReadAs",
+    "SpecialTokens",
+    "Take",
+    "filter_identities",
+    "filters_digest",
+    "reading_digest",
+]
 
 CODE_VERSION = 1
 """Raised whenever the same source and settings would give other shard bytes than before."""
@@ -103,6 +117,18 @@ class IngestSettings(SettingsDocument, frozen=True, kw_only=True):
     shard_bytes: Annotated[int, msgspec.Meta(ge=2**10, le=2**30)] = 64 * 2**20
     """A shard ends with the batch of documents that reaches this size; it never holds more than one task."""
 
+    filters: tuple[AnyFilter, ...] = ()
+    """What texts are filtered by, in this order; each is a table with `use`, see [filters](#filters)."""
+
+    decontaminate: Decontaminate = Decontaminate()
+    """Evaluations that are kept out of the data."""
+
+    trace_filters: Annotated[int, msgspec.Meta(ge=0, le=1000)] = 0
+    """Of what each rule of a filter drops, so many samples are kept, drawn at random."""
+
+    begin_anew: bool = False
+    """Begin anew where an ingest of the same files with other filters was not finished."""
+
     workers: Annotated[int, msgspec.Meta(ge=0, le=1024)] = 0
     """Processes; 0: as many as this process may use cores. Shard bytes do not depend on it."""
 
@@ -132,17 +158,45 @@ _NO_EFFECT = {
         "max_reject_ratio",
         "operation",
     ),
-    *("chat_template", "chat_day"),
+    *("chat_template", "chat_day", "trace_filters", "begin_anew"),
 }
 """Settings that change no shard byte (the tokenizer enters by its sha256, the template by its text, globs by the files they leave)."""
 
 
-def reading_digest(settings: IngestSettings, *, tokenizer_sha256: str, chats: bytes = b"") -> str:
+def reading_digest(
+    settings: IngestSettings, *, tokenizer_sha256: str, chats: bytes = b"", filters: Sequence[str] = ()
+) -> str:
     """Return the digest of all that shard bytes depend on besides the source; an empty sha256 stands for text.
 
-    `chats` says how they become text.
+    `chats` says how they become text, `filters` what each filter depends on beside its settings.
     """
     plain = IngestSettings()
     same = {name: getattr(plain, name) for name in _NO_EFFECT}
     relevant = encode(msgspec.structs.replace(settings, **same))
-    return digest_hex(f"{CODE_VERSION}/{tokenizer_sha256}\n".encode(), relevant, *([chats] if chats else []))
+    return digest_hex(
+        f"{CODE_VERSION}/{tokenizer_sha256}\n".encode(),
+        relevant,
+        *([chats] if chats else []),
+        *(each.encode() for each in filters),
+    )
+
+
+def filter_identities(settings: IngestSettings) -> tuple[str, ...]:
+    """Return what the filters depend on beside their settings.
+
+    Raises:
+        ConfigError: what is taken is no text, or a filter cannot be used.
+        MissingError, DependencyError: a file, module or library is not there.
+    """
+    if settings.filters and settings.take != "text":
+        raise ConfigError(
+            "filters are for texts", take=settings.take, hint="Leave out `filters`, or take the texts: `take=text`."
+        )
+    return identities(settings.filters)
+
+
+def filters_digest(settings: IngestSettings, found: Sequence[str]) -> str:
+    """Return the digest of the filters, of which `found` are the identities; empty if there are none."""
+    if not found:
+        return ""
+    return digest_hex(*map(encode, settings.filters), *(each.encode() for each in found))

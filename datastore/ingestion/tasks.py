@@ -19,11 +19,14 @@ from datastore.dataset.shards.files import read_tokenizer
 from datastore.document import Document
 from datastore.errors import RejectedError
 from datastore.formats.schema import decode_schema
-from datastore.ingestion.chatsinks import ChatShards, PairShards
 from datastore.ingestion.encoding.chats import ChatEncoder
 from datastore.ingestion.encoding.encoder import TextEncoder
 from datastore.ingestion.encoding.template import ChatFormat
 from datastore.ingestion.plan import WorkItem, source_bytes
+from datastore.ingestion.quality.chain import Chain
+from datastore.ingestion.quality.contamination import Contamination
+from datastore.ingestion.quality.sieve import Sieve
+from datastore.ingestion.quality.text import Text
 from datastore.ingestion.reading.chats import read_documents
 from datastore.ingestion.reading.documents import (
     Reject,
@@ -34,8 +37,9 @@ from datastore.ingestion.reading.documents import (
 from datastore.ingestion.reading.listing import SkipReason
 from datastore.ingestion.reading.rows import read_rows
 from datastore.ingestion.reading.sources import Roots
-from datastore.ingestion.settings import IngestSettings, OnError
-from datastore.ingestion.sinks import CopiedRows, CopiedTokens, CopySink, RecordShards, ShardSink, TokenShards
+from datastore.ingestion.settings import IngestSettings
+from datastore.ingestion.sinks.chats import ChatShards, PairShards
+from datastore.ingestion.sinks.documents import CopiedRows, CopiedTokens, CopySink, RecordShards, ShardSink, TokenShards
 from datastore.storage.base import Storage
 from datastore.storage.resolve import open_storage
 from datastore.storage.statistics import OperationStatistics, add_statistics
@@ -60,6 +64,15 @@ class Job(Document, frozen=True, kw_only=True):
 
     chats: ChatFormat | None = None
     """How chats become text, if they are taken."""
+
+    identities: tuple[str, ...] = ()
+    """What the filters depend on beside their settings."""
+
+    contamination: str = ""
+    """The digest of the runs of tokens that evaluations have; empty if there are none to keep out."""
+
+    path: tuple[str, ...] = ()
+    """The caller's `sys.path`: a filter that it can import, its workers can."""
 
     parallel: bool
     """Whether the encoder may use all cores."""
@@ -105,6 +118,18 @@ class TaskRunner:
         raw = read_tokenizer(self.storage, self.job.tokenizer)
         return ChatEncoder(raw, self.job.chats, self.job.settings.special_tokens)
 
+    @cached_property
+    def chain(self) -> Chain | None:
+        """The job's filters; None if there are none."""
+        filters = self.job.settings.filters
+        return Chain(filters, expected=self.job.identities) if filters or self.job.contamination else None
+
+    @cached_property
+    def contamination(self) -> Contamination | None:
+        """What evaluations have; None if there are none to keep out."""
+        digest = self.job.contamination
+        return Contamination.decode(self.journal.contamination(digest)) if digest else None
+
     def work(self, order: WorkItem, report: Report) -> TaskDone:
         """Do one task, mark it done, and return what it made.
 
@@ -127,7 +152,9 @@ class TaskRunner:
 
     def _encode(self, order: WorkItem, report: Report) -> TaskDone:
         """Take text; otherwise as `work`."""
-        run = _Run(self._sink(order), report, on_error=self.job.settings.on_error, stored_bytes=source_bytes(order))
+        settings = self.job.settings
+        sieve = Sieve(self.chain, samples=settings.trace_filters) if self.chain else None
+        run = _Run(self._sink(order), report, settings=settings, stored_bytes=source_bytes(order), sieve=sieve)
         for file, start, stop in order.parts:
             url, key = self.job.roots.locate(file.path)
             folder = self._folders.setdefault(url, open_storage(url))
@@ -147,7 +174,11 @@ class TaskRunner:
             ids_digest="",
             encoder=encoder.name if encoder else "",
             escaped=run.sink.escaped,
+            filtered=dict(sorted(sieve.dropped.items())) if sieve else {},
+            changed=dict(sorted(sieve.changed.items())) if sieve else {},
         )
+        if sieve and (samples := sieve.encode_samples()):
+            self.journal.put_samples(order.task_id, samples)
         return self.journal.finish(done, rejects=encode_rejects(run.kept), ids=run.ids() if run.named else b"")
 
     def _copy(self, order: WorkItem, report: Report) -> TaskDone:
@@ -201,13 +232,23 @@ class TaskRunner:
             return kind(self.storage, order.task_id, encoder=self.chat_encoder, shard_bytes=size)
         if self.encoder is None:
             return RecordShards(self.storage, order.task_id, shard_bytes=size)
-        return TokenShards(self.storage, order.task_id, encoder=self.encoder, shard_bytes=size)
+        return TokenShards(
+            self.storage, order.task_id, encoder=self.encoder, shard_bytes=size, unwanted=self.contamination
+        )
 
 
 class _Run:
     """What one task has found so far. Invariant: `documents`, `text_bytes` and `digests` count what `sink` has taken."""
 
-    def __init__(self, sink: ShardSink, report: Report, *, on_error: OnError, stored_bytes: int) -> None:
+    def __init__(
+        self,
+        sink: ShardSink,
+        report: Report,
+        *,
+        settings: IngestSettings,
+        stored_bytes: int,
+        sieve: Sieve | None,
+    ) -> None:
         self.sink = sink
         self.documents = 0
         self.text_bytes = 0
@@ -218,7 +259,8 @@ class _Run:
         self.named = False
         """Whether a document brought its own id."""
         self._report = report
-        self._on_error = on_error
+        self._on_error = settings.on_error
+        self._sieve = sieve
         self._batch: list[TextRecord] = []
         self._batch_bytes = 0
         self._unreported_bytes = stored_bytes
@@ -247,7 +289,7 @@ class _Run:
 
     def _encode_batch(self) -> None:
         before = self.sink.tokens
-        taken, refused = self.sink.add(self._batch)
+        taken, refused = self.sink.add(self._filtered() if self._sieve else self._batch)
         self.documents += len(taken)
         self.text_bytes += sum(
             len(record.text) if record.text.isascii() else len(record.text.encode()) for record in taken
@@ -260,6 +302,17 @@ class _Run:
         self._report(Advance(source_bytes=step, documents=len(taken), tokens=self.sink.tokens - before))
         self._batch, self._batch_bytes = [], 0
         self._refuse(refused)
+        if self._sieve:
+            for record, rule in self.sink.screened:
+                self._sieve.drop(_as_text(record), rule)
+            self.sink.screened.clear()
+
+    def _filtered(self) -> list[TextRecord]:
+        """Return what the filters leave of the batch."""
+        assert self._sieve is not None
+        left = self._sieve.sift([_as_text(record) for record in self._batch])
+        pairs = zip(self._batch, left, strict=True)
+        return [record if text is record.text else record._replace(text=text) for record, text in pairs if text]
 
     def _refuse(self, rejects: list[Reject]) -> None:
         for reject in rejects:
@@ -276,3 +329,8 @@ class _Run:
                 self.kept.append(reject)
         if rejects:
             self._report(Advance(rejects=len(rejects)))
+
+
+def _as_text(record: TextRecord) -> Text:
+    """Return `record` as filters see it."""
+    return Text(record.text, about={"id": record.id, "source": record.source, "offset": record.offset})

@@ -158,7 +158,9 @@ def serve(pipe: Connection) -> None:
     """Do the orders that come through `pipe` until it ends or a task fails."""
     waiting: SimpleQueue[bytes] = SimpleQueue()
     threading.Thread(target=_listen, args=(pipe, waiting), daemon=True).start()
-    bench = TaskRunner(msgspec.json.decode(waiting.get(), type=Job))
+    job = msgspec.json.decode(waiting.get(), type=Job)
+    sys.path[:] = job.path or sys.path
+    bench = TaskRunner(job)
     while True:
         order = msgspec.json.decode(waiting.get(), type=WorkItem)
         try:

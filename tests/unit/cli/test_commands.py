@@ -34,8 +34,8 @@ FLAGS = {
     "export": "column format shard-bytes to",
     "import": "format set text-key to tokenizer tokens-key workers",
     "sql": "",
-    "ingest": "as chat chat-template dry-run exclude files-from format gitignore html-text id-field id-key include max-reject-ratio "
-    "on-error overwrite pairs replace separator set template text-field text-key to tokenizer workers",
+    "ingest": "as begin-anew chat chat-template config dry-run exclude files-from format gitignore html-text id-field id-key include max-reject-ratio "
+    "on-error overwrite pairs replace separator set template text-field text-key to tokenizer trace-filters workers",
     "rejects": "limit",
     "tokenizer train": "exclude include text-key to vocab",
     "show": "",
@@ -51,6 +51,7 @@ FLAGS = {
     "delete": "allow-missing dry-run id ids-from source where",
     "purge": "drop-tags dry-run id ids-from source where",
     "compact": "dry-run target",
+    "dedup": "clusters dry-run keep text-column threshold words",
     "schema": "",
     "evolve": "add default drop rename widen",
     "train": "processes set take-over to",
@@ -205,6 +206,7 @@ LONG = {
     "delete": "delete data --source none --progress plain",
     "purge": "purge holed --progress plain",
     "compact": "compact holed --progress plain",
+    "dedup": "dedup data --progress plain",
     "vacuum": "vacuum littered --delete --older-than 0s --progress plain",
     "place": "place data --root second --progress plain",
     "protect": "protect data --progress plain",

@@ -239,7 +239,7 @@ SETTINGS = IngestSettings(task_bytes=4096, workers=1)
 
 def interrupted(sources: Path, to: str, monkeypatch: pytest.MonkeyPatch, *, after: int) -> None:
     """Run an ingest that dies when that many of its shards are stored."""
-    from datastore.ingestion import sinks
+    from datastore.ingestion.sinks import documents as sinks
 
     stored = sinks.write_record_shard
     left = iter(range(after))

@@ -154,7 +154,7 @@ def test_rows_go_into_a_dataset_whose_schema_has_changed(tmp_path: Path) -> None
 def test_a_source_that_changes_meanwhile_is_noticed(
     tmp_path: Path, megatron: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from datastore.ingestion.sinks import CopiedTokens
+    from datastore.ingestion.sinks.documents import CopiedTokens
 
     original = CopiedTokens.add
 

@@ -26,7 +26,8 @@ from datastore.formats.documents import DOCUMENTS_SCHEMA
 from datastore.formats.fitting import check_rows
 from datastore.formats.joining import cut_to_fit
 from datastore.formats.tokens import Tokens, narrow_tokens, offsets_of, token_dtype
-from datastore.ingestion.encoding.encoder import Counts, TextEncoder
+from datastore.ingestion.encoding.encoder import Counts, Encoded, TextEncoder
+from datastore.ingestion.quality.contamination import Contamination
 from datastore.ingestion.reading.documents import Reject, TextRecord, reject
 from datastore.ingestion.reading.rows import is_token_column
 from datastore.storage.base import Storage
@@ -95,6 +96,11 @@ class Sink(ABC):
 class ShardSink(Sink):
     """Takes the texts of one task."""
 
+    def __init__(self, storage: Storage, task_id: str, *, shard_bytes: int) -> None:
+        super().__init__(storage, task_id, shard_bytes=shard_bytes)
+        self.screened: list[tuple[TextRecord, str]] = []
+        """Documents that were left out, for they hold a piece of an evaluation, and the rule that says so."""
+
     @abstractmethod
     def add(self, records: Sequence[TextRecord]) -> tuple[list[TextRecord], list[Reject]]:
         """Take a batch; return those that became documents, and the others."""
@@ -111,9 +117,18 @@ class CopySink(Sink):
 class TokenShards(ShardSink):
     """Encodes, and stores tokens with a row for each document."""
 
-    def __init__(self, storage: Storage, task_id: str, *, encoder: TextEncoder, shard_bytes: int) -> None:
+    def __init__(
+        self,
+        storage: Storage,
+        task_id: str,
+        *,
+        encoder: TextEncoder,
+        shard_bytes: int,
+        unwanted: Contamination | None = None,
+    ) -> None:
         super().__init__(storage, task_id, shard_bytes=shard_bytes)
         self._encoder = encoder
+        self._unwanted = unwanted
         self._values: list[Tokens] = []
         self._counts: list[Counts] = []
         self._records: list[TextRecord] = []
@@ -123,11 +138,23 @@ class TokenShards(ShardSink):
         encoded = self._encoder.encode([record.text for record in records])
         taken = [record for i, record in enumerate(records) if i not in encoded.faults]
         faulty = [(records[i], reason) for i, reason in sorted(encoded.faults.items())]
-        self._values.append(encoded.values)
-        self._counts.append(encoded.counts)
+        taken, values, counts = self._screen(taken, encoded)
+        self._values.append(values)
+        self._counts.append(counts)
         self._records += taken
-        self._take(documents=len(taken), tokens=encoded.values.size, size_bytes=encoded.values.nbytes)
+        self._take(documents=len(taken), tokens=values.size, size_bytes=values.nbytes)
         return taken, [reject(record.source, record.offset, reason, record.text) for record, reason in faulty]
+
+    def _screen(self, records: list[TextRecord], encoded: Encoded) -> tuple[list[TextRecord], Tokens, Counts]:
+        """Return what does not hold a piece of an evaluation: records, tokens, and how many of these each has."""
+        rules = self._unwanted.rules(encoded.values, encoded.counts) if self._unwanted else {}
+        if not rules:
+            return records, encoded.values, encoded.counts
+        self.screened += [(records[place], rule) for place, rule in rules.items()]
+        kept = np.ones(len(records), dtype=np.bool_)
+        kept[list(rules)] = False
+        left = [record for place, record in enumerate(records) if place not in rules]
+        return left, encoded.values[np.repeat(kept, encoded.counts)], encoded.counts[kept]
 
     @override
     def _collected(self) -> int:

@@ -17,7 +17,7 @@ from datastore.formats.arrow import table_of
 from datastore.formats.tokens import narrow_tokens, offsets_of, token_dtype
 from datastore.ingestion.encoding.chats import ChatEncoder, ChatTokens, UnusableChatError, end_to_end
 from datastore.ingestion.reading.documents import Reject, TextRecord, reject
-from datastore.ingestion.sinks import ShardSink, documents_of_texts
+from datastore.ingestion.sinks.documents import ShardSink, documents_of_texts
 from datastore.storage.base import Storage
 
 __all__ = ["PAIRS_SCHEMA", "ChatShards", "PairShards"]

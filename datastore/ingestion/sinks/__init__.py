@@ -1,0 +1,7 @@
+"""Documents and rows on their way into shards.
+
+documents     texts as tokens or as they are, and what another tool has written
+chats         chats with a loss mask, and pairs
+"""
+
+__all__: list[str] = []
