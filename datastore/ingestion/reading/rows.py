@@ -13,6 +13,7 @@ from typing import Any
 
 import orjson
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.types as kinds
 
 from datastore.dataset.journal import SourceFile
@@ -36,6 +37,9 @@ _HEAD_ROWS = 65_536
 _BATCH_BYTES = 4 * 2**20
 
 _BOM = b"\xef\xbb\xbf"
+
+_MEDIA = {"bytes", "path"}
+"""How Hugging Face keeps an image or a sound."""
 
 _LONG_NUMBER = re.compile(rb"\d{19}")
 
@@ -123,7 +127,9 @@ def read_rows(
         ConfigError: it holds what cannot, or must not, be read; or a line that does not fit the columns.
     """
     if is_table(file):
-        yield from FORMATS[file.format].read(storage, key, span)
+        for first, table in FORMATS[file.format].read(storage, key, span):
+            _require_bytes(table, file)
+            yield first, table
         return
     if file.format == "warc":
         yield from _warc_rows(storage, key, file=file, settings=settings)
@@ -139,6 +145,31 @@ def read_rows(
             first, size, batch = first + len(batch), 0, []
     if batch:
         yield first, _table(batch, wanted, file, whole=schema is not None)
+
+
+def _require_bytes(table: pa.Table, file: SourceFile) -> None:
+    """Raise unless images and sounds are in `table`, which may name files that lie elsewhere instead.
+
+    Raises:
+        ConfigError: one is not.
+    """
+    for field in table.schema:
+        if (
+            not kinds.is_struct(field.type)
+            or {field.type.field(at).name for at in range(field.type.num_fields)} != _MEDIA
+        ):
+            continue
+        column = table.column(field.name)
+        only_named = pc.and_(pc.is_valid(pc.struct_field(column, "path")), pc.is_null(pc.struct_field(column, "bytes")))
+        if pc.any(only_named).as_py():
+            path = pc.struct_field(column, "path").filter(only_named)[0].as_py()
+            raise ConfigError(
+                "an image or a sound is not in the file, only its path",
+                file=file.path,
+                column=field.name,
+                path=path,
+                hint="Ingest the `datasets` object itself, which puts the bytes in; or write the file anew without the column.",
+            )
 
 
 def _warc_rows(storage: Storage, key: str, *, file: SourceFile, settings: IngestSettings) -> Iterator[Rows]:

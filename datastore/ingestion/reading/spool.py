@@ -28,6 +28,9 @@ _COPY_BYTES = 2**20
 
 _BATCH_ROWS = 1000
 
+_MEDIA_ROWS = 64
+"""Rows at a time, where each may bring a file of some MB."""
+
 _OPTIONS = (
     orjson.OPT_APPEND_NEWLINE
     | orjson.OPT_SERIALIZE_NUMPY
@@ -87,10 +90,17 @@ def _kept(name: str, suffix: str, write: Any) -> Iterator[str]:
 
 
 def _write_tables(dataset: Any, sink: Any) -> None:
-    """Write a dataset of Hugging Face with the types that it has, and what it says of its columns."""
-    tables: Iterator[pa.Table] = iter(dataset.with_format("arrow").iter(batch_size=_BATCH_ROWS))
-    first = next(tables, None)
+    """Write a dataset of Hugging Face with the types that it has, and what it says of its columns.
+
+    Of images and sounds in files it has the paths alone: their bytes are put in.
+    """
     features = dataset.features
+    media = [] if features is None else [name for name in features if _is_media(features[name])]
+    rows = _MEDIA_ROWS if media else _BATCH_ROWS
+    tables: Iterator[pa.Table] = iter(dataset.with_format("arrow").iter(batch_size=rows))
+    if media:
+        tables = (_with_bytes(table, features, media) for table in tables)
+    first = next(tables, None)
     if first is None and features is None:
         return
     schema = features.arrow_schema if features is not None else first.schema if first is not None else pa.schema([])
@@ -104,6 +114,38 @@ def _write_tables(dataset: Any, sink: Any) -> None:
                     columns=schema.names,
                     hint="Say the types of the columns: `dataset.cast(features)`.",
                 ) from None
+
+
+def _is_media(feature: Any) -> bool:
+    """Return whether a column of Hugging Face has values that may lie in files of their own."""
+    if hasattr(feature, "embed_storage"):
+        return True
+    inner = getattr(feature, "feature", None)  # Of lists.
+    parts = feature.values() if isinstance(feature, dict) else feature if isinstance(feature, list) else [inner]
+    return any(part is not None and _is_media(part) for part in parts)
+
+
+def _with_bytes(table: pa.Table, features: Any, names: Sequence[str]) -> pa.Table:
+    """Return `table` with the bytes of its images and sounds.
+
+    Raises:
+        ConfigError: a file is gone.
+    """
+    from datasets.table import embed_array_storage  # noqa: PLC0415 - whoever has such a dataset has the library
+
+    for name in names:
+        index = table.schema.get_field_index(name)
+        try:
+            chunks = [embed_array_storage(chunk, features[name]) for chunk in table.column(index).chunks]
+        except (OSError, pa.ArrowException) as error:
+            raise ConfigError(
+                f"a file of the dataset cannot be read: {error}",
+                column=name,
+                hint="Bring the files back, or drop the column.",
+            ) from None
+        column = pa.chunked_array(chunks, features.arrow_schema.field(index).type)
+        table = table.set_column(index, features.arrow_schema.field(index), column)
+    return table
 
 
 def _write_rows(rows: Iterable[Any], file: IO[bytes]) -> None:
