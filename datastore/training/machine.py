@@ -14,13 +14,12 @@ import torch
 from datastore.digest import digest_bytes
 from datastore.errors import ConfigError
 from datastore.host import cores
-from datastore.training.distributed import Ranks
 from datastore.training.launcher import Launch
+from datastore.training.parallel.ranks import Ranks
 from datastore.training.settings import ModelSettings, StepSettings
 
 __all__ = [
     "Machine",
-    "autocast",
     "device_name",
     "flops_per_token",
     "peak_flops",
@@ -52,11 +51,6 @@ def pick_device(wanted: str, launch: Launch) -> torch.device:
 def device_name(device: torch.device) -> str:
     """Return what a person calls the device."""
     return torch.cuda.get_device_name(device) if device.type == "cuda" else f"cpu ({cores()} cores)"
-
-
-def autocast(device: torch.device, precision: str) -> torch.autocast:
-    """Return the context in which matrices are multiplied in "bf16" or "fp32"."""
-    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=precision == "bf16")
 
 
 @dataclass(frozen=True, slots=True)

@@ -60,6 +60,9 @@ class Hook:
     """Whether it has a part in training. One that acts on export only, and has no state, says False: it may be changed, added
     or left out when a run is resumed."""
 
+    takes_parts: ClassVar[bool] = False
+    """Whether parameters may be DTensors, of which this rank has a part only; if not, it trains with `parallel.data` only."""
+
     def __init__(self, settings: Document) -> None:
         self.settings = settings
 
