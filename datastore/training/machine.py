@@ -15,6 +15,7 @@ from datastore.digest import digest_bytes
 from datastore.errors import ConfigError
 from datastore.host import cores
 from datastore.training.launcher import Launch
+from datastore.training.parallel.layout import Layout
 from datastore.training.parallel.ranks import Ranks
 from datastore.training.settings import ModelSettings, StepSettings
 
@@ -62,7 +63,7 @@ class Machine:
     threads: int
 
 
-def use_machine(settings: StepSettings, ranks: Ranks, *, threads: int) -> Machine:
+def use_machine(settings: StepSettings, ranks: Ranks, layout: Layout, *, threads: int) -> Machine:
     """Set torch up for this rank; `threads` is what an earlier session used, 0 if there was none."""
     device = ranks.device
     threads = settings.threads or threads or max(1, cores() // ranks.launch.local_world)
@@ -77,7 +78,8 @@ def use_machine(settings: StepSettings, ranks: Ranks, *, threads: int) -> Machin
         able = torch.cpu.get_capabilities()
         native = bool(able.get("amx_bf16") or able.get("avx512_bf16") or able.get("bf16"))
     precision = settings.precision if settings.precision != "auto" else ("bf16" if native else "fp32")
-    compiled = device.type == "cuda" if settings.compile == "auto" else settings.compile
+    fit = device.type == "cuda" and layout.tensor == 1
+    compiled = fit if settings.compile == "auto" else settings.compile
     return Machine(precision, compiled, threads)
 
 

@@ -73,10 +73,11 @@ def run_session(request: SessionRequest, launch: Launch, report: Callable[[Train
         config = decode_config(
             ranks.share("config", lambda: encode_config(_config_under(stack.enter_context(lock), request, folder)))
         )
-        machine = use_machine(config.settings.train, ranks, threads=folder.threads_before(ranks.world))
+        layout = layout_of(config.settings, ranks.world)
+        machine = use_machine(config.settings.train, ranks, layout, threads=folder.threads_before(ranks.world))
         versions = _agree_on_versions(config, ranks)
         split = open_split(config, versions)
-        strategy = choose(layout_of(config.settings, ranks.world), ranks)
+        strategy = choose(layout, ranks)
         weights = _weights_to_begin_with(config, folder, split, ranks)
         trainer = Trainer.build(config, split, strategy, machine=machine, weights=weights)
         stack.callback(trainer.loader.close)

@@ -283,6 +283,8 @@ class Supervisor(Observer):
             "tokens_per_s": outcome.samples * self._settings.data.seq_len / outcome.seconds,
             "data_wait": outcome.wait_seconds / outcome.seconds,
         }
+        if self._trainer.scale is not None:
+            line["loss_scale"] = self._trainer.factor
         if self._peak is not None:
             line["mfu"] = line["tokens_per_s"] * self._flops_per_token / (self._peak * self._trainer.ranks.world)
         cache = self._trainer.loader.stats()

@@ -1,7 +1,7 @@
 """The trainer of one rank: its parts put together in the one order that works, and the loop that makes steps of batches.
 
     build   model, hooks, device, compile, ranks, optimizer, hooks again, loader
-    step    the next batch; for each micro-batch: outputs, loss, hooks, backward
+    step    the next batch; for each piece of it: outputs, loss, hooks, backward, as the strategy has it
             hooks change gradients; clip; step; hooks see moved parameters
     run     steps, each looked at one step late, when it costs no waiting; pauses where the observer wants one
 
@@ -17,7 +17,7 @@ before the first forward pass, and a micro-batch counts by its own.
 import time
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol, Self
 
 import msgspec
@@ -30,11 +30,11 @@ from datastore.loader.batch import Batch
 from datastore.loader.loader import Loader
 from datastore.loader.mixture.request import Mixture
 from datastore.loader.settings import Rank
-from datastore.training.hooks.base import Hook, HookSet, RunState, make_hooks
+from datastore.training.hooks.base import Hook, HookSet, RunState, make_hooks, refuse_whole
 from datastore.training.machine import Machine, seed_step
 from datastore.training.model import GPT, Block
 from datastore.training.objectives import MicroBatch, Objective, make_objective
-from datastore.training.optim import learning_rate, make_optimizer, set_learning_rate
+from datastore.training.optim import LossScale, divide, learning_rate, make_optimizer, set_learning_rate
 from datastore.training.parallel.layout import check_model
 from datastore.training.parallel.lesson import Lesson, Piece
 from datastore.training.parallel.norm import local_part
@@ -107,6 +107,9 @@ class Trainer:
     hooks: Mapping[str, Hook]
     objective: Objective
     loader: Loader
+    scale: LossScale | None = None
+    """Of a run in float16."""
+
     guard: Callable[[], AbstractContextManager[None]] = nullcontext
     """Entered while parameters and the state of hooks move: a checkpoint may still be copying them."""
 
@@ -147,6 +150,7 @@ class Trainer:
             hooks=hooks,
             objective=objective,
             loader=loader,
+            scale=LossScale() if machine.precision == "fp16" else None,
         )
         trainer._refuse_short_data()
         trainer._refuse_unreached()
@@ -165,6 +169,11 @@ class Trainer:
         return Lesson(self.objective, self.hooks, self.state.device, self.machine.precision)
 
     @property
+    def factor(self) -> float:
+        """What the loss is multiplied by before it goes backward."""
+        return 1.0 if self.scale is None else self.scale.factor.item()
+
+    @property
     def micro_rows(self) -> int:
         """Samples per forward pass."""
         return self.strategy.micro_rows(self.settings.data.global_batch, self.settings.train.micro_batch)
@@ -173,6 +182,7 @@ class Trainer:
         """Return what a checkpoint holds, besides the record; tensors are the live ones."""
         return {
             **self.strategy.items(self.state.model, self.state.optimizer),
+            **({} if self.scale is None else {"scale": self.scale.state()}),
             "hooks": HookSet(self.hooks),
             "data": ChangeableLoader(self.loader) if isinstance(self.loader.dataset, Mixture) else self.loader,
         }
@@ -203,7 +213,7 @@ class Trainer:
         batch = self._next_batch()
         waited = time.perf_counter() - started
         seed_step(self.settings.train.seed, state.step, self.strategy.place.reader)
-        loss = self.strategy.backward(self._pieces(batch), self.lesson)
+        loss = self.strategy.backward(self._pieces(batch), replace(self.lesson, scale=self.factor))
         rate = learning_rate(self.settings.optim, state.step, self.settings.train.steps)
         set_learning_rate(state.optimizer, rate)
         with self.guard():
@@ -241,10 +251,15 @@ class Trainer:
     def _update(self) -> Tensor:
         """Move the parameters along their gradients; return the norm of those before clipping."""
         state = self.state
+        if self.scale is not None:
+            divide(state.model.parameters(), self.factor)
         for hook in self.hooks.values():
             hook.gradients(state)
         norm = self.strategy.clip(state.model, self.settings.optim.clip or float("inf"))
-        state.optimizer.step()
+        if self.scale is None or self.scale.update(finite=bool(norm.isfinite())):
+            state.optimizer.step()
+        else:
+            norm = torch.zeros_like(norm)  # Of what the parameters have moved along.
         state.optimizer.zero_grad(set_to_none=True)
         state.step += 1
         for hook in self.hooks.values():
@@ -322,7 +337,7 @@ def build_with_hooks(
     settings, ranks = config.settings, strategy.ranks
     hooks = make_hooks(settings.hooks, where="settings")
     if strategy.splits:
-        _refuse_hooks(hooks)
+        refuse_whole(hooks)
     model: nn.Module = build_model(config)
     if weights is not None:
         model.load_state_dict(weights)
@@ -346,17 +361,6 @@ def build_with_hooks(
     for hook in hooks.values():
         hook.start(state)
     return state, hooks
-
-
-def _refuse_hooks(hooks: Mapping[str, Hook]) -> None:
-    """Refuse hooks that train and look at whole parameters."""
-    whole = [name for name, hook in hooks.items() if hook.trains and not hook.takes_parts]
-    if whole:
-        raise ConfigError(
-            "these hooks need whole parameters, and a rank has parts of them only",
-            hooks=whole,
-            hint="Use parallel.data alone, or say takes_parts = True in the hook if it can work on DTensors.",
-        )
 
 
 def _settle(late: Callable[[], StepOutcome], observer: Observer) -> bool:

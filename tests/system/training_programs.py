@@ -6,26 +6,31 @@ import sys
 from collections.abc import Callable
 from itertools import repeat
 from typing import Any
+from unittest.mock import Mock, patch
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import Replicate
 from torch.distributed.tensor.parallel import ColwiseParallel
 from torch.distributed.tensor.parallel.style import ParallelStyle
+from torch.nn import functional
 from typing_extensions import override
 
 from datastore.errors import ConfigError
 from datastore.training.hooks.base import RunState
 from datastore.training.launcher import Launch
 from datastore.training.machine import Machine
-from datastore.training.objectives import MicroBatch, Objective
+from datastore.training.model import GPT
+from datastore.training.objectives import Causal, MicroBatch, Objective
 from datastore.training.optim import make_optimizer
 from datastore.training.parallel.choose import choose
 from datastore.training.parallel.layout import Layout
+from datastore.training.parallel.lesson import Lesson, Piece
 from datastore.training.parallel.ranks import connect
-from datastore.training.parallel.strategy import Strategy
-from datastore.training.settings import DataSettings, OptimSettings, Settings, StepSettings
+from datastore.training.parallel.strategy import Strategy, zeros
+from datastore.training.settings import DataSettings, ModelSettings, OptimSettings, Settings, StepSettings
 from datastore.training.trainer import Observer, StepOutcome, Trainer
 
 Report = Callable[[dict[str, Any]], None]
@@ -189,3 +194,30 @@ def eight_parameters(launch: Launch, arguments: dict[str, Any], report: Report) 
         model = Eight()
         learn(choose(Layout(launch.world), ranks), model, Constant(), lr=arguments["lr"], steps=1)
         return model.values.tolist()
+
+
+class Smoothed(Causal):
+    """A cross-entropy that looks at all logits of a token."""
+
+    @override
+    def loss(self, outputs: Tensor, batch: MicroBatch) -> Tensor:
+        logits = outputs.flatten(0, 1).float()
+        return functional.cross_entropy(logits, batch.targets.flatten(), label_smoothing=0.1)
+
+
+def messages_of_a_step(launch: Launch, arguments: dict[str, Any], report: Report) -> list[int]:  # noqa: ARG001
+    """Return how often gradients are reduced for a batch of one piece, and of three."""
+    lesson = Lesson(Causal(), {}, torch.device("cpu"), "fp32")
+    with connect(launch, device=torch.device("cpu"), timeout_s=60) as ranks:
+        strategy = choose(Layout(shard=2), ranks)
+        model = GPT(ModelSettings(layers=2, width=16, heads=2, vocab_size=32))
+        model.initialize(torch.Generator().manual_seed(1))
+        strategy.distribute(model)
+        reduce = Mock(wraps=dist.reduce_scatter_single)
+        found = []
+        with patch.object(dist, "reduce_scatter_single", reduce):
+            for count in (1, 3):
+                reduce.reset_mock()
+                strategy.backward([Piece(zeros(2, 9, ranks.device), 1 / count)] * count, lesson)
+                found.append(reduce.call_count)
+        return found

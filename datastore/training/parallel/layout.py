@@ -108,6 +108,12 @@ def layout_of(settings: Settings, world: int) -> Layout:
             global_batch=settings.data.global_batch,
             hint="Raise data.global_batch, or start fewer processes.",
         )
+    if layout.tensor > 1 and settings.train.compile is True:
+        raise ConfigError(
+            "compiled blocks cannot be cut by tensor parallelism",
+            tensor=layout.tensor,
+            hint='Set train.compile = "auto" or false: torch 2.13 loses the layout of a gradient between compiled blocks.',
+        )
     if not settings.model.init:  # Else the shape is known later: `check_model` is called again.
         check_model(settings.model, layout, seq_len=settings.data.seq_len)
     return layout

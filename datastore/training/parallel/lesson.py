@@ -36,6 +36,8 @@ class Lesson:
     hooks: Mapping[str, Hook]
     device: torch.device
     precision: str
+    scale: float = 1.0
+    """By what the loss is multiplied before it goes backward."""
 
     def outputs(self, model: nn.Module, rows: MicroBatch) -> Tensor:
         """Return what the objective makes of `rows`."""

@@ -123,12 +123,12 @@ class Pipeline(Strategy):
             else:
                 schedule.eval(*inputs, target=numbers, losses=losses)
         # Not added up in `_loss`, which torch also calls to find out what the messages hold.
-        return sum(losses, torch.zeros((), device=self.ranks.device)).detach() / self.layout.readers
+        return sum(losses, torch.zeros((), device=self.ranks.device)).detach() / (self.layout.readers * lesson.scale)
 
     def _loss(self, outputs: Tensor, number: Tensor) -> Tensor:
         """Return what the piece with this `number`, of those under way, adds to the loss."""
         piece = self._pieces[int(number)]
-        return self._lesson.loss(outputs, piece.rows) * (piece.share * self.layout.readers)
+        return self._lesson.loss(outputs, piece.rows) * (piece.share * self.layout.readers * self._lesson.scale)
 
     def _schedule(self, pieces: int, rows: int, *, learn: bool) -> Any:
         """Return the schedule for `pieces` of so many rows; made once, as the first step of one settles what its messages hold."""

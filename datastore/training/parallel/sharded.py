@@ -126,7 +126,7 @@ class Sharded(Strategy):
                 self._model.set_requires_gradient_sync(number == len(pieces))
             with self._cut_logits(lesson):
                 loss = self._loss(piece.rows, lesson)
-                (loss * (piece.share * self.layout.readers)).backward()  # type: ignore[no-untyped-call]
+                (loss * (piece.share * self.layout.readers * lesson.scale)).backward()  # type: ignore[no-untyped-call]
             total += _plain(loss.detach()) * piece.share
         settle_partial(self._model.parameters())
         return total if self.place.speaks else total * 0.0

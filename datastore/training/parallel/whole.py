@@ -45,7 +45,7 @@ class Whole(Strategy):
         for number, piece in enumerate(pieces, start=1):
             with self._accumulating(last=number == len(pieces)):
                 loss = lesson.of(self._called, piece.rows)
-                (loss * (piece.share * self.layout.readers)).backward()  # type: ignore[no-untyped-call]
+                (loss * (piece.share * self.layout.readers * lesson.scale)).backward()  # type: ignore[no-untyped-call]
             total += loss.detach() * piece.share
         return total
 
