@@ -28,7 +28,6 @@ from datastore.training.hooks.base import training_hooks
 from datastore.training.launcher import Launch, on_first_signal
 from datastore.training.machine import device_name, pick_device, use_machine
 from datastore.training.metrics import MetricsWriter, Result, TrainingProgress
-from datastore.training.model import parameter_count
 from datastore.training.parallel.choose import choose
 from datastore.training.parallel.layout import layout_of
 from datastore.training.parallel.ranks import Ranks, connect
@@ -118,7 +117,7 @@ def run_session(request: SessionRequest, launch: Launch, report: Callable[[Train
         data_wait=supervisor.meter.data_wait,
         seconds=time.monotonic() - started,
         world=ranks.world,
-        parameters=parameter_count(trainer.state.model),
+        parameters=trainer.strategy.parameters(trainer.state.model),
     )
 
 

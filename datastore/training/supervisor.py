@@ -33,7 +33,6 @@ from datastore.storage.statistics import total_statistics
 from datastore.training.hooks.base import RunState
 from datastore.training.machine import flops_per_token, peak_flops
 from datastore.training.metrics import MetricsWriter, StepMeter, TrainingProgress
-from datastore.training.model import parameter_count
 from datastore.training.parallel.norm import local_part
 from datastore.training.run.lock import RunLock
 from datastore.training.run.record import ConsumptionRecord, StepEntry
@@ -96,7 +95,9 @@ class Supervisor(Observer):
         self._reported = 0.0
         self._peak = peak_flops(trainer.state.device)
         self._flops_per_token = flops_per_token(
-            self._settings.model, parameters=parameter_count(trainer.state.model), seq_len=self._settings.data.seq_len
+            self._settings.model,
+            parameters=trainer.strategy.parameters(trainer.state.model),
+            seq_len=self._settings.data.seq_len,
         )
         self.outputs: Outputs | None = None
         self.last: StepOutcome | None = None

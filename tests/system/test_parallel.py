@@ -98,12 +98,13 @@ def test_a_layout_learns_what_one_process_learns(name: str, language: str, tmp_p
     assert farthest(tmp_path / "alone", tmp_path / "together") < 1e-5
     assert together.validation_loss == pytest.approx(alone.validation_loss, abs=1e-5)
     assert consumed(tmp_path / "alone") == consumed(tmp_path / "together")
+    assert together.parameters == alone.parameters
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("tied", ["true", "false"])
 def test_fifty_steps_of_every_layout_are_those_of_one_process(tied: str, language: str, tmp_path: Path) -> None:
-    plain = [f"model.tied={tied}", "train.steps=50"]
+    plain = [f"model.tied={tied}", "train.steps=50", "optim.warmup=5", "optim.floor=0.1"]
     train(settings(language, *plain), str(tmp_path / "alone"))
     for name, (processes, sizes) in LAYOUTS.items():
         if tied == "true" and "pipeline" in sizes:
@@ -195,6 +196,13 @@ def test_a_hook_that_needs_whole_parameters_is_refused_where_ranks_have_parts(la
     with pytest.raises(ConfigError, match="need whole parameters"):
         train(settings(language, "parallel.shard=2", hooks=prune), str(tmp_path / "run"), processes=2)
     assert not (tmp_path / "run" / "steps").exists()
+
+
+def test_a_parameter_that_no_loss_reaches_is_refused_where_ranks_have_parts(language: str, tmp_path: Path) -> None:
+    spare = ({"use": "training_programs:Spare"},)
+    with pytest.raises(ConfigError, match="does not depend on a parameter") as caught:
+        train(settings(language, "parallel.shard=2", hooks=spare), str(tmp_path / "run"), processes=2)
+    assert caught.value.values["parameters"] == ["spare"]
 
 
 def test_an_objective_of_ones_own_is_refused_in_a_pipeline(language: str, tmp_path: Path) -> None:

@@ -19,7 +19,7 @@ from torch.nn import functional
 from typing_extensions import override
 
 from datastore.errors import ConfigError
-from datastore.training.hooks.base import RunState
+from datastore.training.hooks.base import Hook, RunState
 from datastore.training.launcher import Launch
 from datastore.training.machine import Machine
 from datastore.training.model import GPT
@@ -221,3 +221,14 @@ def messages_of_a_step(launch: Launch, arguments: dict[str, Any], report: Report
                 strategy.backward([Piece(zeros(2, 9, ranks.device), 1 / count)] * count, lesson)
                 found.append(reduce.call_count)
         return found
+
+
+class Spare(Hook):
+    """Gives the model a parameter that nothing uses."""
+
+    takes_parts = True
+
+    @override
+    def model(self, model: nn.Module) -> nn.Module:
+        model.register_parameter("spare", nn.Parameter(torch.zeros(4)))
+        return model

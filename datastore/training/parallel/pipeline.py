@@ -185,6 +185,10 @@ class Pipeline(Strategy):
         return clip_everywhere(model.parameters(), limit, copies=self.layout.world // self.layout.pipeline)
 
     @override
+    def parameters(self, model: nn.Module) -> int:
+        return sum(self._shapes[name][0].numel() for name in self._trained)
+
+    @override
     def items(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
         weights, moments = dict(model.state_dict()), named_state(model, optimizer)
         sample = next(iter(moments.values()), {})

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from datastore.loader.batch import Batch
+from datastore.training.model import parameter_count
 from datastore.training.objectives import MicroBatch, micro_batches
 from datastore.training.optim import named_state
 from datastore.training.parallel.layout import Layout, Place
@@ -106,6 +107,10 @@ class Strategy(ABC):
         found = {name: one.grad for name, one in model.named_parameters() if one.requires_grad}
         model.zero_grad(set_to_none=True)
         return loss, found
+
+    def parameters(self, model: nn.Module) -> int:
+        """Return the number of trainable values of the whole model, of which `model` is this rank's part."""
+        return parameter_count(model)
 
     def items(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
         """Return model and optimizer as a checkpoint holds them, the same keys on every rank; tensors are the live ones."""
