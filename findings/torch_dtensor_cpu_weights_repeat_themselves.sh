@@ -9,7 +9,8 @@
 # Why it matters: whoever tries a sharded run on CPUs (tests, CI, small clusters) measures
 # another model than on one process, and loss still falls. torch warns once that random
 # operators "may not have complete support on cpu device mesh"; nothing says what comes out.
-# Our own runs draw the weights whole, on the CPU, before they are sharded.
+# A way out: draw the weights whole, then shard them.
+# Upstream: https://github.com/pytorch/torchtitan/issues/3106 has it for GPUs with CPU offload.
 set -euo pipefail
 tmp=$(mktemp -d); trap 'rm -rf "$tmp"' EXIT
 "${PYTHON:-python3}" -m venv "$tmp/v"
