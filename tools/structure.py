@@ -30,6 +30,8 @@ SHORT = {
     "interop/formats.py": "a registry",
     "dataset/query/readable.py": "a protocol",
     "storage/rendezvous.py": "a pure function with its source",
+    "training/parallel/choose.py": "a registry",
+    "training/parallel/norm.py": "a pure function with its reason",
 }
 """Modules that may have fewer lines, and why."""
 

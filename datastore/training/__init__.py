@@ -6,7 +6,7 @@ trainer       Trainer: built in one order, then stepped
 supervisor    between steps: record, measure, evaluate, save
 settings      what a run can be told
 machine       what "auto" becomes here
-distributed   the ranks of a run
+parallel      how the ranks share the work
 launcher      ranks on this machine: started, watched, ended
 model, objectives, optim    what is learned, and how
 hooks         other code in the life of a model

@@ -14,13 +14,13 @@ import torch
 from datastore.digest import digest_bytes
 from datastore.errors import ConfigError
 from datastore.host import cores
-from datastore.training.distributed import Ranks
 from datastore.training.launcher import Launch
+from datastore.training.parallel.layout import Layout
+from datastore.training.parallel.ranks import Ranks
 from datastore.training.settings import ModelSettings, StepSettings
 
 __all__ = [
     "Machine",
-    "autocast",
     "device_name",
     "flops_per_token",
     "peak_flops",
@@ -54,11 +54,6 @@ def device_name(device: torch.device) -> str:
     return torch.cuda.get_device_name(device) if device.type == "cuda" else f"cpu ({cores()} cores)"
 
 
-def autocast(device: torch.device, precision: str) -> torch.autocast:
-    """Return the context in which matrices are multiplied in "bf16" or "fp32"."""
-    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=precision == "bf16")
-
-
 @dataclass(frozen=True, slots=True)
 class Machine:
     """What the settings that say "auto" became here."""
@@ -68,7 +63,7 @@ class Machine:
     threads: int
 
 
-def use_machine(settings: StepSettings, ranks: Ranks, *, threads: int) -> Machine:
+def use_machine(settings: StepSettings, ranks: Ranks, layout: Layout, *, threads: int) -> Machine:
     """Set torch up for this rank; `threads` is what an earlier session used, 0 if there was none."""
     device = ranks.device
     threads = settings.threads or threads or max(1, cores() // ranks.launch.local_world)
@@ -83,7 +78,8 @@ def use_machine(settings: StepSettings, ranks: Ranks, *, threads: int) -> Machin
         able = torch.cpu.get_capabilities()
         native = bool(able.get("amx_bf16") or able.get("avx512_bf16") or able.get("bf16"))
     precision = settings.precision if settings.precision != "auto" else ("bf16" if native else "fp32")
-    compiled = device.type == "cuda" if settings.compile == "auto" else settings.compile
+    fit = device.type == "cuda" and layout.tensor == 1
+    compiled = fit if settings.compile == "auto" else settings.compile
     return Machine(precision, compiled, threads)
 
 

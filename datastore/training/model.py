@@ -15,10 +15,11 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.utils.checkpoint import checkpoint
 
 from datastore.training.settings import ModelSettings
 
-__all__ = ["GPT", "KeyValueCache", "parameter_count"]
+__all__ = ["GPT", "Block", "KeyValueCache", "parameter_count", "turns_of"]
 
 _INIT_STD = 0.02
 
@@ -60,9 +61,10 @@ class Attention(nn.Module):
     def forward(self, x_BTC: Tensor, turns: tuple[Tensor, Tensor], cache: KeyValueCache | None) -> Tensor:
         """Return what each token gathers from itself and the tokens before it, [B, T, C]."""
         batch, tokens, _ = x_BTC.shape
-        q_BHTD = self.q_proj(x_BTC).view(batch, tokens, self.heads, self.head_width).transpose(1, 2)
-        k_BKTD = self.k_proj(x_BTC).view(batch, tokens, self.key_heads, self.head_width).transpose(1, 2)
-        v_BKTD = self.v_proj(x_BTC).view(batch, tokens, self.key_heads, self.head_width).transpose(1, 2)
+        # -1: as many heads as are here, which is a part of them under tensor parallelism.
+        q_BHTD = self.q_proj(x_BTC).view(batch, tokens, -1, self.head_width).transpose(1, 2)
+        k_BKTD = self.k_proj(x_BTC).view(batch, tokens, -1, self.head_width).transpose(1, 2)
+        v_BKTD = self.v_proj(x_BTC).view(batch, tokens, -1, self.head_width).transpose(1, 2)
         q_BHTD, k_BKTD = _rotate(q_BHTD, turns), _rotate(k_BKTD, turns)
         if cache is not None:
             k_BKTD, v_BKTD = cache.extend(self.layer, k_BKTD, v_BKTD)
@@ -97,9 +99,16 @@ class Block(nn.Module):
         self.self_attn = Attention(settings, layer)
         self.post_attention_layernorm = nn.RMSNorm(settings.width, eps=settings.norm_eps)
         self.mlp = MLP(settings)
+        self.recompute = False
+        """Whether only the input is kept for the backward pass, which computes the rest again."""
 
     def forward(self, x_BTC: Tensor, turns: tuple[Tensor, Tensor], cache: KeyValueCache | None) -> Tensor:
         """Return the residual stream behind this layer, [B, T, C]."""
+        if self.recompute and torch.is_grad_enabled():
+            return checkpoint(self._add, x_BTC, turns, cache, use_reentrant=False)  # type: ignore[no-any-return]
+        return self._add(x_BTC, turns, cache)
+
+    def _add(self, x_BTC: Tensor, turns: tuple[Tensor, Tensor], cache: KeyValueCache | None) -> Tensor:
         x_BTC = x_BTC + self.self_attn(self.input_layernorm(x_BTC), turns, cache)
         return x_BTC + self.mlp(self.post_attention_layernorm(x_BTC))  # type: ignore[no-any-return]
 
@@ -143,7 +152,7 @@ class GPT(nn.Module):
     def forward(self, ids_BT: Tensor, cache: KeyValueCache | None = None) -> Tensor:
         """Return the logits of each next token, [B, T, V]. With a `cache`, feed the prompt first, then one token at a time."""
         start = cache.length if cache is not None else 0
-        turns = _turns(self.settings, start, ids_BT.shape[1], ids_BT.device)
+        turns = turns_of(self.settings, start, ids_BT.shape[1], ids_BT.device)
         x_BTC = self.model(ids_BT, turns, cache)
         if self.lm_head is None:
             return functional.linear(x_BTC, self.model.embed_tokens.weight)
@@ -155,8 +164,8 @@ def parameter_count(model: nn.Module) -> int:
     return sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
 
 
-def _turns(settings: ModelSettings, start: int, tokens: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Cosine and sine [T, D] of the angle by which each pair of channels turns at each position."""
+def turns_of(settings: ModelSettings, start: int, tokens: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Return cosine and sine [T, D] of the angle by which each pair of channels turns at each position."""
     half = torch.arange(0, settings.width // settings.heads, 2, dtype=torch.float32, device=device)
     speeds = settings.rope_theta ** (-half / (settings.width // settings.heads))
     angles = torch.outer(torch.arange(start, start + tokens, dtype=torch.float32, device=device), speeds)

@@ -8,13 +8,14 @@ Source: I. Loshchilov and F. Hutter, arXiv:1711.05101 (AdamW), arXiv:1608.03983 
 """
 
 import math
+from collections.abc import Iterable
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from datastore.training.settings import OptimSettings
 
-__all__ = ["learning_rate", "make_optimizer", "named_state", "set_learning_rate"]
+__all__ = ["LossScale", "divide", "learning_rate", "make_optimizer", "named_state", "set_learning_rate"]
 
 
 def learning_rate(settings: OptimSettings, step: int, steps: int) -> float:
@@ -48,6 +49,45 @@ def make_optimizer(model: nn.Module, settings: OptimSettings) -> torch.optim.Opt
             "exp_avg_sq": torch.zeros_like(parameter),
         }
     return optimizer
+
+
+class LossScale:
+    """The factor that keeps gradients of float16 from vanishing: halved by a step that overflows, doubled after 2,000 that do not.
+
+    It is a power of two, so no bit of a gradient depends on it unless it vanishes or overflows. Every rank has the same, as
+    every rank sees the same norm. Those numbers are torch's, as in `torch.amp.GradScaler`; that class looks for infinities on
+    each rank by itself, which is not enough where ranks have parts.
+
+    Source: P. Micikevicius et al., "Mixed Precision Training", arXiv:1710.03740.
+    """
+
+    _FIRST, _PATIENCE = 2.0**16, 2000
+
+    def __init__(self) -> None:
+        self.factor = torch.tensor(self._FIRST, dtype=torch.float32)
+        self._good = torch.zeros((), dtype=torch.int64)
+
+    def state(self) -> dict[str, Tensor]:
+        """Return the live tensors, to save and to fill in place."""
+        return {"factor": self.factor, "good": self._good}
+
+    def update(self, *, finite: bool) -> bool:
+        """Take note of a step; return whether it is to be taken: one that overflowed is not, while there is a smaller factor."""
+        if not finite and self.factor.item() > 1.0:
+            self.factor.mul_(0.5)
+            self._good.zero_()
+            return False
+        self._good.add_(1)
+        if self._good.item() == self._PATIENCE:
+            self.factor.mul_(2.0)
+            self._good.zero_()
+        return True
+
+
+def divide(parameters: Iterable[Tensor], by: float) -> None:
+    """Divide the gradients of `parameters`."""
+    grads = [one.grad for one in parameters if one.grad is not None]
+    torch._foreach_div_(grads, by)
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:

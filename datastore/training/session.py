@@ -23,13 +23,14 @@ from datastore.document import decode, encode
 from datastore.errors import ConfigError
 from datastore.host import utc_now
 from datastore.loader.settings import Rank
-from datastore.training.distributed import Ranks, connect
 from datastore.training.export.initial import initial_weights, with_shape
 from datastore.training.hooks.base import training_hooks
 from datastore.training.launcher import Launch, on_first_signal
 from datastore.training.machine import device_name, pick_device, use_machine
 from datastore.training.metrics import MetricsWriter, Result, TrainingProgress
-from datastore.training.model import parameter_count
+from datastore.training.parallel.choose import choose
+from datastore.training.parallel.layout import layout_of
+from datastore.training.parallel.ranks import Ranks, connect
 from datastore.training.run.data import Versions
 from datastore.training.run.folder import (
     CONFIG_KEY,
@@ -45,7 +46,7 @@ from datastore.training.run.folder import (
 )
 from datastore.training.run.lock import RunLock
 from datastore.training.run.split import Split, ValidationSamples
-from datastore.training.settings import SessionRequest, Settings, check_world
+from datastore.training.settings import SessionRequest, Settings
 from datastore.training.supervisor import Outputs, Supervisor
 from datastore.training.trainer import Trainer
 
@@ -59,7 +60,7 @@ def run_session(request: SessionRequest, launch: Launch, report: Callable[[Train
         DatastoreError: see `start.train`.
     """
     started = time.monotonic()
-    check_world(request.settings, launch.world)
+    layout_of(request.settings, launch.world)
     stop = threading.Event()
     with ExitStack() as stack:
         stack.enter_context(on_first_signal(stop.set, last_word=launch.world == 1))
@@ -71,12 +72,13 @@ def run_session(request: SessionRequest, launch: Launch, report: Callable[[Train
         config = decode_config(
             ranks.share("config", lambda: encode_config(_config_under(stack.enter_context(lock), request, folder)))
         )
-        machine = use_machine(config.settings.train, ranks, threads=folder.threads_before(ranks.world))
+        layout = layout_of(config.settings, ranks.world)
+        machine = use_machine(config.settings.train, ranks, layout, threads=folder.threads_before(ranks.world))
         versions = _agree_on_versions(config, ranks)
         split = open_split(config, versions)
-        trainer = Trainer.build(
-            config, split, ranks, machine=machine, weights=_weights_to_begin_with(config, folder, split, ranks)
-        )
+        strategy = choose(layout, ranks)
+        weights = _weights_to_begin_with(config, folder, split, ranks)
+        trainer = Trainer.build(config, split, strategy, machine=machine, weights=weights)
         stack.callback(trainer.loader.close)
         checkpointer = stack.enter_context(_open_checkpointer(config.settings, folder, ranks, session=name))
         supervisor = Supervisor(
@@ -115,7 +117,7 @@ def run_session(request: SessionRequest, launch: Launch, report: Callable[[Train
         data_wait=supervisor.meter.data_wait,
         seconds=time.monotonic() - started,
         world=ranks.world,
-        parameters=parameter_count(trainer.state.model),
+        parameters=trainer.strategy.parameters(trainer.state.model),
     )
 
 
@@ -182,7 +184,7 @@ def _samples(split: Split, trainer: Trainer) -> list[ValidationSamples]:
     settings = trainer.settings
     if not settings.eval.every:
         return []
-    rank = Rank(trainer.ranks.rank, trainer.ranks.world)
+    rank = Rank(trainer.strategy.place.reader, trainer.strategy.layout.readers)
     return split.samples(settings.eval.samples, seq_len=settings.data.seq_len, rank=rank, options=settings.loader)
 
 

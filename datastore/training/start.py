@@ -16,7 +16,8 @@ from datastore.document import convert
 from datastore.errors import ConfigError
 from datastore.training.launcher import Launch, spawn
 from datastore.training.metrics import Result, TrainingProgress
-from datastore.training.settings import SessionRequest, Settings, check_world
+from datastore.training.parallel.layout import layout_of
+from datastore.training.settings import SessionRequest, Settings
 
 __all__ = ["fork", "resume", "train"]
 
@@ -127,7 +128,7 @@ def _run(
             processes=processes,
             hint="Use torchrun or --processes, not both.",
         )
-    check_world(request.settings, max(launch.world, processes) if processes > 0 else processes)
+    layout_of(request.settings, max(launch.world, processes) if processes > 0 else processes)
     if processes == 1:
         from datastore.training.session import run_session  # noqa: PLC0415 - loads torch
 

@@ -16,7 +16,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, wait
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from logging import getLogger
 from typing import Any
 
@@ -33,7 +33,7 @@ from datastore.storage.statistics import total_statistics
 from datastore.training.hooks.base import RunState
 from datastore.training.machine import flops_per_token, peak_flops
 from datastore.training.metrics import MetricsWriter, StepMeter, TrainingProgress
-from datastore.training.model import parameter_count
+from datastore.training.parallel.norm import local_part
 from datastore.training.run.lock import RunLock
 from datastore.training.run.record import ConsumptionRecord, StepEntry
 from datastore.training.run.split import ValidationSamples
@@ -95,7 +95,9 @@ class Supervisor(Observer):
         self._reported = 0.0
         self._peak = peak_flops(trainer.state.device)
         self._flops_per_token = flops_per_token(
-            self._settings.model, parameters=parameter_count(trainer.state.model), seq_len=self._settings.data.seq_len
+            self._settings.model,
+            parameters=trainer.strategy.parameters(trainer.state.model),
+            seq_len=self._settings.data.seq_len,
         )
         self.outputs: Outputs | None = None
         self.last: StepOutcome | None = None
@@ -184,9 +186,8 @@ class Supervisor(Observer):
         found = validation_loss(
             trainer.state.model,
             self._samples,
-            objective=trainer.objective,
-            ranks=trainer.ranks,
-            precision=trainer.machine.precision,
+            lesson=replace(trainer.lesson, hooks={}),
+            strategy=trainer.strategy,
             rows=trainer.micro_rows,
         )
         if not math.isfinite(found.loss):
@@ -197,7 +198,7 @@ class Supervisor(Observer):
 
     def _save(self, step: int, *, blocking: bool, finished: bool) -> None:
         hint = f"This step is not saved; the newest checkpoint is from before it. {_ADVICE}"
-        if not _all_finite(self._tensors()):
+        if not self._trainer.ranks.least(int(_all_finite(self._tensors()))):
             raise DatastoreError("the weights or the state of the optimizer are not finite", step=step, hint=hint)
         if not self._trainer.can_go_on():
             raise DatastoreError("the step has left weights whose loss is not finite", step=step, hint=hint)
@@ -268,9 +269,9 @@ class Supervisor(Observer):
 
     def _tensors(self) -> Iterator[Tensor]:
         state = self._trainer.state
-        yield from state.model.parameters()
+        yield from map(local_part, state.model.parameters())
         for kept in state.optimizer.state.values():
-            yield from (value for value in kept.values() if isinstance(value, Tensor))
+            yield from (local_part(value) for value in kept.values() if isinstance(value, Tensor))
 
     def _numbers(self, outcome: StepOutcome) -> dict[str, Any]:
         line = {
@@ -283,6 +284,8 @@ class Supervisor(Observer):
             "tokens_per_s": outcome.samples * self._settings.data.seq_len / outcome.seconds,
             "data_wait": outcome.wait_seconds / outcome.seconds,
         }
+        if self._trainer.scale is not None:
+            line["loss_scale"] = self._trainer.factor
         if self._peak is not None:
             line["mfu"] = line["tokens_per_s"] * self._flops_per_token / (self._peak * self._trainer.ranks.world)
         cache = self._trainer.loader.stats()

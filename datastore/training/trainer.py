@@ -1,7 +1,7 @@
 """The trainer of one rank: its parts put together in the one order that works, and the loop that makes steps of batches.
 
     build   model, hooks, device, compile, ranks, optimizer, hooks again, loader
-    step    the next batch; for each micro-batch: outputs, loss, hooks, backward
+    step    the next batch; for each piece of it: outputs, loss, hooks, backward, as the strategy has it
             hooks change gradients; clip; step; hooks see moved parameters
     run     steps, each looked at one step late, when it costs no waiting; pauses where the observer wants one
 
@@ -17,7 +17,7 @@ before the first forward pass, and a micro-batch counts by its own.
 import time
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol, Self
 
 import msgspec
@@ -30,12 +30,16 @@ from datastore.loader.batch import Batch
 from datastore.loader.loader import Loader
 from datastore.loader.mixture.request import Mixture
 from datastore.loader.settings import Rank
-from datastore.training.distributed import Ranks
-from datastore.training.hooks.base import Hook, HookSet, RunState, make_hooks
-from datastore.training.machine import Machine, autocast, seed_step
+from datastore.training.hooks.base import Hook, HookSet, RunState, make_hooks, refuse_whole
+from datastore.training.machine import Machine, seed_step
 from datastore.training.model import GPT, Block
-from datastore.training.objectives import MicroBatch, Objective, make_objective, micro_batches
-from datastore.training.optim import learning_rate, make_optimizer, named_state, set_learning_rate
+from datastore.training.objectives import MicroBatch, Objective, make_objective
+from datastore.training.optim import LossScale, divide, learning_rate, make_optimizer, set_learning_rate
+from datastore.training.parallel.layout import check_model
+from datastore.training.parallel.lesson import Lesson, Piece
+from datastore.training.parallel.norm import local_part
+from datastore.training.parallel.ranks import Ranks
+from datastore.training.parallel.strategy import Strategy, zeros
 from datastore.training.run.data import ChangeableLoader
 from datastore.training.run.folder import RunConfig
 from datastore.training.run.split import Split
@@ -93,17 +97,19 @@ class Trainer:
 
     settings: Settings
     vocab_size: int
-    ranks: Ranks
+    strategy: Strategy
+    """How the ranks share the work."""
+
     machine: Machine
     state: RunState
-    """What hooks and checkpoints see; `state.model` is the model without its wrapper."""
-
-    model: nn.Module
-    """The model as the loop calls it, distributed: calling it is what averages gradients."""
+    """What hooks and checkpoints see; `state.model` is this rank's part of the model."""
 
     hooks: Mapping[str, Hook]
     objective: Objective
     loader: Loader
+    scale: LossScale | None = None
+    """Of a run in float16."""
+
     guard: Callable[[], AbstractContextManager[None]] = nullcontext
     """Entered while parameters and the state of hooks move: a checkpoint may still be copying them."""
 
@@ -112,7 +118,7 @@ class Trainer:
         cls,
         config: RunConfig,
         split: Split,
-        ranks: Ranks,
+        strategy: Strategy,
         *,
         machine: Machine,
         weights: Mapping[str, Tensor] | None = None,
@@ -122,45 +128,61 @@ class Trainer:
         Raises:
             ConfigError: a hook or the objective is unknown or wrongly set; the dataset has no sample; no loss reaches a parameter.
         """
-        settings = config.settings
+        settings, layout = config.settings, strategy.layout
+        shape = msgspec.structs.replace(settings.model, vocab_size=config.vocab_size)
+        check_model(shape, layout, seq_len=settings.data.seq_len)
         objective = make_objective(settings.objective)
-        state, model, hooks = build_with_hooks(config, ranks, compiled=machine.compiled, weights=weights)
+        state, hooks = build_with_hooks(config, strategy, compiled=machine.compiled, weights=weights)
         loader = Loader(
             split.training,
             seq_len=settings.data.seq_len,
             global_batch=settings.data.global_batch,
             seed=settings.data.seed,
-            rank=Rank(ranks.rank, ranks.world),
+            rank=Rank(strategy.place.reader, layout.readers),
             options=settings.loader,
         )
         trainer = cls(
             settings=settings,
             vocab_size=config.vocab_size,
-            ranks=ranks,
+            strategy=strategy,
             machine=machine,
             state=state,
-            model=model,
             hooks=hooks,
             objective=objective,
             loader=loader,
+            scale=LossScale() if machine.precision == "fp16" else None,
         )
         trainer._refuse_short_data()
         trainer._refuse_unreached()
-        if ranks.world > 1 or machine.compiled:
-            ranks.settle(model, lambda: trainer._loss_of_zeros(model))
+        if layout.world > 1 or machine.compiled:
+            strategy.settle(state.model, trainer.lesson, trainer._zeros(trainer.micro_rows))
         return trainer
+
+    @property
+    def ranks(self) -> Ranks:
+        """All ranks of the run."""
+        return self.strategy.ranks
+
+    @property
+    def lesson(self) -> Lesson:
+        """What is learned from some rows."""
+        return Lesson(self.objective, self.hooks, self.state.device, self.machine.precision)
+
+    @property
+    def factor(self) -> float:
+        """What the loss is multiplied by before it goes backward."""
+        return 1.0 if self.scale is None else self.scale.factor.item()
 
     @property
     def micro_rows(self) -> int:
         """Samples per forward pass."""
-        share = -(-self.settings.data.global_batch // self.ranks.world)
-        return min(self.settings.train.micro_batch or share, share)
+        return self.strategy.micro_rows(self.settings.data.global_batch, self.settings.train.micro_batch)
 
     def items(self) -> dict[str, Any]:
         """Return what a checkpoint holds, besides the record; tensors are the live ones."""
         return {
-            "model": self.state.model,
-            "optim": named_state(self.state.model, self.state.optimizer),
+            **self.strategy.items(self.state.model, self.state.optimizer),
+            **({} if self.scale is None else {"scale": self.scale.state()}),
             "hooks": HookSet(self.hooks),
             "data": ChangeableLoader(self.loader) if isinstance(self.loader.dataset, Mixture) else self.loader,
         }
@@ -190,14 +212,15 @@ class Trainer:
         started = time.perf_counter()
         batch = self._next_batch()
         waited = time.perf_counter() - started
-        seed_step(self.settings.train.seed, state.step, state.rank)
-        loss = self.backward(batch)
+        seed_step(self.settings.train.seed, state.step, self.strategy.place.reader)
+        loss = self.strategy.backward(self._pieces(batch), replace(self.lesson, scale=self.factor))
         rate = learning_rate(self.settings.optim, state.step, self.settings.train.steps)
         set_learning_rate(state.optimizer, rate)
         with self.guard():
             norm = self._update()
         # Two small sums per step, looked at after the next one: `.item()` here would stall a GPU.
-        counts = [_signed(batch.fingerprint()), int(batch.valid.sum()), int(stopping)]
+        read = [_signed(batch.fingerprint()), int(batch.valid.sum())]
+        counts = [*(read if self.strategy.place.speaks else [0, 0]), int(stopping)]
         exact = self.ranks.sum(torch.tensor(counts, dtype=torch.int64).to(state.device))
         mean_wait = torch.tensor(waited / state.world, dtype=torch.float64, device=loss.device)
         inexact = self.ranks.sum(torch.stack((loss.double(), mean_wait)))
@@ -221,33 +244,22 @@ class Trainer:
 
         return finish
 
-    def backward(self, batch: Batch) -> Tensor:
-        """Leave the gradient of the mean over the global batch in the parameters; return this rank's part of the mean."""
-        device, world = self.state.device, self.state.world
-        total = torch.zeros((), device=device)
-        pieces = list(micro_batches(batch, device, rows=self.micro_rows))
-        whole = _learned(batch, device, self.ranks)
-        for number, micro in enumerate(pieces, start=1):
-            counted = micro.learned
-            rows = len(micro.tokens) / self.settings.data.global_batch
-            share = rows if whole is None or counted is None else (counted / whole).float()
-            with self.ranks.accumulating(self.model, last=number == len(pieces)):
-                with autocast(device, self.machine.precision):
-                    outputs = self.objective.outputs(self.model, micro)
-                    loss = self.objective.loss(outputs, micro)
-                    for hook in self.hooks.values():
-                        loss = hook.loss(loss, micro, outputs)
-                (loss * (share * world)).backward()  # type: ignore[no-untyped-call]
-            total += loss.detach() * share
-        return total
+    def _pieces(self, batch: Batch) -> list[Piece]:
+        settings = self.settings
+        return self.strategy.pieces(batch, rows=self.micro_rows, global_batch=settings.data.global_batch)
 
     def _update(self) -> Tensor:
         """Move the parameters along their gradients; return the norm of those before clipping."""
         state = self.state
+        if self.scale is not None:
+            divide(state.model.parameters(), self.factor)
         for hook in self.hooks.values():
             hook.gradients(state)
-        norm = torch.nn.utils.clip_grad_norm_(state.model.parameters(), self.settings.optim.clip or float("inf"))
-        state.optimizer.step()
+        norm = self.strategy.clip(state.model, self.settings.optim.clip or float("inf"))
+        if self.scale is None or self.scale.update(finite=bool(norm.isfinite())):
+            state.optimizer.step()
+        else:
+            norm = torch.zeros_like(norm)  # Of what the parameters have moved along.
         state.optimizer.zero_grad(set_to_none=True)
         state.step += 1
         for hook in self.hooks.values():
@@ -268,21 +280,14 @@ class Trainer:
             )
         return batch
 
-    def _loss_of_zeros(self, model: nn.Module, *, rows: int = 0) -> Tensor:
-        """Return the loss of `rows` samples (0: of a forward pass as in a step), as the hooks change it."""
-        shape = (rows or self.micro_rows, self.settings.data.seq_len + 1)
-        batch = MicroBatch(torch.zeros(shape, dtype=torch.int64, device=self.state.device))
-        with autocast(self.state.device, self.machine.precision):
-            outputs = self.objective.outputs(model, batch)
-            loss = self.objective.loss(outputs, batch)
-            for hook in self.hooks.values():
-                loss = hook.loss(loss, batch, outputs)
-        return loss
+    def _zeros(self, rows: int) -> MicroBatch:
+        return zeros(rows, self.settings.data.seq_len + 1, self.state.device)
 
     def can_go_on(self) -> bool:
         """Return whether the weights give a finite loss and finite gradients: a step on one row of zeros, not taken."""
         loss, gradients = self._probe()
-        return all(bool(one.isfinite().all()) for one in (loss, *gradients.values()) if one is not None)
+        finite = all(bool(local_part(one).isfinite().all()) for one in (loss, *gradients.values()) if one is not None)
+        return bool(self.ranks.least(int(finite)))
 
     def _refuse_unreached(self) -> None:
         """Refuse parameters without a gradient: one process would leave them as they are, and several would wait for them."""
@@ -306,14 +311,9 @@ class Trainer:
             )
 
     def _probe(self) -> tuple[Tensor, dict[str, Tensor | None]]:
-        """Return a loss and its gradients by parameter, on this rank alone; nothing is changed."""
-        loss = self._loss_of_zeros(self.state.model, rows=0 if self.machine.compiled else 1)
-        trained = {name: one for name, one in self.state.model.named_parameters() if one.requires_grad}
-        if not loss.requires_grad:
-            return loss, dict.fromkeys(trained)
-        return loss, dict(
-            zip(trained, torch.autograd.grad(loss, list(trained.values()), allow_unused=True), strict=True)
-        )
+        """Return a loss and the gradients of this rank's part by parameter; nothing is changed."""
+        rows = self._zeros(self.micro_rows if self.machine.compiled else 1)
+        return self.strategy.probe(self.state.model, self.lesson, rows)
 
 
 def build_model(config: RunConfig) -> GPT:
@@ -325,28 +325,30 @@ def build_model(config: RunConfig) -> GPT:
 
 
 def build_with_hooks(
-    config: RunConfig, ranks: Ranks, *, compiled: bool = False, weights: Mapping[str, Tensor] | None = None
-) -> tuple[RunState, nn.Module, dict[str, Hook]]:
-    """Return the state of a run before its first step, its model as distributed over `ranks`, and its hooks, started.
+    config: RunConfig, strategy: Strategy, *, compiled: bool = False, weights: Mapping[str, Tensor] | None = None
+) -> tuple[RunState, dict[str, Hook]]:
+    """Return the state of a run before its first step, its model distributed, and its hooks, started.
 
     Hooks change the model before it is compiled and distributed, and see it again when the optimizer exists.
 
     Raises:
         ConfigError, DependencyError: as `make_hooks`.
     """
-    settings = config.settings
+    settings, ranks = config.settings, strategy.ranks
     hooks = make_hooks(settings.hooks, where="settings")
+    if strategy.splits:
+        refuse_whole(hooks)
     model: nn.Module = build_model(config)
     if weights is not None:
         model.load_state_dict(weights)
     for hook in hooks.values():
         model = hook.model(model)
     model.to(ranks.device)
-    if compiled:
-        # Each block by itself: the same code, so it is compiled once, and hooks keep their modules.
-        for block in [module for module in model.modules() if isinstance(module, Block)]:
-            block.compile()
-    wrapped = ranks.distribute(model)
+    for block in [module for module in model.modules() if isinstance(module, Block)]:
+        block.recompute = settings.train.recompute
+        if compiled:
+            block.compile()  # Each by itself: the same code, so it is compiled once, and hooks keep their modules.
+    model = strategy.distribute(model)
     state = RunState(
         model=model,
         optimizer=make_optimizer(model, settings.optim),
@@ -358,16 +360,7 @@ def build_with_hooks(
     )
     for hook in hooks.values():
         hook.start(state)
-    return state, wrapped, hooks
-
-
-def _learned(batch: Batch, device: torch.device, ranks: Ranks) -> Tensor | None:
-    """Return how many targets of the global batch count, at least 1, as float64; None: all do."""
-    mask = batch.loss_mask
-    if mask is None:
-        return None
-    mine = torch.tensor(int(mask[:, 1:].sum()), dtype=torch.float64, device=device)
-    return ranks.sum(mine)().clamp(min=1)
+    return state, hooks
 
 
 def _settle(late: Callable[[], StepOutcome], observer: Observer) -> bool:

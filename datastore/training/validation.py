@@ -11,9 +11,9 @@ import torch
 from torch import nn
 
 from datastore.document import Document
-from datastore.training.distributed import Ranks
-from datastore.training.machine import autocast
-from datastore.training.objectives import MicroBatch, Objective
+from datastore.training.objectives import MicroBatch
+from datastore.training.parallel.lesson import Lesson
+from datastore.training.parallel.strategy import Strategy, zeros
 from datastore.training.run.split import ValidationSamples
 
 __all__ = ["Evaluation", "loss_over", "mean_of", "parts_of", "validation_loss"]
@@ -45,19 +45,13 @@ class Evaluation(Document, frozen=True, kw_only=True):
 
 
 def validation_loss(
-    model: nn.Module,
-    samples: Sequence[ValidationSamples],
-    *,
-    objective: Objective,
-    ranks: Ranks,
-    precision: str,
-    rows: int,
+    model: nn.Module, samples: Sequence[ValidationSamples], *, lesson: Lesson, strategy: Strategy, rows: int
 ) -> Evaluation:
     """Return the loss of `model` on all of `samples`, `rows` of them at a time, and that on each source; the same on every rank."""
     return mean_of(
         samples,
         [
-            loss_over(model, one, parts_of(one, rows=rows), objective=objective, ranks=ranks, precision=precision)
+            loss_over(model, one, parts_of(one, strategy, rows=rows), lesson=lesson, strategy=strategy)
             for one in samples
         ],
     )
@@ -74,33 +68,33 @@ def mean_of(samples: Sequence[ValidationSamples], found: Sequence[Evaluation]) -
     )
 
 
-def parts_of(samples: ValidationSamples, *, rows: int) -> list[slice]:
-    """Return what this rank has of `samples`, `rows` at a time."""
-    return [slice(start, start + rows) for start in range(0, len(samples.mine), rows)]
+def parts_of(samples: ValidationSamples, strategy: Strategy, *, rows: int) -> list[slice]:
+    """Return what this rank has of `samples`, `rows` at a time; as many parts as any rank has, if all must take part in each."""
+    end = -(-samples.count // strategy.layout.readers) if strategy.in_step else len(samples.mine)
+    if strategy.in_step and samples.count < strategy.layout.readers:
+        end = samples.count  # All on the first.
+    return [slice(start, start + rows) for start in range(0, end, rows)]
 
 
 @torch.no_grad()
 def loss_over(
-    model: nn.Module,
-    samples: ValidationSamples,
-    parts: Iterable[slice],
-    *,
-    objective: Objective,
-    ranks: Ranks,
-    precision: str,
+    model: nn.Module, samples: ValidationSamples, parts: Iterable[slice], *, lesson: Lesson, strategy: Strategy
 ) -> Evaluation:
     """Return the loss of `model`, which sees one of `parts` after the other; the same on every rank."""
-    was_training = model.training
+    was_training, device = model.training, strategy.ranks.device
     model.eval()
-    sums = torch.zeros(2, dtype=torch.float64, device=ranks.device)
+    sums = torch.zeros(2, dtype=torch.float64, device=device)
     for part in parts:
-        mask = None if samples.loss_mask is None else torch.from_numpy(samples.loss_mask[part]).to(ranks.device)
-        batch = MicroBatch(torch.from_numpy(samples.mine[part]).to(ranks.device).long(), mask)
-        with autocast(ranks.device, precision):
-            loss = objective.loss(objective.outputs(model, batch), batch)
-        weight = torch.tensor(float(len(batch.tokens))) if batch.learned is None else batch.learned
-        sums += torch.stack((loss.double() * weight.to(loss.device), weight.double().to(loss.device)))
+        found = samples.mine[part]
+        mask = None if samples.loss_mask is None else torch.from_numpy(samples.loss_mask[part]).to(device)
+        batch = MicroBatch(torch.from_numpy(found).to(device).long(), mask)
+        if not len(found):
+            batch = zeros(1, samples.mine.shape[1], device)
+        loss = strategy.evaluate(batch, lesson, size=part.stop - part.start)
+        if len(found) and strategy.place.speaks:
+            weight = torch.tensor(float(len(found))) if batch.learned is None else batch.learned
+            sums += torch.stack((loss.double() * weight.to(loss.device), weight.double().to(loss.device)))
     model.train(was_training)
-    total, weights = ranks.sum(sums)().tolist()
+    total, weights = strategy.ranks.sum(sums)().tolist()
     targets = samples.count * (samples.mine.shape[1] - 1) if samples.loss_mask is None else int(weights)
     return Evaluation(loss=total / max(1.0, weights), samples=samples.count, tokens=targets)

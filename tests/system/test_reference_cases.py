@@ -16,8 +16,13 @@ def _programs(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(str(HERE))
 
 
-def test_two_ranks_train_a_linear_layer_and_print_the_same_falling_loss(capfd: pytest.CaptureFixture[str]) -> None:
-    first, second = spawn("training_programs:linear_layer", {}, processes=2)
+@pytest.mark.parametrize(
+    "layout", [{}, {"data": 1, "shard": 2}, {"data": 1, "tensor": 2}], ids=["copies", "sharded", "tensor parallel"]
+)
+def test_two_ranks_train_a_linear_layer_and_print_the_same_falling_loss(
+    layout: dict[str, int], capfd: pytest.CaptureFixture[str]
+) -> None:
+    first, second = spawn("training_programs:linear_layer", layout, processes=2)
     assert first == second
     assert len(first) == 10
     assert all(later < earlier for earlier, later in pairwise(first))

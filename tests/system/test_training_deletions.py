@@ -1,5 +1,6 @@
 """Documents are deleted while a run goes on: nothing of them is learned any more, and all else comes when it would have."""
 
+from collections.abc import Callable
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
@@ -8,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from torch.nn import functional
+from typing_extensions import override
 
 from datastore.dataset.operations.append import Operation, commit_shards
 from datastore.dataset.operations.delete import delete
@@ -18,20 +20,20 @@ from datastore.ingestion.writers.tokens import token_writer
 from datastore.loader.batch import Batch
 from datastore.storage.resolve import open_storage
 from datastore.testing.examples import make_dataset, make_language, make_shard, tiny_settings
-from datastore.training.distributed import Ranks
-from datastore.training.hooks.base import RunState
 from datastore.training.launcher import Launch
-from datastore.training.machine import Machine
 from datastore.training.metrics import TrainingProgress, read_metrics
 from datastore.training.model import GPT
 from datastore.training.objectives import Causal, MicroBatch
+from datastore.training.parallel.layout import Layout
+from datastore.training.parallel.lesson import Lesson
+from datastore.training.parallel.ranks import Ranks
+from datastore.training.parallel.whole import Whole, alone
 from datastore.training.run.audit import read_history, trace
 from datastore.training.run.folder import RunFolder
 from datastore.training.run.proof import prove
 from datastore.training.run.split import ValidationSamples
-from datastore.training.settings import DataSettings, ModelSettings, Settings, StepSettings
+from datastore.training.settings import ModelSettings
 from datastore.training.start import resume, train
-from datastore.training.trainer import Trainer
 from datastore.training.validation import validation_loss
 
 CPU = torch.device("cpu")
@@ -53,11 +55,12 @@ def batch_of(tokens: np.ndarray, mask: np.ndarray | None) -> Batch:
 class Together(Ranks):
     """One of several ranks, whose sums are known beforehand."""
 
-    def __init__(self, *, world: int, sums: float) -> None:
+    def __init__(self, sums: float) -> None:
         super().__init__(Launch(), CPU, None)
-        self.world, self._sum = world, sums
+        self._sum = sums
 
-    def sum(self, values: torch.Tensor):  # noqa: ANN201
+    @override
+    def sum(self, values: torch.Tensor) -> Callable[[], torch.Tensor]:
         return lambda: torch.full_like(values, self._sum)
 
 
@@ -68,21 +71,11 @@ def gradients(batches: list[Batch], *, micro_rows: int) -> list[torch.Tensor]:
     summed: list[torch.Tensor] = []
     for batch in batches:
         model = small_model()
-        trainer = Trainer(
-            settings=Settings(
-                data=DataSettings(url="none", global_batch=rows), train=StepSettings(micro_batch=micro_rows)
-            ),
-            vocab_size=VOCABULARY,
-            ranks=Together(world=len(batches), sums=learned),
-            machine=Machine("fp32", compiled=False, threads=1),
-            state=RunState(model, None, 0, 1, 0, len(batches), CPU),  # type: ignore[arg-type]
-            model=model,
-            hooks={},
-            objective=Causal(),
-            loader=None,  # type: ignore[arg-type]
-        )
-        trainer.backward(batch)
-        found = [parameter.grad / len(batches) for parameter in model.parameters()]
+        strategy = Whole(Layout(len(batches)), Together(learned))
+        strategy.distribute(model)
+        pieces = strategy.pieces(batch, rows=micro_rows, global_batch=rows)
+        strategy.backward(pieces, Lesson(Causal(), {}, CPU, "fp32"))
+        found = [parameter.grad / len(batches) for parameter in model.parameters() if parameter.grad is not None]
         summed = [a + b for a, b in zip(summed, found, strict=True)] if summed else found
     return summed
 
@@ -127,8 +120,9 @@ def test_the_validation_loss_is_the_mean_over_the_targets_that_count() -> None:
     generator = np.random.default_rng(0)
     tokens = generator.integers(0, VOCABULARY, (5, 9)).astype(np.uint16)
     mask = generator.integers(0, 2, (5, 9)).astype(np.bool_)
-    ranks = Ranks(Launch(), CPU, None)
-    measure = partial(validation_loss, small_model(), objective=Causal(), ranks=ranks, precision="fp32")
+    strategy, model = alone(), small_model()
+    strategy.distribute(model)
+    measure = partial(validation_loss, model, lesson=Lesson(Causal(), {}, CPU, "fp32"), strategy=strategy)
     found = measure([ValidationSamples(tokens, 5, mask)], rows=2)
     logits = small_model()(torch.from_numpy(tokens.astype(np.int64))[:, :-1])[torch.from_numpy(mask[:, 1:])]
     wanted = functional.cross_entropy(logits, torch.from_numpy(tokens.astype(np.int64))[:, 1:][mask[:, 1:]])

@@ -6,20 +6,31 @@ import sys
 from collections.abc import Callable
 from itertools import repeat
 from typing import Any
+from unittest.mock import Mock, patch
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.tensor import Replicate
+from torch.distributed.tensor.parallel import ColwiseParallel
+from torch.distributed.tensor.parallel.style import ParallelStyle
+from torch.nn import functional
 from typing_extensions import override
 
 from datastore.errors import ConfigError
-from datastore.training.distributed import Ranks, connect
-from datastore.training.hooks.base import RunState
+from datastore.training.hooks.base import Hook, RunState
 from datastore.training.launcher import Launch
 from datastore.training.machine import Machine
-from datastore.training.objectives import MicroBatch, Objective
+from datastore.training.model import GPT
+from datastore.training.objectives import Causal, MicroBatch, Objective
 from datastore.training.optim import make_optimizer
-from datastore.training.settings import DataSettings, OptimSettings, Settings, StepSettings
+from datastore.training.parallel.choose import choose
+from datastore.training.parallel.layout import Layout
+from datastore.training.parallel.lesson import Lesson, Piece
+from datastore.training.parallel.ranks import connect
+from datastore.training.parallel.strategy import Strategy, zeros
+from datastore.training.settings import DataSettings, ModelSettings, OptimSettings, Settings, StepSettings
 from datastore.training.trainer import Observer, StepOutcome, Trainer
 
 Report = Callable[[dict[str, Any]], None]
@@ -130,24 +141,38 @@ class Eight(nn.Module):
         return self.values
 
 
-def learn(ranks: Ranks, model: nn.Module, objective: Objective, *, lr: float, steps: int) -> Ledger:
-    """Take `steps` steps of plain gradient descent with the same 8 rows of each rank every time."""
+class Line(nn.Module):
+    """The linear layer with a plan for tensor parallelism."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.line = nn.Linear(10, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.line(x)  # type: ignore[no-any-return]
+
+    def tensor_plan(self) -> dict[str, ParallelStyle]:
+        return {"line": ColwiseParallel(output_layouts=Replicate())}
+
+
+def learn(strategy: Strategy, model: nn.Module, objective: Objective, *, lr: float, steps: int) -> Ledger:
+    """Take `steps` steps of plain gradient descent with the same 8 rows of each reader every time."""
+    ranks, readers, reader = strategy.ranks, strategy.layout.readers, strategy.place.reader
+    model = strategy.distribute(model)
     optimizer = make_optimizer(model, OptimSettings(use="sgd", lr=lr, weight_decay=0))
-    wrapped = ranks.distribute(model)
-    tokens = np.arange(8 * ranks.rank, 8 * ranks.rank + 8, dtype=np.uint16)
+    tokens = np.arange(8 * reader, 8 * reader + 8, dtype=np.uint16)
     rows = Rows(np.stack([tokens, tokens], axis=1))
 
     trainer = Trainer(
         settings=Settings(
-            data=DataSettings(url="none", global_batch=8 * ranks.world),
+            data=DataSettings(url="none", global_batch=8 * readers),
             optim=OptimSettings(use="sgd", lr=lr, warmup=0, floor=1, weight_decay=0, clip=0),
             train=StepSettings(steps=steps, micro_batch=8),
         ),
         vocab_size=2**16,
-        ranks=ranks,
+        strategy=strategy,
         machine=Machine("fp32", compiled=False, threads=1),
         state=RunState(model, optimizer, 0, steps, ranks.rank, ranks.world, ranks.device),
-        model=wrapped,
         hooks={},
         objective=objective,
         loader=repeat(rows),  # type: ignore[arg-type]
@@ -158,13 +183,52 @@ def learn(ranks: Ranks, model: nn.Module, objective: Objective, *, lr: float, st
 
 
 def linear_layer(launch: Launch, arguments: dict[str, Any], report: Report) -> list[float]:  # noqa: ARG001
+    layout = Layout(**{"data": launch.world, **arguments})
     with connect(launch, device=torch.device("cpu"), timeout_s=60) as ranks:
         torch.manual_seed(launch.rank)  # Other weights on each rank: those of rank 0 must win.
-        return learn(ranks, nn.Linear(10, 10), Regression(), lr=0.2, steps=10).losses
+        return learn(choose(layout, ranks), Line(), Regression(), lr=0.2, steps=10).losses
 
 
 def eight_parameters(launch: Launch, arguments: dict[str, Any], report: Report) -> list[float]:  # noqa: ARG001
     with connect(launch, device=torch.device("cpu"), timeout_s=120) as ranks:
         model = Eight()
-        learn(ranks, model, Constant(), lr=arguments["lr"], steps=1)
+        learn(choose(Layout(launch.world), ranks), model, Constant(), lr=arguments["lr"], steps=1)
         return model.values.tolist()
+
+
+class Smoothed(Causal):
+    """A cross-entropy that looks at all logits of a token."""
+
+    @override
+    def loss(self, outputs: Tensor, batch: MicroBatch) -> Tensor:
+        logits = outputs.flatten(0, 1).float()
+        return functional.cross_entropy(logits, batch.targets.flatten(), label_smoothing=0.1)
+
+
+def messages_of_a_step(launch: Launch, arguments: dict[str, Any], report: Report) -> list[int]:  # noqa: ARG001
+    """Return how often gradients are reduced for a batch of one piece, and of three."""
+    lesson = Lesson(Causal(), {}, torch.device("cpu"), "fp32")
+    with connect(launch, device=torch.device("cpu"), timeout_s=60) as ranks:
+        strategy = choose(Layout(shard=2), ranks)
+        model = GPT(ModelSettings(layers=2, width=16, heads=2, vocab_size=32))
+        model.initialize(torch.Generator().manual_seed(1))
+        strategy.distribute(model)
+        reduce = Mock(wraps=dist.reduce_scatter_single)
+        found = []
+        with patch.object(dist, "reduce_scatter_single", reduce):
+            for count in (1, 3):
+                reduce.reset_mock()
+                strategy.backward([Piece(zeros(2, 9, ranks.device), 1 / count)] * count, lesson)
+                found.append(reduce.call_count)
+        return found
+
+
+class Spare(Hook):
+    """Gives the model a parameter that nothing uses."""
+
+    takes_parts = True
+
+    @override
+    def model(self, model: nn.Module) -> nn.Module:
+        model.register_parameter("spare", nn.Parameter(torch.zeros(4)))
+        return model

@@ -5,20 +5,17 @@
 
 from typing import Any
 
-import torch
-
 from datastore.checkpoint.checkpointer import Checkpointer
 from datastore.checkpoint.loading.restore import Restored
 from datastore.document import Document
 from datastore.errors import ConfigError, ConflictError, MissingError
 from datastore.storage.base import Storage
 from datastore.storage.resolve import open_storage
-from datastore.training.distributed import Ranks
 from datastore.training.export.huggingface import HuggingFaceModel, read_folder, write_folder
 from datastore.training.hooks.base import HookSet
 from datastore.training.hooks.quantize import Quantize, QuantizeSettings
-from datastore.training.launcher import Launch
 from datastore.training.model import GPT
+from datastore.training.parallel.whole import alone
 from datastore.training.run.folder import RunConfig, RunFolder, is_run, open_split
 from datastore.training.trainer import build_with_hooks
 from datastore.units import Progress
@@ -122,7 +119,7 @@ def _from_run(folder: RunFolder, *, step: int | None, instead: Quantize | None =
     `instead` quantizes in the place of the hooks that would: what they have rounded cannot be rounded otherwise.
     """
     config = folder.config()
-    state, _, hooks = build_with_hooks(config, Ranks(Launch(), torch.device("cpu"), None))
+    state, hooks = build_with_hooks(config, alone())
     found = _restore(folder.storage, {"model": state.model, "hooks": HookSet(hooks)}, step=step)
     model = state.model
     exporting = list(hooks.values())

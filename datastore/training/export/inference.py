@@ -15,12 +15,12 @@ from datastore.document import SettingsDocument
 from datastore.errors import ConfigError
 from datastore.loader.settings import Rank
 from datastore.storage.resolve import open_storage
-from datastore.training.distributed import Ranks
 from datastore.training.export.export import open_model
 from datastore.training.export.huggingface import HuggingFaceModel
-from datastore.training.launcher import Launch
 from datastore.training.model import KeyValueCache
 from datastore.training.objectives import make_objective
+from datastore.training.parallel.lesson import Lesson
+from datastore.training.parallel.whole import alone
 from datastore.training.run.folder import RunFolder, is_run, open_split
 from datastore.training.validation import Evaluation, loss_over, mean_of, parts_of
 from datastore.units import Progress
@@ -123,14 +123,15 @@ def evaluate(
     held_out = open_split(config).samples(
         samples or settings.eval.samples, seq_len=settings.data.seq_len, rank=Rank(), options=settings.loader
     )
-    ranks = Ranks(Launch(), torch.device("cpu"), None)
+    strategy = alone()
     loaded = open_model(source, step=step)
-    objective = make_objective(settings.objective)
+    strategy.distribute(loaded.model)
+    lesson = Lesson(make_objective(settings.objective), {}, strategy.ranks.device, "fp32")
     total, done = sum(len(one.mine) for one in held_out), 0
     found = []
     for one in held_out:
-        parts = _telling(parts_of(one, rows=_ROWS), progress, rows=len(one.mine), before=done, total=total)
-        found.append(loss_over(loaded.model, one, parts, objective=objective, ranks=ranks, precision="fp32"))
+        parts = _telling(parts_of(one, strategy, rows=_ROWS), progress, rows=len(one.mine), before=done, total=total)
+        found.append(loss_over(loaded.model, one, parts, lesson=lesson, strategy=strategy))
         done += len(one.mine)
     return msgspec.structs.replace(mean_of(held_out, found), step=loaded.step, passed_over=loaded.passed_over)
 

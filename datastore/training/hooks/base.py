@@ -25,10 +25,10 @@ from torch import Tensor, nn
 
 from datastore.config import find_class
 from datastore.document import Document, convert
-from datastore.errors import ResumeError
+from datastore.errors import ConfigError, ResumeError
 from datastore.training.objectives import MicroBatch
 
-__all__ = ["Hook", "HookSet", "RunState", "find_hook", "make_hooks", "training_hooks"]
+__all__ = ["Hook", "HookSet", "RunState", "find_hook", "make_hooks", "refuse_whole", "training_hooks"]
 
 _OURS = {"prune": "datastore.training.hooks.prune:Prune", "quantize": "datastore.training.hooks.quantize:Quantize"}
 
@@ -59,6 +59,9 @@ class Hook:
     trains: ClassVar[bool] = True
     """Whether it has a part in training. One that acts on export only, and has no state, says False: it may be changed, added
     or left out when a run is resumed."""
+
+    takes_parts: ClassVar[bool] = False
+    """Whether parameters may be DTensors, of which this rank has a part only; if not, it trains with `parallel.data` only."""
 
     def __init__(self, settings: Document) -> None:
         self.settings = settings
@@ -134,6 +137,21 @@ def make_hooks(tables: Sequence[Mapping[str, Any]], *, where: str) -> dict[str, 
         own = {key: value for key, value in table.items() if key != "use"}
         hooks[f"{place}.{table['use']}"] = kind(convert(kind.Settings, own, where=f"{where}, hooks[{place}]"))
     return hooks
+
+
+def refuse_whole(hooks: Mapping[str, Hook]) -> None:
+    """Refuse hooks that train and look at whole parameters, where a rank has parts of them.
+
+    Raises:
+        ConfigError: there is one.
+    """
+    whole = [name for name, hook in hooks.items() if hook.trains and not hook.takes_parts]
+    if whole:
+        raise ConfigError(
+            "these hooks need whole parameters, and a rank has parts of them only",
+            hooks=whole,
+            hint="Use parallel.data alone, or say takes_parts = True in a hook that can work on DTensors.",
+        )
 
 
 def training_hooks(tables: Sequence[Mapping[str, Any]]) -> dict[str, Mapping[str, Any]]:

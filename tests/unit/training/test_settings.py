@@ -8,13 +8,13 @@ import pytest
 
 from datastore.config import settings_from
 from datastore.errors import ConfigError
+from datastore.training.parallel.layout import layout_of
 from datastore.training.settings import (
     DataSettings,
     ModelSettings,
     OptimSettings,
     Settings,
     changed_keys,
-    check_world,
     flatten,
 )
 from datastore.training.start import train
@@ -107,4 +107,4 @@ def test_defaults_of_the_shape_are_resolved() -> None:
 @pytest.mark.parametrize("world", [0, -1, 65])
 def test_a_world_that_cannot_share_a_batch_is_refused(world: int) -> None:
     with pytest.raises(ConfigError):
-        check_world(made(), world)
+        layout_of(made(), world)

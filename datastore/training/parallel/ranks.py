@@ -1,24 +1,18 @@
-"""The ranks of one run: who they are, how they agree, how their gradients are averaged.
+"""The ranks of one run: who they are, how they join and leave, how they agree.
 
 `Ranks` is the only owner of the process group: one process needs none and gets none.
-
-Gradients are averaged by DistributedDataParallel. It reorders its buckets once, after the first step, and with more than
-two ranks another order can change the last bit of a sum. `Ranks.settle` therefore takes that first step on zeros, so that
-a resumed run and an undisturbed one use the same buckets from their first real step on.
 """
 
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from datetime import timedelta
-from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 from torch.distributed import PrefixStore, Store, TCPStore  # type: ignore[attr-defined]
-from torch.nn.parallel import DistributedDataParallel
 
 from datastore.errors import WaitError
 from datastore.training.launcher import Launch, LostPeerError
@@ -86,23 +80,6 @@ class Ranks:
             return values
 
         return finish
-
-    def distribute(self, model: nn.Module) -> nn.Module:
-        """Return `model` with rank 0's weights on every rank and gradients averaged over ranks; names inside do not change."""
-        if self.world == 1:
-            return model
-        ids = [self.device.index] if self.device.type == "cuda" else None
-        return DistributedDataParallel(model, device_ids=ids, gradient_as_bucket_view=True)
-
-    def accumulating(self, model: nn.Module, *, last: bool) -> Any:
-        """Return the context of one forward and backward pass: gradients are averaged in the `last` of a step only."""
-        return model.no_sync() if isinstance(model, DistributedDataParallel) and not last else nullcontext()
-
-    def settle(self, model: nn.Module, loss: Callable[[], Tensor]) -> None:
-        """Run `loss` forward and backward, and drop the gradients: compiles, fixes the buckets, touches memory."""
-        for _ in range(2):  # DistributedDataParallel orders its buckets when it sees the second forward pass.
-            (loss() * 0.0).backward()  # type: ignore[no-untyped-call]
-        model.zero_grad(set_to_none=True)
 
     def least(self, value: int) -> int:
         """Return the least `value` of all ranks."""

@@ -1,0 +1,14 @@
+"""How the ranks of a run share the work.
+
+layout      which sizes go together, and the place of a rank; loads no torch
+ranks       the process group: joining, leaving, agreeing
+lesson      what a rank learns from some rows: outputs and loss
+strategy    the contract: a model distributed, stepped, measured, saved
+whole       every rank has the whole model: one process, or DistributedDataParallel
+sharded     every rank has a part of each parameter: FSDP2, HSDP, tensor parallel and both
+pipeline    every rank has some of the layers
+norm        the norm of gradients that lie on several ranks
+choose      the strategy of a layout
+"""
+
+__all__: list[str] = []

@@ -1,0 +1,157 @@
+"""The layout of a run's ranks: how many share what, checked before anything starts, and the place of each rank in it.
+
+Ranks count along four sizes, the last one fastest, so that those that talk most are neighbours:
+
+    pipeline > data > shard > tensor        rank = ((stage x data + copy) x shard + piece) x tensor + column
+
+Ranks that differ in `data` or `shard` read different samples; those that differ in `tensor` or `pipeline` only read the same.
+So the order of the data depends on data x shard, and on nothing else.
+
+Everything here is arithmetic: a wrong table is refused by the command line, before a process has loaded torch.
+"""
+
+from dataclasses import dataclass
+
+from datastore.errors import ConfigError
+from datastore.training.settings import ModelSettings, Settings
+
+__all__ = ["Layout", "Place", "check_model", "layout_of"]
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """The sizes of the mesh; their product is the number of ranks."""
+
+    data: int = 1
+    shard: int = 1
+    tensor: int = 1
+    pipeline: int = 1
+    interleave: int = 1
+    """Parts of the model on each rank of a pipeline."""
+
+    @property
+    def world(self) -> int:
+        """The number of ranks."""
+        return self.data * self.shard * self.tensor * self.pipeline
+
+    @property
+    def readers(self) -> int:
+        """How many different shares of a batch there are."""
+        return self.data * self.shard
+
+    @property
+    def splits(self) -> bool:
+        """Whether some rank has less than the whole model."""
+        return self.world > self.data
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Where a rank stands in a layout."""
+
+    layout: Layout
+    rank: int
+
+    @property
+    def tensor(self) -> int:
+        """Which columns it has of a matrix that several ranks multiply."""
+        return self.rank % self.layout.tensor
+
+    @property
+    def reader(self) -> int:
+        """Which share of a batch it reads."""
+        return self.rank // self.layout.tensor % self.layout.readers
+
+    @property
+    def stage(self) -> int:
+        """Its place in the pipeline."""
+        return self.rank // (self.layout.tensor * self.layout.readers)
+
+    @property
+    def speaks(self) -> bool:
+        """Whether it is the one rank of those that read the same samples whose loss and counts are added up."""
+        return self.tensor == 0 and self.stage == self.layout.pipeline - 1
+
+
+def layout_of(settings: Settings, world: int) -> Layout:
+    """Return the layout of a run on `world` ranks.
+
+    Raises:
+        ConfigError: the sizes do not multiply to `world`, a size has no meaning for this model, or a rank would have no sample.
+    """
+    if world < 1:
+        raise ConfigError("there must be at least one rank", world=world, hint="Start one process or more.")
+    wanted = settings.parallel
+    if wanted.context > 1:
+        raise ConfigError(
+            "a sequence cannot be shared between ranks",
+            context=wanted.context,
+            hint="Leave parallel.context at 1: torch's ring attention has no kernel for CPUs. Use parallel.tensor or a shorter data.seq_len.",
+        )
+    others = wanted.shard * wanted.tensor * wanted.pipeline
+    if world % others or wanted.data not in {0, world // others}:
+        sizes = {"data": wanted.data, "shard": wanted.shard, "tensor": wanted.tensor, "pipeline": wanted.pipeline}
+        raise ConfigError(
+            "the sizes in [parallel] do not multiply to the number of ranks",
+            world=world,
+            **({key: value for key, value in sizes.items() if key != "data" or value}),
+            hint=f"Start {others * max(1, wanted.data)} processes, or change the sizes.",
+        )
+    layout = Layout(
+        world // others, wanted.shard, wanted.tensor, wanted.pipeline, wanted.interleave if wanted.pipeline > 1 else 1
+    )
+    if layout.readers > settings.data.global_batch:
+        raise ConfigError(
+            "more ranks than samples in a batch",
+            world=world,
+            **({"readers": layout.readers} if layout.readers < world else {}),
+            global_batch=settings.data.global_batch,
+            hint="Raise data.global_batch, or start fewer processes.",
+        )
+    if layout.tensor > 1 and settings.train.compile is True:
+        raise ConfigError(
+            "compiled blocks cannot be cut by tensor parallelism",
+            tensor=layout.tensor,
+            hint='Set train.compile = "auto" or false: torch 2.13 loses the layout of a gradient between compiled blocks.',
+        )
+    if not settings.model.init:  # Else the shape is known later: `check_model` is called again.
+        check_model(settings.model, layout, seq_len=settings.data.seq_len)
+    return layout
+
+
+def check_model(model: ModelSettings, layout: Layout, *, seq_len: int) -> None:
+    """Raise unless a model of this shape can be taken apart as `layout` says; a vocabulary of 0 is not known yet.
+
+    Raises:
+        ConfigError: a size does not divide what it must; the first one.
+    """
+    parts = layout.pipeline * layout.interleave
+    whole = (
+        ("tensor", layout.tensor, "model.heads", model.heads),
+        ("tensor", layout.tensor, "model.kv_heads", model.key_heads),
+        ("tensor", layout.tensor, "model.mlp_width", model.inner_width),
+        ("tensor", layout.tensor, "data.seq_len", seq_len),
+        ("tensor", layout.tensor, "model.vocab_size", model.vocab_size),
+        ("shard", layout.shard if layout.tensor > 1 else 1, "model.width", model.width),
+        ("pipeline x interleave", parts, "model.layers", model.layers),
+    )
+    for name, size, key, value in whole:
+        if value % size:
+            raise ConfigError(
+                f"{key} is no multiple of {name} in [parallel]",
+                **{key.partition(".")[2]: value, "size": size},
+                hint=f"Change {key}, or that size.",
+            )
+    if layout.pipeline > 1 and model.tied:
+        raise ConfigError(
+            "a tied embedding would be on two ranks of a pipeline",
+            pipeline=layout.pipeline,
+            hint="Set model.tied = false, or use parallel.shard.",
+        )
+    if layout.pipeline > 1 and layout.tensor > 1:
+        raise ConfigError(
+            "pipeline and tensor parallelism do not go together here",
+            pipeline=layout.pipeline,
+            tensor=layout.tensor,
+            hint="Use pipeline with data, or tensor with data and shard.",
+        )

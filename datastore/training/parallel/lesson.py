@@ -1,0 +1,67 @@
+"""A lesson: what a rank learns from some rows: the outputs of the model and their loss, as objective and hooks say, in the precision of the run."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from datastore.training.hooks.base import Hook
+from datastore.training.objectives import MicroBatch, Objective
+
+__all__ = ["Lesson", "Piece", "autocast", "filled"]
+
+_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def autocast(device: torch.device, precision: str) -> torch.autocast:
+    """Return the context in which matrices are multiplied in "bf16", "fp16" or "fp32"."""
+    return torch.autocast(device.type, dtype=_DTYPES.get(precision, torch.bfloat16), enabled=precision in _DTYPES)
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """Some rows of this rank's share of a batch."""
+
+    rows: MicroBatch
+    share: Tensor | float
+    """How much their mean loss counts in that of the global batch; 0 for rows that only keep the ranks in step."""
+
+
+@dataclass(frozen=True, slots=True)
+class Lesson:
+    """Objective, hooks and precision; the hooks' terms are part of the loss."""
+
+    objective: Objective
+    hooks: Mapping[str, Hook]
+    device: torch.device
+    precision: str
+    scale: float = 1.0
+    """By what the loss is multiplied before it goes backward."""
+
+    def outputs(self, model: nn.Module, rows: MicroBatch) -> Tensor:
+        """Return what the objective makes of `rows`."""
+        with autocast(self.device, self.precision):
+            return self.objective.outputs(model, rows)
+
+    def loss(self, outputs: Tensor, rows: MicroBatch) -> Tensor:
+        """Return the mean loss over the targets of `rows` that count."""
+        with autocast(self.device, self.precision):
+            loss = self.objective.loss(outputs, rows)
+            for hook in self.hooks.values():
+                loss = hook.loss(loss, rows, outputs)
+        return loss
+
+    def of(self, model: nn.Module, rows: MicroBatch) -> Tensor:
+        """Return the loss of `model` on `rows`."""
+        return self.loss(self.outputs(model, rows), rows)
+
+
+def filled(rows: MicroBatch, count: int) -> MicroBatch:
+    """Return `rows` and as many more that count nothing as make `count`."""
+    more = count - len(rows.tokens)
+    if more <= 0:
+        return rows
+    mask = torch.ones_like(rows.tokens, dtype=torch.bool) if rows.loss_mask is None else rows.loss_mask
+    shape = (more, rows.tokens.shape[1])
+    return MicroBatch(torch.cat((rows.tokens, rows.tokens.new_zeros(shape))), torch.cat((mask, mask.new_zeros(shape))))

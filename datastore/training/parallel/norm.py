@@ -1,0 +1,59 @@
+"""The norm of gradients that lie on several ranks, in one small sum over all of them.
+
+Each rank adds up the squares it holds, in float64, and counts a gradient that other ranks hold as well by its part: 1 over
+their number. So the norm is the same for every layout, whatever lies on which mesh; torch's own refuses gradients of
+different meshes in one call, and knows nothing of the stages of a pipeline.
+"""
+
+from collections.abc import Iterable
+from math import prod
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+__all__ = ["clip_everywhere", "local_part", "settle_partial"]
+
+_TINY = 1e-6
+"""What torch's `clip_grad_norm_` adds to the norm before it divides."""
+
+
+def settle_partial(parameters: Iterable[Tensor]) -> None:
+    """Add up gradients of which ranks hold a summand each, so that they lie as their parameters do."""
+    for one in parameters:
+        grad = one.grad
+        if isinstance(grad, DTensor) and isinstance(one, DTensor) and grad.placements != one.placements:
+            one.grad = grad.redistribute(placements=one.placements)
+
+
+@torch.no_grad()
+def clip_everywhere(parameters: Iterable[Tensor], limit: float, *, copies: int) -> Tensor:
+    """Return the norm over all ranks, and scale the gradients here so that it is at most `limit`.
+
+    `copies` is how many ranks hold a parameter that is on no mesh, or replicated on all of it.
+    """
+    squares = torch.zeros((), dtype=torch.float64)
+    grads = [one.grad for one in parameters if one.grad is not None]
+    for grad in grads:
+        local = local_part(grad)
+        squares = squares.to(local.device) + local.double().square().sum() * (_pieces(grad) / copies)
+    dist.all_reduce(squares)
+    norm = squares.sqrt()
+    scale = (limit / (norm + _TINY)).clamp(max=1.0)
+    for grad in grads:
+        local = local_part(grad)
+        local.mul_(scale.to(local.dtype))
+    return norm.float()
+
+
+def local_part(tensor: Tensor) -> Tensor:
+    """Return what is in this process of `tensor`."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def _pieces(grad: Tensor) -> int:
+    """Return in how many different pieces `grad` lies."""
+    if not isinstance(grad, DTensor):
+        return 1
+    return prod(size for size, place in zip(grad.device_mesh.shape, grad.placements, strict=True) if place.is_shard())
