@@ -4,6 +4,7 @@ An ingest like any other: planned, in parallel, resumable, one commit. What beco
 columns: token ids are taken over as tokens; with a tokenizer, text is encoded; all else is taken over as records.
 """
 
+import os
 from collections.abc import Callable
 
 import msgspec
@@ -26,8 +27,8 @@ _TOKEN_COLUMNS = ("input_ids",)
 
 
 def import_dataset(
-    source: str,
-    to: str,
+    source: str | os.PathLike[str],
+    to: str | os.PathLike[str],
     *,
     format: ImportFormat,  # noqa: A002 - what it is
     settings: IngestSettings | None = None,
@@ -43,6 +44,7 @@ def import_dataset(
         CorruptError: a file of the source is damaged; nothing was committed.
         MissingError, ConflictError, RejectedError, StorageError: as `ingest`.
     """
+    source, to = os.fspath(source), os.fspath(to)
     if format not in FORMATS:
         raise ConfigError("no such format", format=format, hint=f"Name one of {', '.join(FORMATS)}.")
     settings = _chosen(source, msgspec.structs.replace(settings or IngestSettings(), format=format))

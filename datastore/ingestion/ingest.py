@@ -8,6 +8,7 @@ the tasks made is good enough, and if so, makes one commit of it.
 """
 
 import logging
+import os
 import sys
 import time
 from collections import Counter
@@ -58,7 +59,7 @@ _LOGGER = logging.getLogger(__name__)
 
 def ingest(
     sources: Sources,
-    to: str,
+    to: str | os.PathLike[str],
     *,
     settings: IngestSettings | None = None,
     progress: Callable[[IngestProgress], None] | None = None,
@@ -78,6 +79,7 @@ def ingest(
         ConflictError: a source file changed meanwhile.
         StorageError: a source cannot be read or the dataset not be written. Run it again to go on.
     """
+    to = os.fspath(to)
     started = time.monotonic()
     settings = settings or IngestSettings()
     with spooled(sources) as named:

@@ -4,6 +4,7 @@ One shard of the dataset and one file of the export are in memory at a time. Wha
 whole (`Folder` in `base.py` says how).
 """
 
+import os
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -54,7 +55,7 @@ class ExportReport:
 
 def export(
     dataset: Dataset,
-    to: str,
+    to: str | os.PathLike[str],
     *,
     format: ExportFormat,  # noqa: A002 - what it is
     columns: Sequence[str] | None = None,
@@ -71,6 +72,7 @@ def export(
         MissingError, CorruptError: a file of the dataset is gone or damaged.
         StorageError: the target cannot be written.
     """
+    to = os.fspath(to)
     started = time.monotonic()
     if format not in get_args(ExportFormat):
         raise ConfigError("no such format", format=format, hint=f"Name one of {', '.join(get_args(ExportFormat))}.")

@@ -6,6 +6,7 @@
 Nothing here loads torch: with `processes` above 1 only the ranks need it.
 """
 
+import os
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -26,7 +27,7 @@ _HERE = Launch()
 
 def train(
     settings: Settings,
-    run: str,
+    run: str | os.PathLike[str],
     *,
     processes: int = 1,
     launch: Launch = _HERE,
@@ -48,12 +49,13 @@ def train(
         WaitError: a rank died or did not answer in time.
         StorageError: the run or the dataset cannot be read or written.
     """
+    run = os.fspath(run)
     request = SessionRequest(run=run, settings=settings, fresh=True, take_over=take_over)
     return _run(request, processes=processes, launch=launch, on_progress=on_progress)
 
 
 def resume(
-    run: str,
+    run: str | os.PathLike[str],
     *,
     overrides: Sequence[str] = (),
     processes: int = 1,
@@ -67,6 +69,7 @@ def resume(
         MissingError: there is no run.
         DatastoreError: as `train`.
     """
+    run = os.fspath(run)
     from datastore.training.run.folder import RunFolder  # noqa: PLC0415 - loads pyarrow
 
     before = RunFolder.open(run).config().settings
@@ -76,8 +79,8 @@ def resume(
 
 
 def fork(
-    run: str,
-    to: str,
+    run: str | os.PathLike[str],
+    to: str | os.PathLike[str],
     *,
     overrides: Sequence[str] = (),
     processes: int = 1,
@@ -92,6 +95,7 @@ def fork(
         MissingError: there is no run, or no such step.
         DatastoreError: as `train`.
     """
+    run, to = os.fspath(run), os.fspath(to)
     from datastore.dataset.snapshot import split_reference  # noqa: PLC0415 - loads pyarrow
     from datastore.training.run.folder import RunFolder  # noqa: PLC0415 - so does this
 

@@ -2,6 +2,7 @@
 
 import ast
 import importlib
+import inspect
 import resource
 import subprocess
 import sys
@@ -77,6 +78,20 @@ def test_type_checkers_see_the_same_names_at_the_same_homes() -> None:
         for alias in node.names
     }
     assert seen == datastore._HOMES
+
+
+def test_whatever_takes_a_place_takes_a_path() -> None:
+    places = {"url", "run", "runs", "to", "source", "sources", "target"}
+    strict = [
+        f"{name}({parameter.name}: {parameter.annotation})"
+        for name in datastore.__all__
+        if inspect.isfunction(function := getattr(datastore, name))
+        for parameter in inspect.signature(function).parameters.values()
+        if parameter.name in places
+        and "str" in str(parameter.annotation)
+        and "PathLike" not in str(parameter.annotation)
+    ]
+    assert strict == []
 
 
 def test_dir_lists_the_public_names_and_a_wrong_name_is_an_attribute_error() -> None:

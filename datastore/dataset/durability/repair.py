@@ -5,6 +5,7 @@ readable version and tag, from other copies, from good blocks of bad copies, and
 but bytes that have its digest, in one step, so a repair that is cut off, or fails, makes nothing worse.
 """
 
+import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
@@ -70,7 +71,7 @@ class RepairReport:
 
 
 def repair(
-    url: str,
+    url: str | os.PathLike[str],
     *,
     roots: Mapping[str, str] | None = None,
     promote: bool = False,
@@ -87,6 +88,7 @@ def repair(
         ConfigError: a root is not one of the dataset's, or what is to be a root holds something else.
         DatastoreError: the dataset cannot be opened by any of its roots.
     """
+    url = os.fspath(url)
     started = time.monotonic()
     change = change_roots(url, roots or {}, promote=promote, dry_run=dry_run)
     storage, _ = open_roots(change.url)

@@ -7,6 +7,7 @@ be encoded and nothing is ever unknown.
 Source: R. Sennrich et al., "Neural Machine Translation of Rare Words with Subword Units", ACL 2016; bytes as in GPT-2.
 """
 
+import os
 from collections.abc import Iterator, Sequence
 from typing import Annotated, Any
 
@@ -52,7 +53,7 @@ class TokenizerSettings(SettingsDocument, frozen=True, kw_only=True):
 
 
 def train_tokenizer(
-    sources: Sequence[str],
+    sources: Sequence[str | os.PathLike[str]],
     *,
     settings: TokenizerSettings | None = None,
     reading: IngestSettings | None = None,
@@ -69,6 +70,7 @@ def train_tokenizer(
         MissingError: a source does not exist.
         StorageError: a source cannot be read.
     """
+    names = [os.fspath(source) for source in sources]
     settings = settings or TokenizerSettings()
     special = [settings.end_of_text, *settings.special_tokens]
     if len(set(special)) != len(special) or "" in special:
@@ -83,10 +85,10 @@ def train_tokenizer(
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
         show_progress=False,
     )
-    texts = _Counted(_sample(sources, reading or IngestSettings(), settings.sample_bytes, progress))
+    texts = _Counted(_sample(names, reading or IngestSettings(), settings.sample_bytes, progress))
     tokenizer.train_from_iterator(texts, trainer)
     if not texts.count:
-        raise ConfigError("the sources have no text to train on", sources=list(sources), hint="Check their format.")
+        raise ConfigError("the sources have no text to train on", sources=names, hint="Check their format.")
     return str(tokenizer.to_str(pretty=True)).encode()
 
 

@@ -3,6 +3,7 @@
 `open_model` is how everything that uses a trained model gets it, from a run or from such a folder.
 """
 
+import os
 from typing import Any
 
 from datastore.checkpoint.checkpointer import Checkpointer
@@ -47,8 +48,8 @@ class Exported(Document, frozen=True, kw_only=True):
 
 
 def export(
-    run: str,
-    to: str,
+    run: str | os.PathLike[str],
+    to: str | os.PathLike[str],
     *,
     step: int | None = None,
     quantize: str | None = None,
@@ -66,6 +67,7 @@ def export(
         ConfigError: an unknown quantization, or one that does not fit the model.
         CorruptError: the checkpoint or the tokenizer is damaged.
     """
+    run, to = os.fspath(run), os.fspath(to)
     if quantize is not None and quantize not in QUANTIZATIONS:
         raise ConfigError("unknown quantization", quantize=quantize, known=sorted(QUANTIZATIONS))
     target = open_storage(to)

@@ -3,6 +3,7 @@
 Tokens are drawn one at a time from the model's own distribution, the same for the same seed.
 """
 
+import os
 from collections.abc import Iterator, Sequence
 from typing import Annotated
 
@@ -44,7 +45,9 @@ class Sampling(SettingsDocument, frozen=True, kw_only=True):
     """The same seed gives the same text."""
 
 
-def generate(source: str, prompt: str, *, sampling: Sampling | None = None, step: int | None = None) -> str:
+def generate(
+    source: str | os.PathLike[str], prompt: str, *, sampling: Sampling | None = None, step: int | None = None
+) -> str:
     """Return `prompt`, as it is, and what the model goes on with.
 
     `source` is a run folder (at `step`, or its newest checkpoint) or a Hugging Face folder.
@@ -53,6 +56,7 @@ def generate(source: str, prompt: str, *, sampling: Sampling | None = None, step
         MissingError: no model is there.
         ConfigError: the model has no tokenizer, or neither prompt nor end-of-text token to start from.
     """
+    source = os.fspath(source)
     loaded = open_model(source, step=step)
     if loaded.tokenizer is None:
         raise ConfigError("the model has no tokenizer", source=source, hint="Export it from a dataset that names one.")
@@ -102,7 +106,12 @@ _ROWS = 16
 
 
 def evaluate(
-    source: str, *, run: str = "", step: int | None = None, samples: int = 0, progress: Progress | None = None
+    source: str | os.PathLike[str],
+    *,
+    run: str | os.PathLike[str] = "",
+    step: int | None = None,
+    samples: int = 0,
+    progress: Progress | None = None,
 ) -> Evaluation:
     """Return the loss of the model at `source` on what `run` holds out, in float32 on the CPU.
 
@@ -113,6 +122,7 @@ def evaluate(
         MissingError: no model, no run, or no dataset there.
         ConfigError: there is no run whose samples could be used, or it holds nothing out.
     """
+    source, run = os.fspath(source), os.fspath(run)
     run = run or source
     if not is_run(open_storage(run)):
         raise ConfigError(

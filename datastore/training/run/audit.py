@@ -3,6 +3,7 @@
 `trace` computes it again rather than looking it up: the record says at which position a step began; dataset and order say the rest. Nothing was logged per sample.
 """
 
+import os
 from dataclasses import dataclass
 from typing import Any
 
@@ -112,7 +113,7 @@ def read_history(folder: RunFolder) -> StepHistory:
     return StepHistory(loader, steps, found.passed_over)
 
 
-def trace(run: str, step: int, *, rank: int | None = None, limit: int = 0) -> StepTrace:
+def trace(run: str | os.PathLike[str], step: int, *, rank: int | None = None, limit: int = 0) -> StepTrace:
     """Return what `step` (1 is the first) consumed, on `rank` or on all ranks; of the first `limit` samples, 0 for all.
 
     Raises:
@@ -120,6 +121,7 @@ def trace(run: str, step: int, *, rank: int | None = None, limit: int = 0) -> St
         ConfigError: `rank` did not take part in it.
         CorruptError: record or data are damaged.
     """
+    run = os.fspath(run)
     folder = RunFolder.open(run)
     config = folder.config()
     history = read_history(folder)

@@ -193,7 +193,7 @@ def numbers_of(url: str) -> dict[str, list[tuple[int, float]]]:
 
 
 def plot(
-    runs: str | Sequence[str],
+    runs: str | os.PathLike[str] | Sequence[str | os.PathLike[str]],
     path: str | Path | None = None,
     *,
     numbers: Sequence[str] = ("loss", "validation_loss", "tokens_per_s", "lr"),
@@ -223,7 +223,7 @@ def plot(
         ) from None
     if against not in _AXES:
         raise ConfigError("no such axis", against=against, hint=f"One of {', '.join(_AXES)}.")
-    urls = [runs] if isinstance(runs, str) else list(runs)
+    urls = [os.fspath(run) for run in ([runs] if isinstance(runs, str | os.PathLike) else runs)]
     found = [numbers_of(url) for url in urls]
     known = {name for each in found for name in each}
     drawn = [name for name in numbers if name in known]

@@ -8,6 +8,7 @@ Each step is read from the version of the dataset that its session read. If that
 step are proven by the plan, which deletions do not change, and its tokens where none of them has been deleted since.
 """
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -66,7 +67,7 @@ class Proof:
         return not self.problems
 
 
-def prove(run: str) -> Proof:
+def prove(run: str | os.PathLike[str]) -> Proof:
     """Compare the record of `run` with its plan, up to its newest checkpoint. Reads all tokens of those steps again.
 
     If that checkpoint is damaged, the record up to the newest sound one is compared, and that the rest is not known is
@@ -76,6 +77,7 @@ def prove(run: str) -> Proof:
         MissingError: there is no run, or it has no checkpoint yet.
         CorruptError: the record or the dataset is damaged.
     """
+    run = os.fspath(run)
     folder = RunFolder.open(run)
     config = folder.config()
     history = read_history(folder)
