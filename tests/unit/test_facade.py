@@ -81,7 +81,7 @@ def test_type_checkers_see_the_same_names_at_the_same_homes() -> None:
 
 
 def test_whatever_takes_a_place_takes_a_path() -> None:
-    places = {"url", "run", "runs", "to", "source", "sources", "target"}
+    places = {"url", "run", "runs", "to", "source", "target"}
     strict = [
         f"{name}({parameter.name}: {parameter.annotation})"
         for name in datastore.__all__
