@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from datastore.checkpoint.checkpointer import Checkpointer
     from datastore.checkpoint.exchange.dcp import DcpReader, DcpWriter
-    from datastore.checkpoint.steps import Keep
+    from datastore.checkpoint.keeping import Keep
     from datastore.config import load_settings
     from datastore.dataset.diff import diff
     from datastore.dataset.durability.health import health
@@ -86,7 +86,7 @@ _HOMES = {
     "FileRows": ("datastore.loader.rows.files.opening", "FileRows"),
     "FormatError": ("datastore.errors", "FormatError"),
     "IngestSettings": ("datastore.ingestion.settings", "IngestSettings"),
-    "Keep": ("datastore.checkpoint.steps", "Keep"),
+    "Keep": ("datastore.checkpoint.keeping", "Keep"),
     "Loader": ("datastore.loader.loader", "Loader"),
     "LoaderSettings": ("datastore.loader.settings", "LoaderSettings"),
     "Mixture": ("datastore.loader.mixture.request", "Mixture"),

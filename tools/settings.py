@@ -16,7 +16,8 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_typ
 
 import msgspec
 
-from datastore.checkpoint.steps import CheckpointerSettings, Keep
+from datastore.checkpoint.keeping import Keep
+from datastore.checkpoint.steps import CheckpointerSettings
 from datastore.document import SettingsDocument
 from datastore.ingestion.encoding.tokenizer import TokenizerSettings
 from datastore.ingestion.quality.chain import AnyFilter

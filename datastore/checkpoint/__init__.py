@@ -5,7 +5,8 @@ exchange       checkpoints of others: torch.distributed.checkpoint with a run of
 saving         a save: snapshot, write, commit
 loading        a load: sources, reader, targets, restore
 inspect        look at a run without torch
-steps          the steps of a run: which there are, which are kept
+keeping        which steps are kept, and the removal of all else
+steps          the steps of a run
 ranks          the ranks that save together: who, how they wait, how they agree
 items          something with state, its name and its skeleton
 tensors        tensors as bytes, and boxes of a whole

@@ -28,11 +28,12 @@ from typing import Any, Literal, Self
 from datastore.checkpoint.format.manifest import StepCommit
 from datastore.checkpoint.format.tree import TensorSpec, pack
 from datastore.checkpoint.inspect import StepReport, StepVerifyReport, inspect_step, verify_step
+from datastore.checkpoint.keeping import Collected, Keep, best_steps, collect, drop_after, pin, unpin
 from datastore.checkpoint.loading.restore import Restored, Restorer
 from datastore.checkpoint.ranks import Agree, SavingRank, StorageVote, read_run
 from datastore.checkpoint.saving.saver import Handle, SaveHistory, Saver
 from datastore.checkpoint.saving.snapshot import Snapshot, capture
-from datastore.checkpoint.steps import CheckpointerSettings, Collected, Keep, StepLog, collect, drop_after
+from datastore.checkpoint.steps import CheckpointerSettings, StepLog
 from datastore.errors import ConfigError, DatastoreError, plain
 from datastore.storage.base import Storage
 from datastore.storage.resolve import open_storage
@@ -218,6 +219,28 @@ class Checkpointer:
     def latest(self) -> int | None:
         """Return the newest committed step, or None if there is none."""
         return StepLog(self._member.storage).newest()
+
+    def best(self, metric: str) -> int | None:
+        """Return the committed step that was saved with the least `metric`, or with a `-` before its name the largest; None if none has it."""
+        log = StepLog(self._member.storage)
+        commits = (log.read_if_sound(step) for step in log.steps())
+        return next(iter(best_steps([commit for commit in commits if commit is not None], metric)), None)
+
+    def pin(self, step: int) -> None:
+        """Keep `step`, whatever `keep` says, until `unpin`.
+
+        Raises:
+            MissingError: there is no such step.
+        """
+        pin(self._member.storage, step)
+
+    def unpin(self, step: int) -> None:
+        """Let `step` go by the rules of `keep` again.
+
+        Raises:
+            ConfigError: it is not pinned.
+        """
+        unpin(self._member.storage, step)
 
     def inspect(self, step: int) -> StepReport:
         """Return what is in `step`.

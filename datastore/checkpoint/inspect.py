@@ -6,7 +6,7 @@ Needs no torch and writes nothing, so it is fit for the command line and for mac
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import chain
 from math import prod
 from typing import Any
@@ -14,6 +14,7 @@ from typing import Any
 from datastore.checkpoint.format.checks import check_ranges, check_whole
 from datastore.checkpoint.format.manifest import Chunk, PartInfo, StepCommit, chunks_of, runs_of, step_key
 from datastore.checkpoint.format.tree import specs, unpack
+from datastore.checkpoint.keeping import pinned_steps
 from datastore.checkpoint.steps import StepLog, extents_of, reading
 from datastore.errors import CorruptError, MissingError
 from datastore.formats.safetensors import ITEM_BYTES
@@ -53,6 +54,7 @@ class StepSummary:
 
     metrics: dict[str, Any] | None = None
     error: str = ""
+    pinned: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,8 +106,8 @@ class StepVerifyReport:
 
 def list_steps(storage: Storage) -> list[StepSummary]:
     """Return every step, oldest first."""
-    log = StepLog(storage)
-    return [_summary(log, step) for step in log.steps()]
+    log, pinned = StepLog(storage), set(pinned_steps(storage))
+    return [replace(_summary(log, step), pinned=step in pinned) for step in log.steps()]
 
 
 def _summary(log: StepLog, step: int) -> StepSummary:

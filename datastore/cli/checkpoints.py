@@ -40,7 +40,7 @@ def ls(*, run: str, as_json: bool) -> None:
             step.world,
             format_bytes(step.state_bytes),
             *((step.metrics or {}).get(name) for name in names),
-            step.error and f"damaged: {step.error}",
+            f"damaged: {step.error}" if step.error else "pinned" if step.pinned else "",
         )
         for step in found
     ]
@@ -110,22 +110,52 @@ def verify(*, run: str, step: int | None, as_json: bool) -> int:
 )
 @RUN
 @click.option("--last", type=click.IntRange(min=1), default=3, help="Keep the newest LAST steps that can be read.")
+@click.option("--every", type=click.IntRange(min=0), default=0, help="Keep steps that are a multiple of this, too.")
+@click.option(
+    "--best", metavar="METRIC", default="", help="Keep the step with the least METRIC, too; with -METRIC the largest."
+)
+@click.option("--best-count", type=click.IntRange(min=1), default=1, help="How many of the best.")
 @click.option("--dry-run", is_flag=True, help="Only say what would be removed.")
 @json_option
-def gc(*, run: str, last: int, dry_run: bool, as_json: bool) -> None:
-    """Remove old checkpoints of RUN, and files that no checkpoint needs. Training does this by itself."""
-    from datastore.checkpoint.steps import Keep, collect
+def gc(*, run: str, last: int, every: int, best: str, best_count: int, dry_run: bool, as_json: bool) -> None:
+    """Remove old checkpoints of RUN, and files that no checkpoint needs. Training does this by itself. Pinned ones stay."""
+    from datastore.checkpoint.keeping import Keep, collect
     from datastore.storage.resolve import open_storage
     from datastore.units import format_bytes
 
     _steps(run, None)
-    removed = collect(open_storage(run), Keep(last=last), dry_run=dry_run)
+    keep = Keep(last=last, every=every, best=best, best_count=best_count)
+    removed = collect(open_storage(run), keep, dry_run=dry_run)
     if as_json:
         say_json(removed)
         return
     verb = "would remove" if dry_run else "removed"
     steps = ", ".join(map(str, removed.steps)) or "none"
     say(f"{verb} steps: {steps}; {len(removed.keys):,} other files, {format_bytes(removed.size_bytes)}")
+
+
+@checkpoint.command(
+    short_help="Keep a step for good, or no longer.",
+    epilog=example("datastore checkpoint pin runs/first --step 16"),
+)
+@RUN
+@click.option("--step", type=click.IntRange(min=0), required=True, help="Which step.")
+@click.option("--remove", is_flag=True, help="Let it go by the rules again.")
+@json_option
+def pin(*, run: str, step: int, remove: bool, as_json: bool) -> None:
+    """Keep a checkpoint of RUN whatever the rules say, which `--remove` ends."""
+    from datastore.checkpoint.keeping import pin as pin_step
+    from datastore.checkpoint.keeping import pinned_steps, unpin
+    from datastore.storage.resolve import open_storage
+
+    _steps(run, None)
+    storage = open_storage(run)
+    (unpin if remove else pin_step)(storage, step)
+    pinned = pinned_steps(storage)
+    if as_json:
+        say_json({"pinned": pinned})
+        return
+    say(f"pinned: {', '.join(map(str, pinned)) or 'none'}")
 
 
 @checkpoint.command(
@@ -139,7 +169,7 @@ def gc(*, run: str, last: int, dry_run: bool, as_json: bool) -> None:
 def rewind(*, run: str, step: int, dry_run: bool, as_json: bool) -> None:
     """Drop every checkpoint of RUN after a step, so that training goes on from there. They cannot be brought back."""
     from datastore.checkpoint.inspect import verify_step
-    from datastore.checkpoint.steps import drop_after
+    from datastore.checkpoint.keeping import drop_after
     from datastore.errors import CorruptError
     from datastore.storage.resolve import open_storage
     from datastore.training.run.lock import RunLock

@@ -18,7 +18,8 @@ import msgspec
 from torch import Tensor
 
 from datastore.checkpoint.checkpointer import Checkpointer
-from datastore.checkpoint.steps import CheckpointerSettings, Keep
+from datastore.checkpoint.keeping import Keep
+from datastore.checkpoint.steps import CheckpointerSettings
 from datastore.document import decode, encode
 from datastore.errors import ConfigError
 from datastore.host import utc_now
@@ -46,7 +47,7 @@ from datastore.training.run.folder import (
 )
 from datastore.training.run.lock import RunLock
 from datastore.training.run.split import Split, ValidationSamples
-from datastore.training.settings import SessionRequest, Settings
+from datastore.training.settings import CheckpointSettings, SessionRequest, Settings
 from datastore.training.supervisor import Outputs, Supervisor
 from datastore.training.trainer import Trainer
 
@@ -169,10 +170,16 @@ def _changes_note(changed: Mapping[str, tuple[Any, Any]]) -> str:
     )
 
 
+def keep_of(settings: CheckpointSettings) -> Keep:
+    """Return which checkpoints are kept."""
+    best = "validation_loss" if settings.keep_best else ""
+    return Keep(last=settings.keep, every=settings.keep_every, best=best, best_count=max(1, settings.keep_best))
+
+
 def _open_checkpointer(settings: Settings, folder: RunFolder, ranks: Ranks, *, session: str) -> Checkpointer:
     return Checkpointer(
         folder.storage,
-        keep=Keep(last=settings.checkpoint.keep),
+        keep=keep_of(settings.checkpoint),
         rank=ranks.rank,
         world=ranks.world,
         session=session,

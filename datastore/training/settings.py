@@ -293,6 +293,12 @@ class CheckpointSettings(SettingsDocument, frozen=True, kw_only=True):
     keep: Positive = 3
     """Newest checkpoints that are kept."""
 
+    keep_every: Count = 0
+    """Checkpoints of steps that are a multiple of this are kept, too; 0: none."""
+
+    keep_best: Count = 0
+    """As many checkpoints with the least validation loss are kept, too, of those that were saved just after it was measured."""
+
 
 class EvalSettings(SettingsDocument, frozen=True, kw_only=True):
     """When the validation loss is measured."""

@@ -23,7 +23,8 @@ from itertools import pairwise
 import torch
 
 from datastore.checkpoint.checkpointer import Checkpointer
-from datastore.checkpoint.steps import CheckpointerSettings, Keep
+from datastore.checkpoint.keeping import Keep
+from datastore.checkpoint.steps import CheckpointerSettings
 from datastore.errors import DatastoreError
 
 State = dict[str, dict[str, torch.Tensor | int]]

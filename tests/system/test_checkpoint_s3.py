@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from datastore.checkpoint.checkpointer import Checkpointer
-from datastore.checkpoint.steps import Keep
+from datastore.checkpoint.keeping import Keep
 from datastore.errors import ConflictError
 from datastore.storage.resolve import open_storage
 

@@ -14,7 +14,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 from datastore.checkpoint.checkpointer import Checkpointer
 from datastore.checkpoint.exchange.dcp import DcpReader, DcpWriter
-from datastore.checkpoint.steps import Keep
+from datastore.checkpoint.keeping import Keep
 
 PROGRAM = Path(__file__).with_name("dcp_programs.py")
 

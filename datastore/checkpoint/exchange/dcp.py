@@ -38,12 +38,13 @@ from typing_extensions import override
 from datastore.checkpoint.exchange.paths import Leaf, Path, StepPlace, item_trees, leaves_of, tensor_name
 from datastore.checkpoint.format.manifest import Entry, StepRef
 from datastore.checkpoint.format.tree import TensorSpec
+from datastore.checkpoint.keeping import Keep, collect
 from datastore.checkpoint.loading.reader import Reader, Transfer
 from datastore.checkpoint.ranks import SavingRank, ensure_run
 from datastore.checkpoint.saving.commit import build_commit, gather_parts, put_commit, write_hint
 from datastore.checkpoint.saving.snapshot import BufferPool, Captured, Snapshot
 from datastore.checkpoint.saving.write import Known, stage, write_share
-from datastore.checkpoint.steps import CheckpointerSettings, Keep, StepLog, WholeStep, collect
+from datastore.checkpoint.steps import CheckpointerSettings, StepLog, WholeStep
 from datastore.checkpoint.tensors import DTYPES, Box, TensorPiece, describe, memory_key
 from datastore.errors import ConfigError, ConflictError, MissingError, ResumeError
 

@@ -22,8 +22,11 @@ from dataclasses import dataclass
 from logging import getLogger
 from typing import Any
 
+import msgspec
+
 from datastore.checkpoint.format.manifest import Entry, PartInfo, RunInfo, StepCommit, StepRef
 from datastore.checkpoint.items import item_digests
+from datastore.checkpoint.keeping import Keep, collect
 from datastore.checkpoint.ranks import SavingRank, ensure_run
 from datastore.checkpoint.saving.commit import (
     await_commit,
@@ -36,7 +39,6 @@ from datastore.checkpoint.saving.commit import (
 )
 from datastore.checkpoint.saving.snapshot import BufferPool, Snapshot
 from datastore.checkpoint.saving.write import Known, stage, write_share
-from datastore.checkpoint.steps import Keep, collect
 from datastore.errors import ConflictError, DatastoreError, WaitError
 
 __all__ = ["Handle", "SaveHistory", "Saver"]
@@ -174,7 +176,11 @@ class Saver:
         The first time, what writers left unfinished goes as well, who had begun before this one and were killed.
         """
         try:
-            collect(self._member.storage, Keep(last=self._keep.last + more), session=self._member.session)
+            collect(
+                self._member.storage,
+                msgspec.structs.replace(self._keep, last=self._keep.last + more),
+                session=self._member.session,
+            )
             if self._opened:
                 self._member.storage.clear_unfinished(before=self._opened)
                 self._opened = 0.0

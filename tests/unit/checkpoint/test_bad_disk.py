@@ -13,7 +13,7 @@ from click.testing import CliRunner
 
 from datastore.checkpoint import inspect as looking
 from datastore.checkpoint.checkpointer import Checkpointer
-from datastore.checkpoint.steps import Keep, collect
+from datastore.checkpoint.keeping import Keep, collect
 from datastore.cli.main import cli
 from datastore.errors import CorruptError, StorageError
 from datastore.storage.backends.local import LocalStorage

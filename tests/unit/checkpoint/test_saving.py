@@ -17,9 +17,9 @@ from typing_extensions import Buffer, override
 
 from datastore.checkpoint.checkpointer import Checkpointer
 from datastore.checkpoint.format.manifest import Entry
+from datastore.checkpoint.keeping import Keep
 from datastore.checkpoint.saving import write as save
 from datastore.checkpoint.saving.snapshot import BufferPool
-from datastore.checkpoint.steps import Keep
 from datastore.errors import (
     ConfigError,
     ConflictError,
