@@ -1,11 +1,16 @@
 """The commands about the checkpoints of a run: which there are, what is in one, whether it is sound, export."""
 
 from contextlib import nullcontext
+from typing import TYPE_CHECKING
 
 import click
 
 from datastore.cli.output import fields, json_option, moment, progress_option, say, say_json, table, with_progress
 from datastore.cli.shell import CommandGroup, example
+
+if TYPE_CHECKING:
+    from datastore.checkpoint.difference import TensorChange
+    from datastore.storage.base import Storage
 
 __all__ = ["checkpoint"]
 
@@ -132,6 +137,74 @@ def gc(*, run: str, last: int, every: int, best: str, best_count: int, dry_run: 
     verb = "would remove" if dry_run else "removed"
     steps = ", ".join(map(str, removed.steps)) or "none"
     say(f"{verb} steps: {steps}; {len(removed.keys):,} other files, {format_bytes(removed.size_bytes)}")
+
+
+@checkpoint.command(
+    short_help="Show what differs between two checkpoints.",
+    epilog=example("datastore checkpoint diff runs/first@12 runs/first --item model"),
+)
+@click.argument("before")
+@click.argument("after")
+@click.option("--item", default="", help="Only tensors of this item, such as model.")
+@click.option("--limit", type=click.IntRange(min=1), default=20, help="Tensors that are shown, the most changed first.")
+@progress_option
+@json_option
+def diff(*, before: str, after: str, item: str, limit: int, as_json: bool) -> None:
+    """Show which tensors changed between two checkpoints, and by how much. BEFORE and AFTER are RUN@STEP, or RUN for its newest."""
+    from datastore.checkpoint.difference import difference
+
+    sides = {"before": _side(before), "after": _side(after)}
+    found = with_progress("compare", difference, unit="tensors", **sides)
+    if as_json:
+        say_json(found)
+        return
+    fields(
+        {
+            "before": found.before,
+            "after": found.after,
+            "tensors": f"{found.same:,} the same, {len(found.changed):,} changed, "
+            f"{len(found.only_before):,} only before, {len(found.only_after):,} only after",
+        }
+    )
+    changed = [each for each in found.changed if not item or each.name.startswith(f"{item}/")]
+    changed.sort(key=lambda each: -(each.relative or 0.0))
+    if changed:
+        say()
+        table(("tensor", "is", "elements", "largest", "relative"), [_change(each) for each in changed[:limit]])
+        if len(changed) > limit:
+            say(f"and {len(changed) - limit:,} more: raise --limit, or --json")
+    for title, names in (("only before", found.only_before), ("only after", found.only_after)):
+        if names:
+            say(f"{title}: {', '.join(names[:limit])}")
+    others = {**{f"metrics/{key}": pair for key, pair in found.metrics.items()}, **found.values}
+    if others:
+        say()
+        table(("value", "before", "after"), [(key, *map(str, pair)) for key, pair in list(others.items())[:limit]])
+
+
+def _side(named: str) -> "tuple[Storage, int]":
+    """Return the run and the step that RUN@STEP, or RUN for its newest, names."""
+    from datastore.checkpoint.steps import StepLog
+    from datastore.dataset.snapshot import split_reference
+    from datastore.errors import ConfigError
+    from datastore.storage.resolve import open_storage
+
+    run, name = split_reference(named)
+    if name and not name.isdecimal():
+        raise ConfigError("not a step", step=name, hint="Write RUN@12, or RUN for the newest step.")
+    _steps(run, None)
+    storage = open_storage(run)
+    return storage, int(name) if name else StepLog(storage).steps()[-1]
+
+
+def _change(change: "TensorChange") -> tuple[str, ...]:
+    is_ = change.before if change.before == change.after else f"{change.before} -> {change.after}"
+    numbers = (
+        "" if change.changed is None else f"{change.changed:.1%}",
+        "" if change.largest is None else f"{change.largest:.3g}",
+        "" if change.relative is None else f"{change.relative:.3g}",
+    )
+    return (change.name, is_, *numbers)
 
 
 @checkpoint.command(

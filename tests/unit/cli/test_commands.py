@@ -73,6 +73,7 @@ FLAGS = {
     "checkpoint show": "step",
     "checkpoint verify": "step",
     "checkpoint gc": "best best-count dry-run every last",
+    "checkpoint diff": "item limit",
     "checkpoint pin": "remove step",
     "checkpoint rewind": "dry-run step",
     "checkpoint export": "quantize replace step",
@@ -197,6 +198,7 @@ def test_a_tag_is_set_moved_and_removed(
 
 
 LONG = {
+    "checkpoint diff": "checkpoint diff run@2 run@4 --progress plain",
     "ingest": "ingest src --to new --progress plain",
     "import": "import exported --format parquet --to imported --progress plain",
     "tokenizer train": "tokenizer train src --vocab 300 --to tok.json --progress plain",
