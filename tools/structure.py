@@ -19,6 +19,7 @@ MIN_LINES = 60
 MAX_LINES = 380
 MAX_PARAMETERS = 6
 PICKLES = {"pickle", "cPickle", "dill", "cloudpickle", "marshal", "shelve"}
+UNPICKLES = {"checkpoint/exchange/files.py": "the table of contents of DCP, with a list of what may be in it"}
 EDGE_ONLY = {"os.environ", "os.getenv", "time.sleep"}
 BLIND = {"Exception", "BaseException"}
 
@@ -44,8 +45,10 @@ def broken_rules(root: Path) -> list[str]:
         tree = ast.parse(text, filename=str(path))
         found.extend(f"{path}:{rule}" for rule in _rules_of_module(path, text.count("\n"), tree, root))
         below_cli = "cli" not in path.relative_to(root).parts
+        unpickles = path.relative_to(root).as_posix() in UNPICKLES
         for node in ast.walk(tree):
-            found.extend(f"{path}:{node.lineno}: {rule}" for rule in _rules(node, below_cli=below_cli))  # type: ignore[attr-defined]
+            rules = _rules(node, below_cli=below_cli, unpickles=unpickles)
+            found.extend(f"{path}:{node.lineno}: {rule}" for rule in rules)  # type: ignore[attr-defined]
     return found
 
 
@@ -72,13 +75,14 @@ def _rules_of_floor(folder: Path, plan: str) -> Iterator[str]:
         yield f"1: the plan of the floor does not name {', '.join(missing)}"
 
 
-def _rules(node: ast.AST, *, below_cli: bool) -> Iterator[str]:
+def _rules(node: ast.AST, *, below_cli: bool, unpickles: bool) -> Iterator[str]:
     if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
         yield from _too_many_parameters(node)
     if isinstance(node, ast.ExceptHandler) and _swallows_everything(node):
         yield "catches everything and does not raise again"
     names = _names(node)
-    yield from (f"imports {name}" for name in names if name.partition(".")[0] in PICKLES)
+    if not unpickles:
+        yield from (f"imports {name}" for name in names if name.partition(".")[0] in PICKLES)
     if below_cli:
         yield from (f"uses {name} below the command line" for name in names if name in EDGE_ONLY)
 

@@ -1,7 +1,8 @@
 """The commands about the checkpoints of a run: which there are, what is in one, whether it is sound, export."""
 
 from contextlib import nullcontext
-from typing import TYPE_CHECKING
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -267,25 +268,75 @@ def rewind(*, run: str, step: int, dry_run: bool, as_json: bool) -> None:
 @click.argument("to")
 @STEP
 @click.option(
+    "--as",
+    "kind",
+    type=click.Choice(["hf", "torch", "safetensors", "dcp"]),
+    default="hf",
+    help="hf: a folder that transformers opens; or a file of torch.save or safetensors, or a folder of torch's DCP.",
+)
+@click.option("--item", help="With other formats than hf: only this item, such as model, without its name.")
+@click.option(
     "--quantize", type=click.Choice(["int8", "int4"]), help="Store linear layers with so many bits per weight."
 )
 @click.option("--replace", is_flag=True, help="Overwrite what the folder holds.")
 @progress_option
 @json_option
-def export(*, run: str, to: str, step: int | None, quantize: str | None, replace: bool, as_json: bool) -> None:
-    """Write the model of RUN to the folder TO, as transformers and vLLM open it."""
+def export(*, run: str, to: str, step: int | None, kind: str, item: str | None, as_json: bool, **options: Any) -> None:
+    """Write the model of RUN to the folder TO, as transformers and vLLM open it; or the state of RUN in another format."""
     from datastore.training.export.export import export as export_model
     from datastore.units import format_bytes
 
-    done = with_progress(
-        "export", export_model, unit="stages", run=run, to=to, step=step, quantize=quantize, replace=replace
-    )
+    if kind != "hf":
+        _export_files(run, to, step=step, kind=kind, item=item, as_json=as_json)
+        return
+    done = with_progress("export", export_model, unit="stages", run=run, to=to, step=step, **options)
     if as_json:
         say_json(done)
         return
     say(f"step {done.step} is in {done.url}, {format_bytes(done.size_bytes)}")
     for reason in done.passed_over:
         say(f"not used: {reason}")
+
+
+def _export_files(run: str, to: str, *, step: int | None, kind: Any, item: str | None, as_json: bool) -> None:
+    from datastore.checkpoint.exchange.files import read_items, write_files
+    from datastore.errors import ConfigError
+    from datastore.storage.resolve import open_storage
+
+    number = _steps(run, step)[-1]
+    items = read_items(open_storage(run), number)
+    if item is not None and item not in items:
+        raise ConfigError("the step has no such item", item=item, items=list(items), hint="Name one that it has.")
+    write_files(items if item is None else items[item], Path(to), format=kind)
+    if as_json:
+        say_json({"step": number, "path": to, "items": [item] if item else list(items)})
+        return
+    say(f"step {number} is in {to}")
+
+
+@checkpoint.command(
+    "import",
+    short_help="Bring in a checkpoint of another format.",
+    epilog=example("datastore checkpoint import hf/model --to runs/imported --step 0"),
+)
+@click.argument("source", type=click.Path(path_type=Path))
+@click.option("--to", "run", required=True, help="The run: a folder or URL.")
+@click.option("--step", type=click.IntRange(min=0), default=0, help="The step that it becomes.")
+@click.option("--item", default="model", help="The item that it becomes, if it is not a map of maps.")
+@json_option
+def import_(*, source: Path, run: str, step: int, item: str, as_json: bool) -> None:
+    """Save SOURCE as a step of a run: a file of torch.save or safetensors, a folder of Hugging Face, or of torch's DCP.
+
+    Nothing of it is run: tensors and plain values alone are taken.
+    """
+    from datastore.checkpoint.exchange.files import import_files
+    from datastore.storage.resolve import open_storage
+
+    commit = import_files(source, open_storage(run), step=step, item=item)
+    if as_json:
+        say_json({"step": commit.step, "items": list(commit.items)})
+        return
+    say(f"step {commit.step} of {run}: {', '.join(commit.items)}")
 
 
 def _steps(run: str, step: int | None) -> list[int]:
