@@ -45,7 +45,9 @@ if TYPE_CHECKING:
         WaitError,
     )
     from datastore.ingestion.encoding.tokenizer import TokenizerSettings, train_tokenizer
-    from datastore.ingestion.importing import import_dataset
+    from datastore.ingestion.engines.engine import Engine
+    from datastore.ingestion.engines.ray import RayEngine
+    from datastore.ingestion.importing import import_dataset, retokenize
     from datastore.ingestion.ingest import ingest
     from datastore.ingestion.quality.similar import DedupSettings
     from datastore.ingestion.quality.similar import deduplicate as dedup
@@ -83,6 +85,7 @@ _HOMES = {
     "DatastoreError": ("datastore.errors", "DatastoreError"),
     "DedupSettings": ("datastore.ingestion.quality.similar", "DedupSettings"),
     "DependencyError": ("datastore.errors", "DependencyError"),
+    "Engine": ("datastore.ingestion.engines.engine", "Engine"),
     "FileRows": ("datastore.loader.rows.files.opening", "FileRows"),
     "FormatError": ("datastore.errors", "FormatError"),
     "IngestSettings": ("datastore.ingestion.settings", "IngestSettings"),
@@ -92,6 +95,7 @@ _HOMES = {
     "Mixture": ("datastore.loader.mixture.request", "Mixture"),
     "MissingError": ("datastore.errors", "MissingError"),
     "Rank": ("datastore.loader.settings", "Rank"),
+    "RayEngine": ("datastore.ingestion.engines.ray", "RayEngine"),
     "RejectedError": ("datastore.errors", "RejectedError"),
     "ResumeError": ("datastore.errors", "ResumeError"),
     "RowBatch": ("datastore.loader.rows.batch", "RowBatch"),
@@ -139,6 +143,7 @@ _HOMES = {
     "vacuum": ("datastore.dataset.operations.vacuum", "vacuum"),
     "verify": ("datastore.dataset.durability.verify", "verify"),
     "record_writer": ("datastore.ingestion.writers.records", "record_writer"),
+    "retokenize": ("datastore.ingestion.importing", "retokenize"),
     "rejected_records": ("datastore.ingestion.report", "rejected_records"),
 }
 """Where each public name is defined, and what it is called there."""
@@ -155,6 +160,7 @@ __all__ = [
     "DcpWriter",
     "DedupSettings",
     "DependencyError",
+    "Engine",
     "FileRows",
     "FormatError",
     "IngestSettings",
@@ -164,6 +170,7 @@ __all__ = [
     "MissingError",
     "Mixture",
     "Rank",
+    "RayEngine",
     "RejectedError",
     "ResumeError",
     "RowBatch",
@@ -205,6 +212,7 @@ __all__ = [
     "rejected_records",
     "repair",
     "resume",
+    "retokenize",
     "set_tag",
     "token_writer",
     "trace",

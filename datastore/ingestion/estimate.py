@@ -15,13 +15,14 @@ from datastore.formats.schema import decode_schema
 from datastore.ingestion.encoding.chats import ChatEncoder, UnusableChatError
 from datastore.ingestion.encoding.encoder import TextEncoder
 from datastore.ingestion.encoding.template import ChatFormat
-from datastore.ingestion.ingest import PreparedIngest, prepare
 from datastore.ingestion.plan import WorkItem, source_bytes, work_items
+from datastore.ingestion.preparation import PreparedIngest, prepare
 from datastore.ingestion.quality.chain import Chain
 from datastore.ingestion.quality.text import Text
 from datastore.ingestion.reading.chats import read_documents
 from datastore.ingestion.reading.documents import Reject, TextRecord
 from datastore.ingestion.reading.rows import read_rows
+from datastore.ingestion.reading.stored import StoredTexts
 from datastore.ingestion.settings import IngestSettings
 from datastore.storage.resolve import open_storage
 
@@ -173,7 +174,12 @@ def _spread(prepared: PreparedIngest, every: Sequence[WorkItem]) -> Iterator[Tex
     for file, start, stop in islice(parts, 0, None, step):
         url, key = prepared.roots.locate(file.path)
         taken = 0
-        for found in read_documents(open_storage(url), key, file=file, span=(start, stop), settings=prepared.settings):
+        texts = (
+            StoredTexts(url).read(file)
+            if file.format == "datastore"
+            else read_documents(open_storage(url), key, file=file, span=(start, stop), settings=prepared.settings)
+        )
+        for found in texts:
             if isinstance(found, str):
                 continue
             yield found

@@ -111,6 +111,9 @@ class IngestReport:
     tasks_resumed: int
     """How many of them an interrupted run had done."""
 
+    tasks_open: int
+    """How many of them are in shares that are not done yet; only then is the ingest not over."""
+
     encoder: str
     """Which libraries encoded, such as `gigatoken`; empty for text."""
 

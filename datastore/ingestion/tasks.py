@@ -5,14 +5,14 @@ else changes nothing about the bytes that it stores.
 """
 
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import cached_property
 
 import msgspec
 import numpy as np
 import xxhash
 
-from datastore.dataset.journal import Journal, TaskDone
+from datastore.dataset.journal import Journal, SourceFile, TaskDone
 from datastore.dataset.log.manifest import Kind, TokenizerRef
 from datastore.dataset.roots import open_roots
 from datastore.dataset.shards.files import read_tokenizer
@@ -37,6 +37,7 @@ from datastore.ingestion.reading.documents import (
 from datastore.ingestion.reading.listing import SkipReason
 from datastore.ingestion.reading.rows import read_rows
 from datastore.ingestion.reading.sources import Roots
+from datastore.ingestion.reading.stored import StoredTexts
 from datastore.ingestion.settings import IngestSettings
 from datastore.ingestion.sinks.chats import ChatShards, PairShards
 from datastore.ingestion.sinks.documents import CopiedRows, CopiedTokens, CopySink, RecordShards, ShardSink, TokenShards
@@ -74,7 +75,7 @@ class Job(Document, frozen=True, kw_only=True):
     path: tuple[str, ...] = ()
     """The caller's `sys.path`: a filter that it can import, its workers can."""
 
-    parallel: bool
+    parallel: bool = False
     """Whether the encoder may use all cores."""
 
 
@@ -100,6 +101,7 @@ class TaskRunner:
         self.storage = open_roots(job.to)[0]
         self.journal = Journal(self.storage, job.ingest_id)
         self._folders: dict[str, Storage] = {}
+        self._stored: dict[str, StoredTexts] = {}
         self._told: dict[str, OperationStatistics] = {}
 
     @cached_property
@@ -156,9 +158,7 @@ class TaskRunner:
         sieve = Sieve(self.chain, samples=settings.trace_filters) if self.chain else None
         run = _Run(self._sink(order), report, settings=settings, stored_bytes=source_bytes(order), sieve=sieve)
         for file, start, stop in order.parts:
-            url, key = self.job.roots.locate(file.path)
-            folder = self._folders.setdefault(url, open_storage(url))
-            for found in read_documents(folder, key, file=file, span=(start, stop), settings=self.job.settings):
+            for found in self._read(file, (start, stop)):
                 run.take(found)
         run.end()
         encoder = self.chat_encoder or self.encoder
@@ -180,6 +180,15 @@ class TaskRunner:
         if sieve and (samples := sieve.encode_samples()):
             self.journal.put_samples(order.task_id, samples)
         return self.journal.finish(done, rejects=encode_rejects(run.kept), ids=run.ids() if run.named else b"")
+
+    def _read(self, file: SourceFile, span: tuple[int, int]) -> Iterator[TextRecord | Reject | SkipReason]:
+        url, key = self.job.roots.locate(file.path)
+        if file.format == "datastore":
+            if url not in self._stored:
+                self._stored[url] = StoredTexts(url)
+            return self._stored[url].read(file)
+        folder = self._folders.setdefault(url, open_storage(url))
+        return read_documents(folder, key, file=file, span=span, settings=self.job.settings)
 
     def _copy(self, order: WorkItem, report: Report) -> TaskDone:
         """Take over rows or tokens; otherwise as `work`."""
