@@ -67,6 +67,7 @@ if TYPE_CHECKING:
     from datastore.storage.resolve import open_storage
     from datastore.training.export.export import export as export_model
     from datastore.training.export.inference import evaluate, generate
+    from datastore.training.export.teaching import teach
     from datastore.training.run.audit import trace
     from datastore.training.run.history import plot
     from datastore.training.run.proof import prove
@@ -136,6 +137,7 @@ _HOMES = {
     "repair": ("datastore.dataset.durability.repair", "repair"),
     "resume": ("datastore.training.start", "resume"),
     "set_tag": ("datastore.dataset.log.tags", "set_tag"),
+    "teach": ("datastore.training.export.teaching", "teach"),
     "token_writer": ("datastore.ingestion.writers.tokens", "token_writer"),
     "trace": ("datastore.training.run.audit", "trace"),
     "train": ("datastore.training.start", "train"),
@@ -214,6 +216,7 @@ __all__ = [
     "resume",
     "retokenize",
     "set_tag",
+    "teach",
     "token_writer",
     "trace",
     "train",

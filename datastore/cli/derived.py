@@ -5,7 +5,7 @@ from typing import Any
 import click
 
 from datastore.cli.ingest import ADDRESS, ENGINE, SET, WORKERS, engine_of, in_source_bytes, tell_ingest
-from datastore.cli.output import json_option, progress_option, say_json, with_progress
+from datastore.cli.output import json_option, progress_option, say, say_json, with_progress
 from datastore.cli.shell import example, given_options
 
 __all__ = ["COMMANDS"]
@@ -58,4 +58,32 @@ def retokenize(
     say_json(report) if as_json else tell_ingest(report)
 
 
-COMMANDS = (retokenize,)
+@click.command(
+    short_help="Write what a teacher expects beside the tokens.",
+    epilog=example("datastore teach data/code --model runs/first --top 8 --to data/taught"),
+)
+@click.argument("source", metavar="SOURCE")
+@click.option("--model", required=True, metavar="RUN|FOLDER", help="The teacher: a run, or a Hugging Face folder.")
+@click.option("--step", type=click.IntRange(min=1), help="The checkpoint of this step; the newest if left out.")
+@click.option("--top", type=click.IntRange(min=1), default=8, help="Of each distribution, so many tokens.")
+@click.option("--to", required=True, metavar="URL", help="The dataset; it is made if it is not there.")
+@progress_option
+@json_option
+def teach(*, source: str, model: str, step: int | None, top: int, to: str, as_json: bool) -> None:
+    """Add the documents of the dataset SOURCE to another one, each token with what a trained model expects after it.
+
+    Two columns go with the tokens: teacher_tokens, the likeliest ones, and teacher_logprobs, the logarithms of their
+    probabilities, for distillation. A killed one goes on when the same command is given again.
+    """
+    from datastore.training.export.teaching import teach as teach_tokens
+
+    report = with_progress("teach", teach_tokens, source=source, to=to, model=model, step=step, top=top)
+    if as_json:
+        say_json(report)
+    elif report.added:
+        say(f"{report.url}, version {report.version}: {report.documents:,} documents, {report.tokens:,} tokens")
+    else:
+        say(f"nothing new: {report.url}, version {report.version}, has all of it")
+
+
+COMMANDS = (retokenize, teach)

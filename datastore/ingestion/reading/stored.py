@@ -22,7 +22,7 @@ from datastore.errors import ConfigError, ConflictError
 from datastore.formats.tokentext import TokenText
 from datastore.ingestion.reading.documents import Reject, TextRecord, reject
 
-__all__ = ["StoredTexts", "require_unwritten", "stored_files"]
+__all__ = ["StoredTexts", "require_unwritten", "shard_file", "source_name", "stored_files"]
 
 _OF_TEXTS = ("id", "source", "offset", "text")
 
@@ -61,11 +61,17 @@ def stored_files(url: str) -> tuple[str, list[SourceFile]]:
             columns=columns,
             hint="Ingest the chats or texts themselves.",
         )
-    name = f"{dataset.url.rstrip('/').rpartition('/')[2] or 'root'}-{dataset.uuid[:8]}"
-    return name, [_source_file(dataset, index, name) for index in range(len(shards))]
+    name = source_name(dataset)
+    return name, [shard_file(dataset, index, name) for index in range(len(shards))]
 
 
-def _source_file(dataset: Dataset, index: int, name: str) -> SourceFile:
+def source_name(dataset: Dataset) -> str:
+    """Return what `dataset` is called as a source: the same wherever a part of its URL is, and no other one is called so."""
+    return f"{dataset.url.rstrip('/').rpartition('/')[2] or 'root'}-{dataset.uuid[:8]}"
+
+
+def shard_file(dataset: Dataset, index: int, name: str) -> SourceFile:
+    """Return shard `index` of `dataset`, which is called `name`, as a file to read, in the state that it is in."""
     shard = dataset.segments.shard(index)
     deleted = dataset.deletions.rows(shard.uid).astype("<i8").tobytes()
     return SourceFile(
@@ -119,7 +125,7 @@ class StoredTexts:
         """
         name, _, path = file.path.partition("/")
         index = self._places.get(path)
-        if index is None or _source_file(self._dataset, index, name) != file:
+        if index is None or shard_file(self._dataset, index, name) != file:
             raise ConflictError(
                 "the dataset that is read has changed", shard=file.path, hint="Run the same command again."
             )

@@ -37,6 +37,7 @@ FLAGS = {
     "ingest": "address as begin-anew chat chat-template commit config dry-run engine exclude files-from format gitignore html-text id-field id-key include max-reject-ratio "
     "on-error overwrite pairs replace separator set task template text-field text-key to tokenizer trace-filters workers",
     "rejects": "limit",
+    "teach": "model step to top",
     "retokenize": "address engine max-reject-ratio set to tokenizer workers",
     "tokenizer train": "exclude include text-key to vocab",
     "show": "",
@@ -204,6 +205,7 @@ LONG = {
     "ingest": "ingest src --to new --progress plain",
     "import": "import exported --format parquet --to imported --progress plain",
     "retokenize": "retokenize littered --to anew --tokenizer small.json --progress plain",
+    "teach": "teach data --model run --to taught --progress plain",
     "tokenizer train": "tokenizer train src --vocab 300 --to tok.json --progress plain",
     "export": "export data --format parquet --to other --progress plain",
     "verify": "verify data --progress plain",
