@@ -228,6 +228,7 @@ def tell_ingest(report: "IngestReport") -> None:
             "dataset": f"{report.url}, version {report.version}",
             "added": f"{report.documents:,} documents{tokens}",
             "from": f"{report.files:,} files, {format_bytes(report.text_bytes)} of text",
+            "lengths": lengths_line(report.lengths) or None,
             "already there": _known(report) if report.known_files else None,
             "changed": f"{_files(report.changed_files)} since version {report.changed_since}, {_older(report)}"
             if report.changed_files
@@ -246,6 +247,33 @@ def tell_ingest(report: "IngestReport") -> None:
     )
     for sample in report.samples:
         say(f"{sample.rule}  {sample.id}  {sample.begins[:80]!r}")
+
+
+_BARS = "▁▂▃▄▅▆▇█"
+
+
+def lengths_line(lengths: Mapping[int, int]) -> str:
+    """Return a histogram of texts by powers of two of their bytes, in one line; empty if there are none.
+
+    >>> lengths_line({512: 1, 1024: 8, 4096: 2})
+    '▂█▁▃ 512 B to 8 KiB, half of them below 2 KiB'
+    """
+    from datastore.units import format_bytes
+
+    if not lengths:
+        return ""
+    low, high, most, half = min(lengths), max(lengths), max(lengths.values()), 0
+    seen, total = 0, sum(lengths.values())
+    for least in sorted(lengths):
+        seen += lengths[least]
+        if 2 * seen >= total:
+            half = 2 * least
+            break
+    powers = [max(1, low)]
+    while powers[-1] < high:
+        powers.append(2 * powers[-1])
+    bars = "".join(_BARS[-(-lengths.get(each, 0) * (len(_BARS) - 1) // most)] for each in powers)
+    return f"{bars} {format_bytes(low)} to {format_bytes(2 * high)}, half of them below {format_bytes(half)}"
 
 
 def _known(report: "IngestReport") -> str:

@@ -95,6 +95,9 @@ class TaskDone(Sealed, frozen=True, kw_only=True):
     changed: dict[str, Count] = msgspec.field(default_factory=dict)
     """What filters have changed in documents, by filter."""
 
+    lengths: tuple[Count, ...] = ()
+    """How many documents have a text of so many bits: number i counts those of 2**(i - 1) up to 2**i bytes."""
+
 
 class SourceFile(Document, frozen=True, kw_only=True):
     """One file to read."""

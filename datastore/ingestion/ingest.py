@@ -23,7 +23,15 @@ from datastore.ingestion.outcome import IngestOutcome, Overtaken, commit_ingest,
 from datastore.ingestion.plan import Share, work_items
 from datastore.ingestion.preparation import PreparedIngest, prepare
 from datastore.ingestion.reading.spool import Sources, spooled
-from datastore.ingestion.report import IngestProgress, IngestReport, Tally, changed_in, filtered_in, skipped_in
+from datastore.ingestion.report import (
+    IngestProgress,
+    IngestReport,
+    Tally,
+    changed_in,
+    filtered_in,
+    lengths_in,
+    skipped_in,
+)
 from datastore.ingestion.settings import IngestSettings
 from datastore.ingestion.tasks import Advance
 from datastore.storage.statistics import add_statistics
@@ -201,6 +209,7 @@ def _report(
         documents=sum(shard.documents for shard in outcome.shards),
         tokens=sum(shard.tokens for shard in outcome.shards),
         text_bytes=sum(task.text_bytes for task in done.values()),
+        lengths=lengths_in(done.values()),
         shards=len(outcome.shards),
         shard_bytes=sum(shard.size_bytes for shard in outcome.shards),
         rejected=dict(sorted(outcome.rejected.items())),

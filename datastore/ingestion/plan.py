@@ -27,6 +27,7 @@ __all__ = [
     "ingest_id_of",
     "known_files",
     "make_plan",
+    "may_be_cut",
     "source_bytes",
     "work_items",
 ]
@@ -178,14 +179,15 @@ def _parts(files: tuple[SourceFile, ...], settings: IngestSettings) -> Iterator[
     """Yield every part of every file with its weight."""
     for index, file in enumerate(files):
         ranges = [(0, file.size_bytes)]
-        if is_cuttable(file) if is_table(file) else _may_be_cut(file, settings):
+        if is_cuttable(file) if is_table(file) else may_be_cut(file, settings):
             ranges = cut_evenly(file.size_bytes, settings.task_bytes)
         growth = _TYPICAL_EXPANSION if file.codec else 1
         for start, stop in ranges:
             yield Part(file=index, start=start, stop=stop), (stop - start) * growth + _FILE_WEIGHT
 
 
-def _may_be_cut(file: SourceFile, settings: IngestSettings) -> bool:
+def may_be_cut(file: SourceFile, settings: IngestSettings) -> bool:
+    """Return whether ranges of `file`, which is no table, can be read apart."""
     # Tokens of JSON lines are called after the number of their line, which who starts in the middle cannot know.
     return (
         not file.codec

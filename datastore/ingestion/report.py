@@ -31,6 +31,7 @@ __all__ = [
     "Tally",
     "changed_in",
     "filtered_in",
+    "lengths_in",
     "rejected_in",
     "rejected_records",
     "skipped_in",
@@ -89,6 +90,9 @@ class IngestReport:
     documents: int
     tokens: int
     text_bytes: int
+    lengths: Mapping[int, int]
+    """How many texts have that many bytes or more, but fewer than twice as many; those of rows that were taken over are not counted."""
+
     shards: int
     shard_bytes: int
     rejected: Mapping[str, int]
@@ -172,6 +176,14 @@ def rejected_in(tasks: Iterable[TaskDone]) -> Counter[str]:
 def skipped_in(tasks: Iterable[TaskDone]) -> Counter[str]:
     """Return the number of files that `tasks` found not to be text, by reason."""
     return sum((Counter(task.skipped) for task in tasks), Counter())
+
+
+def lengths_in(tasks: Iterable[TaskDone]) -> dict[int, int]:
+    """Return how many texts of `tasks` have so many bytes or more, up to twice as many, for each power of two."""
+    counts: Counter[int] = Counter()
+    for task in tasks:
+        counts.update(dict(enumerate(task.lengths)))
+    return {1 << bits >> 1: count for bits, count in sorted(counts.items()) if count}
 
 
 def filtered_in(tasks: Iterable[TaskDone]) -> Counter[str]:

@@ -156,7 +156,13 @@ class TaskRunner:
         """Take text; otherwise as `work`."""
         settings = self.job.settings
         sieve = Sieve(self.chain, samples=settings.trace_filters) if self.chain else None
-        run = _Run(self._sink(order), report, settings=settings, stored_bytes=source_bytes(order), sieve=sieve)
+        run = _Run(
+            self._sink(order),
+            report,
+            settings=settings,
+            stored=_Stored(source_bytes(order), self._read_bytes),
+            sieve=sieve,
+        )
         for file, start, stop in order.parts:
             for found in self._read(file, (start, stop)):
                 run.take(found)
@@ -176,10 +182,15 @@ class TaskRunner:
             escaped=run.sink.escaped,
             filtered=dict(sorted(sieve.dropped.items())) if sieve else {},
             changed=dict(sorted(sieve.changed.items())) if sieve else {},
+            lengths=tuple(run.lengths[bits] for bits in range(max(run.lengths, default=-1) + 1)),
         )
         if sieve and (samples := sieve.encode_samples()):
             self.journal.put_samples(order.task_id, samples)
         return self.journal.finish(done, rejects=encode_rejects(run.kept), ids=run.ids() if run.named else b"")
+
+    def _read_bytes(self) -> int:
+        """Return how many bytes of sources this process has read."""
+        return sum(each.bytes for folder in self._folders.values() for each in folder.statistics().values())
 
     def _read(self, file: SourceFile, span: tuple[int, int]) -> Iterator[TextRecord | Reject | SkipReason]:
         url, key = self.job.roots.locate(file.path)
@@ -246,6 +257,23 @@ class TaskRunner:
         )
 
 
+class _Stored:
+    """How many stored bytes of a task have been read: of a compressed file, fewer than its text has."""
+
+    def __init__(self, total_bytes: int, read_bytes: Callable[[], int]) -> None:
+        self.left_bytes = total_bytes
+        self._read_bytes = read_bytes
+        self._seen = read_bytes()
+
+    def advance(self, *, otherwise: int) -> int:
+        """Return what was read since the last time; or `otherwise`, where nobody counts. Never more than there is."""
+        now = self._read_bytes()
+        step = min(now - self._seen if now else otherwise, self.left_bytes)
+        self._seen = now
+        self.left_bytes -= step
+        return step
+
+
 class _Run:
     """What one task has found so far. Invariant: `documents`, `text_bytes` and `digests` count what `sink` has taken."""
 
@@ -255,7 +283,7 @@ class _Run:
         report: Report,
         *,
         settings: IngestSettings,
-        stored_bytes: int,
+        stored: "_Stored",
         sieve: Sieve | None,
     ) -> None:
         self.sink = sink
@@ -263,6 +291,9 @@ class _Run:
         self.text_bytes = 0
         self.rejected: Counter[str] = Counter()
         self.skipped: Counter[str] = Counter()
+        self.lengths: Counter[int] = Counter()
+        """Documents by the bits of the length of their text."""
+
         self.kept: list[Reject] = []
         self.digests: list[bytes] = []
         self.named = False
@@ -272,7 +303,7 @@ class _Run:
         self._sieve = sieve
         self._batch: list[TextRecord] = []
         self._batch_bytes = 0
-        self._unreported_bytes = stored_bytes
+        self._stored = stored
 
     def take(self, found: TextRecord | Reject | SkipReason) -> None:
         """Take what was read."""
@@ -290,7 +321,7 @@ class _Run:
         """Store what is left, and report the bytes that were no document."""
         self._encode_batch()
         self.sink.flush()
-        self._report(Advance(source_bytes=self._unreported_bytes))
+        self._report(Advance(source_bytes=self._stored.left_bytes))
 
     def ids(self) -> bytes:
         """Return the digests of the documents' ids, end to end, each as two little-endian numbers."""
@@ -300,14 +331,12 @@ class _Run:
         before = self.sink.tokens
         taken, refused = self.sink.add(self._filtered() if self._sieve else self._batch)
         self.documents += len(taken)
-        self.text_bytes += sum(
-            len(record.text) if record.text.isascii() else len(record.text.encode()) for record in taken
-        )
+        sizes = [len(record.text) if record.text.isascii() else len(record.text.encode()) for record in taken]
+        self.text_bytes += sum(sizes)
+        self.lengths.update(size.bit_length() for size in sizes)
         self.named = self.named or any(record.named for record in taken)
         self.digests += [xxhash.xxh3_128_digest(record.id.encode()) for record in taken]
-        # A compressed file has more bytes than are stored; the progress bar then waits for the end of the task.
-        step = min(self._batch_bytes, self._unreported_bytes)
-        self._unreported_bytes -= step
+        step = self._stored.advance(otherwise=self._batch_bytes)
         self._report(Advance(source_bytes=step, documents=len(taken), tokens=self.sink.tokens - before))
         self._batch, self._batch_bytes = [], 0
         self._refuse(refused)
