@@ -1,7 +1,7 @@
 """The commands that bring text in: `ingest`, and `tokenizer train`."""
 
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -252,28 +252,23 @@ def tell_ingest(report: "IngestReport") -> None:
 _BARS = "▁▂▃▄▅▆▇█"
 
 
-def lengths_line(lengths: Mapping[int, int]) -> str:
-    """Return a histogram of texts by powers of two of their bytes, in one line; empty if there are none.
+def lengths_line(lengths: Sequence[int]) -> str:
+    """Return a histogram of texts in one line, of which number i counts those of 2**(i - 1) up to 2**i bytes; empty if there are none.
 
-    >>> lengths_line({512: 1, 1024: 8, 4096: 2})
+    >>> lengths_line([0] * 10 + [1, 8, 0, 2])
     '▂█▁▃ 512 B to 8 KiB, half of them below 2 KiB'
     """
+    from itertools import accumulate
+
     from datastore.units import format_bytes
 
-    if not lengths:
+    present = [bits for bits, count in enumerate(lengths) if count]
+    if not present:
         return ""
-    low, high, most, half = min(lengths), max(lengths), max(lengths.values()), 0
-    seen, total = 0, sum(lengths.values())
-    for least in sorted(lengths):
-        seen += lengths[least]
-        if 2 * seen >= total:
-            half = 2 * least
-            break
-    powers = [max(1, low)]
-    while powers[-1] < high:
-        powers.append(2 * powers[-1])
-    bars = "".join(_BARS[-(-lengths.get(each, 0) * (len(_BARS) - 1) // most)] for each in powers)
-    return f"{bars} {format_bytes(low)} to {format_bytes(2 * high)}, half of them below {format_bytes(half)}"
+    low, high, most = present[0], present[-1], max(lengths)
+    bars = "".join(_BARS[-(-count * (len(_BARS) - 1) // most)] for count in lengths[low : high + 1])
+    half = next(bits for bits, seen in enumerate(accumulate(lengths)) if 2 * seen >= sum(lengths))
+    return f"{bars} {format_bytes(1 << low >> 1)} to {format_bytes(1 << high)}, half of them below {format_bytes(1 << half)}"
 
 
 def _known(report: "IngestReport") -> str:

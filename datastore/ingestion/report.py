@@ -8,6 +8,7 @@ import os
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from itertools import zip_longest
 from typing import NamedTuple
 
 from datastore.dataset.journal import Journal, Plan, TaskDone
@@ -90,8 +91,8 @@ class IngestReport:
     documents: int
     tokens: int
     text_bytes: int
-    lengths: Mapping[int, int]
-    """How many texts have that many bytes or more, but fewer than twice as many; those of rows that were taken over are not counted."""
+    lengths: tuple[int, ...]
+    """How many texts are how long: number i counts those of 2**(i - 1) up to 2**i bytes. Rows that were taken over are not counted."""
 
     shards: int
     shard_bytes: int
@@ -178,12 +179,9 @@ def skipped_in(tasks: Iterable[TaskDone]) -> Counter[str]:
     return sum((Counter(task.skipped) for task in tasks), Counter())
 
 
-def lengths_in(tasks: Iterable[TaskDone]) -> dict[int, int]:
-    """Return how many texts of `tasks` have so many bytes or more, up to twice as many, for each power of two."""
-    counts: Counter[int] = Counter()
-    for task in tasks:
-        counts.update(dict(enumerate(task.lengths)))
-    return {1 << bits >> 1: count for bits, count in sorted(counts.items()) if count}
+def lengths_in(tasks: Iterable[TaskDone]) -> tuple[int, ...]:
+    """Return how many texts of `tasks` are how long, by powers of two."""
+    return tuple(map(sum, zip_longest(*(task.lengths for task in tasks), fillvalue=0)))
 
 
 def filtered_in(tasks: Iterable[TaskDone]) -> Counter[str]:
