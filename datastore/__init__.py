@@ -45,7 +45,9 @@ if TYPE_CHECKING:
         WaitError,
     )
     from datastore.ingestion.encoding.tokenizer import TokenizerSettings, train_tokenizer
-    from datastore.ingestion.importing import import_dataset
+    from datastore.ingestion.engines.engine import Engine
+    from datastore.ingestion.engines.ray import RayEngine
+    from datastore.ingestion.importing import import_dataset, retokenize
     from datastore.ingestion.ingest import ingest
     from datastore.ingestion.quality.similar import DedupSettings
     from datastore.ingestion.quality.similar import deduplicate as dedup
@@ -65,6 +67,7 @@ if TYPE_CHECKING:
     from datastore.storage.resolve import open_storage
     from datastore.training.export.export import export as export_model
     from datastore.training.export.inference import evaluate, generate
+    from datastore.training.export.teaching import teach
     from datastore.training.run.audit import trace
     from datastore.training.run.history import plot
     from datastore.training.run.proof import prove
@@ -83,6 +86,7 @@ _HOMES = {
     "DatastoreError": ("datastore.errors", "DatastoreError"),
     "DedupSettings": ("datastore.ingestion.quality.similar", "DedupSettings"),
     "DependencyError": ("datastore.errors", "DependencyError"),
+    "Engine": ("datastore.ingestion.engines.engine", "Engine"),
     "FileRows": ("datastore.loader.rows.files.opening", "FileRows"),
     "FormatError": ("datastore.errors", "FormatError"),
     "IngestSettings": ("datastore.ingestion.settings", "IngestSettings"),
@@ -92,6 +96,7 @@ _HOMES = {
     "Mixture": ("datastore.loader.mixture.request", "Mixture"),
     "MissingError": ("datastore.errors", "MissingError"),
     "Rank": ("datastore.loader.settings", "Rank"),
+    "RayEngine": ("datastore.ingestion.engines.ray", "RayEngine"),
     "RejectedError": ("datastore.errors", "RejectedError"),
     "ResumeError": ("datastore.errors", "ResumeError"),
     "RowBatch": ("datastore.loader.rows.batch", "RowBatch"),
@@ -132,6 +137,7 @@ _HOMES = {
     "repair": ("datastore.dataset.durability.repair", "repair"),
     "resume": ("datastore.training.start", "resume"),
     "set_tag": ("datastore.dataset.log.tags", "set_tag"),
+    "teach": ("datastore.training.export.teaching", "teach"),
     "token_writer": ("datastore.ingestion.writers.tokens", "token_writer"),
     "trace": ("datastore.training.run.audit", "trace"),
     "train": ("datastore.training.start", "train"),
@@ -139,6 +145,7 @@ _HOMES = {
     "vacuum": ("datastore.dataset.operations.vacuum", "vacuum"),
     "verify": ("datastore.dataset.durability.verify", "verify"),
     "record_writer": ("datastore.ingestion.writers.records", "record_writer"),
+    "retokenize": ("datastore.ingestion.importing", "retokenize"),
     "rejected_records": ("datastore.ingestion.report", "rejected_records"),
 }
 """Where each public name is defined, and what it is called there."""
@@ -155,6 +162,7 @@ __all__ = [
     "DcpWriter",
     "DedupSettings",
     "DependencyError",
+    "Engine",
     "FileRows",
     "FormatError",
     "IngestSettings",
@@ -164,6 +172,7 @@ __all__ = [
     "MissingError",
     "Mixture",
     "Rank",
+    "RayEngine",
     "RejectedError",
     "ResumeError",
     "RowBatch",
@@ -205,7 +214,9 @@ __all__ = [
     "rejected_records",
     "repair",
     "resume",
+    "retokenize",
     "set_tag",
+    "teach",
     "token_writer",
     "trace",
     "train",

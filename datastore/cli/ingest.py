@@ -1,7 +1,7 @@
 """The commands that bring text in: `ingest`, and `tokenizer train`."""
 
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,11 +12,12 @@ from datastore.cli.output import fields, json_option, progress_option, say, say_
 from datastore.cli.shell import CommandGroup, example, given_options
 
 if TYPE_CHECKING:  # pyarrow takes longer to load than a wrong option takes to find.
+    from datastore.ingestion.engines.engine import Engine
     from datastore.ingestion.estimate import Estimate
     from datastore.ingestion.report import IngestProgress, IngestReport
     from datastore.units import Progress
 
-__all__ = ["COMMANDS", "in_source_bytes"]
+__all__ = ["ADDRESS", "COMMANDS", "ENGINE", "SET", "WORKERS", "engine_of", "in_source_bytes", "tell_ingest"]
 
 READ_AS = (
     *("text", "lines", "jsonl", "json", "warc", "csv", "tsv", "parquet", "arrow"),
@@ -28,6 +29,20 @@ INCLUDE = click.option(
 )
 EXCLUDE = click.option(
     "--exclude", multiple=True, metavar="GLOB", help="Leave out such files and folders; may be repeated."
+)
+WORKERS = click.option(
+    "--workers", type=int, help="Processes; as many as there are cores if left out. They change no byte."
+)
+ENGINE = click.option(
+    "--engine", type=click.Choice(["local", "ray"]), default="local", help="Who works: this machine, or a cluster."
+)
+ADDRESS = click.option("--address", metavar="HOST:PORT", help="Of the Ray cluster, if this machine is not part of one.")
+SET = click.option(
+    "--set",
+    "overrides",
+    multiple=True,
+    metavar="KEY=VALUE",
+    help="Any other setting (all are in docs/settings.md); may be repeated.",
 )
 
 
@@ -61,16 +76,14 @@ EXCLUDE = click.option(
 @click.option("--id-key", "--id-field", help="Key of the document's id in JSON, or its column.  [default: id]")
 @click.option("--html-text", is_flag=True, default=None, help="Of HTML pages in WARC archives, take the main text.")
 @click.option("--separator", help="What parts the documents of a text file; without it a file is one document.")
-@click.option("--workers", type=int, help="Processes; as many as there are cores if left out. They change no byte.")
+@WORKERS
+@ENGINE
+@ADDRESS
+@click.option("--task", metavar="I/N", help="Do only share I of N, counted from 0; whoever is last commits.")
+@click.option("--commit", is_flag=True, help="Do none of the work; commit what the shares of --task have done.")
 @click.option("--on-error", type=click.Choice(["quarantine", "skip", "fail"]), help="What becomes of a bad document.")
 @click.option("--max-reject-ratio", type=float, help="Above this share of bad documents nothing is committed.")
-@click.option(
-    "--set",
-    "overrides",
-    multiple=True,
-    metavar="KEY=VALUE",
-    help="Any other setting (all are in docs/settings.md); may be repeated.",
-)
+@SET
 @click.option(
     "--overwrite", "operation", flag_value="overwrite", help="The new version holds nothing else; older ones stay."
 )
@@ -86,6 +99,10 @@ def ingest(
     to: str,
     config: str | None,
     overrides: tuple[str, ...],
+    engine: str,
+    address: str | None,
+    task: str | None,
+    commit: bool,
     dry_run: bool,
     as_json: bool,
     **options: Any,
@@ -122,8 +139,40 @@ def ingest(
             expected = estimate(sources, to, settings=settings)
             say_json(expected) if as_json else _tell_estimate(expected)
             return
-        report = with_progress("ingest", in_source_bytes(ingest_sources), sources=sources, to=to, settings=settings)
-        say_json(report) if as_json else _tell(report)
+        report = with_progress(
+            "ingest",
+            in_source_bytes(ingest_sources),
+            sources=sources,
+            to=to,
+            settings=settings,
+            engine=engine_of(engine, address),
+            share=_share(task, commit=commit),
+        )
+        say_json(report) if as_json else tell_ingest(report)
+
+
+def engine_of(name: str, address: str | None) -> "Engine | None":
+    """Return who does the work; None: processes of this machine."""
+    from datastore.errors import ConfigError
+    from datastore.ingestion.engines.ray import RayEngine
+
+    if name == "ray":
+        return RayEngine(address or "auto")
+    if address is not None:
+        raise ConfigError("only a cluster has an address", address=address, hint="Give `--engine ray`, too.")
+    return None
+
+
+def _share(task: str | None, *, commit: bool) -> str:
+    from datastore.errors import ConfigError
+
+    if task is not None and commit:
+        raise ConfigError(
+            "a share either does work or commits",
+            task=task,
+            hint="Give `--task` or `--commit`; the last share commits anyway.",
+        )
+    return "none" if commit else task or ""
 
 
 def in_source_bytes(ingest_sources: Callable[..., "IngestReport"]) -> Callable[..., "IngestReport"]:
@@ -158,9 +207,15 @@ def _tell_estimate(expected: "Estimate") -> None:
     )
 
 
-def _tell(report: "IngestReport") -> None:
+def tell_ingest(report: "IngestReport") -> None:
+    """Print what an ingest did."""
     from datastore.units import format_bytes, format_count, format_seconds
 
+    if report.tasks_open:
+        say(
+            f"this share is done; {report.tasks_open} of {report.tasks} tasks are those of others, the last of which commits"
+        )
+        return
     if not report.added:
         brought = f", {report.overtaken_files:,} of them brought meanwhile" if report.overtaken_files else ""
         files = report.known_files + report.files
@@ -173,6 +228,7 @@ def _tell(report: "IngestReport") -> None:
             "dataset": f"{report.url}, version {report.version}",
             "added": f"{report.documents:,} documents{tokens}",
             "from": f"{report.files:,} files, {format_bytes(report.text_bytes)} of text",
+            "lengths": lengths_line(report.lengths) or None,
             "already there": _known(report) if report.known_files else None,
             "changed": f"{_files(report.changed_files)} since version {report.changed_since}, {_older(report)}"
             if report.changed_files
@@ -191,6 +247,28 @@ def _tell(report: "IngestReport") -> None:
     )
     for sample in report.samples:
         say(f"{sample.rule}  {sample.id}  {sample.begins[:80]!r}")
+
+
+_BARS = "▁▂▃▄▅▆▇█"
+
+
+def lengths_line(lengths: Sequence[int]) -> str:
+    """Return a histogram of texts in one line, of which number i counts those of 2**(i - 1) up to 2**i bytes; empty if there are none.
+
+    >>> lengths_line([0] * 10 + [1, 8, 0, 2])
+    '▂█▁▃ 512 B to 8 KiB, half of them below 2 KiB'
+    """
+    from itertools import accumulate
+
+    from datastore.units import format_bytes
+
+    present = [bits for bits, count in enumerate(lengths) if count]
+    if not present:
+        return ""
+    low, high, most = present[0], present[-1], max(lengths)
+    bars = "".join(_BARS[-(-count * (len(_BARS) - 1) // most)] for count in lengths[low : high + 1])
+    half = next(bits for bits, seen in enumerate(accumulate(lengths)) if 2 * seen >= sum(lengths))
+    return f"{bars} {format_bytes(1 << low >> 1)} to {format_bytes(1 << high)}, half of them below {format_bytes(1 << half)}"
 
 
 def _known(report: "IngestReport") -> str:

@@ -12,6 +12,7 @@ from datastore.cli.checkpoints import checkpoint
 from datastore.cli.datasets import COMMANDS as DATA_COMMANDS
 from datastore.cli.datasets import RECORD_COMMANDS
 from datastore.cli.deletion import COMMANDS as DELETION_COMMANDS
+from datastore.cli.derived import COMMANDS as DERIVED_COMMANDS
 from datastore.cli.doctor import doctor
 from datastore.cli.history import plot, runs
 from datastore.cli.ingest import COMMANDS as INGEST_COMMANDS
@@ -41,6 +42,7 @@ def cli() -> None:
 
 for command in (
     *INGEST_COMMANDS,
+    *DERIVED_COMMANDS,
     *DATA_COMMANDS,
     *VERSION_COMMANDS,
     *DELETION_COMMANDS,

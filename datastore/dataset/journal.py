@@ -9,7 +9,7 @@ whose document or files are not what was written is not done, and is done again.
 """
 
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from typing import Literal, TypeVar
 
 import msgspec
@@ -51,6 +51,7 @@ SourceFormat = Literal[
     "jsonl",
     "json",
     "warc",
+    "datastore",
     "parquet",
     "arrow",
     "csv",
@@ -61,7 +62,7 @@ SourceFormat = Literal[
     "megatron",
     "webdataset",
 ]
-"""How the records of a file are read; all but the first five are formats of `interop`."""
+"""How the records of a file are read; all but the first six are formats of `interop`."""
 
 
 class TaskDone(Sealed, frozen=True, kw_only=True):
@@ -93,6 +94,9 @@ class TaskDone(Sealed, frozen=True, kw_only=True):
 
     changed: dict[str, Count] = msgspec.field(default_factory=dict)
     """What filters have changed in documents, by filter."""
+
+    lengths: tuple[Count, ...] = ()
+    """How many documents have a text of so many bits: number i counts those of 2**(i - 1) up to 2**i bytes."""
 
 
 class SourceFile(Document, frozen=True, kw_only=True):
@@ -190,27 +194,34 @@ class Journal:
             self.storage.put(self._plan_key, seal(plan))
         return plan
 
-    def begin(self, plan: Plan) -> dict[str, TaskDone]:
+    def begin(self, plan: Plan, *, only: Collection[str] | None = None) -> dict[str, TaskDone]:
         """Say that the ingest goes on, store `plan` unless there is one, and return those of its tasks that are done.
+
+        `only` are the ids of those that matter; None: all of them do.
 
         A vacuum keeps what an ingest has written that said so within a day.
         """
         self.storage.put(f"{self.folder}/running", utc_now().encode())
         self.keep_plan(plan)
-        done = self.done()
+        done = self.done(only=only)
         return {task.id: done[task.id] for task in plan.tasks if task.id in done}
 
-    def done(self) -> dict[str, TaskDone]:
+    def ended(self) -> set[str]:
+        """Return the ids of the tasks that are marked done; only their names are looked at."""
+        return {_task_of(stat.key) for stat in self.storage.list(f"{self.folder}/done")}
+
+    def done(self, *, only: Collection[str] | None = None) -> dict[str, TaskDone]:
         """Return the tasks that are done, by id: those of whose files every byte is what was written.
 
-        A purge or a vacuum may have removed some, and a disk may have failed. All that was done is read.
+        A purge or a vacuum may have removed some, and a disk may have failed. All that was done is read, or all of `only`.
         """
 
         def load(stat: Stat) -> TaskDone | None:
             found = self._unless_damaged(lambda: self.task(stat.key))
             return found if found is not None and self._is_whole(found) else None
 
-        tasks = in_parallel(load, self.storage.list(f"{self.folder}/done"))
+        found = self.storage.list(f"{self.folder}/done")
+        tasks = in_parallel(load, [stat for stat in found if only is None or _task_of(stat.key) in only])
         return {task.task_id: task for task in tasks if task is not None}
 
     def task(self, key: str) -> TaskDone:
@@ -343,6 +354,10 @@ class Journal:
 
     def _ids_key(self, name: str) -> str:
         return f"{self.folder}/ids/{name}.bin"
+
+
+def _task_of(key: str) -> str:
+    return key.rpartition("/")[2].removesuffix(".json")
 
 
 def read_task(place: Storage, key: str) -> TaskDone:

@@ -1,6 +1,7 @@
 """How data comes in: plan, read, filter, tokenize, shard, write, commit.
 
 ingest        prepare, run, commit
+preparation   what can be known, and refused, before anything is written
 outcome       the commit, or why there is none
 settings      what a user may choose
 reading       from files to documents
@@ -10,8 +11,7 @@ destination   the dataset an ingest adds to
 tasks         one task: read, encode, store
 encoding      from text to tokens
 sinks         documents into shards
-workers       tasks in this process, or in several beside it
-duplicates    documents that are there twice
+engines       tasks in processes of this machine, or on a cluster
 writers       rows and tokens from a program of one's own
 importing     datasets of other libraries
 estimate      the cost, without doing it

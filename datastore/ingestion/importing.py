@@ -1,4 +1,4 @@
-"""`import_dataset`: a dataset in the format of another library becomes one of ours.
+"""A dataset becomes another one: of another library one of ours, or one of ours one with another tokenizer.
 
 An ingest like any other: planned, in parallel, resumable, one commit. What becomes of the rows follows from their
 columns: token ids are taken over as tokens; with a tokenizer, text is encoded; all else is taken over as records.
@@ -12,6 +12,7 @@ import pyarrow as pa
 
 from datastore.dataset.journal import SourceFile
 from datastore.errors import ConfigError
+from datastore.ingestion.engines.engine import Engine
 from datastore.ingestion.ingest import ingest
 from datastore.ingestion.reading.rows import first_schema, is_token_column
 from datastore.ingestion.reading.sources import list_sources
@@ -20,7 +21,7 @@ from datastore.ingestion.settings import IngestSettings
 from datastore.interop.formats import FORMATS, ImportFormat
 from datastore.storage.resolve import open_storage
 
-__all__ = ["import_dataset"]
+__all__ = ["import_dataset", "retokenize"]
 
 _TOKEN_COLUMNS = ("input_ids",)
 """What a column of token ids is called elsewhere, if not as `tokens_key` says."""
@@ -49,6 +50,37 @@ def import_dataset(
         raise ConfigError("no such format", format=format, hint=f"Name one of {', '.join(FORMATS)}.")
     settings = _chosen(source, msgspec.structs.replace(settings or IngestSettings(), format=format))
     return ingest([source], to, settings=settings, progress=progress)
+
+
+def retokenize(
+    source: str | os.PathLike[str],
+    to: str | os.PathLike[str],
+    *,
+    tokenizer: str | os.PathLike[str],
+    settings: IngestSettings | None = None,
+    engine: Engine | None = None,
+    progress: Callable[[IngestProgress], None] | None = None,
+) -> IngestReport:
+    """Add the documents of the dataset `source` to the one at `to`, encoded with another tokenizer.
+
+    Each keeps its id, and what is said of where it comes from; deleted ones are left out. An ingest like any other: it goes on
+    after a kill, and what `source` has got since the last time is added by the same call. A document whose tokens do not
+    give back the text that it was is rejected (`text_lost`).
+
+    Raises:
+        ConfigError: the source has no texts, or has lost or rewritten some that `to` has already.
+        MissingError, ConflictError, RejectedError, StorageError: as `ingest`.
+    """
+    chosen = msgspec.structs.replace(
+        settings or IngestSettings(), format="datastore", take="text", tokenizer=os.fspath(tokenizer)
+    )
+    if chosen.replace:
+        raise ConfigError(
+            "the documents keep the names of the files that they are from, so none can be replaced",
+            replace=True,
+            hint="Leave out `replace`; or replace all that the dataset holds: `operation=overwrite`.",
+        )
+    return ingest([os.fspath(source)], to, settings=chosen, engine=engine, progress=progress)
 
 
 def _chosen(source: str, settings: IngestSettings) -> IngestSettings:

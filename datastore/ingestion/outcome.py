@@ -26,12 +26,12 @@ from datastore.dataset.snapshot import open_dataset
 from datastore.errors import ConfigError, RejectedError
 from datastore.formats.schema import encode_schema
 from datastore.ingestion.destination import Destination, made_by_ingest, plan_of
-from datastore.ingestion.duplicates import without_duplicates
 from datastore.ingestion.quality.sieve import Sample, decode_samples, smallest
 from datastore.ingestion.reading.documents import decode_rejects, encode_rejects
 from datastore.ingestion.report import filtered_in, rejected_in
 from datastore.ingestion.settings import IngestSettings
 from datastore.ingestion.sinks.documents import RECORDS_SCHEMA
+from datastore.ingestion.sinks.duplicates import without_duplicates
 from datastore.storage.urls import join_url
 
 __all__ = ["IngestOutcome", "Overtaken", "commit_ingest", "samples_of"]

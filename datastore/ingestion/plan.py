@@ -6,11 +6,13 @@ so that the last worker is not alone for long. A task's id is the digest of all 
 
 import math
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 
 from datastore.dataset.journal import Part, Plan, SourceFile, Task
 from datastore.dataset.log.manifest import Commit, Kind
 from datastore.digest import digest_hex
 from datastore.document import Document
+from datastore.errors import ConfigError
 from datastore.ingestion.reading.cutting import separator_of
 from datastore.ingestion.reading.rows import is_cuttable, is_table
 from datastore.ingestion.reading.sources import Listing
@@ -18,12 +20,14 @@ from datastore.ingestion.reading.streams import can_be_cut, cut_evenly
 from datastore.ingestion.settings import IngestSettings
 
 __all__ = [
+    "Share",
     "WorkItem",
     "changed_since",
     "digest_after",
     "ingest_id_of",
     "known_files",
     "make_plan",
+    "may_be_cut",
     "source_bytes",
     "work_items",
 ]
@@ -40,6 +44,33 @@ class WorkItem(Document, frozen=True, kw_only=True):
 
     task_id: str
     parts: tuple[tuple[SourceFile, int, int], ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Share:
+    """Which tasks of a plan are for one of `count` that do them apart: every `count`-th from `index` on."""
+
+    index: int
+    count: int
+    """0: none of them."""
+
+    @classmethod
+    def parse(cls, text: str) -> "Share":
+        """Return the share that `i/n` names, counted from 0; `none` is one without a task.
+
+        Raises:
+            ConfigError: it names none.
+        """
+        if text == "none":
+            return cls(0, 0)
+        index, slash, count = text.partition("/")
+        if not (slash and index.isdecimal() and count.isdecimal() and int(index) < int(count)):
+            raise ConfigError("no such share", share=text, hint="Count from 0: of four, `0/4`, `1/4`, `2/4` and `3/4`.")
+        return cls(int(index), int(count))
+
+    def tasks(self, plan: Plan) -> tuple[str, ...]:
+        """Return the ids of its tasks."""
+        return tuple(task.id for task in plan.tasks[self.index :: self.count]) if self.count else ()
 
 
 def ingest_id_of(files: Iterable[SourceFile], *, kind: Kind, reading_digest: str) -> str:
@@ -148,16 +179,22 @@ def _parts(files: tuple[SourceFile, ...], settings: IngestSettings) -> Iterator[
     """Yield every part of every file with its weight."""
     for index, file in enumerate(files):
         ranges = [(0, file.size_bytes)]
-        if is_cuttable(file) if is_table(file) else _may_be_cut(file, settings):
+        if is_cuttable(file) if is_table(file) else may_be_cut(file, settings):
             ranges = cut_evenly(file.size_bytes, settings.task_bytes)
         growth = _TYPICAL_EXPANSION if file.codec else 1
         for start, stop in ranges:
             yield Part(file=index, start=start, stop=stop), (stop - start) * growth + _FILE_WEIGHT
 
 
-def _may_be_cut(file: SourceFile, settings: IngestSettings) -> bool:
+def may_be_cut(file: SourceFile, settings: IngestSettings) -> bool:
+    """Return whether ranges of `file`, which is no table, can be read apart."""
     # Tokens of JSON lines are called after the number of their line, which who starts in the middle cannot know.
-    return not file.codec and settings.take != "tokens" and can_be_cut(separator_of(file, settings))
+    return (
+        not file.codec
+        and file.format != "datastore"
+        and settings.take != "tokens"
+        and can_be_cut(separator_of(file, settings))
+    )
 
 
 def _groups(parts: Iterable[tuple[Part, int]], target: float) -> Iterator[list[Part]]:

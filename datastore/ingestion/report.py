@@ -8,6 +8,7 @@ import os
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from itertools import zip_longest
 from typing import NamedTuple
 
 from datastore.dataset.journal import Journal, Plan, TaskDone
@@ -31,6 +32,7 @@ __all__ = [
     "Tally",
     "changed_in",
     "filtered_in",
+    "lengths_in",
     "rejected_in",
     "rejected_records",
     "skipped_in",
@@ -89,6 +91,9 @@ class IngestReport:
     documents: int
     tokens: int
     text_bytes: int
+    lengths: tuple[int, ...]
+    """How many texts are how long: number i counts those of 2**(i - 1) up to 2**i bytes. Rows that were taken over are not counted."""
+
     shards: int
     shard_bytes: int
     rejected: Mapping[str, int]
@@ -110,6 +115,9 @@ class IngestReport:
     tasks: int
     tasks_resumed: int
     """How many of them an interrupted run had done."""
+
+    tasks_open: int
+    """How many of them are in shares that are not done yet; only then is the ingest not over."""
 
     encoder: str
     """Which libraries encoded, such as `gigatoken`; empty for text."""
@@ -169,6 +177,11 @@ def rejected_in(tasks: Iterable[TaskDone]) -> Counter[str]:
 def skipped_in(tasks: Iterable[TaskDone]) -> Counter[str]:
     """Return the number of files that `tasks` found not to be text, by reason."""
     return sum((Counter(task.skipped) for task in tasks), Counter())
+
+
+def lengths_in(tasks: Iterable[TaskDone]) -> tuple[int, ...]:
+    """Return how many texts of `tasks` are how long, by powers of two."""
+    return tuple(map(sum, zip_longest(*(task.lengths for task in tasks), fillvalue=0)))
 
 
 def filtered_in(tasks: Iterable[TaskDone]) -> Counter[str]:

@@ -39,7 +39,7 @@ SpecialTokens = Literal["escape", "allow", "reject"]
 
 Take = Literal["auto", "text", "rows", "tokens", "chats", "pairs"]
 
-ReadAs = Literal["", "text", "lines", "jsonl", "json", "warc", ImportFormat]
+ReadAs = Literal["", "text", "lines", "jsonl", "json", "warc", "datastore", ImportFormat]
 
 Encoder = Literal["auto", "tokenizers", "gigatoken"]
 
@@ -64,7 +64,8 @@ class IngestSettings(SettingsDocument, frozen=True, kw_only=True):
     """Who encodes; the ids are the same. `auto`: gigatoken where it is installed and knows the tokenizer."""
 
     format: ReadAs = ""
-    """Read all files as those of this format: `text` as it is, whatever is in it; `lines` of text. Empty: what each file is, by its content."""
+    """Read all files as those of this format: `text` as it is, whatever is in it; `lines` of text.
+    `datastore`: the texts of a dataset of ours. Empty: what each file is, by its content."""
 
     take: Take = "auto"
     """What of a row of a table, or of a JSON line, becomes a document: the text under `text_key`, all columns (`rows`), tokens;

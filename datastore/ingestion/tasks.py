@@ -5,14 +5,14 @@ else changes nothing about the bytes that it stores.
 """
 
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import cached_property
 
 import msgspec
 import numpy as np
 import xxhash
 
-from datastore.dataset.journal import Journal, TaskDone
+from datastore.dataset.journal import Journal, SourceFile, TaskDone
 from datastore.dataset.log.manifest import Kind, TokenizerRef
 from datastore.dataset.roots import open_roots
 from datastore.dataset.shards.files import read_tokenizer
@@ -37,6 +37,7 @@ from datastore.ingestion.reading.documents import (
 from datastore.ingestion.reading.listing import SkipReason
 from datastore.ingestion.reading.rows import read_rows
 from datastore.ingestion.reading.sources import Roots
+from datastore.ingestion.reading.stored import StoredTexts
 from datastore.ingestion.settings import IngestSettings
 from datastore.ingestion.sinks.chats import ChatShards, PairShards
 from datastore.ingestion.sinks.documents import CopiedRows, CopiedTokens, CopySink, RecordShards, ShardSink, TokenShards
@@ -74,7 +75,7 @@ class Job(Document, frozen=True, kw_only=True):
     path: tuple[str, ...] = ()
     """The caller's `sys.path`: a filter that it can import, its workers can."""
 
-    parallel: bool
+    parallel: bool = False
     """Whether the encoder may use all cores."""
 
 
@@ -100,6 +101,7 @@ class TaskRunner:
         self.storage = open_roots(job.to)[0]
         self.journal = Journal(self.storage, job.ingest_id)
         self._folders: dict[str, Storage] = {}
+        self._stored: dict[str, StoredTexts] = {}
         self._told: dict[str, OperationStatistics] = {}
 
     @cached_property
@@ -154,11 +156,15 @@ class TaskRunner:
         """Take text; otherwise as `work`."""
         settings = self.job.settings
         sieve = Sieve(self.chain, samples=settings.trace_filters) if self.chain else None
-        run = _Run(self._sink(order), report, settings=settings, stored_bytes=source_bytes(order), sieve=sieve)
+        run = _Run(
+            self._sink(order),
+            report,
+            settings=settings,
+            stored=_Stored(source_bytes(order), self._read_bytes),
+            sieve=sieve,
+        )
         for file, start, stop in order.parts:
-            url, key = self.job.roots.locate(file.path)
-            folder = self._folders.setdefault(url, open_storage(url))
-            for found in read_documents(folder, key, file=file, span=(start, stop), settings=self.job.settings):
+            for found in self._read(file, (start, stop)):
                 run.take(found)
         run.end()
         encoder = self.chat_encoder or self.encoder
@@ -176,10 +182,24 @@ class TaskRunner:
             escaped=run.sink.escaped,
             filtered=dict(sorted(sieve.dropped.items())) if sieve else {},
             changed=dict(sorted(sieve.changed.items())) if sieve else {},
+            lengths=tuple(run.lengths[bits] for bits in range(max(run.lengths, default=-1) + 1)),
         )
         if sieve and (samples := sieve.encode_samples()):
             self.journal.put_samples(order.task_id, samples)
         return self.journal.finish(done, rejects=encode_rejects(run.kept), ids=run.ids() if run.named else b"")
+
+    def _read_bytes(self) -> int:
+        """Return how many bytes of sources this process has read."""
+        return sum(each.bytes for folder in self._folders.values() for each in folder.statistics().values())
+
+    def _read(self, file: SourceFile, span: tuple[int, int]) -> Iterator[TextRecord | Reject | SkipReason]:
+        url, key = self.job.roots.locate(file.path)
+        if file.format == "datastore":
+            if url not in self._stored:
+                self._stored[url] = StoredTexts(url)
+            return self._stored[url].read(file)
+        folder = self._folders.setdefault(url, open_storage(url))
+        return read_documents(folder, key, file=file, span=span, settings=self.job.settings)
 
     def _copy(self, order: WorkItem, report: Report) -> TaskDone:
         """Take over rows or tokens; otherwise as `work`."""
@@ -237,6 +257,23 @@ class TaskRunner:
         )
 
 
+class _Stored:
+    """How many stored bytes of a task have been read: of a compressed file, fewer than its text has."""
+
+    def __init__(self, total_bytes: int, read_bytes: Callable[[], int]) -> None:
+        self.left_bytes = total_bytes
+        self._read_bytes = read_bytes
+        self._seen = read_bytes()
+
+    def advance(self, *, otherwise: int) -> int:
+        """Return what was read since the last time; or `otherwise`, where nobody counts. Never more than there is."""
+        now = self._read_bytes()
+        step = min(now - self._seen if now else otherwise, self.left_bytes)
+        self._seen = now
+        self.left_bytes -= step
+        return step
+
+
 class _Run:
     """What one task has found so far. Invariant: `documents`, `text_bytes` and `digests` count what `sink` has taken."""
 
@@ -246,7 +283,7 @@ class _Run:
         report: Report,
         *,
         settings: IngestSettings,
-        stored_bytes: int,
+        stored: "_Stored",
         sieve: Sieve | None,
     ) -> None:
         self.sink = sink
@@ -254,6 +291,9 @@ class _Run:
         self.text_bytes = 0
         self.rejected: Counter[str] = Counter()
         self.skipped: Counter[str] = Counter()
+        self.lengths: Counter[int] = Counter()
+        """Documents by the bits of the length of their text."""
+
         self.kept: list[Reject] = []
         self.digests: list[bytes] = []
         self.named = False
@@ -263,7 +303,7 @@ class _Run:
         self._sieve = sieve
         self._batch: list[TextRecord] = []
         self._batch_bytes = 0
-        self._unreported_bytes = stored_bytes
+        self._stored = stored
 
     def take(self, found: TextRecord | Reject | SkipReason) -> None:
         """Take what was read."""
@@ -281,7 +321,7 @@ class _Run:
         """Store what is left, and report the bytes that were no document."""
         self._encode_batch()
         self.sink.flush()
-        self._report(Advance(source_bytes=self._unreported_bytes))
+        self._report(Advance(source_bytes=self._stored.left_bytes))
 
     def ids(self) -> bytes:
         """Return the digests of the documents' ids, end to end, each as two little-endian numbers."""
@@ -291,14 +331,12 @@ class _Run:
         before = self.sink.tokens
         taken, refused = self.sink.add(self._filtered() if self._sieve else self._batch)
         self.documents += len(taken)
-        self.text_bytes += sum(
-            len(record.text) if record.text.isascii() else len(record.text.encode()) for record in taken
-        )
+        sizes = [len(record.text) if record.text.isascii() else len(record.text.encode()) for record in taken]
+        self.text_bytes += sum(sizes)
+        self.lengths.update(size.bit_length() for size in sizes)
         self.named = self.named or any(record.named for record in taken)
         self.digests += [xxhash.xxh3_128_digest(record.id.encode()) for record in taken]
-        # A compressed file has more bytes than are stored; the progress bar then waits for the end of the task.
-        step = min(self._batch_bytes, self._unreported_bytes)
-        self._unreported_bytes -= step
+        step = self._stored.advance(otherwise=self._batch_bytes)
         self._report(Advance(source_bytes=step, documents=len(taken), tokens=self.sink.tokens - before))
         self._batch, self._batch_bytes = [], 0
         self._refuse(refused)

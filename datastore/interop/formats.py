@@ -27,4 +27,4 @@ FORMATS: dict[str, Format] = {
     "webdataset": WEBDATASET,
 }
 
-assert get_args(SourceFormat)[5:] == tuple(FORMATS)
+assert get_args(SourceFormat)[6:] == tuple(FORMATS)

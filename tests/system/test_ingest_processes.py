@@ -154,6 +154,15 @@ def test_twenty_kills_at_random_moments_change_nothing(
     check_whole(tmp_path / f"data{part}", undisturbed)
 
 
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_kills_of_any_kind_of_ingest_change_nothing(tmp_path: Path) -> None:
+    program = [sys.executable, str(Path(__file__).with_name("ingest_kills.py")), str(tmp_path), "--kills", "12"]
+    done = subprocess.run(program, capture_output=True, text=True, timeout=880, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert orjson.loads(done.stdout.splitlines()[-1])["datasets"] >= 3
+
+
 def test_a_kill_between_commit_and_goodbye_commits_once(
     ground: Ground, undisturbed: dict[str, str], tmp_path: Path
 ) -> None:
@@ -195,7 +204,7 @@ def test_a_worker_that_dies_is_reported_with_its_task(
 ) -> None:
     def shoot(_: IngestProgress) -> None:
         for pid in children(os.getpid()):
-            if b"datastore.ingestion.workers" in Path(f"/proc/{pid}/cmdline").read_bytes():
+            if b"datastore.ingestion.engines.processes" in Path(f"/proc/{pid}/cmdline").read_bytes():
                 os.kill(pid, signal.SIGKILL)
 
     to = tmp_path / "data"

@@ -15,6 +15,7 @@ texts       the text of several fields
 rejects     the reasons why not
 documents   records into documents
 chats       records of messages into documents
+stored      the documents of a dataset of ours, as texts
 """
 
 __all__: list[str] = []

@@ -35,6 +35,7 @@ Reason = Literal[
     "pair_disagrees",
     "special_token",
     "template_refused",
+    "text_lost",
     "text_not_string",
     "token_out_of_range",
     "too_long",

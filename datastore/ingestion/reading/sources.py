@@ -24,6 +24,7 @@ from datastore.ingestion.reading.folders import ForeignFolder, foreign_folders, 
 from datastore.ingestion.reading.gathered import ignored_below, is_zip, listed_files, zip_members, zip_url
 from datastore.ingestion.reading.listing import Globs, kind_of, named_codec, split_glob, walk, walk_remote
 from datastore.ingestion.reading.rows import is_table
+from datastore.ingestion.reading.stored import stored_files
 from datastore.ingestion.settings import IngestSettings, Take
 from datastore.interop.formats import FORMATS
 from datastore.storage.base import Stat, Storage
@@ -156,6 +157,9 @@ class _Source(NamedTuple):
 
 def _open(source: str, settings: IngestSettings, skipped: Counter[str]) -> _Source:
     """Return a source; its files have no fingerprint yet."""
+    if settings.format == "datastore":
+        name, shards = stored_files(source)
+        return _Source(name, source, [((name, number), file) for number, file in enumerate(shards)])
     if settings.format and settings.format in FORMATS:
         return _tables(source, settings.format)
     if source.startswith("@"):
@@ -327,6 +331,8 @@ def _with_fingerprint(file: SourceFile, settings: IngestSettings) -> SourceFile:
 
     The same lines read by another key are other documents.
     """
+    if file.format == "datastore":
+        return file
     state = (file.path, file.size_bytes, file.modified, file.format)
     if is_table(file):
         facts: tuple[object, ...] = (*state, settings.take, settings.template or settings.text_key, settings.tokens_key)

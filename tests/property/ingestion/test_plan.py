@@ -7,10 +7,10 @@ import numpy as np
 from hypothesis import given
 
 from datastore.dataset.journal import SourceFile
-from datastore.ingestion.duplicates import repeated
 from datastore.ingestion.plan import make_plan, work_items
 from datastore.ingestion.reading.sources import Listing
 from datastore.ingestion.settings import IngestSettings, reading_digest
+from datastore.ingestion.sinks.duplicates import repeated
 
 
 @st.composite

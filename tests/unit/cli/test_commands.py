@@ -34,9 +34,11 @@ FLAGS = {
     "export": "column format shard-bytes to",
     "import": "format set text-key to tokenizer tokens-key workers",
     "sql": "",
-    "ingest": "as begin-anew chat chat-template config dry-run exclude files-from format gitignore html-text id-field id-key include max-reject-ratio "
-    "on-error overwrite pairs replace separator set template text-field text-key to tokenizer trace-filters workers",
+    "ingest": "address as begin-anew chat chat-template commit config dry-run engine exclude files-from format gitignore html-text id-field id-key include max-reject-ratio "
+    "on-error overwrite pairs replace separator set task template text-field text-key to tokenizer trace-filters workers",
     "rejects": "limit",
+    "teach": "model step to top",
+    "retokenize": "address engine max-reject-ratio set to tokenizer workers",
     "tokenizer train": "exclude include text-key to vocab",
     "show": "",
     "ls": "documents limit",
@@ -202,6 +204,8 @@ LONG = {
     "checkpoint diff": "checkpoint diff run@2 run@4 --progress plain",
     "ingest": "ingest src --to new --progress plain",
     "import": "import exported --format parquet --to imported --progress plain",
+    "retokenize": "retokenize littered --to anew --tokenizer small.json --progress plain",
+    "teach": "teach data --model run --to taught --progress plain",
     "tokenizer train": "tokenizer train src --vocab 300 --to tok.json --progress plain",
     "export": "export data --format parquet --to other --progress plain",
     "verify": "verify data --progress plain",
@@ -240,6 +244,7 @@ def places(run: Path) -> Path:
             "export data --format parquet --to exported",
             "ingest src --to holed",
             "ingest src --to littered",
+            "tokenizer train src --vocab 300 --to small.json",
         ):
             assert call(cli, words.split(), CliSession()) == 0
         Path("src/b.txt").write_text("more of the same")

@@ -3,6 +3,7 @@
 import gzip
 import json
 import os
+import random
 from collections.abc import Callable
 from dataclasses import astuple
 from itertools import pairwise
@@ -11,6 +12,8 @@ from typing import Any
 
 import numpy as np
 import orjson
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import xxhash
 import zstandard
@@ -503,3 +506,44 @@ def test_memory_is_for_this_process_alone(src: Path) -> None:
     (src / "new.txt").write_text("new")
     with pytest.raises(ConfigError, match="other processes cannot see memory://"):
         ingest([str(src)], "memory://ingested", settings=IngestSettings(workers=2))
+
+
+def _kinds_of_input(folder: Path, rng: random.Random) -> dict[str, str]:
+    """Text of which the estimate has to know only a part: lines, compressed lines, a table, many files."""
+    words = [f"w{rng.randrange(10**5)}" for _ in range(2000)]
+    texts = [" ".join(rng.choices(words, k=int(rng.lognormvariate(6, 1)))) for _ in range(4000)]
+    lines = b"".join(json.dumps({"text": text}).encode() + b"\n" for text in texts)
+    (folder / "plain.jsonl").write_bytes(lines)
+    (folder / "packed.jsonl.gz").write_bytes(gzip.compress(lines, 1))
+    pq.write_table(pa.table({"text": texts}), folder / "table.parquet", row_group_size=100)
+    (folder / "many").mkdir()
+    for number, text in enumerate(texts[:1500]):
+        (folder / "many" / f"{number}.txt").write_text(text)
+    return {name: str(folder / name) for name in ("plain.jsonl", "packed.jsonl.gz", "table.parquet", "many")}
+
+
+def test_an_estimate_is_within_a_fifth_of_what_then_happens(tmp_path: Path) -> None:
+    sources = _kinds_of_input(tmp_path, random.Random(5))
+    settings = IngestSettings(workers=1, task_bytes=2**20)
+    for name, source in sources.items():
+        expected = estimate([source], str(tmp_path / f"of {name}"), settings=settings)
+        report = ingest(source, str(tmp_path / f"of {name}"), settings=settings)
+        assert expected.documents == pytest.approx(report.documents, rel=0.2), name
+        assert expected.shard_bytes == pytest.approx(report.text_bytes, rel=0.2), name
+
+
+def test_progress_counts_the_stored_bytes_of_a_compressed_file(tmp_path: Path) -> None:
+    source = _kinds_of_input(tmp_path, random.Random(5))["packed.jsonl.gz"]
+    steps: list[IngestProgress] = []
+    ingest(source, str(tmp_path / "data"), settings=IngestSettings(workers=1), progress=steps.append)
+    size = Path(source).stat().st_size
+    assert steps[-1].source_bytes == steps[-1].source_bytes_total == size
+    shares = [(step.documents / 4000, step.source_bytes / size) for step in steps if 0 < step.documents < 4000]
+    assert shares
+    assert all(done >= documents - 0.2 for documents, done in shares)
+
+
+def test_a_report_counts_texts_by_their_length(tmp_path: Path) -> None:
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps({"text": "é" * n}) + "\n" for n in (1, 1, 3, 4, 100)))
+    report = ingest(str(tmp_path / "rows.jsonl"), str(tmp_path / "data"), settings=IngestSettings(workers=1))
+    assert report.lengths == (0, 0, 2, 1, 1, 0, 0, 0, 1)

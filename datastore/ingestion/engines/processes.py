@@ -4,7 +4,7 @@ Workers are fresh processes that import this package, not copies of the caller: 
 or `__main__` gets into them, which is why it works from a notebook, too. They get a pipe and end when it ends, so a
 caller that is killed leaves nobody behind, and Ctrl-C reaches the caller alone.
 
-A worker process is `python -m datastore.ingestion.workers FD`, where FD is its end of a pipe. It takes a job and then orders, as JSON, and answers with what it did. It ends with the pipe, at once: whoever started
+A worker process is `python -m datastore.ingestion.engines.processes FD`, where FD is its end of a pipe. It takes a job and then orders, as JSON, and answers with what it did. It ends with the pipe, at once: whoever started
 it may be gone, and a task that is cut off is done again by the next run.
 """
 
@@ -60,7 +60,7 @@ def run_orders(job: Job, orders: Sequence[WorkItem], *, workers: int, report: Re
         DatastoreError: what a task raised; or a worker process died.
     """
     if workers == 1:
-        bench = TaskRunner(job)
+        bench = TaskRunner(msgspec.structs.replace(job, parallel=True))
         for order in orders:
             report(bench.work(order, report))
         return
@@ -76,7 +76,7 @@ class _Worker:
         self.order: WorkItem | None = None
         with theirs:
             self.process = subprocess.Popen(  # noqa: S603 - our own interpreter and module
-                [sys.executable, "-m", "datastore.ingestion.workers", str(theirs.fileno())],
+                [sys.executable, "-m", "datastore.ingestion.engines.processes", str(theirs.fileno())],
                 pass_fds=[theirs.fileno()],
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
@@ -186,6 +186,6 @@ def _send(pipe: Connection, answer: Answer) -> None:
 
 if __name__ == "__main__":
     # The classes of this module as others import it, not those of `__main__`: the answers are told apart by class.
-    from datastore.ingestion.workers import serve as imported_serve
+    from datastore.ingestion.engines.processes import serve as imported_serve
 
     imported_serve(Connection(int(sys.argv[1])))

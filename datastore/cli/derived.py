@@ -1,0 +1,89 @@
+"""The commands that make a dataset out of another one: with another tokenizer, or with what a teacher thinks of its tokens."""
+
+from typing import Any
+
+import click
+
+from datastore.cli.ingest import ADDRESS, ENGINE, SET, WORKERS, engine_of, in_source_bytes, tell_ingest
+from datastore.cli.output import json_option, progress_option, say, say_json, with_progress
+from datastore.cli.shell import example, given_options
+
+__all__ = ["COMMANDS"]
+
+
+@click.command(
+    short_help="Encode a dataset with another tokenizer.",
+    epilog=example("datastore retokenize data/code --to data/code-small --tokenizer tok.json"),
+)
+@click.argument("source", metavar="SOURCE")
+@click.option("--to", required=True, metavar="URL", help="The dataset; it is made if it is not there.")
+@click.option("--tokenizer", "new_tokenizer", required=True, metavar="FILE", help="A tokenizer.json or its folder.")
+@WORKERS
+@ENGINE
+@ADDRESS
+@click.option("--max-reject-ratio", type=float, help="Above this share of lost texts nothing is committed.")
+@SET
+@progress_option
+@json_option
+def retokenize(
+    *,
+    source: str,
+    to: str,
+    new_tokenizer: str,
+    engine: str,
+    address: str | None,
+    overrides: tuple[str, ...],
+    as_json: bool,
+    **options: Any,
+) -> None:
+    """Add the documents of the dataset SOURCE to another one, encoded with another tokenizer.
+
+    Each keeps its id, and what is said of where it comes from. A killed one goes on when the same command is given again;
+    given once more, it adds what SOURCE has got since. A document whose tokens do not give its text back is rejected.
+    """
+    from datastore.config import settings_from
+    from datastore.ingestion.importing import retokenize as encode_anew
+    from datastore.ingestion.settings import IngestSettings
+
+    given, origins = given_options(options)
+    report = with_progress(
+        "retokenize",
+        in_source_bytes(encode_anew),
+        source=source,
+        to=to,
+        tokenizer=new_tokenizer,
+        settings=settings_from(IngestSettings, given, overrides=overrides, where="the options", origins=origins),
+        engine=engine_of(engine, address),
+    )
+    say_json(report) if as_json else tell_ingest(report)
+
+
+@click.command(
+    short_help="Write what a teacher expects beside the tokens.",
+    epilog=example("datastore teach data/code --model runs/first --top 8 --to data/taught"),
+)
+@click.argument("source", metavar="SOURCE")
+@click.option("--model", required=True, metavar="RUN|FOLDER", help="The teacher: a run, or a Hugging Face folder.")
+@click.option("--step", type=click.IntRange(min=1), help="The checkpoint of this step; the newest if left out.")
+@click.option("--top", type=click.IntRange(min=1), default=8, help="Of each distribution, so many tokens.")
+@click.option("--to", required=True, metavar="URL", help="The dataset; it is made if it is not there.")
+@progress_option
+@json_option
+def teach(*, source: str, model: str, step: int | None, top: int, to: str, as_json: bool) -> None:
+    """Add the documents of the dataset SOURCE to another one, each token with what a trained model expects after it.
+
+    Two columns go with the tokens: teacher_tokens, the likeliest ones, and teacher_logprobs, the logarithms of their
+    probabilities, for distillation. A killed one goes on when the same command is given again.
+    """
+    from datastore.training.export.teaching import teach as teach_tokens
+
+    report = with_progress("teach", teach_tokens, source=source, to=to, model=model, step=step, top=top)
+    if as_json:
+        say_json(report)
+    elif report.added:
+        say(f"{report.url}, version {report.version}: {report.documents:,} documents, {report.tokens:,} tokens")
+    else:
+        say(f"nothing new: {report.url}, version {report.version}, has all of it")
+
+
+COMMANDS = (retokenize, teach)
