@@ -16,6 +16,7 @@ from datastore.cli.doctor import doctor
 from datastore.cli.history import plot, runs
 from datastore.cli.ingest import COMMANDS as INGEST_COMMANDS
 from datastore.cli.interop import COMMANDS as INTEROP_COMMANDS
+from datastore.cli.models import COMMANDS as MODEL_COMMANDS
 from datastore.cli.plan import plan
 from datastore.cli.redundancy import COMMANDS as REDUNDANCY_COMMANDS
 from datastore.cli.runs import COMMANDS as RUN_COMMANDS
@@ -48,6 +49,7 @@ for command in (
     *RECORD_COMMANDS,
     *REDUNDANCY_COMMANDS,
     *RUN_COMMANDS,
+    *MODEL_COMMANDS,
     runs,
     plot,
     checkpoint,

@@ -149,6 +149,9 @@ class DataSettings(SettingsDocument, frozen=True, kw_only=True):
 class ModelSettings(SettingsDocument, frozen=True, kw_only=True):
     """The shape of the GPT. The default has 26 M parameters besides the embedding."""
 
+    use: str = ""
+    """A model of `transformers`: `hf:FOLDER`, or `hf:config.json`; the settings below are not used then. Empty: our GPT."""
+
     init: str = ""
     """Weights to begin with: those of a run (`RUN`, `RUN@STEP`), or of a Hugging Face folder. Their shape comes with them."""
 
@@ -182,6 +185,8 @@ class ModelSettings(SettingsDocument, frozen=True, kw_only=True):
     @override
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.use and self.init:
+            raise ValueError("model.use brings its own weights: leave out model.init")
         if self.width % self.heads or (self.width // self.heads) % 2:
             raise ValueError("width / heads must be a whole, even number")
         if self.kv_heads and self.heads % self.kv_heads:
