@@ -4,8 +4,7 @@
     [model]  the shape of the GPT
     [optim]  update rule and schedule
     [train]  how many steps, and how this machine takes them
-    [parallel] how ranks share the work
-    [checkpoint] [eval] [metrics]   what is kept and reported
+    [parallel] how ranks share the work; [checkpoint] [eval] [metrics] what is kept and reported
     [loader] memory and threads of the loader, and what becomes of deleted documents
     [objective] use = "causal"      what is learned; it owns its other keys
     [[hooks]] use = "prune" ...     in the order in which they run; each hook owns its other keys
@@ -186,7 +185,7 @@ class ModelSettings(SettingsDocument, frozen=True, kw_only=True):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.use and self.init:
-            raise ValueError("model.use brings its own weights: leave out model.init")
+            raise ValueError("leave out model.init: model.use brings its weights")
         if self.width % self.heads or (self.width // self.heads) % 2:
             raise ValueError("width / heads must be a whole, even number")
         if self.kv_heads and self.heads % self.kv_heads:

@@ -205,6 +205,7 @@ def test_a_run_is_evaluated_as_it_was_validated(data: Path, tmp_path: Path, name
         ("classes", ["objective.tokenizer=nowhere.json"], MissingError, "nowhere"),
         ("classes", ['objective.labels=["good"]'], RejectedError, "'bad', which is none of"),
         ("classes", ["data.seq_len=3"], RejectedError, "it has 5 tokens"),
+        ("classes", ["objective.pad_token=6"], RejectedError, "ends with objective.pad_token"),
         ("next_item", ["objective.items=10"], RejectedError, "not below"),
         ("next_item", ["objective.column=item"], ConfigError, "item"),
         ("clicks", ['objective.numbers=["user", "item"]'], RejectedError, "could not convert"),

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from typing_extensions import override
 
-from datastore.document import Count, Document
+from datastore.document import Count, SettingsDocument
 from datastore.errors import ConfigError
 from datastore.loader.order.mix import mix64
 from datastore.training.models.gpt import GPT
@@ -59,7 +59,7 @@ class Chat(Causal):
         return super().prepare(batch, context)
 
 
-class MaskedSettings(Document, frozen=True, kw_only=True):
+class MaskedSettings(SettingsDocument, frozen=True, kw_only=True):
     """`[objective]` of `masked`."""
 
     mask_token: Count

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from typing_extensions import override
 
-from datastore.document import Document
+from datastore.document import SettingsDocument
 from datastore.training.models.huggingface import logits_of
 from datastore.training.objectives.base import Array, Context, HostRows, MicroBatch
 from datastore.training.objectives.records import RecordObjective, padded
@@ -27,7 +27,7 @@ from datastore.training.objectives.records import RecordObjective, padded
 __all__ = ["Preference", "PreferenceSettings"]
 
 
-class PreferenceSettings(Document, frozen=True, kw_only=True):
+class PreferenceSettings(SettingsDocument, frozen=True, kw_only=True):
     """`[objective]` of `preference`."""
 
     beta: Annotated[float, msgspec.Meta(gt=0)] = 0.1

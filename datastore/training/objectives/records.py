@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from typing_extensions import override
 
-from datastore.document import Count, Document, Positive
+from datastore.document import Count, Positive, SettingsDocument
 from datastore.errors import MissingError
 from datastore.training.models.heads import Classifier, ClickNet
 from datastore.training.models.huggingface import logits_of
@@ -27,7 +27,17 @@ from datastore.training.objectives.base import Array, Context, HostRows, MicroBa
 from datastore.training.objectives.language import Causal
 from datastore.training.settings import ModelSettings
 
-__all__ = ["Classes", "Clicks", "NextItem", "RecordObjective", "TextFile", "padded"]
+__all__ = [
+    "Classes",
+    "ClassesSettings",
+    "Clicks",
+    "ClicksSettings",
+    "NextItem",
+    "NextItemSettings",
+    "RecordObjective",
+    "TextFile",
+    "padded",
+]
 
 Texts = Annotated[tuple[str, ...], msgspec.Meta(min_length=1)]
 
@@ -65,7 +75,7 @@ def padded(values: Sequence[Any], width: int, dtype: type, *, cut: bool = False)
         ValueError: there are more, and they are not to be cut.
     """
     if len(values) > width and not cut:
-        raise ValueError(f"it has {len(values)} tokens, and data.seq_len has room for {width}")
+        raise ValueError(f"it has {len(values)} tokens, and data.seq_len leaves room for {width}")
     kept = values[:width]
     found: Array = np.zeros(width, dtype)
     found[: len(kept)] = kept
@@ -87,7 +97,7 @@ class TextFile:
         self.digest = hashlib.sha256(self.raw).hexdigest()
 
 
-class ClassesSettings(Document, frozen=True, kw_only=True):
+class ClassesSettings(SettingsDocument, frozen=True, kw_only=True):
     """`[objective]` of `classes`."""
 
     tokenizer: str
@@ -149,6 +159,8 @@ class Classes(RecordObjective):
         ids = self._file.tokenizer.encode(row[self.settings.text]).ids
         if not ids:
             raise ValueError("its text is empty")
+        if ids[-1] == self.settings.pad_token:
+            raise ValueError("its text ends with objective.pad_token: name an id that ends none")
         tokens = padded(ids, context.seq_len, np.int64, cut=self.settings.cut)
         present = np.arange(context.seq_len) < len(ids)
         tokens[~present] = self.settings.pad_token
@@ -180,7 +192,7 @@ class Classes(RecordObjective):
         return _mean(functional.cross_entropy(outputs.float(), batch.more["label"], reduction="none"), batch)
 
 
-class NextItemSettings(Document, frozen=True, kw_only=True):
+class NextItemSettings(SettingsDocument, frozen=True, kw_only=True):
     """`[objective]` of `next_item`."""
 
     items: Positive
@@ -220,7 +232,7 @@ class NextItem(RecordObjective, Causal):
         return {"tokens": padded(items, width, np.int64), "loss_mask": np.arange(width) < len(items)}
 
 
-class ClicksSettings(Document, frozen=True, kw_only=True):
+class ClicksSettings(SettingsDocument, frozen=True, kw_only=True):
     """`[objective]` of `clicks`."""
 
     label: str = "clicked"
