@@ -27,6 +27,10 @@ from datastore.loader.settings import LoaderSettings
 from datastore.training.export.inference import Sampling
 from datastore.training.hooks.prune import PruneSettings
 from datastore.training.hooks.quantize import QuantizeSettings
+from datastore.training.objectives.captions import CaptionsSettings
+from datastore.training.objectives.language import MaskedSettings
+from datastore.training.objectives.preference import PreferenceSettings
+from datastore.training.objectives.records import ClassesSettings, ClicksSettings, NextItemSettings
 from datastore.training.settings import Settings
 from datastore.units import format_bytes
 
@@ -51,6 +55,21 @@ SECTIONS = (
             "[The trainer](trainer.md#settings) shows a file. In Python: `ds.RunSettings`, and `ds.load_settings` reads a file."
         ),
         (("", Settings),),
+    ),
+    (
+        "Objectives",
+        (
+            "The `[objective]` table names what is learned with `use`, and owns its other keys; there is "
+            "[a recipe for each](howto/recipes.md). `causal` and `chat` have none."
+        ),
+        (
+            ("masked: ", MaskedSettings),
+            ("preference: ", PreferenceSettings),
+            ("classes: ", ClassesSettings),
+            ("next_item: ", NextItemSettings),
+            ("clicks: ", ClicksSettings),
+            ("captions: ", CaptionsSettings),
+        ),
     ),
     (
         "Hooks",

@@ -31,6 +31,7 @@ SHORT = {
     "interop/formats.py": "a registry",
     "dataset/query/readable.py": "a protocol",
     "storage/rendezvous.py": "a pure function with its source",
+    "training/objectives/catalog.py": "a registry",
     "training/parallel/choose.py": "a registry",
     "training/parallel/norm.py": "a pure function with its reason",
 }

@@ -3,7 +3,7 @@
 main          all commands
 shell         errors, exit codes, examples
 output        text, tables, JSON, progress
-ingest, derived, interop, datasets, versions, deletion, redundancy, runs, history, checkpoints, cache, plan, doctor    the commands
+ingest, derived, interop, datasets, versions, deletion, redundancy, runs, models, history, checkpoints, loading, doctor    the commands
 """
 
 __all__: list[str] = []

@@ -7,7 +7,6 @@ from typing import NoReturn
 
 import click
 
-from datastore.cli.cache import cache
 from datastore.cli.checkpoints import checkpoint
 from datastore.cli.datasets import COMMANDS as DATA_COMMANDS
 from datastore.cli.datasets import RECORD_COMMANDS
@@ -17,7 +16,8 @@ from datastore.cli.doctor import doctor
 from datastore.cli.history import plot, runs
 from datastore.cli.ingest import COMMANDS as INGEST_COMMANDS
 from datastore.cli.interop import COMMANDS as INTEROP_COMMANDS
-from datastore.cli.plan import plan
+from datastore.cli.loading import cache, plan
+from datastore.cli.models import COMMANDS as MODEL_COMMANDS
 from datastore.cli.redundancy import COMMANDS as REDUNDANCY_COMMANDS
 from datastore.cli.runs import COMMANDS as RUN_COMMANDS
 from datastore.cli.shell import CliSession, CommandGroup, call, debug_option, example, last_words
@@ -50,6 +50,7 @@ for command in (
     *RECORD_COMMANDS,
     *REDUNDANCY_COMMANDS,
     *RUN_COMMANDS,
+    *MODEL_COMMANDS,
     runs,
     plot,
     checkpoint,

@@ -1,11 +1,10 @@
-"""The commands about a run: start it, go on with it, look into what it saw, let its model speak.
+"""The commands about a run: start it, go on with it, look into what it saw.
 
 This is the only place in the package that reads the environment: launchers such as torchrun set `RANK`, `WORLD_SIZE`,
 `LOCAL_RANK`, `LOCAL_WORLD_SIZE`, `MASTER_ADDR` and `MASTER_PORT`. The line that shows how training goes is redrawn in place
 on a terminal; elsewhere it is printed every ten seconds. What must not be missed is printed in any case.
 """
 
-import math
 import os
 import sys
 import time
@@ -16,8 +15,8 @@ from typing import TYPE_CHECKING, Any, Self
 
 import click
 
-from datastore.cli.output import PlainLines, json_option, progress_kind, progress_option, say, say_json, with_progress
-from datastore.cli.shell import example, given_options
+from datastore.cli.output import PlainLines, json_option, progress_kind, progress_option, say, say_json
+from datastore.cli.shell import example
 from datastore.errors import ConfigError
 from datastore.units import format_seconds
 
@@ -183,59 +182,6 @@ def prove(*, run: str, as_json: bool) -> int:
     return 0 if proof.holds else 1
 
 
-@click.command(short_help="Measure a validation loss.", epilog=example("datastore evaluate runs/first"))
-@click.argument("model")
-@click.option("--run", help="The run whose held-out samples to use, if MODEL is a folder.")
-@STEP
-@click.option("--samples", type=click.IntRange(min=0), default=0, help="How many samples; 0: as many as the run uses.")
-@progress_option
-@json_option
-def evaluate(*, model: str, run: str | None, step: int | None, samples: int, as_json: bool) -> None:
-    """Measure the validation loss of MODEL, a run or an exported folder."""
-    from datastore.training.export.inference import evaluate as evaluate_model
-
-    found = with_progress(
-        "evaluate", evaluate_model, unit="samples", source=model, run=run or "", step=step, samples=samples
-    )
-    if as_json:
-        say_json(found)
-        return
-    at = "" if found.step is None else f" at step {found.step:,}"
-    say(f"validation loss {found.loss:.4f} (perplexity {found.perplexity:.1f}) on {found.tokens:,} tokens{at}")
-    for name, loss in found.sources.items():
-        say(f"  {name}: {loss:.4f} (perplexity {math.exp(loss):.1f})")
-    for reason in found.passed_over:
-        say(f"not used: {reason}")
-
-
-@click.command(
-    short_help="Let a model write.", epilog=example('datastore generate runs/first --prompt "def " --tokens 20')
-)
-@click.argument("model")
-@click.option("--prompt", help="What the text begins with.")
-@click.option("--tokens", type=int, default=128, help="At most so many new tokens.")
-@click.option("--temperature", type=float, default=0.8, help="0 takes the likeliest token each time.")
-@click.option("--top-k", type=int, default=50, help="Draw from the likeliest K only; 0: from all.")
-@click.option("--seed", type=int, default=0, help="The same seed gives the same text.")
-@STEP
-@json_option
-def generate(*, model: str, prompt: str | None, step: int | None, as_json: bool, **sampling: Any) -> None:
-    """Let MODEL, a run or an exported folder, go on with a text; what is printed begins with that text."""
-    from datastore.document import convert
-    from datastore.training.export.inference import Sampling
-    from datastore.training.export.inference import generate as generate_text
-
-    given, origins = given_options(sampling)
-    text = generate_text(
-        model, prompt or "", sampling=convert(Sampling, given, where="the options", origins=origins), step=step
-    )
-    if as_json:
-        prompt = prompt or ""
-        say_json({"prompt": prompt, "completion": text.removeprefix(prompt), "text": text})
-        return
-    say(text)
-
-
 @click.command(
     short_help="Show what one step consumed.", epilog=example("datastore trace runs/first --step 5 --limit 2")
 )
@@ -261,12 +207,14 @@ def trace(*, run: str, step: int, rank: int | None, limit: int, as_json: bool) -
         say(f"position {sample.position:,}: sample {sample.sample:,}{of}")
         for span in sample.spans:
             _tell(span)
+        for column, value in sample.row.items():
+            say(f"  {column}: {_cut(str(value))}")
     if len(found.samples) < found.rows:
         say()
         say(f"... and {found.rows - len(found.samples):,} more samples; --limit 0 shows all")
 
 
-COMMANDS = (train, resume, fork, prove, trace, evaluate, generate)
+COMMANDS = (train, resume, fork, prove, trace)
 
 _HINT = "Start all ranks with one launcher, such as torchrun, or unset RANK and WORLD_SIZE."
 
@@ -320,9 +268,13 @@ def _tell(span: "TracedSpan") -> None:
     say(f"  {span.source}{named}, bytes {span.start:,} to {span.stop:,} ({span.tokens:,} tokens)")
     lines = span.text.splitlines()
     for line in lines[:_LINES]:
-        say(f"  | {line if len(line) <= _COLUMNS else f'{line[: _COLUMNS - 3]}...'}")
+        say(f"  | {_cut(line)}")
     if len(lines) > _LINES:
         say(f"  | ... {len(lines) - _LINES} more lines")
+
+
+def _cut(line: str) -> str:
+    return line if len(line) <= _COLUMNS else f"{line[: _COLUMNS - 3]}..."
 
 
 _CLEAR = "\r\x1b[K"

@@ -8,7 +8,7 @@ settings      what a run can be told
 machine       what "auto" becomes here
 parallel      how the ranks share the work
 launcher      ranks on this machine: started, watched, ended
-model, objectives, optim    what is learned, and how
+models, objectives, optim    what learns, what is learned, and how
 hooks         other code in the life of a model
 validation    the loss on what is held back
 metrics       numbers about a run

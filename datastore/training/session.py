@@ -32,7 +32,9 @@ from datastore.training.metrics import MetricsWriter, Result, TrainingProgress
 from datastore.training.parallel.choose import choose
 from datastore.training.parallel.layout import layout_of
 from datastore.training.parallel.ranks import Ranks, connect
+from datastore.training.run.architecture import foreign_weights
 from datastore.training.run.data import Versions
+from datastore.training.run.feed import held_out
 from datastore.training.run.folder import (
     CONFIG_KEY,
     RunConfig,
@@ -136,9 +138,11 @@ def _weights_to_begin_with(
     config: RunConfig, folder: RunFolder, split: Split, ranks: Ranks
 ) -> Mapping[str, Tensor] | None:
     """Return the weights that `model.init` names; None, if there is none, or the run has a checkpoint of its own."""
-    init = config.settings.model.init
+    init = config.settings.model.init or config.settings.model.use
     if not init or ranks.share("begun", lambda: "yes" if folder.has_checkpoint() else "no") == "yes":
         return None
+    if config.architecture:
+        return foreign_weights(config)
     return initial_weights(init, split.datasets)
 
 
@@ -192,7 +196,7 @@ def _samples(split: Split, trainer: Trainer) -> list[ValidationSamples]:
     if not settings.eval.every:
         return []
     rank = Rank(trainer.strategy.place.reader, trainer.strategy.layout.readers)
-    return split.samples(settings.eval.samples, seq_len=settings.data.seq_len, rank=rank, options=settings.loader)
+    return held_out(split, settings, trainer.objective, trainer.context, count=settings.eval.samples, rank=rank)
 
 
 def _session(name: str, trainer: Trainer, versions: Versions) -> RunSession:

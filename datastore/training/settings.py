@@ -4,8 +4,7 @@
     [model]  the shape of the GPT
     [optim]  update rule and schedule
     [train]  how many steps, and how this machine takes them
-    [parallel] how ranks share the work
-    [checkpoint] [eval] [metrics]   what is kept and reported
+    [parallel] how ranks share the work; [checkpoint] [eval] [metrics] what is kept and reported
     [loader] memory and threads of the loader, and what becomes of deleted documents
     [objective] use = "causal"      what is learned; it owns its other keys
     [[hooks]] use = "prune" ...     in the order in which they run; each hook owns its other keys
@@ -149,6 +148,9 @@ class DataSettings(SettingsDocument, frozen=True, kw_only=True):
 class ModelSettings(SettingsDocument, frozen=True, kw_only=True):
     """The shape of the GPT. The default has 26 M parameters besides the embedding."""
 
+    use: str = ""
+    """A model of `transformers`: `hf:FOLDER`, or `hf:config.json`; the settings below are not used then. Empty: our GPT."""
+
     init: str = ""
     """Weights to begin with: those of a run (`RUN`, `RUN@STEP`), or of a Hugging Face folder. Their shape comes with them."""
 
@@ -182,6 +184,8 @@ class ModelSettings(SettingsDocument, frozen=True, kw_only=True):
     @override
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.use and self.init:
+            raise ValueError("leave out model.init: model.use brings its weights")
         if self.width % self.heads or (self.width // self.heads) % 2:
             raise ValueError("width / heads must be a whole, even number")
         if self.kv_heads and self.heads % self.kv_heads:

@@ -93,7 +93,7 @@ class Supervisor(Observer):
         """Segments of the record that no committed step has brought to the storage yet."""
 
         self._reported = 0.0
-        self._peak = peak_flops(trainer.state.device)
+        self._peak = None if self._settings.model.use else peak_flops(trainer.state.device)
         self._flops_per_token = flops_per_token(
             self._settings.model,
             parameters=trainer.strategy.parameters(trainer.state.model),

@@ -15,37 +15,35 @@ before the first forward pass, and a micro-batch counts by its own.
 """
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
-from typing import Any, Protocol, Self
+from typing import Any, Protocol, Self, cast
 
 import msgspec
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from datastore.digest import digest_bytes
 from datastore.errors import ConfigError, CorruptError
-from datastore.loader.batch import Batch
-from datastore.loader.loader import Loader
-from datastore.loader.mixture.request import Mixture
 from datastore.loader.settings import Rank
 from datastore.training.hooks.base import Hook, HookSet, RunState, make_hooks, refuse_whole
 from datastore.training.machine import Machine, seed_step
-from datastore.training.model import GPT, Block
-from datastore.training.objectives import MicroBatch, Objective, make_objective
+from datastore.training.models.huggingface import blocks_of
+from datastore.training.objectives.base import Context, HostRows, MicroBatch, Objective, Signed, rows_of
+from datastore.training.objectives.catalog import make_objective
 from datastore.training.optim import LossScale, divide, learning_rate, make_optimizer, set_learning_rate
 from datastore.training.parallel.layout import check_model
 from datastore.training.parallel.lesson import Lesson, Piece
 from datastore.training.parallel.norm import local_part
 from datastore.training.parallel.ranks import Ranks
-from datastore.training.parallel.strategy import Strategy, zeros
-from datastore.training.run.data import ChangeableLoader
+from datastore.training.parallel.strategy import Strategy
+from datastore.training.run.architecture import build_model, context_of, recompute
+from datastore.training.run.feed import AnyFeed, FedBatch, open_feed, saved
 from datastore.training.run.folder import RunConfig
 from datastore.training.run.split import Split
 from datastore.training.settings import Settings
 
-__all__ = ["Observer", "StepOutcome", "Trainer", "build_model", "build_with_hooks"]
+__all__ = ["Observer", "StepOutcome", "Trainer", "build_with_hooks"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,7 +94,7 @@ class Trainer:
     """One rank's model, optimizer, hooks and data, and the loop that moves them."""
 
     settings: Settings
-    vocab_size: int
+    context: Context
     strategy: Strategy
     """How the ranks share the work."""
 
@@ -106,7 +104,7 @@ class Trainer:
 
     hooks: Mapping[str, Hook]
     objective: Objective
-    loader: Loader
+    loader: AnyFeed
     scale: LossScale | None = None
     """Of a run in float16."""
 
@@ -130,20 +128,16 @@ class Trainer:
         """
         settings, layout = config.settings, strategy.layout
         shape = msgspec.structs.replace(settings.model, vocab_size=config.vocab_size)
-        check_model(shape, layout, seq_len=settings.data.seq_len)
+        if not shape.use:
+            check_model(shape, layout, seq_len=settings.data.seq_len)
         objective = make_objective(settings.objective)
-        state, hooks = build_with_hooks(config, strategy, compiled=machine.compiled, weights=weights)
-        loader = Loader(
-            split.training,
-            seq_len=settings.data.seq_len,
-            global_batch=settings.data.global_batch,
-            seed=settings.data.seed,
-            rank=Rank(strategy.place.reader, layout.readers),
-            options=settings.loader,
-        )
+        state, hooks = build_with_hooks(config, strategy, objective, compiled=machine.compiled, weights=weights)
+        context = context_of(config)
+        rank = Rank(strategy.place.reader, layout.readers)
+        loader = open_feed(split, settings, objective, context, rank=rank)
         trainer = cls(
             settings=settings,
-            vocab_size=config.vocab_size,
+            context=context,
             strategy=strategy,
             machine=machine,
             state=state,
@@ -184,7 +178,9 @@ class Trainer:
             **self.strategy.items(self.state.model, self.state.optimizer),
             **({} if self.scale is None else {"scale": self.scale.state()}),
             "hooks": HookSet(self.hooks),
-            "data": ChangeableLoader(self.loader) if isinstance(self.loader.dataset, Mixture) else self.loader,
+            **({} if self.objective.frozen is None else {"reference": self.objective.frozen}),
+            **({} if not self.objective.signature else {"objective": Signed(self.objective.signature)}),
+            "data": saved(self.loader),
         }
 
     def run(self, observer: Observer) -> None:
@@ -244,9 +240,9 @@ class Trainer:
 
         return finish
 
-    def _pieces(self, batch: Batch) -> list[Piece]:
-        settings = self.settings
-        return self.strategy.pieces(batch, rows=self.micro_rows, global_batch=settings.data.global_batch)
+    def _pieces(self, batch: FedBatch) -> list[Piece]:
+        settings, rows = self.settings, self.objective.prepare(batch, self.context)
+        return self.strategy.pieces(rows, rows=self.micro_rows, global_batch=settings.data.global_batch)
 
     def _update(self) -> Tensor:
         """Move the parameters along their gradients; return the norm of those before clipping."""
@@ -266,22 +262,22 @@ class Trainer:
             hook.updated(state)
         return norm
 
-    def _next_batch(self) -> Batch:
+    def _next_batch(self) -> FedBatch:
         """Return the next batch; a token that the model has no embedding for would end a GPU's process without a word."""
-        batch = next(self.loader)
-        largest = int(batch.tokens.max())
-        if largest >= self.vocab_size:
+        batch = next(cast("Iterator[FedBatch]", self.loader))
+        largest = int(batch.tokens.max(initial=0))
+        if largest >= self.context.vocab_size:
             raise CorruptError(
                 "a token is outside of the vocabulary",
                 token=largest,
-                vocab_size=self.vocab_size,
+                vocab_size=self.context.vocab_size,
                 cursor=batch.cursor,
                 hint="Set model.vocab_size, or ingest with a tokenizer.",
             )
         return batch
 
     def _zeros(self, rows: int) -> MicroBatch:
-        return zeros(rows, self.settings.data.seq_len + 1, self.state.device)
+        return _moved(self.objective.blank(rows, self.context), self.state.device)
 
     def can_go_on(self) -> bool:
         """Return whether the weights give a finite loss and finite gradients: a step on one row of zeros, not taken."""
@@ -316,16 +312,18 @@ class Trainer:
         return self.strategy.probe(self.state.model, self.lesson, rows)
 
 
-def build_model(config: RunConfig) -> GPT:
-    """Return the GPT of a run with its initial weights, on the CPU."""
-    model = GPT(msgspec.structs.replace(config.settings.model, vocab_size=config.vocab_size))
-    seed = digest_bytes(f"{config.settings.train.seed}/weights".encode())[:8]
-    model.initialize(torch.Generator().manual_seed(int.from_bytes(seed, "big")))
-    return model
+def _moved(rows: HostRows, device: torch.device) -> MicroBatch:
+    moved = rows_of(rows, device)
+    return replace(moved, tokens=moved.tokens.long())
 
 
 def build_with_hooks(
-    config: RunConfig, strategy: Strategy, *, compiled: bool = False, weights: Mapping[str, Tensor] | None = None
+    config: RunConfig,
+    strategy: Strategy,
+    objective: Objective,
+    *,
+    compiled: bool = False,
+    weights: Mapping[str, Tensor] | None = None,
 ) -> tuple[RunState, dict[str, Hook]]:
     """Return the state of a run before its first step, its model distributed, and its hooks, started.
 
@@ -338,14 +336,16 @@ def build_with_hooks(
     hooks = make_hooks(settings.hooks, where="settings")
     if strategy.splits:
         refuse_whole(hooks)
-    model: nn.Module = build_model(config)
+    model = build_model(config, objective)
     if weights is not None:
         model.load_state_dict(weights)
     for hook in hooks.values():
         model = hook.model(model)
     model.to(ranks.device)
-    for block in [module for module in model.modules() if isinstance(module, Block)]:
-        block.recompute = settings.train.recompute
+    objective.start(model)
+    if settings.train.recompute:
+        recompute(model)
+    for block in blocks_of(model):
         if compiled:
             block.compile()  # Each by itself: the same code, so it is compiled once, and hooks keep their modules.
     model = strategy.distribute(model)

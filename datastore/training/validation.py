@@ -11,9 +11,9 @@ import torch
 from torch import nn
 
 from datastore.document import Document
-from datastore.training.objectives import MicroBatch
+from datastore.training.objectives.base import HostRows, blank_rows, micro_batches
 from datastore.training.parallel.lesson import Lesson
-from datastore.training.parallel.strategy import Strategy, zeros
+from datastore.training.parallel.strategy import Strategy
 from datastore.training.run.split import ValidationSamples
 
 __all__ = ["Evaluation", "loss_over", "mean_of", "parts_of", "validation_loss"]
@@ -85,16 +85,26 @@ def loss_over(
     model.eval()
     sums = torch.zeros(2, dtype=torch.float64, device=device)
     for part in parts:
-        found = samples.mine[part]
-        mask = None if samples.loss_mask is None else torch.from_numpy(samples.loss_mask[part]).to(device)
-        batch = MicroBatch(torch.from_numpy(found).to(device).long(), mask)
-        if not len(found):
-            batch = zeros(1, samples.mine.shape[1], device)
+        found = part_of(samples.rows, part)
+        count = len(found.tokens)
+        (batch,) = micro_batches(found if count else blank_rows(found, 1), device, size=max(1, count))
         loss = strategy.evaluate(batch, lesson, size=part.stop - part.start)
-        if len(found) and strategy.place.speaks:
-            weight = torch.tensor(float(len(found))) if batch.learned is None else batch.learned
+        if count and strategy.place.speaks:
+            weight = torch.tensor(float(count)) if batch.learned is None else batch.learned
             sums += torch.stack((loss.double() * weight.to(loss.device), weight.double().to(loss.device)))
     model.train(was_training)
     total, weights = strategy.ranks.sum(sums)().tolist()
-    targets = samples.count * (samples.mine.shape[1] - 1) if samples.loss_mask is None else int(weights)
+    rows = samples.rows
+    all_count = rows.loss_mask is None and rows.counts is None
+    targets = samples.count * (rows.tokens.shape[1] - 1) if all_count else int(weights)
     return Evaluation(loss=total / max(1.0, weights), samples=samples.count, tokens=targets)
+
+
+def part_of(rows: HostRows, part: slice) -> HostRows:
+    """Return some of `rows`."""
+    return HostRows(
+        rows.tokens[part],
+        None if rows.loss_mask is None else rows.loss_mask[part],
+        None if rows.counts is None else rows.counts[part],
+        {name: one[part] for name, one in rows.more.items()},
+    )

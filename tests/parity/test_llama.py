@@ -9,7 +9,7 @@ from datastore.errors import ConfigError
 from datastore.storage.backends.local import LocalStorage
 from datastore.training.export.huggingface import HuggingFaceModel, read_folder, write_folder
 from datastore.training.hooks.quantize import Quantize, QuantizeSettings
-from datastore.training.model import GPT, KeyValueCache
+from datastore.training.models.gpt import GPT, KeyValueCache
 from datastore.training.settings import ModelSettings
 
 IDS = torch.randint(0, 501, (2, 40), generator=torch.Generator().manual_seed(1))

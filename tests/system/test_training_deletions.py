@@ -22,8 +22,9 @@ from datastore.storage.resolve import open_storage
 from datastore.testing.examples import make_dataset, make_language, make_shard, tiny_settings
 from datastore.training.launcher import Launch
 from datastore.training.metrics import TrainingProgress, read_metrics
-from datastore.training.model import GPT
-from datastore.training.objectives import Causal, MicroBatch
+from datastore.training.models.gpt import GPT
+from datastore.training.objectives.base import HostRows, MicroBatch
+from datastore.training.objectives.language import Causal
 from datastore.training.parallel.layout import Layout
 from datastore.training.parallel.lesson import Lesson
 from datastore.training.parallel.ranks import Ranks
@@ -73,7 +74,7 @@ def gradients(batches: list[Batch], *, micro_rows: int) -> list[torch.Tensor]:
         model = small_model()
         strategy = Whole(Layout(len(batches)), Together(learned))
         strategy.distribute(model)
-        pieces = strategy.pieces(batch, rows=micro_rows, global_batch=rows)
+        pieces = strategy.pieces(HostRows(batch.tokens, batch.loss_mask), rows=micro_rows, global_batch=rows)
         strategy.backward(pieces, Lesson(Causal(), {}, CPU, "fp32"))
         found = [parameter.grad / len(batches) for parameter in model.parameters() if parameter.grad is not None]
         summed = [a + b for a, b in zip(summed, found, strict=True)] if summed else found

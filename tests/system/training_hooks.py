@@ -15,7 +15,8 @@ from typing_extensions import override
 
 from datastore.document import Document
 from datastore.training.hooks.base import Hook, RunState
-from datastore.training.objectives import Causal, MicroBatch
+from datastore.training.objectives.base import MicroBatch
+from datastore.training.objectives.language import Causal
 
 
 class KillSettings(Document, frozen=True, kw_only=True):

@@ -22,14 +22,15 @@ from datastore.errors import ConfigError
 from datastore.training.hooks.base import Hook, RunState
 from datastore.training.launcher import Launch
 from datastore.training.machine import Machine
-from datastore.training.model import GPT
-from datastore.training.objectives import Causal, MicroBatch, Objective
+from datastore.training.models.gpt import GPT
+from datastore.training.objectives.base import MicroBatch, Objective
+from datastore.training.objectives.language import Causal
 from datastore.training.optim import make_optimizer
 from datastore.training.parallel.choose import choose
 from datastore.training.parallel.layout import Layout
 from datastore.training.parallel.lesson import Lesson, Piece
 from datastore.training.parallel.ranks import connect
-from datastore.training.parallel.strategy import Strategy, zeros
+from datastore.training.parallel.strategy import Strategy
 from datastore.training.settings import DataSettings, ModelSettings, OptimSettings, Settings, StepSettings
 from datastore.training.trainer import Observer, StepOutcome, Trainer
 
@@ -218,7 +219,9 @@ def messages_of_a_step(launch: Launch, arguments: dict[str, Any], report: Report
         with patch.object(dist, "reduce_scatter_single", reduce):
             for count in (1, 3):
                 reduce.reset_mock()
-                strategy.backward([Piece(zeros(2, 9, ranks.device), 1 / count)] * count, lesson)
+                strategy.backward(
+                    [Piece(MicroBatch(torch.zeros((2, 9), dtype=torch.int64)), 1 / count)] * count, lesson
+                )
                 found.append(reduce.call_count)
         return found
 

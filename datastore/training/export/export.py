@@ -15,7 +15,8 @@ from datastore.storage.resolve import open_storage
 from datastore.training.export.huggingface import HuggingFaceModel, read_folder, write_folder
 from datastore.training.hooks.base import HookSet
 from datastore.training.hooks.quantize import Quantize, QuantizeSettings
-from datastore.training.model import GPT
+from datastore.training.models.gpt import GPT
+from datastore.training.objectives.catalog import make_objective
 from datastore.training.parallel.whole import alone
 from datastore.training.run.folder import RunConfig, RunFolder, is_run, open_split
 from datastore.training.trainer import build_with_hooks
@@ -121,8 +122,12 @@ def _from_run(folder: RunFolder, *, step: int | None, instead: Quantize | None =
     `instead` quantizes in the place of the hooks that would: what they have rounded cannot be rounded otherwise.
     """
     config = folder.config()
-    state, hooks = build_with_hooks(config, alone())
-    found = _restore(folder.storage, {"model": state.model, "hooks": HookSet(hooks)}, step=step)
+    objective = make_objective(config.settings.objective)
+    state, hooks = build_with_hooks(config, alone(), objective)
+    items: dict[str, Any] = {"model": state.model, "hooks": HookSet(hooks)}
+    if objective.frozen is not None:
+        items["reference"] = objective.frozen
+    found = _restore(folder.storage, items, step=step)
     model = state.model
     exporting = list(hooks.values())
     if instead is not None:
@@ -130,13 +135,14 @@ def _from_run(folder: RunFolder, *, step: int | None, instead: Quantize | None =
         exporting = [hook for hook in exporting if not isinstance(hook, Quantize)] + [instead]
     for hook in exporting:
         model = hook.export(model)
-    if not isinstance(model, GPT):
+    if isinstance(state.model, GPT) and not isinstance(model, GPT):
         raise ConfigError("a hook's export is not a GPT any more", found=type(model).__name__)
     return HuggingFaceModel(
         model,
         config.settings.data.seq_len,
         _tokenizer(config),
         config.end_of_text,
+        objective=objective,
         step=found.step,
         passed_over=found.passed_over,
     )

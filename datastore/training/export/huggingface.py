@@ -8,22 +8,27 @@ not a model, so an interrupted export is never mistaken for one.
 Source: transformers 5, `models/llama/configuration_llama.py`; https://github.com/huggingface/safetensors#format
 """
 
+import tempfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import msgspec
 import orjson
 import torch
 from tokenizers import Tokenizer
-from torch import Tensor
+from torch import Tensor, nn
 
 from datastore.checkpoint.tensors import DTYPES
 from datastore.errors import ConfigError, CorruptError, MissingError
 from datastore.formats.safetensors import HeaderTensor, encode_header
 from datastore.storage.base import Storage
 from datastore.training.hooks.quantize import PackedLinear, QuantizeSettings, quantization_config, replace_linears
-from datastore.training.model import GPT
+from datastore.training.models.gpt import GPT
+from datastore.training.models.heads import Classifier
+from datastore.training.models.huggingface import write_model
+from datastore.training.objectives.base import Objective
 from datastore.training.settings import ModelSettings
 
 __all__ = ["HuggingFaceModel", "read_folder", "shape_of_folder", "write_folder"]
@@ -40,21 +45,46 @@ _INDEX = "model.safetensors.index.json"
 class HuggingFaceModel:
     """A model with what belongs to it."""
 
-    model: GPT
+    model: nn.Module
     seq_len: int
     tokenizer: bytes | None
     """`tokenizer.json`."""
 
     end_of_text: int | None
+    objective: Objective | None = None
+    """What it has learned, with what that needs; None: it is from a folder."""
+
     step: int | None = None
     """The step of a run that it is; None: it is from a folder."""
 
     passed_over: tuple[str, ...] = ()
     """Newer steps of the run that are damaged, each with its reason."""
 
+    @property
+    def shape(self) -> ModelSettings:
+        """The shape of a model of ours that has a form in Llama: the GPT, or a classifier on it.
+
+        Raises:
+            ConfigError: it is none.
+        """
+        if isinstance(self.model, Classifier) or (isinstance(self.model, GPT) and self.model.causal):
+            return self.model.settings
+        raise ConfigError(
+            "the model has no form in a Hugging Face folder",
+            model=type(self.model).__name__,
+            hint='Train a model of transformers, `model.use = "hf:FOLDER"`, or use it from Python: `open_model`.',
+        )
+
 
 def write_folder(storage: Storage, source: HuggingFaceModel) -> dict[str, int]:
-    """Write `source` to the root of `storage`; return the size of each file in bytes."""
+    """Write `source` to the root of `storage`; return the size of each file in bytes.
+
+    Raises:
+        ConfigError: the model has no form in such a folder.
+    """
+    if hasattr(source.model, "save_pretrained"):
+        return _write_foreign(storage, source)
+    _ = source.shape  # Before anything is written.
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in source.model.state_dict().items()}
     # Wide dtypes first, so that every tensor is aligned for its own; names then, so that the bytes are a function of the model.
     ordered = sorted(tensors.items(), key=lambda item: (-item[1].element_size(), item[0]))
@@ -67,6 +97,17 @@ def write_folder(storage: Storage, source: HuggingFaceModel) -> dict[str, int]:
         storage.put(key, content)
         sizes[key] = len(content)
     return sizes
+
+
+def _write_foreign(storage: Storage, source: HuggingFaceModel) -> dict[str, int]:
+    """Write a model of `transformers` as that does it, with the tokenizer that it was trained with; config.json comes last."""
+    with tempfile.TemporaryDirectory() as folder:
+        files = {file.name: file.read_bytes() for file in write_model(source.model, Path(folder))}
+    files |= dict(_tokenizer_files(source))
+    config = files.pop("config.json")
+    for key, content in [*files.items(), ("config.json", config)]:
+        storage.put(key, content)
+    return {key: len(content) for key, content in {**files, "config.json": config}.items()}
 
 
 def shape_of_folder(storage: Storage) -> ModelSettings:
@@ -114,6 +155,12 @@ def read_folder(storage: Storage) -> HuggingFaceModel:
 def _small_files(source: HuggingFaceModel) -> Iterator[tuple[str, bytes]]:
     end = source.end_of_text
     yield "generation_config.json", _json({"eos_token_id": end, "bos_token_id": None, "pad_token_id": None})
+    yield from _tokenizer_files(source)
+    yield "config.json", _json(_config(source))
+
+
+def _tokenizer_files(source: HuggingFaceModel) -> Iterator[tuple[str, bytes]]:
+    end = source.end_of_text
     if source.tokenizer is not None:
         yield "tokenizer.json", _as_trained(source.tokenizer)
         text = Tokenizer.from_str(source.tokenizer.decode()).id_to_token(end) if end is not None else None
@@ -128,7 +175,6 @@ def _small_files(source: HuggingFaceModel) -> Iterator[tuple[str, bytes]]:
                 }
             ),
         )
-    yield "config.json", _json(_config(source))
 
 
 def _as_trained(tokenizer: bytes) -> bytes:
@@ -153,7 +199,7 @@ def _without_templates(processor: dict[str, Any] | None) -> dict[str, Any] | Non
 
 
 def _config(source: HuggingFaceModel) -> dict[str, Any]:
-    shape = source.model.settings
+    shape = source.shape
     config: dict[str, Any] = {
         "architectures": ["LlamaForCausalLM"],
         "model_type": "llama",
@@ -182,6 +228,14 @@ def _config(source: HuggingFaceModel) -> dict[str, Any]:
         "torch_dtype": "float32",
         "dtype": "float32",
     }
+    if isinstance(source.model, Classifier) and source.objective is not None:
+        labels = dict(enumerate(source.objective.settings.labels))  # type: ignore[attr-defined]
+        config |= {
+            "architectures": ["LlamaForSequenceClassification"],
+            "id2label": {str(number): label for number, label in labels.items()},
+            "label2id": {label: number for number, label in labels.items()},
+            "pad_token_id": source.objective.settings.pad_token,  # type: ignore[attr-defined]
+        }
     packed = next((module for module in source.model.modules() if isinstance(module, PackedLinear)), None)
     if packed is not None:
         config["quantization_config"] = quantization_config(packed.settings)

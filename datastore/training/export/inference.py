@@ -5,24 +5,30 @@ Tokens are drawn one at a time from the model's own distribution, the same for t
 
 import os
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import Annotated
 
 import msgspec
+import numpy as np
 import torch
 from tokenizers import Tokenizer
 from torch import Tensor
 
+from datastore.dataset.snapshot import open_dataset
 from datastore.document import SettingsDocument
 from datastore.errors import ConfigError
 from datastore.loader.settings import Rank
 from datastore.storage.resolve import open_storage
 from datastore.training.export.export import open_model
 from datastore.training.export.huggingface import HuggingFaceModel
-from datastore.training.model import KeyValueCache
-from datastore.training.objectives import make_objective
+from datastore.training.models.gpt import KeyValueCache
+from datastore.training.objectives.catalog import make_objective
 from datastore.training.parallel.lesson import Lesson
 from datastore.training.parallel.whole import alone
-from datastore.training.run.folder import RunFolder, is_run, open_split
+from datastore.training.run.architecture import context_of
+from datastore.training.run.feed import held_out
+from datastore.training.run.folder import RunConfig, RunFolder, is_run, open_split
+from datastore.training.run.split import Split
 from datastore.training.validation import Evaluation, loss_over, mean_of, parts_of
 from datastore.units import Progress
 
@@ -109,11 +115,12 @@ def evaluate(
     source: str | os.PathLike[str],
     *,
     run: str | os.PathLike[str] = "",
+    data: str | os.PathLike[str] = "",
     step: int | None = None,
     samples: int = 0,
     progress: Progress | None = None,
 ) -> Evaluation:
-    """Return the loss of the model at `source` on what `run` holds out, in float32 on the CPU.
+    """Return the loss of the model at `source` on what `run` holds out, or on the dataset `data`, in float32 on the CPU.
 
     `source` is a run (at `step`, or its newest checkpoint) or a Hugging Face folder; `run` may be left out if `source` is
     one. `samples` 0: as many as the run validates on. `progress` gets the samples that were looked at, and all.
@@ -130,20 +137,48 @@ def evaluate(
         )
     config = RunFolder.open(run).config()
     settings = config.settings
-    held_out = open_split(config).samples(
-        samples or settings.eval.samples, seq_len=settings.data.seq_len, rank=Rank(), options=settings.loader
+    loaded = open_model(source, step=step)
+    objective = loaded.objective or make_objective(settings.objective)
+    samples_of = held_out(
+        _split_of(config, os.fspath(data)),
+        settings,
+        objective,
+        context_of(config),
+        count=samples or settings.eval.samples,
+        rank=Rank(),
     )
     strategy = alone()
-    loaded = open_model(source, step=step)
     strategy.distribute(loaded.model)
-    lesson = Lesson(make_objective(settings.objective), {}, strategy.ranks.device, "fp32")
-    total, done = sum(len(one.mine) for one in held_out), 0
+    lesson = Lesson(objective, {}, strategy.ranks.device, "fp32")
+    total, done = sum(len(one.mine) for one in samples_of), 0
     found = []
-    for one in held_out:
+    for one in samples_of:
         parts = _telling(parts_of(one, strategy, rows=_ROWS), progress, rows=len(one.mine), before=done, total=total)
         found.append(loss_over(loaded.model, one, parts, lesson=lesson, strategy=strategy))
         done += len(one.mine)
-    return msgspec.structs.replace(mean_of(held_out, found), step=loaded.step, passed_over=loaded.passed_over)
+    return msgspec.structs.replace(mean_of(samples_of, found), step=loaded.step, passed_over=loaded.passed_over)
+
+
+def _split_of(config: RunConfig, data: str) -> Split:
+    """Return what a run holds out; with `data`, all of that dataset in its place.
+
+    Raises:
+        ConfigError: it holds something else, or was made with another tokenizer.
+    """
+    split = open_split(config)
+    if not data:
+        return split
+    own, other = split.datasets[0], open_dataset(data)
+    if own.kind != other.kind or own.commit.tokenizer != other.commit.tokenizer:
+        raise ConfigError(
+            "the model was trained on data of another kind, or another tokenizer",
+            url=other.url,
+            holds=other.kind,
+            trained_on=own.kind,
+            hint="Ingest the data with the tokenizer of the training dataset.",
+        )
+    rows = split.rows and replace(split.rows, held_out=np.arange(int(other.segments.documents.sum())))
+    return replace(split, validation={"": other}, rows=rows)
 
 
 def _telling(

@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 import torch
+from torch import nn
 
 from datastore.dataset.journal import Journal, Part, Plan, SourceFile, Task, TaskDone
 from datastore.dataset.log.identity import create_dataset
@@ -36,6 +37,8 @@ from datastore.training.export.export import open_model
 from datastore.training.export.huggingface import HuggingFaceModel
 from datastore.training.launcher import Launch
 from datastore.training.machine import pick_device
+from datastore.training.models.gpt import GPT
+from datastore.training.models.huggingface import logits_of
 from datastore.units import Progress
 
 __all__ = ["Taught", "teach"]
@@ -218,13 +221,30 @@ class _Window(NamedTuple):
     stop: int
 
 
+def _vocabulary_of(model: nn.Module) -> int:
+    """Return how many tokens a language model knows.
+
+    Raises:
+        ConfigError: it is none that reads from left to right.
+    """
+    if isinstance(model, GPT) and model.causal:
+        return model.settings.vocab_size
+    if type(model).__name__.endswith("ForCausalLM"):
+        return int(getattr(model, "config").vocab_size)  # noqa: B009 - of transformers, which need not be here
+    raise ConfigError(
+        "a teacher reads from left to right and tells the next token",
+        model=type(model).__name__,
+        hint="Name a run with the objective `causal`, or a folder with such a model.",
+    )
+
+
 class _Teacher:
     """A model, and how many tokens of each of its answers are kept."""
 
     def __init__(self, loaded: HuggingFaceModel, top: int) -> None:
         self.top = top
         self.step = loaded.step
-        self.vocab_size = loaded.model.settings.vocab_size
+        self.vocab_size = _vocabulary_of(loaded.model)
         self._seq_len = loaded.seq_len
         self._tokenizer = loaded.tokenizer
         self._device = pick_device("auto", Launch())
@@ -285,6 +305,7 @@ class _Teacher:
         for row, values in enumerate(rows):
             ids_BT[row, : len(values)] = values
         # Padding stands behind: a causal model does not see it.
-        logits_BTV = self._model(torch.from_numpy(ids_BT).to(self._device)).float()
+        ids = torch.from_numpy(ids_BT).to(self._device)
+        logits_BTV = (self._model(ids) if isinstance(self._model, GPT) else logits_of(self._model, ids)).float()
         scores, found = logits_BTV.log_softmax(dim=-1).topk(self.top, dim=-1)
         return found.cpu().numpy(), scores.cpu().numpy()

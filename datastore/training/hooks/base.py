@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from datastore.config import find_class
 from datastore.document import Document, convert
 from datastore.errors import ConfigError, ResumeError
-from datastore.training.objectives import MicroBatch
+from datastore.training.objectives.base import MicroBatch
 
 __all__ = ["Hook", "HookSet", "RunState", "find_hook", "make_hooks", "refuse_whole", "training_hooks"]
 

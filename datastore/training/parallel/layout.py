@@ -86,7 +86,7 @@ def layout_of(settings: Settings, world: int) -> Layout:
         raise ConfigError(
             "a sequence cannot be shared between ranks",
             context=wanted.context,
-            hint="Leave parallel.context at 1: torch's ring attention has no kernel for CPUs. Use parallel.tensor or a shorter data.seq_len.",
+            hint="Leave parallel.context at 1: torch's ring attention has no kernel for CPUs. Use parallel.tensor, or shorter samples.",
         )
     others = wanted.shard * wanted.tensor * wanted.pipeline
     if world % others or wanted.data not in {0, world // others}:

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from datastore.training.hooks.base import Hook
-from datastore.training.objectives import MicroBatch, Objective
+from datastore.training.objectives.base import MicroBatch, Objective
 
 __all__ = ["Lesson", "Piece", "autocast", "filled"]
 

@@ -22,8 +22,9 @@ from torch.distributed.tensor._dtensor_spec import DTensorSpec, TensorMeta
 from typing_extensions import override
 
 from datastore.errors import ConfigError
-from datastore.training.model import GPT, turns_of
-from datastore.training.objectives import Causal, MicroBatch
+from datastore.training.models.gpt import GPT, turns_of
+from datastore.training.objectives.base import MicroBatch
+from datastore.training.objectives.language import Causal
 from datastore.training.optim import named_state
 from datastore.training.parallel.layout import Layout
 from datastore.training.parallel.lesson import Lesson, Piece, autocast, filled

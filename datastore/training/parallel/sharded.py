@@ -32,8 +32,10 @@ from torch.distributed.tensor.parallel.style import ParallelStyle
 from typing_extensions import override
 
 from datastore.errors import ConfigError
-from datastore.training.model import GPT, Block
-from datastore.training.objectives import Causal, MicroBatch
+from datastore.training.models.gpt import GPT
+from datastore.training.models.huggingface import blocks_of
+from datastore.training.objectives.base import MicroBatch
+from datastore.training.objectives.language import Causal
 from datastore.training.parallel.layout import Layout
 from datastore.training.parallel.lesson import Lesson, Piece
 from datastore.training.parallel.norm import clip_everywhere, settle_partial
@@ -58,7 +60,7 @@ def share_weights(model: nn.Module) -> None:
 def shard_blocks(model: nn.Module, mesh: DeviceMesh, layout: Layout) -> None:
     """Let FSDP2 take `model` apart, block by block, over the dimensions of `mesh` that are in use."""
     over = mesh["data", "shard"] if layout.data > 1 else mesh["shard"]
-    for block in [module for module in model.modules() if isinstance(module, Block)]:
+    for block in blocks_of(model):
         fully_shard(block, mesh=over, reshard_after_forward=True, shard_placement_fn=_other_dimension)
     fully_shard(model, mesh=over, reshard_after_forward=True, shard_placement_fn=_other_dimension)
 

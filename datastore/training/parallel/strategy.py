@@ -12,15 +12,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from datastore.loader.batch import Batch
-from datastore.training.model import parameter_count
-from datastore.training.objectives import MicroBatch, micro_batches
+from datastore.training.models.gpt import parameter_count
+from datastore.training.objectives.base import HostRows, MicroBatch, blank_rows, micro_batches
 from datastore.training.optim import named_state
 from datastore.training.parallel.layout import Layout, Place
 from datastore.training.parallel.lesson import Lesson, Piece
 from datastore.training.parallel.ranks import Ranks
 
-__all__ = ["Strategy", "zeros"]
+__all__ = ["Strategy"]
 
 
 class Strategy(ABC):
@@ -70,29 +69,33 @@ class Strategy(ABC):
         """Return how many pieces of `micro_rows` each rank needs, if the one with the most has `rows`."""
         return -(-rows // micro_rows)
 
-    def pieces(self, batch: Batch, *, rows: int, global_batch: int) -> list[Piece]:
+    def pieces(self, batch: HostRows, *, rows: int, global_batch: int) -> list[Piece]:
         """Return this rank's part of a batch, `rows` for each forward pass, with their shares in the mean over all.
 
-        A piece counts by its rows; where a loss mask says which targets count, by its own among those of all ranks.
+        A piece counts by its rows; where a loss mask or the objective says which targets count, by its own among those of
+        all ranks.
         """
         device = self.ranks.device
         whole = self._learned(batch)
         found = []
-        for micro in micro_batches(batch, device, rows=rows):
+        for micro in micro_batches(batch, device, size=rows):
             counted = micro.learned
             part = len(micro.tokens) / global_batch
             found.append(Piece(micro, part if whole is None or counted is None else (counted / whole).float()))
-        if self.in_step:  # A rank with fewer rows takes part in every pass all the same.
-            missing = self.passes(self.share(global_batch), rows) - len(found)
-            found += [Piece(zeros(1, batch.tokens.shape[1], device), 0.0)] * missing
+        # A rank with fewer rows takes part in every pass all the same, and one with none in one.
+        wanted = self.passes(self.share(global_batch), rows) if self.in_step else 1
+        if len(found) < wanted:
+            nothing = next(iter(micro_batches(blank_rows(batch, 1), device, size=1)))
+            found += [Piece(nothing, 0.0)] * (wanted - len(found))
         return found
 
-    def _learned(self, batch: Batch) -> Tensor | None:
+    def _learned(self, batch: HostRows) -> Tensor | None:
         """Return how many targets of the global batch count, at least 1, as float64; None: all do."""
-        mask = batch.loss_mask
-        if mask is None:
+        mask, counts = batch.loss_mask, batch.counts
+        if mask is None and counts is None:
             return None
-        counted = int(mask[:, 1:].sum()) if self.place.speaks else 0
+        own = counts if counts is not None or mask is None else mask[:, 1:]
+        counted = int(own.sum()) if own is not None and self.place.speaks else 0
         mine = torch.tensor(counted, dtype=torch.float64, device=self.ranks.device)
         return self.ranks.sum(mine)().clamp(min=1)
 
@@ -115,8 +118,3 @@ class Strategy(ABC):
     def items(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
         """Return model and optimizer as a checkpoint holds them, the same keys on every rank; tensors are the live ones."""
         return {"model": model, "optim": named_state(model, optimizer)}
-
-
-def zeros(rows: int, tokens: int, device: torch.device) -> MicroBatch:
-    """Return rows of nothing, `tokens` wide."""
-    return MicroBatch(torch.zeros((rows, tokens), dtype=torch.int64, device=device))

@@ -15,7 +15,7 @@ from torch.nn.parallel import DistributedDataParallel
 from typing_extensions import override
 
 from datastore.training.launcher import Launch
-from datastore.training.objectives import MicroBatch
+from datastore.training.objectives.base import MicroBatch
 from datastore.training.parallel.layout import Layout
 from datastore.training.parallel.lesson import Lesson, Piece
 from datastore.training.parallel.ranks import Ranks

@@ -4,6 +4,8 @@ folder   its documents: settings, sessions
 lock     one writer at a time
 data     which versions are read
 split    what is trained on, and what is held back
+feed     what the trainer asks of a loader of tokens or of records
+architecture   the model, ours or one of transformers
 record   what each step consumed
 audit    trace: what a step consumed
 proof    prove: that each sample came once

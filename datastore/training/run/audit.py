@@ -4,20 +4,27 @@
 """
 
 import os
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
+import msgspec
 import numpy as np
 
 from datastore.checkpoint.checkpointer import Checkpointer
 from datastore.errors import ConfigError, MissingError
 from datastore.loader.mixture.request import Data, Mixture
 from datastore.loader.place.sources import source_numbers
+from datastore.loader.rows.batch import Rows
+from datastore.loader.rows.loader import RowLoader
 from datastore.loader.settings import LoaderSettings, Rank
 from datastore.loader.stream import open_stream
 from datastore.loader.trace import DocumentSpan, Tracer, plan_step, tracer_of
+from datastore.training.objectives.catalog import make_objective
+from datastore.training.objectives.records import RecordObjective
 from datastore.training.run.folder import RunConfig, RunFolder, RunSession, open_split, own_versions
 from datastore.training.run.record import ConsumptionRecord, StepEntry, read_segments
+from datastore.training.run.split import Split
 
 __all__ = ["StepHistory", "StepTrace", "TracedSample", "TracedSpan", "read_history", "state_at", "trace"]
 
@@ -54,8 +61,13 @@ class TracedSample:
     """Its number in the dataset."""
 
     spans: list[TracedSpan]
+    """The stretches of documents that it is made of; none of a record."""
+
     dataset: str = ""
     """The source of a mixture that it is of."""
+
+    row: dict[str, Any] = field(default_factory=dict)
+    """The columns of a record that were learned from, as JSON has them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,7 +149,26 @@ def trace(run: str | os.PathLike[str], step: int, *, rank: int | None = None, li
     world = session.world
     if rank is not None and not 0 <= rank < world:
         raise ConfigError("no such rank took this step", rank=rank, world=world, hint=f"Name one below {world}.")
-    data = _data_of(config, session)
+    split = _split_of(config, session)
+    data = split.training
+    if split.rows is not None:
+        found = _rows_of(
+            config,
+            split,
+            state_at(entry.cursor, history, session, data),
+            entry,
+            Rank() if rank is None else Rank(rank, world),
+        )
+        return StepTrace(
+            step=step,
+            cursor=entry.cursor,
+            rows=len(found),
+            world=world,
+            rank=rank,
+            session=name,
+            fingerprint=entry.fingerprint,
+            samples=found[: limit or None],
+        )
     plan = plan_step(
         data,
         state_at(entry.cursor, history, session, data),
@@ -161,12 +192,43 @@ def trace(run: str | os.PathLike[str], step: int, *, rank: int | None = None, li
     )
 
 
-def _data_of(config: RunConfig, session: RunSession) -> Data:
-    """Return the training data as `session` read it; if that version is gone, as it is now, without what was purged."""
+def _split_of(config: RunConfig, session: RunSession) -> Split:
+    """Return the data as `session` read them; if that version is gone, as they are now, without what was purged."""
     try:
-        return open_split(config, session.data or own_versions(config)).training
+        return open_split(config, session.data or own_versions(config))
     except MissingError:
-        return open_split(config).training
+        return open_split(config)
+
+
+def _rows_of(
+    config: RunConfig, split: Split, state: Mapping[str, Any], entry: StepEntry, rank: Rank
+) -> list[TracedSample]:
+    """Return the records of a step by position, with what their objective reads of them."""
+    settings, objective = config.settings, make_objective(config.settings.objective)
+    assert split.rows is not None
+    assert isinstance(objective, RecordObjective)
+    with RowLoader(
+        split.datasets[0],
+        global_batch=settings.data.global_batch,
+        seed=settings.data.seed,
+        rank=rank,
+        rows=Rows(numbers=np.arange(split.rows.kept)),
+        options=msgspec.structs.replace(settings.loader, columns=tuple(dict.fromkeys(objective.columns))),
+    ) as loader:
+        loader.load_state_dict(state)
+        batch = next(loader)
+    assert batch.cursor == entry.cursor
+    rows = msgspec.to_builtins([_shown(row) for row in batch.data.to_pylist()])
+    found = [
+        TracedSample(position, number, [], row=row)
+        for position, number, row in zip(batch.positions.tolist(), batch.numbers.tolist(), rows, strict=True)
+    ]
+    return sorted(found, key=lambda sample: sample.position)
+
+
+def _shown(row: Mapping[str, Any]) -> dict[str, Any]:
+    """Return `row` with the size of bytes in their place."""
+    return {name: f"{len(value):,} bytes" if isinstance(value, bytes) else value for name, value in row.items()}
 
 
 def state_at(cursor: int, history: StepHistory, session: RunSession, data: Data) -> dict[str, Any]:

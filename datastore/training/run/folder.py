@@ -17,13 +17,16 @@ from typing import Any
 import msgspec
 
 from datastore.checkpoint.steps import reading
-from datastore.dataset.snapshot import open_dataset
+from datastore.dataset.snapshot import Dataset, open_dataset
 from datastore.document import Sealed, decode, encode, seal, unseal
 from datastore.errors import ConfigError, CorruptError, FormatError, MissingError, ResumeError
 from datastore.host import utc_now
 from datastore.storage.base import Storage
 from datastore.storage.resolve import open_storage
 from datastore.storage.urls import strip_credentials
+from datastore.training.models.huggingface import read_architecture
+from datastore.training.objectives.base import Objective
+from datastore.training.objectives.catalog import make_objective
 from datastore.training.run.data import DatasetRef, Versions, open_at, ref_of, version_to_read
 from datastore.training.run.split import Split, make_split, mix_split
 from datastore.training.settings import Settings, changed_keys, flatten
@@ -64,6 +67,9 @@ class RunConfig(Sealed, frozen=True, kw_only=True):
 
     vocab_size: int
     end_of_text: int | None = None
+    architecture: dict[str, Any] = msgspec.field(default_factory=dict)
+    """The config of a model of `transformers` that `model.use` named; empty: it is one of ours."""
+
     created: str
     """UTC, ISO 8601."""
 
@@ -231,9 +237,12 @@ class RunFolder:
 def is_run(storage: Storage) -> bool:
     """Whether a run lies there, sound or damaged, rather than nothing or a Hugging Face folder, which has a config.json too."""
     try:
-        return b'"model_type"' not in storage.get(CONFIG_KEY)
+        raw = storage.get(CONFIG_KEY)
     except MissingError:
         return False
+    return (
+        b'"model_type"' not in raw or b'"architecture":' in raw
+    )  # Of a run with a model of theirs; they say `architectures`.
 
 
 def own_versions(config: RunConfig) -> Versions:
@@ -305,25 +314,24 @@ def _new_config(settings: Settings) -> RunConfig:
     data = settings.data
     urls = {name: source.url for name, source in data.sources.items()} or {"": data.url}
     datasets = {name: open_dataset(url) for name, url in urls.items()}
+    objective = make_objective(settings.objective)
     for dataset in datasets.values():
-        if dataset.kind != "tokens":
-            raise ConfigError(
-                "the dataset holds text, not tokens", url=dataset.url, hint="Ingest it with --tokenizer to train on it."
-            )
+        _check_kind(dataset, objective)
     validation = open_dataset(data.validation) if data.validation else None
     if data.sources:
         mix_split(datasets, data=data, validation=validation)
     else:
         make_split(datasets[""], holdout=data.holdout, validation=validation)
     tokenizer = next((one.commit.tokenizer for one in datasets.values() if one.commit.tokenizer), None)
-    known = tokenizer.vocab_size if tokenizer else 0
-    vocab_size = settings.model.vocab_size or known
+    known = max(tokenizer.vocab_size if tokenizer else 0, objective.vocabulary)
+    architecture = read_architecture(settings.model.use) if settings.model.use else {}
+    vocab_size = settings.model.vocab_size or int(architecture.get("vocab_size", 0)) or known
     if vocab_size < known or not vocab_size:
         raise ConfigError(
             "the vocabulary does not cover the dataset's tokens",
             vocab_size=vocab_size,
-            tokenizer=known,
-            hint="Set model.vocab_size to the tokenizer's or more; 0 takes the tokenizer's.",
+            needed=known,
+            hint="Set model.vocab_size to that or more; 0 takes what is needed, or what the config of the model has.",
         )
     refs = {name: ref_of(dataset) for name, dataset in datasets.items()}
     return RunConfig(
@@ -333,7 +341,25 @@ def _new_config(settings: Settings) -> RunConfig:
         validation=ref_of(validation) if validation is not None else None,
         vocab_size=vocab_size,
         end_of_text=tokenizer.end_of_text if tokenizer else None,
+        architecture=architecture,
         created=utc_now(),
+    )
+
+
+def _check_kind(dataset: Dataset, objective: Objective) -> None:
+    if dataset.kind == objective.reads:
+        return
+    if objective.reads == "tokens":
+        raise ConfigError(
+            "the dataset holds text, not tokens",
+            url=dataset.url,
+            hint="Ingest it with --tokenizer to train on it, or name an objective that learns from records.",
+        )
+    raise ConfigError(
+        f"the dataset holds {dataset.kind}, and the objective learns from records",
+        url=dataset.url,
+        objective=type(objective).__name__,
+        hint="Name another objective.use, or a dataset of records.",
     )
 
 

@@ -10,9 +10,10 @@ step are proven by the plan, which deletions do not change, and its tokens where
 
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
 from itertools import groupby
+from typing import cast
 
 import msgspec
 import numpy as np
@@ -21,7 +22,11 @@ from datastore.errors import MissingError
 from datastore.loader.batch import Batch
 from datastore.loader.loader import Loader
 from datastore.loader.order.lanes import I64
+from datastore.loader.settings import Rank
+from datastore.training.objectives.catalog import make_objective
+from datastore.training.run.architecture import context_of
 from datastore.training.run.audit import StepHistory, read_history, state_at
+from datastore.training.run.feed import AnyFeed, RecordBatch, RecordFeed, open_feed
 from datastore.training.run.folder import RunConfig, RunFolder, RunSession, open_split, own_versions
 from datastore.training.run.record import StepEntry
 
@@ -112,10 +117,14 @@ class _Count:
         self._epoch = -1
         self._seen = np.zeros(epoch_samples, np.bool_)
 
-    def add(self, samples: I64) -> int:
-        """Count `samples`, in the order of their positions; return how many of them had come before in their epoch."""
+    def add(self, samples: I64, positions: I64 | None = None) -> int:
+        """Count `samples`, in the order of their positions; return how many of them had come before in their epoch.
+
+        Where some may be missing, `positions` say of which epoch each is.
+        """
         again = 0
-        epochs = (self.drawn + np.arange(len(samples))) // len(self.ever)
+        drawn = self.drawn + np.arange(len(samples)) if positions is None else positions
+        epochs = drawn // len(self.ever)
         for epoch in np.unique(epochs):
             if epoch != self._epoch:
                 self._epoch = int(epoch)
@@ -135,6 +144,11 @@ class _Counts:
         self.purged = 0
         self.by_name: dict[str, _Count] = {}
 
+    def add_records(self, batch: RecordBatch, *, rows_per_epoch: int) -> int:
+        """Count the records of `batch`, of which deleted ones are missing; return as `add`."""
+        count = self.by_name.setdefault("", _Count(rows_per_epoch))
+        return count.add(batch.numbers, batch.positions)
+
     def add(self, batch: Batch) -> int:
         """Count the samples of `batch`; return how many of them had come before in their epoch."""
         order = np.argsort(batch.positions)
@@ -151,13 +165,20 @@ class _Counts:
 class _Reader:
     """A loader of all samples of each step."""
 
-    loader: Loader
+    loader: AnyFeed
     is_exact: bool
     """Whether it reads the version that was trained on, not a later one, with more deletions."""
 
-    def hides(self, batch: Batch) -> bool:
+    def count(self, batch: Batch | RecordBatch, counts: _Counts) -> int:
+        """Add `batch` to `counts`."""
+        if isinstance(batch, RecordBatch):
+            assert isinstance(self.loader, RecordFeed)
+            return counts.add_records(batch, rows_per_epoch=self.loader.rows_per_epoch)
+        return counts.add(batch)
+
+    def hides(self, batch: Batch | RecordBatch) -> bool:
         """Return whether tokens of `batch` are deleted that may not have been when they were trained on."""
-        return not self.is_exact and batch.has_deleted
+        return not self.is_exact and (isinstance(batch, RecordBatch) or batch.has_deleted)
 
 
 @contextmanager
@@ -165,34 +186,33 @@ def _reader_of(config: RunConfig, history: StepHistory, session: RunSession, *, 
     """Yield a reader of the steps that `session` took, from `cursor` on."""
     exact = True
     try:
-        dataset = open_split(config, session.data or own_versions(config)).training
+        split = open_split(config, session.data or own_versions(config))
     except MissingError:
-        dataset, exact = open_split(config).training, False
-    data = config.settings.data
-    with Loader(
-        dataset,
-        seq_len=data.seq_len,
-        global_batch=data.global_batch,
-        seed=data.seed,
-        options=config.settings.loader,
-    ) as loader:
-        loader.replay(state_at(cursor, history, session, dataset))
-        yield _Reader(loader, exact)
+        split, exact = open_split(config), False
+    objective = make_objective(config.settings.objective)
+    feed = open_feed(split, config.settings, objective, context_of(config), rank=Rank())
+    with closing(feed):
+        state = state_at(cursor, history, session, split.training)
+        if isinstance(feed, Loader):
+            feed.replay(state)
+        else:
+            feed.load_state_dict(state)
+        yield _Reader(feed, exact)
 
 
 def _compare(entry: StepEntry, reader: _Reader, counts: _Counts) -> list[str]:
     """Return what is wrong with one step."""
-    batch = next(reader.loader)
+    batch = next(cast("Iterator[Batch | RecordBatch]", reader.loader))
     planned = StepEntry(
         step=entry.step,
         cursor=batch.cursor,
-        samples=len(batch.samples),
+        samples=int(batch.valid.sum()),
         fingerprint=f"{batch.fingerprint():016x}",
     )
     if planned.fingerprint != entry.fingerprint and reader.hides(batch):
         counts.purged += 1
         planned = msgspec.structs.replace(planned, fingerprint=entry.fingerprint)
-    again = counts.add(batch)
+    again = reader.count(batch, counts)
     problems = [f"step {entry.step} has samples that came before in this epoch: {again}"] if again else []
     if entry != planned:
         problems.append(f"step {entry.step} was planned as {planned}, and recorded as {entry}")

@@ -9,7 +9,7 @@ Of several sources each is cut by itself, and each has a validation loss.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -28,9 +28,10 @@ from datastore.formats.arrow import array_of, numbers_of
 from datastore.loader.loader import Loader
 from datastore.loader.mixture.request import Data, Mixture, Stage
 from datastore.loader.settings import LoaderSettings, Rank
+from datastore.training.objectives.base import Context, HostRows, Objective
 from datastore.training.settings import DataSettings
 
-__all__ = ["Split", "Stretch", "ValidationSamples", "make_split", "mix_split"]
+__all__ = ["RowCut", "Split", "Stretch", "ValidationSamples", "make_split", "mix_split"]
 
 _VALIDATION_SEED = 0
 
@@ -82,6 +83,45 @@ class ValidationSamples:
     source: str = ""
     """The source that they are of; empty, where there is one dataset for all."""
 
+    prepared_rows: HostRows | None = None
+    """What the objective makes of them, if that is something else."""
+
+    positions: npt.NDArray[np.int64] | None = None
+    """[E] the place of each among all."""
+
+    @property
+    def rows(self) -> HostRows:
+        """What a model sees."""
+        return self.prepared_rows or HostRows(self.mine, self.loss_mask)
+
+    def prepared(self, objective: Objective, context: Context) -> "ValidationSamples":
+        """Return these samples as `objective` learns from them."""
+        share = _Share(
+            self.mine, self.loss_mask, np.arange(len(self.mine)) if self.positions is None else self.positions
+        )
+        return replace(self, prepared_rows=objective.prepare(share, context))
+
+    @staticmethod
+    def of(rows: HostRows, count: int) -> "ValidationSamples":
+        """Return `rows` that an objective has prepared already."""
+        return ValidationSamples(rows.tokens, count, rows.loss_mask, prepared_rows=rows)
+
+
+@dataclass(frozen=True, slots=True)
+class _Share:
+    tokens: npt.NDArray[Any]
+    loss_mask: npt.NDArray[np.bool_] | None
+    positions: npt.NDArray[np.int64]
+
+
+@dataclass(frozen=True, slots=True)
+class RowCut:
+    """Which rows of a dataset of records are trained on: the first `kept`."""
+
+    kept: int
+    held_out: npt.NDArray[np.int64]
+    """Numbers of the rows to validate on, in the dataset that is for that."""
+
 
 @dataclass(frozen=True, slots=True)
 class Split:
@@ -90,6 +130,9 @@ class Split:
     training: Data
     validation: Mapping[str, Dataset]
     """By the source that it is held back from; empty, where there is one dataset for all."""
+
+    rows: RowCut | None = None
+    """Where the dataset holds records; None: it holds tokens."""
 
     @property
     def datasets(self) -> Sequence[Dataset]:
@@ -148,7 +191,8 @@ def _samples_of(
         batch = next(loader)
     rows = len(batch.tokens) if shared or rank.rank == 0 else 0
     mask = batch.loss_mask
-    return ValidationSamples(batch.tokens[:rows], count, mask if mask is None else mask[:rows], name)
+    mine, positions = batch.tokens[:rows], batch.positions[:rows]
+    return ValidationSamples(mine, count, mask if mask is None else mask[:rows], name, positions=positions)
 
 
 def make_split(dataset: Dataset, *, holdout: float, validation: Dataset | None) -> Split:
@@ -157,11 +201,23 @@ def make_split(dataset: Dataset, *, holdout: float, validation: Dataset | None) 
     Raises:
         ConfigError: the datasets are the same, or made with different tokenizers.
     """
+    if dataset.kind == "records":
+        return _cut_rows(dataset, holdout=holdout, validation=validation)
     if validation is None:
         kept, held_back = _parts(dataset, holdout=holdout)
         return Split(kept, {"": held_back})
     _check_other(validation, dataset)
     return Split(dataset, {"": validation})
+
+
+def _cut_rows(dataset: Dataset, *, holdout: float, validation: Dataset | None) -> Split:
+    total = int(dataset.segments.documents.sum())
+    if validation is not None:
+        _check_other(validation, dataset)
+        held_out = np.arange(int(validation.segments.documents.sum()))
+        return Split(dataset, {"": validation}, RowCut(total, held_out))
+    kept = total - int(total * holdout)
+    return Split(dataset, {"": dataset}, RowCut(kept, np.arange(kept, total)))
 
 
 def mix_split(datasets: Mapping[str, Dataset], *, data: DataSettings, validation: Dataset | None) -> Split:
@@ -170,6 +226,13 @@ def mix_split(datasets: Mapping[str, Dataset], *, data: DataSettings, validation
     Raises:
         ConfigError: as `make_split`, and as `Mixture`.
     """
+    records = sorted(name for name, dataset in datasets.items() if dataset.kind == "records")
+    if records:
+        raise ConfigError(
+            "a mixture of records cannot be trained on",
+            sources=records,
+            hint="Name one dataset of records as data.url.",
+        )
     training, held_back = dict(datasets), {} if validation is None else {"": validation}
     for name, dataset in datasets.items():
         if validation is None:

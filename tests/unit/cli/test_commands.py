@@ -62,7 +62,7 @@ FLAGS = {
     "fork": "processes set step to",
     "prove": "",
     "trace": "limit rank step",
-    "evaluate": "run samples step",
+    "evaluate": "data run samples step",
     "generate": "prompt seed step temperature tokens top-k",
     "runs ls": "",
     "runs show": "",

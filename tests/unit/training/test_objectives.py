@@ -6,7 +6,9 @@ from torch import Tensor, nn
 
 from datastore.document import Document
 from datastore.errors import ConfigError, DependencyError
-from datastore.training.objectives import Causal, MicroBatch, Objective, make_objective
+from datastore.training.objectives.base import MicroBatch, Objective
+from datastore.training.objectives.catalog import make_objective
+from datastore.training.objectives.language import Causal
 from datastore.training.settings import DataSettings, Settings, changed_keys
 
 
@@ -47,7 +49,7 @@ def test_an_objective_is_found_by_our_name_or_by_its_path_and_owns_its_other_key
     [
         ({"use": "casual"}, ConfigError, "no such objective"),
         ({"use": "no_such_module:Class"}, DependencyError, "an objective cannot be imported"),
-        ({"use": "datastore.training.objectives:MicroBatch"}, ConfigError, "not an objective"),
+        ({"use": "datastore.training.objectives.base:MicroBatch"}, ConfigError, "not an objective"),
         ({"use": "causal", "rate": 1}, ConfigError, "rate"),
     ],
 )

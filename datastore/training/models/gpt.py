@@ -19,7 +19,7 @@ from torch.utils.checkpoint import checkpoint
 
 from datastore.training.settings import ModelSettings
 
-__all__ = ["GPT", "Block", "KeyValueCache", "parameter_count", "turns_of"]
+__all__ = ["GPT", "Block", "Decoder", "KeyValueCache", "draw_weights", "parameter_count", "turns_of"]
 
 _INIT_STD = 0.02
 
@@ -46,11 +46,12 @@ class KeyValueCache:
 
 
 class Attention(nn.Module):
-    """Causal attention in which several query heads share one head of keys and values."""
+    """Attention in which several query heads share one head of keys and values."""
 
-    def __init__(self, settings: ModelSettings, layer: int) -> None:
+    def __init__(self, settings: ModelSettings, layer: int, *, causal: bool = True) -> None:
         super().__init__()
         self.layer = layer
+        self.causal = causal
         self.heads, self.key_heads = settings.heads, settings.key_heads
         self.head_width = settings.width // settings.heads
         self.q_proj = nn.Linear(settings.width, self.heads * self.head_width, bias=False)
@@ -59,7 +60,7 @@ class Attention(nn.Module):
         self.o_proj = nn.Linear(self.heads * self.head_width, settings.width, bias=False)
 
     def forward(self, x_BTC: Tensor, turns: tuple[Tensor, Tensor], cache: KeyValueCache | None) -> Tensor:
-        """Return what each token gathers from itself and the tokens before it, [B, T, C]."""
+        """Return what each token gathers from itself and the tokens before it, or from all of them, [B, T, C]."""
         batch, tokens, _ = x_BTC.shape
         # -1: as many heads as are here, which is a part of them under tensor parallelism.
         q_BHTD = self.q_proj(x_BTC).view(batch, tokens, -1, self.head_width).transpose(1, 2)
@@ -72,7 +73,9 @@ class Attention(nn.Module):
             # enable_gqa=True is up to 3.7x slower on CPU (float32, B=8, T=256, H=8, K=2; torch 2.13, two cores).
             k_BKTD = k_BKTD.repeat_interleave(self.heads // self.key_heads, dim=1)
             v_BKTD = v_BKTD.repeat_interleave(self.heads // self.key_heads, dim=1)
-        mixed_BHTD = functional.scaled_dot_product_attention(q_BHTD, k_BKTD, v_BKTD, is_causal=tokens > 1)
+        mixed_BHTD = functional.scaled_dot_product_attention(
+            q_BHTD, k_BKTD, v_BKTD, is_causal=self.causal and tokens > 1
+        )
         return self.o_proj(mixed_BHTD.transpose(1, 2).reshape(batch, tokens, -1))  # type: ignore[no-any-return]
 
 
@@ -93,10 +96,10 @@ class MLP(nn.Module):
 class Block(nn.Module):
     """One layer: tokens exchange, then each thinks by itself; both add to the residual stream."""
 
-    def __init__(self, settings: ModelSettings, layer: int) -> None:
+    def __init__(self, settings: ModelSettings, layer: int, *, causal: bool = True) -> None:
         super().__init__()
         self.input_layernorm = nn.RMSNorm(settings.width, eps=settings.norm_eps)
-        self.self_attn = Attention(settings, layer)
+        self.self_attn = Attention(settings, layer, causal=causal)
         self.post_attention_layernorm = nn.RMSNorm(settings.width, eps=settings.norm_eps)
         self.mlp = MLP(settings)
         self.recompute = False
@@ -116,47 +119,69 @@ class Block(nn.Module):
 class Decoder(nn.Module):
     """Embedding, layers and the last norm."""
 
-    def __init__(self, settings: ModelSettings) -> None:
+    def __init__(self, settings: ModelSettings, *, causal: bool = True) -> None:
         super().__init__()
         self.embed_tokens = nn.Embedding(settings.vocab_size, settings.width)
-        self.layers = nn.ModuleList(Block(settings, layer) for layer in range(settings.layers))
+        self.layers = nn.ModuleList(Block(settings, layer, causal=causal) for layer in range(settings.layers))
         self.norm = nn.RMSNorm(settings.width, eps=settings.norm_eps)
 
-    def forward(self, ids_BT: Tensor, turns: tuple[Tensor, Tensor], cache: KeyValueCache | None) -> Tensor:
-        """Return the final state of each token, [B, T, C]."""
+    def forward(
+        self,
+        ids_BT: Tensor,
+        turns: tuple[Tensor, Tensor],
+        cache: KeyValueCache | None,
+        before_BPC: Tensor | None = None,
+    ) -> Tensor:
+        """Return the final state of each token, [B, T, C], behind those of what comes before the text."""
         x_BTC = self.embed_tokens(ids_BT)
+        if before_BPC is not None:
+            x_BTC = torch.cat((before_BPC.to(x_BTC.dtype), x_BTC), dim=1)
         for block in self.layers:
             x_BTC = block(x_BTC, turns, cache)
         return self.norm(x_BTC)  # type: ignore[no-any-return]
 
 
 class GPT(nn.Module):
-    """A decoder-only language model; `settings.vocab_size` must be set."""
+    """A language model; `settings.vocab_size` must be set. With `causal` false each token sees those after it, too."""
 
-    def __init__(self, settings: ModelSettings) -> None:
+    def __init__(self, settings: ModelSettings, *, causal: bool = True) -> None:
         super().__init__()
         self.settings = settings
-        self.model = Decoder(settings)
+        self.causal = causal
+        self.model = Decoder(settings, causal=causal)
         self.lm_head = None if settings.tied else nn.Linear(settings.width, settings.vocab_size, bias=False)
 
     def initialize(self, generator: torch.Generator) -> None:
         """Draw all weights anew; the same generator gives the same weights."""
-        residual_std = _INIT_STD / (2 * self.settings.layers) ** 0.5
-        for name, parameter in self.named_parameters():
-            if parameter.dim() < 2:
-                nn.init.ones_(parameter)
-            else:
-                std = residual_std if name.endswith(("o_proj.weight", "down_proj.weight")) else _INIT_STD
-                nn.init.normal_(parameter, std=std, generator=generator)
+        draw_weights(self, generator, layers=self.settings.layers)
 
-    def forward(self, ids_BT: Tensor, cache: KeyValueCache | None = None) -> Tensor:
-        """Return the logits of each next token, [B, T, V]. With a `cache`, feed the prompt first, then one token at a time."""
+    def forward(
+        self, ids_BT: Tensor, cache: KeyValueCache | None = None, *, before_BPC: Tensor | None = None
+    ) -> Tensor:
+        """Return the logits of each next token, [B, T, V]. With a `cache`, feed the prompt first, then one token at a time.
+
+        `before` stands in front of the text, and has logits, too.
+        """
         start = cache.length if cache is not None else 0
-        turns = turns_of(self.settings, start, ids_BT.shape[1], ids_BT.device)
-        x_BTC = self.model(ids_BT, turns, cache)
+        places = ids_BT.shape[1] + (0 if before_BPC is None else before_BPC.shape[1])
+        turns = turns_of(self.settings, start, places, ids_BT.device)
+        x_BTC = self.model(ids_BT, turns, cache, before_BPC)
         if self.lm_head is None:
             return functional.linear(x_BTC, self.model.embed_tokens.weight)
         return self.lm_head(x_BTC)  # type: ignore[no-any-return]
+
+
+def draw_weights(model: nn.Module, generator: torch.Generator, *, layers: int) -> None:
+    """Draw all weights anew: norms are 1, biases 0, matrices normal, those at the end of a residual branch smaller."""
+    residual_std = _INIT_STD / (2 * layers) ** 0.5
+    for name, parameter in model.named_parameters():
+        if name.endswith("bias"):
+            nn.init.zeros_(parameter)
+        elif parameter.dim() < 2:
+            nn.init.ones_(parameter)
+        else:
+            std = residual_std if name.endswith(("o_proj.weight", "down_proj.weight")) else _INIT_STD
+            nn.init.normal_(parameter, std=std, generator=generator)
 
 
 def parameter_count(model: nn.Module) -> int:

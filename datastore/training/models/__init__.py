@@ -1,0 +1,8 @@
+"""The models.
+
+gpt           a GPT to read, its modules named as in Llama
+heads         the GPT with another end, and small nets for clicks and pictures
+huggingface   any model of transformers, made of its config
+"""
+
+__all__: list[str] = []

@@ -1,0 +1,140 @@
+"""Any model of `transformers`, made of its config: `[model] use = "hf:FOLDER"`.
+
+The config is read once, when the run begins, and kept in the run; weights, if the folder has some, are what it begins with. From
+then on both are in the run, so the folder may go. Nothing is ever fetched from a hub.
+
+The price of any model is that it comes as it is: names and shapes are its own, so tensor parallelism and pipelines, which must
+know them, are refused. Blocks, which are sharded and compiled one by one, are those that the model itself does not split.
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import orjson
+import torch
+from torch import Tensor, nn
+
+from datastore.errors import ConfigError, DependencyError, MissingError
+from datastore.training.models.gpt import Block
+
+__all__ = ["FOREIGN", "blocks_of", "build", "logits_of", "read_architecture", "weights_in", "write_model"]
+
+FOREIGN = "hf:"
+"""What `model.use` begins with, if it is a model of `transformers`."""
+
+_CLASSES = {
+    "causal": "AutoModelForCausalLM",
+    "masked": "AutoModelForMaskedLM",
+    "classes": "AutoModelForSequenceClassification",
+}
+
+
+def read_architecture(use: str) -> dict[str, Any]:
+    """Return the config of the model that `use` names: `hf:FOLDER`, or `hf:FILE`.
+
+    Raises:
+        ConfigError: it is no such name, or what is there is no config.
+        MissingError: there is no config.
+    """
+    if not use.startswith(FOREIGN):
+        raise ConfigError("no such model", use=use, hint='Write model.use = "hf:FOLDER", or leave it out for our GPT.')
+    path = Path(use.removeprefix(FOREIGN))
+    file = path / "config.json" if path.is_dir() else path
+    try:
+        found = orjson.loads(file.read_bytes())
+    except FileNotFoundError:
+        raise MissingError(
+            "there is no config of a model", file=str(file), hint="Name a folder on this machine: nothing is fetched."
+        ) from None
+    except ValueError as error:
+        raise ConfigError(f"not a config: {error}", file=str(file), hint="Name a folder with a config.json.") from None
+    if not isinstance(found, dict) or "model_type" not in found:
+        raise ConfigError("not a config of transformers", file=str(file), hint="It must have a model_type.")
+    return found
+
+
+def build(architecture: Mapping[str, Any], *, form: str, options: Mapping[str, Any], seed: int) -> nn.Module:
+    """Return the model of a config with weights that `seed` gives, on the CPU in float32; `options` change the config.
+
+    Raises:
+        DependencyError: transformers is not installed.
+        ConfigError: it knows no such model, or none of this form.
+    """
+    kind = _class_of(form)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        try:
+            model: nn.Module = kind.from_config(_config(architecture, options), dtype=torch.float32)
+        except (ValueError, KeyError, AttributeError) as error:
+            raise ConfigError(
+                f"transformers cannot make this model: {str(error).splitlines()[0]}",
+                model_type=architecture.get("model_type"),
+                form=form,
+                hint="Look at its config.json, or choose another objective.",
+            ) from error
+    return model.train()
+
+
+def weights_in(use: str, *, form: str, options: Mapping[str, Any], seed: int) -> dict[str, Tensor] | None:
+    """Return the weights in the folder that `use` names, in float32; None if it has none.
+
+    What the objective needs and the folder lacks, such as the layer that tells classes, is drawn from `seed`.
+    """
+    path = Path(use.removeprefix(FOREIGN))
+    if not path.is_dir() or not any(one.suffix in {".safetensors", ".bin"} for one in path.iterdir()):
+        return None
+    kind = _class_of(form)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        config = _config(read_architecture(use), options)
+        model = kind.from_pretrained(path, config=config, dtype=torch.float32, local_files_only=True)
+    return dict(model.state_dict())
+
+
+def write_model(model: nn.Module, folder: Path) -> list[Path]:
+    """Write `model` to the local `folder` as `from_pretrained` reads it; return the files."""
+    save: Any = model.save_pretrained
+    save(folder)
+    return sorted(one for one in folder.iterdir() if one.is_file())
+
+
+def logits_of(model: nn.Module, ids: Tensor, *, present: Tensor | None = None) -> Tensor:
+    """Return the logits of our model or of one of `transformers`, which wraps them; `present` is its `attention_mask`."""
+    found = model(ids) if present is None else model(ids, attention_mask=present)
+    return found if isinstance(found, Tensor) else found.logits
+
+
+def blocks_of(model: nn.Module) -> list[nn.Module]:
+    """Return the blocks of a model, in order: ours, or the modules that a model of `transformers` wants to keep whole."""
+    whole = tuple(getattr(model, "_no_split_modules", None) or ())
+    return [one for one in model.modules() if isinstance(one, Block) or type(one).__name__ in whole]
+
+
+def _class_of(form: str) -> Any:
+    try:
+        import transformers  # noqa: PLC0415 - optional, and takes seconds
+    except ModuleNotFoundError as error:
+        raise DependencyError(
+            "models of transformers need an extra",
+            missing=error.name,
+            hint="Install it: pip install 'llm-datastore[hf]'.",
+        ) from None
+    return getattr(transformers, _CLASSES[form])
+
+
+def _config(architecture: Mapping[str, Any], options: Mapping[str, Any]) -> Any:
+    from transformers import AutoConfig  # noqa: PLC0415 - as above
+
+    table = {key: value for key, value in architecture.items() if key != "model_type"}
+    try:
+        config = AutoConfig.for_model(architecture["model_type"], **table)
+    except ValueError as error:
+        raise ConfigError(
+            f"transformers does not know this model: {str(error).splitlines()[0]}",
+            model_type=architecture["model_type"],
+            hint="Install a version of transformers that does.",
+        ) from None
+    for key, value in {"use_cache": False, **options}.items():
+        setattr(config, key, value)
+    return config
