@@ -306,6 +306,6 @@ class _Teacher:
             ids_BT[row, : len(values)] = values
         # Padding stands behind: a causal model does not see it.
         ids = torch.from_numpy(ids_BT).to(self._device)
-        logits_BTV = (self._model(ids) if isinstance(self._model, GPT) else logits_of(self._model, ids)).float()
+        logits_BTV = logits_of(self._model, ids).float()
         scores, found = logits_BTV.log_softmax(dim=-1).topk(self.top, dim=-1)
         return found.cpu().numpy(), scores.cpu().numpy()
