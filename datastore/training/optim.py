@@ -30,14 +30,14 @@ def learning_rate(settings: OptimSettings, step: int, steps: int) -> float:
     return settings.lr * (settings.floor + (1 - settings.floor) * 0.5 * (1 + math.cos(math.pi * done)))
 
 
-def make_optimizer(model: nn.Module, settings: OptimSettings) -> torch.optim.Optimizer:
-    """Return the optimizer of `model`'s trainable parameters: matrices are decayed, vectors and scalars are not."""
-    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+def make_optimizer(parameters: Iterable[nn.Parameter], settings: OptimSettings) -> torch.optim.Optimizer:
+    """Return the optimizer of those of `parameters` that are trainable: matrices are decayed, vectors and scalars are not."""
+    trainable = [parameter for parameter in parameters if parameter.requires_grad]
     groups = [
         {"params": [p for p in trainable if p.dim() >= 2], "weight_decay": settings.weight_decay},
         {"params": [p for p in trainable if p.dim() < 2], "weight_decay": 0.0},
     ]
-    groups = [group for group in groups if group["params"]]
+    groups = [group for group in groups if group["params"]] or groups[:1]  # A rank may have nothing to move.
     if settings.use == "sgd":
         return torch.optim.SGD(groups, lr=settings.lr)
     # fused: 2.1x faster than the loop over tensors and 3.2x faster than foreach on two CPU cores (30 matrices of 256 x 1024).

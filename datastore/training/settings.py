@@ -5,6 +5,7 @@
     [optim]  update rule and schedule
     [train]  how many steps, and how this machine takes them
     [parallel] how ranks share the work
+    [sync]   how they bring their gradients together
     [checkpoint] [eval] [metrics]   what is kept and reported
     [loader] memory and threads of the loader, and what becomes of deleted documents
     [objective] use = "causal"      what is learned; it owns its other keys
@@ -35,45 +36,10 @@ __all__ = [
     "SourceSettings",
     "StageSettings",
     "StepSettings",
-    "changed_keys",
-    "flatten",
+    "SyncSettings",
 ]
 
 Rate = Annotated[float, msgspec.Meta(ge=0)]
-
-_MAY_CHANGE = (
-    "checkpoint.",
-    "data.sources",
-    "data.stages",
-    "data.temperature",
-    "data.url",
-    "eval.",
-    "loader.cache_bytes",
-    "loader.cache_dir",
-    "loader.end_of_text",
-    "loader.memory_bytes",
-    "loader.prefetch_batches",
-    "loader.threads",
-    "loader.timeout_s",
-    "metrics.",
-    "optim.clip",
-    "optim.floor",
-    "optim.lr",
-    "optim.warmup",
-    "parallel.",
-    "train.compile",
-    "train.deterministic",
-    "train.device",
-    "train.micro_batch",
-    "train.precision",
-    "train.recompute",
-    "train.steps",
-    "train.threads",
-    "train.timeout_s",
-)
-"""Settings that a resumed run may change: none of them changes which samples a step consumes or what is learned from them, but
-for the size of its steps and the weights of its sources. Those may have to change: a run whose loss has blown up can go on with smaller
-ones only, and one that was started on the wrong mixture with another one."""
 
 
 class SourceSettings(SettingsDocument, frozen=True, kw_only=True):
@@ -284,6 +250,41 @@ class ParallelSettings(SettingsDocument, frozen=True, kw_only=True):
     """Ranks that share one sequence; only 1 is supported."""
 
 
+class SyncSettings(SettingsDocument, frozen=True, kw_only=True):
+    """How ranks that read different samples bring together what they learn. See [gradient synchronization](howto/gradient-sync.md)."""
+
+    use: Literal["all_reduce", "bf16", "int8", "int4", "powersgd", "top_k", "parameter_server", "diloco"] = "all_reduce"
+    """all_reduce: the mean of all gradients, in float32. bf16 to top_k: the same in fewer bytes; what a message leaves out goes with
+    the next one. parameter_server: some ranks own the parameters. diloco: every rank learns by itself for some steps."""
+
+    block: Annotated[int, msgspec.Meta(gt=0, multiple_of=2)] = 256
+    """Of int8 and int4: values that share a scale."""
+
+    rank: Positive = 16
+    """Of powersgd: columns of the thin matrices of which a matrix is the product."""
+
+    keep: Annotated[float, msgspec.Meta(gt=0, le=1)] = 0.1
+    """Of top_k: the part of the values that is sent."""
+
+    servers: Positive = 1
+    """Of parameter_server: ranks that own parameters, and move them; they read samples, too."""
+
+    staleness: Count = 0
+    """Of parameter_server: by how many steps a gradient is late; messages have so long to arrive."""
+
+    every: Positive = 30
+    """Of diloco: steps of a round, which each rank takes by itself."""
+
+    outer_lr: Annotated[float, msgspec.Meta(gt=0)] = 0.7
+    """Of diloco: how far the weights go along what the ranks have learned in a round."""
+
+    outer_momentum: Annotated[float, msgspec.Meta(ge=0, lt=1)] = 0.9
+    """Of diloco: Nesterov's, from round to round."""
+
+    deltas: Literal["fp32", "bf16", "int8", "int4"] = "fp32"
+    """Of diloco: how a round's changes are sent."""
+
+
 class CheckpointSettings(SettingsDocument, frozen=True, kw_only=True):
     """When training state is saved. The last step, and the step at which a signal stops the run, are saved in any case."""
 
@@ -325,6 +326,7 @@ class Settings(SettingsDocument, frozen=True, kw_only=True):
     optim: OptimSettings = OptimSettings()
     train: StepSettings = StepSettings()
     parallel: ParallelSettings = ParallelSettings()
+    sync: SyncSettings = SyncSettings()
     checkpoint: CheckpointSettings = CheckpointSettings()
     eval: EvalSettings = EvalSettings()
     metrics: MetricsSettings = MetricsSettings()
@@ -358,19 +360,3 @@ class SessionRequest(Document, frozen=True, kw_only=True):
 
     take_over: bool = False
     """Whether to take the lock of a process of another machine, which is known to be gone."""
-
-
-def flatten(settings: Settings) -> dict[str, Any]:
-    """Return every setting by its dotted TOML path; `hooks` is one value."""
-    parts: dict[str, Any] = msgspec.to_builtins(settings)
-    hooks = parts.pop("hooks")
-    flat = {f"{part}.{key}": value for part, values in parts.items() for key, value in values.items()}
-    return flat | {"hooks": hooks}
-
-
-def changed_keys(before: Settings, after: Settings) -> tuple[str, ...]:
-    """Return the paths of settings that differ and may not differ in one run, sorted."""
-    old, new = flatten(before), flatten(after)
-    differ = [key for key in old if old[key] != new[key]]
-    scaled = [key for key in differ if key == "train.precision" and "fp16" in {old[key], new[key]}]
-    return tuple(sorted([key for key in differ if not key.startswith(_MAY_CHANGE)] + scaled))

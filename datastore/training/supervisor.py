@@ -26,6 +26,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from datastore.checkpoint.checkpointer import Checkpointer
+from datastore.checkpoint.items import PerRank
 from datastore.checkpoint.saving.saver import Handle
 from datastore.errors import ConfigError, ConflictError, DatastoreError
 from datastore.storage.base import Storage
@@ -107,10 +108,25 @@ class Supervisor(Observer):
         """Load the newest sound checkpoint, if there is one; return a note about it."""
         if self._trainer.ranks.least(self._checkpointer.latest() or 0) == 0:
             return ""
-        found = self._checkpointer.restore(self._items, agree=self._trainer.ranks.least)
+        shared, note = self._restorable()
+        found = self._checkpointer.restore(shared, agree=self._trainer.ranks.least, partial=bool(note))
+        if note:
+            self._trainer.strategy.begin_anew()
         self._trainer.state.step = found.step
         self.validation_loss = found.metrics.get("validation_loss")
-        return "; ".join((f"resumed at step {found.step}", *found.passed_over))
+        return "; ".join(filter(None, (f"resumed at step {found.step}", note, *found.passed_over)))
+
+    def _restorable(self) -> tuple[dict[str, Any], str]:
+        """Return the items to restore, and what to tell if state that each rank has of its own is not among them."""
+        report = self._checkpointer.inspect(self._checkpointer.steps()[-1])
+        saved = {item.name.partition("@")[0] for item in report.items if "@" in item.name}
+        own = {name for name, item in self._items.items() if isinstance(item, PerRank)}
+        before, now = report.summary.world, self._trainer.ranks.world
+        if saved == own and (not own or before == now):
+            return self._items, ""
+        shared = {name: item for name, item in self._items.items() if name not in own}
+        told = f"what each of {before} ranks kept between steps for [sync] is left, {now} begin without it"
+        return shared, told
 
     @override
     def stopping(self) -> bool:
@@ -205,6 +221,7 @@ class Supervisor(Observer):
         if self._saving is not None:
             wait([self._saving.ended])
             self._listen()
+        self._trainer.strategy.rest()
         segment = self._record.close_segment(self._session)
         metrics: Future[None] | None = None
         if self.outputs is not None:
@@ -292,6 +309,7 @@ class Supervisor(Observer):
         line |= {f"cache_{key}": cache[key] for key in _CACHE_NUMBERS if key in cache}
         spent = total_statistics(self._trainer.loader.storage.statistics())
         line |= {f"storage_{name}": value for name, value in asdict(spent).items()}
+        line |= self._trainer.strategy.metrics()
         for hook in self._trainer.hooks.values():
             line |= hook.metrics()
         return line

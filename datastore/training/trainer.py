@@ -213,7 +213,8 @@ class Trainer:
         batch = self._next_batch()
         waited = time.perf_counter() - started
         seed_step(self.settings.train.seed, state.step, self.strategy.place.reader)
-        loss = self.strategy.backward(self._pieces(batch), replace(self.lesson, scale=self.factor))
+        with self.guard() if self.strategy.keeps else nullcontext():
+            loss = self.strategy.backward(self._pieces(batch), replace(self.lesson, scale=self.factor))
         rate = learning_rate(self.settings.optim, state.step, self.settings.train.steps)
         set_learning_rate(state.optimizer, rate)
         with self.guard():
@@ -262,6 +263,7 @@ class Trainer:
             norm = torch.zeros_like(norm)  # Of what the parameters have moved along.
         state.optimizer.zero_grad(set_to_none=True)
         state.step += 1
+        self.strategy.moved(state.model, state.step)
         for hook in self.hooks.values():
             hook.updated(state)
         return norm
@@ -351,7 +353,7 @@ def build_with_hooks(
     model = strategy.distribute(model)
     state = RunState(
         model=model,
-        optimizer=make_optimizer(model, settings.optim),
+        optimizer=make_optimizer(strategy.owned(model), settings.optim),
         step=0,
         steps=settings.train.steps,
         rank=ranks.rank,

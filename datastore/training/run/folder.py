@@ -24,9 +24,10 @@ from datastore.host import utc_now
 from datastore.storage.base import Storage
 from datastore.storage.resolve import open_storage
 from datastore.storage.urls import strip_credentials
+from datastore.training.run.changes import changed_keys, flatten
 from datastore.training.run.data import DatasetRef, Versions, open_at, ref_of, version_to_read
 from datastore.training.run.split import Split, make_split, mix_split
-from datastore.training.settings import Settings, changed_keys, flatten
+from datastore.training.settings import Settings
 
 __all__ = [
     "CONFIG_KEY",

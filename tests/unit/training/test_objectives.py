@@ -7,7 +7,8 @@ from torch import Tensor, nn
 from datastore.document import Document
 from datastore.errors import ConfigError, DependencyError
 from datastore.training.objectives import Causal, MicroBatch, Objective, make_objective
-from datastore.training.settings import DataSettings, Settings, changed_keys
+from datastore.training.run.changes import changed_keys
+from datastore.training.settings import DataSettings, Settings
 
 
 class WeightSettings(Document, frozen=True, kw_only=True):
