@@ -3,6 +3,7 @@
 main          all commands
 shell         errors, exit codes, examples
 output        text, tables, JSON, progress
+ranks         which rank this process is
 ingest, interop, datasets, versions, deletion, redundancy, runs, history, checkpoints, cache, plan, doctor    the commands
 """
 

@@ -6,7 +6,7 @@
     [train]  how many steps, and how this machine takes them
     [parallel] how ranks share the work
     [sync]   how they bring their gradients together
-    [checkpoint] [eval] [metrics]   what is kept and reported
+    [checkpoint] [eval] [faults] [metrics]   what is kept, looked after and reported
     [loader] memory and threads of the loader, and what becomes of deleted documents
     [objective] use = "causal"      what is learned; it owns its other keys
     [[hooks]] use = "prune" ...     in the order in which they run; each hook owns its other keys
@@ -27,6 +27,7 @@ __all__ = [
     "CheckpointSettings",
     "DataSettings",
     "EvalSettings",
+    "FaultSettings",
     "MetricsSettings",
     "ModelSettings",
     "OptimSettings",
@@ -311,6 +312,25 @@ class EvalSettings(SettingsDocument, frozen=True, kw_only=True):
     """Validation samples, the same ones each time."""
 
 
+class FaultSettings(SettingsDocument, frozen=True, kw_only=True):
+    """What becomes of a step with a bad gradient, and of a run that has lost a rank. See [faults](howto/faults.md)."""
+
+    non_finite: Literal["stop", "skip", "rewind"] = "stop"
+    """A gradient that is not finite: the run ends; the weights stay as they are; or they go back to the last checkpoint."""
+
+    spike: Literal["off", "stop", "skip", "rewind"] = "off"
+    """A gradient that is far larger than usual: the same."""
+
+    spike_times: Annotated[float, msgspec.Meta(gt=1)] = 10.0
+    """So many times the usual norm is a spike."""
+
+    most: Positive = 10
+    """Bad steps in a row; one more ends the run."""
+
+    restarts: Count = 0
+    """How often ranks that were started with `--processes` are started again after one has died."""
+
+
 class MetricsSettings(SettingsDocument, frozen=True, kw_only=True):
     """Where metrics go besides `metrics/*.jsonl` in the run folder."""
 
@@ -329,6 +349,7 @@ class Settings(SettingsDocument, frozen=True, kw_only=True):
     sync: SyncSettings = SyncSettings()
     checkpoint: CheckpointSettings = CheckpointSettings()
     eval: EvalSettings = EvalSettings()
+    faults: FaultSettings = FaultSettings()
     metrics: MetricsSettings = MetricsSettings()
     loader: LoaderSettings = LoaderSettings()
     objective: dict[str, Any] = msgspec.field(default_factory=lambda: {"use": "causal"})

@@ -32,9 +32,10 @@ from datastore.loader.mixture.request import Mixture
 from datastore.loader.settings import Rank
 from datastore.training.hooks.base import Hook, HookSet, RunState, make_hooks, refuse_whole
 from datastore.training.machine import Machine, seed_step
+from datastore.training.metrics import StepOutcome
 from datastore.training.model import GPT, Block
 from datastore.training.objectives import MicroBatch, Objective, make_objective
-from datastore.training.optim import LossScale, divide, learning_rate, make_optimizer, set_learning_rate
+from datastore.training.optim import LossScale, Sentry, divide, learning_rate, make_optimizer, set_learning_rate
 from datastore.training.parallel.layout import check_model
 from datastore.training.parallel.lesson import Lesson, Piece
 from datastore.training.parallel.norm import local_part
@@ -46,29 +47,6 @@ from datastore.training.run.split import Split
 from datastore.training.settings import Settings
 
 __all__ = ["Observer", "StepOutcome", "Trainer", "build_model", "build_with_hooks"]
-
-
-@dataclass(frozen=True, slots=True)
-class StepOutcome:
-    """What a step was like, over all ranks."""
-
-    step: int
-    cursor: int
-    samples: int
-    fingerprint: int
-    """Below 2^64."""
-
-    loss: float
-    grad_norm: float
-    lr: float
-    seconds: float
-    """From the end of the step before to the end of this one, on rank 0."""
-
-    wait_seconds: float
-    """Waiting for data, mean over ranks."""
-
-    stop: bool
-    """Whether any rank was asked to stop."""
 
 
 class Observer(Protocol):
@@ -90,6 +68,10 @@ class Observer(Protocol):
         """Evaluate, save: all steps so far are settled."""
         ...
 
+    def rewind(self) -> None:
+        """Bring back the weights of the last good step: all steps so far are settled."""
+        ...
+
 
 @dataclass(slots=True, kw_only=True)
 class Trainer:
@@ -109,6 +91,9 @@ class Trainer:
     loader: Loader
     scale: LossScale | None = None
     """Of a run in float16."""
+
+    sentry: Sentry
+    """What becomes of a step with a bad gradient."""
 
     guard: Callable[[], AbstractContextManager[None]] = nullcontext
     """Entered while parameters and the state of hooks move: a checkpoint may still be copying them."""
@@ -151,6 +136,7 @@ class Trainer:
             objective=objective,
             loader=loader,
             scale=LossScale() if machine.precision == "fp16" else None,
+            sentry=Sentry(settings.faults, scaled=machine.precision == "fp16"),
         )
         trainer._refuse_short_data()
         trainer._refuse_unreached()
@@ -183,6 +169,7 @@ class Trainer:
         return {
             **self.strategy.items(self.state.model, self.state.optimizer),
             **({} if self.scale is None else {"scale": self.scale.state()}),
+            **self.sentry.items(),
             "hooks": HookSet(self.hooks),
             "data": ChangeableLoader(self.loader) if isinstance(self.loader.dataset, Mixture) else self.loader,
         }
@@ -199,10 +186,14 @@ class Trainer:
             if late is not None:
                 stop = _settle(late, observer)
             late = now
+            rewinding = self.sentry.verdict == "rewind"
             last = stop or state.step == state.steps
-            if last or observer.due(state.step):
+            if last or rewinding or observer.due(state.step):
                 stop = _settle(late, observer) or stop
                 late = None
+                if rewinding:
+                    observer.rewind()
+            if late is None and (last or stop or observer.due(state.step)):
                 observer.pause(state, last=stop or state.step == state.steps)
                 clock = time.perf_counter()
 
@@ -226,6 +217,7 @@ class Trainer:
         mean_wait = torch.tensor(waited / state.world, dtype=torch.float64, device=loss.device)
         inexact = self.ranks.sum(torch.stack((loss.double(), mean_wait)))
         step, seconds = state.step, time.perf_counter() - since
+        fault, cause = self.sentry.verdict, self.sentry.cause
 
         def finish() -> StepOutcome:
             fingerprint, samples, stops = exact().tolist()
@@ -241,6 +233,8 @@ class Trainer:
                 seconds=seconds,
                 wait_seconds=wait,
                 stop=bool(stops),
+                fault=fault,
+                cause=cause,
             )
 
         return finish
@@ -257,7 +251,9 @@ class Trainer:
         for hook in self.hooks.values():
             hook.gradients(state)
         norm = self.strategy.clip(state.model, self.settings.optim.clip or float("inf"))
-        if self.scale is None or self.scale.update(finite=bool(norm.isfinite())):
+        if self.sentry.judge(norm):
+            pass  # Neither weights nor moments take note of it.
+        elif self.scale is None or self.scale.update(finite=bool(norm.isfinite())):
             state.optimizer.step()
         else:
             norm = torch.zeros_like(norm)  # Of what the parameters have moved along.

@@ -15,6 +15,7 @@ _MAY_CHANGE = (
     "data.temperature",
     "data.url",
     "eval.",
+    "faults.",
     "loader.cache_bytes",
     "loader.cache_dir",
     "loader.end_of_text",

@@ -2,7 +2,7 @@
 
 import pytest
 
-from datastore.cli.runs import launched_by
+from datastore.cli.ranks import launched_by
 from datastore.errors import ConfigError
 
 TORCHRUN = {
