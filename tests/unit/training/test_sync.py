@@ -10,6 +10,7 @@ from datastore.training.parallel.layout import layout_of
 from datastore.training.parallel.servers import deal
 from datastore.training.parallel.sync.codecs import Blocks, Brief, Codec, Largest, Plain
 from datastore.training.parallel.sync.feedback import Feedback
+from datastore.training.parallel.sync.lowrank import LowRank
 from datastore.training.settings import Settings
 
 CODECS: dict[str, Codec] = {
@@ -122,3 +123,35 @@ def test_more_servers_than_ranks_and_scaled_losses_are_refused() -> None:
     table = {"data": {"url": "data"}, "sync": {"use": "int8"}, "train": {"precision": "fp16"}}
     with pytest.raises(ConfigError, match="float16"):
         layout_of(settings_from(Settings, table, where="run.toml"), 2)
+
+
+def matrix_of_rank(rank: int) -> Tensor:
+    draw = torch.Generator().manual_seed(3)
+    return torch.randn((24, rank), generator=draw) @ torch.randn((rank, 32), generator=draw)
+
+
+def test_a_matrix_that_is_a_product_of_thin_ones_comes_through_whole() -> None:
+    mean, matrix = LowRank(1, rank=4), matrix_of_rank(4)
+    sent = matrix.clone()
+    mean.mean("key", [sent])
+    assert torch.allclose(sent, matrix, atol=1e-4)
+
+
+def test_what_a_product_leaves_of_a_matrix_goes_with_later_ones() -> None:
+    mean, matrix, sent = LowRank(1, rank=2), matrix_of_rank(8), torch.zeros(24, 32)
+    for _ in range(30):
+        message = matrix.clone()
+        mean.mean("key", [message])
+        sent += message
+    assert torch.allclose(sent + mean.rests["key.0.rest"], 30 * matrix, atol=1e-2)
+    assert (sent / 30 - matrix).norm() < 0.2 * matrix.norm()
+
+
+@pytest.mark.parametrize("bad", [0.0, float("nan"), float("inf")])
+def test_a_low_rank_mean_recovers_from_one_bad_step(bad: float) -> None:
+    """torch's own hook hands a NaN on for ever."""
+    mean, matrix = LowRank(1, rank=4), matrix_of_rank(4)
+    mean.mean("key", [matrix * bad])
+    sent = matrix.clone()
+    mean.mean("key", [sent])
+    assert torch.allclose(sent, matrix, atol=1e-4)
