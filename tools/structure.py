@@ -31,6 +31,7 @@ SHORT = {
     "interop/formats.py": "a registry",
     "dataset/query/readable.py": "a protocol",
     "storage/rendezvous.py": "a pure function with its source",
+    "cli/ranks.py": "the variables of launchers, and nothing else",
     "training/parallel/choose.py": "a registry",
     "training/parallel/elsewhere.py": "a pure function",
     "training/run/changes.py": "a list, and what follows from it",

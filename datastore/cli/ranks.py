@@ -1,6 +1,7 @@
 """Which rank this process is, as the variables of its launcher say.
 
 Torchrun sets `RANK`, `WORLD_SIZE`, `LOCAL_RANK`, `LOCAL_WORLD_SIZE`, `MASTER_ADDR` and `MASTER_PORT`, and others set the same.
+Its agent also says how often it has started them again.
 """
 
 from collections.abc import Mapping
@@ -32,6 +33,7 @@ def launched_by(environ: Mapping[str, str]) -> dict[str, Any] | None:
         "host": environ.get("MASTER_ADDR", "127.0.0.1"),
         "port": _number(environ, "MASTER_PORT", low=1, high=2**16) if world > 1 else 0,
         "agent_store": environ.get("TORCHELASTIC_USE_AGENT_STORE", "") == "True",
+        "attempt": _number(environ, "TORCHELASTIC_RESTART_COUNT", default=0),
     }
 
 

@@ -255,11 +255,8 @@ class SyncSettings(SettingsDocument, frozen=True, kw_only=True):
     """How ranks that read different samples bring together what they learn. See [gradient synchronization](howto/gradient-sync.md)."""
 
     use: Literal["all_reduce", "bf16", "int8", "int4", "powersgd", "top_k", "parameter_server", "diloco"] = "all_reduce"
-    """all_reduce: the mean of all gradients, in float32. bf16 to top_k: the same in fewer bytes; what a message leaves out goes with
-    the next one. parameter_server: some ranks own the parameters. diloco: every rank learns by itself for some steps."""
-
-    block: Annotated[int, msgspec.Meta(gt=0, multiple_of=2)] = 256
-    """Of int8 and int4: values that share a scale."""
+    """all_reduce: the mean of all gradients. bf16 to top_k: the same in fewer bytes. parameter_server: some ranks own the parameters.
+    diloco: every rank learns by itself for some steps."""
 
     rank: Positive = 16
     """Of powersgd: columns of the thin matrices of which a matrix is the product."""

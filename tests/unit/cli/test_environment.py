@@ -13,6 +13,7 @@ TORCHRUN = {
     "MASTER_ADDR": "head",
     "MASTER_PORT": "29500",
     "TORCHELASTIC_USE_AGENT_STORE": "True",
+    "TORCHELASTIC_RESTART_COUNT": "2",
 }
 
 
@@ -29,6 +30,7 @@ def test_what_torchrun_sets_is_taken_over() -> None:
         "host": "head",
         "port": 29500,
         "agent_store": True,
+        "attempt": 2,
     }
 
 

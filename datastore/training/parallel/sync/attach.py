@@ -24,6 +24,10 @@ from datastore.training.settings import SyncSettings
 __all__ = ["averager", "codec", "hook_copies", "hook_shards", "rests_item"]
 
 
+_BLOCK = 256
+"""Values that share a scale: with 4 bits that is 1/32 of the bytes."""
+
+
 def averager(settings: SyncSettings, world: int) -> Averager | None:
     """Return how gradients of `world` ranks become their mean; None: as torch has it."""
     if world == 1 or settings.use not in {"bf16", "int8", "int4", "powersgd", "top_k"}:
@@ -43,7 +47,7 @@ def codec(settings: SyncSettings, name: str) -> Codec:
         return Plain()
     if name == "top_k":
         return Largest(keep=settings.keep)
-    return Blocks(bits=8 if name == "int8" else 4, block=settings.block)
+    return Blocks(bits=8 if name == "int8" else 4, block=_BLOCK)
 
 
 def hook_copies(model: DistributedDataParallel, mean: Averager) -> None:
