@@ -32,7 +32,10 @@ SHORT = {
     "dataset/query/readable.py": "a protocol",
     "storage/rendezvous.py": "a pure function with its source",
     "training/objectives/catalog.py": "a registry",
+    "cli/ranks.py": "the variables of launchers, and nothing else",
     "training/parallel/choose.py": "a registry",
+    "training/parallel/elsewhere.py": "a pure function",
+    "training/run/changes.py": "a list, and what follows from it",
     "training/parallel/norm.py": "a pure function with its reason",
 }
 """Modules that may have fewer lines, and why."""

@@ -3,7 +3,8 @@
 main          all commands
 shell         errors, exit codes, examples
 output        text, tables, JSON, progress
-ingest, derived, interop, datasets, versions, deletion, redundancy, runs, models, history, checkpoints, loading, doctor    the commands
+ranks         which rank this process is
+ingest, derived, interop, datasets, versions, deletion, redundancy, runs, results, checkpoints, loading, doctor    the commands
 """
 
 __all__: list[str] = []

@@ -13,12 +13,11 @@ from datastore.cli.datasets import RECORD_COMMANDS
 from datastore.cli.deletion import COMMANDS as DELETION_COMMANDS
 from datastore.cli.derived import COMMANDS as DERIVED_COMMANDS
 from datastore.cli.doctor import doctor
-from datastore.cli.history import plot, runs
 from datastore.cli.ingest import COMMANDS as INGEST_COMMANDS
 from datastore.cli.interop import COMMANDS as INTEROP_COMMANDS
 from datastore.cli.loading import cache, plan
-from datastore.cli.models import COMMANDS as MODEL_COMMANDS
 from datastore.cli.redundancy import COMMANDS as REDUNDANCY_COMMANDS
+from datastore.cli.results import COMMANDS as RESULT_COMMANDS
 from datastore.cli.runs import COMMANDS as RUN_COMMANDS
 from datastore.cli.shell import CliSession, CommandGroup, call, debug_option, example, last_words
 from datastore.cli.versions import COMMANDS as VERSION_COMMANDS
@@ -50,9 +49,7 @@ for command in (
     *RECORD_COMMANDS,
     *REDUNDANCY_COMMANDS,
     *RUN_COMMANDS,
-    *MODEL_COMMANDS,
-    runs,
-    plot,
+    *RESULT_COMMANDS,
     checkpoint,
     cache,
     plan,

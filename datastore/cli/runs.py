@@ -1,30 +1,29 @@
 """The commands about a run: start it, go on with it, look into what it saw.
 
-This is the only place in the package that reads the environment: launchers such as torchrun set `RANK`, `WORLD_SIZE`,
-`LOCAL_RANK`, `LOCAL_WORLD_SIZE`, `MASTER_ADDR` and `MASTER_PORT`. The line that shows how training goes is redrawn in place
-on a terminal; elsewhere it is printed every ten seconds. What must not be missed is printed in any case.
+This is the only place in the package that reads the environment (`ranks` knows what it means). The line that shows how training goes
+is redrawn in place on a terminal; elsewhere it is printed every ten seconds. What must not be missed is printed in any case.
 """
 
 import os
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Self
 
 import click
 
 from datastore.cli.output import PlainLines, json_option, progress_kind, progress_option, say, say_json
+from datastore.cli.ranks import launched_by
 from datastore.cli.shell import example
-from datastore.errors import ConfigError
 from datastore.units import format_seconds
 
 if TYPE_CHECKING:
     from datastore.training.metrics import Result, TrainingProgress
     from datastore.training.run.audit import TracedSpan
 
-__all__ = ["COMMANDS", "TrainingLine", "launched_by", "line_of", "trace"]
+__all__ = ["COMMANDS", "TrainingLine", "line_of", "trace"]
 
 RUN = click.argument("run")
 
@@ -40,6 +39,12 @@ SET = click.option(
 
 PROCESSES = click.option("--processes", type=int, default=1, help="Ranks to start on this machine.")
 
+RESTARTS = click.option(
+    "--restarts",
+    type=click.IntRange(min=0),
+    help="How often to start all ranks again after one has died; as faults.restarts.",
+)
+
 TAKE_OVER = click.option("--take-over", is_flag=True, help="Write to a run whose other writer is surely gone.")
 
 
@@ -51,18 +56,26 @@ TAKE_OVER = click.option("--take-over", is_flag=True, help="Write to a run whose
 @click.option("--to", "run", help="The run: a new folder or URL. `runs/` and the name of CONFIG if left out.")
 @SET
 @PROCESSES
+@RESTARTS
 @TAKE_OVER
 @progress_option
 @json_option
 def train(
-    *, config: Path, run: str | None, overrides: tuple[str, ...], processes: int, take_over: bool, as_json: bool
+    *,
+    config: Path,
+    run: str | None,
+    overrides: tuple[str, ...],
+    processes: int,
+    restarts: int | None,
+    take_over: bool,
+    as_json: bool,
 ) -> None:
     """Train a model as the TOML file CONFIG says. If the run is there already, it goes on."""
     from datastore.config import load_settings
     from datastore.training.settings import Settings
     from datastore.training.start import train as train_run
 
-    settings = load_settings(Settings, config, overrides)
+    settings = load_settings(Settings, config, _with_restarts(overrides, restarts))
     where = run or f"runs/{config.stem}"
     _train(
         lambda **options: train_run(settings, where, processes=processes, take_over=take_over, **options),
@@ -76,13 +89,23 @@ def train(
 @RUN
 @SET
 @PROCESSES
+@RESTARTS
 @TAKE_OVER
 @progress_option
 @json_option
-def resume(*, run: str, overrides: tuple[str, ...], processes: int, take_over: bool, as_json: bool) -> None:
+def resume(
+    *,
+    run: str,
+    overrides: tuple[str, ...],
+    processes: int,
+    restarts: int | None,
+    take_over: bool,
+    as_json: bool,
+) -> None:
     """Go on with RUN from its newest checkpoint, with any number of processes."""
     from datastore.training.start import resume as resume_run
 
+    overrides = _with_restarts(overrides, restarts)
     _train(
         lambda **options: resume_run(run, overrides=overrides, processes=processes, take_over=take_over, **options),
         as_json=as_json,
@@ -114,6 +137,10 @@ def fork(*, run: str, target: str, step: int | None, overrides: tuple[str, ...],
     )
 
 
+def _with_restarts(overrides: tuple[str, ...], restarts: int | None) -> tuple[str, ...]:
+    return overrides if restarts is None else (*overrides, f"faults.restarts={restarts}")
+
+
 def _train(start: Callable[..., "Result"], *, as_json: bool) -> None:
     """Call `start` with who this process is and what shows progress, and print how the session ended."""
     from datastore.training.launcher import LOST_PEER, Launch, LostPeerError
@@ -137,7 +164,7 @@ def _train(start: Callable[..., "Result"], *, as_json: bool) -> None:
 
 
 def _numbers(result: "Result") -> str:
-    from datastore.units import format_count, format_seconds
+    from datastore.units import format_count
 
     parts = [
         None if result.loss is None else f"loss {result.loss:.4f}",
@@ -170,6 +197,10 @@ def prove(*, run: str, as_json: bool) -> int:
     say(f"{proof.steps:,} steps, up to the checkpoint of step {proof.steps:,}, taken by {worlds}")
     epochs = proof.samples / proof.epoch_samples
     say(f"{proof.samples:,} samples consumed, {proof.distinct:,} different ones; an epoch has {proof.epoch_samples:,}")
+    if proof.skipped or proof.rewound:
+        say(
+            f"moved nothing, as their gradient was bad: {proof.skipped:,} steps, and {proof.rewound:,} that ended in a rewind"
+        )
     if proof.purged:
         say(f"purged since: tokens of {proof.purged:,} steps; their samples are known, their tokens no longer")
     for problem in proof.problems:
@@ -201,6 +232,9 @@ def trace(*, run: str, step: int, rank: int | None, limit: int, as_json: bool) -
     ranks = f"{found.world} rank{'s' if found.world > 1 else ''}"
     who = f"by {ranks}" if rank is None else f"by rank {rank} of {ranks}"
     say(f"step {found.step}, from position {found.cursor:,} on: {found.rows:,} samples seen {who}")
+    if found.fault:
+        back = "" if found.rewound_to is None else f"; the weights became those of step {found.rewound_to} again"
+        say(f"it moved nothing: its gradient was bad{back}")
     for sample in found.samples:
         say()
         of = f" of {sample.dataset}" if sample.dataset else ""
@@ -215,47 +249,6 @@ def trace(*, run: str, step: int, rank: int | None, limit: int, as_json: bool) -
 
 
 COMMANDS = (train, resume, fork, prove, trace)
-
-_HINT = "Start all ranks with one launcher, such as torchrun, or unset RANK and WORLD_SIZE."
-
-
-def launched_by(environ: Mapping[str, str]) -> dict[str, Any] | None:
-    """Return the fields of `datastore.training.launcher.Launch` that a launcher has set, or None if there was none.
-
-    Raises:
-        ConfigError: a variable is missing, no number, or out of range.
-    """
-    if "RANK" not in environ and "WORLD_SIZE" not in environ:
-        return None
-    world = _number(environ, "WORLD_SIZE", low=1)
-    rank = _number(environ, "RANK", high=world)
-    local_world = _number(environ, "LOCAL_WORLD_SIZE", low=1, default=1)
-    return {
-        "rank": rank,
-        "world": world,
-        "local_rank": _number(environ, "LOCAL_RANK", high=local_world, default=0),
-        "local_world": local_world,
-        "host": environ.get("MASTER_ADDR", "127.0.0.1"),
-        "port": _number(environ, "MASTER_PORT", low=1, high=2**16) if world > 1 else 0,
-        "agent_store": environ.get("TORCHELASTIC_USE_AGENT_STORE", "") == "True",
-    }
-
-
-def _number(
-    environ: Mapping[str, str], name: str, *, low: int = 0, high: int | None = None, default: int | None = None
-) -> int:
-    """Return the variable `name`, a number of at least `low` and below `high`."""
-    text = environ.get(name)
-    if text is None:
-        if default is None:
-            raise ConfigError("a variable of the launcher is not set", variable=name, hint=_HINT)
-        return default
-    if not text.isdecimal() or int(text) < low or (high is not None and int(text) >= high):
-        below = {} if high is None else {"below": high}
-        raise ConfigError(
-            "a variable of the launcher is wrong", variable=name, value=text, at_least=low, **below, hint=_HINT
-        )
-    return int(text)
 
 
 _LINES = 8

@@ -83,6 +83,9 @@ class Launch(Document, frozen=True, kw_only=True):
     agent_store: bool = False
     """Whether the launcher itself answers at host:port (torchrun does), rather than rank 0."""
 
+    attempt: int = 0
+    """How often the launcher has started the ranks again: one that answers itself still knows where those before could be found."""
+
 
 class ChildOrder(msgspec.Struct, frozen=True, kw_only=True):
     """What the parent tells a child, as one line of JSON on its stdin."""

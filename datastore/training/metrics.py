@@ -11,8 +11,9 @@ import time
 from collections import deque
 from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, TypeAlias
 
 import orjson
 
@@ -20,7 +21,7 @@ from datastore.document import Document
 from datastore.errors import DependencyError, StorageError
 from datastore.storage.base import Storage
 
-__all__ = ["MetricsWriter", "Result", "StepMeter", "TrainingProgress", "read_metrics"]
+__all__ = ["Fault", "MetricsWriter", "Result", "StepMeter", "StepOutcome", "TrainingProgress", "read_metrics"]
 
 _FLUSH_S = 10.0
 
@@ -132,6 +133,38 @@ def _open_board(folder: Path, first_step: int) -> Any:
         ) from None
     # purge_step hides what a killed session had written of the steps that are taken again.
     return SummaryWriter(log_dir=str(folder), purge_step=first_step)
+
+
+Fault: TypeAlias = Literal["", "skip", "rewind"]
+
+
+@dataclass(frozen=True, slots=True)
+class StepOutcome:
+    """What a step was like, over all ranks."""
+
+    step: int
+    cursor: int
+    samples: int
+    fingerprint: int
+    """Below 2^64."""
+
+    loss: float
+    grad_norm: float
+    lr: float
+    seconds: float
+    """From the end of the step before to the end of this one, on rank 0."""
+
+    wait_seconds: float
+    """Waiting for data, mean over ranks."""
+
+    stop: bool
+    """Whether any rank was asked to stop."""
+
+    fault: Fault = ""
+    """What became of a step whose gradient was not finite or far too large; empty: it was taken."""
+
+    cause: str = ""
+    """Which of both it was."""
 
 
 class TrainingProgress(Document, frozen=True, kw_only=True):

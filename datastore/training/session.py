@@ -79,7 +79,7 @@ def run_session(request: SessionRequest, launch: Launch, report: Callable[[Train
         machine = use_machine(config.settings.train, ranks, layout, threads=folder.threads_before(ranks.world))
         versions = _agree_on_versions(config, ranks)
         split = open_split(config, versions)
-        strategy = choose(layout, ranks)
+        strategy = choose(layout, ranks, config.settings.sync)
         weights = _weights_to_begin_with(config, folder, split, ranks)
         trainer = Trainer.build(config, split, strategy, machine=machine, weights=weights)
         stack.callback(trainer.loader.close)

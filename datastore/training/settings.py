@@ -1,16 +1,13 @@
 """The settings of a training run: one frozen record per part, read from TOML without loading torch.
 
-    [data]   which tokens, in which order, and what is held back for validation
-    [model]  the shape of the GPT
-    [optim]  update rule and schedule
-    [train]  how many steps, and how this machine takes them
-    [parallel] how ranks share the work; [checkpoint] [eval] [metrics] what is kept and reported
+    [data] which tokens, in which order, and what is held back for validation; [model] the shape of the GPT
+    [optim] update rule and schedule; [train] how many steps, and how this machine takes them
+    [parallel] how ranks share the work; [sync] how they bring their gradients together
+    [checkpoint] [eval] [faults] [metrics]   what is kept, looked after and reported
     [loader] memory and threads of the loader, and what becomes of deleted documents
-    [objective] use = "causal"      what is learned; it owns its other keys
-    [[hooks]] use = "prune" ...     in the order in which they run; each hook owns its other keys
+    [objective] what is learned, and [[hooks]] in the order in which they run: `use` names one, which owns the other keys
 
-Every value has a default except `data.url`, or `[data.sources.NAME]` where there are several. A value that depends on the machine may be "auto"; what it became is
-written into the record of the session, so that a run can be repeated.
+Every value has a default except `data.url`, or `[data.sources.NAME]` where there are several. A value that depends on the machine may be "auto"; the record of the session says what it became.
 """
 
 from typing import Annotated, Any, Literal
@@ -25,6 +22,7 @@ __all__ = [
     "CheckpointSettings",
     "DataSettings",
     "EvalSettings",
+    "FaultSettings",
     "MetricsSettings",
     "ModelSettings",
     "OptimSettings",
@@ -34,45 +32,10 @@ __all__ = [
     "SourceSettings",
     "StageSettings",
     "StepSettings",
-    "changed_keys",
-    "flatten",
+    "SyncSettings",
 ]
 
 Rate = Annotated[float, msgspec.Meta(ge=0)]
-
-_MAY_CHANGE = (
-    "checkpoint.",
-    "data.sources",
-    "data.stages",
-    "data.temperature",
-    "data.url",
-    "eval.",
-    "loader.cache_bytes",
-    "loader.cache_dir",
-    "loader.end_of_text",
-    "loader.memory_bytes",
-    "loader.prefetch_batches",
-    "loader.threads",
-    "loader.timeout_s",
-    "metrics.",
-    "optim.clip",
-    "optim.floor",
-    "optim.lr",
-    "optim.warmup",
-    "parallel.",
-    "train.compile",
-    "train.deterministic",
-    "train.device",
-    "train.micro_batch",
-    "train.precision",
-    "train.recompute",
-    "train.steps",
-    "train.threads",
-    "train.timeout_s",
-)
-"""Settings that a resumed run may change: none of them changes which samples a step consumes or what is learned from them, but
-for the size of its steps and the weights of its sources. Those may have to change: a run whose loss has blown up can go on with smaller
-ones only, and one that was started on the wrong mixture with another one."""
 
 
 class SourceSettings(SettingsDocument, frozen=True, kw_only=True):
@@ -288,6 +251,38 @@ class ParallelSettings(SettingsDocument, frozen=True, kw_only=True):
     """Ranks that share one sequence; only 1 is supported."""
 
 
+class SyncSettings(SettingsDocument, frozen=True, kw_only=True):
+    """How ranks that read different samples bring together what they learn. See [gradient synchronization](howto/gradient-sync.md)."""
+
+    use: Literal["all_reduce", "bf16", "int8", "int4", "powersgd", "top_k", "parameter_server", "diloco"] = "all_reduce"
+    """all_reduce: the mean of all gradients. bf16 to top_k: the same in fewer bytes. parameter_server: some ranks own the parameters.
+    diloco: every rank learns by itself for some steps."""
+
+    rank: Positive = 16
+    """Of powersgd: columns of the thin matrices of which a matrix is the product."""
+
+    keep: Annotated[float, msgspec.Meta(gt=0, le=1)] = 0.1
+    """Of top_k: the part of the values that is sent."""
+
+    servers: Positive = 1
+    """Of parameter_server: ranks that own parameters, and move them; they read samples, too."""
+
+    staleness: Count = 0
+    """Of parameter_server: by how many steps a gradient is late; messages have so long to arrive."""
+
+    every: Positive = 30
+    """Of diloco: steps of a round, which each rank takes by itself."""
+
+    outer_lr: Annotated[float, msgspec.Meta(gt=0)] = 0.7
+    """Of diloco: how far the weights go along what the ranks have learned in a round."""
+
+    outer_momentum: Annotated[float, msgspec.Meta(ge=0, lt=1)] = 0.9
+    """Of diloco: Nesterov's, from round to round."""
+
+    deltas: Literal["fp32", "bf16", "int8", "int4"] = "fp32"
+    """Of diloco: how a round's changes are sent."""
+
+
 class CheckpointSettings(SettingsDocument, frozen=True, kw_only=True):
     """When training state is saved. The last step, and the step at which a signal stops the run, are saved in any case."""
 
@@ -314,6 +309,25 @@ class EvalSettings(SettingsDocument, frozen=True, kw_only=True):
     """Validation samples, the same ones each time."""
 
 
+class FaultSettings(SettingsDocument, frozen=True, kw_only=True):
+    """What becomes of a step with a bad gradient, and of a run that has lost a rank. See [faults](howto/faults.md)."""
+
+    non_finite: Literal["stop", "skip", "rewind"] = "stop"
+    """A gradient that is not finite: the run ends; the weights stay as they are; or they go back to the last checkpoint."""
+
+    spike: Literal["off", "stop", "skip", "rewind"] = "off"
+    """A gradient that is far larger than usual: the same."""
+
+    spike_times: Annotated[float, msgspec.Meta(gt=1)] = 10.0
+    """So many times the usual norm is a spike."""
+
+    most: Positive = 10
+    """Bad steps in a row; one more ends the run."""
+
+    restarts: Count = 0
+    """How often ranks that were started with `--processes` are started again after one has died."""
+
+
 class MetricsSettings(SettingsDocument, frozen=True, kw_only=True):
     """Where metrics go besides `metrics/*.jsonl` in the run folder."""
 
@@ -329,8 +343,10 @@ class Settings(SettingsDocument, frozen=True, kw_only=True):
     optim: OptimSettings = OptimSettings()
     train: StepSettings = StepSettings()
     parallel: ParallelSettings = ParallelSettings()
+    sync: SyncSettings = SyncSettings()
     checkpoint: CheckpointSettings = CheckpointSettings()
     eval: EvalSettings = EvalSettings()
+    faults: FaultSettings = FaultSettings()
     metrics: MetricsSettings = MetricsSettings()
     loader: LoaderSettings = LoaderSettings()
     objective: dict[str, Any] = msgspec.field(default_factory=lambda: {"use": "causal"})
@@ -362,19 +378,3 @@ class SessionRequest(Document, frozen=True, kw_only=True):
 
     take_over: bool = False
     """Whether to take the lock of a process of another machine, which is known to be gone."""
-
-
-def flatten(settings: Settings) -> dict[str, Any]:
-    """Return every setting by its dotted TOML path; `hooks` is one value."""
-    parts: dict[str, Any] = msgspec.to_builtins(settings)
-    hooks = parts.pop("hooks")
-    flat = {f"{part}.{key}": value for part, values in parts.items() for key, value in values.items()}
-    return flat | {"hooks": hooks}
-
-
-def changed_keys(before: Settings, after: Settings) -> tuple[str, ...]:
-    """Return the paths of settings that differ and may not differ in one run, sorted."""
-    old, new = flatten(before), flatten(after)
-    differ = [key for key in old if old[key] != new[key]]
-    scaled = [key for key in differ if key == "train.precision" and "fp16" in {old[key], new[key]}]
-    return tuple(sorted([key for key in differ if not key.startswith(_MAY_CHANGE)] + scaled))

@@ -14,7 +14,7 @@ import msgspec
 
 from datastore.config import settings_from
 from datastore.document import convert
-from datastore.errors import ConfigError
+from datastore.errors import ConfigError, WaitError
 from datastore.training.launcher import Launch, spawn
 from datastore.training.metrics import Result, TrainingProgress
 from datastore.training.parallel.layout import layout_of
@@ -137,10 +137,33 @@ def _run(
         from datastore.training.session import run_session  # noqa: PLC0415 - loads torch
 
         return run_session(request, launch, tell)
-    results = spawn(
-        f"{__name__}:work",
-        msgspec.to_builtins(request),
-        processes=processes,
-        on_event=lambda event: tell(msgspec.convert(event, TrainingProgress)),
-    )
-    return msgspec.convert(results[0], Result)
+    return _spawned(request, processes=processes, tell=tell)
+
+
+def _spawned(request: SessionRequest, *, processes: int, tell: Callable[[TrainingProgress], None]) -> Result:
+    """Run `processes` ranks, and start all of them again, as often as the settings allow, if one has died."""
+    last = TrainingProgress(step=0, steps=request.settings.train.steps)
+
+    def relay(event: dict[str, Any]) -> None:
+        nonlocal last
+        last = msgspec.convert(event, TrainingProgress)
+        tell(last)
+
+    for left in range(request.settings.faults.restarts, -1, -1):
+        try:
+            results = spawn(f"{__name__}:work", msgspec.to_builtins(request), processes=processes, on_event=relay)
+        except WaitError as error:
+            if not left:
+                raise
+            tell(
+                msgspec.structs.replace(
+                    last, note=f"{error.fact} ({_named(error)}): started again, {left - 1} times left"
+                )
+            )
+        else:
+            return msgspec.convert(results[0], Result)
+    raise AssertionError("the last try returns or raises")
+
+
+def _named(error: WaitError) -> str:
+    return ", ".join(f"{key}={value}" for key, value in error.values.items())

@@ -14,6 +14,7 @@ by the step after it: so it is on trial until then, and dropped if it does, for 
 import math
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, wait
 from dataclasses import asdict, dataclass, replace
@@ -26,6 +27,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from datastore.checkpoint.checkpointer import Checkpointer
+from datastore.checkpoint.items import PerRank
 from datastore.checkpoint.saving.saver import Handle
 from datastore.errors import ConfigError, ConflictError, DatastoreError
 from datastore.storage.base import Storage
@@ -51,6 +53,14 @@ _CACHE_NUMBERS = (
     *("requests", "fetched_bytes", "disk_hits", "disk_hit_bytes", "disk_writes", "disk_evictions"),
 )
 """What a line of metrics has of the loader's cache, that of rank 0: counts since the start, but `ahead` and `resident_bytes` are of now."""
+
+_SENTRY = "sentry"
+"""The item that a run has if `[faults]` has a policy, which may come and go."""
+
+_FAULTS = {
+    "skip": "step {step} moved nothing: its gradient was bad ({cause})",
+    "rewind": "step {step} moved nothing and ends in a rewind: its gradient was bad ({cause})",
+}
 
 _ADVICE = "Resume with a lower optim.lr (`--set`), or look at the data with `datastore trace`."
 
@@ -93,6 +103,7 @@ class Supervisor(Observer):
         """Segments of the record that no committed step has brought to the storage yet."""
 
         self._reported = 0.0
+        self._faults: Counter[str] = Counter()
         self._peak = None if self._settings.model.use else peak_flops(trainer.state.device)
         self._flops_per_token = flops_per_token(
             self._settings.model,
@@ -107,10 +118,28 @@ class Supervisor(Observer):
         """Load the newest sound checkpoint, if there is one; return a note about it."""
         if self._trainer.ranks.least(self._checkpointer.latest() or 0) == 0:
             return ""
-        found = self._checkpointer.restore(self._items, agree=self._trainer.ranks.least)
+        shared, note, partial = self._restorable(self._checkpointer.steps()[-1])
+        found = self._checkpointer.restore(shared, agree=self._trainer.ranks.least, partial=partial)
+        if note:
+            self._trainer.strategy.begin_anew()
         self._trainer.state.step = found.step
         self.validation_loss = found.metrics.get("validation_loss")
-        return "; ".join((f"resumed at step {found.step}", *found.passed_over))
+        return "; ".join(filter(None, (f"resumed at step {found.step}", note, *found.passed_over)))
+
+    def _restorable(self, step: int) -> tuple[dict[str, Any], str, bool]:
+        """Return the items to restore, what to tell if what each rank has of its own is not among them, and whether some are left."""
+        report = self._checkpointer.inspect(step)
+        names = {item.name for item in report.items}
+        items = {name: item for name, item in self._items.items() if name != _SENTRY or name in names}
+        left = _SENTRY in names and _SENTRY not in items
+        saved = {name.partition("@")[0] for name in names if "@" in name}
+        own = {name for name, item in self._items.items() if isinstance(item, PerRank)}
+        before, now = report.summary.world, self._trainer.ranks.world
+        if saved == own and (not own or before == now):
+            return items, "", left
+        shared = {name: item for name, item in items.items() if name not in own}
+        told = f"what each of {before} ranks kept between steps for [sync] is left, {now} begin without it"
+        return shared, told, True
 
     @override
     def stopping(self) -> bool:
@@ -118,7 +147,7 @@ class Supervisor(Observer):
 
     @override
     def settled(self, outcome: StepOutcome) -> None:
-        if not (math.isfinite(outcome.loss) and math.isfinite(outcome.grad_norm)):
+        if not outcome.fault and not (math.isfinite(outcome.loss) and math.isfinite(outcome.grad_norm)):
             raise DatastoreError(
                 "the loss is not finite",
                 step=outcome.step,
@@ -126,7 +155,7 @@ class Supervisor(Observer):
                 grad_norm=outcome.grad_norm,
                 hint=f"{self._drop_what_led_to(outcome.step)} {_ADVICE}",
             )
-        if self._saving is not None and outcome.step > self._saving.step:
+        if self._saving is not None and outcome.step > self._saving.step and not outcome.fault:
             self._checkpointer.approve()
         self._listen()
         self._record.add(
@@ -135,10 +164,16 @@ class Supervisor(Observer):
                 cursor=outcome.cursor,
                 samples=outcome.samples,
                 fingerprint=f"{outcome.fingerprint:016x}",
+                fault=outcome.fault,
+                rewound_to=self._checkpointed() if outcome.fault == "rewind" else None,
             )
         )
         self.meter.add(seconds=outcome.seconds, waited=outcome.wait_seconds)
-        self.last = outcome
+        if outcome.fault:
+            self._faults[f"faults_{outcome.fault}"] += 1
+            self.tell(_FAULTS[outcome.fault].format(step=outcome.step, cause=outcome.cause))
+        else:
+            self.last = outcome
         if self.outputs is not None:
             self._write_line()
             self._line = self._numbers(outcome)
@@ -159,6 +194,29 @@ class Supervisor(Observer):
         if last:
             self._write_line()
         self.tell()
+
+    @override
+    def rewind(self) -> None:
+        good = self._checkpointed()
+        if good == 0:
+            raise DatastoreError(
+                "there is no checkpoint to rewind to",
+                step=self._trainer.state.step,
+                hint='Set checkpoint.every, or faults.non_finite = "skip".',
+            )
+        shared, note, _ = self._restorable(good)
+        weights = {name: item for name, item in shared.items() if name not in {"data", "record", _SENTRY}}
+        self._checkpointer.restore(weights, step=good, agree=self._trainer.ranks.least, partial=True)
+        if note:
+            self._trainer.strategy.begin_anew()
+        self.tell(f"the weights are those of step {good} again")
+
+    def _checkpointed(self) -> int:
+        """Return the newest step that is stored, the same on every rank; 0: there is none."""
+        if self._saving is not None:
+            wait([self._saving.ended])
+            self._listen()
+        return self._trainer.ranks.least(self._checkpointer.latest() or 0)
 
     def tell(self, note: str = "") -> None:
         """Report where the run is, on rank 0."""
@@ -205,6 +263,7 @@ class Supervisor(Observer):
         if self._saving is not None:
             wait([self._saving.ended])
             self._listen()
+        self._trainer.strategy.rest()
         segment = self._record.close_segment(self._session)
         metrics: Future[None] | None = None
         if self.outputs is not None:
@@ -274,7 +333,7 @@ class Supervisor(Observer):
             yield from (local_part(value) for value in kept.values() if isinstance(value, Tensor))
 
     def _numbers(self, outcome: StepOutcome) -> dict[str, Any]:
-        line = {
+        line: dict[str, Any] = {
             "step": outcome.step,
             "time": time.time(),
             "tokens": (outcome.cursor + outcome.samples) * self._settings.data.seq_len,
@@ -292,9 +351,15 @@ class Supervisor(Observer):
         line |= {f"cache_{key}": cache[key] for key in _CACHE_NUMBERS if key in cache}
         spent = total_statistics(self._trainer.loader.storage.statistics())
         line |= {f"storage_{name}": value for name, value in asdict(spent).items()}
+        line |= self._trainer.strategy.metrics()
+        line |= self._faults
+        if outcome.fault:
+            line["fault"] = outcome.cause
         for hook in self._trainer.hooks.values():
             line |= hook.metrics()
-        return line
+        return {
+            key: value for key, value in line.items() if not (isinstance(value, float) and not math.isfinite(value))
+        }
 
     def _write_line(self) -> None:
         if self.outputs is not None and self._line:

@@ -28,10 +28,11 @@ from datastore.errors import ConfigError, CorruptError
 from datastore.loader.settings import Rank
 from datastore.training.hooks.base import Hook, HookSet, RunState, make_hooks, refuse_whole
 from datastore.training.machine import Machine, seed_step
+from datastore.training.metrics import StepOutcome
 from datastore.training.models.huggingface import blocks_of
 from datastore.training.objectives.base import Context, HostRows, MicroBatch, Objective, Signed, rows_of
 from datastore.training.objectives.catalog import make_objective
-from datastore.training.optim import LossScale, divide, learning_rate, make_optimizer, set_learning_rate
+from datastore.training.optim import LossScale, Sentry, divide, learning_rate, make_optimizer, set_learning_rate
 from datastore.training.parallel.layout import check_model
 from datastore.training.parallel.lesson import Lesson, Piece
 from datastore.training.parallel.norm import local_part
@@ -44,29 +45,6 @@ from datastore.training.run.split import Split
 from datastore.training.settings import Settings
 
 __all__ = ["Observer", "StepOutcome", "Trainer", "build_with_hooks"]
-
-
-@dataclass(frozen=True, slots=True)
-class StepOutcome:
-    """What a step was like, over all ranks."""
-
-    step: int
-    cursor: int
-    samples: int
-    fingerprint: int
-    """Below 2^64."""
-
-    loss: float
-    grad_norm: float
-    lr: float
-    seconds: float
-    """From the end of the step before to the end of this one, on rank 0."""
-
-    wait_seconds: float
-    """Waiting for data, mean over ranks."""
-
-    stop: bool
-    """Whether any rank was asked to stop."""
 
 
 class Observer(Protocol):
@@ -88,6 +66,10 @@ class Observer(Protocol):
         """Evaluate, save: all steps so far are settled."""
         ...
 
+    def rewind(self) -> None:
+        """Bring back the weights of the last good step: all steps so far are settled."""
+        ...
+
 
 @dataclass(slots=True, kw_only=True)
 class Trainer:
@@ -107,6 +89,9 @@ class Trainer:
     loader: AnyFeed
     scale: LossScale | None = None
     """Of a run in float16."""
+
+    sentry: Sentry
+    """What becomes of a step with a bad gradient."""
 
     guard: Callable[[], AbstractContextManager[None]] = nullcontext
     """Entered while parameters and the state of hooks move: a checkpoint may still be copying them."""
@@ -145,6 +130,7 @@ class Trainer:
             objective=objective,
             loader=loader,
             scale=LossScale() if machine.precision == "fp16" else None,
+            sentry=Sentry(settings.faults, scaled=machine.precision == "fp16"),
         )
         trainer._refuse_short_data()
         trainer._refuse_unreached()
@@ -177,6 +163,7 @@ class Trainer:
         return {
             **self.strategy.items(self.state.model, self.state.optimizer),
             **({} if self.scale is None else {"scale": self.scale.state()}),
+            **self.sentry.items(),
             "hooks": HookSet(self.hooks),
             **({} if self.objective.frozen is None else {"reference": self.objective.frozen}),
             **({} if not self.objective.signature else {"objective": Signed(self.objective.signature)}),
@@ -195,10 +182,14 @@ class Trainer:
             if late is not None:
                 stop = _settle(late, observer)
             late = now
+            rewinding = self.sentry.verdict == "rewind"
             last = stop or state.step == state.steps
-            if last or observer.due(state.step):
+            if last or rewinding or observer.due(state.step):
                 stop = _settle(late, observer) or stop
                 late = None
+                if rewinding:
+                    observer.rewind()
+            if late is None and (last or stop or observer.due(state.step)):
                 observer.pause(state, last=stop or state.step == state.steps)
                 clock = time.perf_counter()
 
@@ -209,7 +200,8 @@ class Trainer:
         batch = self._next_batch()
         waited = time.perf_counter() - started
         seed_step(self.settings.train.seed, state.step, self.strategy.place.reader)
-        loss = self.strategy.backward(self._pieces(batch), replace(self.lesson, scale=self.factor))
+        with self.guard() if self.strategy.keeps else nullcontext():
+            loss = self.strategy.backward(self._pieces(batch), replace(self.lesson, scale=self.factor))
         rate = learning_rate(self.settings.optim, state.step, self.settings.train.steps)
         set_learning_rate(state.optimizer, rate)
         with self.guard():
@@ -221,6 +213,7 @@ class Trainer:
         mean_wait = torch.tensor(waited / state.world, dtype=torch.float64, device=loss.device)
         inexact = self.ranks.sum(torch.stack((loss.double(), mean_wait)))
         step, seconds = state.step, time.perf_counter() - since
+        fault, cause = self.sentry.verdict, self.sentry.cause
 
         def finish() -> StepOutcome:
             fingerprint, samples, stops = exact().tolist()
@@ -236,6 +229,8 @@ class Trainer:
                 seconds=seconds,
                 wait_seconds=wait,
                 stop=bool(stops),
+                fault=fault,
+                cause=cause,
             )
 
         return finish
@@ -252,12 +247,15 @@ class Trainer:
         for hook in self.hooks.values():
             hook.gradients(state)
         norm = self.strategy.clip(state.model, self.settings.optim.clip or float("inf"))
-        if self.scale is None or self.scale.update(finite=bool(norm.isfinite())):
+        if self.sentry.judge(norm):
+            pass  # Neither weights nor moments take note of it.
+        elif self.scale is None or self.scale.update(finite=bool(norm.isfinite())):
             state.optimizer.step()
         else:
             norm = torch.zeros_like(norm)  # Of what the parameters have moved along.
         state.optimizer.zero_grad(set_to_none=True)
         state.step += 1
+        self.strategy.moved(state.model, state.step)
         for hook in self.hooks.values():
             hook.updated(state)
         return norm
@@ -351,7 +349,7 @@ def build_with_hooks(
     model = strategy.distribute(model)
     state = RunState(
         model=model,
-        optimizer=make_optimizer(model, settings.optim),
+        optimizer=make_optimizer(strategy.owned(model), settings.optim),
         step=0,
         steps=settings.train.steps,
         rank=ranks.rank,

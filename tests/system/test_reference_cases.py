@@ -3,6 +3,7 @@
 import re
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -17,10 +18,18 @@ def _programs(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize(
-    "layout", [{}, {"data": 1, "shard": 2}, {"data": 1, "tensor": 2}], ids=["copies", "sharded", "tensor parallel"]
+    "layout",
+    [
+        {},
+        {"data": 1, "shard": 2},
+        {"data": 1, "tensor": 2},
+        {"sync": {"use": "parameter_server"}},
+        {"sync": {"use": "diloco", "every": 2, "outer_lr": 0.9, "outer_momentum": 0.1}},
+    ],
+    ids=["copies", "sharded", "tensor parallel", "parameter server", "diloco"],
 )
 def test_two_ranks_train_a_linear_layer_and_print_the_same_falling_loss(
-    layout: dict[str, int], capfd: pytest.CaptureFixture[str]
+    layout: dict[str, Any], capfd: pytest.CaptureFixture[str]
 ) -> None:
     first, second = spawn("training_programs:linear_layer", layout, processes=2)
     assert first == second

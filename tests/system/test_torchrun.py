@@ -14,9 +14,10 @@ import pytest
 from datastore.checkpoint.inspect import list_steps
 from datastore.testing.examples import make_language, tiny_settings
 from datastore.training.metrics import read_metrics
+from datastore.training.run.changes import flatten
 from datastore.training.run.folder import RunFolder
 from datastore.training.run.proof import prove
-from datastore.training.settings import Settings, flatten
+from datastore.training.settings import Settings
 from datastore.training.start import train
 
 

@@ -182,3 +182,23 @@ class Break(Hook):
             weight = next(run.model.parameters())
             broken = run.optimizer.state[weight]["exp_avg"] if self.settings.momentum else weight
             broken.view(-1)[0] = float(self.settings.value)
+
+
+class PoisonSettings(Document, frozen=True, kw_only=True):
+    steps: list[int]
+    by: str = "nan"
+
+
+class Poison(Hook):
+    """Multiplies the gradient of some steps."""
+
+    Settings: ClassVar[type[Document]] = PoisonSettings
+    takes_parts = True
+
+    @override
+    def gradients(self, run: RunState) -> None:
+        assert isinstance(self.settings, PoisonSettings)
+        if run.step + 1 in self.settings.steps:
+            for parameter in run.model.parameters():
+                if parameter.grad is not None:
+                    parameter.grad.mul_(float(self.settings.by))

@@ -18,6 +18,7 @@ from torch.distributed.tensor.parallel.style import ParallelStyle
 from torch.nn import functional
 from typing_extensions import override
 
+from datastore.document import convert
 from datastore.errors import ConfigError
 from datastore.training.hooks.base import Hook, RunState
 from datastore.training.launcher import Launch
@@ -31,7 +32,7 @@ from datastore.training.parallel.layout import Layout
 from datastore.training.parallel.lesson import Lesson, Piece
 from datastore.training.parallel.ranks import connect
 from datastore.training.parallel.strategy import Strategy
-from datastore.training.settings import DataSettings, ModelSettings, OptimSettings, Settings, StepSettings
+from datastore.training.settings import DataSettings, ModelSettings, OptimSettings, Settings, StepSettings, SyncSettings
 from datastore.training.trainer import Observer, StepOutcome, Trainer
 
 Report = Callable[[dict[str, Any]], None]
@@ -160,7 +161,7 @@ def learn(strategy: Strategy, model: nn.Module, objective: Objective, *, lr: flo
     """Take `steps` steps of plain gradient descent with the same 8 rows of each reader every time."""
     ranks, readers, reader = strategy.ranks, strategy.layout.readers, strategy.place.reader
     model = strategy.distribute(model)
-    optimizer = make_optimizer(model, OptimSettings(use="sgd", lr=lr, weight_decay=0))
+    optimizer = make_optimizer(strategy.owned(model), OptimSettings(use="sgd", lr=lr, weight_decay=0))
     tokens = np.arange(8 * reader, 8 * reader + 8, dtype=np.uint16)
     rows = Rows(np.stack([tokens, tokens], axis=1))
 
@@ -184,10 +185,11 @@ def learn(strategy: Strategy, model: nn.Module, objective: Objective, *, lr: flo
 
 
 def linear_layer(launch: Launch, arguments: dict[str, Any], report: Report) -> list[float]:  # noqa: ARG001
+    sync = convert(SyncSettings, arguments.pop("sync", {}), where="the test")
     layout = Layout(**{"data": launch.world, **arguments})
     with connect(launch, device=torch.device("cpu"), timeout_s=60) as ranks:
         torch.manual_seed(launch.rank)  # Other weights on each rank: those of rank 0 must win.
-        return learn(choose(layout, ranks), Line(), Regression(), lr=0.2, steps=10).losses
+        return learn(choose(layout, ranks, sync), Line(), Regression(), lr=0.2, steps=10).losses
 
 
 def eight_parameters(launch: Launch, arguments: dict[str, Any], report: Report) -> list[float]:  # noqa: ARG001

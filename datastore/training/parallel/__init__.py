@@ -5,9 +5,13 @@ ranks       the process group: joining, leaving, agreeing
 lesson      what a rank learns from some rows: outputs and loss
 strategy    the contract: a model distributed, stepped, measured, saved
 whole       every rank has the whole model: one process, or DistributedDataParallel
+servers     the same, but some ranks own the parameters: a parameter server
+rounds      the same, but every rank learns by itself for some steps: DiLoCo
+elsewhere   tensors of other ranks, as a checkpoint sees them
 sharded     every rank has a part of each parameter: FSDP2, HSDP, tensor parallel and both
 pipeline    every rank has some of the layers
 norm        the norm of gradients that lie on several ranks
+sync        gradients in fewer bytes
 choose      the strategy of a layout
 """
 

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from datastore.errors import ConfigError
 from datastore.training.settings import ModelSettings, Settings
 
-__all__ = ["Layout", "Place", "check_model", "layout_of"]
+__all__ = ["Layout", "Place", "check_model", "check_sync", "layout_of"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,6 +114,7 @@ def layout_of(settings: Settings, world: int) -> Layout:
             tensor=layout.tensor,
             hint='Set train.compile = "auto" or false: torch 2.13 loses the layout of a gradient between compiled blocks.',
         )
+    check_sync(settings, layout)
     if not settings.model.init:  # Else the shape is known later: `check_model` is called again.
         check_model(settings.model, layout, seq_len=settings.data.seq_len)
     return layout
@@ -155,3 +156,46 @@ def check_model(model: ModelSettings, layout: Layout, *, seq_len: int) -> None:
             tensor=layout.tensor,
             hint="Use pipeline with data, or tensor with data and shard.",
         )
+
+
+def check_sync(settings: Settings, layout: Layout) -> None:
+    """Raise unless gradients can be brought together as `[sync]` says where ranks share the work as `layout` says.
+
+    Raises:
+        ConfigError: they cannot.
+    """
+    use = settings.sync.use
+    if use == "all_reduce":
+        return
+    if settings.train.precision == "fp16":
+        raise ConfigError(
+            "gradients of float16 have a scale that changes, and only all_reduce forgets nothing of the step before",
+            use=use,
+            hint='Set train.precision = "bf16" or sync.use = "all_reduce".',
+        )
+    copies, shards = layout.world == layout.data, layout.world == layout.shard
+    if use in {"powersgd", "parameter_server", "diloco"} and not copies:
+        raise ConfigError(
+            f"{use} needs the whole model on every rank",
+            **_beyond_data(layout),
+            hint="Use parallel.data alone; where parallel.shard is needed, use bf16, int8, int4 or `sync.use=top_k`.",
+        )
+    if not (copies or shards):
+        raise ConfigError(
+            "compressed gradients go with parallel.data alone or parallel.shard alone",
+            use=use,
+            **_beyond_data(layout),
+            hint='Use one of them, or sync.use = "all_reduce".',
+        )
+    if use == "parameter_server" and settings.sync.servers > layout.world:
+        raise ConfigError(
+            "more parameter servers than ranks",
+            servers=settings.sync.servers,
+            world=layout.world,
+            hint="Lower sync.servers, or start more processes.",
+        )
+
+
+def _beyond_data(layout: Layout) -> dict[str, int]:
+    sizes = {"data": layout.data, "shard": layout.shard, "tensor": layout.tensor, "pipeline": layout.pipeline}
+    return {name: size for name, size in sizes.items() if size > 1}

@@ -17,8 +17,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.pipelining import PipelineStage, Schedule1F1B, ScheduleInterleaved1F1B
-from torch.distributed.tensor import DTensor, Replicate
-from torch.distributed.tensor._dtensor_spec import DTensorSpec, TensorMeta
+from torch.distributed.tensor import DTensor
 from typing_extensions import override
 
 from datastore.errors import ConfigError
@@ -26,6 +25,7 @@ from datastore.training.models.gpt import GPT, turns_of
 from datastore.training.objectives.base import MicroBatch
 from datastore.training.objectives.language import Causal
 from datastore.training.optim import named_state
+from datastore.training.parallel.elsewhere import shown
 from datastore.training.parallel.layout import Layout
 from datastore.training.parallel.lesson import Lesson, Piece, autocast, filled
 from datastore.training.parallel.norm import clip_everywhere
@@ -213,14 +213,7 @@ class Pipeline(Strategy):
         """Return a tensor as one of all ranks of the part that has it: `here`, or one without an element on this rank."""
         if isinstance(here, DTensor):
             return here
-        stage = self._owner[name]
-        mesh = self._stage_mesh(stage)
-        replicated = [Replicate()] * mesh.ndim
-        if here is None:
-            here = torch.empty((0,) * len(shape) if shape else (), dtype=dtype)
-        stride = torch.empty(shape, device="meta").stride()
-        spec = DTensorSpec(mesh, tuple(replicated), tensor_meta=TensorMeta(shape, stride, dtype))
-        return DTensor(here.detach(), spec, requires_grad=False)  # type: ignore[no-untyped-call]
+        return shown(here, shape, dtype, mesh=self._stage_mesh(self._owner[name]))
 
     def _stage_mesh(self, stage: int) -> DeviceMesh:
         """Return the ranks that have the parts of `stage`."""

@@ -114,7 +114,7 @@ def connect(launch: Launch, *, device: torch.device, timeout_s: float) -> Iterat
         )
         dist.init_process_group(
             "nccl" if device.type == "cuda" else "gloo",
-            store=store,
+            store=PrefixStore(f"attempt {launch.attempt}", store),
             rank=launch.rank,
             world_size=launch.world,
             timeout=timeout,
@@ -129,7 +129,7 @@ def connect(launch: Launch, *, device: torch.device, timeout_s: float) -> Iterat
             hint="Start all of them, and check that the address can be reached.",
         ) from error
     try:
-        yield Ranks(launch, device, PrefixStore("datastore", store))
+        yield Ranks(launch, device, PrefixStore(f"datastore {launch.attempt}", store))
     except RuntimeError as error:
         if not _is_lost_peer(error):
             raise

@@ -12,7 +12,7 @@ All ranks draw the same initial weights, and each keeps its part: the whole mode
 
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 import torch.distributed as dist
@@ -40,6 +40,8 @@ from datastore.training.parallel.layout import Layout
 from datastore.training.parallel.lesson import Lesson, Piece
 from datastore.training.parallel.norm import clip_everywhere, settle_partial
 from datastore.training.parallel.strategy import Strategy
+from datastore.training.parallel.sync.attach import averager, hook_shards, rests_item
+from datastore.training.parallel.sync.feedback import Feedback
 
 __all__ = ["Planned", "Sharded", "mesh_of", "shard_blocks", "share_weights"]
 
@@ -95,6 +97,10 @@ class Sharded(Strategy):
             self._cut(model, mesh["tensor"])
         if self.layout.readers > 1:
             shard_blocks(model, mesh, self.layout)
+        self._mean = averager(self.sync, self.ranks.world)
+        if isinstance(self._mean, Feedback):
+            self.keeps = True
+            hook_shards(model, self._mean)
         self._model = model
         return model
 
@@ -147,6 +153,19 @@ class Sharded(Strategy):
     def evaluate(self, rows: MicroBatch, lesson: Lesson, *, size: int) -> Tensor:
         with self._cut_logits(lesson):
             return _plain(self._loss(rows, lesson))
+
+    @override
+    def probe(self, model: nn.Module, lesson: Lesson, rows: MicroBatch) -> tuple[Tensor, dict[str, Tensor | None]]:
+        with self._mean.exact() if self._mean is not None else nullcontext():
+            return super().probe(model, lesson, rows)
+
+    @override
+    def items(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+        return super().items(model, optimizer) | rests_item("shards", self._mean)
+
+    @override
+    def metrics(self) -> dict[str, float]:
+        return {} if self._mean is None else {"sync_sent_bytes": self._mean.sent_bytes}
 
     @override
     def clip(self, model: nn.Module, limit: float) -> Tensor:

@@ -18,8 +18,12 @@ from datastore.training.optim import named_state
 from datastore.training.parallel.layout import Layout, Place
 from datastore.training.parallel.lesson import Lesson, Piece
 from datastore.training.parallel.ranks import Ranks
+from datastore.training.settings import SyncSettings
 
 __all__ = ["Strategy"]
+
+
+_PLAIN = SyncSettings()
 
 
 class Strategy(ABC):
@@ -31,8 +35,12 @@ class Strategy(ABC):
     in_step = True
     """Whether all ranks must run the same number of forward passes, on as many rows."""
 
-    def __init__(self, layout: Layout, ranks: Ranks) -> None:
+    keeps = False
+    """Whether `backward` changes what `items` returns: then no checkpoint may still be copying it."""
+
+    def __init__(self, layout: Layout, ranks: Ranks, sync: SyncSettings = _PLAIN) -> None:
         self.layout = layout
+        self.sync = sync
         self.ranks = ranks
         self.place = Place(layout, ranks.rank)
 
@@ -55,6 +63,23 @@ class Strategy(ABC):
     @abstractmethod
     def clip(self, model: nn.Module, limit: float) -> Tensor:
         """Return the norm of all gradients, and scale those of this rank so that it is at most `limit`."""
+
+    def owned(self, model: nn.Module) -> list[nn.Parameter]:
+        """Return the parameters that this rank's optimizer moves."""
+        return [one for one in model.parameters() if one.requires_grad]
+
+    def moved(self, model: nn.Module, step: int) -> None:  # noqa: B027 - most have nothing to do
+        """Bring ranks together after `step`, in which each has moved its own parameters."""
+
+    def rest(self) -> None:  # noqa: B027 - so here
+        """Wait for messages under way, so that `items` can be saved."""
+
+    def begin_anew(self) -> None:  # noqa: B027 - and here
+        """Take up the state of other ranks: the items of each rank's own (`PerRank`) were not restored."""
+
+    def metrics(self) -> dict[str, float]:
+        """Return numbers for the record of a step."""
+        return {}
 
     def share(self, global_batch: int) -> int:
         """Return how many rows of a batch a rank reads at most."""

@@ -20,6 +20,7 @@ from datastore.training.parallel.layout import Layout
 from datastore.training.parallel.lesson import Lesson, Piece
 from datastore.training.parallel.ranks import Ranks
 from datastore.training.parallel.strategy import Strategy
+from datastore.training.parallel.sync.attach import averager, hook_copies, rests_item
 
 __all__ = ["Whole", "alone"]
 
@@ -34,9 +35,14 @@ class Whole(Strategy):
     def distribute(self, model: nn.Module) -> nn.Module:
         self._model = model
         self._called: nn.Module = model
+        self._mean = averager(self.sync, self.ranks.world)
         if self.ranks.world > 1:
             ids = [self.ranks.device.index] if self.ranks.device.type == "cuda" else None
-            self._called = DistributedDataParallel(model, device_ids=ids, gradient_as_bucket_view=True)
+            copies = DistributedDataParallel(model, device_ids=ids, gradient_as_bucket_view=True)
+            if self._mean is not None:
+                self.keeps = True
+                hook_copies(copies, self._mean)
+            self._called = copies
         return model
 
     @override
@@ -66,7 +72,10 @@ class Whole(Strategy):
     @override
     def settle(self, model: nn.Module, lesson: Lesson, rows: MicroBatch) -> None:
         for _ in range(2):  # DistributedDataParallel orders its buckets when it sees the second forward pass.
-            (lesson.of(self._called, rows) * 0.0).backward()  # type: ignore[no-untyped-call]
+            if self._mean is not None:
+                self._mean.rests.clear()  # What came to be for other buckets.
+            with self._mean.exact() if self._mean is not None else nullcontext():
+                (lesson.of(self._called, rows) * 0.0).backward()  # type: ignore[no-untyped-call]
         model.zero_grad(set_to_none=True)
 
     @override
@@ -78,6 +87,14 @@ class Whole(Strategy):
             return loss, dict.fromkeys(trained)
         found = torch.autograd.grad(loss, list(trained.values()), allow_unused=True)
         return loss, dict(zip(trained, found, strict=True))
+
+    @override
+    def items(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+        return super().items(model, optimizer) | rests_item("copies", self._mean)
+
+    @override
+    def metrics(self) -> dict[str, float]:
+        return {} if self._mean is None else {"sync_sent_bytes": self._mean.sent_bytes}
 
 
 def alone() -> Whole:

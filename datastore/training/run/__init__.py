@@ -1,6 +1,7 @@
 """The folder of a run.
 
 folder   its documents: settings, sessions
+changes  which settings may change when a run is resumed
 lock     one writer at a time
 data     which versions are read
 split    what is trained on, and what is held back

@@ -90,6 +90,12 @@ class StepTrace:
     samples: list[TracedSample]
     """By position, at most as many as were asked for."""
 
+    fault: str = ""
+    """"skip" or "rewind": the step moved nothing, as its gradient was bad."""
+
+    rewound_to: int | None = None
+    """Of a rewind: the step whose weights were brought back."""
+
 
 @dataclass(frozen=True, slots=True)
 class StepHistory:
@@ -185,6 +191,8 @@ def trace(run: str | os.PathLike[str], step: int, *, rank: int | None = None, li
         rank=rank,
         session=name,
         fingerprint=entry.fingerprint,
+        fault=entry.fault,
+        rewound_to=entry.rewound_to,
         samples=[
             TracedSample(position, *tracers.trace(sample))
             for position, sample in zip(plan.positions[chosen].tolist(), plan.samples[chosen].tolist(), strict=True)

@@ -27,9 +27,10 @@ from datastore.storage.urls import strip_credentials
 from datastore.training.models.huggingface import read_architecture
 from datastore.training.objectives.base import Objective
 from datastore.training.objectives.catalog import make_objective
+from datastore.training.run.changes import changed_keys, flatten
 from datastore.training.run.data import DatasetRef, Versions, open_at, ref_of, version_to_read
 from datastore.training.run.split import Split, make_split, mix_split
-from datastore.training.settings import Settings, changed_keys, flatten
+from datastore.training.settings import Settings
 
 __all__ = [
     "CONFIG_KEY",

@@ -17,9 +17,9 @@ from typing import TYPE_CHECKING, Any
 from datastore.errors import ConfigError, DatastoreError, DependencyError, MissingError
 from datastore.storage.resolve import open_storage
 from datastore.training.metrics import read_metrics
+from datastore.training.run.changes import flatten
 from datastore.training.run.folder import CONFIG_KEY, RunFolder, is_run
 from datastore.training.run.lock import writer_of
-from datastore.training.settings import flatten
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

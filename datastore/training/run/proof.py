@@ -60,6 +60,12 @@ class Proof:
     purged: int = 0
     """Steps with tokens that cannot be compared any more: their version is gone, and they have been deleted since."""
 
+    skipped: int = 0
+    """Steps that moved nothing, as their gradient was bad."""
+
+    rewound: int = 0
+    """Steps after which the weights of an earlier one were brought back, for the same reason."""
+
     passed_over: tuple[str, ...] = ()
     """Newer checkpoints that are damaged, each with its reason; problems, too."""
 
@@ -103,6 +109,8 @@ def prove(run: str | os.PathLike[str]) -> Proof:
         sessions=len(sessions),
         worlds=[session.world for session in sessions],
         purged=counts.purged,
+        skipped=counts.skipped,
+        rewound=counts.rewound,
         passed_over=history.passed_over,
         problems=problems[:_SHOWN],
     )
@@ -141,7 +149,7 @@ class _Counts:
     """The same for all sources of a run, by name: a session may have had others than the one before."""
 
     def __init__(self) -> None:
-        self.purged = 0
+        self.purged = self.skipped = self.rewound = 0
         self.by_name: dict[str, _Count] = {}
 
     def add_records(self, batch: RecordBatch, *, rows_per_epoch: int) -> int:
@@ -212,6 +220,10 @@ def _compare(entry: StepEntry, reader: _Reader, counts: _Counts) -> list[str]:
     if planned.fingerprint != entry.fingerprint and reader.hides(batch):
         counts.purged += 1
         planned = msgspec.structs.replace(planned, fingerprint=entry.fingerprint)
+    # What became of a step is no part of the plan.
+    planned = msgspec.structs.replace(planned, fault=entry.fault, rewound_to=entry.rewound_to)
+    counts.skipped += entry.fault == "skip"
+    counts.rewound += entry.fault == "rewind"
     again = reader.count(batch, counts)
     problems = [f"step {entry.step} has samples that came before in this epoch: {again}"] if again else []
     if entry != planned:

@@ -9,7 +9,7 @@ exactly the history of the restored weights, whatever happened in between.
 """
 
 from collections.abc import Mapping, Sequence
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import msgspec
 
@@ -21,7 +21,7 @@ from datastore.storage.base import Storage
 __all__ = ["ConsumptionRecord", "SegmentLink", "StepEntry", "read_segments", "record_bytes"]
 
 
-class StepEntry(Document, frozen=True, kw_only=True):
+class StepEntry(Document, frozen=True, kw_only=True, omit_defaults=True):
     """What one step consumed."""
 
     step: Annotated[int, msgspec.Meta(gt=0)]
@@ -30,6 +30,11 @@ class StepEntry(Document, frozen=True, kw_only=True):
     cursor: Count
     samples: Count
     fingerprint: Annotated[str, msgspec.Meta(pattern="^[0-9a-f]{16}$")]
+    fault: Literal["", "skip", "rewind"] = ""
+    """Not empty: the step consumed its samples and moved nothing, as its gradient was bad."""
+
+    rewound_to: Annotated[int, msgspec.Meta(ge=0)] | None = None
+    """Of a rewind: the step whose weights were brought back; those of all steps between are gone."""
 
 
 class SegmentLink(Document, frozen=True, kw_only=True):

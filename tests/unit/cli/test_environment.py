@@ -2,7 +2,7 @@
 
 import pytest
 
-from datastore.cli.runs import launched_by
+from datastore.cli.ranks import launched_by
 from datastore.errors import ConfigError
 
 TORCHRUN = {
@@ -13,6 +13,7 @@ TORCHRUN = {
     "MASTER_ADDR": "head",
     "MASTER_PORT": "29500",
     "TORCHELASTIC_USE_AGENT_STORE": "True",
+    "TORCHELASTIC_RESTART_COUNT": "2",
 }
 
 
@@ -29,6 +30,7 @@ def test_what_torchrun_sets_is_taken_over() -> None:
         "host": "head",
         "port": 29500,
         "agent_store": True,
+        "attempt": 2,
     }
 
 

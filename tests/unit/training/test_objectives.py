@@ -9,7 +9,8 @@ from datastore.errors import ConfigError, DependencyError
 from datastore.training.objectives.base import MicroBatch, Objective
 from datastore.training.objectives.catalog import make_objective
 from datastore.training.objectives.language import Causal
-from datastore.training.settings import DataSettings, Settings, changed_keys
+from datastore.training.run.changes import changed_keys
+from datastore.training.settings import DataSettings, Settings
 
 
 class WeightSettings(Document, frozen=True, kw_only=True):

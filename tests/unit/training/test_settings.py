@@ -9,13 +9,12 @@ import pytest
 from datastore.config import settings_from
 from datastore.errors import ConfigError
 from datastore.training.parallel.layout import layout_of
+from datastore.training.run.changes import changed_keys, flatten
 from datastore.training.settings import (
     DataSettings,
     ModelSettings,
     OptimSettings,
     Settings,
-    changed_keys,
-    flatten,
 )
 from datastore.training.start import train
 
