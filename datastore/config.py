@@ -6,6 +6,7 @@ names a class, such as a hook or an objective, may name one of somebody else.
 
 import tomllib
 from collections.abc import Mapping, Sequence
+from datetime import date, time
 from importlib import import_module
 from importlib.metadata import entry_points
 from pathlib import Path
@@ -91,13 +92,25 @@ def parse_override(text: str) -> tuple[list[str], Any]:
     if not equals or not all(keys):
         raise ConfigError("not a setting", text=text, hint="Write key=value, such as train.steps=200.")
     try:
-        return keys, tomllib.loads(f"value = {value}")["value"]
+        found = tomllib.loads(f"value = {value}")["value"]
     except tomllib.TOMLDecodeError:
         return keys, value
+    return keys, value if isinstance(found, _DATES) else found
+
+
+_DATES = (date, time)
+"""TOML has dates without quotes, and no setting is one: what looks like one is text, such as `chat_day`."""
 
 
 def _deep_copy(table: Mapping[str, Any]) -> dict[str, Any]:
-    return {key: _deep_copy(value) if isinstance(value, Mapping) else value for key, value in table.items()}
+    return {
+        key: _deep_copy(value)
+        if isinstance(value, Mapping)
+        else value.isoformat()
+        if isinstance(value, _DATES)
+        else value
+        for key, value in table.items()
+    }
 
 
 def find_class(name: str, *, base: type[T], ours: Mapping[str, str], group: str) -> type[T]:

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from datastore.config import load_settings, parse_override, settings_from
 from datastore.document import Document
 from datastore.errors import ConfigError, MissingError
+from datastore.ingestion.settings import IngestSettings
 from datastore.training.settings import Settings
 
 
@@ -141,3 +142,10 @@ def test_a_file_that_is_not_toml_is_named(tmp_path: Path, content: bytes) -> Non
 def test_a_folder_in_rank_of_a_file_is_named(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=re.escape(str(tmp_path))):
         load_settings(Outer, tmp_path)
+
+
+def test_what_looks_like_a_date_is_text(tmp_path: Path) -> None:
+    (tmp_path / "ingest.toml").write_text('tokenizer = "t"\nchat_day = 2026-01-02\n', encoding="utf-8")
+    assert load_settings(IngestSettings, tmp_path / "ingest.toml").chat_day == "2026-01-02"
+    found = load_settings(IngestSettings, tmp_path / "ingest.toml", ["chat_day=2026-03-04"])
+    assert found.chat_day == "2026-03-04"
