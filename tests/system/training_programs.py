@@ -24,15 +24,23 @@ from datastore.training.hooks.base import Hook, RunState
 from datastore.training.launcher import Launch
 from datastore.training.machine import Machine
 from datastore.training.models.gpt import GPT
-from datastore.training.objectives.base import MicroBatch, Objective
+from datastore.training.objectives.base import Context, MicroBatch, Objective
 from datastore.training.objectives.language import Causal
-from datastore.training.optim import make_optimizer
+from datastore.training.optim import Sentry, make_optimizer
 from datastore.training.parallel.choose import choose
 from datastore.training.parallel.layout import Layout
 from datastore.training.parallel.lesson import Lesson, Piece
 from datastore.training.parallel.ranks import connect
 from datastore.training.parallel.strategy import Strategy
-from datastore.training.settings import DataSettings, ModelSettings, OptimSettings, Settings, StepSettings, SyncSettings
+from datastore.training.settings import (
+    DataSettings,
+    FaultSettings,
+    ModelSettings,
+    OptimSettings,
+    Settings,
+    StepSettings,
+    SyncSettings,
+)
 from datastore.training.trainer import Observer, StepOutcome, Trainer
 
 Report = Callable[[dict[str, Any]], None]
@@ -171,12 +179,13 @@ def learn(strategy: Strategy, model: nn.Module, objective: Objective, *, lr: flo
             optim=OptimSettings(use="sgd", lr=lr, warmup=0, floor=1, weight_decay=0, clip=0),
             train=StepSettings(steps=steps, micro_batch=8),
         ),
-        vocab_size=2**16,
+        context=Context(seed=0, seq_len=1, vocab_size=2**16),
         strategy=strategy,
         machine=Machine("fp32", compiled=False, threads=1),
         state=RunState(model, optimizer, 0, steps, ranks.rank, ranks.world, ranks.device),
         hooks={},
         objective=objective,
+        sentry=Sentry(FaultSettings(), scaled=False),
         loader=repeat(rows),  # type: ignore[arg-type]
     )
     ledger = Ledger(ranks.rank)

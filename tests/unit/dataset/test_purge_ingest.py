@@ -134,7 +134,9 @@ def test_two_that_do_the_same_ingest_add_it_once_even_if_its_shards_are_compacte
     ingest([str(source)], to=str(to), settings=settings(tokenizer))
     assert compact(str(to)).committed
     opened = iter([before])
-    monkeypatch.setattr("datastore.ingestion.ingest.open_target", lambda url: next(opened, None) or open_target(url))
+    monkeypatch.setattr(
+        "datastore.ingestion.preparation.open_target", lambda url: next(opened, None) or open_target(url)
+    )
     report = ingest([str(source)], to=str(to), settings=settings(tokenizer))
     assert (report.added, report.overtaken_files) == (False, report.known_files)
     dataset = open_dataset(to)

@@ -270,9 +270,9 @@ def test_what_another_ingest_has_begun_stays_when_the_first_one_had_only_rejects
 ) -> None:
     begin = Journal.begin
 
-    def both_begin(self: Journal, plan: Any) -> Any:
+    def both_begin(self: Journal, plan: Any, **options: Any) -> Any:
         Journal(self.storage, "0" * 32).storage.put(f"ingests/{'0' * 32}/running", b"")
-        return begin(self, plan)
+        return begin(self, plan, **options)
 
     monkeypatch.setattr(Journal, "begin", both_begin)
     with pytest.raises(RejectedError):
