@@ -363,4 +363,9 @@ if __name__ == "__main__":
     # The classes of this module as others import it, not those of `__main__`: `except` compares classes.
     from datastore.training.launcher import main as imported_main
 
-    sys.exit(imported_main())
+    status = imported_main()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(
+        status
+    )  # The interpreter would take its groups down, and might wait for their threads for ever: see `connect`.

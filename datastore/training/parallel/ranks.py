@@ -90,6 +90,11 @@ class Ranks:
         return int(held)
 
 
+_GROUPS: list[object] = []
+"""Groups of this process, kept until its end: DDP holds its group as well, and if it were the last to let go, torch would wait for
+the group's threads with the interpreter locked, which those threads may be waiting for (torch 2.13, gloo)."""
+
+
 @contextmanager
 def connect(launch: Launch, *, device: torch.device, timeout_s: float) -> Iterator[Ranks]:
     """Yield the ranks once all have joined, over NCCL on GPUs and gloo elsewhere; leave the group at the end.
@@ -128,6 +133,7 @@ def connect(launch: Launch, *, device: torch.device, timeout_s: float) -> Iterat
             at=f"{launch.host}:{launch.port}",
             hint="Start all of them, and check that the address can be reached.",
         ) from error
+    _GROUPS.append(dist.group.WORLD)
     try:
         yield Ranks(launch, device, PrefixStore(f"datastore {launch.attempt}", store))
     except RuntimeError as error:
