@@ -4,7 +4,6 @@ A small encoder makes a state of each patch; these stand in front of the text. T
 for any number of ranks and micro-batches, which a loss that compares the pictures of a batch with each other cannot be.
 """
 
-from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -18,7 +17,7 @@ from datastore.media import decode_image
 from datastore.training.models.heads import Captioner
 from datastore.training.objectives.base import Array, Context, HostRows, MicroBatch
 from datastore.training.objectives.language import Causal
-from datastore.training.objectives.records import RecordObjective, TextFile, padded
+from datastore.training.objectives.records import TextObjective, padded
 from datastore.training.settings import ModelSettings
 
 __all__ = ["Captions", "CaptionsSettings"]
@@ -52,16 +51,12 @@ class CaptionsSettings(SettingsDocument, frozen=True, kw_only=True):
             raise ValueError("size must be a multiple of patch")
 
 
-class Captions(RecordObjective, Causal):
+class Captions(TextObjective, Causal):
     """Predict the words about a picture; the loss is in nats per token."""
 
     Settings = CaptionsSettings
     form = None
     settings: CaptionsSettings
-
-    @cached_property
-    def _file(self) -> TextFile:
-        return TextFile(self.settings.tokenizer)
 
     @property
     @override
@@ -72,11 +67,6 @@ class Captions(RecordObjective, Causal):
     @override
     def vocabulary(self) -> int:
         return self._file.tokenizer.get_vocab_size() + 1
-
-    @property
-    @override
-    def signature(self) -> str:
-        return self._file.digest
 
     @override
     def model(self, shape: ModelSettings) -> nn.Module:

@@ -36,6 +36,7 @@ __all__ = [
     "NextItemSettings",
     "RecordObjective",
     "TextFile",
+    "TextObjective",
     "padded",
 ]
 
@@ -97,6 +98,21 @@ class TextFile:
         self.digest = hashlib.sha256(self.raw).hexdigest()
 
 
+class TextObjective(RecordObjective):
+    """An objective on texts of records: `settings.tokenizer` makes tokens of them, and is part of the run."""
+
+    settings: Any
+
+    @cached_property
+    def _file(self) -> TextFile:
+        return TextFile(self.settings.tokenizer)
+
+    @property
+    @override
+    def signature(self) -> str:
+        return self._file.digest
+
+
 class ClassesSettings(SettingsDocument, frozen=True, kw_only=True):
     """`[objective]` of `classes`."""
 
@@ -119,16 +135,12 @@ class ClassesSettings(SettingsDocument, frozen=True, kw_only=True):
     """The id behind a text's end. A `transformers` decoder takes the last token that is another one for the end of the text."""
 
 
-class Classes(RecordObjective):
+class Classes(TextObjective):
     """Tell which class a text is of; the loss is in nats per text."""
 
     Settings = ClassesSettings
     form = "classes"
     settings: ClassesSettings
-
-    @cached_property
-    def _file(self) -> TextFile:
-        return TextFile(self.settings.tokenizer)
 
     @property
     @override
@@ -144,11 +156,6 @@ class Classes(RecordObjective):
     @override
     def classes(self) -> int:
         return len(self.settings.labels)
-
-    @property
-    @override
-    def signature(self) -> str:
-        return self._file.digest
 
     @override
     def model(self, shape: ModelSettings) -> nn.Module:
