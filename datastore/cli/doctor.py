@@ -31,10 +31,17 @@ _EXTRAS = {
     "hf": ("transformers", "datasets"),
     "track": ("tensorboard",),
     "compress": ("compressed-tensors",),
-    "fast": ("gigatoken",),
+    "plot": ("matplotlib",),
+    "sql": ("duckdb",),
+    "fast": ("gigatoken", "fastokens"),
     "chat": ("jinja2",),
     "images": ("PIL",),
     "audio": ("soundfile",),
+    "code": ("pathspec",),
+    "warc": ("resiliparse", "brotli"),
+    "quality": ("rensa", "fasttext-predict"),
+    "unigram": ("sentencepiece",),
+    "ray": ("ray",),
 }
 """The optional extras and the packages that each brings."""
 

@@ -299,19 +299,22 @@ def tokenizer() -> None:
 
 
 @tokenizer.command(
-    short_help="Train a byte-level BPE tokenizer.",
+    short_help="Train a byte-level tokenizer.",
     epilog=example("datastore tokenizer train src/ --vocab 1024 --to tok.json"),
 )
 @SOURCES
 @click.option("--vocab", "vocab_size", type=int, default=16_384, help="Size of the vocabulary.")
+@click.option(
+    "--model", type=click.Choice(["bpe", "unigram"]), default="bpe", help="Merged pairs, or the likeliest pieces."
+)
 @click.option("--to", required=True, metavar="FILE", help="The tokenizer.json to write: a path or URL.")
 @INCLUDE
 @EXCLUDE
 @click.option("--text-key", help="Key of the text in a line of JSON.  [default: text]")
 @progress_option
 @json_option
-def train(*, sources: tuple[str, ...], vocab_size: int, to: str, as_json: bool, **options: Any) -> None:
-    """Train a byte-level BPE tokenizer from the text of each SOURCE, read as `ingest` reads it."""
+def train(*, sources: tuple[str, ...], vocab_size: int, model: str, to: str, as_json: bool, **options: Any) -> None:
+    """Train a byte-level tokenizer from the text of each SOURCE, read as `ingest` reads it."""
     from datastore.config import settings_from
     from datastore.digest import sha256_hex
     from datastore.ingestion.encoding.tokenizer import TokenizerSettings, train_tokenizer
@@ -323,7 +326,7 @@ def train(*, sources: tuple[str, ...], vocab_size: int, to: str, as_json: bool, 
     reading = settings_from(IngestSettings, given, where="the options", origins=origins)
     settings = settings_from(
         TokenizerSettings,
-        {"vocab_size": vocab_size},
+        {"vocab_size": vocab_size, "model": model},
         where="the options",
         origins={"vocab_size": f"--vocab {vocab_size}"},
     )

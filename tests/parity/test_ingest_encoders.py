@@ -1,4 +1,4 @@
-"""gigatoken against tokenizers on every character there is, where it matters most: at the borders of words.
+"""The fast encoders against tokenizers on every character there is, where it matters most: at the borders of words.
 
 The vocabulary is made so that borders show: any byte of a character merges with the letters, digits, spaces and
 signs around it, but only if the two lie in one word.
@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from tokenizers import pre_tokenizers
 
-from datastore.ingestion.encoding.gigatoken import settled
+from datastore.ingestion.encoding.fast import _load, settled
 from datastore.ingestion.encoding.reference import ReferenceEncoder, load_tokenizer
 
 pytestmark = pytest.mark.slow
@@ -61,10 +61,12 @@ def config_of(pattern: str | None) -> dict[str, Any]:
 
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize("pattern", [None, GPT4], ids=["gpt2", "gpt4"])
-def test_on_every_settled_character_both_find_the_same_borders(pattern: str | None) -> None:
-    rust = pytest.importorskip("gigatoken.gigatoken_rs")
+@pytest.mark.parametrize("encoder", ["gigatoken", "fastokens"])
+def test_on_every_settled_character_both_find_the_same_borders(encoder: str, pattern: str | None) -> None:
+    pytest.importorskip(encoder)
     raw = json.dumps(config_of(pattern)).encode()
-    fast, reference = rust.load_hf_json(raw.decode()), ReferenceEncoder(load_tokenizer(raw), parallel=True)
+    fast, reference = _load(encoder, json.loads(raw)), ReferenceEncoder(load_tokenizer(raw), parallel=True)
+    assert callable(fast)
     characters = [chr(code) for code in range(0x110000) if not 0xD800 <= code < 0xE000]
     characters = [character for character in characters if settled(character)]
     assert len(characters) > 90_000
@@ -72,7 +74,7 @@ def test_on_every_settled_character_both_find_the_same_borders(pattern: str | No
     for start in range(0, len(characters), 4096):
         texts = [SURROUNDINGS.format(character) for character in characters[start : start + 4096]]
         for text, ids in zip(texts, reference.encode(texts), strict=True):
-            if fast.encode(text).tolist() != ids.tolist():
+            if fast(text).tolist() != ids.tolist():
                 different.append(f"U+{ord(text[1]):04X} {unicodedata.category(text[1])}")
     assert different == []
 

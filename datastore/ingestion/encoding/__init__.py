@@ -2,8 +2,9 @@
 
 encoder     TextEncoder: what a task calls
 reference   `tokenizers`, which decides
-gigatoken   a faster encoder, where it gives the same
-tokenizer   training one
+fast        faster encoders, where they give the same
+tokenizer   training one, by BPE
+unigram     or as a unigram model
 template    a chat as text
 chats       a chat as tokens, and what of it is to be learned
 chatfiles   the template that a tokenizer comes with

@@ -1,6 +1,6 @@
 """From texts to one flat array of token ids, each document ended by the end-of-text id.
 
-The ids are those that `tokenizers` gives; a faster encoder may stand in where it is known to give the same (`gigatoken.py`).
+The ids are those that `tokenizers` gives; a faster encoder may stand in where it is known to give the same (`fast.py`).
 A special token spelled out in a text is data, not an instruction: by default it becomes ordinary tokens, or any web
 page could end a document, or open a system prompt, in the middle of the training data.
 """
@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from datastore.formats.tokens import Tokens, narrow_tokens, token_dtype
-from datastore.ingestion.encoding.gigatoken import open_fast
+from datastore.ingestion.encoding.fast import open_fast
 from datastore.ingestion.encoding.reference import (
     Encoder,
     Ids,
@@ -68,13 +68,13 @@ class TextEncoder:
                 raw,
                 self._encoder,
                 escape=settings.special_tokens == "escape",
-                required=settings.encoder == "gigatoken",
+                required="" if settings.encoder == "auto" else settings.encoder,
             )
             self._encoder = fast or self._encoder
 
     @property
     def name(self) -> str:
-        """Who encodes: `tokenizers` or `gigatoken`."""
+        """Who encodes: `tokenizers`, `gigatoken` or `fastokens`."""
         return self._encoder.name
 
     def encode(self, texts: Sequence[str]) -> Encoded:

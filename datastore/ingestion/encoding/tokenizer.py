@@ -1,4 +1,4 @@
-"""Train a byte-level BPE tokenizer from the sources themselves.
+"""Train a byte-level tokenizer, BPE or unigram, from the sources themselves.
 
 The same sources give the same bytes, on any machine: the sample is chosen by the digest of each part's place, the
 alphabet is sorted, and ties between merges are broken by the library by their ids. Byte-level means that any text can
@@ -8,8 +8,8 @@ Source: R. Sennrich et al., "Neural Machine Translation of Rare Words with Subwo
 """
 
 import os
-from collections.abc import Iterator, Sequence
-from typing import Annotated, Any
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Annotated, Any, Literal
 
 import msgspec
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -17,6 +17,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from datastore.digest import digest_bytes
 from datastore.document import SettingsDocument
 from datastore.errors import ConfigError
+from datastore.ingestion.encoding.unigram import train_unigram
 from datastore.ingestion.plan import make_plan, work_items
 from datastore.ingestion.reading.documents import TextRecord, read_part
 from datastore.ingestion.reading.sources import list_sources
@@ -36,6 +37,10 @@ _PART_BYTES = 2**20
 class TokenizerSettings(SettingsDocument, frozen=True, kw_only=True):
     """How a tokenizer is trained."""
 
+    model: Literal["bpe", "unigram"] = "bpe"
+    """Pairs merged by how often they are seen, or pieces chosen by how likely they make the text. `unigram` takes the extra of
+    the same name, and texts are encoded by `tokenizers`, which is slower."""
+
     vocab_size: Annotated[int, msgspec.Meta(ge=SMALLEST_VOCABULARY, le=2**24)] = 16_384
     """Ids, the special ones included. Up to 65,536 a token takes two bytes."""
 
@@ -49,7 +54,7 @@ class TokenizerSettings(SettingsDocument, frozen=True, kw_only=True):
     """How much text to look at, at most."""
 
     min_frequency: Annotated[int, msgspec.Meta(ge=1)] = 2
-    """Pairs seen less often are not merged."""
+    """Pairs seen less often are not merged; for `bpe`."""
 
 
 def train_tokenizer(
@@ -67,6 +72,7 @@ def train_tokenizer(
 
     Raises:
         ConfigError: a special token is named twice, or the sources have no text.
+        DependencyError: `model="unigram"` without sentencepiece.
         MissingError: a source does not exist.
         StorageError: a source cannot be read.
     """
@@ -75,6 +81,17 @@ def train_tokenizer(
     special = [settings.end_of_text, *settings.special_tokens]
     if len(set(special)) != len(special) or "" in special:
         raise ConfigError("special tokens must differ and have a name", special_tokens=special, hint="Rename one.")
+    texts = _Counted(_sample(names, reading or IngestSettings(), settings.sample_bytes, progress))
+    if settings.model == "unigram":
+        tokenizer = train_unigram(texts, vocab_size=settings.vocab_size, special=special)
+    else:
+        tokenizer = _train_bpe(texts, settings, special)
+    if not texts.count:
+        raise ConfigError("the sources have no text to train on", sources=names, hint="Check their format.")
+    return str(tokenizer.to_str(pretty=True)).encode()
+
+
+def _train_bpe(texts: Iterable[str], settings: TokenizerSettings, special: list[str]) -> Any:
     tokenizer: Any = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -85,11 +102,8 @@ def train_tokenizer(
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
         show_progress=False,
     )
-    texts = _Counted(_sample(names, reading or IngestSettings(), settings.sample_bytes, progress))
     tokenizer.train_from_iterator(texts, trainer)
-    if not texts.count:
-        raise ConfigError("the sources have no text to train on", sources=names, hint="Check their format.")
-    return str(tokenizer.to_str(pretty=True)).encode()
+    return tokenizer
 
 
 class _Counted:

@@ -39,7 +39,7 @@ FLAGS = {
     "rejects": "limit",
     "teach": "model step to top",
     "retokenize": "address engine max-reject-ratio set to tokenizer workers",
-    "tokenizer train": "exclude include text-key to vocab",
+    "tokenizer train": "exclude include model text-key to vocab",
     "show": "",
     "ls": "documents limit",
     "verify": "deep sample seed",

@@ -11,7 +11,7 @@ from tokenizers import Tokenizer
 
 from datastore.errors import ConfigError, DatastoreError
 from datastore.ingestion.encoding.encoder import TextEncoder
-from datastore.ingestion.encoding.gigatoken import FastEncoder, open_fast, settled
+from datastore.ingestion.encoding.fast import FastEncoder, open_fast, settled
 from datastore.ingestion.encoding.reference import Encoder, Ids, ReferenceEncoder, load_tokenizer
 from datastore.ingestion.encoding.tokenizer import TokenizerSettings, train_tokenizer
 from datastore.ingestion.settings import IngestSettings
@@ -21,7 +21,9 @@ END = "<|endoftext|>"
 TEXT = "the cat sat on the mat; naïve café über, 日本語 text 🙂 123 456\n\tdef f(x): return x\n" * 20
 
 with_gigatoken = pytest.mark.skipif(importlib.util.find_spec("gigatoken") is None, reason="gigatoken is not installed")
-encoders = pytest.mark.parametrize("encoder", ["tokenizers", pytest.param("gigatoken", marks=with_gigatoken)])
+with_fastokens = pytest.mark.skipif(importlib.util.find_spec("fastokens") is None, reason="fastokens is not installed")
+FAST = [pytest.param("gigatoken", marks=with_gigatoken), pytest.param("fastokens", marks=with_fastokens)]
+encoders = pytest.mark.parametrize("encoder", ["tokenizers", *FAST])
 
 
 @pytest.fixture(scope="module")
@@ -138,8 +140,8 @@ def test_what_is_no_tokenizer_is_refused(wrong: bytes) -> None:
         TextEncoder(wrong, IngestSettings())
 
 
-@with_gigatoken
-def test_gigatoken_gives_the_same_and_leaves_new_characters_to_tokenizers(raw: bytes) -> None:
+@pytest.mark.parametrize("encoder", FAST)
+def test_a_fast_encoder_gives_the_same_and_leaves_new_characters_to_tokenizers(raw: bytes, encoder: Any) -> None:
     texts = [
         TEXT,
         f"x{END}y",
@@ -150,13 +152,13 @@ def test_gigatoken_gives_the_same_and_leaves_new_characters_to_tokenizers(raw: b
         " " * 500,
         "=" * 3000,
     ]
-    fast = TextEncoder(raw, IngestSettings())
+    fast = TextEncoder(raw, IngestSettings(encoder=encoder))
     slow = TextEncoder(raw, IngestSettings(encoder="tokenizers"))
-    assert (fast.name, slow.name) == ("gigatoken", "tokenizers")
+    assert (fast.name, slow.name) == (encoder, "tokenizers")
     assert np.array_equal(fast.encode(texts).values, slow.encode(texts).values)
 
 
-@with_gigatoken
+@pytest.mark.parametrize("encoder", FAST)
 @pytest.mark.parametrize(
     "fields",
     [
@@ -165,19 +167,39 @@ def test_gigatoken_gives_the_same_and_leaves_new_characters_to_tokenizers(raw: b
         {"model": {"type": "WordLevel", "vocab": {END: 0, "a": 1}, "unk_token": "a"}},
     ],
 )
-def test_gigatoken_stands_in_only_where_it_is_known_to_agree(raw: bytes, fields: dict[str, Any]) -> None:
+def test_one_stands_in_only_where_it_is_known_to_agree(raw: bytes, encoder: Any, fields: dict[str, Any]) -> None:
     config = changed(raw, **fields)
     assert TextEncoder(config, IngestSettings()).name == "tokenizers"
-    with pytest.raises(ConfigError, match="gigatoken cannot stand in"):
-        TextEncoder(config, IngestSettings(encoder="gigatoken"))
+    with pytest.raises(ConfigError, match=f"{encoder} cannot stand in"):
+        TextEncoder(config, IngestSettings(encoder=encoder))
+
+
+OWN_PATTERN = {
+    "type": "Sequence",
+    "pretokenizers": [
+        {"type": "Split", "pattern": {"Regex": r"\s?\p{L}+|[\r\n]+"}, "behavior": "Isolated", "invert": False},
+        {"type": "Digits", "individual_digits": True},
+        {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False},
+    ],
+}
 
 
 @with_gigatoken
-def test_with_a_unicode_normalizer_gigatoken_gets_ascii_only(raw: bytes) -> None:
+@with_fastokens
+def test_a_pattern_that_one_does_not_know_goes_to_the_next(raw: bytes) -> None:
+    config = changed(raw, pre_tokenizer=OWN_PATTERN)
+    fast, slow = TextEncoder(config, IngestSettings()), TextEncoder(config, IngestSettings(encoder="tokenizers"))
+    assert (TextEncoder(raw, IngestSettings()).name, fast.name) == ("gigatoken", "fastokens")
+    texts = [TEXT, "über 1234\r\n\n\tabc", f"x{END}y", "日本語 42", " " * 500, "\u00a0a\u2028b"]
+    assert np.array_equal(fast.encode(texts).values, slow.encode(texts).values)
+
+
+@pytest.mark.parametrize("encoder", FAST)
+def test_with_a_unicode_normalizer_it_gets_ascii_only(raw: bytes, encoder: Any) -> None:
     config = changed(raw, normalizer={"type": "NFC"})
     texts = ["the cat", "e\u0301 cafe\u0301", "日本"]
-    fast, slow = (TextEncoder(config, IngestSettings(encoder=name)) for name in ("gigatoken", "tokenizers"))  # type: ignore[arg-type]
-    assert fast.name == "gigatoken"
+    fast, slow = (TextEncoder(config, IngestSettings(encoder=name)) for name in (encoder, "tokenizers"))
+    assert fast.name == encoder
     assert np.array_equal(fast.encode(texts).values, slow.encode(texts).values)
 
 
@@ -186,40 +208,38 @@ def test_only_texts_of_settled_characters_reach_the_fast_encoder(raw: bytes, *, 
     honest = ReferenceEncoder(load_tokenizer(raw), parallel=False)
     seen: list[str] = []
 
-    class Noting:
-        def encode(self, text: str) -> Ids:
-            seen.append(text)
-            return honest.encode([text])[0]
+    def noting(text: str) -> Ids:
+        seen.append(text)
+        return honest.encode([text])[0]
 
-    fast = FastEncoder(Noting(), honest, ascii_only=ascii_only)
+    fast = FastEncoder("noting", noting, honest, ascii_only=ascii_only)
     seen.clear()
     texts = ["plain", "naïve 🙂", "new \U0001fae8", "none \U000e0fff", "plain again"]
     assert [ids.tolist() for ids in fast.encode(texts)] == [ids.tolist() for ids in honest.encode(texts)]
     assert set(seen) == {"plain", "plain again"} | (set() if ascii_only else {"naïve 🙂"})
 
 
-class Lying:
-    """Agrees on everything but one word."""
+def lying(honest: Encoder, about: str) -> Callable[[str], Ids]:
+    """Return what agrees on everything but one word."""
 
-    def __init__(self, honest: Encoder, about: str) -> None:
-        self.honest = honest
-        self.about = about
+    def encode(text: str) -> Ids:
+        ids = honest.encode([text])[0]
+        return ids[::-1] if about in text else ids
 
-    def encode(self, text: str) -> Ids:
-        ids = self.honest.encode([text])[0]
-        return ids[::-1] if self.about in text else ids
+    return encode
 
 
 def test_a_fast_encoder_that_disagrees_at_the_start_is_not_used(
     raw: bytes, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     honest = ReferenceEncoder(escaping(raw), parallel=False)
-    module = "datastore.ingestion.encoding.gigatoken"
-    monkeypatch.setattr(f"{module}._load", lambda _: Lying(honest, "quick brown"))
-    assert open_fast(raw, honest, escape=True, required=False) is None
+    module = "datastore.ingestion.encoding.fast"
+    monkeypatch.setattr(f"{module}._load", lambda *_: lying(honest, "quick brown"))
+    assert open_fast(raw, honest, escape=True) is None
     assert "gigatoken gives other ids" in caplog.text
+    assert "fastokens gives other ids" in caplog.text
     with pytest.raises(ConfigError, match="gigatoken gives other ids"):
-        open_fast(raw, honest, escape=True, required=True)
+        open_fast(raw, honest, escape=True, required="gigatoken")
 
 
 def escaping(raw: bytes) -> Any:
@@ -235,6 +255,9 @@ ODD: dict[str, Callable[[dict[str, Any]], None]] = {
     "a prefix within words": lambda found: found["model"].update(continuing_subword_prefix="##"),
     "dropout": lambda found: found["model"].update(dropout=0.1),
     "no pre-tokenizer": lambda found: found.update(pre_tokenizer=None),
+}
+FOR_GIGATOKEN = {
+    **ODD,
     "a space before the text": lambda found: found["pre_tokenizer"].update(add_prefix_space=True),
     "no split": lambda found: found["pre_tokenizer"].update(use_regex=False),
 }
@@ -245,37 +268,43 @@ def added(**conditions: bool) -> dict[str, Any]:
     return plain | {"normalized": False, "special": False} | conditions
 
 
-@with_gigatoken
-@pytest.mark.parametrize("name", ODD)
-def test_what_the_tokenizer_says_decides_who_encodes_not_a_sample(raw: bytes, name: str) -> None:
+@pytest.mark.parametrize(
+    ("encoder", "name"),
+    [
+        *(pytest.param("gigatoken", name, marks=with_gigatoken) for name in FOR_GIGATOKEN),
+        *(pytest.param("fastokens", name, marks=with_fastokens) for name in ODD),
+    ],
+)
+def test_what_the_tokenizer_says_decides_who_encodes_not_a_sample(raw: bytes, encoder: str, name: str) -> None:
     config = json.loads(raw)
     reference = ReferenceEncoder(escaping(raw), parallel=False)
-    assert open_fast(json.dumps(config).encode(), reference, escape=True, required=False) is not None
-    ODD[name](config)
-    assert open_fast(json.dumps(config).encode(), reference, escape=True, required=False) is None
-    with pytest.raises(ConfigError, match="cannot stand in"):
-        open_fast(json.dumps(config).encode(), reference, escape=True, required=True)
+    assert open_fast(json.dumps(config).encode(), reference, escape=True, required=encoder) is not None
+    FOR_GIGATOKEN[name](config)
+    found = open_fast(json.dumps(config).encode(), reference, escape=True)
+    assert found is None if name in ODD else found is None or found.name != "gigatoken"
+    with pytest.raises(ConfigError, match=f"{encoder} cannot stand in"):
+        open_fast(json.dumps(config).encode(), reference, escape=True, required=encoder)
 
 
 def test_a_fast_encoder_that_disagrees_later_is_caught_by_the_sample(raw: bytes) -> None:
     honest = ReferenceEncoder(load_tokenizer(raw), parallel=False)
-    fast = FastEncoder(Lying(honest, "zebra"), honest, ascii_only=False)
+    fast = FastEncoder("lying", lying(honest, "zebra"), honest, ascii_only=False)
     fast.encode(["the cat"] * 50)
 
     def encode_much() -> None:
         for _ in range(20):
             fast.encode(["a zebra ran"] * 10 + ["the cat"] * 10)
 
-    with pytest.raises(DatastoreError, match="disagree"):
+    with pytest.raises(DatastoreError, match="lying and tokenizers disagree"):
         encode_much()
 
 
-def test_without_gigatoken_asking_for_it_names_the_extra(raw: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("datastore.ingestion.encoding.gigatoken.find_spec", lambda _: None)
+def test_where_it_is_not_installed_asking_for_it_names_the_extra(raw: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("datastore.ingestion.encoding.fast.find_spec", lambda _: None)
     reference = ReferenceEncoder(load_tokenizer(raw), parallel=False)
-    assert open_fast(raw, reference, escape=True, required=False) is None
+    assert open_fast(raw, reference, escape=True) is None
     with pytest.raises(ImportError, match=r"datastore\[fast\]"):
-        open_fast(raw, reference, escape=True, required=True)
+        open_fast(raw, reference, escape=True, required="fastokens")
 
 
 def test_characters_are_settled_if_unicode_has_long_had_them() -> None:
