@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from datastore.checkpoint.exchange.dcp import DcpReader, DcpWriter
     from datastore.checkpoint.keeping import Keep
     from datastore.config import load_settings
+    from datastore.dataset.card import card
     from datastore.dataset.diff import diff
     from datastore.dataset.durability.health import health
     from datastore.dataset.durability.parity import protect
@@ -114,6 +115,7 @@ _HOMES = {
     "copy": ("datastore.dataset.operations.copy", "copy"),
     "dedup": ("datastore.ingestion.quality.similar", "deduplicate"),
     "delete": ("datastore.dataset.operations.delete", "delete"),
+    "card": ("datastore.dataset.card", "card"),
     "diff": ("datastore.dataset.diff", "diff"),
     "evaluate": ("datastore.training.export.inference", "evaluate"),
     "evolve": ("datastore.dataset.operations.evolve", "evolve"),
@@ -185,6 +187,7 @@ __all__ = [
     "TokenizerSettings",
     "WaitError",
     "Weighted",
+    "card",
     "clone",
     "compact",
     "copy",

@@ -3,6 +3,7 @@
 import json
 from collections.abc import Iterator
 from itertools import islice
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -74,6 +75,26 @@ def show(*, url: str, as_json: bool) -> None:
             "uuid": dataset.uuid,
         }
     )
+
+
+@click.command(
+    short_help="Say what a dataset is made of, as Markdown.",
+    epilog=example("datastore card data/code", "datastore card data/code@1 --to README.md"),
+)
+@URL
+@click.option("--to", metavar="FILE", type=click.Path(dir_okay=False, path_type=Path), help="Write it there instead.")
+def card(*, url: str, to: Path | None) -> None:
+    """Print the card of the dataset at URL: its sources and their licences, filters, counts, and how to make it again.
+
+    It begins with the front matter that the Hugging Face Hub reads.
+    """
+    from datastore.dataset.card import card as card_of
+
+    found = card_of(url)
+    if to is None:
+        say(found.rstrip("\n"))
+    else:
+        to.write_text(found, encoding="utf-8")
 
 
 def amounts(commit: "Commit") -> dict[str, int]:
@@ -208,7 +229,7 @@ def tag(*, url: str, name: str, replace: bool, delete: bool) -> None:
     say(f"{dataset.url}@{name} is version {dataset.version}")
 
 
-COMMANDS = (show, ls, verify, tag)
+COMMANDS = (show, card, ls, verify, tag)
 
 
 @click.command(short_help="Show the columns of records.", epilog=example("datastore schema data/text"))

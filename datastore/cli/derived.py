@@ -1,14 +1,72 @@
-"""The commands that make a dataset out of another one: with another tokenizer, or with what a teacher thinks of its tokens."""
+"""The commands that make something else out of text or a dataset: a tokenizer, other tokens, what a teacher thinks of them."""
 
 from typing import Any
 
 import click
 
-from datastore.cli.ingest import ADDRESS, ENGINE, SET, WORKERS, engine_of, in_source_bytes, tell_ingest
+from datastore.cli.ingest import (
+    ADDRESS,
+    ENGINE,
+    EXCLUDE,
+    INCLUDE,
+    SET,
+    SOURCES,
+    WORKERS,
+    engine_of,
+    in_source_bytes,
+    tell_ingest,
+)
 from datastore.cli.output import json_option, progress_option, say, say_json, with_progress
-from datastore.cli.shell import example, given_options
+from datastore.cli.shell import CommandGroup, example, given_options
 
 __all__ = ["COMMANDS"]
+
+
+@click.group(cls=CommandGroup, short_help="Make a tokenizer.")
+def tokenizer() -> None:
+    """Make a tokenizer from text."""
+
+
+@tokenizer.command(
+    short_help="Train a byte-level tokenizer.",
+    epilog=example("datastore tokenizer train src/ --vocab 1024 --to tok.json"),
+)
+@SOURCES
+@click.option("--vocab", "vocab_size", type=int, default=16_384, help="Size of the vocabulary.")
+@click.option(
+    "--model", type=click.Choice(["bpe", "unigram"]), default="bpe", help="Merged pairs, or the likeliest pieces."
+)
+@click.option("--to", required=True, metavar="FILE", help="The tokenizer.json to write: a path or URL.")
+@INCLUDE
+@EXCLUDE
+@click.option("--text-key", help="Key of the text in a line of JSON.  [default: text]")
+@progress_option
+@json_option
+def train(*, sources: tuple[str, ...], vocab_size: int, model: str, to: str, as_json: bool, **options: Any) -> None:
+    """Train a byte-level tokenizer from the text of each SOURCE, read as `ingest` reads it."""
+    from datastore.config import settings_from
+    from datastore.digest import sha256_hex
+    from datastore.ingestion.encoding.tokenizer import TokenizerSettings, train_tokenizer
+    from datastore.ingestion.settings import IngestSettings
+    from datastore.storage.resolve import open_storage
+    from datastore.units import format_bytes
+
+    given, origins = given_options(options)
+    reading = settings_from(IngestSettings, given, where="the options", origins=origins)
+    settings = settings_from(
+        TokenizerSettings,
+        {"vocab_size": vocab_size, "model": model},
+        where="the options",
+        origins={"vocab_size": f"--vocab {vocab_size}"},
+    )
+    folder, slash, name = to.rpartition("/")
+    target = open_storage(folder or slash or ".")
+    raw = with_progress("tokenizer train", train_tokenizer, sources=sources, settings=settings, reading=reading)
+    target.put(name, raw)
+    if as_json:
+        say_json({"url": to, "sha256": sha256_hex(raw), "size_bytes": len(raw)})
+        return
+    say(f"{to}: up to {vocab_size:,} ids, {format_bytes(len(raw))}, sha256 {sha256_hex(raw)[:16]}...")
 
 
 @click.command(
@@ -86,4 +144,4 @@ def teach(*, source: str, model: str, step: int | None, top: int, to: str, as_js
         say(f"nothing new: {report.url}, version {report.version}, has all of it")
 
 
-COMMANDS = (retokenize, teach)
+COMMANDS = (tokenizer, retokenize, teach)

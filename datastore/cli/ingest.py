@@ -1,4 +1,4 @@
-"""The commands that bring text in: `ingest`, and `tokenizer train`."""
+"""The commands that bring text in: `ingest`, and `rejects`."""
 
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -8,16 +8,36 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from datastore.cli.output import fields, json_option, progress_option, say, say_json, table, with_progress
-from datastore.cli.shell import CommandGroup, example, given_options
+from datastore.cli.output import (
+    StagedProgress,
+    fields,
+    json_option,
+    progress_option,
+    say,
+    say_json,
+    table,
+    with_progress,
+)
+from datastore.cli.shell import example, given_options
 
 if TYPE_CHECKING:  # pyarrow takes longer to load than a wrong option takes to find.
     from datastore.ingestion.engines.engine import Engine
     from datastore.ingestion.estimate import Estimate
     from datastore.ingestion.report import IngestProgress, IngestReport
-    from datastore.units import Progress
 
-__all__ = ["ADDRESS", "COMMANDS", "ENGINE", "SET", "WORKERS", "engine_of", "in_source_bytes", "tell_ingest"]
+__all__ = [
+    "ADDRESS",
+    "COMMANDS",
+    "ENGINE",
+    "EXCLUDE",
+    "INCLUDE",
+    "SET",
+    "SOURCES",
+    "WORKERS",
+    "engine_of",
+    "in_source_bytes",
+    "tell_ingest",
+]
 
 READ_AS = (
     *("text", "lines", "jsonl", "json", "warc", "csv", "tsv", "parquet", "arrow"),
@@ -178,14 +198,17 @@ def _share(task: str | None, *, commit: bool) -> str:
 def in_source_bytes(ingest_sources: Callable[..., "IngestReport"]) -> Callable[..., "IngestReport"]:
     """Return `ingest_sources` with a `progress` that is told the bytes of the sources, done and altogether."""
 
-    def run(*, progress: "Progress | None", **arguments: Any) -> "IngestReport":
+    def run(*, progress: "StagedProgress | None", **arguments: Any) -> "IngestReport":
         def show(now: "IngestProgress") -> None:
             if progress is not None:
-                progress(now.source_bytes, now.source_bytes_total)
+                progress(now.source_bytes, now.source_bytes_total, _STAGES[now.stage])
 
         return ingest_sources(**arguments, progress=show)
 
     return run
+
+
+_STAGES = {"plan": "looking at the sources", "work": "", "commit": "committing"}
 
 
 def _tell_estimate(expected: "Estimate") -> None:
@@ -242,11 +265,21 @@ def tell_ingest(report: "IngestReport") -> None:
             else None,
             "shards": f"{report.shards:,}, {format_bytes(report.shard_bytes)}",
             "time": f"{format_seconds(report.seconds)}, {rate}{f', {report.encoder}' if report.encoder else ''}",
+            "CPU time": _cpu_words(report.cpu_s) or None,
             "taken over": f"{report.tasks_resumed} of {report.tasks} tasks" if report.tasks_resumed else None,
         }
     )
     for sample in report.samples:
         say(f"{sample.rule}  {sample.id}  {sample.begins[:80]!r}")
+
+
+def _cpu_words(cpu_s: Mapping[str, float]) -> str:
+    """Return `12.3 s: read 20%, encode 60%, write 20%`; empty where nothing was done."""
+    from datastore.units import format_seconds
+
+    total = sum(cpu_s.values())
+    shares = ", ".join(f"{stage} {seconds / total:.0%}" for stage, seconds in cpu_s.items()) if total else ""
+    return f"{format_seconds(total)}: {shares}" if shares else ""
 
 
 _BARS = "▁▂▃▄▅▆▇█"
@@ -293,53 +326,6 @@ def _counts(reasons: Mapping[Any, int], where: str = "") -> str | None:
     return f"{sum(reasons.values()):,} ({parts}){f', see {where}' if where else ''}"
 
 
-@click.group(cls=CommandGroup, short_help="Make a tokenizer.")
-def tokenizer() -> None:
-    """Make a tokenizer from text."""
-
-
-@tokenizer.command(
-    short_help="Train a byte-level tokenizer.",
-    epilog=example("datastore tokenizer train src/ --vocab 1024 --to tok.json"),
-)
-@SOURCES
-@click.option("--vocab", "vocab_size", type=int, default=16_384, help="Size of the vocabulary.")
-@click.option(
-    "--model", type=click.Choice(["bpe", "unigram"]), default="bpe", help="Merged pairs, or the likeliest pieces."
-)
-@click.option("--to", required=True, metavar="FILE", help="The tokenizer.json to write: a path or URL.")
-@INCLUDE
-@EXCLUDE
-@click.option("--text-key", help="Key of the text in a line of JSON.  [default: text]")
-@progress_option
-@json_option
-def train(*, sources: tuple[str, ...], vocab_size: int, model: str, to: str, as_json: bool, **options: Any) -> None:
-    """Train a byte-level tokenizer from the text of each SOURCE, read as `ingest` reads it."""
-    from datastore.config import settings_from
-    from datastore.digest import sha256_hex
-    from datastore.ingestion.encoding.tokenizer import TokenizerSettings, train_tokenizer
-    from datastore.ingestion.settings import IngestSettings
-    from datastore.storage.resolve import open_storage
-    from datastore.units import format_bytes
-
-    given, origins = given_options(options)
-    reading = settings_from(IngestSettings, given, where="the options", origins=origins)
-    settings = settings_from(
-        TokenizerSettings,
-        {"vocab_size": vocab_size, "model": model},
-        where="the options",
-        origins={"vocab_size": f"--vocab {vocab_size}"},
-    )
-    folder, slash, name = to.rpartition("/")
-    target = open_storage(folder or slash or ".")
-    raw = with_progress("tokenizer train", train_tokenizer, sources=sources, settings=settings, reading=reading)
-    target.put(name, raw)
-    if as_json:
-        say_json({"url": to, "sha256": sha256_hex(raw), "size_bytes": len(raw)})
-        return
-    say(f"{to}: up to {vocab_size:,} ids, {format_bytes(len(raw))}, sha256 {sha256_hex(raw)[:16]}...")
-
-
 @click.command(
     short_help="List what an ingest has rejected.",
     epilog=example("datastore rejects data/code"),
@@ -371,4 +357,4 @@ def rejects(*, url: str, limit: int, as_json: bool) -> None:
         say("... and more; --limit 0 lists all")
 
 
-COMMANDS = (ingest, rejects, tokenizer)
+COMMANDS = (ingest, rejects)

@@ -8,12 +8,12 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 import click
 
 from datastore.cli.shell import BROKEN_PIPE, CliSession, silence_stdout
-from datastore.units import Progress, format_bytes, format_seconds
+from datastore.units import format_bytes, format_seconds
 
 if TYPE_CHECKING:
     from datastore.storage.base import Storage
@@ -22,6 +22,7 @@ __all__ = [
     "LINE_EVERY_S",
     "PlainLines",
     "ProgressWords",
+    "StagedProgress",
     "fields",
     "json_option",
     "moment",
@@ -180,31 +181,59 @@ def with_progress(title: str, function: Callable[..., T], *, unit: str = "bytes"
     kind = progress_kind()
     if kind == "none":
         return function(**arguments, progress=None)
-    words = ProgressWords(unit=unit)
+    words = _StageWords(title, unit)
     if kind == "bar":
         with _bar(title, words) as show:
             return function(**arguments, progress=show)
     lines = PlainLines()
 
-    def tell(done: int, total: int) -> None:
-        text = words(done, total)  # Each call counts: the rate begins with the first.
-        lines.say(lambda: f"{title}: {text}")
+    def tell(done: int, total: int, stage: str = "") -> None:
+        text = words(done, total, stage)  # Each call counts: the rate begins with the first.
+        lines.say(lambda: ": ".join(filter(None, text)))
 
     return function(**arguments, progress=tell)
 
 
+class StagedProgress(Protocol):
+    """A `Progress` that may also be told a stage, whose rate is its own."""
+
+    def __call__(self, done: int, total: int, stage: str = "") -> None:
+        """Take how much is done, of how much, in which stage."""
+
+
+class _StageWords:
+    """Says what is done, and how far it is: a title with its stage, and the words of `ProgressWords`."""
+
+    def __init__(self, title: str, unit: str) -> None:
+        self._title = title
+        self._unit = unit
+        self._stage = ""
+        self._words = ProgressWords(unit=unit)
+
+    def __call__(self, done: int, total: int, stage: str) -> tuple[str, str]:
+        if stage != self._stage:
+            self._stage, self._words = stage, ProgressWords(unit=self._unit)
+        words = self._words(done, total)
+        return (f"{self._title}, {stage}" if stage else self._title), words if done or total else ""
+
+
 @contextmanager
-def _bar(title: str, words: ProgressWords) -> Iterator[Progress]:
+def _bar(title: str, words: _StageWords) -> Iterator[StagedProgress]:
     """Yield what moves a bar on stderr, which is gone in the end."""
     from rich.console import Console
     from rich.progress import BarColumn, TextColumn
     from rich.progress import Progress as Bars
 
     columns: tuple[Any, ...] = (
-        TextColumn(title, markup=False),
+        TextColumn("{task.description}", markup=False),
         BarColumn(),
         TextColumn("{task.fields[words]}", markup=False),
     )
     with Bars(*columns, console=Console(stderr=True, force_terminal=True), transient=True) as bars:
         task = bars.add_task(title, total=None, words="")
-        yield lambda done, total: bars.update(task, completed=done, total=total or None, words=words(done, total))
+
+        def show(done: int, total: int, stage: str = "") -> None:
+            what, far = words(done, total, stage)
+            bars.update(task, description=what, completed=done, total=total or None, words=far)
+
+        yield show

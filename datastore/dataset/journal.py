@@ -10,7 +10,7 @@ whose document or files are not what was written is not done, and is done again.
 
 import logging
 from collections.abc import Callable, Collection, Iterator
-from typing import Literal, TypeVar
+from typing import Any, Literal, TypeVar
 
 import msgspec
 import numpy as np
@@ -43,7 +43,6 @@ __all__ = [
 D = TypeVar("D")
 
 _LOGGER = logging.getLogger(__name__)
-
 
 SourceFormat = Literal[
     "text",
@@ -158,6 +157,9 @@ class Plan(Sealed, frozen=True, kw_only=True):
 
     filters_digest: str = ""
     """Of the filters and what they depend on; empty if there are none."""
+
+    settings: dict[str, Any] = msgspec.field(default_factory=dict)
+    """Those that are not what they are if left out, without credentials; for the card only."""
 
 
 class Journal:

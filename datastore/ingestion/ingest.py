@@ -86,6 +86,8 @@ class _How:
 
 
 def _ingest(sources: Sequence[str], to: str, settings: IngestSettings, how: _How) -> IngestReport:
+    if how.progress is not None:
+        how.progress(IngestProgress.at_first())
     prepared = prepare(sources, to, settings)
     known = prepared.plan.known
     while True:
@@ -128,9 +130,10 @@ def _ingested(prepared: PreparedIngest, to: str, how: _How) -> IngestReport:
             of=len(plan.tasks),
             hint="Do each share again that has failed: `--task i/n`. What is done is not done twice.",
         )
+    tally.commit()
     outcome = unchanged if left else _commit(prepared, done)
     report = _report(prepared, done, outcome, resumed=len(resumed))
-    return replace(report, tasks_open=left, storage=add_statistics((report.storage, tally.storage)))
+    return replace(report, tasks_open=left, cpu_s=tally.cpu_s, storage=add_statistics((report.storage, tally.storage)))
 
 
 def _commit(prepared: PreparedIngest, done: Mapping[str, TaskDone]) -> IngestOutcome:
@@ -225,5 +228,6 @@ def _report(
         overtaken_files=0,
         replaced_documents=outcome.replaced,
         seconds=0.0,
+        cpu_s={},
         storage=prepared.target.storage.statistics(),
     )

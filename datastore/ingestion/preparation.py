@@ -31,7 +31,7 @@ from datastore.ingestion.quality.contamination import Contamination
 from datastore.ingestion.reading.rows import first_schema, is_table, require_rows, rows_schema
 from datastore.ingestion.reading.sources import Listing, Roots, list_sources
 from datastore.ingestion.reading.stored import require_unwritten
-from datastore.ingestion.settings import IngestSettings, filter_identities, filters_digest, reading_digest
+from datastore.ingestion.settings import IngestSettings, filter_identities, filters_digest, noted, reading_digest
 from datastore.ingestion.sinks.chats import PAIRS_SCHEMA
 from datastore.ingestion.sinks.documents import RECORDS_SCHEMA
 from datastore.ingestion.tasks import Job
@@ -121,6 +121,7 @@ def prepare(sources: Sequence[str], to: str, settings: IngestSettings) -> Prepar
     """
     target = open_target(to)
     listing, roots = list_sources(sources, settings, encodes=target.holds_texts() and settings.operation == "append")
+    as_given = noted(settings)
     settings = msgspec.structs.replace(settings, take=listing.take, tokens_key=listing.tokens_key)
     is_chat = settings.take in {"chats", "pairs"}
     if settings.replace and settings.take in {"rows", "tokens"}:
@@ -172,7 +173,8 @@ def prepare(sources: Sequence[str], to: str, settings: IngestSettings) -> Prepar
         restored = plan if any(commit.ingest_id == plan.ingest_id for commit in lost) else None
         again = plan.files if restored else _recognized(plan.files, base, lost, history)
         plan = planned(known=known.union(file.fingerprint for file in again))
-    plan = msgspec.structs.replace(plan, filters_digest=filters_digest(settings, deciding))
+    about = {"filters_digest": filters_digest(settings, deciding), "settings": as_given}
+    plan = msgspec.structs.replace(plan, **about)
     if settings.operation == "append" and not settings.begin_anew:
         target.require_same_filters(plan)
     return PreparedIngest(
@@ -182,7 +184,7 @@ def prepare(sources: Sequence[str], to: str, settings: IngestSettings) -> Prepar
         tokenizer=tokenizer,
         plan=plan,
         changed=changed_since(plan.files, history, in_any_state=settings.replace),
-        restored=restored,
+        restored=msgspec.structs.replace(restored, **about) if restored else None,
         chats=chats,
         identities=found_filters,
         contamination=contamination,

@@ -7,9 +7,9 @@ the place of what it was. The rejects of its earlier state are then over, and no
 import os
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import zip_longest
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 from datastore.dataset.journal import Journal, Plan, TaskDone
 from datastore.dataset.log.commits import CommitLog
@@ -29,6 +29,7 @@ __all__ = [
     "IngestProgress",
     "IngestReport",
     "RejectedRecord",
+    "Stage",
     "Tally",
     "changed_in",
     "filtered_in",
@@ -39,9 +40,15 @@ __all__ = [
 ]
 
 
+Stage = Literal["plan", "work", "commit"]
+
+
 @dataclass(frozen=True, slots=True)
 class IngestProgress:
     """How far an ingest is. What an interrupted run did counts as done."""
+
+    stage: Stage
+    """`plan`: sources are listed, and looked at; `work`; `commit`: all is done, and becomes a version."""
 
     tasks_done: int
     tasks: int
@@ -50,6 +57,11 @@ class IngestProgress:
     documents: int
     tokens: int
     rejects: int
+
+    @classmethod
+    def at_first(cls) -> "IngestProgress":
+        """Return how far it is before anything is known."""
+        return cls("plan", 0, 0, 0, 0, 0, 0, 0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,6 +136,9 @@ class IngestReport:
 
     seconds: float
 
+    cpu_s: Mapping[str, float]
+    """CPU seconds of all tasks that this run did, by what they went into: `read`, `filter`, `encode`, `write`."""
+
     storage: Mapping[str, OperationStatistics]
     """What the storages of sources and dataset were asked for, in all processes, by kind of operation."""
 
@@ -137,7 +152,9 @@ class Tally:
         weights = {order.task_id: source_bytes(order) for order in tasks}
         self._tell = tell
         self.storage: dict[str, OperationStatistics] = {}
+        self.cpu_s: dict[str, float] = {}
         self._now = IngestProgress(
+            stage="work",
             tasks_done=len(done),
             tasks=len(weights),
             source_bytes=sum(weights[task] for task in done),
@@ -153,15 +170,21 @@ class Tally:
         now = self._now
         advance = step if isinstance(step, Advance) else Advance()
         self.storage = add_statistics((self.storage, advance.storage))
-        self._now = IngestProgress(
+        for stage, seconds in advance.cpu_s.items():
+            self.cpu_s[stage] = self.cpu_s.get(stage, 0.0) + seconds
+        self._now = replace(
+            now,
             tasks_done=now.tasks_done + isinstance(step, TaskDone),
-            tasks=now.tasks,
             source_bytes=now.source_bytes + advance.source_bytes,
-            source_bytes_total=now.source_bytes_total,
             documents=now.documents + advance.documents,
             tokens=now.tokens + advance.tokens,
             rejects=now.rejects + advance.rejects,
         )
+        self._pass_on()
+
+    def commit(self) -> None:
+        """Say that all is done, and becomes a version."""
+        self._now = replace(self._now, stage="commit")
         self._pass_on()
 
     def _pass_on(self) -> None:

@@ -6,7 +6,7 @@ not: raising a limit and running again picks up where the refused run ended.
 """
 
 from collections.abc import Sequence
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import msgspec
 
@@ -17,6 +17,7 @@ from datastore.errors import ConfigError
 from datastore.ingestion.quality.chain import AnyFilter, identities
 from datastore.ingestion.quality.contamination import Decontaminate
 from datastore.interop.formats import ImportFormat
+from datastore.storage.urls import strip_credentials
 
 __all__ = [
     "CODE_VERSION",
@@ -27,6 +28,7 @@ __all__ = [
     "Take",
     "filter_identities",
     "filters_digest",
+    "noted",
     "reading_digest",
 ]
 
@@ -142,6 +144,9 @@ class IngestSettings(SettingsDocument, frozen=True, kw_only=True):
     replace: bool = False
     """A file that has changed takes the place of what it was: in the same commit, its earlier documents are deleted."""
 
+    license: str = ""
+    """The licence of the documents, such as `cc-by-4.0` (SPDX); it stands in the dataset's card."""
+
     operation: Operation = "append"
     """`overwrite`: the new version holds the sources and nothing else; what it held can be read in the versions before."""
 
@@ -149,6 +154,7 @@ class IngestSettings(SettingsDocument, frozen=True, kw_only=True):
 _NO_EFFECT = {
     "replace",
     *(
+        "license",
         "tokenizer",
         "encoder",
         "include",
@@ -180,6 +186,39 @@ def reading_digest(
         *([chats] if chats else []),
         *(each.encode() for each in filters),
     )
+
+
+def noted(settings: IngestSettings) -> dict[str, Any]:
+    """Return the settings that are not what they are if left out, without credentials, for who wants to do the same again.
+
+    Not those that only say how this machine works.
+    """
+    return {key: value for key, value in _given(settings).items() if key not in _OF_THE_MACHINE}
+
+
+_OF_THE_MACHINE = {"workers", "begin_anew", "encoder"}
+
+
+def _given(value: Any) -> Any:
+    """Return `value` as JSON has it: of documents what is not as it is if left out, of URLs no credentials."""
+    if isinstance(value, msgspec.Struct):
+        tag = value.__struct_config__.tag
+        fields = {
+            each.name: getattr(value, each.name) for each in msgspec.structs.fields(value) if _is_given(value, each)
+        }
+        return ({str(value.__struct_config__.tag_field): tag} if tag else {}) | {
+            k: _given(v) for k, v in fields.items()
+        }
+    if isinstance(value, str):
+        return strip_credentials(value) if "://" in value else value
+    if isinstance(value, dict):
+        return {key: _given(each) for key, each in value.items()}
+    return [_given(each) for each in value] if isinstance(value, list | tuple) else value
+
+
+def _is_given(record: msgspec.Struct, field: msgspec.structs.FieldInfo) -> bool:
+    default = field.default_factory() if field.default_factory is not msgspec.NODEFAULT else field.default
+    return bool(getattr(record, field.name) != default)
 
 
 def filter_identities(settings: IngestSettings) -> tuple[str, ...]:

@@ -4,6 +4,7 @@ read -> filter -> tokenize -> shard -> write, over batches of documents. Where i
 else changes nothing about the bytes that it stores.
 """
 
+import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from functools import cached_property
@@ -38,6 +39,7 @@ from datastore.ingestion.reading.listing import SkipReason
 from datastore.ingestion.reading.rows import read_rows
 from datastore.ingestion.reading.sources import Roots
 from datastore.ingestion.reading.stored import StoredTexts
+from datastore.ingestion.reading.streams import StoredBytes
 from datastore.ingestion.settings import IngestSettings
 from datastore.ingestion.sinks.chats import ChatShards, PairShards
 from datastore.ingestion.sinks.documents import CopiedRows, CopiedTokens, CopySink, RecordShards, ShardSink, TokenShards
@@ -88,6 +90,8 @@ class Advance(Document, frozen=True, kw_only=True, tag=True):
     rejects: int = 0
     storage: dict[str, OperationStatistics] = msgspec.field(default_factory=dict)
     """What storages were asked for since the step that last said so; at the end of each task."""
+    cpu_s: dict[str, float] = msgspec.field(default_factory=dict)
+    """CPU seconds of a task at its end, by what they went into: `read` (with JSON and the like), `filter`, `encode`, `write`."""
 
 
 Report = Callable[[Advance], None]
@@ -141,8 +145,10 @@ class TaskRunner:
             StorageError: a source cannot be read, or the dataset not be written.
         """
         copies = self.job.settings.take in {"rows", "tokens"}
-        done = self._copy(order, report) if copies else self._encode(order, report)
-        report(Advance(storage=self._spent()))
+        started = time.process_time()
+        done, spent = self._copy(order, report) if copies else self._encode(order, report)
+        read_s = time.process_time() - started - sum(spent.values())
+        report(Advance(storage=self._spent(), cpu_s={"read": read_s} | spent))
         return done
 
     def _spent(self) -> dict[str, OperationStatistics]:
@@ -152,15 +158,15 @@ class TaskRunner:
         self._told = now
         return spent
 
-    def _encode(self, order: WorkItem, report: Report) -> TaskDone:
-        """Take text; otherwise as `work`."""
+    def _encode(self, order: WorkItem, report: Report) -> tuple[TaskDone, dict[str, float]]:
+        """Take text; otherwise as `work`. Return also the CPU seconds of all but reading."""
         settings = self.job.settings
         sieve = Sieve(self.chain, samples=settings.trace_filters) if self.chain else None
         run = _Run(
             self._sink(order),
             report,
             settings=settings,
-            stored=_Stored(source_bytes(order), self._read_bytes),
+            stored=StoredBytes(source_bytes(order), self._read_bytes),
             sieve=sieve,
         )
         for file, start, stop in order.parts:
@@ -186,7 +192,8 @@ class TaskRunner:
         )
         if sieve and (samples := sieve.encode_samples()):
             self.journal.put_samples(order.task_id, samples)
-        return self.journal.finish(done, rejects=encode_rejects(run.kept), ids=run.ids() if run.named else b"")
+        kept = self.journal.finish(done, rejects=encode_rejects(run.kept), ids=run.ids() if run.named else b"")
+        return kept, run.spent_s
 
     def _read_bytes(self) -> int:
         """Return how many bytes of sources this process has read."""
@@ -201,8 +208,8 @@ class TaskRunner:
         folder = self._folders.setdefault(url, open_storage(url))
         return read_documents(folder, key, file=file, span=span, settings=self.job.settings)
 
-    def _copy(self, order: WorkItem, report: Report) -> TaskDone:
-        """Take over rows or tokens; otherwise as `work`."""
+    def _copy(self, order: WorkItem, report: Report) -> tuple[TaskDone, dict[str, float]]:
+        """Take over rows or tokens; otherwise as `_encode`."""
         sink = self._copy_sink(order)
         schema = decode_schema(self.job.record_schema) if self.job.record_schema else None
         copied = 0
@@ -234,7 +241,7 @@ class TaskRunner:
             ids_digest="",
             encoder="",
         )
-        return self.journal.finish(done, rejects=b"", ids=b"")
+        return self.journal.finish(done, rejects=b"", ids=b""), {"write": sink.write_s}
 
     def _copy_sink(self, order: WorkItem) -> CopySink:
         job = self.job
@@ -257,23 +264,6 @@ class TaskRunner:
         )
 
 
-class _Stored:
-    """How many stored bytes of a task have been read: of a compressed file, fewer than its text has."""
-
-    def __init__(self, total_bytes: int, read_bytes: Callable[[], int]) -> None:
-        self.left_bytes = total_bytes
-        self._read_bytes = read_bytes
-        self._seen = read_bytes()
-
-    def advance(self, *, otherwise: int) -> int:
-        """Return what was read since the last time; or `otherwise`, where nobody counts. Never more than there is."""
-        now = self._read_bytes()
-        step = min(now - self._seen if now else otherwise, self.left_bytes)
-        self._seen = now
-        self.left_bytes -= step
-        return step
-
-
 class _Run:
     """What one task has found so far. Invariant: `documents`, `text_bytes` and `digests` count what `sink` has taken."""
 
@@ -283,7 +273,7 @@ class _Run:
         report: Report,
         *,
         settings: IngestSettings,
-        stored: "_Stored",
+        stored: StoredBytes,
         sieve: Sieve | None,
     ) -> None:
         self.sink = sink
@@ -304,6 +294,14 @@ class _Run:
         self._batch: list[TextRecord] = []
         self._batch_bytes = 0
         self._stored = stored
+        self._encode_s = 0.0
+        self._filter_s = 0.0
+
+    @property
+    def spent_s(self) -> dict[str, float]:
+        """CPU seconds by what they went into, but for reading."""
+        found = {"filter": self._filter_s, "encode": self._encode_s, "write": self.sink.write_s}
+        return {name: seconds for name, seconds in found.items() if seconds}
 
     def take(self, found: TextRecord | Reject | SkipReason) -> None:
         """Take what was read."""
@@ -328,8 +326,13 @@ class _Run:
         return np.frombuffer(b"".join(self.digests), dtype=">u8").astype("<u8").tobytes()
 
     def _encode_batch(self) -> None:
-        before = self.sink.tokens
-        taken, refused = self.sink.add(self._filtered() if self._sieve else self._batch)
+        before, written_s = self.sink.tokens, self.sink.write_s
+        started = time.process_time()
+        batch = self._filtered() if self._sieve else self._batch
+        filtered = time.process_time()
+        taken, refused = self.sink.add(batch)
+        self._filter_s += filtered - started if self._sieve else 0.0
+        self._encode_s += time.process_time() - filtered - (self.sink.write_s - written_s)
         self.documents += len(taken)
         sizes = [len(record.text) if record.text.isascii() else len(record.text.encode()) for record in taken]
         self.text_bytes += sum(sizes)

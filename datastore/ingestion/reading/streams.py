@@ -5,7 +5,7 @@ past its end. So over any cuts every record is read exactly once, whoever reads 
 separator and one partial record read twice per cut.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from itertools import pairwise
 from typing import NamedTuple
 
@@ -16,6 +16,7 @@ from datastore.storage.base import Storage
 __all__ = [
     "HEAD_BYTES",
     "RecordPiece",
+    "StoredBytes",
     "can_be_cut",
     "cut_evenly",
     "lookback",
@@ -144,3 +145,20 @@ class _Scan:
 
     def _cut_head(self, data: bytes) -> bytes:
         return data[: min(HEAD_BYTES, self.limit_bytes)]
+
+
+class StoredBytes:
+    """How many stored bytes of a task have been read: of a compressed file, fewer than its text has."""
+
+    def __init__(self, total_bytes: int, read_bytes: Callable[[], int]) -> None:
+        self.left_bytes = total_bytes
+        self._read_bytes = read_bytes
+        self._seen = read_bytes()
+
+    def advance(self, *, otherwise: int) -> int:
+        """Return what was read since the last time; or `otherwise`, where nobody counts. Never more than there is."""
+        now = self._read_bytes()
+        step = min(now - self._seen if now else otherwise, self.left_bytes)
+        self._seen = now
+        self.left_bytes -= step
+        return step

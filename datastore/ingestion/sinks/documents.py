@@ -8,6 +8,7 @@ it, for what a tool has written it has written on purpose. Tokens are as wide as
 one, each shard is as wide as the largest id in it, which a reader does not notice.
 """
 
+import time
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import Any
@@ -66,15 +67,19 @@ class Sink(ABC):
         self.tokens = 0
         self.escaped = 0
         """Chats in which a special token was spelled."""
+        self.write_s = 0.0
+        """CPU seconds that storing took so far."""
         self._task_id = task_id
         self._shard_bytes = shard_bytes
         self._collected_bytes = 0
 
     def flush(self) -> None:
         """Store what is left."""
+        started = time.process_time()
         while self._collected():
             self.shards.append(self._store(shard_uid(self._task_id, len(self.shards))))
         self._collected_bytes = 0
+        self.write_s += time.process_time() - started
 
     def _take(self, *, documents: int, tokens: int, size_bytes: int) -> None:
         """Count what was collected, and store it if that is enough."""

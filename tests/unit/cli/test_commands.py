@@ -28,7 +28,7 @@ def commands(group: click.Group, path: tuple[str, ...] = ()) -> Iterator[tuple[t
 
 
 COMMANDS = dict(commands(cli))
-REPORTING = [path for path in COMMANDS if path != ("tag",)]
+REPORTING = [path for path in COMMANDS if path not in {("tag",), ("card",)}]  # A card is Markdown already.
 
 FLAGS = {
     "export": "column format shard-bytes to",
@@ -45,6 +45,7 @@ FLAGS = {
     "verify": "deep sample seed",
     "tag": "delete replace",
     "log": "limit",
+    "card": "to",
     "diff": "documents limit",
     "expire": "dry-run keep older-than",
     "vacuum": "delete older-than",

@@ -2,6 +2,7 @@
 
 import io
 import sys
+from typing import Any
 
 import click
 import pytest
@@ -131,6 +132,23 @@ def test_a_line_is_printed_when_ten_seconds_are_over(capsys: pytest.CaptureFixtu
         clock.now = now
         lines.say(lambda: f"at {clock.now:g}")
     assert capsys.readouterr().err == "at 110\nat 120\n"
+
+
+def test_each_stage_has_a_rate_of_its_own(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr("datastore.cli.output.LINE_EVERY_S", 0.0)
+    monkeypatch.setattr("datastore.cli.output.progress_kind", lambda: "plain")
+
+    def work(*, progress: Any) -> None:
+        progress(0, 0, "looking")
+        progress(10, 100)
+        progress(100, 100, "ending")
+
+    with_progress("job", work, unit="files")
+    assert capsys.readouterr().err.splitlines() == [
+        "job, looking",
+        "job: 10 files of 100 files (10%)",
+        "job, ending: 100 files of 100 files (100%)",
+    ]
 
 
 def count_to_ten(*, progress: Progress | None, by: int) -> int:

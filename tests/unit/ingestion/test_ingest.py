@@ -4,6 +4,7 @@ import gzip
 import json
 import os
 import random
+import time
 from collections.abc import Callable
 from dataclasses import astuple
 from itertools import pairwise
@@ -460,8 +461,21 @@ def test_progress_runs_from_nothing_to_everything(run: Ingester, src: Path) -> N
     last = seen[-1]
     assert (last.tasks_done, last.source_bytes) == (last.tasks, last.source_bytes_total)
     assert (last.documents, last.tokens) == (12, run.open().totals.tokens)
-    for before, after in pairwise(map(astuple, seen)):
+    for before, after in pairwise(astuple(now)[1:] for now in seen):
         assert all(a <= b for a, b in zip(before, after, strict=True))
+    assert list(dict.fromkeys(now.stage for now in seen)) == ["plan", "work", "commit"]
+
+
+def test_the_report_says_what_the_processor_was_busy_with(run: Ingester, src: Path) -> None:
+    started = time.process_time()
+    report = ingest([str(src)], run.url, settings=IngestSettings(**run.base | {"workers": 1}))
+    whole_s = time.process_time() - started
+    assert report.cpu_s.keys() == (
+        {"read", "encode", "write"} if report.kind == "tokens" else {"read", "write", "encode"}
+    )
+    assert all(seconds >= 0 for seconds in report.cpu_s.values())
+    assert 0 < sum(report.cpu_s.values()) <= whole_s
+    assert ingest([str(src)], run.url, settings=IngestSettings(**run.base)).cpu_s == {}
 
 
 def test_an_interrupted_ingest_goes_on_where_it_was(run: Ingester, src: Path, tmp_path: Path) -> None:
@@ -478,7 +492,7 @@ def test_an_interrupted_ingest_goes_on_where_it_was(run: Ingester, src: Path, tm
     seen: list[IngestProgress] = []
     report = ingest([str(src)], run.url, settings=settings, progress=seen.append)
     assert report.tasks_resumed == 2
-    assert seen[0].tasks_done == 2
+    assert (seen[0].stage, seen[1].tasks_done) == ("plan", 2)
     assert (seen[-1].tasks_done, seen[-1].source_bytes) == (seen[-1].tasks, seen[-1].source_bytes_total)
     run.url = str(tmp_path / "undisturbed")
     run(src)

@@ -5,6 +5,7 @@ import shutil
 from collections import Counter
 from pathlib import Path
 
+import msgspec
 import pytest
 
 from datastore.dataset.journal import Journal
@@ -12,6 +13,7 @@ from datastore.dataset.operations.compact import compact
 from datastore.dataset.snapshot import open_dataset
 from datastore.ingestion.encoding.tokenizer import TokenizerSettings, train_tokenizer
 from datastore.ingestion.ingest import ingest
+from datastore.ingestion.quality.plain import Length
 from datastore.ingestion.report import IngestReport
 from datastore.ingestion.settings import IngestSettings
 
@@ -70,6 +72,20 @@ def test_the_same_ingest_adds_nothing_and_makes_its_plan_again(ground: Ground, s
     plan = Journal(open_dataset(ground.to).storage, first.ingest_id).find_plan()
     assert plan is not None
     assert [file.path for file in plan.files] == ["src/a.txt", "src/b.txt", "src/c.txt"]
+
+
+def test_a_plan_made_again_knows_filters_and_settings(ground: Ground) -> None:
+    filters = (Length(min_words=5),)
+    ground.settings = msgspec.structs.replace(ground.settings, take="text", filters=filters)
+    first = ground.run()
+    journal = Journal(open_dataset(ground.to).storage, first.ingest_id)
+    before = journal.find_plan()
+    assert before is not None
+    assert before.filters_digest
+    assert before.settings["filters"] == [{"use": "length", "min_words": 5}]
+    lose(ground.journal(first))
+    assert not ground.run().added
+    assert journal.find_plan() == before
 
 
 @pytest.mark.parametrize("spoil", [lose, damage])
