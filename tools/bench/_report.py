@@ -7,9 +7,10 @@ under a second name: that A/A line is the noise, and a difference smaller than i
     each line: median time, rate, median of per-round ratios, [middle 90 % of them]
 
 A ratio above 1 is faster than the reference. Seconds are wall or CPU, as `clock` says; CPU counts all threads of this
-process and every child that has ended.
+process and every child that has ended and was waited for; see `adopt_orphans`.
 """
 
+import ctypes
 import os
 import platform
 import resource
@@ -18,11 +19,22 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, Self
 
-__all__ = ["Alternative", "Line", "Sample", "Work", "compare", "machine", "stopwatch"]
+__all__ = [
+    "Alternative",
+    "Line",
+    "Sample",
+    "Work",
+    "adopt_orphans",
+    "compare",
+    "machine",
+    "stopwatch",
+    "wait_for_orphans",
+]
 
 Clock = Literal["wall", "cpu"]
 
@@ -111,6 +123,19 @@ def machine() -> str:
     """Return processor, cores, Python version and git commit, for the head of a table."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     return f"{_processor()}, {cores} cores, Python {platform.python_version()}, {_commit()}"
+
+
+def adopt_orphans() -> None:
+    """Let this process be the parent of all that its children leave behind, so that `wait_for_orphans` can count their time. Linux."""
+    if sys.platform.startswith("linux"):
+        ctypes.CDLL(None).prctl(36, 1, 0, 0, 0)  # PR_SET_CHILD_SUBREAPER
+
+
+def wait_for_orphans() -> None:
+    """Wait until every child has ended, adopted ones too. What no one waits for counts for nobody: workers of a fork server, for one."""
+    with suppress(ChildProcessError):
+        while True:
+            os.wait()
 
 
 def _take(alternative: Alternative) -> Sample:
