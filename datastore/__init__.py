@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from datastore.dataset.operations.evolve import evolve
     from datastore.dataset.operations.expire import expire
     from datastore.dataset.operations.purge.purge import purge
+    from datastore.dataset.operations.undelete import undelete
     from datastore.dataset.operations.vacuum import vacuum
     from datastore.dataset.roots import place_dataset as place
     from datastore.dataset.snapshot import Dataset
@@ -144,6 +145,7 @@ _HOMES = {
     "trace": ("datastore.training.run.audit", "trace"),
     "train": ("datastore.training.start", "train"),
     "train_tokenizer": ("datastore.ingestion.encoding.tokenizer", "train_tokenizer"),
+    "undelete": ("datastore.dataset.operations.undelete", "undelete"),
     "vacuum": ("datastore.dataset.operations.vacuum", "vacuum"),
     "verify": ("datastore.dataset.durability.verify", "verify"),
     "record_writer": ("datastore.ingestion.writers.records", "record_writer"),
@@ -224,6 +226,7 @@ __all__ = [
     "trace",
     "train",
     "train_tokenizer",
+    "undelete",
     "vacuum",
     "verify",
 ]

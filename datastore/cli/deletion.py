@@ -115,6 +115,35 @@ def delete(
 
 
 @click.command(
+    short_help="Bring back what one version deleted.",
+    epilog=example("datastore undelete data/code --of 2 --dry-run"),
+)
+@URL
+@click.option(
+    "--of", type=click.IntRange(min=1), required=True, metavar="VERSION", help="The version that deleted them."
+)
+@click.option("--dry-run", is_flag=True, help="Only say what would come back.")
+@json_option
+def undelete(*, url: str, of: int, dry_run: bool, as_json: bool) -> None:
+    """Bring the documents back, in a new version of the dataset at URL, that version VERSION deleted.
+
+    A delete, a dedup, or an ingest with --replace: what was added or deleted since stays so. What was purged, or left out by a
+    compact, is gone.
+    """
+    from datastore.dataset.operations.undelete import undelete as bring_back
+
+    report = bring_back(url, of=of, dry_run=dry_run)
+    if as_json:
+        say_json(report)
+        return
+    verb = "would be back" if dry_run else "are back"
+    done = f" in version {report.version}" if report.committed else ""
+    say(f"{report.documents:,} documents ({report.tokens:,} tokens) {verb}{done}")
+    if report.gone:
+        say(f"{report.gone:,} more are back already, or gone for good")
+
+
+@click.command(
     short_help="Remove deleted documents for good, with a certificate.",
     epilog=example("datastore purge data/code --source 'src/json/_*' --dry-run"),
 )
@@ -274,4 +303,4 @@ def dedup(*, url: str, dry_run: bool, as_json: bool, **options: Any) -> None:
         say(f"{report.url}, version {report.version}")
 
 
-COMMANDS = (delete, purge, compact, dedup)
+COMMANDS = (delete, undelete, purge, compact, dedup)

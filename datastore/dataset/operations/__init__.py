@@ -4,6 +4,7 @@ transaction   what all share: open, build, check that nobody interfered, publish
 append        shards become visible
 selection     which documents are meant
 delete        documents leave the version
+undelete      and come back
 purge         deleted documents leave the disk, with a certificate
 compact       small shards become large ones
 evolve        columns of records are added, dropped, renamed

@@ -46,6 +46,7 @@ FLAGS = {
     "tag": "delete replace",
     "log": "limit",
     "card": "to",
+    "undelete": "dry-run of",
     "diff": "documents limit",
     "expire": "dry-run keep older-than",
     "vacuum": "delete older-than",
