@@ -158,7 +158,6 @@ def _bits(tensor: torch.Tensor) -> torch.Tensor:
 def _read(storage: Storage, whole: WholeStep, name: str, spec: TensorSpec) -> torch.Tensor:
     target = torch.empty(spec.shape, dtype=DTYPES[spec.dtype])
     reader = Reader(storage, transfers_of({name: target}, whole.parts), threads=_THREADS)
-    reader.verify()
     reader.deliver()
     return target
 

@@ -119,7 +119,7 @@ class Supervisor(Observer):
         if self._trainer.ranks.least(self._checkpointer.latest() or 0) == 0:
             return ""
         shared, note, partial = self._restorable(self._checkpointer.steps()[-1])
-        found = self._checkpointer.restore(shared, agree=self._trainer.ranks.least, partial=partial)
+        found = self._checkpointer.restore(shared, agree=self._trainer.ranks.least, partial=partial, fresh=True)
         if note:
             self._trainer.strategy.begin_anew()
         self._trainer.state.step = found.step

@@ -249,9 +249,7 @@ class DcpReader(StorageReader):
             else:
                 values.append(item)
         self._check_dtypes(targets)
-        reader = self._reader(targets)
-        reader.verify()
-        reader.deliver()
+        self._reader(targets).deliver()
         for item, target in targets:
             planner.commit_tensor(item, target)
         for item in values:

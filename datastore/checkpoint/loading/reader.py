@@ -2,7 +2,8 @@
 
 First pass: each chunk that this rank needs is hashed and compared. Second pass, once all ranks have said yes: the
 bytes are copied into the tensors, and what has been copied is hashed once more, because they come from the disk again.
-Remote parts are kept in memory between the passes (see `sources.py`).
+Remote parts are kept in memory between the passes (see `sources.py`). Where what is overwritten is worth nothing, the second
+pass alone is enough: it checks every chunk, too.
 
 The layouts of what was saved and of what is here need not be related: whatever a saved box and a local box have in common
 is one transfer. A tensor that was saved by eight ranks is read by one, or by three, in the same way.
@@ -10,6 +11,7 @@ is one transfer. A tensor that was saved by eight ranks is read by one, or by th
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TypeVar
 
 import torch
@@ -62,32 +64,53 @@ class Transfer:
 
 
 class Reader:
-    """Carries out transfers from one storage: `verify` first, then `deliver`, each with `threads` threads."""
+    """Carries out transfers from one storage: `verify`, if nothing may be touched before, then `deliver`; with `threads` threads."""
 
     def __init__(self, storage: Storage, transfers: Iterable[Transfer], *, threads: int) -> None:
         self._transfers = [transfer for transfer in transfers if transfer.box.elements]
         self._sources = Sources(storage)
         self._threads = threads
+        self._fetched = False
 
-    def verify(self) -> int:
-        """Check every chunk that is needed; return their bytes.
+    @cached_property
+    def _chunks(self) -> list[Chunk]:
+        return sorted({chunk for transfer in self._transfers for chunk in transfer.chunks})
+
+    @property
+    def size_bytes(self) -> int:
+        """Bytes of the chunks that are needed."""
+        return sum(chunk.size_bytes for chunk in self._chunks)
+
+    def fetch(self) -> None:
+        """Bring what is remote into memory, not verified, unless it is there.
+
+        Raises:
+            CorruptError, MissingError: a part is too short or gone; no target has been touched.
+            StorageError: the storage failed.
+        """
+        if not self._fetched:
+            self._sources.fetch(self._chunks)
+            self._fetched = True
+
+    def verify(self) -> None:
+        """Check every chunk that is needed.
 
         Raises:
             CorruptError: bytes do not match; no target has been touched.
             StorageError: the storage failed.
         """
-        chunks = sorted({chunk for transfer in self._transfers for chunk in transfer.chunks})
-        self._sources.fetch(chunks)
-        each(self._sources.check, list(_tasks((chunk, chunk.size_bytes) for chunk in chunks)), threads=self._threads)
-        return sum(chunk.size_bytes for chunk in chunks)
+        self.fetch()
+        tasks = list(_tasks((chunk, chunk.size_bytes) for chunk in self._chunks))
+        each(self._sources.check, tasks, threads=self._threads)
 
     def deliver(self) -> None:
-        """Fill the targets; every chunk is checked once more.
+        """Fill the targets; every chunk is checked as it arrives.
 
         Raises:
-            CorruptError: bytes changed since they were verified; targets are partly overwritten.
+            CorruptError: bytes are not those that were written; targets are partly overwritten.
             StorageError: the storage failed; targets are partly overwritten.
         """
+        self.fetch()
         whole: list[tuple[Chunk, Bytes]] = []
         other: list[Transfer] = []
         for transfer in self._transfers:

@@ -8,6 +8,10 @@
        the second time. If it fails, what is in memory is damaged until an earlier step has been loaded.
 
 What is asked for by number is never replaced by another step.
+
+A program that has just started has nothing to lose, and says so (`fresh`): then chunks are verified once, as they arrive in the
+tensors, and the first vote is on the documents alone. If a chunk is bad the step before is loaded over what is there; if no step
+is sound, the error says that the state is damaged.
 """
 
 from collections.abc import Callable, Mapping
@@ -92,12 +96,17 @@ class _Plan:
 class Restorer:
     """Loads steps into the items of one rank. All ranks make the same calls."""
 
-    def __init__(self, member: SavingRank, items: Mapping[str, Any], *, agree: Agree, partial: bool) -> None:
+    def __init__(
+        self, member: SavingRank, items: Mapping[str, Any], *, agree: Agree, partial: bool, fresh: bool = False
+    ) -> None:
         self._member = member
         self._log = StepLog(member.storage)
         self._targets = [target_of(name, item, member.rank) for name, item in items.items()]
         self._agree = agree
         self._partial = partial
+        self._fresh = fresh
+        self._spoiled = False
+        """Whether a step that turned out to be damaged is partly in the items."""
 
     def newest(self) -> tuple[Restored, WholeStep]:
         """Load the newest step that every rank can verify.
@@ -130,6 +139,9 @@ class Restorer:
             ConflictError: the ranks see different saves of the step.
         """
         found, error = self._attempt(step)
+        if found is None and self._fresh and self._spoiled:
+            hint = "What is in memory is partly overwritten: restore another step before you use it."
+            raise CorruptError(error.fact, hint=hint, **error.values)
         if found is None:
             raise error
         return found
@@ -142,6 +154,8 @@ class Restorer:
             return MissingError("the run has no checkpoint", url=self._log.url, hint="Check the URL, or start anew.")
         reasons = [f"step {damaged.step}: {damaged.reason}" for damaged in passed]
         hint = "Restore the files named from a copy."
+        if self._spoiled:
+            hint += " What is in memory is partly overwritten: start again before you use it."
         return CorruptError("no checkpoint of the run is sound", url=self._log.url, steps=reasons, hint=hint)
 
     def _attempt(self, step: int) -> tuple[tuple[Restored, WholeStep] | None, Damage]:
@@ -155,6 +169,9 @@ class Restorer:
             hint = "Another process group is saving to this run; stop it."
             raise ConflictError("the ranks see different saves of one step", step=step, save=commit.save_id, hint=hint)
         done, error = self._together(lambda: self._loaded(plan))
+        self._spoiled |= done is None
+        if done is None and self._fresh:
+            return None, error
         if done is None:
             fact = f"the state in memory is partly overwritten by a step that changed while it was read: {error.fact}"
             _LOGGER.error("%s", fact)
@@ -181,7 +198,7 @@ class Restorer:
         return (result if verdict == _SOUND else None), error
 
     def _verified(self, step: int) -> _Plan:
-        """Return the plan for `step`; every byte this rank needs has been verified, nothing has been written."""
+        """Return the plan for `step`; nothing has been written, and unless all is fresh, every byte this rank needs has been verified."""
         whole = self._log.read_whole(step)
         self._refuse(self._problems(whole.commit), step)
         items = whole.commit.items
@@ -192,10 +209,14 @@ class Restorer:
         direct = {name: tensor for name, tensor in flat.items() if name not in apart}
         self._refuse(untied(direct, whole.parts), step)
         reader, more = self._reader(direct, whole), self._reader(apart, whole)
-        size_bytes = reader.verify() + more.verify()
-        more.deliver()
+        reader.fetch()
+        more.fetch()
+        if not self._fresh:
+            reader.verify()
+            more.verify()
+        more.deliver()  # Into tensors of its own.
         self._refuse(contradictions(beside), step)
-        return _Plan(whole, reader, beside, destinations, size_bytes)
+        return _Plan(whole, reader, beside, destinations, reader.size_bytes + more.size_bytes)
 
     def _reader(self, tensors: dict[str, torch.Tensor], whole: WholeStep) -> Reader:
         transfers = transfers_of(tensors, whole.parts)

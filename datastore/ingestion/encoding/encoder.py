@@ -29,6 +29,10 @@ __all__ = ["Counts", "Encoded", "TextEncoder"]
 Counts = npt.NDArray[np.int64]
 
 
+_FEW = 8
+"""So many special tokens are compared one by one."""
+
+
 @dataclass(frozen=True, slots=True)
 class Encoded:
     """Documents as tokens."""
@@ -59,8 +63,8 @@ class TextEncoder:
         self.end_of_text = facts.end_of_text
         self.vocab_size = facts.vocab_size
         self.dtype = token_dtype(self.vocab_size)
-        self._special = np.zeros(self.vocab_size, dtype=bool)
-        self._special[[*special_tokens(tokenizer), self.end_of_text]] = settings.special_tokens != "allow"
+        never = {*special_tokens(tokenizer), self.end_of_text} if settings.special_tokens != "allow" else set[int]()
+        self._special = np.array(sorted(never), dtype=np.uint32)
         tokenizer.encode_special_tokens = settings.special_tokens == "escape"
         self._encoder: Encoder = ReferenceEncoder(tokenizer, parallel=parallel)
         if settings.special_tokens != "allow" and settings.encoder != "tokenizers":
@@ -100,13 +104,21 @@ class TextEncoder:
     def _faults(self, values: Ids, counts: Counts) -> dict[int, Reason]:
         ends = np.cumsum(counts)
         found: dict[int, Reason] = dict.fromkeys(np.flatnonzero(counts == 1).tolist(), "no_tokens")
-        beyond = values >= self.vocab_size
-        special = self._special[np.where(beyond, 0, values) if beyond.any() else values]
+        special = self._is_special(values)
         special[ends - 1] = False
         if special.any():
             found.update(dict.fromkeys(_holders(ends, special), "special_token"))
-        if beyond.any():
-            found.update(dict.fromkeys(_holders(ends, beyond), "token_out_of_range"))
+        if int(values.max(initial=0)) >= self.vocab_size:
+            found.update(dict.fromkeys(_holders(ends, values >= self.vocab_size), "token_out_of_range"))
+        return found
+
+    def _is_special(self, values: Ids) -> npt.NDArray[np.bool_]:
+        """Return which of `values` are of no text. One comparison each takes a tenth of a lookup."""
+        if self._special.size > _FEW:
+            return np.isin(values, self._special, kind="table")
+        found = np.zeros(values.shape, np.bool_)
+        for each in self._special:
+            found |= values == each
         return found
 
 

@@ -154,7 +154,7 @@ def _restore(storage: Storage, items: dict[str, Any], *, step: int | None) -> Re
             raise MissingError(
                 "the run has no checkpoint yet", url=storage.url, hint="Let it train until the first one."
             )
-        return checkpointer.restore(items, step="latest" if step is None else step, partial=True)
+        return checkpointer.restore(items, step="latest" if step is None else step, partial=True, fresh=True)
 
 
 def _tokenizer(config: RunConfig) -> bytes | None:

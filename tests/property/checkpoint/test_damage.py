@@ -17,6 +17,7 @@ from datastore.checkpoint.format.manifest import Chunk
 from datastore.checkpoint.loading.sources import Sources
 from datastore.errors import CorruptError, DatastoreError
 from datastore.storage.backends.local import LocalStorage
+from datastore.storage.resolve import open_storage
 
 OLDER, NEWER = 10, 20
 BEFORE = -1.0
@@ -67,7 +68,10 @@ def files_of(folder: Path, step: int) -> list[Path]:
 
 
 def check_it_is_found(run: Path, damaged: Path, caplog: pytest.LogCaptureFixture) -> None:
-    """Restoring the damaged step by number fails and touches nothing; restoring the newest falls back, loudly."""
+    """Restoring the damaged step by number fails and touches nothing; restoring the newest falls back, loudly.
+
+    So it does where nothing is worth anything yet, and every chunk is verified only once.
+    """
     caplog.clear()
     target = items(BEFORE)
     with Checkpointer(run) as ck:
@@ -76,8 +80,12 @@ def check_it_is_found(run: Path, damaged: Path, caplog: pytest.LogCaptureFixture
         assert untouched(target)
         assert ck.verify(NEWER).bad, damaged
         info = ck.restore(target)
+        fresh = items(BEFORE)
+        assert [bad.step for bad in ck.restore(fresh, fresh=True).fell_back] == [NEWER]
+        with pytest.raises(CorruptError):
+            ck.restore(items(BEFORE), step=NEWER, fresh=True)
     assert info.step == OLDER
-    assert all_values(target) == {float(OLDER)}
+    assert all_values(target) == all_values(fresh) == {float(OLDER)}
     assert [bad.step for bad in info.fell_back] == [NEWER]
     assert any(
         "FALLING BACK" in record.message.upper() for record in caplog.records if record.levelno == logging.WARNING
@@ -175,6 +183,41 @@ def test_if_no_step_is_sound_every_reason_is_told_and_nothing_is_touched(run: Pa
         ck.restore(target)
     assert all(f"step {step}: a file of a committed step is missing" in str(caught.value) for step in (OLDER, NEWER))
     assert untouched(target)
+
+
+def test_where_all_is_fresh_an_error_says_that_it_is_spoiled_only_if_it_is(run: Path) -> None:
+    part = next(run.glob(f"parts/{NEWER:010d}-*.safetensors"))
+    raw = bytearray(part.read_bytes())
+    raw[-1] ^= 1
+    part.write_bytes(raw)
+    with Checkpointer(run) as ck:
+        with pytest.raises(CorruptError, match=r"does not match its digest.*partly overwritten: restore another step"):
+            ck.restore(items(BEFORE), step=NEWER, fresh=True)
+        next(run.glob(f"parts/{OLDER:010d}-*.safetensors")).unlink()
+        with pytest.raises(CorruptError, match=r"no checkpoint of the run is sound.*partly overwritten: start again"):
+            ck.restore(items(BEFORE), fresh=True)
+        part.unlink()
+        target = items(BEFORE)
+        with pytest.raises(CorruptError, match="no checkpoint of the run is sound") as caught:
+            ck.restore(target, fresh=True)
+        assert "partly overwritten" not in str(caught.value)
+        assert untouched(target)
+
+
+def test_where_all_is_fresh_each_chunk_is_read_once(run: Path) -> None:
+    def read_bytes(*, fresh: bool) -> int:
+        storage = open_storage(run)
+        target = items(BEFORE)
+        with Checkpointer(storage) as ck:
+            ck.restore(target, fresh=fresh)
+        assert all_values(target) == {float(NEWER)}
+        return storage.statistics()["read_into"].bytes
+
+    tensors = sum(
+        value.nbytes for item in items(0.0).values() for value in item.values() if isinstance(value, torch.Tensor)
+    )
+    assert read_bytes(fresh=False) >= 2 * tensors
+    assert tensors <= read_bytes(fresh=True) < 1.5 * tensors
 
 
 @settings(max_examples=30, deadline=None, suppress_health_check=FIXTURES)

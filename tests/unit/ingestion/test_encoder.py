@@ -194,6 +194,23 @@ def test_a_pattern_that_one_does_not_know_goes_to_the_next(raw: bytes) -> None:
     assert np.array_equal(fast.encode(texts).values, slow.encode(texts).values)
 
 
+@with_gigatoken
+@with_fastokens
+def test_what_gigatoken_is_not_trusted_with_goes_to_fastokens_in_a_version_that_agrees(
+    raw: bytes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    texts = ["plain", "new \U0001fae8 \u088f", "none \U000e0fff"]
+    slow = ReferenceEncoder(escaping(raw), parallel=False)
+    fast = open_fast(raw, slow, escape=True)
+    assert fast is not None
+    assert (fast.name, fast.others.name) == ("gigatoken", "fastokens")
+    assert [ids.tolist() for ids in fast.encode(texts)] == [ids.tolist() for ids in slow.encode(texts)]
+    monkeypatch.setattr("datastore.ingestion.encoding.fast._AGREED", set())
+    careful = open_fast(raw, slow, escape=True)
+    assert careful is not None
+    assert careful.others is slow
+
+
 @pytest.mark.parametrize("encoder", FAST)
 def test_with_a_unicode_normalizer_it_gets_ascii_only(raw: bytes, encoder: Any) -> None:
     config = changed(raw, normalizer={"type": "NFC"})
@@ -212,7 +229,7 @@ def test_only_texts_of_settled_characters_reach_the_fast_encoder(raw: bytes, *, 
         seen.append(text)
         return honest.encode([text])[0]
 
-    fast = FastEncoder("noting", noting, honest, ascii_only=ascii_only)
+    fast = FastEncoder("noting", noting, honest, trusts=str.isascii if ascii_only else settled)
     seen.clear()
     texts = ["plain", "naïve 🙂", "new \U0001fae8", "none \U000e0fff", "plain again"]
     assert [ids.tolist() for ids in fast.encode(texts)] == [ids.tolist() for ids in honest.encode(texts)]
@@ -288,7 +305,7 @@ def test_what_the_tokenizer_says_decides_who_encodes_not_a_sample(raw: bytes, en
 
 def test_a_fast_encoder_that_disagrees_later_is_caught_by_the_sample(raw: bytes) -> None:
     honest = ReferenceEncoder(load_tokenizer(raw), parallel=False)
-    fast = FastEncoder("lying", lying(honest, "zebra"), honest, ascii_only=False)
+    fast = FastEncoder("lying", lying(honest, "zebra"), honest, trusts=settled)
     fast.encode(["the cat"] * 50)
 
     def encode_much() -> None:
