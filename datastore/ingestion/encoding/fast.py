@@ -19,11 +19,10 @@ ingest, for what was written before is in doubt. Measured on the Python standard
 Source: https://github.com/marcelroed/gigatoken (and its issue 37 on Unicode versions), https://github.com/crusoecloud/fastokens
 """
 
-import json
 import logging
 import unicodedata
 from collections.abc import Callable, Sequence
-from functools import cache
+from functools import cache, cached_property
 from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
@@ -32,6 +31,7 @@ from typing import Any, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
+import orjson
 from typing_extensions import override
 
 from datastore.errors import ConfigError, DatastoreError, DependencyError
@@ -82,7 +82,7 @@ def open_fast(raw: bytes, reference: Encoder, *, escape: bool, required: str = "
         DependencyError: it is not installed.
         ConfigError: it does not know this kind of tokenizer, or gives other ids.
     """
-    config = json.loads(raw)
+    config = orjson.loads(raw)
     for name in (required,) if required else tuple(_OPENERS):
         fast = _open(name, config, reference, escape=escape)
         if isinstance(fast, FastEncoder):
@@ -101,10 +101,9 @@ def _open(name: str, config: dict[str, Any], reference: Encoder, *, escape: bool
         return backend
     fast = FastEncoder(name, backend, reference, trusts=_trust(name, config))
     difference = fast.difference(_probes(config))
-    if difference is None and name == "gigatoken" and _trust("fastokens", config) is _all:
-        others = _open("fastokens", config, reference, escape=escape)
-        fast.others = others if isinstance(others, FastEncoder) else reference
     if difference is None:
+        if name == "gigatoken" and _trust("fastokens", config) is _all:
+            fast.others = _Others(lambda: _open("fastokens", config, reference, escape=escape), reference)
         return fast
     hint = "Give `encoder=auto` or `encoder=tokenizers`."
     return ConfigError(f"{name} gives other ids than tokenizers", hint=hint, **difference)
@@ -142,7 +141,7 @@ def _load(name: str, config: dict[str, Any]) -> Encode | DatastoreError:
     reason = "not byte-level BPE with at most a Unicode normalizer"
     if _is_plain_bpe(config, split=name == "gigatoken"):
         try:
-            return _OPENERS[name](json.dumps(config))
+            return _OPENERS[name](orjson.dumps(config).decode())
         except (RuntimeError, ValueError) as error:  # The classes that they raise for a tokenizer they do not know.
             reason = str(error).splitlines()[0]
     return ConfigError(f"{name} cannot stand in for this tokenizer: {reason}", hint="Give `encoder=auto`.")
@@ -201,6 +200,24 @@ class FastEncoder(Encoder):
             if not np.array_equal(fast, slow):
                 return {"text": text[:200], self.name: fast[:20].tolist(), "tokenizers": slow[:20].tolist()}
         return None
+
+
+class _Others(Encoder):
+    """An encoder that is opened when it has something to do, which with most texts is never; `reference` if it cannot be used."""
+
+    def __init__(self, open_it: Callable[[], "FastEncoder | DatastoreError"], reference: Encoder) -> None:
+        self.name = "fastokens"
+        self._open_it = open_it
+        self._reference = reference
+
+    @cached_property
+    def _opened(self) -> Encoder:
+        found = self._open_it()
+        return found if isinstance(found, FastEncoder) else self._reference
+
+    @override
+    def encode(self, texts: Sequence[str]) -> list[Ids]:
+        return self._opened.encode(texts) if texts else []
 
 
 def settled(text: str) -> bool:
