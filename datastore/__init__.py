@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from datastore.checkpoint.checkpointer import Checkpointer
     from datastore.checkpoint.exchange.dcp import DcpReader, DcpWriter
     from datastore.checkpoint.keeping import Keep
+    from datastore.checkpoint.replica import replicate
     from datastore.config import load_settings
     from datastore.dataset.card import card
     from datastore.dataset.diff import diff
@@ -149,6 +150,7 @@ _HOMES = {
     "vacuum": ("datastore.dataset.operations.vacuum", "vacuum"),
     "verify": ("datastore.dataset.durability.verify", "verify"),
     "record_writer": ("datastore.ingestion.writers.records", "record_writer"),
+    "replicate": ("datastore.checkpoint.replica", "replicate"),
     "retokenize": ("datastore.ingestion.importing", "retokenize"),
     "rejected_records": ("datastore.ingestion.report", "rejected_records"),
 }
@@ -218,6 +220,7 @@ __all__ = [
     "record_writer",
     "rejected_records",
     "repair",
+    "replicate",
     "resume",
     "retokenize",
     "set_tag",

@@ -45,6 +45,7 @@ FLAGS = {
     "verify": "deep sample seed",
     "tag": "delete replace",
     "log": "limit",
+    "checkpoint replicate": "every keep to",
     "card": "to",
     "undelete": "dry-run of",
     "diff": "documents limit",
@@ -227,6 +228,7 @@ LONG = {
     "evaluate": "evaluate run --progress plain",
     "cache warm": "cache warm zip://data.zip/data --dir warmed --progress plain",
     "checkpoint verify": "checkpoint verify run --progress plain",
+    "checkpoint replicate": "checkpoint replicate run --to backup --progress plain",
     "checkpoint export": "checkpoint export run model2 --progress plain",
 }
 """A command line for every command that can take minutes."""
@@ -266,6 +268,17 @@ def workspace(places: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     """Make a copy of `places` the current folder."""
     shutil.copytree(places, tmp_path / "w")
     monkeypatch.chdir(tmp_path / "w")
+
+
+@pytest.mark.usefixtures("workspace")
+def test_a_run_is_resumed_where_its_copy_is(capsys: pytest.CaptureFixture[str]) -> None:
+    assert call(cli, ["checkpoint", "replicate", "begun", "--to", "backup"], CliSession()) == 0
+    assert "steps 2;" in capsys.readouterr().out
+    shutil.rmtree("begun")
+    assert call(cli, ["resume", "backup", "--set", "train.steps=3"], CliSession()) == 0
+    assert call(cli, ["prove", "backup"], CliSession()) == 0
+    assert call(cli, ["checkpoint", "replicate", "backup", "--to", "begun"], CliSession()) == 0
+    assert call(cli, ["checkpoint", "verify", "begun", "--step", "3"], CliSession()) == 0
 
 
 def test_the_long_commands_are_those_with_the_option() -> None:
