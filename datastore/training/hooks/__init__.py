@@ -2,6 +2,9 @@
 
 base         the points where a hook may act
 calibration  rows of the run, always the same, and what linear layers read
+parts        tensors of which a rank has a part
+masks        which weights are kept, by their scores
+surgeon      weights that make up for those that are pruned
 prune        weights become zero
 quantize     weights become small integers
 """

@@ -1,0 +1,120 @@
+"""Hooks that make a model smaller, on ranks that are killed and started again: the same bits as without."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from datastore.errors import ConfigError
+from datastore.testing.examples import make_language, tiny_settings
+from datastore.training.export.export import open_model
+from datastore.training.metrics import read_metrics
+from datastore.training.run.folder import RunFolder
+from datastore.training.settings import Settings
+from datastore.training.start import resume, train
+
+HERE = Path(__file__).parent
+
+LAYOUTS = {"DDP": [], "FSDP2": ["parallel.shard=2"]}
+
+
+@pytest.fixture(autouse=True)
+def _programs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(HERE))
+
+
+@pytest.fixture(scope="module")
+def language(tmp_path_factory: pytest.TempPathFactory) -> str:
+    url = tmp_path_factory.mktemp("language")
+    make_language(url)
+    return str(url)
+
+
+def settings(language: str, *overrides: str, hooks: tuple[dict[str, Any], ...] = ()) -> Settings:
+    fixed = ["optim.warmup=0", "eval.every=0", "checkpoint.every=4", "faults.restarts=3"]
+    return tiny_settings(language, *fixed, *overrides, hooks=hooks)
+
+
+def killed_at(steps: list[int], folder: Path) -> dict[str, Any]:
+    file = folder / "kills.json"
+    file.write_text(json.dumps(steps))
+    return {"use": "training_hooks:Kill", "file": str(file)}
+
+
+def weights(run: Path) -> dict[str, Tensor]:
+    return dict(open_model(str(run)).model.state_dict())
+
+
+def assert_same_weights(one: Path, other: Path) -> None:
+    first, second = weights(one), weights(other)
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def lines(run: Path) -> list[dict[str, Any]]:
+    return read_metrics(RunFolder.open(str(run)).storage)
+
+
+def zeros(found: dict[str, Tensor]) -> dict[str, float]:
+    return {name: float((one == 0).float().mean()) for name, one in found.items() if name.endswith("_proj.weight")}
+
+
+VARIANTS: dict[str, dict[str, Any]] = {
+    "magnitude, cubic": {},
+    "wanda, 2:4": {"method": "wanda", "pattern": "2:4", "ratio": 2.0},
+    "reconstruct, cubic": {"method": "reconstruct"},
+    "movement, global": {"method": "movement", "scope": "global"},
+    "magnitude, regrow": {"schedule": "regrow"},
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize(
+    "variant",
+    [
+        name if name in {"wanda, 2:4", "movement, global"} else pytest.param(name, marks=pytest.mark.slow)
+        for name in VARIANTS
+    ],
+)
+def test_a_pruned_run_that_was_killed_twice_has_the_bits_of_one_that_was_not(
+    variant: str, layout: str, language: str, tmp_path: Path
+) -> None:
+    prune = {"use": "prune", "ratio": 4.0, "every": 3, "samples": 8, **VARIANTS[variant]}
+    for name, kills in (("once", []), ("twice", [6, 13])):
+        hooks = (prune, killed_at(kills, tmp_path))
+        train(settings(language, "train.steps=18", *LAYOUTS[layout], hooks=hooks), str(tmp_path / name), processes=2)
+    assert_same_weights(tmp_path / "once", tmp_path / "twice")
+    found = zeros(weights(tmp_path / "once"))
+    wanted = 1 - 1 / prune["ratio"]
+    assert lines(tmp_path / "once")[-1]["sparsity"] == pytest.approx(wanted, abs=1e-4)
+    if "global" not in variant:
+        assert found == dict.fromkeys(found, wanted)
+
+
+def test_masks_survive_two_ranks_one_and_two_again(language: str, tmp_path: Path) -> None:
+    prune = ({"use": "prune", "ratio": 4.0, "every": 3, "method": "movement"},)
+    sharded = settings(language, "train.steps=8", "parallel.shard=2", hooks=prune)
+    train(sharded, str(tmp_path), processes=2)
+    before = zeros(weights(tmp_path))
+    assert set(before.values()) == {0.75}
+    resume(str(tmp_path), overrides=["train.steps=12", "parallel.shard=1"])
+    resume(str(tmp_path), overrides=["train.steps=16", "parallel.shard=2"], processes=2)
+    assert zeros(weights(tmp_path)) == before
+    assert {line["sparsity"] for line in lines(tmp_path)[8:]} == {0.75}
+
+
+@pytest.mark.parametrize(
+    ("hook", "text"),
+    [
+        ({"use": "prune", "parameters": ["no_such.*"]}, "no matrix to prune"),
+        ({"use": "prune", "method": "wanda", "samples": 10**7}, "calibration set is shorter"),
+    ],
+)
+def test_what_cannot_work_is_refused_before_the_first_step(
+    hook: dict[str, Any], text: str, language: str, tmp_path: Path
+) -> None:
+    with pytest.raises(ConfigError, match=text):
+        train(settings(language, "train.steps=4", hooks=(hook,)), str(tmp_path))
+    assert not (tmp_path / "steps").exists()
