@@ -27,6 +27,7 @@ from datastore.loader.settings import LoaderSettings
 from datastore.training.export.inference import Sampling
 from datastore.training.hooks.prune import PruneSettings
 from datastore.training.hooks.quantize import QuantizeSettings
+from datastore.training.hooks.shrink import ShrinkSettings
 from datastore.training.objectives.captions import CaptionsSettings
 from datastore.training.objectives.language import MaskedSettings
 from datastore.training.objectives.preference import PreferenceSettings
@@ -73,11 +74,12 @@ SECTIONS = (
     ),
     (
         "Hooks",
+        ("A `[[hooks]]` table names a [hook](trainer.md#hooks) with `use`, and owns its other keys. Those of ours:"),
         (
-            'A `[[hooks]]` table names a [hook](trainer.md#hooks) with `use`, and owns its other keys. Those of `use = "prune"`, '
-            'and of `use = "quantize"`:'
+            ("prune: ", PruneSettings),
+            ("shrink: ", ShrinkSettings),
+            ("quantize: ", QuantizeSettings),
         ),
-        (("prune: ", PruneSettings), ("quantize: ", QuantizeSettings)),
     ),
     (
         "Bring text in",

@@ -127,8 +127,7 @@ def run_session(request: SessionRequest, launch: Launch, report: Callable[[Train
 def _config_under(_lock: RunLock, request: SessionRequest, folder: RunFolder) -> RunConfig:
     """Return what rank 0 finds in the run folder, or will put there."""
     settings = request.settings
-    if settings.model.init:
-        settings = with_shape(settings, before=folder.config().settings if folder.has_begun() else None)
+    settings = with_shape(settings, before=folder.config().settings if folder.has_begun() else None)
     if request.fresh:
         return folder.begin(settings, kept=training_hooks)
     return folder.again(settings, kept=training_hooks)
@@ -143,7 +142,7 @@ def _weights_to_begin_with(
         return None
     if config.architecture:
         return foreign_weights(config)
-    return initial_weights(init, split.datasets)
+    return initial_weights(config, split, ranks.device)
 
 
 def _agree_on_versions(config: RunConfig, ranks: Ranks) -> Versions:

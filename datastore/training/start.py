@@ -100,7 +100,7 @@ def fork(
     from datastore.training.run.folder import RunFolder  # noqa: PLC0415 - so does this
 
     settings = msgspec.to_builtins(RunFolder.open(split_reference(run)[0]).config().settings)
-    settings["model"]["init"] = run
+    settings["model"] = {"init": run}  # The shape comes with the weights.
     return train(
         settings_from(Settings, settings, overrides=overrides, where=run),
         to,

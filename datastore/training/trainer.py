@@ -18,7 +18,6 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
-from functools import cache
 from typing import Any, Protocol, Self, cast
 
 import msgspec
@@ -27,26 +26,25 @@ from torch import Tensor
 
 from datastore.errors import ConfigError, CorruptError
 from datastore.loader.settings import Rank
-from datastore.training.hooks.base import Hook, HookSet, RunState, make_hooks, refuse_whole
-from datastore.training.hooks.calibration import Calibration
+from datastore.training.hooks.base import Hook, HookSet, RunState
 from datastore.training.machine import Machine, seed_step
 from datastore.training.metrics import StepOutcome
-from datastore.training.models.huggingface import blocks_of
 from datastore.training.objectives.base import Context, HostRows, MicroBatch, Objective, Signed, rows_of
 from datastore.training.objectives.catalog import make_objective
-from datastore.training.optim import LossScale, Sentry, divide, learning_rate, make_optimizer, set_learning_rate
+from datastore.training.optim import LossScale, Sentry, divide, learning_rate, set_learning_rate
+from datastore.training.parallel.building import build_with_hooks, calibration_of
 from datastore.training.parallel.layout import check_model
 from datastore.training.parallel.lesson import Lesson, Piece
 from datastore.training.parallel.norm import local_part
 from datastore.training.parallel.ranks import Ranks
 from datastore.training.parallel.strategy import Strategy
-from datastore.training.run.architecture import build_model, context_of, recompute
-from datastore.training.run.feed import AnyFeed, FedBatch, calibration_rows, open_feed, saved
+from datastore.training.run.architecture import context_of
+from datastore.training.run.feed import AnyFeed, FedBatch, open_feed, saved
 from datastore.training.run.folder import RunConfig
 from datastore.training.run.split import Split
 from datastore.training.settings import Settings
 
-__all__ = ["Observer", "StepOutcome", "Trainer", "build_with_hooks"]
+__all__ = ["Observer", "StepOutcome", "Trainer"]
 
 
 class Observer(Protocol):
@@ -119,9 +117,8 @@ class Trainer:
             check_model(shape, layout, seq_len=settings.data.seq_len)
         objective = make_objective(settings.objective)
         context = context_of(config)
-        rows = cache(lambda count: calibration_rows(split, settings, objective, context, count=count))
-        look = Calibration(rows, objective, strategy.ranks.device)
-        built = (config, strategy, objective, look)
+        calibration = calibration_of(config, split, objective, strategy.ranks.device)
+        built = (config, strategy, objective, calibration)
         state, hooks = build_with_hooks(*built, compiled=machine.compiled, weights=weights)
         rank = Rank(strategy.place.reader, layout.readers)
         loader = open_feed(split, settings, objective, context, rank=rank)
@@ -318,54 +315,6 @@ class Trainer:
 def _moved(rows: HostRows, device: torch.device) -> MicroBatch:
     moved = rows_of(rows, device)
     return replace(moved, tokens=moved.tokens.long())
-
-
-def build_with_hooks(
-    config: RunConfig,
-    strategy: Strategy,
-    objective: Objective,
-    calibration: Calibration | None = None,
-    *,
-    compiled: bool = False,
-    weights: Mapping[str, Tensor] | None = None,
-) -> tuple[RunState, dict[str, Hook]]:
-    """Return the state of a run before its first step, its model distributed, and its hooks, started.
-
-    Hooks change the model before it is compiled and distributed, and see it again when the optimizer exists.
-
-    Raises:
-        ConfigError, DependencyError: as `make_hooks`.
-    """
-    settings, ranks = config.settings, strategy.ranks
-    hooks = make_hooks(settings.hooks, where="settings")
-    if strategy.splits:
-        refuse_whole(hooks)
-    model = build_model(config, objective)
-    if weights is not None:
-        model.load_state_dict(weights)
-    for hook in hooks.values():
-        model = hook.model(model)
-    model.to(ranks.device)
-    objective.start(model)
-    if settings.train.recompute:
-        recompute(model)
-    for block in blocks_of(model):
-        if compiled:
-            block.compile()  # Each by itself: the same code, so it is compiled once, and hooks keep their modules.
-    model = strategy.distribute(model)
-    state = RunState(
-        model=model,
-        optimizer=make_optimizer(strategy.owned(model), settings.optim),
-        step=0,
-        steps=settings.train.steps,
-        rank=ranks.rank,
-        world=ranks.world,
-        device=ranks.device,
-        calibration=calibration,
-    )
-    for hook in hooks.values():
-        hook.start(state)
-    return state, hooks
 
 
 def _settle(late: Callable[[], StepOutcome], observer: Observer) -> bool:

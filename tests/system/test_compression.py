@@ -4,17 +4,19 @@ import json
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 import torch
 from torch import Tensor
 
 from datastore.errors import ConfigError
 from datastore.testing.examples import make_language, tiny_settings
-from datastore.training.export.export import open_model
+from datastore.training.export.export import export, open_model
+from datastore.training.export.inference import evaluate
 from datastore.training.metrics import read_metrics
 from datastore.training.run.folder import RunFolder
-from datastore.training.settings import Settings
-from datastore.training.start import resume, train
+from datastore.training.settings import ModelSettings, Settings
+from datastore.training.start import fork, resume, train
 
 HERE = Path(__file__).parent
 
@@ -117,4 +119,39 @@ def test_what_cannot_work_is_refused_before_the_first_step(
 ) -> None:
     with pytest.raises(ConfigError, match=text):
         train(settings(language, "train.steps=4", hooks=(hook,)), str(tmp_path))
+    assert not (tmp_path / "steps").exists()
+
+
+def test_a_run_begins_with_a_part_of_another_model_and_everything_knows_its_shape(
+    language: str, tmp_path: Path
+) -> None:
+    base, small, folder = tmp_path / "base", tmp_path / "small", tmp_path / "folder"
+    train(settings(language, "train.steps=12", "model.layers=3"), str(base))
+    shrink = {"use": "shrink", "layers": 2, "width": 24, "heads": 2, "mlp_width": 48, "samples": 16}
+    wanted = settings(language, "train.steps=8", hooks=(shrink,))
+    wanted = msgspec.structs.replace(wanted, model=ModelSettings(init=str(base)))
+    train(wanted, str(small))
+    resume(str(small), overrides=["train.steps=12"])
+    shape = RunFolder.open(str(small)).config().settings.model
+    assert (shape.layers, shape.width, shape.heads, shape.key_heads, shape.head_size) == (2, 24, 2, 1, 8)
+    losses = [line["loss"] for line in lines(small)]
+    assert losses[0] < lines(base)[0]["loss"] - 0.3
+    export(str(small), str(folder))
+    assert evaluate(str(folder), run=str(small)).loss == pytest.approx(evaluate(str(small)).loss, abs=1e-5)
+    transformers = pytest.importorskip("transformers")
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    ids = torch.arange(20).view(2, 10)
+    with torch.no_grad():
+        torch.testing.assert_close(theirs(ids).logits, open_model(str(small)).model(ids), atol=1e-4, rtol=1e-4)
+    fork(str(small), str(tmp_path / "fork"), overrides=["train.steps=2", "hooks=[]"])
+    assert RunFolder.open(str(tmp_path / "fork")).config().settings.model.width == 24
+
+
+def test_shrinking_without_weights_and_hooks_in_a_wrong_order_are_refused(language: str, tmp_path: Path) -> None:
+    for hooks, text in (
+        (({"use": "shrink", "layers": 1},), "cut weights to begin with, and there are none"),
+        (({"use": "quantize"}, {"use": "prune"}), "in an order that cannot work"),
+    ):
+        with pytest.raises(ConfigError, match=text):
+            train(settings(language, "train.steps=4", hooks=hooks), str(tmp_path))
     assert not (tmp_path / "steps").exists()

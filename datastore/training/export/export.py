@@ -17,9 +17,9 @@ from datastore.training.hooks.base import HookSet
 from datastore.training.hooks.quantize import Quantize, QuantizeSettings
 from datastore.training.models.gpt import GPT
 from datastore.training.objectives.catalog import make_objective
+from datastore.training.parallel.building import build_with_hooks
 from datastore.training.parallel.whole import alone
 from datastore.training.run.folder import RunConfig, RunFolder, is_run, open_split
-from datastore.training.trainer import build_with_hooks
 from datastore.units import Progress
 
 __all__ = ["QUANTIZATIONS", "Exported", "export", "open_model"]

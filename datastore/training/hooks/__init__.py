@@ -6,6 +6,8 @@ parts        tensors of which a rank has a part
 masks        which weights are kept, by their scores
 surgeon      weights that make up for those that are pruned
 prune        weights become zero
+shrink       a run begins with a part of another model
+cuts         a GPT with fewer layers, channels or heads
 quantize     weights become small integers
 """
 

@@ -111,6 +111,7 @@ class Prune(Hook):
 
     Settings: ClassVar[type[Document]] = PruneSettings
     takes_parts: ClassVar[bool] = True
+    changes: ClassVar[Any] = "weights"
 
     def __init__(self, settings: PruneSettings) -> None:
         super().__init__(settings)
