@@ -25,6 +25,8 @@ from datastore.ingestion.quality.similar import DedupSettings
 from datastore.ingestion.settings import IngestSettings
 from datastore.loader.settings import LoaderSettings
 from datastore.training.export.inference import Sampling
+from datastore.training.hooks.distill import DistillSettings
+from datastore.training.hooks.ema import EmaSettings
 from datastore.training.hooks.prune import PruneSettings
 from datastore.training.hooks.quantize import QuantizeSettings
 from datastore.training.hooks.shrink import ShrinkSettings
@@ -78,6 +80,8 @@ SECTIONS = (
         (
             ("prune: ", PruneSettings),
             ("shrink: ", ShrinkSettings),
+            ("distill: ", DistillSettings),
+            ("ema: ", EmaSettings),
             ("quantize: ", QuantizeSettings),
         ),
     ),

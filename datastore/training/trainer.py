@@ -32,7 +32,7 @@ from datastore.training.metrics import StepOutcome
 from datastore.training.objectives.base import Context, HostRows, MicroBatch, Objective, Signed, rows_of
 from datastore.training.objectives.catalog import make_objective
 from datastore.training.optim import LossScale, Sentry, divide, learning_rate, set_learning_rate
-from datastore.training.parallel.building import build_with_hooks, calibration_of
+from datastore.training.parallel.building import Beginning, build_with_hooks, calibration_of
 from datastore.training.parallel.layout import check_model
 from datastore.training.parallel.lesson import Lesson, Piece
 from datastore.training.parallel.norm import local_part
@@ -104,9 +104,9 @@ class Trainer:
         strategy: Strategy,
         *,
         machine: Machine,
-        weights: Mapping[str, Tensor] | None = None,
+        beginning: Beginning,
     ) -> Self:
-        """Return the trainer of the run before its first step, with `weights`, or else those that its seed gives.
+        """Return the trainer of the run before its first step, with the weights of `beginning`, or else those that its seed gives.
 
         Raises:
             ConfigError: a hook or the objective is unknown or wrongly set; the dataset has no sample; no loss reaches a parameter.
@@ -119,7 +119,7 @@ class Trainer:
         context = context_of(config)
         calibration = calibration_of(config, split, objective, strategy.ranks.device)
         built = (config, strategy, objective, calibration)
-        state, hooks = build_with_hooks(*built, compiled=machine.compiled, weights=weights)
+        state, hooks = build_with_hooks(*built, compiled=machine.compiled, beginning=beginning)
         rank = Rank(strategy.place.reader, layout.readers)
         loader = open_feed(split, settings, objective, context, rank=rank)
         trainer = cls(

@@ -13,6 +13,8 @@ from datastore.errors import ConfigError
 from datastore.testing.examples import make_language, tiny_settings
 from datastore.training.export.export import export, open_model
 from datastore.training.export.inference import evaluate
+from datastore.training.export.initial import teacher as teacher_of
+from datastore.training.export.teaching import teach
 from datastore.training.metrics import read_metrics
 from datastore.training.run.folder import RunFolder
 from datastore.training.settings import ModelSettings, Settings
@@ -155,3 +157,57 @@ def test_shrinking_without_weights_and_hooks_in_a_wrong_order_are_refused(langua
         with pytest.raises(ConfigError, match=text):
             train(settings(language, "train.steps=4", hooks=hooks), str(tmp_path))
     assert not (tmp_path / "steps").exists()
+
+
+@pytest.fixture(scope="module")
+def teacher(language: str, tmp_path_factory: pytest.TempPathFactory) -> str:
+    run = tmp_path_factory.mktemp("teacher") / "run"
+    train(settings(language, "train.steps=30"), str(run))
+    return str(run)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_run_that_is_pruned_taught_and_averaged_has_the_same_bits_after_two_kills(
+    layout: str, language: str, teacher: str, tmp_path: Path
+) -> None:
+    compress = (
+        {"use": "prune", "ratio": 2.0, "every": 3, "method": "wanda", "samples": 8},
+        {"use": "distill", "teacher": teacher, "alpha": 0.5, "hidden": 0.1},
+        {"use": "ema", "decay": 0.8},
+    )
+    for name, kills in (("once", []), ("twice", [6, 13])):
+        hooks = (*compress, killed_at(kills, tmp_path))
+        train(settings(language, "train.steps=18", *LAYOUTS[layout], hooks=hooks), str(tmp_path / name), processes=2)
+    assert_same_weights(tmp_path / "once", tmp_path / "twice")
+    assert set(zeros(weights(tmp_path / "once")).values()) == {0.5}  # Of the average, which is what leaves.
+    assert lines(tmp_path / "once")[-1]["distill_kl"] < lines(tmp_path / "once")[0]["distill_kl"]
+
+
+def test_a_student_learns_from_what_a_teacher_wrote_beside_the_tokens(
+    language: str, teacher: str, tmp_path: Path
+) -> None:
+    teach(language, str(tmp_path / "taught"), model=teacher, top=4)
+    hooks = ({"use": "distill"},)
+    columns = 'loader.columns=["teacher_tokens", "teacher_logprobs"]'
+    wanted = settings(str(tmp_path / "taught"), "train.steps=30", columns, hooks=hooks)
+    train(wanted, str(tmp_path / "student"))
+    found = [line["distill_kl"] for line in lines(tmp_path / "student")]
+    assert found[-1] < 0.3 * found[0]
+
+
+def test_a_teacher_with_another_tokenizer_is_refused_before_the_first_step(teacher: str, tmp_path: Path) -> None:
+    dataset = make_language(tmp_path / "data")
+    own = dataset.tokenizer()
+    assert own is not None
+    with pytest.raises(ConfigError, match="another tokenizer"):
+        _opened_by(teacher, own.replace(b"w59", b"v59"))
+
+
+def _opened_by(teacher: str, tokenizer: bytes) -> None:
+    class Other:
+        url = "elsewhere"
+
+        def tokenizer(self) -> bytes:
+            return tokenizer
+
+    teacher_of(teacher, datasets=[Other()])  # type: ignore[list-item]

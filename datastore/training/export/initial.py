@@ -13,7 +13,7 @@ from typing import Any
 import msgspec
 import torch
 from tokenizers import Tokenizer
-from torch import Tensor
+from torch import Tensor, nn
 
 from datastore.dataset.snapshot import Dataset, split_reference
 from datastore.errors import ConfigError, MissingError
@@ -102,13 +102,28 @@ def initial_weights(config: RunConfig, split: Split, device: torch.device) -> Ma
 
 def _weights_of(init: str, datasets: Sequence[Dataset]) -> Mapping[str, Tensor]:
     """Return the weights of the model that `init` names, in float32, for a run on `datasets`."""
-    source, step = _named(init)
-    found = open_model(source, step=step)
-    weights = found.model.state_dict()
+    weights = _opened(init, datasets).state_dict()
     if any(not tensor.is_floating_point() for tensor in weights.values()):
         raise ConfigError(
             "a quantized model is no model to begin with", init=init, hint="Name a run, or a folder of float weights."
         )
+    return {name: tensor.float() for name, tensor in weights.items()}
+
+
+def teacher(name: str, *, datasets: Sequence[Dataset]) -> nn.Module:
+    """Return the model that `name` says, as it would be exported, to teach a run on `datasets`.
+
+    Raises:
+        MissingError: there is no such model.
+        ConfigError: it was trained on other tokens.
+        CorruptError: it is damaged.
+    """
+    return _opened(name, datasets)
+
+
+def _opened(init: str, datasets: Sequence[Dataset]) -> nn.Module:
+    source, step = _named(init)
+    found = open_model(source, step=step)
     ours = next((raw for dataset in datasets if (raw := dataset.tokenizer()) is not None), None)
     if ours is not None and found.tokenizer is not None and _vocabulary(ours) != _vocabulary(found.tokenizer):
         raise ConfigError(
@@ -117,7 +132,7 @@ def _weights_of(init: str, datasets: Sequence[Dataset]) -> Mapping[str, Tensor]:
             url=datasets[0].url,
             hint="Ingest the text with the tokenizer of the model.",
         )
-    return {name: tensor.float() for name, tensor in weights.items()}
+    return found.model
 
 
 def _shape_of(init: str) -> ModelSettings:

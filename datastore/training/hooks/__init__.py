@@ -8,6 +8,8 @@ surgeon      weights that make up for those that are pruned
 prune        weights become zero
 shrink       a run begins with a part of another model
 cuts         a GPT with fewer layers, channels or heads
+distill      a trained model teaches
+ema          the average of the weights is exported
 quantize     weights become small integers
 """
 

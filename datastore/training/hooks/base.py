@@ -18,7 +18,7 @@ A hook's state has the same keys from `start` on: a restore reads into tensors t
 in `gradients` and `updated` only: before those, a checkpoint of the step before may still be copying it.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
@@ -35,6 +35,8 @@ from datastore.training.settings import ModelSettings
 __all__ = ["Hook", "HookSet", "RunState", "find_hook", "make_hooks", "refuse_whole", "training_hooks"]
 
 _OURS = {
+    "distill": "datastore.training.hooks.distill:Distill",
+    "ema": "datastore.training.hooks.ema:Ema",
     "prune": "datastore.training.hooks.prune:Prune",
     "quantize": "datastore.training.hooks.quantize:Quantize",
     "shrink": "datastore.training.hooks.shrink:Shrink",
@@ -61,6 +63,9 @@ class RunState:
     device: torch.device
     calibration: Calibration | None = None
     """Rows of the run's own data, the same on every rank and after every resume; None: a model that leaves training, without data."""
+
+    open_model: Callable[[str], nn.Module] | None = None
+    """Return another trained model by its name, a run or a folder, on the CPU; refuses one with another tokenizer. None: likewise."""
 
 
 class Hook:

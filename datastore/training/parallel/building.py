@@ -1,10 +1,11 @@
 """The state of a run before its first step: model, hooks, ranks and optimizer, put together in the one order that works."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from functools import cache
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from datastore.training.hooks.base import Hook, RunState, make_hooks, refuse_whole
 from datastore.training.hooks.calibration import Calibration
@@ -17,7 +18,21 @@ from datastore.training.run.feed import calibration_rows
 from datastore.training.run.folder import RunConfig
 from datastore.training.run.split import Split
 
-__all__ = ["build_with_hooks", "calibration_of"]
+__all__ = ["Beginning", "build_with_hooks", "calibration_of"]
+
+
+@dataclass(frozen=True, slots=True)
+class Beginning:
+    """Other models that a run needs."""
+
+    weights: Mapping[str, Tensor] | None = None
+    """What it begins with; None: what its seed gives, or what a checkpoint has."""
+
+    open_model: Callable[[str], nn.Module] | None = None
+    """What hooks open other models with."""
+
+
+_ALONE = Beginning()
 
 
 def calibration_of(config: RunConfig, split: Split, objective: Objective, device: torch.device) -> Calibration:
@@ -34,7 +49,7 @@ def build_with_hooks(
     calibration: Calibration | None = None,
     *,
     compiled: bool = False,
-    weights: Mapping[str, Tensor] | None = None,
+    beginning: Beginning = _ALONE,
 ) -> tuple[RunState, dict[str, Hook]]:
     """Return the state of a run before its first step, its model distributed, and its hooks, started.
 
@@ -48,8 +63,8 @@ def build_with_hooks(
     if strategy.splits:
         refuse_whole(hooks)
     model = build_model(config, objective)
-    if weights is not None:
-        model.load_state_dict(weights)
+    if beginning.weights is not None:
+        model.load_state_dict(beginning.weights)
     for hook in hooks.values():
         model = hook.model(model)
     model.to(ranks.device)
@@ -69,6 +84,7 @@ def build_with_hooks(
         world=ranks.world,
         device=ranks.device,
         calibration=calibration,
+        open_model=beginning.open_model,
     )
     for hook in hooks.values():
         hook.start(state)
