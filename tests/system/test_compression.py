@@ -11,14 +11,16 @@ from torch import Tensor
 
 from datastore.errors import ConfigError
 from datastore.testing.examples import make_language, tiny_settings
+from datastore.training.export.averaging import average
 from datastore.training.export.export import export, open_model
 from datastore.training.export.inference import evaluate
 from datastore.training.export.initial import teacher as teacher_of
+from datastore.training.export.report import draw, report
 from datastore.training.export.teaching import teach
 from datastore.training.metrics import read_metrics
 from datastore.training.run.folder import RunFolder
 from datastore.training.settings import ModelSettings, Settings
-from datastore.training.start import fork, resume, train
+from datastore.training.start import compress, fork, resume, train
 
 HERE = Path(__file__).parent
 
@@ -211,3 +213,61 @@ def _opened_by(teacher: str, tokenizer: bytes) -> None:
             return tokenizer
 
     teacher_of(teacher, datasets=[Other()])  # type: ignore[list-item]
+
+
+RECIPE = """
+[[hooks]]
+use = "prune"
+method = "reconstruct"
+schedule = "once"
+samples = 16
+"""
+
+
+def test_a_finished_model_is_compressed_in_one_shot_and_gone_on_with(teacher: str, tmp_path: Path) -> None:
+    recipe = tmp_path / "recipe.toml"
+    recipe.write_text(RECIPE)
+    done = compress(f"{teacher}@30", tmp_path / "shot", recipe=recipe)
+    before, after = weights(Path(teacher)), weights(tmp_path / "shot")
+    kept = [name for name in after if not name.endswith("_proj.weight")]
+    assert all(torch.equal(before[name], after[name]) for name in kept)  # Nothing was trained.
+    assert set(zeros(after).values()) == {0.5}
+    assert (done.steps, done.loss_before) == (0, pytest.approx(evaluate(teacher).loss, abs=1e-6))
+    assert done.loss_before < done.loss < done.loss_before + 1.0
+    resume(str(tmp_path / "shot"), overrides=["train.steps=15", "optim.lr=0.003"])
+    assert evaluate(str(tmp_path / "shot")).loss < done.loss
+
+
+def test_a_folder_is_compressed_with_data_and_steps(language: str, teacher: str, tmp_path: Path) -> None:
+    export(teacher, str(tmp_path / "folder"))
+    recipe = tmp_path / "recipe.toml"
+    recipe.write_text(f"[data]\nseq_len = 32\nglobal_batch = 12\n[train]\nsteps = 8\nthreads = 1\n{RECIPE}")
+    with pytest.raises(ConfigError, match="which data to look at"):
+        compress(tmp_path / "folder", tmp_path / "never", recipe=recipe_without_data(tmp_path))
+    done = compress(tmp_path / "folder", tmp_path / "run", recipe=recipe, data=language)
+    assert done.steps == 8
+    assert set(zeros(weights(tmp_path / "run")).values()) == {0.5}
+    found = report([teacher, tmp_path / "run", tmp_path / "folder"])
+    assert [one.parameters for one in found] == [found[0].parameters] * 3
+    assert found[0].nonzero > found[1].nonzero
+    assert found[0].flops_per_token > found[1].flops_per_token
+    assert found[0].loss == pytest.approx(found[2].loss, abs=1e-5)
+    assert [one.bits for one in found] == [32.0] * 3
+    draw(found, tmp_path / "sizes.svg")
+    assert "folder" in (tmp_path / "sizes.svg").read_text()
+
+
+def recipe_without_data(folder: Path) -> Path:
+    (folder / "bare.toml").write_text(RECIPE)
+    return folder / "bare.toml"
+
+
+def test_the_mean_of_stored_steps_is_exported(teacher: str, tmp_path: Path) -> None:
+    done = average(teacher, tmp_path / "mean", last=2)
+    steps = [open_model(teacher, step=step).model.state_dict() for step in (28, 30)]
+    found = weights(tmp_path / "mean")
+    assert done.step == 30
+    for name, one in found.items():
+        torch.testing.assert_close(one, (steps[0][name] + steps[1][name]) / 2)
+    with pytest.raises(ConfigError, match="so many steps are not stored"):
+        average(teacher, tmp_path / "more", last=9)
