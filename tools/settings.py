@@ -29,6 +29,7 @@ from datastore.training.hooks.distill import DistillSettings
 from datastore.training.hooks.ema import EmaSettings
 from datastore.training.hooks.prune import PruneSettings
 from datastore.training.hooks.quantize import QuantizeSettings
+from datastore.training.hooks.share import ShareSettings
 from datastore.training.hooks.shrink import ShrinkSettings
 from datastore.training.objectives.captions import CaptionsSettings
 from datastore.training.objectives.language import MaskedSettings
@@ -80,6 +81,7 @@ SECTIONS = (
         (
             ("prune: ", PruneSettings),
             ("shrink: ", ShrinkSettings),
+            ("share: ", ShareSettings),
             ("distill: ", DistillSettings),
             ("ema: ", EmaSettings),
             ("quantize: ", QuantizeSettings),

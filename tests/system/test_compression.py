@@ -271,3 +271,21 @@ def test_the_mean_of_stored_steps_is_exported(teacher: str, tmp_path: Path) -> N
         torch.testing.assert_close(one, (steps[0][name] + steps[1][name]) / 2)
     with pytest.raises(ConfigError, match="so many steps are not stored"):
         average(teacher, tmp_path / "more", last=9)
+
+
+def test_a_run_whose_layers_share_goes_on_with_the_same_bits_and_leaves_as_an_ordinary_model(
+    language: str, teacher: str, tmp_path: Path
+) -> None:
+    hooks = ({"use": "share", "rank": 4},)
+    for name, steps in (("once", [10]), ("twice", [4, 10])):
+        wanted = settings(language, f"train.steps={steps[0]}", "optim.floor=1", hooks=hooks)
+        train(msgspec.structs.replace(wanted, model=ModelSettings(init=teacher)), str(tmp_path / name))
+        for more in steps[1:]:
+            resume(str(tmp_path / name), overrides=[f"train.steps={more}"])
+    assert_same_weights(tmp_path / "once", tmp_path / "twice")
+    assert [line["loss"] for line in lines(tmp_path / "once")] == [line["loss"] for line in lines(tmp_path / "twice")]
+    export(str(tmp_path / "once"), str(tmp_path / "folder"))
+    found = evaluate(str(tmp_path / "folder"), run=str(tmp_path / "once")).loss
+    assert found == pytest.approx(evaluate(str(tmp_path / "once")).loss, abs=1e-5)
+    with pytest.raises(ConfigError, match="need whole parameters"):
+        train(settings(language, "parallel.shard=2", hooks=hooks), str(tmp_path / "never"), processes=2)

@@ -8,6 +8,7 @@ surgeon      weights that make up for those that are pruned
 prune        weights become zero
 shrink       a run begins with a part of another model
 cuts         a GPT with fewer layers, channels or heads
+share        layers have one matrix, and small differences
 distill      a trained model teaches
 ema          the average of the weights is exported
 quantize     weights become small integers

@@ -39,6 +39,7 @@ _OURS = {
     "ema": "datastore.training.hooks.ema:Ema",
     "prune": "datastore.training.hooks.prune:Prune",
     "quantize": "datastore.training.hooks.quantize:Quantize",
+    "share": "datastore.training.hooks.share:Share",
     "shrink": "datastore.training.hooks.shrink:Shrink",
 }
 
