@@ -25,6 +25,7 @@ from datastore.training.start import compress, fork, resume, train
 HERE = Path(__file__).parent
 
 LAYOUTS = {"DDP": [], "FSDP2": ["parallel.shard=2"]}
+TENSOR = ["parallel.tensor=2", "model.vocab_size=128"]
 
 
 @pytest.fixture(autouse=True)
@@ -76,7 +77,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("layout", [*LAYOUTS, pytest.param("TP", marks=pytest.mark.slow)])
 @pytest.mark.parametrize(
     "variant",
     [
@@ -90,7 +91,8 @@ def test_a_pruned_run_that_was_killed_twice_has_the_bits_of_one_that_was_not(
     prune = {"use": "prune", "ratio": 4.0, "every": 3, "samples": 8, **VARIANTS[variant]}
     for name, kills in (("once", []), ("twice", [6, 13])):
         hooks = (prune, killed_at(kills, tmp_path))
-        train(settings(language, "train.steps=18", *LAYOUTS[layout], hooks=hooks), str(tmp_path / name), processes=2)
+        sizes = {**LAYOUTS, "TP": TENSOR}[layout]
+        train(settings(language, "train.steps=18", *sizes, hooks=hooks), str(tmp_path / name), processes=2)
     assert_same_weights(tmp_path / "once", tmp_path / "twice")
     found = zeros(weights(tmp_path / "once"))
     wanted = 1 - 1 / prune["ratio"]

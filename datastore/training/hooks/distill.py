@@ -22,6 +22,7 @@ from datastore.digest import digest_hex
 from datastore.document import Document, SettingsDocument
 from datastore.errors import ConfigError, ResumeError
 from datastore.training.hooks.base import Hook, RunState
+from datastore.training.hooks.parts import whole
 from datastore.training.models.huggingface import logits_of
 from datastore.training.objectives.base import MicroBatch
 from datastore.training.objectives.language import Causal
@@ -126,7 +127,7 @@ class Distill(Hook):
             )
 
         def keep(_module: nn.Module, _inputs: object, state: Tensor) -> None:
-            self._states[who] = state
+            self._states[who] = whole(state)
 
         norm.register_forward_hook(keep)
 
