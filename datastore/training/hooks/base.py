@@ -32,7 +32,7 @@ from datastore.training.hooks.calibration import Calibration
 from datastore.training.objectives.base import MicroBatch
 from datastore.training.settings import ModelSettings
 
-__all__ = ["Hook", "HookSet", "RunState", "find_hook", "make_hooks", "refuse_whole", "training_hooks"]
+__all__ = ["Hook", "HookSet", "RunState", "find_hook", "leaving", "make_hooks", "refuse_whole", "training_hooks"]
 
 _OURS = {
     "distill": "datastore.training.hooks.distill:Distill",
@@ -80,7 +80,8 @@ class Hook:
     or left out when a run is resumed."""
 
     changes: ClassVar[Literal["nothing", "shape", "weights", "bits"]] = "nothing"
-    """For good, as far as other hooks are concerned: shapes are changed before weights, and weights before they become a few bits."""
+    """For good, as far as other hooks are concerned: shapes are changed before weights, and weights before they become a few bits.
+    A model leaves training through hooks that change weights, then shapes, which may fold what those have changed, then bits."""
 
     takes_parts: ClassVar[bool] = False
     """Whether parameters may be DTensors, of which this rank has a part only; if not, it trains with `parallel.data` only."""
@@ -168,6 +169,11 @@ def make_hooks(tables: Sequence[Mapping[str, Any]], *, where: str) -> dict[str, 
         hooks[f"{place}.{table['use']}"] = kind(convert(kind.Settings, own, where=f"{where}, hooks[{place}]"))
     _refuse_disorder(hooks)
     return hooks
+
+
+def leaving(hooks: Mapping[str, Hook]) -> list[Hook]:
+    """Return `hooks` in the order in which a model passes through their `export`."""
+    return sorted(hooks.values(), key=lambda hook: {"shape": 1, "bits": 2}.get(hook.changes, 0))
 
 
 def _refuse_disorder(hooks: Mapping[str, Hook]) -> None:

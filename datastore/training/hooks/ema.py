@@ -38,6 +38,7 @@ class Ema(Hook):
 
     Settings: ClassVar[type[Document]] = EmaSettings
     takes_parts: ClassVar[bool] = True
+    changes: ClassVar[Any] = "weights"
 
     def __init__(self, settings: EmaSettings) -> None:
         super().__init__(settings)

@@ -137,6 +137,7 @@ class Prune(Hook):
         self._kept = {name: mask.numel() for name, mask in self._masks.items()}
         if not self._parameters:
             raise ConfigError("no matrix to prune", parameters=list(settings.parameters), hint="Correct the patterns.")
+        self._refuse_folded(run.model)
         if settings.start >= self._stop:
             raise ConfigError("pruning stops before it starts", start=settings.start, stop=self._stop)
         if settings.pattern == "2:4":
@@ -151,6 +152,21 @@ class Prune(Hook):
         if odd:
             raise ConfigError(
                 "the columns of a matrix are no multiple of 4", columns=odd, hint="Leave it out of `parameters`."
+            )
+
+    def _refuse_folded(self, model: nn.Module) -> None:
+        """Refuse matrices to which something is added when the model leaves training: their zeros would be filled in again."""
+        chosen = {id(one) for one in self._parameters.values()}
+        folded = [
+            name
+            for name, module in model.named_modules()
+            if hasattr(module, "folded") and any(id(one) in chosen for one in module.parameters(recurse=False))
+        ]
+        if folded:
+            raise ConfigError(
+                "zeros in these layers would be filled in when the model is exported",
+                layers=folded[:8],
+                hint="Leave them out of `parameters`, or leave out the hook that adds to them, such as `share`.",
             )
 
     def _layers(self, model: nn.Module) -> dict[str, nn.Linear]:

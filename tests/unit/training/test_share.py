@@ -3,6 +3,9 @@ import torch
 from torch import nn
 
 from datastore.errors import ConfigError
+from datastore.training.hooks.base import Hook, RunState, leaving
+from datastore.training.hooks.ema import Ema, EmaSettings
+from datastore.training.hooks.prune import Prune, PruneSettings
 from datastore.training.hooks.share import Share, SharedLinear, ShareSettings
 from datastore.training.models.gpt import GPT, parameter_count
 from datastore.training.settings import ModelSettings
@@ -68,6 +71,27 @@ def test_what_leaves_is_an_ordinary_model_with_the_same_answers() -> None:
 def test_what_cannot_be_shared_is_refused(settings: dict[str, object], layers: int, text: str) -> None:
     with pytest.raises(ConfigError, match=text):
         Share(ShareSettings(**settings)).model(gpt(layers))  # type: ignore[arg-type]
+
+
+def test_shared_layers_are_not_pruned_as_folding_fills_the_zeros_in() -> None:
+    model = Share(ShareSettings(rank=2)).model(gpt())
+    run = RunState(model, torch.optim.SGD(model.parameters()), 0, 9, 0, 1, torch.device("cpu"))
+    with pytest.raises(ConfigError, match="would be filled in"):
+        Prune(PruneSettings()).start(run)
+
+
+def test_an_average_is_taken_before_layers_are_folded() -> None:
+    hooks: dict[str, Hook] = {"0.share": Share(ShareSettings(rank=2)), "1.ema": Ema(EmaSettings(decay=0.0, every=9))}
+    model = hooks["0.share"].model(gpt())
+    run = RunState(model, torch.optim.SGD(model.parameters()), 0, 9, 0, 1, torch.device("cpu"))
+    hooks["1.ema"].start(run)
+    with torch.no_grad():
+        wanted = model(IDS)
+        for one in model.parameters():
+            one.mul_(1.5)
+        for hook in leaving(hooks):
+            model = hook.export(model)
+        torch.testing.assert_close(model(IDS), wanted, atol=1e-5, rtol=1e-4)
 
 
 def test_a_model_without_blocks_is_refused() -> None:
