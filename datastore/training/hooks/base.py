@@ -192,18 +192,22 @@ def _refuse_disorder(hooks: Mapping[str, Hook]) -> None:
             last, most = name, change
 
 
-def refuse_whole(hooks: Mapping[str, Hook]) -> None:
-    """Refuse hooks that train and look at whole parameters, where a rank has parts of them.
+def refuse_whole(hooks: Mapping[str, Hook], *, all_of_them: bool = False) -> None:
+    """Refuse hooks that train and look at whole parameters, where a rank has parts of them; or all that train, where ranks differ.
 
     Raises:
         ConfigError: there is one.
     """
-    whole = [name for name, hook in hooks.items() if hook.trains and not hook.takes_parts]
+    whole = [name for name, hook in hooks.items() if hook.trains and (all_of_them or not hook.takes_parts)]
     if whole:
         raise ConfigError(
-            "these hooks need whole parameters, and a rank has parts of them only",
+            "these hooks need whole parameters, and a rank has parts of them only"
+            if not all_of_them
+            else "these hooks need the same weights and moments on every rank, and ranks differ",
             hooks=whole,
-            hint="Use parallel.data alone, or say takes_parts = True in a hook that can work on DTensors.",
+            hint="Use parallel.data alone, or say takes_parts = True in a hook that can work on DTensors."
+            if not all_of_them
+            else 'Use sync.use = "all_reduce", or gradients in fewer bytes.',
         )
 
 

@@ -61,7 +61,7 @@ def build_with_hooks(
     settings, ranks = config.settings, strategy.ranks
     hooks = make_hooks(settings.hooks, where="settings")
     if strategy.splits:
-        refuse_whole(hooks)
+        refuse_whole(hooks, all_of_them=strategy.differs)
     model = build_model(config, objective)
     if beginning.weights is not None:
         model.load_state_dict(beginning.weights)
