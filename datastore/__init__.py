@@ -75,7 +75,7 @@ if TYPE_CHECKING:
     from datastore.training.run.history import plot
     from datastore.training.run.proof import prove
     from datastore.training.settings import Settings as RunSettings
-    from datastore.training.start import fork, resume, train
+    from datastore.training.start import compress, fork, resume, train
 
 _HOMES = {
     "Batch": ("datastore.loader.batch", "Batch"),
@@ -125,6 +125,7 @@ _HOMES = {
     "export_dataset": ("datastore.interop.export", "export"),
     "export_model": ("datastore.training.export.export", "export"),
     "health": ("datastore.dataset.durability.health", "health"),
+    "compress": ("datastore.training.start", "compress"),
     "fork": ("datastore.training.start", "fork"),
     "generate": ("datastore.training.export.inference", "generate"),
     "import_dataset": ("datastore.ingestion.importing", "import_dataset"),
@@ -194,6 +195,7 @@ __all__ = [
     "card",
     "clone",
     "compact",
+    "compress",
     "copy",
     "dedup",
     "delete",

@@ -25,8 +25,12 @@ from datastore.ingestion.quality.similar import DedupSettings
 from datastore.ingestion.settings import IngestSettings
 from datastore.loader.settings import LoaderSettings
 from datastore.training.export.inference import Sampling
+from datastore.training.hooks.distill import DistillSettings
+from datastore.training.hooks.ema import EmaSettings
 from datastore.training.hooks.prune import PruneSettings
 from datastore.training.hooks.quantize import QuantizeSettings
+from datastore.training.hooks.share import ShareSettings
+from datastore.training.hooks.shrink import ShrinkSettings
 from datastore.training.objectives.captions import CaptionsSettings
 from datastore.training.objectives.language import MaskedSettings
 from datastore.training.objectives.preference import PreferenceSettings
@@ -73,11 +77,15 @@ SECTIONS = (
     ),
     (
         "Hooks",
+        ("A `[[hooks]]` table names a [hook](trainer.md#hooks) with `use`, and owns its other keys. Those of ours:"),
         (
-            'A `[[hooks]]` table names a [hook](trainer.md#hooks) with `use`, and owns its other keys. Those of `use = "prune"`, '
-            'and of `use = "quantize"`:'
+            ("prune: ", PruneSettings),
+            ("shrink: ", ShrinkSettings),
+            ("share: ", ShareSettings),
+            ("distill: ", DistillSettings),
+            ("ema: ", EmaSettings),
+            ("quantize: ", QuantizeSettings),
         ),
-        (("prune: ", PruneSettings), ("quantize: ", QuantizeSettings)),
     ),
     (
         "Bring text in",

@@ -298,6 +298,20 @@ def export(*, run: str, to: str, step: int | None, kind: str, item: str | None, 
         say(f"not used: {reason}")
 
 
+@checkpoint.command(epilog=example("datastore checkpoint average runs/first hf/mean --last 3"))
+@RUN
+@click.argument("to")
+@click.option("--last", type=click.IntRange(min=1), default=3, help="So many of the newest steps that are stored.")
+@progress_option
+@json_option
+def average(*, run: str, to: str, last: int, as_json: bool) -> None:
+    """Write the mean of some steps of RUN to the folder TO, as transformers and vLLM open it."""
+    from datastore.training.export.averaging import average as average_steps
+
+    done = with_progress("average", average_steps, unit="steps", run=run, to=to, last=last)
+    say_json(done) if as_json else say(f"the mean of {last} steps up to {done.step} is in {done.url}")
+
+
 def _export_files(run: str, to: str, *, step: int | None, kind: Any, item: str | None, as_json: bool) -> None:
     from datastore.checkpoint.exchange.files import read_items, write_files
     from datastore.errors import ConfigError

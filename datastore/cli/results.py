@@ -216,4 +216,45 @@ def generate(*, model: str, prompt: str | None, step: int | None, as_json: bool,
     say(text)
 
 
-COMMANDS = (runs, plot, evaluate, generate)
+@click.command(
+    short_help="Compare sizes, rates and losses of models.",
+    epilog=example("datastore report runs/first runs/smaller hf/int8 --plot sizes.png"),
+)
+@click.argument("models", metavar="RUN|FOLDER...", nargs=-1, required=True)
+@click.option(
+    "--run", default="", help="The run whose held-out samples to use; the first one that is named if left out."
+)
+@click.option("--data", default="", metavar="URL", help="A dataset to measure losses on instead.")
+@click.option("--plot", "path", type=click.Path(path_type=Path), help="A picture of loss against size.")
+@json_option
+def report(*, models: tuple[str, ...], run: str, data: str, path: Path | None, as_json: bool) -> None:
+    """Show of each model its size, its bits per weight, its non-zeros, what reading a token costs, and its loss."""
+    from datastore.training.export.report import draw
+    from datastore.training.export.report import report as report_models
+    from datastore.units import format_bytes, format_count
+
+    found = report_models(models, run=run, data=data)
+    if path is not None:
+        draw(found, path)
+    if as_json:
+        say_json(found)
+        return
+    sources = sorted({name for one in found for name in one.sources if len(one.sources) > 1})
+    rows = [
+        (
+            one.model.rstrip("/").rsplit("/", 1)[-1],
+            format_bytes(one.size_bytes),
+            f"{one.bits:.2f}",
+            f"{one.nonzero:,} of {one.parameters:,}",
+            format_count(one.flops_per_token),
+            *(f"{rate:,.0f}" for rate in one.tokens_per_s.values()),
+            _number(one.loss),
+            *(_number(one.sources.get(name)) for name in sources),
+        )
+        for one in found
+    ]
+    names = ("model", "size", "bits", "not zero", "FLOPs/token", "tokens/s, 1 row", "32 rows", "loss", *sources)
+    table(names, rows)
+
+
+COMMANDS = (runs, plot, evaluate, generate, report)

@@ -97,7 +97,7 @@ _PEAKS = {
 
 def flops_per_token(shape: ModelSettings, *, parameters: int, seq_len: int) -> float:
     """Return the FLOPs of training on one token; `parameters` counts a tied embedding once, as it is multiplied once."""
-    return 6.0 * parameters + 12.0 * shape.layers * shape.width * seq_len
+    return 6.0 * parameters + 12.0 * shape.layers * shape.heads * shape.head_size * seq_len
 
 
 def peak_flops(device: torch.device) -> float | None:

@@ -10,6 +10,7 @@ import threading
 import time
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -24,11 +25,12 @@ from datastore.document import decode, encode
 from datastore.errors import ConfigError
 from datastore.host import utc_now
 from datastore.loader.settings import Rank
-from datastore.training.export.initial import initial_weights, with_shape
+from datastore.training.export.initial import initial_weights, teacher, with_shape
 from datastore.training.hooks.base import training_hooks
 from datastore.training.launcher import Launch, on_first_signal
 from datastore.training.machine import device_name, pick_device, use_machine
 from datastore.training.metrics import MetricsWriter, Result, TrainingProgress
+from datastore.training.parallel.building import Beginning
 from datastore.training.parallel.choose import choose
 from datastore.training.parallel.layout import layout_of
 from datastore.training.parallel.ranks import Ranks, connect
@@ -81,7 +83,8 @@ def run_session(request: SessionRequest, launch: Launch, report: Callable[[Train
         split = open_split(config, versions)
         strategy = choose(layout, ranks, config.settings.sync)
         weights = _weights_to_begin_with(config, folder, split, ranks)
-        trainer = Trainer.build(config, split, strategy, machine=machine, weights=weights)
+        beginning = Beginning(weights, partial(teacher, datasets=split.datasets))
+        trainer = Trainer.build(config, split, strategy, machine=machine, beginning=beginning)
         stack.callback(trainer.loader.close)
         checkpointer = stack.enter_context(_open_checkpointer(config.settings, folder, ranks, session=name))
         supervisor = Supervisor(
@@ -127,8 +130,7 @@ def run_session(request: SessionRequest, launch: Launch, report: Callable[[Train
 def _config_under(_lock: RunLock, request: SessionRequest, folder: RunFolder) -> RunConfig:
     """Return what rank 0 finds in the run folder, or will put there."""
     settings = request.settings
-    if settings.model.init:
-        settings = with_shape(settings, before=folder.config().settings if folder.has_begun() else None)
+    settings = with_shape(settings, before=folder.config().settings if folder.has_begun() else None)
     if request.fresh:
         return folder.begin(settings, kept=training_hooks)
     return folder.again(settings, kept=training_hooks)
@@ -143,7 +145,7 @@ def _weights_to_begin_with(
         return None
     if config.architecture:
         return foreign_weights(config)
-    return initial_weights(init, split.datasets)
+    return initial_weights(config, split, ranks.device)
 
 
 def _agree_on_versions(config: RunConfig, ranks: Ranks) -> Versions:

@@ -26,25 +26,25 @@ from torch import Tensor
 
 from datastore.errors import ConfigError, CorruptError
 from datastore.loader.settings import Rank
-from datastore.training.hooks.base import Hook, HookSet, RunState, make_hooks, refuse_whole
+from datastore.training.hooks.base import Hook, HookSet, RunState
 from datastore.training.machine import Machine, seed_step
 from datastore.training.metrics import StepOutcome
-from datastore.training.models.huggingface import blocks_of
 from datastore.training.objectives.base import Context, HostRows, MicroBatch, Objective, Signed, rows_of
 from datastore.training.objectives.catalog import make_objective
-from datastore.training.optim import LossScale, Sentry, divide, learning_rate, make_optimizer, set_learning_rate
+from datastore.training.optim import LossScale, Sentry, divide, learning_rate, set_learning_rate
+from datastore.training.parallel.building import Beginning, build_with_hooks, calibration_of
 from datastore.training.parallel.layout import check_model
 from datastore.training.parallel.lesson import Lesson, Piece
 from datastore.training.parallel.norm import local_part
 from datastore.training.parallel.ranks import Ranks
 from datastore.training.parallel.strategy import Strategy
-from datastore.training.run.architecture import build_model, context_of, recompute
+from datastore.training.run.architecture import context_of
 from datastore.training.run.feed import AnyFeed, FedBatch, open_feed, saved
 from datastore.training.run.folder import RunConfig
 from datastore.training.run.split import Split
 from datastore.training.settings import Settings
 
-__all__ = ["Observer", "StepOutcome", "Trainer", "build_with_hooks"]
+__all__ = ["Observer", "StepOutcome", "Trainer"]
 
 
 class Observer(Protocol):
@@ -104,9 +104,9 @@ class Trainer:
         strategy: Strategy,
         *,
         machine: Machine,
-        weights: Mapping[str, Tensor] | None = None,
+        beginning: Beginning,
     ) -> Self:
-        """Return the trainer of the run before its first step, with `weights`, or else those that its seed gives.
+        """Return the trainer of the run before its first step, with the weights of `beginning`, or else those that its seed gives.
 
         Raises:
             ConfigError: a hook or the objective is unknown or wrongly set; the dataset has no sample; no loss reaches a parameter.
@@ -116,8 +116,10 @@ class Trainer:
         if not shape.use:
             check_model(shape, layout, seq_len=settings.data.seq_len)
         objective = make_objective(settings.objective)
-        state, hooks = build_with_hooks(config, strategy, objective, compiled=machine.compiled, weights=weights)
         context = context_of(config)
+        calibration = calibration_of(config, split, objective, strategy.ranks.device)
+        built = (config, strategy, objective, calibration)
+        state, hooks = build_with_hooks(*built, compiled=machine.compiled, beginning=beginning)
         rank = Rank(strategy.place.reader, layout.readers)
         loader = open_feed(split, settings, objective, context, rank=rank)
         trainer = cls(
@@ -313,52 +315,6 @@ class Trainer:
 def _moved(rows: HostRows, device: torch.device) -> MicroBatch:
     moved = rows_of(rows, device)
     return replace(moved, tokens=moved.tokens.long())
-
-
-def build_with_hooks(
-    config: RunConfig,
-    strategy: Strategy,
-    objective: Objective,
-    *,
-    compiled: bool = False,
-    weights: Mapping[str, Tensor] | None = None,
-) -> tuple[RunState, dict[str, Hook]]:
-    """Return the state of a run before its first step, its model distributed, and its hooks, started.
-
-    Hooks change the model before it is compiled and distributed, and see it again when the optimizer exists.
-
-    Raises:
-        ConfigError, DependencyError: as `make_hooks`.
-    """
-    settings, ranks = config.settings, strategy.ranks
-    hooks = make_hooks(settings.hooks, where="settings")
-    if strategy.splits:
-        refuse_whole(hooks)
-    model = build_model(config, objective)
-    if weights is not None:
-        model.load_state_dict(weights)
-    for hook in hooks.values():
-        model = hook.model(model)
-    model.to(ranks.device)
-    objective.start(model)
-    if settings.train.recompute:
-        recompute(model)
-    for block in blocks_of(model):
-        if compiled:
-            block.compile()  # Each by itself: the same code, so it is compiled once, and hooks keep their modules.
-    model = strategy.distribute(model)
-    state = RunState(
-        model=model,
-        optimizer=make_optimizer(strategy.owned(model), settings.optim),
-        step=0,
-        steps=settings.train.steps,
-        rank=ranks.rank,
-        world=ranks.world,
-        device=ranks.device,
-    )
-    for hook in hooks.values():
-        hook.start(state)
-    return state, hooks
 
 
 def _settle(late: Callable[[], StepOutcome], observer: Observer) -> bool:

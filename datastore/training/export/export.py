@@ -13,13 +13,13 @@ from datastore.errors import ConfigError, ConflictError, MissingError
 from datastore.storage.base import Storage
 from datastore.storage.resolve import open_storage
 from datastore.training.export.huggingface import HuggingFaceModel, read_folder, write_folder
-from datastore.training.hooks.base import HookSet
+from datastore.training.hooks.base import HookSet, leaving
 from datastore.training.hooks.quantize import Quantize, QuantizeSettings
 from datastore.training.models.gpt import GPT
 from datastore.training.objectives.catalog import make_objective
+from datastore.training.parallel.building import build_with_hooks
 from datastore.training.parallel.whole import alone
 from datastore.training.run.folder import RunConfig, RunFolder, is_run, open_split
-from datastore.training.trainer import build_with_hooks
 from datastore.units import Progress
 
 __all__ = ["QUANTIZATIONS", "Exported", "export", "open_model"]
@@ -129,7 +129,7 @@ def _from_run(folder: RunFolder, *, step: int | None, instead: Quantize | None =
         items["reference"] = objective.frozen
     found = _restore(folder.storage, items, step=step)
     model = state.model
-    exporting = list(hooks.values())
+    exporting = leaving(hooks)
     if instead is not None:
         instead.start(state)
         exporting = [hook for hook in exporting if not isinstance(hook, Quantize)] + [instead]

@@ -209,7 +209,7 @@ def _config(source: HuggingFaceModel) -> dict[str, Any]:
         "num_hidden_layers": shape.layers,
         "num_attention_heads": shape.heads,
         "num_key_value_heads": shape.key_heads,
-        "head_dim": shape.width // shape.heads,
+        "head_dim": shape.head_size,
         "hidden_act": "silu",
         "max_position_embeddings": source.seq_len,
         "rms_norm_eps": shape.norm_eps,
@@ -244,10 +244,12 @@ def _config(source: HuggingFaceModel) -> dict[str, Any]:
 
 def _model_settings(config: Mapping[str, Any]) -> ModelSettings:
     rope = config.get("rope_parameters") or {}
+    width, heads, given = config["hidden_size"], config["num_attention_heads"], config.get("head_dim") or 0
     return ModelSettings(
         layers=config["num_hidden_layers"],
-        width=config["hidden_size"],
-        heads=config["num_attention_heads"],
+        width=width,
+        heads=heads,
+        head_width=0 if given * heads == width else given,
         kv_heads=config.get("num_key_value_heads") or 0,
         mlp_width=config["intermediate_size"],
         vocab_size=config["vocab_size"],
@@ -259,14 +261,12 @@ def _model_settings(config: Mapping[str, Any]) -> ModelSettings:
 
 def _check_supported(config: Mapping[str, Any], *, where: str) -> None:
     rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
-    width, heads = config.get("hidden_size", 0), config.get("num_attention_heads", 1)
     wanted = {
         "model_type": (config.get("model_type"), "llama"),
         "hidden_act": (config.get("hidden_act", "silu"), "silu"),
         "attention_bias": (config.get("attention_bias", False), False),
         "mlp_bias": (config.get("mlp_bias", False), False),
         "rope_type": (rope.get("rope_type", "default"), "default"),
-        "head_dim": (config.get("head_dim") or width // heads, width // heads),
     }
     wrong = {key: found for key, (found, needed) in wanted.items() if found != needed}
     if wrong:

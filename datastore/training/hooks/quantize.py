@@ -123,6 +123,7 @@ class Quantize(Hook):
 
     Settings: ClassVar[type[Document]] = QuantizeSettings
     trains: ClassVar[bool] = False
+    changes: ClassVar[Any] = "bits"
 
     def __init__(self, settings: QuantizeSettings) -> None:
         super().__init__(settings)

@@ -12,6 +12,7 @@ sharded     every rank has a part of each parameter: FSDP2, HSDP, tensor paralle
 pipeline    every rank has some of the layers
 norm        the norm of gradients that lie on several ranks
 sync        gradients in fewer bytes
+building    model, hooks and optimizer before the first step, in the one order that works
 choose      the strategy of a layout
 """
 

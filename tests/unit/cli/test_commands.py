@@ -71,6 +71,8 @@ FLAGS = {
     "runs show": "",
     "runs compare": "",
     "plot": "against number to",
+    "report": "data plot run",
+    "compress": "data processes recipe to",
     "place": "copies root",
     "protect": "parity",
     "repair": "dry-run promote root",
@@ -82,6 +84,7 @@ FLAGS = {
     "checkpoint pin": "remove step",
     "checkpoint rewind": "dry-run step",
     "checkpoint export": "as item quantize replace step",
+    "checkpoint average": "last",
     "checkpoint import": "item step to",
     "cache ls": "",
     "cache clear": "dataset",
@@ -230,6 +233,8 @@ LONG = {
     "checkpoint verify": "checkpoint verify run --progress plain",
     "checkpoint replicate": "checkpoint replicate run --to backup --progress plain",
     "checkpoint export": "checkpoint export run model2 --progress plain",
+    "checkpoint average": "checkpoint average run mean --last 1 --progress plain",
+    "compress": "compress run --recipe recipe.toml --to smaller --progress plain",
 }
 """A command line for every command that can take minutes."""
 
@@ -244,6 +249,7 @@ def places(run: Path) -> Path:
             '[data]\nurl = "data"\nseq_len = 8\nglobal_batch = 4\n[train]\nsteps = 2\n'
             "[model]\nlayers = 1\nwidth = 16\nheads = 2\n[eval]\nsamples = 4\n"
         )
+        Path("recipe.toml").write_text('[[hooks]]\nuse = "prune"\n')
         for words in (
             "export data --format parquet --to exported",
             "ingest src --to holed",
@@ -298,7 +304,7 @@ def test_a_long_command_says_how_far_it_is(
     monkeypatch.setattr("datastore.cli.output.LINE_EVERY_S", 0.0)
     assert call(cli, LONG[name].split(), CliSession()) == 0
     err = capsys.readouterr().err
-    if name in {"train", "resume", "fork"}:
+    if name in {"train", "resume", "fork", "compress"}:
         assert "step " in err
     else:
         assert re.search(r"^[a-z0-9 ]+: .+ of .+ \(\d+%\)", err, re.MULTILINE), err
