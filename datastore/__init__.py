@@ -72,7 +72,7 @@ if TYPE_CHECKING:
     from datastore.training.run.history import plot
     from datastore.training.run.proof import prove
     from datastore.training.settings import Settings as RunSettings
-    from datastore.training.start import fork, resume, train
+    from datastore.training.start import dry_run, fork, resume, train
 
 _HOMES = {
     "Batch": ("datastore.loader.batch", "Batch"),
@@ -115,6 +115,7 @@ _HOMES = {
     "dedup": ("datastore.ingestion.quality.similar", "deduplicate"),
     "delete": ("datastore.dataset.operations.delete", "delete"),
     "diff": ("datastore.dataset.diff", "diff"),
+    "dry_run": ("datastore.training.start", "dry_run"),
     "evaluate": ("datastore.training.export.inference", "evaluate"),
     "evolve": ("datastore.dataset.operations.evolve", "evolve"),
     "expire": ("datastore.dataset.operations.expire", "expire"),
@@ -191,6 +192,7 @@ __all__ = [
     "dedup",
     "delete",
     "diff",
+    "dry_run",
     "evaluate",
     "evolve",
     "expire",

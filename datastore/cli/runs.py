@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Self
 
 import click
 
-from datastore.cli.output import PlainLines, json_option, progress_kind, progress_option, say, say_json
+from datastore.cli.output import PlainLines, fields, json_option, progress_kind, progress_option, say, say_json
 from datastore.cli.ranks import launched_by
 from datastore.cli.shell import example
 from datastore.units import format_seconds
@@ -22,6 +22,7 @@ from datastore.units import format_seconds
 if TYPE_CHECKING:
     from datastore.training.metrics import Result, TrainingProgress
     from datastore.training.run.audit import TracedSpan
+    from datastore.training.session.rehearsal import Needs
 
 __all__ = ["COMMANDS", "TrainingLine", "line_of", "trace"]
 
@@ -58,6 +59,9 @@ TAKE_OVER = click.option("--take-over", is_flag=True, help="Write to a run whose
 @PROCESSES
 @RESTARTS
 @TAKE_OVER
+@click.option(
+    "--dry-run", is_flag=True, help="Say what the run would need of memory, disk and time, and begin nothing."
+)
 @progress_option
 @json_option
 def train(
@@ -68,15 +72,22 @@ def train(
     processes: int,
     restarts: int | None,
     take_over: bool,
+    dry_run: bool,
     as_json: bool,
 ) -> None:
     """Train a model as the TOML file CONFIG says. If the run is there already, it goes on."""
     from datastore.config import load_settings
+    from datastore.training.launcher import Launch
     from datastore.training.settings import Settings
+    from datastore.training.start import dry_run as rehearse
     from datastore.training.start import train as train_run
 
     settings = load_settings(Settings, config, _with_restarts(overrides, restarts))
     where = run or f"runs/{config.stem}"
+    if dry_run:
+        needs = rehearse(settings, where, processes=processes, launch=Launch(**(launched_by(os.environ) or {})))
+        say_json(needs) if as_json else _tell_needs(needs)
+        return
     _train(
         lambda **options: train_run(settings, where, processes=processes, take_over=take_over, **options),
         as_json=as_json,
@@ -161,6 +172,33 @@ def _train(start: Callable[..., "Result"], *, as_json: bool) -> None:
     )
     if result.stopped:
         say(f"Everything is saved. Go on with: datastore resume {result.run}")
+
+
+def _tell_needs(needs: "Needs") -> None:
+    """Print what a run would need."""
+    from datastore.units import format_bytes, format_count
+
+    memory = needs.memory
+    parts = {name: getattr(memory, f"{name}_bytes") for name in ("process", "weights", "gathered", "gradient")}
+    parts |= {name: getattr(memory, f"{name}_bytes") for name in ("optimizer", "activation", "save", "loader")}
+    disk = "" if needs.disk_free_bytes is None else f", {format_bytes(needs.disk_free_bytes)} free"
+    here = f"{needs.ranks_here} of {needs.ranks}" if needs.ranks_here != needs.ranks else f"{needs.ranks}"
+    fields(
+        {
+            "parameters": f"{format_count(needs.parameters)}, {format_count(needs.parameters_per_rank)} on each rank",
+            "ranks": f"{here} here, on a {needs.device} in {needs.precision}",
+            "memory": f"{format_bytes(memory.peak_bytes)} of each rank, of {format_bytes(needs.memory_here_bytes)} here",
+            **{f"  {name}": format_bytes(size) for name, size in parts.items() if size},
+            "  at the start": f"{format_bytes(memory.start_bytes)}, for the whole model on each rank",
+            "a step": f"{needs.tokens_per_step:,} tokens",
+            "all steps": f"{needs.steps:,}, {format_count(needs.tokens)} tokens, {needs.epochs:.2f} epochs",
+            "data": f"{format_bytes(needs.data_bytes)}, read in {format_seconds(needs.data_s)} or more",
+            "computing": f"{format_seconds(needs.compute_s)} or more",
+            "checkpoint": f"{format_bytes(needs.checkpoint_bytes)}, at once {format_bytes(needs.checkpoints_bytes)}{disk}",
+        }
+    )
+    for note in needs.notes:
+        say(f"note: {note}")
 
 
 def _numbers(result: "Result") -> str:

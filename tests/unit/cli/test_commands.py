@@ -56,7 +56,7 @@ FLAGS = {
     "dedup": "clusters dry-run keep text-column threshold words",
     "schema": "",
     "evolve": "add default drop rename widen",
-    "train": "processes restarts set take-over to",
+    "train": "dry-run processes restarts set take-over to",
     "resume": "processes restarts set take-over",
     "plan": "batch cost delay lanes link memory per-node plot ranks seq-len shard step steps store threads tokens",
     "fork": "processes set step to",

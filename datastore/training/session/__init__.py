@@ -1,0 +1,7 @@
+"""A session: one start of a run.
+
+session       one rank's part in a run, from joining to leaving
+rehearsal     what a run would need, before anything of it is there
+"""
+
+__all__: list[str] = []
