@@ -14,15 +14,15 @@ from typing import TYPE_CHECKING, Self
 
 import click
 
-from datastore.cli.output import PlainLines, fields, json_option, progress_kind, progress_option, say, say_json
+from datastore.cli.output import PlainLines, json_option, progress_kind, progress_option, say, say_json
 from datastore.cli.ranks import launched_by
+from datastore.cli.results import tell_needs, tell_profile
 from datastore.cli.shell import example
 from datastore.units import format_seconds
 
 if TYPE_CHECKING:
     from datastore.training.metrics import Result, TrainingProgress
     from datastore.training.run.audit import TracedSpan
-    from datastore.training.session.rehearsal import Needs
 
 __all__ = ["COMMANDS", "TrainingLine", "line_of", "trace"]
 
@@ -46,6 +46,10 @@ RESTARTS = click.option(
     help="How often to start all ranks again after one has died; as faults.restarts.",
 )
 
+PROFILE = click.option(
+    "--profile", metavar="FIRST:LAST", help="Say where these steps go, and keep a trace of them; as metrics.profile."
+)
+
 TAKE_OVER = click.option("--take-over", is_flag=True, help="Write to a run whose other writer is surely gone.")
 
 
@@ -58,6 +62,7 @@ TAKE_OVER = click.option("--take-over", is_flag=True, help="Write to a run whose
 @SET
 @PROCESSES
 @RESTARTS
+@PROFILE
 @TAKE_OVER
 @click.option(
     "--dry-run", is_flag=True, help="Say what the run would need of memory, disk and time, and begin nothing."
@@ -71,6 +76,7 @@ def train(
     overrides: tuple[str, ...],
     processes: int,
     restarts: int | None,
+    profile: str | None,
     take_over: bool,
     dry_run: bool,
     as_json: bool,
@@ -82,11 +88,11 @@ def train(
     from datastore.training.start import dry_run as rehearse
     from datastore.training.start import train as train_run
 
-    settings = load_settings(Settings, config, _with_restarts(overrides, restarts))
+    settings = load_settings(Settings, config, _with_options(overrides, restarts, profile))
     where = run or f"runs/{config.stem}"
     if dry_run:
         needs = rehearse(settings, where, processes=processes, launch=Launch(**(launched_by(os.environ) or {})))
-        say_json(needs) if as_json else _tell_needs(needs)
+        say_json(needs) if as_json else tell_needs(needs)
         return
     _train(
         lambda **options: train_run(settings, where, processes=processes, take_over=take_over, **options),
@@ -101,6 +107,7 @@ def train(
 @SET
 @PROCESSES
 @RESTARTS
+@PROFILE
 @TAKE_OVER
 @progress_option
 @json_option
@@ -110,13 +117,14 @@ def resume(
     overrides: tuple[str, ...],
     processes: int,
     restarts: int | None,
+    profile: str | None,
     take_over: bool,
     as_json: bool,
 ) -> None:
     """Go on with RUN from its newest checkpoint, with any number of processes."""
     from datastore.training.start import resume as resume_run
 
-    overrides = _with_restarts(overrides, restarts)
+    overrides = _with_options(overrides, restarts, profile)
     _train(
         lambda **options: resume_run(run, overrides=overrides, processes=processes, take_over=take_over, **options),
         as_json=as_json,
@@ -148,8 +156,9 @@ def fork(*, run: str, target: str, step: int | None, overrides: tuple[str, ...],
     )
 
 
-def _with_restarts(overrides: tuple[str, ...], restarts: int | None) -> tuple[str, ...]:
-    return overrides if restarts is None else (*overrides, f"faults.restarts={restarts}")
+def _with_options(overrides: tuple[str, ...], restarts: int | None, profile: str | None) -> tuple[str, ...]:
+    given = {"faults.restarts": restarts, "metrics.profile": profile}
+    return (*overrides, *(f"{key}={value}" for key, value in given.items() if value is not None))
 
 
 def _train(start: Callable[..., "Result"], *, as_json: bool) -> None:
@@ -170,35 +179,10 @@ def _train(start: Callable[..., "Result"], *, as_json: bool) -> None:
     say(
         f"{'stopped at' if result.stopped else 'finished'} step {result.step:,} of {result.steps:,}: {_numbers(result)}"
     )
+    if result.profile is not None:
+        tell_profile(result.profile)
     if result.stopped:
         say(f"Everything is saved. Go on with: datastore resume {result.run}")
-
-
-def _tell_needs(needs: "Needs") -> None:
-    """Print what a run would need."""
-    from datastore.units import format_bytes, format_count
-
-    memory = needs.memory
-    parts = {name: getattr(memory, f"{name}_bytes") for name in ("process", "weights", "gathered", "gradient")}
-    parts |= {name: getattr(memory, f"{name}_bytes") for name in ("optimizer", "activation", "save", "loader")}
-    disk = "" if needs.disk_free_bytes is None else f", {format_bytes(needs.disk_free_bytes)} free"
-    here = f"{needs.ranks_here} of {needs.ranks}" if needs.ranks_here != needs.ranks else f"{needs.ranks}"
-    fields(
-        {
-            "parameters": f"{format_count(needs.parameters)}, {format_count(needs.parameters_per_rank)} on each rank",
-            "ranks": f"{here} here, on a {needs.device} in {needs.precision}",
-            "memory": f"{format_bytes(memory.peak_bytes)} of each rank, of {format_bytes(needs.memory_here_bytes)} here",
-            **{f"  {name}": format_bytes(size) for name, size in parts.items() if size},
-            "  at the start": f"{format_bytes(memory.start_bytes)}, for the whole model on each rank",
-            "a step": f"{needs.tokens_per_step:,} tokens",
-            "all steps": f"{needs.steps:,}, {format_count(needs.tokens)} tokens, {needs.epochs:.2f} epochs",
-            "data": f"{format_bytes(needs.data_bytes)}, read in {format_seconds(needs.data_s)} or more",
-            "computing": f"{format_seconds(needs.compute_s)} or more",
-            "checkpoint": f"{format_bytes(needs.checkpoint_bytes)}, at once {format_bytes(needs.checkpoints_bytes)}{disk}",
-        }
-    )
-    for note in needs.notes:
-        say(f"note: {note}")
 
 
 def _numbers(result: "Result") -> str:

@@ -21,7 +21,16 @@ from datastore.document import Document
 from datastore.errors import DependencyError, StorageError
 from datastore.storage.base import Storage
 
-__all__ = ["Fault", "MetricsWriter", "Result", "StepMeter", "StepOutcome", "TrainingProgress", "read_metrics"]
+__all__ = [
+    "Fault",
+    "MetricsWriter",
+    "Result",
+    "StepMeter",
+    "StepOutcome",
+    "StepProfile",
+    "TrainingProgress",
+    "read_metrics",
+]
 
 _FLUSH_S = 10.0
 
@@ -187,6 +196,24 @@ class TrainingProgress(Document, frozen=True, kw_only=True):
     """Something that happened: resumed, saved, a damaged checkpoint passed over. Worth a line of its own."""
 
 
+class StepProfile(Document, frozen=True, kw_only=True):
+    """Where some steps of rank 0 went; seconds are means of a step."""
+
+    first: int
+    last: int
+    step_s: float
+    """Without evaluations and saves."""
+
+    parts: dict[str, float]
+    """Seconds of each part, evaluations and saves among them."""
+
+    messages_s: float
+    """How long messages between ranks were under way, beside the parts."""
+
+    trace: str
+    """The trace of rank 0, a key in the run folder."""
+
+
 class Result(Document, frozen=True, kw_only=True):
     """How a session ended."""
 
@@ -212,6 +239,8 @@ class Result(Document, frozen=True, kw_only=True):
 
     world: int
     parameters: int
+    profile: StepProfile | None = None
+    """Of the steps that `metrics.profile` names."""
 
 
 class StepMeter:

@@ -15,7 +15,7 @@ from typing import Annotated, Any, Literal
 import msgspec
 from typing_extensions import override
 
-from datastore.document import Count, Document, Positive, SettingsDocument
+from datastore.document import Count, Positive, SettingsDocument
 from datastore.loader.settings import LoaderSettings
 
 __all__ = [
@@ -27,7 +27,6 @@ __all__ = [
     "ModelSettings",
     "OptimSettings",
     "ParallelSettings",
-    "SessionRequest",
     "Settings",
     "SourceSettings",
     "StageSettings",
@@ -334,6 +333,9 @@ class MetricsSettings(SettingsDocument, frozen=True, kw_only=True):
     tensorboard: bool = False
     """Also write TensorBoard event files to `tensorboard/` in the run folder (extra `track`; the folder must be local)."""
 
+    profile: str = ""
+    """Steps to look at closely, such as `10:13`: a trace of each rank for Perfetto, in `profile/`, and a table of where a step goes."""
+
 
 class Settings(SettingsDocument, frozen=True, kw_only=True):
     """All settings of a run: what its TOML file holds."""
@@ -364,17 +366,3 @@ class Settings(SettingsDocument, frozen=True, kw_only=True):
             raise ValueError('each of [[hooks]], and [objective], needs use = "name" or "module:Class"')
         if sum(table["use"] == "quantize" for table in self.hooks) > 1:
             raise ValueError("hooks can quantize once: the second one would find no layer to quantize")
-
-
-class SessionRequest(Document, frozen=True, kw_only=True):
-    """What a session is to do; the same on every rank."""
-
-    run: str
-    """URL of the run folder."""
-
-    settings: Settings
-    fresh: bool
-    """Whether the run may be new; if not, it must exist."""
-
-    take_over: bool = False
-    """Whether to take the lock of a process of another machine, which is known to be gone."""

@@ -19,7 +19,8 @@ from datastore.errors import ConfigError, WaitError
 from datastore.training.launcher import Launch, spawn
 from datastore.training.metrics import Result, TrainingProgress
 from datastore.training.parallel.layout import layout_of
-from datastore.training.settings import SessionRequest, Settings
+from datastore.training.session.request import SessionRequest
+from datastore.training.settings import Settings
 
 if TYPE_CHECKING:
     from datastore.training.session.rehearsal import Needs

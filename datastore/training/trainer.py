@@ -41,6 +41,7 @@ from datastore.training.parallel.strategy import Strategy
 from datastore.training.run.architecture import build_model, context_of, recompute
 from datastore.training.run.feed import AnyFeed, FedBatch, open_feed, saved
 from datastore.training.run.folder import RunConfig
+from datastore.training.run.profile import part
 from datastore.training.run.split import Split
 from datastore.training.settings import Settings
 
@@ -177,7 +178,9 @@ class Trainer:
         stop = False
         clock = time.perf_counter()
         while state.step < state.steps and not stop:
-            now = self.step(stopping=observer.stopping(), since=clock)
+            stopping = observer.stopping()
+            with part("step"):
+                now = self.step(stopping=stopping, since=clock)
             clock = time.perf_counter()
             if late is not None:
                 stop = _settle(late, observer)
@@ -197,14 +200,15 @@ class Trainer:
         """Take one step; the function returned waits for its numbers."""
         state = self.state
         started = time.perf_counter()
-        batch = self._next_batch()
+        with part("data"):
+            batch = self._next_batch()
         waited = time.perf_counter() - started
         seed_step(self.settings.train.seed, state.step, self.strategy.place.reader)
         with self.guard() if self.strategy.keeps else nullcontext():
             loss = self.strategy.backward(self._pieces(batch), replace(self.lesson, scale=self.factor))
         rate = learning_rate(self.settings.optim, state.step, self.settings.train.steps)
         set_learning_rate(state.optimizer, rate)
-        with self.guard():
+        with self.guard(), part("optimizer"):
             norm = self._update()
         # Two small sums per step, looked at after the next one: `.item()` here would stall a GPU.
         read = [_signed(batch.fingerprint()), int(batch.valid.sum())]
@@ -236,7 +240,9 @@ class Trainer:
         return finish
 
     def _pieces(self, batch: FedBatch) -> list[Piece]:
-        settings, rows = self.settings, self.objective.prepare(batch, self.context)
+        settings = self.settings
+        with part("data"):
+            rows = self.objective.prepare(batch, self.context)
         return self.strategy.pieces(rows, rows=self.micro_rows, global_batch=settings.data.global_batch)
 
     def _update(self) -> Tensor:

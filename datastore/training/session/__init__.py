@@ -1,5 +1,6 @@
 """A session: one start of a run.
 
+request       what a session is to do
 session       one rank's part in a run, from joining to leaving
 rehearsal     what a run would need, before anything of it is there
 """

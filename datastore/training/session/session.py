@@ -48,8 +48,10 @@ from datastore.training.run.folder import (
     versions_to_read,
 )
 from datastore.training.run.lock import RunLock
+from datastore.training.run.profile import Profiler, window_of
 from datastore.training.run.split import Split, ValidationSamples
-from datastore.training.settings import CheckpointSettings, SessionRequest, Settings
+from datastore.training.session.request import SessionRequest
+from datastore.training.settings import CheckpointSettings, Settings
 from datastore.training.supervisor import Outputs, Supervisor
 from datastore.training.trainer import Trainer
 
@@ -88,6 +90,8 @@ def run_session(request: SessionRequest, launch: Launch, report: Callable[[Train
             trainer, session=name, checkpointer=checkpointer, samples=_samples(split, trainer), stop=stop
         )
         trainer.guard = checkpointer.guard
+        if config.settings.metrics.profile:
+            supervisor.profiler = Profiler(window_of(config.settings.metrics.profile), folder.storage, rank=ranks.rank)
         notes = [supervisor.restore(), _deletions_note(config, split, versions)]
         resumed_from = trainer.state.step
         if ranks.rank == 0:
@@ -108,6 +112,7 @@ def run_session(request: SessionRequest, launch: Launch, report: Callable[[Train
         supervisor.tell("; ".join(filter(None, notes)))
         if trainer.state.step < trainer.state.steps:
             trainer.run(supervisor)
+            supervisor.end_profile()
     return Result(
         run=folder.url,
         step=trainer.state.step,
@@ -121,6 +126,7 @@ def run_session(request: SessionRequest, launch: Launch, report: Callable[[Train
         seconds=time.monotonic() - started,
         world=ranks.world,
         parameters=trainer.strategy.parameters(trainer.state.model),
+        profile=supervisor.profiler.found if supervisor.profiler is not None else None,
     )
 
 
