@@ -27,6 +27,7 @@ __all__ = [
     "pick_device",
     "precision_of",
     "seed_step",
+    "signed",
     "use_machine",
 ]
 
@@ -120,3 +121,8 @@ def peak_flops(device: torch.device) -> float | None:
 def seed_step(seed: int, step: int, rank: int) -> None:
     """Seed torch for the step after `step` steps: a resumed run draws what the undisturbed one would have drawn."""
     torch.manual_seed(int.from_bytes(digest_bytes(f"{seed}/{step}/{rank}".encode())[:8], "big"))
+
+
+def signed(value: int) -> int:
+    """Return the int64 with the bits of an unsigned `value`: devices add up no other."""
+    return value - 2**64 if value >= 2**63 else value

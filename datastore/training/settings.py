@@ -167,8 +167,8 @@ class ModelSettings(SettingsDocument, frozen=True, kw_only=True):
 class OptimSettings(SettingsDocument, frozen=True, kw_only=True):
     """The update rule, and a learning rate that warms up linearly and falls along a cosine."""
 
-    use: Literal["adamw", "sgd"] = "adamw"
-    """The update rule; both are those of torch."""
+    use: Literal["adamw", "muon", "sgd"] = "adamw"
+    """The update rule, as torch has it. muon moves the matrices within blocks, and AdamW the rest, both by `lr`."""
 
     lr: Annotated[float, msgspec.Meta(gt=0)] = 6e-4
     """Peak learning rate."""

@@ -27,12 +27,20 @@ from torch import Tensor
 from datastore.errors import ConfigError, CorruptError
 from datastore.loader.settings import Rank
 from datastore.training.hooks.base import Hook, HookSet, RunState, make_hooks, refuse_whole
-from datastore.training.machine import Machine, seed_step
+from datastore.training.machine import Machine, seed_step, signed
 from datastore.training.metrics import StepOutcome
 from datastore.training.models.huggingface import blocks_of
 from datastore.training.objectives.base import Context, HostRows, MicroBatch, Objective, Signed, rows_of
 from datastore.training.objectives.catalog import make_objective
-from datastore.training.optim import LossScale, Sentry, divide, learning_rate, make_optimizer, set_learning_rate
+from datastore.training.optim import (
+    LossScale,
+    Sentry,
+    divide,
+    inner_matrices,
+    learning_rate,
+    make_optimizer,
+    set_learning_rate,
+)
 from datastore.training.parallel.layout import check_model
 from datastore.training.parallel.lesson import Lesson, Piece
 from datastore.training.parallel.norm import local_part
@@ -211,7 +219,7 @@ class Trainer:
         with self.guard(), part("optimizer"):
             norm = self._update()
         # Two small sums per step, looked at after the next one: `.item()` here would stall a GPU.
-        read = [_signed(batch.fingerprint()), int(batch.valid.sum())]
+        read = [signed(batch.fingerprint()), int(batch.valid.sum())]
         counts = [*(read if self.strategy.place.speaks else [0, 0]), int(stopping)]
         exact = self.ranks.sum(torch.tensor(counts, dtype=torch.int64).to(state.device))
         mean_wait = torch.tensor(waited / state.world, dtype=torch.float64, device=loss.device)
@@ -355,7 +363,7 @@ def build_with_hooks(
     model = strategy.distribute(model)
     state = RunState(
         model=model,
-        optimizer=make_optimizer(strategy.owned(model), settings.optim),
+        optimizer=make_optimizer(strategy.owned(model), settings.optim, inner=inner_matrices(blocks_of(model))),
         step=0,
         steps=settings.train.steps,
         rank=ranks.rank,
@@ -370,8 +378,3 @@ def build_with_hooks(
 def _settle(late: Callable[[], StepOutcome], observer: Observer) -> bool:
     observer.settled(outcome := late())
     return outcome.stop
-
-
-def _signed(value: int) -> int:
-    """Return the int64 with the bits of an unsigned `value`."""
-    return value - 2**64 if value >= 2**63 else value

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import msgspec
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from datastore.dataset.snapshot import Dataset
 from datastore.document import Document
@@ -26,8 +26,10 @@ from datastore.training.hooks.base import make_hooks, training_hooks
 from datastore.training.launcher import Launch
 from datastore.training.machine import flops_per_token, peak_flops, pick_device, precision_of
 from datastore.training.models.gpt import parameter_count
+from datastore.training.models.huggingface import blocks_of
 from datastore.training.objectives.base import micro_batches
 from datastore.training.objectives.catalog import make_objective
+from datastore.training.optim import inner_matrices
 from datastore.training.parallel.layout import Layout, check_model, layout_of
 from datastore.training.parallel.lesson import Lesson, autocast
 from datastore.training.parallel.passes import bytes_of, gathered_bytes, imagined, peak_of
@@ -143,7 +145,7 @@ def rehearse(settings: Settings, run: str, *, launch: Launch, processes: int) ->
     there = torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else memory_bytes()
     _refuse(memory, there, ranks=1 if device.type == "cuda" else here)
     work = _work(split, settings)
-    checkpoint = model.weights_bytes + model.moments * model.trained_bytes
+    checkpoint = model.weights_bytes + bytes_of(model.moments)
     rate = _compute_rate(device, precision) * layout.world / (1 if device.type == "cuda" else here)
     flops = flops_per_token(settings.model, parameters=model.parameters, seq_len=settings.data.seq_len)
     needs = Needs(
@@ -178,7 +180,9 @@ class _Model:
     weights_bytes: int
     trained_bytes: int
     gathered_bytes: int
-    moments: int
+    moments: Sequence[Tensor]
+    """One for each tensor that the optimizer keeps."""
+
     peak_bytes: int
     """Of the passes of a step, beyond weights; with gradients, where the rank keeps them whole."""
 
@@ -215,12 +219,21 @@ def _imagine(config: RunConfig, layout: Layout, *, precision: str) -> _Model:
         weights_bytes=bytes_of(weights),
         trained_bytes=bytes_of(trained),
         gathered_bytes=gathered_bytes(model),
-        moments=0 if settings.optim.use == "sgd" else 2,
+        moments=_moments(model, settings),
         peak_bytes=peak,
         passes=passes,
         weights=weights,
         trained=trained,
     )
+
+
+def _moments(model: nn.Module, settings: Settings) -> list[Tensor]:
+    """Return the shapes that the optimizer keeps: two for each parameter, one where Muon moves it."""
+    if settings.optim.use == "sgd":
+        return []
+    once = {id(one) for one in inner_matrices(blocks_of(model))} if settings.optim.use == "muon" else set()
+    trained = [one for one in model.parameters() if one.requires_grad]
+    return [one for one in trained for _ in range(1 if id(one) in once else 2)]
 
 
 def _memory(model: _Model, settings: Settings, layout: Layout, *, process: int, loader: int) -> Memory:
@@ -233,7 +246,7 @@ def _memory(model: _Model, settings: Settings, layout: Layout, *, process: int, 
     ):  # Weights of some blocks, and their gradients; those of all blocks, if several passes add to them.
         gathered = (model.gathered_bytes + (model.gathered_bytes if model.passes == 1 else model.trained_bytes)) // cut
         peak = model.peak_bytes
-    optimizer = model.moments * trained
+    optimizer = bytes_of(model.moments, over=layout.shard * cut)
     copies = 2 if settings.model.use or settings.model.init else 1
     saves = 0 < settings.checkpoint.every < settings.train.steps
     memory = Memory(
