@@ -30,6 +30,7 @@ _EXTRAS = {
     "s3": ("s3fs",),
     "hf": ("transformers", "datasets"),
     "track": ("tensorboard",),
+    "wandb": ("wandb",),
     "compress": ("compressed-tensors",),
     "plot": ("matplotlib",),
     "sql": ("duckdb",),

@@ -333,6 +333,9 @@ class MetricsSettings(SettingsDocument, frozen=True, kw_only=True):
     tensorboard: bool = False
     """Also write TensorBoard event files to `tensorboard/` in the run folder (extra `track`; the folder must be local)."""
 
+    trackers: tuple[dict[str, Any], ...] = ()
+    """Where numbers go, too: tables `[[metrics.trackers]]`, of which `use` names a tracker, its other keys are its own."""
+
     profile: str = ""
     """Steps to look at closely, such as `10:13`: a trace of each rank for Perfetto, in `profile/`, and a table of where a step goes."""
 
@@ -362,7 +365,11 @@ class Settings(SettingsDocument, frozen=True, kw_only=True):
         super().__post_init__()
         if self.loader.epochs is not None:
             raise ValueError("loader.epochs cannot be set: training is endless, train.steps ends it")
-        if any(not isinstance(table.get("use"), str) for table in (self.objective, *self.hooks)):
-            raise ValueError('each of [[hooks]], and [objective], needs use = "name" or "module:Class"')
+        if any(
+            not isinstance(table.get("use"), str) for table in (self.objective, *self.hooks, *self.metrics.trackers)
+        ):
+            raise ValueError(
+                'each of [[hooks]] and [[metrics.trackers]], and [objective], needs use = "name" or "module:Class"'
+            )
         if sum(table["use"] == "quantize" for table in self.hooks) > 1:
             raise ValueError("hooks can quantize once: the second one would find no layer to quantize")

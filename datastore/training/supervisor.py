@@ -73,6 +73,8 @@ class Outputs:
     lock: RunLock
     metrics: MetricsWriter
     report: Callable[[TrainingProgress], None]
+    trouble: Callable[[], str] = str
+    """What is to be told of trackers."""
 
 
 class Supervisor(Observer):
@@ -144,14 +146,9 @@ class Supervisor(Observer):
 
     @override
     def stopping(self) -> bool:
-        if self.profiler is not None:  # Asked before each step.
+        if self.profiler is not None:
             self.profiler.before(self._trainer.state.step + 1)
         return self._stop.is_set()
-
-    def end_profile(self) -> None:
-        """End a profile whose last step was not reached."""
-        if self.profiler is not None:
-            self.profiler.close(self._trainer.state.step)
 
     @override
     def settled(self, outcome: StepOutcome) -> None:
@@ -315,9 +312,12 @@ class Supervisor(Observer):
             if isinstance(error, ConflictError | ConfigError):
                 raise error
             self.tell(f"step {step} was not saved, a later one will be tried: {error}")
-        trouble = self.outputs.metrics.trouble() if self.outputs is not None else None
-        if trouble is not None:
+        if self.outputs is None:
+            return
+        if (trouble := self.outputs.metrics.trouble()) is not None:
             self.tell(f"metrics were not stored, they will be tried again: {trouble}")
+        if left_out := self.outputs.trouble():
+            self.tell(left_out)
 
     def _drop_what_led_to(self, step: int) -> str:
         """Drop the checkpoint of the step before `step`, if there is an older one; return what to go on from."""

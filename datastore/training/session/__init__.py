@@ -2,6 +2,7 @@
 
 request       what a session is to do
 session       one rank's part in a run, from joining to leaving
+trackers      where numbers go besides the run folder
 rehearsal     what a run would need, before anything of it is there
 """
 
