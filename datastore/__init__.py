@@ -75,7 +75,7 @@ if TYPE_CHECKING:
     from datastore.training.run.history import plot
     from datastore.training.run.proof import prove
     from datastore.training.settings import Settings as RunSettings
-    from datastore.training.start import compress, fork, resume, train
+    from datastore.training.start import compress, dry_run, fork, resume, train
 
 _HOMES = {
     "Batch": ("datastore.loader.batch", "Batch"),
@@ -119,6 +119,7 @@ _HOMES = {
     "delete": ("datastore.dataset.operations.delete", "delete"),
     "card": ("datastore.dataset.card", "card"),
     "diff": ("datastore.dataset.diff", "diff"),
+    "dry_run": ("datastore.training.start", "dry_run"),
     "evaluate": ("datastore.training.export.inference", "evaluate"),
     "evolve": ("datastore.dataset.operations.evolve", "evolve"),
     "expire": ("datastore.dataset.operations.expire", "expire"),
@@ -200,6 +201,7 @@ __all__ = [
     "dedup",
     "delete",
     "diff",
+    "dry_run",
     "evaluate",
     "evolve",
     "expire",

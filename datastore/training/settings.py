@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal
 import msgspec
 from typing_extensions import override
 
-from datastore.document import Count, Document, Positive, SettingsDocument
+from datastore.document import Count, Positive, SettingsDocument
 from datastore.loader.settings import LoaderSettings
 
 __all__ = [
@@ -25,7 +25,6 @@ __all__ = [
     "ModelSettings",
     "OptimSettings",
     "ParallelSettings",
-    "SessionRequest",
     "Settings",
     "SourceSettings",
     "StageSettings",
@@ -171,8 +170,8 @@ class ModelSettings(SettingsDocument, frozen=True, kw_only=True):
 class OptimSettings(SettingsDocument, frozen=True, kw_only=True):
     """The update rule, and a learning rate that warms up linearly and falls along a cosine."""
 
-    use: Literal["adamw", "sgd"] = "adamw"
-    """The update rule; both are those of torch."""
+    use: Literal["adamw", "muon", "sgd"] = "adamw"
+    """The update rule, as torch has it. muon moves the matrices within blocks, and AdamW the rest, both by `lr`."""
 
     lr: Annotated[float, msgspec.Meta(gt=0)] = 6e-4
     """Peak learning rate."""
@@ -334,6 +333,12 @@ class MetricsSettings(SettingsDocument, frozen=True, kw_only=True):
     tensorboard: bool = False
     """Also write TensorBoard event files to `tensorboard/` in the run folder (extra `track`; the folder must be local)."""
 
+    trackers: tuple[dict[str, Any], ...] = ()
+    """Where numbers go, too: tables `[[metrics.trackers]]`, of which `use` names a tracker, its other keys are its own."""
+
+    profile: str = ""
+    """Steps to look at closely, such as `10:13`: a trace of each rank for Perfetto, in `profile/`, and a table of where a step goes."""
+
 
 class Settings(SettingsDocument, frozen=True, kw_only=True):
     """All settings of a run: what its TOML file holds."""
@@ -360,21 +365,11 @@ class Settings(SettingsDocument, frozen=True, kw_only=True):
         super().__post_init__()
         if self.loader.epochs is not None:
             raise ValueError("loader.epochs cannot be set: training is endless, train.steps ends it")
-        if any(not isinstance(table.get("use"), str) for table in (self.objective, *self.hooks)):
-            raise ValueError('each of [[hooks]], and [objective], needs use = "name" or "module:Class"')
+        if any(
+            not isinstance(table.get("use"), str) for table in (self.objective, *self.hooks, *self.metrics.trackers)
+        ):
+            raise ValueError(
+                'each of [[hooks]] and [[metrics.trackers]], and [objective], needs use = "name" or "module:Class"'
+            )
         if sum(table["use"] == "quantize" for table in self.hooks) > 1:
             raise ValueError("hooks can quantize once: the second one would find no layer to quantize")
-
-
-class SessionRequest(Document, frozen=True, kw_only=True):
-    """What a session is to do; the same on every rank."""
-
-    run: str
-    """URL of the run folder."""
-
-    settings: Settings
-    fresh: bool
-    """Whether the run may be new; if not, it must exist."""
-
-    take_over: bool = False
-    """Whether to take the lock of a process of another machine, which is known to be gone."""

@@ -2,6 +2,7 @@
 
     result = train(settings, "runs/first", processes=2, on_progress=print)
     result = resume("runs/first")
+    needs = dry_run(settings, "runs/first", processes=2)
 
 Nothing here loads torch: with `processes` above 1 only the ranks need it.
 """
@@ -9,7 +10,7 @@ Nothing here loads torch: with `processes` above 1 only the ranks need it.
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 
@@ -19,9 +20,13 @@ from datastore.errors import ConfigError, WaitError
 from datastore.training.launcher import Launch, spawn
 from datastore.training.metrics import Result, TrainingProgress
 from datastore.training.parallel.layout import layout_of
-from datastore.training.settings import SessionRequest, Settings
+from datastore.training.session.request import SessionRequest
+from datastore.training.settings import Settings
 
-__all__ = ["Compressed", "compress", "fork", "resume", "train"]
+if TYPE_CHECKING:
+    from datastore.training.session.rehearsal import Needs
+
+__all__ = ["Compressed", "compress", "dry_run", "fork", "resume", "train"]
 
 _NO_STEPS = {
     "train": {"steps": 1},
@@ -78,6 +83,19 @@ def train(
     run = os.fspath(run)
     request = SessionRequest(run=run, settings=settings, fresh=True, take_over=take_over)
     return _run(request, processes=processes, launch=launch, on_progress=on_progress)
+
+
+def dry_run(settings: Settings, run: str | os.PathLike[str], *, processes: int = 1, launch: Launch = _HERE) -> "Needs":
+    """Return what `train` would need of memory, disk and time; nothing is written, and no step is taken.
+
+    Raises:
+        ConfigError: the run cannot fit into memory; or as `train`.
+        DatastoreError: as `train`.
+    """
+    from datastore.training.session.rehearsal import rehearse  # noqa: PLC0415 - loads torch
+
+    settings = convert(Settings, msgspec.to_builtins(settings), where="the settings")
+    return rehearse(settings, os.fspath(run), launch=launch, processes=processes)
 
 
 def resume(
@@ -199,7 +217,7 @@ def _placed(source: str) -> tuple[str, int | None]:
 
 def work(launch: Launch, arguments: dict[str, Any], report: Callable[[dict[str, Any]], None]) -> dict[str, Any]:
     """Be one rank: what `spawn` calls in each process. Takes and returns JSON values."""
-    from datastore.training.session import run_session  # noqa: PLC0415 - loads torch
+    from datastore.training.session.session import run_session  # noqa: PLC0415 - loads torch
 
     request = convert(SessionRequest, arguments, where="the launcher")
     result = run_session(request, launch, lambda progress: report(msgspec.to_builtins(progress)))
@@ -221,7 +239,7 @@ def _run(
         )
     layout_of(request.settings, max(launch.world, processes) if processes > 0 else processes)
     if processes == 1:
-        from datastore.training.session import run_session  # noqa: PLC0415 - loads torch
+        from datastore.training.session.session import run_session  # noqa: PLC0415 - loads torch
 
         return run_session(request, launch, tell)
     return _spawned(request, processes=processes, tell=tell)

@@ -27,7 +27,7 @@ from torch import Tensor
 from datastore.errors import ConfigError, CorruptError
 from datastore.loader.settings import Rank
 from datastore.training.hooks.base import Hook, HookSet, RunState
-from datastore.training.machine import Machine, seed_step
+from datastore.training.machine import Machine, seed_step, signed
 from datastore.training.metrics import StepOutcome
 from datastore.training.objectives.base import Context, HostRows, MicroBatch, Objective, Signed, rows_of
 from datastore.training.objectives.catalog import make_objective
@@ -41,6 +41,7 @@ from datastore.training.parallel.strategy import Strategy
 from datastore.training.run.architecture import context_of
 from datastore.training.run.feed import AnyFeed, FedBatch, open_feed, saved
 from datastore.training.run.folder import RunConfig
+from datastore.training.run.profile import part
 from datastore.training.run.split import Split
 from datastore.training.settings import Settings
 
@@ -179,7 +180,9 @@ class Trainer:
         stop = False
         clock = time.perf_counter()
         while state.step < state.steps and not stop:
-            now = self.step(stopping=observer.stopping(), since=clock)
+            stopping = observer.stopping()
+            with part("step"):
+                now = self.step(stopping=stopping, since=clock)
             clock = time.perf_counter()
             if late is not None:
                 stop = _settle(late, observer)
@@ -199,17 +202,18 @@ class Trainer:
         """Take one step; the function returned waits for its numbers."""
         state = self.state
         started = time.perf_counter()
-        batch = self._next_batch()
+        with part("data"):
+            batch = self._next_batch()
         waited = time.perf_counter() - started
         seed_step(self.settings.train.seed, state.step, self.strategy.place.reader)
         with self.guard() if self.strategy.keeps else nullcontext():
             loss = self.strategy.backward(self._pieces(batch), replace(self.lesson, scale=self.factor))
         rate = learning_rate(self.settings.optim, state.step, self.settings.train.steps)
         set_learning_rate(state.optimizer, rate)
-        with self.guard():
+        with self.guard(), part("optimizer"):
             norm = self._update()
         # Two small sums per step, looked at after the next one: `.item()` here would stall a GPU.
-        read = [_signed(batch.fingerprint()), int(batch.valid.sum())]
+        read = [signed(batch.fingerprint()), int(batch.valid.sum())]
         counts = [*(read if self.strategy.place.speaks else [0, 0]), int(stopping)]
         exact = self.ranks.sum(torch.tensor(counts, dtype=torch.int64).to(state.device))
         mean_wait = torch.tensor(waited / state.world, dtype=torch.float64, device=loss.device)
@@ -238,7 +242,9 @@ class Trainer:
         return finish
 
     def _pieces(self, batch: FedBatch) -> list[Piece]:
-        settings, rows = self.settings, self.objective.prepare(batch, self.context)
+        settings = self.settings
+        with part("data"):
+            rows = self.objective.prepare(batch, self.context)
         return self.strategy.pieces(rows, rows=self.micro_rows, global_batch=settings.data.global_batch)
 
     def _update(self) -> Tensor:
@@ -320,8 +326,3 @@ def _moved(rows: HostRows, device: torch.device) -> MicroBatch:
 def _settle(late: Callable[[], StepOutcome], observer: Observer) -> bool:
     observer.settled(outcome := late())
     return outcome.stop
-
-
-def _signed(value: int) -> int:
-    """Return the int64 with the bits of an unsigned `value`."""
-    return value - 2**64 if value >= 2**63 else value

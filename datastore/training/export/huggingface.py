@@ -27,7 +27,7 @@ from datastore.storage.base import Storage
 from datastore.training.hooks.quantize import PackedLinear, QuantizeSettings, quantization_config, replace_linears
 from datastore.training.models.gpt import GPT
 from datastore.training.models.heads import Classifier
-from datastore.training.models.huggingface import write_model
+from datastore.training.models.huggingface import open_folder, write_model
 from datastore.training.objectives.base import Objective
 from datastore.training.settings import ModelSettings
 
@@ -36,6 +36,9 @@ __all__ = ["HuggingFaceModel", "read_folder", "shape_of_folder", "write_folder"]
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 _ADDING = {"TemplateProcessing", "BertProcessing", "RobertaProcessing"}
 """Post-processors of `tokenizers` that add special tokens."""
+
+_ANY_LENGTH = 1 << 20
+"""Tokens that a model sees which does not say it: one without positions."""
 
 _WEIGHTS = "model.safetensors"
 _INDEX = "model.safetensors.index.json"
@@ -123,14 +126,18 @@ def shape_of_folder(storage: Storage) -> ModelSettings:
 
 
 def read_folder(storage: Storage) -> HuggingFaceModel:
-    """Return the model in a folder, as it is on disk: dense in float32, or quantized.
+    """Return the model in a folder, as it is on disk: dense in float32, or quantized; one that is not ours as `transformers` opens it.
 
     Raises:
         MissingError: no config.json, or a file that it needs is not there.
-        ConfigError: a model that our GPT is not.
+        ConfigError: a model that `transformers` does not open either, or one that is not on this machine.
+        DependencyError: it needs `transformers`.
         CorruptError: a file is damaged.
     """
     config = _read_json(storage, "config.json")
+    file = storage.local_path("config.json")
+    if file is not None and not _is_plain_llama(config):
+        return _read_foreign(storage, file.parent)
     _check_supported(config, where=storage.url)
     model = GPT(_model_settings(config))
     quantization = config.get("quantization_config")
@@ -147,6 +154,24 @@ def read_folder(storage: Storage) -> HuggingFaceModel:
     return HuggingFaceModel(
         model=model,
         seq_len=int(config["max_position_embeddings"]),
+        tokenizer=_maybe(storage, "tokenizer.json"),
+        end_of_text=end[0] if isinstance(end, list) else end,
+    )
+
+
+def _is_plain_llama(config: Mapping[str, Any]) -> bool:
+    named = config.get("architectures") or ["LlamaForCausalLM"]
+    return config.get("model_type") == "llama" and named == ["LlamaForCausalLM"] and not _unlike(config)
+
+
+def _read_foreign(storage: Storage, folder: Path) -> HuggingFaceModel:
+    """Return another model, as `transformers` opens it."""
+    model, config = open_folder(folder)
+    lengths = (config.get(name) for name in ("max_position_embeddings", "n_positions", "max_seq_len"))
+    end = config.get("eos_token_id")
+    return HuggingFaceModel(
+        model=model,
+        seq_len=next((int(one) for one in lengths if one), _ANY_LENGTH),
         tokenizer=_maybe(storage, "tokenizer.json"),
         end_of_text=end[0] if isinstance(end, list) else end,
     )
@@ -260,6 +285,13 @@ def _model_settings(config: Mapping[str, Any]) -> ModelSettings:
 
 
 def _check_supported(config: Mapping[str, Any], *, where: str) -> None:
+    wrong = _unlike(config)
+    if wrong:
+        raise ConfigError("not a model that this GPT is", url=where, **wrong, hint="Only plain Llama models are read.")
+
+
+def _unlike(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what a config has that is not so in a plain Llama."""
     rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
     wanted = {
         "model_type": (config.get("model_type"), "llama"),
@@ -268,9 +300,7 @@ def _check_supported(config: Mapping[str, Any], *, where: str) -> None:
         "mlp_bias": (config.get("mlp_bias", False), False),
         "rope_type": (rope.get("rope_type", "default"), "default"),
     }
-    wrong = {key: found for key, (found, needed) in wanted.items() if found != needed}
-    if wrong:
-        raise ConfigError("not a model that this GPT is", url=where, **wrong, hint="Only plain Llama models are read.")
+    return {key: found for key, (found, needed) in wanted.items() if found != needed}
 
 
 def _quantize_settings(config: Mapping[str, Any], *, where: str) -> QuantizeSettings:

@@ -11,7 +11,7 @@ from datastore.training.hooks.base import Hook, RunState, make_hooks, refuse_who
 from datastore.training.hooks.calibration import Calibration
 from datastore.training.models.huggingface import blocks_of
 from datastore.training.objectives.base import Objective
-from datastore.training.optim import make_optimizer
+from datastore.training.optim import inner_matrices, make_optimizer
 from datastore.training.parallel.strategy import Strategy
 from datastore.training.run.architecture import build_model, context_of, recompute
 from datastore.training.run.feed import calibration_rows
@@ -77,7 +77,7 @@ def build_with_hooks(
     model = strategy.distribute(model)
     state = RunState(
         model=model,
-        optimizer=make_optimizer(strategy.owned(model), settings.optim),
+        optimizer=make_optimizer(strategy.owned(model), settings.optim, inner=inner_matrices(blocks_of(model))),
         step=0,
         steps=settings.train.steps,
         rank=ranks.rank,

@@ -12,7 +12,6 @@ from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from functools import partial
 from importlib.metadata import version
-from pathlib import Path
 from typing import Any
 
 import msgspec
@@ -22,7 +21,6 @@ from datastore.checkpoint.checkpointer import Checkpointer
 from datastore.checkpoint.keeping import Keep
 from datastore.checkpoint.steps import CheckpointerSettings
 from datastore.document import decode, encode
-from datastore.errors import ConfigError
 from datastore.host import utc_now
 from datastore.loader.settings import Rank
 from datastore.training.export.initial import initial_weights, teacher, with_shape
@@ -50,8 +48,11 @@ from datastore.training.run.folder import (
     versions_to_read,
 )
 from datastore.training.run.lock import RunLock
+from datastore.training.run.profile import Profiler, window_of
 from datastore.training.run.split import Split, ValidationSamples
-from datastore.training.settings import CheckpointSettings, SessionRequest, Settings
+from datastore.training.session.request import SessionRequest
+from datastore.training.session.trackers import TrackedRun, Trackers, make_trackers
+from datastore.training.settings import CheckpointSettings, MetricsSettings, Settings
 from datastore.training.supervisor import Outputs, Supervisor
 from datastore.training.trainer import Trainer
 
@@ -91,6 +92,8 @@ def run_session(request: SessionRequest, launch: Launch, report: Callable[[Train
             trainer, session=name, checkpointer=checkpointer, samples=_samples(split, trainer), stop=stop
         )
         trainer.guard = checkpointer.guard
+        if config.settings.metrics.profile:
+            supervisor.profiler = Profiler(window_of(config.settings.metrics.profile), folder.storage, rank=ranks.rank)
         notes = [supervisor.restore(), _deletions_note(config, split, versions)]
         resumed_from = trainer.state.step
         if ranks.rank == 0:
@@ -100,17 +103,22 @@ def run_session(request: SessionRequest, launch: Launch, report: Callable[[Train
             folder.store(config)  # Not before: what does not work must not be in the way of what does.
             session = _session(name, trainer, versions)
             folder.add_session(msgspec.structs.replace(session, number=number, changed=changed))
+            trackers = Trackers(
+                make_trackers(tables_of(config.settings.metrics)), _tracked(config, folder, resumed_from)
+            )
             metrics = MetricsWriter(
                 folder.storage,
                 session=f"{number:06d}-{name}",
                 first_step=resumed_from + 1,
-                tensorboard=_board(config.settings, folder),
+                followers=[trackers],
             )
             stack.callback(metrics.close)
-            supervisor.outputs = Outputs(folder.storage, lock, metrics, report)
+            supervisor.outputs = Outputs(folder.storage, lock, metrics, report, trackers.trouble)
         supervisor.tell("; ".join(filter(None, notes)))
         if trainer.state.step < trainer.state.steps:
             trainer.run(supervisor)
+            if supervisor.profiler is not None:
+                supervisor.profiler.close(trainer.state.step)
     return Result(
         run=folder.url,
         step=trainer.state.step,
@@ -124,6 +132,7 @@ def run_session(request: SessionRequest, launch: Launch, report: Callable[[Train
         seconds=time.monotonic() - started,
         world=ranks.world,
         parameters=trainer.strategy.parameters(trainer.state.model),
+        profile=supervisor.profiler.found if supervisor.profiler is not None else None,
     )
 
 
@@ -222,13 +231,17 @@ def _session(name: str, trainer: Trainer, versions: Versions) -> RunSession:
     )
 
 
-def _board(settings: Settings, folder: RunFolder) -> Path | None:
-    """Return where TensorBoard's files go: it can only write to a local folder."""
-    if not settings.metrics.tensorboard:
-        return None
-    config = folder.storage.local_path(CONFIG_KEY)
-    if config is None:
-        raise ConfigError(
-            "TensorBoard writes to local folders only", run=folder.url, hint="Set metrics.tensorboard = false."
-        )
-    return config.parent / "tensorboard"
+def tables_of(settings: MetricsSettings) -> tuple[dict[str, Any], ...]:
+    """Return the tables of the trackers that a run wants."""
+    return (*([{"use": "tensorboard"}] if settings.tensorboard else []), *settings.trackers)
+
+
+def _tracked(config: RunConfig, folder: RunFolder, resumed_from: int) -> TrackedRun:
+    file = folder.storage.local_path(CONFIG_KEY)
+    return TrackedRun(
+        url=folder.url,
+        created=config.created,
+        first_step=resumed_from + 1,
+        settings=msgspec.to_builtins(config.settings),
+        folder=None if file is None else file.parent,
+    )
