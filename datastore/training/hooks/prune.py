@@ -206,10 +206,10 @@ class Prune(Hook):
     def updated(self, run: RunState) -> None:
         if self._swaps(run.step) and self._grown:
             fraction = self._settings.swap * 0.5 * (1 + math.cos(math.pi * self._progress(run.step)))
-            scores = self._scores(run)
+            measured = self._measured(run)
             for name, wanted in self._grown.items():
-                mask = whole(self._masks[name])
-                self._mask(run, name, swapped(mask, scores=scores[name], wanted=wanted, fraction=fraction))
+                mask, score = whole(self._masks[name]), self._score(name, measured)
+                self._mask(run, name, swapped(mask, scores=score, wanted=wanted, fraction=fraction))
             self._grown = {}
         ratio = self._ratio(run.step)
         if self._due(run.step) and any(self._goal(name, ratio) < kept for name, kept in self._kept.items()):
@@ -247,34 +247,30 @@ class Prune(Hook):
         return kept_of(size, ratio)
 
     def _prune(self, run: RunState, ratio: float) -> None:
-        """Give every matrix the mask of a compression ratio; what is gone stays gone."""
+        """Give every matrix the mask of a compression ratio; what is gone stays gone. One matrix at a time is whole, unless `scope` is global."""
         settings = self._settings
-        alive = {name: whole(mask) for name, mask in self._masks.items()}
-        if settings.method == "reconstruct":
-            assert run.calibration is not None
-            products = grams(run.model, self._linears, run.calibration, count=settings.samples)
-            for name, parameter in self._parameters.items():
-                weight, mask = self._operated(whole(parameter), products[name], ratio, alive[name])
-                overwrite(parameter, agreed(weight))
+        measured = self._measured(run)
+        if settings.scope == "global":
+            scores = {name: self._score(name, measured) for name in self._masks}
+            alive = {name: whole(mask) for name, mask in self._masks.items()}
+            kept = min(sum(self._kept.values()), kept_of(sum(one.numel() for one in scores.values()), ratio))
+            for name, mask in keep_everywhere(scores, kept, alive=alive).items():
                 self._mask(run, name, mask)
             return
-        scores = self._scores(run)
-        if settings.scope == "global":
-            kept = min(sum(self._kept.values()), kept_of(sum(one.numel() for one in scores.values()), ratio))
-            masks = keep_everywhere(scores, kept, alive=alive)
-        elif settings.pattern == "2:4":
-            chosen = {
-                name: cheapest_groups(one, _groups(one.numel(), ratio), alive=alive[name])
-                for name, one in scores.items()
-            }
-            masks = {name: keep_two_of_four(one, chosen[name], alive=alive[name]) for name, one in scores.items()}
-        else:
-            masks = {
-                name: keep_largest(one, min(self._kept[name], kept_of(one.numel(), ratio)), alive=alive[name])
-                for name, one in scores.items()
-            }
-        for name, mask in masks.items():
+        for name, parameter in self._parameters.items():
+            living = whole(self._masks[name])
+            if settings.method == "reconstruct":
+                weight, mask = self._operated(whole(parameter), measured[name], ratio, living)
+                overwrite(parameter, agreed(weight))
+            else:
+                mask = self._chosen(self._score(name, measured), ratio, living)
             self._mask(run, name, mask)
+
+    def _chosen(self, scores: Tensor, ratio: float, alive: Tensor) -> Tensor:
+        if self._settings.pattern == "2:4":
+            chosen = cheapest_groups(scores, _groups(scores.numel(), ratio), alive=alive)
+            return keep_two_of_four(scores, chosen, alive=alive)
+        return keep_largest(scores, min(int(alive.sum()), kept_of(scores.numel(), ratio)), alive=alive)
 
     def _operated(self, weight: Tensor, product: Tensor, ratio: float, alive: Tensor) -> tuple[Tensor, Tensor]:
         if self._settings.pattern == "2:4":
@@ -282,16 +278,20 @@ class Prune(Hook):
         kept = min(int(alive.sum()), kept_of(weight.numel(), ratio))
         return prune_to(weight, product, kept, alive=alive)
 
-    def _scores(self, run: RunState) -> dict[str, Tensor]:
-        """Return how much each weight matters, all of them on every rank."""
-        if self._settings.method == "movement":
-            return {name: whole(one) for name, one in self._movement.items()}
-        sizes = {name: whole(one.detach()).abs() for name, one in self._parameters.items()}
-        if self._settings.method == "magnitude":
-            return sizes
+    def _measured(self, run: RunState) -> dict[str, Tensor]:
+        """Return what the method needs to know of the inputs of each matrix; nothing if it looks at weights only."""
+        if not self._linears:
+            return {}
         assert run.calibration is not None
-        squares = square_sums(run.model, self._linears, run.calibration, count=self._settings.samples)
-        return {name: size * squares[name].sqrt() for name, size in sizes.items()}
+        measure = grams if self._settings.method == "reconstruct" else square_sums
+        return measure(run.model, self._linears, run.calibration, count=self._settings.samples)
+
+    def _score(self, name: str, measured: Mapping[str, Tensor]) -> Tensor:
+        """Return how much each weight of a matrix matters, all of them on every rank."""
+        if self._settings.method == "movement":
+            return whole(self._movement[name])
+        size = whole(self._parameters[name].detach()).abs()
+        return size * measured[name].sqrt() if name in measured else size
 
     def _mask(self, run: RunState, name: str, mask: Tensor) -> None:
         """Make `mask`, as rank 0 has it, that of a matrix, its weights and its moments."""

@@ -3,8 +3,8 @@
 Which weights go is decided as by Wanda, some at a time, among weights that have made up for those that went before. What is left of
 a row is then the least-squares solution given its mask, found by conjugate gradients for all rows at once. SparseGPT, which has the
 same aim, lets weights make up for others once, from left to right, and never changes those it has passed; on layers of 64 inputs
-pruned to half what is lost was 1.1 here and 4.4 there, 0.08 and 15, 3.9 and 5.1 (inputs mixed at random, of low rank, with one common
-part). The price is `_STAGES` times `_ITERATIONS` products of [out, in] and [in, in].
+pruned to half what is lost was 1.3 here and 4.0 there, 0.11 and 9.6, 4.3 and 5.4 (inputs mixed at random, of low rank, with one common
+part; `tools/bench/compression --layer`). The price is `_STAGES` times `_ITERATIONS` products of [out, in] and [in, in].
 
 Source: E. Frantar and D. Alistarh, "SparseGPT", arXiv:2301.00774 (the aim, and the damping); M. Sun et al., arXiv:2306.11695 (Wanda);
 M. Hestenes and E. Stiefel, 1952 (conjugate gradients).
