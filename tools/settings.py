@@ -35,6 +35,7 @@ from datastore.training.objectives.captions import CaptionsSettings
 from datastore.training.objectives.language import MaskedSettings
 from datastore.training.objectives.preference import PreferenceSettings
 from datastore.training.objectives.records import ClassesSettings, ClicksSettings, NextItemSettings
+from datastore.training.session.trackers import WeightsAndBiasesSettings
 from datastore.training.settings import Settings
 from datastore.units import format_bytes
 
@@ -86,6 +87,11 @@ SECTIONS = (
             ("ema: ", EmaSettings),
             ("quantize: ", QuantizeSettings),
         ),
+    ),
+    (
+        "Trackers",
+        "A `[[metrics.trackers]]` table names a [tracker](trainer.md#trackers) with `use`, and owns its other keys.",
+        (("wandb: ", WeightsAndBiasesSettings),),
     ),
     (
         "Bring text in",

@@ -27,7 +27,15 @@ from datastore.digest import digest_bytes
 from datastore.document import Document, SettingsDocument, convert
 from datastore.errors import ConfigError, DatastoreError, DependencyError
 
-__all__ = ["TensorBoard", "TrackedRun", "Tracker", "Trackers", "WeightsAndBiases", "make_trackers"]
+__all__ = [
+    "TensorBoard",
+    "TrackedRun",
+    "Tracker",
+    "Trackers",
+    "WeightsAndBiases",
+    "WeightsAndBiasesSettings",
+    "make_trackers",
+]
 
 _MOST_WAITING = 10_000
 """Records that wait for a tracker; one that is so late is left out."""
