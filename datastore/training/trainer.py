@@ -18,6 +18,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
+from functools import cache
 from typing import Any, Protocol, Self, cast
 
 import msgspec
@@ -27,6 +28,7 @@ from torch import Tensor
 from datastore.errors import ConfigError, CorruptError
 from datastore.loader.settings import Rank
 from datastore.training.hooks.base import Hook, HookSet, RunState, make_hooks, refuse_whole
+from datastore.training.hooks.calibration import Calibration
 from datastore.training.machine import Machine, seed_step
 from datastore.training.metrics import StepOutcome
 from datastore.training.models.huggingface import blocks_of
@@ -39,7 +41,7 @@ from datastore.training.parallel.norm import local_part
 from datastore.training.parallel.ranks import Ranks
 from datastore.training.parallel.strategy import Strategy
 from datastore.training.run.architecture import build_model, context_of, recompute
-from datastore.training.run.feed import AnyFeed, FedBatch, open_feed, saved
+from datastore.training.run.feed import AnyFeed, FedBatch, calibration_rows, open_feed, saved
 from datastore.training.run.folder import RunConfig
 from datastore.training.run.split import Split
 from datastore.training.settings import Settings
@@ -116,8 +118,11 @@ class Trainer:
         if not shape.use:
             check_model(shape, layout, seq_len=settings.data.seq_len)
         objective = make_objective(settings.objective)
-        state, hooks = build_with_hooks(config, strategy, objective, compiled=machine.compiled, weights=weights)
         context = context_of(config)
+        rows = cache(lambda count: calibration_rows(split, settings, objective, context, count=count))
+        look = Calibration(rows, objective, strategy.ranks.device)
+        built = (config, strategy, objective, look)
+        state, hooks = build_with_hooks(*built, compiled=machine.compiled, weights=weights)
         rank = Rank(strategy.place.reader, layout.readers)
         loader = open_feed(split, settings, objective, context, rank=rank)
         trainer = cls(
@@ -319,6 +324,7 @@ def build_with_hooks(
     config: RunConfig,
     strategy: Strategy,
     objective: Objective,
+    calibration: Calibration | None = None,
     *,
     compiled: bool = False,
     weights: Mapping[str, Tensor] | None = None,
@@ -355,6 +361,7 @@ def build_with_hooks(
         rank=ranks.rank,
         world=ranks.world,
         device=ranks.device,
+        calibration=calibration,
     )
     for hook in hooks.values():
         hook.start(state)

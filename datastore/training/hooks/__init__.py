@@ -1,8 +1,9 @@
 """Other code in the life of a model.
 
-base       the points where a hook may act
-prune      weights become zero
-quantize   weights become small integers
+base         the points where a hook may act
+calibration  rows of the run, always the same, and what linear layers read
+prune        weights become zero
+quantize     weights become small integers
 """
 
 __all__: list[str] = []

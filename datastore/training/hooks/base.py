@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from datastore.config import find_class
 from datastore.document import Document, convert
 from datastore.errors import ConfigError, ResumeError
+from datastore.training.hooks.calibration import Calibration
 from datastore.training.objectives.base import MicroBatch
 
 __all__ = ["Hook", "HookSet", "RunState", "find_hook", "make_hooks", "refuse_whole", "training_hooks"]
@@ -48,6 +49,8 @@ class RunState:
     rank: int
     world: int
     device: torch.device
+    calibration: Calibration | None = None
+    """Rows of the run's own data, the same on every rank and after every resume; None: a model that leaves training, without data."""
 
 
 class Hook:

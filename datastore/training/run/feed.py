@@ -28,9 +28,12 @@ from datastore.training.run.data import ChangeableLoader
 from datastore.training.run.split import Split, ValidationSamples
 from datastore.training.settings import Settings
 
-__all__ = ["AnyFeed", "FedBatch", "RecordBatch", "RecordFeed", "held_out", "open_feed", "saved"]
+__all__ = ["AnyFeed", "FedBatch", "RecordBatch", "RecordFeed", "calibration_rows", "held_out", "open_feed", "saved"]
 
 I64 = npt.NDArray[np.int64]
+
+_CALIBRATION_SEED = 1
+"""Of the order in which the rows for calibration are drawn, whatever the seed of the run."""
 
 
 class FedBatch(Share, Protocol):
@@ -257,3 +260,41 @@ def held_out(
         batch = next(feed)
     rows = batch.rows if shared or rank.rank == 0 else objective.blank(0, context)
     return [ValidationSamples.of(rows, count)]
+
+
+def calibration_rows(
+    split: Split, settings: Settings, objective: Objective, context: Context, *, count: int
+) -> HostRows:
+    """Return `count` rows of the training data, the same on every rank and after every resume.
+
+    Raises:
+        ConfigError: there are fewer.
+    """
+    if split.rows is not None:
+        _require_rows(split.rows.kept, count)
+        assert isinstance(objective, RecordObjective)
+        with _records(
+            split.datasets[0],
+            np.arange(split.rows.kept),
+            (settings, objective, context),
+            rank=Rank(),
+            global_batch=count,
+            options=_with_columns(LoaderSettings(deletions=settings.loader.deletions), objective),
+        ) as feed:
+            return next(feed).rows
+    options = msgspec.structs.replace(settings.loader, prefetch_batches=0)
+    with Loader(
+        split.training, seq_len=settings.data.seq_len, global_batch=count, seed=_CALIBRATION_SEED, options=options
+    ) as loader:
+        _require_rows(loader.samples_per_epoch, count)
+        return objective.prepare(next(loader), context)
+
+
+def _require_rows(there: int, count: int) -> None:
+    if there < count:
+        raise ConfigError(
+            "the calibration set is shorter than asked",
+            asked=count,
+            there_are=there,
+            hint="Lower `samples` of the hook, or train on more data.",
+        )
