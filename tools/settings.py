@@ -26,7 +26,7 @@ from datastore.ingestion.settings import IngestSettings
 from datastore.loader.settings import LoaderSettings
 from datastore.training.export.inference import Sampling
 from datastore.training.hooks.prune import PruneSettings
-from datastore.training.hooks.quantize import QuantizeSettings
+from datastore.training.hooks.quantizing.settings import QuantizeSettings
 from datastore.training.objectives.captions import CaptionsSettings
 from datastore.training.objectives.language import MaskedSettings
 from datastore.training.objectives.preference import PreferenceSettings

@@ -8,7 +8,8 @@ import torch
 from datastore.errors import ConfigError
 from datastore.storage.backends.local import LocalStorage
 from datastore.training.export.huggingface import HuggingFaceModel, read_folder, write_folder
-from datastore.training.hooks.quantize import Quantize, QuantizeSettings
+from datastore.training.hooks.quantize import Quantize
+from datastore.training.hooks.quantizing.settings import QuantizeSettings
 from datastore.training.models.gpt import GPT, KeyValueCache
 from datastore.training.settings import ModelSettings
 

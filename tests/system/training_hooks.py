@@ -28,6 +28,7 @@ class Kill(Hook):
     """Dies in the middle of a step: gradients are there, parameters have not moved yet."""
 
     Settings: ClassVar[type[Document]] = KillSettings
+    takes_parts = True
 
     def __init__(self, settings: KillSettings) -> None:
         super().__init__(settings)

@@ -4,7 +4,10 @@
 """
 
 import os
+from functools import cache
 from typing import Any
+
+import torch
 
 from datastore.checkpoint.checkpointer import Checkpointer
 from datastore.checkpoint.loading.restore import Restored
@@ -14,10 +17,15 @@ from datastore.storage.base import Storage
 from datastore.storage.resolve import open_storage
 from datastore.training.export.huggingface import HuggingFaceModel, read_folder, write_folder
 from datastore.training.hooks.base import HookSet
-from datastore.training.hooks.quantize import Quantize, QuantizeSettings
+from datastore.training.hooks.calibration import Calibration
+from datastore.training.hooks.quantize import Quantize
+from datastore.training.hooks.quantizing.settings import QuantizeSettings
 from datastore.training.models.gpt import GPT
+from datastore.training.objectives.base import HostRows, Objective
 from datastore.training.objectives.catalog import make_objective
 from datastore.training.parallel.whole import alone
+from datastore.training.run.architecture import context_of
+from datastore.training.run.feed import calibration_rows
 from datastore.training.run.folder import RunConfig, RunFolder, is_run, open_split
 from datastore.training.trainer import build_with_hooks
 from datastore.units import Progress
@@ -128,6 +136,7 @@ def _from_run(folder: RunFolder, *, step: int | None, instead: Quantize | None =
     if objective.frozen is not None:
         items["reference"] = objective.frozen
     found = _restore(folder.storage, items, step=step)
+    state.calibration = _calibration(config, objective)
     model = state.model
     exporting = list(hooks.values())
     if instead is not None:
@@ -146,6 +155,16 @@ def _from_run(folder: RunFolder, *, step: int | None, instead: Quantize | None =
         step=found.step,
         passed_over=found.passed_over,
     )
+
+
+def _calibration(config: RunConfig, objective: Objective) -> Calibration:
+    """Return the rows that hooks may look at; nothing is read before one does."""
+
+    @cache
+    def read(count: int) -> HostRows:
+        return calibration_rows(open_split(config), config.settings, objective, context_of(config), count=count)
+
+    return Calibration(read, objective, torch.device("cpu"))
 
 
 def _restore(storage: Storage, items: dict[str, Any], *, step: int | None) -> Restored:

@@ -4,6 +4,7 @@ base         the points where a hook may act
 calibration  rows of the run, always the same, and what linear layers read
 prune        weights become zero
 quantize     weights become small integers
+quantizing   how they do
 """
 
 __all__: list[str] = []

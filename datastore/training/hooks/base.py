@@ -69,6 +69,11 @@ class Hook:
     def __init__(self, settings: Document) -> None:
         self.settings = settings
 
+    @classmethod
+    def takes_part(cls, settings: Document) -> bool:  # noqa: ARG003 - most do whatever their settings are
+        """Return whether a hook with these settings has a part in training; where that depends on them, override this."""
+        return cls.trains
+
     def model(self, model: nn.Module) -> nn.Module:
         """Replace or wrap modules of a model that was just built; return the model to train."""
         return model
@@ -148,7 +153,7 @@ def refuse_whole(hooks: Mapping[str, Hook]) -> None:
     Raises:
         ConfigError: there is one.
     """
-    whole = [name for name, hook in hooks.items() if hook.trains and not hook.takes_parts]
+    whole = [name for name, hook in hooks.items() if hook.takes_part(hook.settings) and not hook.takes_parts]
     if whole:
         raise ConfigError(
             "these hooks need whole parameters, and a rank has parts of them only",
@@ -163,7 +168,9 @@ def training_hooks(tables: Sequence[Mapping[str, Any]]) -> dict[str, Mapping[str
     Raises:
         ConfigError, DependencyError: as `make_hooks`.
     """
-    return {f"{place}.{table['use']}": table for place, table in enumerate(tables) if find_hook(table["use"]).trains}
+    hooks = make_hooks(tables, where="settings")
+    named = zip(hooks.items(), tables, strict=True)
+    return {name: table for (name, hook), table in named if hook.takes_part(hook.settings)}
 
 
 def find_hook(name: str) -> type[Hook]:
