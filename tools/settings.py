@@ -25,6 +25,7 @@ from datastore.ingestion.quality.similar import DedupSettings
 from datastore.ingestion.settings import IngestSettings
 from datastore.loader.settings import LoaderSettings
 from datastore.training.export.inference import Sampling
+from datastore.training.hooks.adapt import AdaptSettings
 from datastore.training.hooks.prune import PruneSettings
 from datastore.training.hooks.quantizing.settings import QuantizeSettings
 from datastore.training.objectives.captions import CaptionsSettings
@@ -75,9 +76,9 @@ SECTIONS = (
         "Hooks",
         (
             'A `[[hooks]]` table names a [hook](trainer.md#hooks) with `use`, and owns its other keys. Those of `use = "prune"`, '
-            'and of `use = "quantize"`:'
+            'of `use = "quantize"`, and of `use = "adapt"`:'
         ),
-        (("prune: ", PruneSettings), ("quantize: ", QuantizeSettings)),
+        (("prune: ", PruneSettings), ("quantize: ", QuantizeSettings), ("adapt: ", AdaptSettings)),
     ),
     (
         "Bring text in",

@@ -31,7 +31,11 @@ from datastore.training.objectives.base import MicroBatch
 
 __all__ = ["Hook", "HookSet", "RunState", "find_hook", "make_hooks", "refuse_whole", "training_hooks"]
 
-_OURS = {"prune": "datastore.training.hooks.prune:Prune", "quantize": "datastore.training.hooks.quantize:Quantize"}
+_OURS = {
+    "adapt": "datastore.training.hooks.adapt:Adapt",
+    "prune": "datastore.training.hooks.prune:Prune",
+    "quantize": "datastore.training.hooks.quantize:Quantize",
+}
 
 
 @dataclass(slots=True)

@@ -47,6 +47,8 @@ class Quantize(Hook):
         self._settings = settings
         self._rounded: list[Rounded] = []
         self._run: RunState | None = None
+        self._adapted_first: bool | None = None
+        """Whether the model that this hook was given had adapters; None: it was given none."""
 
     @classmethod
     @override
@@ -59,7 +61,10 @@ class Quantize(Hook):
         settings = self._settings
         layers = chosen_layers(model, settings.layers)
         self._refuse(model, layers)
+        self._adapted_first = _has_adapters(model)
         if settings.qat_from is not None:
+            if self._adapted_first:
+                raise ConfigError("adapters change what training has rounded", hint="Leave out qat_from, or adapt.")
             for name, layer in layers.items():
                 learned = settings.scales == "learned"
                 replace_module(model, name, rounded_layer(layer, settings.scheme, learned=learned))
@@ -70,6 +75,8 @@ class Quantize(Hook):
         """Refuse now what could not be exported when all the training is done."""
         settings = self._settings
         self._run = run
+        if self._adapted_first is False and _has_adapters(run.model):
+            raise ConfigError("adapters are merged after the weights are quantized", hint="Put adapt before quantize.")
         if run.calibration is not None and _looks(settings):
             run.calibration.require(settings.samples)
         if settings.qat_from is None:
@@ -187,6 +194,10 @@ class Quantize(Hook):
                 packed.take(grid.whole(layer.weight), grid)
             found[name] = packed
         return found
+
+
+def _has_adapters(model: nn.Module) -> bool:
+    return any(hasattr(one, "base_layer") for one in model.modules())
 
 
 def _looks(settings: QuantizeSettings) -> bool:

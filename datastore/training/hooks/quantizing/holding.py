@@ -13,7 +13,7 @@ from collections.abc import Collection, Mapping
 from torch import nn
 
 from datastore.errors import ConfigError
-from datastore.training.hooks.quantizing.layers import PackedEmbedding
+from datastore.training.hooks.quantizing.layers import Packed, PackedEmbedding
 from datastore.training.hooks.quantizing.settings import Scheme
 
 __all__ = ["GGUF_BLOCK", "is_table", "needs_real_weights", "refuse_for_folder", "refuse_for_gguf"]
@@ -50,7 +50,7 @@ def refuse_for_folder(
         )
 
 
-def refuse_for_gguf(layers: Mapping[str, nn.Linear | nn.Embedding], kinds: Collection[Scheme]) -> None:
+def refuse_for_gguf(layers: Mapping[str, nn.Linear | nn.Embedding | Packed], kinds: Collection[Scheme]) -> None:
     """Refuse schemes that a GGUF file cannot hold.
 
     Raises:
@@ -67,11 +67,12 @@ def refuse_for_gguf(layers: Mapping[str, nn.Linear | nn.Embedding], kinds: Colle
                 hint="Use a group of 32 columns or none, symmetric = true for 8 bits, and activations = 0.",
             )
     for name, layer in layers.items():
-        if layer.weight.shape[1] % GGUF_BLOCK:
+        columns = int(layer.weight_shape[1]) if isinstance(layer, Packed) else layer.weight.shape[1]
+        if columns % GGUF_BLOCK:
             raise ConfigError(
                 "the columns of a layer are no whole blocks of a GGUF file",
                 layer=name,
-                columns=layer.weight.shape[1],
+                columns=columns,
                 block=GGUF_BLOCK,
                 hint="Choose widths of the model that 32 divides, or another format.",
             )

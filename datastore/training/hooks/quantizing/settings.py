@@ -62,8 +62,12 @@ class QuantizeSettings(Scheme, frozen=True, kw_only=True):
 
 
 def matrices_of(model: nn.Module) -> dict[str, nn.Linear | nn.Embedding]:
-    """Return every linear layer and embedding of `model` by name, also those that are quantized already in training."""
-    return {name: one for name, one in model.named_modules() if isinstance(one, nn.Linear | nn.Embedding)}
+    """Return every linear layer and embedding of `model` by name, also those that training rounds; of an adapted one the base."""
+    found = {}
+    for name, one in model.named_modules():
+        if isinstance(one, nn.Linear | nn.Embedding) and ".lora_" not in name:
+            found[name.removesuffix(".base_layer")] = one
+    return found
 
 
 def chosen_layers(model: nn.Module, patterns: Sequence[str]) -> dict[str, nn.Linear | nn.Embedding]:
