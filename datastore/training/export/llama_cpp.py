@@ -149,7 +149,7 @@ def _tensors(
         data, kind = _blocks(module, heads)
         yield key, data, kinds[kind]
         return
-    weight: Tensor = module.weight.detach().float()  # type: ignore[union-attr,operator]
+    weight: Tensor = module.weight.detach().float()  # type: ignore[operator]
     array = _turned(weight, heads).contiguous().numpy()
     if weight.dim() < 2:
         yield key, array, kinds.F32

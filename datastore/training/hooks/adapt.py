@@ -14,6 +14,7 @@ T. Dettmers et al., arXiv:2305.14314 (a quantized base). `AdaLoraModel` of peft 
 """
 
 from collections.abc import Mapping
+from importlib import import_module
 from typing import Annotated, Any, ClassVar, Literal, cast
 
 import msgspec
@@ -94,7 +95,7 @@ class Adapt(Hook):
         for name, layer in layers.items():
             check_group(layer.weight.shape[1], _GROUP if settings.base_bits else 0, layer=name)
         for parameter in model.parameters():
-            parameter.requires_grad_(requires_grad=False)
+            parameter.requires_grad = False
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(settings.seed)
             self._tuner = _injected(model, [*layers], settings)
@@ -201,11 +202,11 @@ class Adapt(Hook):
         config = self._tuner.peft_config[_NAME]
         kept = self._state.get("kept", {})
         tensors = {}
-        for name, tensor in self._trained(model).items():
-            mask = kept.get(_energies_of(name))
-            if mask is not None:
-                tensor = tensor[:, mask] if ".lora_B." in name else tensor[mask]  # noqa: PLW2901 - the same, without what was cut
-            tensors[f"base_model.model.{_in_file(name)}"] = tensor.detach().contiguous()
+        for name, parameter in self._trained(model).items():
+            mask, tensor = kept.get(_energies_of(name)), parameter.detach()
+            if mask is not None:  # Without what was cut.
+                tensor = tensor[:, mask] if ".lora_B." in name else tensor[mask]
+            tensors[f"base_model.model.{_in_file(name)}"] = tensor.contiguous()
         table = {key: _plain(value) for key, value in config.to_dict().items()}
         table |= {"inference_mode": True, "rank_pattern": {_in_file(name): one.tolist() for name, one in kept.items()}}
         return table, tensors
@@ -241,8 +242,8 @@ class Adapt(Hook):
         every = torch.cat([*scores.values()])
         keep = torch.zeros(len(every), dtype=torch.bool, device=every.device)
         keep[torch.argsort(every, descending=True, stable=True)[:budget]] = True
-        for (name, score), part in zip(scores.items(), keep.split([len(one) for one in scores.values()]), strict=True):
-            assert len(score) == len(part)
+        parts = torch.split(keep, [len(one) for one in scores.values()])
+        for name, part in zip(scores, parts, strict=True):
             self._state["kept"][name].copy_(part)
             trained[name].mul_(part.unsqueeze(1))
 
@@ -253,13 +254,13 @@ class Adapt(Hook):
 def _injected(model: nn.Module, layers: list[str], settings: AdaptSettings) -> Any:
     """Return what peft has put around `layers` of `model`."""
     try:
-        import peft  # noqa: PLC0415 - optional, and takes seconds
+        peft: Any = import_module("peft")  # Late: it is optional, and takes seconds.
     except ModuleNotFoundError as error:
         raise DependencyError(
             "adapters need an extra", missing=error.name, hint="Install it: pip install 'llm-datastore[compress]'."
         ) from None
     if settings.method == "adalora":
-        config = peft.AdaLoraConfig(
+        adaptive = peft.AdaLoraConfig(
             target_r=settings.rank,
             init_r=settings.rank + (settings.rank + 1) // 2,
             lora_alpha=settings.alpha,
@@ -268,7 +269,7 @@ def _injected(model: nn.Module, layers: list[str], settings: AdaptSettings) -> A
             deltaT=settings.every,
             orth_reg_weight=settings.orthogonal,
         )
-        return peft.AdaLoraModel(model, {_NAME: config}, _NAME)
+        return peft.AdaLoraModel(model, {_NAME: adaptive}, _NAME)
     config = peft.LoraConfig(
         r=settings.rank, lora_alpha=settings.alpha, target_modules=layers, use_dora=settings.method == "dora"
     )

@@ -3,8 +3,9 @@
 GPTQ moves the error of a column into those not rounded yet; AWQ makes channels with large inputs larger before rounding, and what
 comes before the layer smaller.
 
-Both begin with a grid whose range is searched for: a scale somewhat smaller than what just holds a group cuts its largest weights and
-brings the others nearer. The inputs are those of the real model. What is zero stays zero: pruned weights take part in neither.
+In the end AWQ searches for the range of each group: a scale somewhat smaller than what just holds it cuts its largest weights and brings
+the others nearer. GPTQ does not: what is cut off is the same way for many weights, and it lost by it (3 bits in groups of 32: +0.0058
+nats with, +0.0028 without). The inputs are those of the real model. What is zero stays zero: pruned weights take part in neither.
 
 GPTQ costs O(in^3 + out * in^2) for each layer, AWQ O(out * in^2) for each of its 11 tries.
 
@@ -57,7 +58,7 @@ def moved_errors(weight: Tensor, gram: Tensor, scheme: Scheme) -> tuple[Tensor, 
     is stored.
     """
     diagonal = gram.diagonal()
-    grid = searched_grid(weight, scheme, diagonal)
+    grid = fitted_grid(weight, scheme)
     order = torch.argsort(diagonal, descending=True, stable=True)
     factors = _error_factors(gram[order][:, order])
     real = weight.detach().float()[:, order].clone()
@@ -136,7 +137,7 @@ def _best_factors(weights: Sequence[Tensor], gram: Tensor, scheme: Scheme) -> Te
         lost = 0.0
         for weight in weights:
             larger = weight.float() * factors
-            grid = searched_grid(larger, scheme, gram.diagonal() / factors.square())
+            grid = fitted_grid(larger, scheme)
             error = grid.real(grid.whole(larger)) / factors - weight.float()
             lost += float(((error @ gram) * error).sum())
         if lost < best:
