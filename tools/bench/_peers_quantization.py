@@ -43,10 +43,22 @@ def with_llmcompressor(model: Any, kind: str, calibration: torch.Tensor) -> None
     else:
         oneshot(model=model, recipe=QuantizationModifier(**options))
         return
+    from tokenizers import Tokenizer
+    from tokenizers.models import WordLevel
+    from transformers import PreTrainedTokenizerFast
+
+    # It asks for a tokenizer, though there is nothing left to be done by one.
+    names = Tokenizer(WordLevel({str(number): number for number in range(256)}, unk_token="0"))  # noqa: S106
+    processor = PreTrainedTokenizerFast(tokenizer_object=names, pad_token="0")  # noqa: S106
     rows = calibration[:, :-1].tolist()
     data = Dataset.from_dict({"input_ids": rows, "attention_mask": [[1] * len(row) for row in rows]})
     oneshot(
-        model=model, dataset=data, recipe=recipe, max_seq_length=len(rows[0]), num_calibration_samples=len(rows)
+        model=model,
+        dataset=data,
+        recipe=recipe,
+        processor=processor,
+        max_seq_length=len(rows[0]),
+        num_calibration_samples=len(rows),
     )
 
 
