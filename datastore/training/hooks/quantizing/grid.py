@@ -2,8 +2,8 @@
 
     real = scale * (whole - zero)
 
-Zero is always on the grid, so what pruning has made zero stays zero. A symmetric grid of b bits has the integers from
--(2^(b-1) - 1) on, as many above zero as below.
+Zero is always on the grid, so what pruning has made zero stays zero. A symmetric grid of b bits uses all 2^b integers: its scale is the
+largest magnitude divided by 2^(b-1) - 1/2, so that both ends are off by half a scale at most.
 
 Sources: M. Nagel et al., arXiv:2106.08295 (the grids); Y. Bengio et al., arXiv:1308.3432 (straight through); S. Esser et al.,
 arXiv:1902.08153 (the gradient of a scale), W. Shao et al., arXiv:2308.13137 (scales as learned parts of the range).
@@ -17,6 +17,9 @@ from torch import Tensor
 from datastore.training.hooks.quantizing.settings import Scheme, check_group
 
 __all__ = ["Grid", "fitted_grid", "in_groups", "round_inputs", "rounded"]
+
+_HALF = 0.5001
+"""Of a scale, and a little for what dividing by it has rounded."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,7 +38,7 @@ class Grid:
     def limits(self) -> tuple[int, int]:
         """The least and the largest integer."""
         top = (1 << (self.bits - 1)) - 1
-        return (-top if self.zeros is None else -top - 1), top
+        return -top - 1, top
 
     def whole(self, weight: Tensor) -> Tensor:
         """Return the nearest integers of `weight` [out, columns], as int8."""
@@ -70,7 +73,7 @@ def fitted_grid(weight: Tensor, scheme: Scheme, stretch: Tensor | None = None) -
     parts = weight.detach().float().reshape(out, columns // size, size)
     top = (1 << (scheme.bits - 1)) - 1
     if scheme.symmetric:
-        scales, least = parts.abs().amax(dim=-1) / top, None
+        scales, least = parts.abs().amax(dim=-1) / (top + 0.5), None
     else:
         least = parts.amin(dim=-1).clamp(max=0.0)
         scales = (parts.amax(dim=-1).clamp(min=0.0) - least) / (2 * top + 1)
@@ -86,17 +89,18 @@ def fitted_grid(weight: Tensor, scheme: Scheme, stretch: Tensor | None = None) -
 def rounded(weight: Tensor, scheme: Scheme, stretch: Tensor | None = None) -> Tensor:
     """Return the real values of the integers of `weight`, for a forward pass.
 
-    Backward, rounding is the identity within the range of the grid and constant outside of it; what scales get is what
-    follows from that.
+    Backward, rounding is the identity where it moves a weight by half a scale at most, and constant beyond the ends of the grid; what
+    scales get is what follows from that.
     """
     grid = fitted_grid(weight, scheme, stretch)
     least, most = grid.limits
     scales = grid.scales.unsqueeze(-1)
     zeros = 0.0 if grid.zeros is None else grid.zeros.unsqueeze(-1)
     parts = in_groups(weight.float(), grid.scales) / scales
-    near = parts + (torch.round(parts) - parts).detach()
-    real = ((near + zeros).clamp(least, most) - zeros) * scales
-    return real.view(weight.shape)
+    whole = (torch.round(parts) + zeros).clamp(least, most) - zeros
+    within = (parts + zeros >= least - _HALF) & (parts + zeros <= most + _HALF)
+    near = torch.where(within, parts + (whole - parts).detach(), whole.detach())
+    return (near * scales).view(weight.shape)
 
 
 def round_inputs(x: Tensor) -> Tensor:

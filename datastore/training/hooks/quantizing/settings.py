@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 import msgspec
 from torch import nn
 
-from datastore.document import Count, Positive, SettingsDocument
+from datastore.document import Count, Document, Positive, SettingsDocument
 from datastore.errors import ConfigError
 
 __all__ = ["Bits", "QuantizeSettings", "Scheme", "check_group", "chosen_layers", "matrices_of"]
@@ -15,8 +15,17 @@ __all__ = ["Bits", "QuantizeSettings", "Scheme", "check_group", "chosen_layers",
 Bits = Literal[3, 4, 8]
 
 
-class Scheme(SettingsDocument, frozen=True, kw_only=True):
-    """The integers of one layer: what its weight can be."""
+class Scheme(Document, frozen=True, kw_only=True):
+    """The integers of one layer, as the settings have them."""
+
+    bits: Bits = 8
+    group: Annotated[int, msgspec.Meta(ge=0)] = 0
+    symmetric: bool = True
+    activations: Literal[0, 8] = 0
+
+
+class QuantizeSettings(SettingsDocument, frozen=True, kw_only=True):
+    """How small the weights of linear layers become. Embeddings, norms and the output layer stay as they are, unless named."""
 
     bits: Bits = 8
     """Of each weight."""
@@ -29,10 +38,6 @@ class Scheme(SettingsDocument, frozen=True, kw_only=True):
 
     activations: Literal[0, 8] = 0
     """Bits of the inputs of linear layers, with a scale for each token; 0: they stay as they are."""
-
-
-class QuantizeSettings(Scheme, frozen=True, kw_only=True):
-    """How small the weights of linear layers become. Embeddings, norms and the output layer stay as they are, unless named."""
 
     layers: tuple[str, ...] = ("*",)
     """Patterns of the names of the layers. An embedding or the output layer (lm_head) must be named in full."""
