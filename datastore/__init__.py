@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from datastore.checkpoint.checkpointer import Checkpointer
     from datastore.checkpoint.exchange.dcp import DcpReader, DcpWriter
     from datastore.checkpoint.keeping import Keep
+    from datastore.checkpoint.replica import replicate
     from datastore.config import load_settings
     from datastore.dataset.card import card
     from datastore.dataset.diff import diff
@@ -74,7 +75,7 @@ if TYPE_CHECKING:
     from datastore.training.run.history import plot
     from datastore.training.run.proof import prove
     from datastore.training.settings import Settings as RunSettings
-    from datastore.training.start import fork, resume, train
+    from datastore.training.start import compress, dry_run, fork, resume, train
 
 _HOMES = {
     "Batch": ("datastore.loader.batch", "Batch"),
@@ -118,12 +119,14 @@ _HOMES = {
     "delete": ("datastore.dataset.operations.delete", "delete"),
     "card": ("datastore.dataset.card", "card"),
     "diff": ("datastore.dataset.diff", "diff"),
+    "dry_run": ("datastore.training.start", "dry_run"),
     "evaluate": ("datastore.training.export.inference", "evaluate"),
     "evolve": ("datastore.dataset.operations.evolve", "evolve"),
     "expire": ("datastore.dataset.operations.expire", "expire"),
     "export_dataset": ("datastore.interop.export", "export"),
     "export_model": ("datastore.training.export.export", "export"),
     "health": ("datastore.dataset.durability.health", "health"),
+    "compress": ("datastore.training.start", "compress"),
     "fork": ("datastore.training.start", "fork"),
     "generate": ("datastore.training.export.inference", "generate"),
     "import_dataset": ("datastore.ingestion.importing", "import_dataset"),
@@ -149,6 +152,7 @@ _HOMES = {
     "vacuum": ("datastore.dataset.operations.vacuum", "vacuum"),
     "verify": ("datastore.dataset.durability.verify", "verify"),
     "record_writer": ("datastore.ingestion.writers.records", "record_writer"),
+    "replicate": ("datastore.checkpoint.replica", "replicate"),
     "retokenize": ("datastore.ingestion.importing", "retokenize"),
     "rejected_records": ("datastore.ingestion.report", "rejected_records"),
 }
@@ -192,10 +196,12 @@ __all__ = [
     "card",
     "clone",
     "compact",
+    "compress",
     "copy",
     "dedup",
     "delete",
     "diff",
+    "dry_run",
     "evaluate",
     "evolve",
     "expire",
@@ -218,6 +224,7 @@ __all__ = [
     "record_writer",
     "rejected_records",
     "repair",
+    "replicate",
     "resume",
     "retokenize",
     "set_tag",

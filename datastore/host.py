@@ -1,11 +1,13 @@
-"""Who and when, as documents say it: the time, the package, the cores of this machine."""
+"""Who, when and where: the time and the package as documents say them, cores and memory of this machine."""
 
 import os
+import resource
 from datetime import UTC, datetime
 from functools import cache
 from importlib.metadata import version as installed_version
+from pathlib import Path
 
-__all__ = ["cores", "package_name", "utc_now"]
+__all__ = ["available_bytes", "cores", "memory_bytes", "package_name", "resident_bytes", "utc_now"]
 
 
 def utc_now() -> str:
@@ -22,3 +24,31 @@ def package_name() -> str:
 def cores() -> int:
     """Return how many CPU cores this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def memory_bytes() -> int:
+    """Return the memory that this process may use: that of the machine, or of its control group."""
+    machine = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    text = _text("/sys/fs/cgroup/memory.max").strip()
+    return min(machine, int(text)) if text.isdigit() else machine
+
+
+def available_bytes() -> int | None:
+    """Return the memory of the machine that is free or can be freed; None where the system does not say it."""
+    return _kilobytes("/proc/meminfo", "MemAvailable:")
+
+
+def resident_bytes() -> int:
+    """Return the memory that this process has now; where the system does not say it, the most that it had."""
+    return _kilobytes("/proc/self/status", "VmRSS:") or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+
+def _kilobytes(path: str, name: str) -> int | None:
+    return next((int(line.split()[1]) * 1024 for line in _text(path).splitlines() if line.startswith(name)), None)
+
+
+def _text(path: str) -> str:
+    try:
+        return Path(path).read_text(encoding="ascii")
+    except OSError:
+        return ""

@@ -26,8 +26,12 @@ from datastore.ingestion.settings import IngestSettings
 from datastore.loader.settings import LoaderSettings
 from datastore.training.export.inference import Sampling
 from datastore.training.hooks.adapt import AdaptSettings
+from datastore.training.hooks.distill import DistillSettings
+from datastore.training.hooks.ema import EmaSettings
 from datastore.training.hooks.prune import PruneSettings
 from datastore.training.hooks.quantizing.settings import QuantizeSettings
+from datastore.training.hooks.share import ShareSettings
+from datastore.training.hooks.shrink import ShrinkSettings
 from datastore.training.objectives.captions import CaptionsSettings
 from datastore.training.objectives.language import MaskedSettings
 from datastore.training.objectives.preference import PreferenceSettings
@@ -74,11 +78,16 @@ SECTIONS = (
     ),
     (
         "Hooks",
+        ("A `[[hooks]]` table names a [hook](trainer.md#hooks) with `use`, and owns its other keys. Those of ours:"),
         (
-            'A `[[hooks]]` table names a [hook](trainer.md#hooks) with `use`, and owns its other keys. Those of `use = "prune"`, '
-            'of `use = "quantize"`, and of `use = "adapt"`:'
+            ("prune: ", PruneSettings),
+            ("shrink: ", ShrinkSettings),
+            ("share: ", ShareSettings),
+            ("distill: ", DistillSettings),
+            ("ema: ", EmaSettings),
+            ("quantize: ", QuantizeSettings),
+            ("adapt: ", AdaptSettings),
         ),
-        (("prune: ", PruneSettings), ("quantize: ", QuantizeSettings), ("adapt: ", AdaptSettings)),
     ),
     (
         "Bring text in",

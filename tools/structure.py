@@ -31,6 +31,7 @@ SHORT = {
     "interop/formats.py": "a registry",
     "dataset/query/readable.py": "a protocol",
     "storage/rendezvous.py": "a pure function with its source",
+    "training/session/request.py": "a record, handed to other processes",
     "training/objectives/catalog.py": "a registry",
     "cli/ranks.py": "the variables of launchers, and nothing else",
     "training/parallel/choose.py": "a registry",

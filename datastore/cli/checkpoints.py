@@ -290,7 +290,9 @@ def export(*, run: str, to: str, step: int | None, kind: str, item: str | None, 
     from datastore.units import format_bytes
 
     if kind in {"gguf", "adapter"}:
-        done = _export_for_others(run, to, step=step, kind=kind, **options)
+        from datastore.training.export.others import export_other
+
+        done = export_other(run, to, step=step, kind=kind, **options)
         say_json(done) if as_json else say(f"step {done.step} is in {done.url}, {format_bytes(done.size_bytes)}")
         return
     if kind != "hf":
@@ -305,15 +307,18 @@ def export(*, run: str, to: str, step: int | None, kind: str, item: str | None, 
         say(f"not used: {reason}")
 
 
-def _export_for_others(run: str, to: str, *, step: int | None, kind: str, quantize: str | None, replace: bool) -> Any:
-    from datastore.errors import ConfigError
-    from datastore.training.export.others import export_adapter, export_gguf
+@checkpoint.command(epilog=example("datastore checkpoint average runs/first hf/mean --last 3"))
+@RUN
+@click.argument("to")
+@click.option("--last", type=click.IntRange(min=1), default=3, help="So many of the newest steps that are stored.")
+@progress_option
+@json_option
+def average(*, run: str, to: str, last: int, as_json: bool) -> None:
+    """Write the mean of some steps of RUN to the folder TO, as transformers and vLLM open it."""
+    from datastore.training.export.averaging import average as average_steps
 
-    if kind == "gguf":
-        return export_gguf(run, to, step=step, quantize=quantize, replace=replace)
-    if quantize is not None:
-        raise ConfigError("adapters are not quantized", quantize=quantize, hint="Leave out --quantize, or export hf.")
-    return export_adapter(run, to, step=step, replace=replace)
+    done = with_progress("average", average_steps, unit="steps", run=run, to=to, last=last)
+    say_json(done) if as_json else say(f"the mean of {last} steps up to {done.step} is in {done.url}")
 
 
 def _export_files(run: str, to: str, *, step: int | None, kind: Any, item: str | None, as_json: bool) -> None:

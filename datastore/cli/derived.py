@@ -1,5 +1,6 @@
-"""The commands that make something else out of text or a dataset: a tokenizer, other tokens, what a teacher thinks of them."""
+"""The commands that make one thing out of another: a tokenizer, other tokens, what a teacher thinks of them, a smaller model."""
 
+from pathlib import Path
 from typing import Any
 
 import click
@@ -17,6 +18,7 @@ from datastore.cli.ingest import (
     tell_ingest,
 )
 from datastore.cli.output import json_option, progress_option, say, say_json, with_progress
+from datastore.cli.runs import TrainingLine
 from datastore.cli.shell import CommandGroup, example, given_options
 
 __all__ = ["COMMANDS"]
@@ -144,4 +146,38 @@ def teach(*, source: str, model: str, step: int | None, top: int, to: str, as_js
         say(f"nothing new: {report.url}, version {report.version}, has all of it")
 
 
-COMMANDS = (tokenizer, retokenize, teach)
+@click.command(
+    short_help="Make a finished model smaller.",
+    epilog=example("datastore compress runs/first --recipe recipe.toml --to runs/smaller"),
+)
+@click.argument("source", metavar="RUN|FOLDER")
+@click.option(
+    "--recipe",
+    required=True,
+    type=click.Path(path_type=Path),
+    help="A TOML file with [[hooks]], and [train] for recovery.",
+)
+@click.option("--data", default="", metavar="URL", help="The dataset to look at and learn from; a run has its own.")
+@click.option("--to", required=True, metavar="RUN", help="The run to make.")
+@click.option("--processes", type=int, default=1, help="Ranks to start on this machine.")
+@progress_option
+@json_option
+def compress(*, source: str, recipe: Path, data: str, to: str, processes: int, as_json: bool) -> None:
+    """Make a run that begins with a finished model, a RUN, RUN@STEP or a Hugging Face FOLDER, and does with it what a recipe says.
+
+    Without train.steps in the recipe its hooks act in one shot and nothing is trained. The run can be gone on with
+    (`datastore resume`), measured and exported as any other.
+    """
+    from datastore.training.start import compress as compress_model
+
+    with TrainingLine(shown=not as_json) as line:
+        done = compress_model(source, to, recipe=recipe, data=data, processes=processes, on_progress=line.update)
+    if as_json:
+        say_json(done)
+        return
+    say(
+        f"{done.run}: loss {done.loss_before:.4f} before, {done.loss:.4f} after {done.steps:,} steps ({done.seconds:.0f} s)"
+    )
+
+
+COMMANDS = (tokenizer, retokenize, teach, compress)

@@ -30,6 +30,7 @@ _EXTRAS = {
     "s3": ("s3fs",),
     "hf": ("transformers", "datasets"),
     "track": ("tensorboard",),
+    "wandb": ("wandb",),
     "compress": ("compressed-tensors",),
     "plot": ("matplotlib",),
     "sql": ("duckdb",),
@@ -135,28 +136,19 @@ def _shown(machine: dict[str, Any]) -> dict[str, object]:
 
 
 def _machine() -> dict[str, Any]:
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    limit = _memory_limit_bytes()
+    from datastore.host import cores, memory_bytes
+
     folder = Path.cwd()
     return {
         "datastore": _version("llm-datastore") or "not installed",
         "python": platform.python_version(),
         "executable": sys.executable,
         "system": f"{platform.system()} {platform.release()} {platform.machine()}",
-        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1,
-        "memory_bytes": min(memory, limit) if limit else memory,
+        "cores": cores(),
+        "memory_bytes": memory_bytes(),
         "folder": str(folder),
         "disk_free_bytes": shutil.disk_usage(folder).free,
     }
-
-
-def _memory_limit_bytes() -> int | None:
-    """Return the limit of this process's control group, if it has one."""
-    try:
-        text = Path("/sys/fs/cgroup/memory.max").read_text(encoding="ascii").strip()
-    except OSError:
-        return None
-    return int(text) if text.isdigit() else None
 
 
 def _device() -> dict[str, object]:

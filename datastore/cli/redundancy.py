@@ -1,11 +1,14 @@
-"""The commands about several disks and about damage: place, protect, repair; and what `doctor` says of a dataset."""
+"""The commands about several places and about damage: place, protect, repair, replicate; and what `doctor` says of a dataset."""
 
+import time
 from typing import TYPE_CHECKING
 
 import click
 
+from datastore.cli.checkpoints import checkpoint
 from datastore.cli.output import fields, json_option, progress_option, say, say_json, table, with_progress
 from datastore.cli.shell import example
+from datastore.units import format_bytes
 
 if TYPE_CHECKING:  # pyarrow takes longer to load than a wrong option takes to find.
     from datastore.dataset.durability.health import Health
@@ -187,6 +190,39 @@ def tell_health(found: "Health") -> None:
             for loss in found.roots
         ],
     )
+
+
+@checkpoint.command(
+    short_help="Keep a run in a second place, too.",
+    epilog=example("datastore checkpoint replicate runs/first --to backup/first"),
+)
+@click.argument("run")
+@click.option("--to", required=True, metavar="URL", help="The second place: a folder or a bucket.")
+@click.option("--keep", type=click.IntRange(min=1), default=3, help="How many steps stay there.")
+@click.option("--every", type=click.FloatRange(min=1), metavar="SECONDS", help="Do it again and again, until Ctrl-C.")
+@progress_option
+@json_option
+def replicate(*, run: str, to: str, keep: int, every: float | None, as_json: bool) -> None:
+    """Bring the steps of RUN that the second place lacks there, each held against its digests, and what the trainer keeps beside them.
+
+    The run may go on meanwhile. Give the two the other way round to bring a run back, or resume it where the copy is.
+    """
+    from datastore.checkpoint.keeping import Keep
+    from datastore.checkpoint.replica import replicate as bring
+
+    while True:
+        found = with_progress("replicate", bring, source=run, target=to, keep=Keep(last=keep))
+        if as_json:
+            say_json(found)
+        else:
+            steps = ", ".join(map(str, found.steps)) or "none"
+            say(f"steps {steps}; {found.files:,} other files; {format_bytes(found.size_bytes)}")
+            for what, named in (("damaged", found.damaged), ("dropped", found.dropped), ("let go", found.removed)):
+                if named:
+                    say(f"{what}: {', '.join(map(str, named))}")
+        if every is None:
+            return
+        time.sleep(every)
 
 
 COMMANDS = (place, protect, repair)

@@ -19,9 +19,11 @@ from datastore.cli.output import (
 from datastore.cli.shell import CommandGroup, example, given_options
 
 if TYPE_CHECKING:
+    from datastore.training.metrics import StepProfile
     from datastore.training.run.history import RunSummary
+    from datastore.training.session.rehearsal import Needs
 
-__all__ = ["COMMANDS"]
+__all__ = ["COMMANDS", "tell_needs", "tell_profile"]
 
 
 @click.group(cls=CommandGroup, short_help="List runs, show one, compare some.")
@@ -216,4 +218,89 @@ def generate(*, model: str, prompt: str | None, step: int | None, as_json: bool,
     say(text)
 
 
-COMMANDS = (runs, plot, evaluate, generate)
+@click.command(
+    short_help="Compare sizes, rates and losses of models.",
+    epilog=example("datastore report runs/first runs/smaller hf/int8 --plot sizes.png"),
+)
+@click.argument("models", metavar="RUN|FOLDER...", nargs=-1, required=True)
+@click.option(
+    "--run", default="", help="The run whose held-out samples to use; the first one that is named if left out."
+)
+@click.option("--data", default="", metavar="URL", help="A dataset to measure losses on instead.")
+@click.option("--plot", "path", type=click.Path(path_type=Path), help="A picture of loss against size.")
+@json_option
+def report(*, models: tuple[str, ...], run: str, data: str, path: Path | None, as_json: bool) -> None:
+    """Show of each model its size, its bits per weight, its non-zeros, what reading a token costs, and its loss."""
+    from datastore.training.export.report import draw
+    from datastore.training.export.report import report as report_models
+    from datastore.units import format_bytes, format_count
+
+    found = report_models(models, run=run, data=data)
+    if path is not None:
+        draw(found, path)
+    if as_json:
+        say_json(found)
+        return
+    sources = sorted({name for one in found for name in one.sources if len(one.sources) > 1})
+    rows = [
+        (
+            one.model.rstrip("/").rsplit("/", 1)[-1],
+            format_bytes(one.size_bytes),
+            f"{one.bits:.2f}",
+            f"{one.nonzero:,} of {one.parameters:,}",
+            format_count(one.flops_per_token),
+            *(f"{rate:,.0f}" for rate in one.tokens_per_s.values()),
+            _number(one.loss),
+            *(_number(one.sources.get(name)) for name in sources),
+        )
+        for one in found
+    ]
+    names = ("model", "size", "bits", "not zero", "FLOPs/token", "tokens/s, 1 row", "32 rows", "loss", *sources)
+    table(names, rows)
+
+
+def tell_profile(found: "StepProfile") -> None:
+    """Print where steps went."""
+    from datastore.units import format_seconds
+
+    shown = sorted(found.parts.items(), key=lambda one: -one[1])
+    table(
+        ("part", "a step", "share"),
+        [(name, format_seconds(each), f"{each / found.step_s:.1%}") for name, each in shown],
+    )
+    say(f"steps {found.first:,} to {found.last:,}, {format_seconds(found.step_s)} each without evaluations and saves")
+    if found.messages_s:
+        say(
+            f"sync: messages between ranks were under way for {format_seconds(found.messages_s)} of each, beside the parts"
+        )
+    say(f"trace       {found.trace} in the run, for https://ui.perfetto.dev")
+
+
+def tell_needs(needs: "Needs") -> None:
+    """Print what a run would need."""
+    from datastore.units import format_bytes, format_count, format_seconds
+
+    memory = needs.memory
+    parts = {name: getattr(memory, f"{name}_bytes") for name in ("process", "weights", "gathered", "gradient")}
+    parts |= {name: getattr(memory, f"{name}_bytes") for name in ("optimizer", "activation", "save", "loader")}
+    disk = "" if needs.disk_free_bytes is None else f", {format_bytes(needs.disk_free_bytes)} free"
+    here = f"{needs.ranks_here} of {needs.ranks}" if needs.ranks_here != needs.ranks else f"{needs.ranks}"
+    fields(
+        {
+            "parameters": f"{format_count(needs.parameters)}, {format_count(needs.parameters_per_rank)} on each rank",
+            "ranks": f"{here} here, on a {needs.device} in {needs.precision}",
+            "memory": f"{format_bytes(memory.peak_bytes)} of each rank, of {format_bytes(needs.memory_here_bytes)} here",
+            **{f"  {name}": format_bytes(size) for name, size in parts.items() if size},
+            "  at the start": f"{format_bytes(memory.start_bytes)}, for the whole model on each rank",
+            "a step": f"{needs.tokens_per_step:,} tokens",
+            "all steps": f"{needs.steps:,}, {format_count(needs.tokens)} tokens, {needs.epochs:.2f} epochs",
+            "data": f"{format_bytes(needs.data_bytes)}, read in {format_seconds(needs.data_s)} or more",
+            "computing": f"{format_seconds(needs.compute_s)} or more",
+            "checkpoint": f"{format_bytes(needs.checkpoint_bytes)}, at once {format_bytes(needs.checkpoints_bytes)}{disk}",
+        }
+    )
+    for note in needs.notes:
+        say(f"note: {note}")
+
+
+COMMANDS = (runs, plot, evaluate, generate, report)

@@ -16,6 +16,7 @@ import click
 
 from datastore.cli.output import PlainLines, json_option, progress_kind, progress_option, say, say_json
 from datastore.cli.ranks import launched_by
+from datastore.cli.results import tell_needs, tell_profile
 from datastore.cli.shell import example
 from datastore.units import format_seconds
 
@@ -45,6 +46,10 @@ RESTARTS = click.option(
     help="How often to start all ranks again after one has died; as faults.restarts.",
 )
 
+PROFILE = click.option(
+    "--profile", metavar="FIRST:LAST", help="Say where these steps go, and keep a trace of them; as metrics.profile."
+)
+
 TAKE_OVER = click.option("--take-over", is_flag=True, help="Write to a run whose other writer is surely gone.")
 
 
@@ -57,7 +62,11 @@ TAKE_OVER = click.option("--take-over", is_flag=True, help="Write to a run whose
 @SET
 @PROCESSES
 @RESTARTS
+@PROFILE
 @TAKE_OVER
+@click.option(
+    "--dry-run", is_flag=True, help="Say what the run would need of memory, disk and time, and begin nothing."
+)
 @progress_option
 @json_option
 def train(
@@ -67,16 +76,24 @@ def train(
     overrides: tuple[str, ...],
     processes: int,
     restarts: int | None,
+    profile: str | None,
     take_over: bool,
+    dry_run: bool,
     as_json: bool,
 ) -> None:
     """Train a model as the TOML file CONFIG says. If the run is there already, it goes on."""
     from datastore.config import load_settings
+    from datastore.training.launcher import Launch
     from datastore.training.settings import Settings
+    from datastore.training.start import dry_run as rehearse
     from datastore.training.start import train as train_run
 
-    settings = load_settings(Settings, config, _with_restarts(overrides, restarts))
+    settings = load_settings(Settings, config, _with_options(overrides, restarts, profile))
     where = run or f"runs/{config.stem}"
+    if dry_run:
+        needs = rehearse(settings, where, processes=processes, launch=Launch(**(launched_by(os.environ) or {})))
+        say_json(needs) if as_json else tell_needs(needs)
+        return
     _train(
         lambda **options: train_run(settings, where, processes=processes, take_over=take_over, **options),
         as_json=as_json,
@@ -90,6 +107,7 @@ def train(
 @SET
 @PROCESSES
 @RESTARTS
+@PROFILE
 @TAKE_OVER
 @progress_option
 @json_option
@@ -99,13 +117,14 @@ def resume(
     overrides: tuple[str, ...],
     processes: int,
     restarts: int | None,
+    profile: str | None,
     take_over: bool,
     as_json: bool,
 ) -> None:
     """Go on with RUN from its newest checkpoint, with any number of processes."""
     from datastore.training.start import resume as resume_run
 
-    overrides = _with_restarts(overrides, restarts)
+    overrides = _with_options(overrides, restarts, profile)
     _train(
         lambda **options: resume_run(run, overrides=overrides, processes=processes, take_over=take_over, **options),
         as_json=as_json,
@@ -137,8 +156,9 @@ def fork(*, run: str, target: str, step: int | None, overrides: tuple[str, ...],
     )
 
 
-def _with_restarts(overrides: tuple[str, ...], restarts: int | None) -> tuple[str, ...]:
-    return overrides if restarts is None else (*overrides, f"faults.restarts={restarts}")
+def _with_options(overrides: tuple[str, ...], restarts: int | None, profile: str | None) -> tuple[str, ...]:
+    given = {"faults.restarts": restarts, "metrics.profile": profile}
+    return (*overrides, *(f"{key}={value}" for key, value in given.items() if value is not None))
 
 
 def _train(start: Callable[..., "Result"], *, as_json: bool) -> None:
@@ -159,6 +179,8 @@ def _train(start: Callable[..., "Result"], *, as_json: bool) -> None:
     say(
         f"{'stopped at' if result.stopped else 'finished'} step {result.step:,} of {result.steps:,}: {_numbers(result)}"
     )
+    if result.profile is not None:
+        tell_profile(result.profile)
     if result.stopped:
         say(f"Everything is saved. Go on with: datastore resume {result.run}")
 

@@ -25,7 +25,9 @@ __all__ = [
     "flops_per_token",
     "peak_flops",
     "pick_device",
+    "precision_of",
     "seed_step",
+    "signed",
     "use_machine",
 ]
 
@@ -73,14 +75,22 @@ def use_machine(settings: StepSettings, ranks: Ranks, layout: Layout, *, threads
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     if device.type == "cuda":
         torch.cuda.set_device(device)
+    precision = precision_of(settings, device)
+    fit = device.type == "cuda" and layout.tensor == 1
+    compiled = fit if settings.compile == "auto" else settings.compile
+    return Machine(precision, compiled, threads)
+
+
+def precision_of(settings: StepSettings, device: torch.device) -> str:
+    """Return in which precision `device` computes, "auto" resolved."""
+    if settings.precision != "auto":
+        return settings.precision
+    if device.type == "cuda":
         native = torch.cuda.is_bf16_supported()
     else:
         able = torch.cpu.get_capabilities()
         native = bool(able.get("amx_bf16") or able.get("avx512_bf16") or able.get("bf16"))
-    precision = settings.precision if settings.precision != "auto" else ("bf16" if native else "fp32")
-    fit = device.type == "cuda" and layout.tensor == 1
-    compiled = fit if settings.compile == "auto" else settings.compile
-    return Machine(precision, compiled, threads)
+    return "bf16" if native else "fp32"
 
 
 _PEAKS = {
@@ -97,7 +107,7 @@ _PEAKS = {
 
 def flops_per_token(shape: ModelSettings, *, parameters: int, seq_len: int) -> float:
     """Return the FLOPs of training on one token; `parameters` counts a tied embedding once, as it is multiplied once."""
-    return 6.0 * parameters + 12.0 * shape.layers * shape.width * seq_len
+    return 6.0 * parameters + 12.0 * shape.layers * shape.heads * shape.head_size * seq_len
 
 
 def peak_flops(device: torch.device) -> float | None:
@@ -111,3 +121,8 @@ def peak_flops(device: torch.device) -> float | None:
 def seed_step(seed: int, step: int, rank: int) -> None:
     """Seed torch for the step after `step` steps: a resumed run draws what the undisturbed one would have drawn."""
     torch.manual_seed(int.from_bytes(digest_bytes(f"{seed}/{step}/{rank}".encode())[:8], "big"))
+
+
+def signed(value: int) -> int:
+    """Return the int64 with the bits of an unsigned `value`: devices add up no other."""
+    return value - 2**64 if value >= 2**63 else value

@@ -1,4 +1,4 @@
-"""Numbers about a run: a JSON line per step, progress, the result, and TensorBoard if asked for.
+"""Numbers about a run: a JSON line per step, also for those who follow it; progress, and the result.
 
 Lines go to `metrics/<first step>-<number and name of the session>.jsonl`, which a thread replaces by a longer one every few seconds: object stores
 cannot append. A killed session loses at most those seconds of lines, and its steps are taken again by the next session,
@@ -9,19 +9,28 @@ The records of a running and of a finished run go to a progress line, to another
 
 import time
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, Literal, TypeAlias
+from typing import Any, Literal, Protocol, TypeAlias
 
 import orjson
 
 from datastore.document import Document
-from datastore.errors import DependencyError, StorageError
+from datastore.errors import StorageError
 from datastore.storage.base import Storage
 
-__all__ = ["Fault", "MetricsWriter", "Result", "StepMeter", "StepOutcome", "TrainingProgress", "read_metrics"]
+__all__ = [
+    "Fault",
+    "Follower",
+    "MetricsWriter",
+    "Result",
+    "StepMeter",
+    "StepOutcome",
+    "StepProfile",
+    "TrainingProgress",
+    "read_metrics",
+]
 
 _FLUSH_S = 10.0
 
@@ -29,10 +38,22 @@ _RECENT_STEPS = 20
 """What a progress line is an average over."""
 
 
+class Follower(Protocol):
+    """Gets the record of each step, too."""
+
+    def log(self, record: Mapping[str, Any]) -> None:
+        """Take the record of a step."""
+        ...
+
+    def finish(self) -> None:
+        """Take note that there are no more."""
+        ...
+
+
 class MetricsWriter:
     """Writes the metrics of one session; rank 0 has one. Not thread-safe."""
 
-    def __init__(self, storage: Storage, *, session: str, first_step: int, tensorboard: Path | None = None) -> None:
+    def __init__(self, storage: Storage, *, session: str, first_step: int, followers: Sequence[Follower] = ()) -> None:
         self._storage = storage
         self._key = f"metrics/{first_step:010d}-{session}.jsonl"
         self._lines = bytearray()
@@ -43,16 +64,14 @@ class MetricsWriter:
         self._trouble: StorageError | None = None
         self._flushing: Future[None] | None = None
         self._flushed = time.monotonic()
-        self._board = _open_board(tensorboard, first_step) if tensorboard is not None else None
+        self._followers = followers
 
     def write(self, record: Mapping[str, Any]) -> None:
         """Take the record of one step, which has "step" and numbers."""
         self._last = len(self._lines)
         self._lines += orjson.dumps(dict(record)) + b"\n"
-        if self._board is not None:
-            for name, value in record.items():
-                if name != "step" and isinstance(value, int | float):
-                    self._board.add_scalar(name, value, record["step"])
+        for follower in self._followers:
+            follower.log(record)
         if time.monotonic() - self._flushed > _FLUSH_S:
             self.flush()
 
@@ -93,8 +112,8 @@ class MetricsWriter:
                 raise self._trouble
         finally:
             self._thread.shutdown()
-            if self._board is not None:
-                self._board.close()
+            for follower in self._followers:
+                follower.finish()
 
     def _wait(self) -> None:
         if self._flushing is not None:
@@ -121,18 +140,6 @@ def _session_of(key: str) -> tuple[int, str]:
     """Return what sessions are ordered by: their number. The name, which begins with the time of some clock, decides for old ones."""
     _, *number, name = key.split("-")
     return int(number[0]) if number else 0, name
-
-
-def _open_board(folder: Path, first_step: int) -> Any:
-    try:
-        from torch.utils.tensorboard import SummaryWriter  # noqa: PLC0415 - optional, and takes seconds
-    except ImportError:
-        raise DependencyError(
-            "TensorBoard is not installed",
-            hint="Run: pip install 'llm-datastore[track]', or set metrics.tensorboard = false.",
-        ) from None
-    # purge_step hides what a killed session had written of the steps that are taken again.
-    return SummaryWriter(log_dir=str(folder), purge_step=first_step)
 
 
 Fault: TypeAlias = Literal["", "skip", "rewind"]
@@ -187,6 +194,24 @@ class TrainingProgress(Document, frozen=True, kw_only=True):
     """Something that happened: resumed, saved, a damaged checkpoint passed over. Worth a line of its own."""
 
 
+class StepProfile(Document, frozen=True, kw_only=True):
+    """Where some steps of rank 0 went; seconds are means of a step."""
+
+    first: int
+    last: int
+    step_s: float
+    """Without evaluations and saves."""
+
+    parts: dict[str, float]
+    """Seconds of each part, evaluations and saves among them."""
+
+    messages_s: float
+    """How long messages between ranks were under way, beside the parts."""
+
+    trace: str
+    """The trace of rank 0, a key in the run folder."""
+
+
 class Result(Document, frozen=True, kw_only=True):
     """How a session ended."""
 
@@ -212,6 +237,8 @@ class Result(Document, frozen=True, kw_only=True):
 
     world: int
     parameters: int
+    profile: StepProfile | None = None
+    """Of the steps that `metrics.profile` names."""
 
 
 class StepMeter:

@@ -4,20 +4,33 @@ The learning rate is a function of the step alone: nothing is counted, so nothin
 made before the first step (torch makes it in the first), so that a checkpoint has the same keys at every step, and it
 goes by parameter *name*, so that a checkpoint can be read without building the model.
 
-Source: I. Loshchilov and F. Hutter, arXiv:1711.05101 (AdamW), arXiv:1608.03983 (cosine).
+Source: I. Loshchilov and F. Hutter, arXiv:1711.05101 (AdamW), arXiv:1608.03983 (cosine); J. Liu et al., arXiv:2502.16982 (Muon
+with steps as large as those of AdamW).
 """
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from typing_extensions import override
 
 from datastore.errors import DatastoreError
 from datastore.training.metrics import Fault
 from datastore.training.settings import FaultSettings, OptimSettings
 
-__all__ = ["LossScale", "Sentry", "divide", "learning_rate", "make_optimizer", "named_state", "set_learning_rate"]
+__all__ = [
+    "LossScale",
+    "MuonAndAdamW",
+    "Sentry",
+    "divide",
+    "inner_matrices",
+    "learning_rate",
+    "make_optimizer",
+    "named_state",
+    "set_learning_rate",
+]
 
 
 def learning_rate(settings: OptimSettings, step: int, steps: int) -> float:
@@ -32,16 +45,66 @@ def learning_rate(settings: OptimSettings, step: int, steps: int) -> float:
     return settings.lr * (settings.floor + (1 - settings.floor) * 0.5 * (1 + math.cos(math.pi * done)))
 
 
-def make_optimizer(parameters: Iterable[nn.Parameter], settings: OptimSettings) -> torch.optim.Optimizer:
-    """Return the optimizer of those of `parameters` that are trainable: matrices are decayed, vectors and scalars are not."""
+class MuonAndAdamW(torch.optim.Optimizer):
+    """Two optimizers as one: Muon for the matrices within blocks, AdamW for the rest. Groups and state are theirs, live."""
+
+    def __init__(self, matrices: torch.optim.Muon, others: torch.optim.AdamW) -> None:
+        super().__init__([*matrices.param_groups, *others.param_groups], {})
+        matrices.state.update(others.state)
+        self.state = others.state = matrices.state
+        self._both = (matrices, others)
+
+    @override
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
+        """Move all parameters."""
+        for one in self._both:
+            one.step(closure)  # type: ignore[no-untyped-call]
+
+
+def inner_matrices(blocks: Iterable[nn.Module]) -> list[nn.Parameter]:
+    """Return the matrices within `blocks`: those that Muon is for."""
+    return [one for block in blocks for one in block.parameters() if one.dim() == 2]
+
+
+def make_optimizer(
+    parameters: Iterable[nn.Parameter], settings: OptimSettings, *, inner: Iterable[nn.Parameter] = ()
+) -> torch.optim.Optimizer:
+    """Return the optimizer of those of `parameters` that are trainable: matrices are decayed, vectors and scalars are not.
+
+    `inner` are the matrices that Muon moves, if it is used. Its steps are made as large as those of AdamW, so both have one rate.
+    """
     trainable = [parameter for parameter in parameters if parameter.requires_grad]
+    if settings.use == "muon":
+        own = {id(one) for one in inner}
+        matrices = [one for one in trainable if id(one) in own]
+        others = [one for one in trainable if id(one) not in own]
+        if matrices and others:
+            return MuonAndAdamW(_muon(matrices, settings), _adamw(others, settings))
+        return _muon(matrices, settings) if matrices else _adamw(others, settings)
+    if settings.use == "adamw":
+        return _adamw(trainable, settings)
+    return torch.optim.SGD(_groups(trainable, settings), lr=settings.lr)
+
+
+def _groups(trainable: Sequence[nn.Parameter], settings: OptimSettings) -> list[dict[str, Any]]:
     groups = [
         {"params": [p for p in trainable if p.dim() >= 2], "weight_decay": settings.weight_decay},
         {"params": [p for p in trainable if p.dim() < 2], "weight_decay": 0.0},
     ]
-    groups = [group for group in groups if group["params"]] or groups[:1]  # A rank may have nothing to move.
-    if settings.use == "sgd":
-        return torch.optim.SGD(groups, lr=settings.lr)
+    return [group for group in groups if group["params"]] or groups[:1]  # A rank may have nothing to move.
+
+
+def _muon(matrices: Sequence[nn.Parameter], settings: OptimSettings) -> torch.optim.Muon:
+    optimizer = torch.optim.Muon(
+        matrices, lr=settings.lr, weight_decay=settings.weight_decay, adjust_lr_fn="match_rms_adamw"
+    )
+    for matrix in matrices:
+        optimizer.state[matrix] = {"momentum_buffer": torch.zeros_like(matrix)}
+    return optimizer
+
+
+def _adamw(trainable: Sequence[nn.Parameter], settings: OptimSettings) -> torch.optim.AdamW:
+    groups = _groups(trainable, settings)
     # fused: 2.1x faster than the loop over tensors and 3.2x faster than foreach on two CPU cores (30 matrices of 256 x 1024).
     optimizer = torch.optim.AdamW(groups, lr=settings.lr, betas=settings.betas, eps=settings.eps, fused=True)
     for parameter in trainable:

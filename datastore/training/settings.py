@@ -1,10 +1,8 @@
 """The settings of a training run: one frozen record per part, read from TOML without loading torch.
 
     [data] which tokens, in which order, and what is held back for validation; [model] the shape of the GPT
-    [optim] update rule and schedule; [train] how many steps, and how this machine takes them
-    [parallel] how ranks share the work; [sync] how they bring their gradients together
-    [checkpoint] [eval] [faults] [metrics]   what is kept, looked after and reported
-    [loader] memory and threads of the loader, and what becomes of deleted documents
+    [optim] update rule and schedule; [train] steps; [parallel] how ranks share the work; [sync] how they bring their gradients together
+    [checkpoint] [eval] [faults] [metrics] what is kept, looked after and reported; [loader] its memory and threads, and deleted documents
     [objective] what is learned, and [[hooks]] in the order in which they run: `use` names one, which owns the other keys
 
 Every value has a default except `data.url`, or `[data.sources.NAME]` where there are several. A value that depends on the machine may be "auto"; the record of the session says what it became.
@@ -15,7 +13,7 @@ from typing import Annotated, Any, Literal
 import msgspec
 from typing_extensions import override
 
-from datastore.document import Count, Document, Positive, SettingsDocument
+from datastore.document import Count, Positive, SettingsDocument
 from datastore.loader.settings import LoaderSettings
 
 __all__ = [
@@ -27,7 +25,6 @@ __all__ = [
     "ModelSettings",
     "OptimSettings",
     "ParallelSettings",
-    "SessionRequest",
     "Settings",
     "SourceSettings",
     "StageSettings",
@@ -65,12 +62,10 @@ class DataSettings(SettingsDocument, frozen=True, kw_only=True):
     """The training stream and what is held back from it."""
 
     url: str = ""
-    """A tokenized dataset; `URL@version` and `URL@tag` pin one version, else the newest is pinned when the run begins. Either
-    this or `sources` must be given."""
+    """A tokenized dataset; `URL@version` and `URL@tag` pin one version, else the newest is pinned when the run begins. Or else `sources`."""
 
     sources: dict[str, SourceSettings] = msgspec.field(default_factory=dict)
-    """Several datasets by name, each a table `[data.sources.NAME]` with `url`, `weight` and `epochs`; see
-    [mix datasets by weight](howto/mixtures.md#in-a-training-run)."""
+    """Several datasets by name, tables `[data.sources.NAME]`; see [mix datasets by weight](howto/mixtures.md#in-a-training-run)."""
 
     temperature: Annotated[float, msgspec.Meta(gt=0)] = 1.0
     """Of `sources`: weights are raised to the power of 1 / temperature."""
@@ -91,8 +86,7 @@ class DataSettings(SettingsDocument, frozen=True, kw_only=True):
     """Another dataset with the same tokenizer, used for validation only. Empty: `holdout` decides."""
 
     holdout: Annotated[float, msgspec.Meta(ge=0, le=0.5)] = 0.01
-    """Fraction of the tokens, the last ones that were ingested, that is never trained on; of each source. Not used with
-    `validation`."""
+    """Fraction of the tokens, the last ones that were ingested, that is never trained on; of each source. Not used with `validation`."""
 
     @override
     def __post_init__(self) -> None:
@@ -124,7 +118,10 @@ class ModelSettings(SettingsDocument, frozen=True, kw_only=True):
     """Numbers that stand for a token between blocks."""
 
     heads: Positive = 8
-    """Query heads; each has `width / heads` numbers, a whole and even number."""
+    """Query heads."""
+
+    head_width: Count = 0
+    """Numbers of a head, an even number; 0: `width / heads`."""
 
     kv_heads: Count = 0
     """Heads of keys and values, each shared by `heads / kv_heads` query heads; 0: as many as `heads`."""
@@ -149,8 +146,8 @@ class ModelSettings(SettingsDocument, frozen=True, kw_only=True):
         super().__post_init__()
         if self.use and self.init:
             raise ValueError("leave out model.init: model.use brings its weights")
-        if self.width % self.heads or (self.width // self.heads) % 2:
-            raise ValueError("width / heads must be a whole, even number")
+        if (not self.head_width and self.width % self.heads) or self.head_size % 2:
+            raise ValueError("width / heads must be a whole, even number, or head_width an even one")
         if self.kv_heads and self.heads % self.kv_heads:
             raise ValueError("heads must be a multiple of kv_heads")
 
@@ -158,6 +155,11 @@ class ModelSettings(SettingsDocument, frozen=True, kw_only=True):
     def key_heads(self) -> int:
         """Heads of keys and values, the default resolved."""
         return self.kv_heads or self.heads
+
+    @property
+    def head_size(self) -> int:
+        """Numbers of a head, the default resolved."""
+        return self.head_width or self.width // self.heads
 
     @property
     def inner_width(self) -> int:
@@ -168,8 +170,8 @@ class ModelSettings(SettingsDocument, frozen=True, kw_only=True):
 class OptimSettings(SettingsDocument, frozen=True, kw_only=True):
     """The update rule, and a learning rate that warms up linearly and falls along a cosine."""
 
-    use: Literal["adamw", "sgd"] = "adamw"
-    """The update rule; both are those of torch."""
+    use: Literal["adamw", "muon", "sgd"] = "adamw"
+    """The update rule, as torch has it. muon moves the matrices within blocks, and AdamW the rest, both by `lr`."""
 
     lr: Annotated[float, msgspec.Meta(gt=0)] = 6e-4
     """Peak learning rate."""
@@ -187,7 +189,7 @@ class OptimSettings(SettingsDocument, frozen=True, kw_only=True):
     """Added to the denominator of AdamW."""
 
     weight_decay: Rate = 0.1
-    """Applied to matrices only; norms and biases are not decayed."""
+    """Applied to matrices only."""
 
     clip: Rate = 1.0
     """Largest norm of the gradient; 0: never clip."""
@@ -206,12 +208,10 @@ class StepSettings(SettingsDocument, frozen=True, kw_only=True):
     """Samples per forward pass of one rank; gradients are accumulated. 0: all of the rank's samples at once."""
 
     precision: Literal["auto", "bf16", "fp16", "fp32"] = "auto"
-    """Of activations; weights stay float32. auto: bf16 where the device computes in it natively (AVX-512 BF16: 28 % less time).
-    fp16 scales the loss, skips a step whose gradients overflow, and stays fp16 for the whole run: the scale is in its checkpoints."""
+    """Of activations; weights stay float32. auto: bf16 where the device has it. fp16 scales the loss, and stays fp16 for the whole run."""
 
     compile: bool | Literal["auto"] = "auto"
-    """`torch.compile` for each block. auto: on a GPU only. On a CPU a step of 8.4 M parameters takes 5 % less (bf16, torch 2.13),
-    once it has been compiled for half a minute."""
+    """`torch.compile` for each block. auto: on a GPU only. On a CPU a step of 8.4 M parameters takes 5 % less, compiled for half a minute."""
 
     recompute: bool = False
     """Keep only the input of each block and compute the rest of it again in the backward pass: less memory, a third more time."""
@@ -255,8 +255,7 @@ class SyncSettings(SettingsDocument, frozen=True, kw_only=True):
     """How ranks that read different samples bring together what they learn. See [gradient synchronization](howto/gradient-sync.md)."""
 
     use: Literal["all_reduce", "bf16", "int8", "int4", "powersgd", "top_k", "parameter_server", "diloco"] = "all_reduce"
-    """all_reduce: the mean of all gradients. bf16 to top_k: the same in fewer bytes. parameter_server: some ranks own the parameters.
-    diloco: every rank learns by itself for some steps."""
+    """all_reduce: the mean of all gradients. bf16 to top_k: in fewer bytes. parameter_server: some ranks own the parameters. diloco: rounds."""
 
     rank: Positive = 16
     """Of powersgd: columns of the thin matrices of which a matrix is the product."""
@@ -334,6 +333,12 @@ class MetricsSettings(SettingsDocument, frozen=True, kw_only=True):
     tensorboard: bool = False
     """Also write TensorBoard event files to `tensorboard/` in the run folder (extra `track`; the folder must be local)."""
 
+    trackers: tuple[dict[str, Any], ...] = ()
+    """Where numbers go, too: tables `[[metrics.trackers]]`, of which `use` names a tracker, its other keys are its own."""
+
+    profile: str = ""
+    """Steps to look at closely, such as `10:13`: a trace of each rank for Perfetto, in `profile/`, and a table of where a step goes."""
+
 
 class Settings(SettingsDocument, frozen=True, kw_only=True):
     """All settings of a run: what its TOML file holds."""
@@ -360,21 +365,11 @@ class Settings(SettingsDocument, frozen=True, kw_only=True):
         super().__post_init__()
         if self.loader.epochs is not None:
             raise ValueError("loader.epochs cannot be set: training is endless, train.steps ends it")
-        if any(not isinstance(table.get("use"), str) for table in (self.objective, *self.hooks)):
-            raise ValueError('each of [[hooks]], and [objective], needs use = "name" or "module:Class"')
+        if any(
+            not isinstance(table.get("use"), str) for table in (self.objective, *self.hooks, *self.metrics.trackers)
+        ):
+            raise ValueError(
+                'each of [[hooks]] and [[metrics.trackers]], and [objective], needs use = "name" or "module:Class"'
+            )
         if sum(table["use"] == "quantize" for table in self.hooks) > 1:
             raise ValueError("hooks can quantize once: the second one would find no layer to quantize")
-
-
-class SessionRequest(Document, frozen=True, kw_only=True):
-    """What a session is to do; the same on every rank."""
-
-    run: str
-    """URL of the run folder."""
-
-    settings: Settings
-    fresh: bool
-    """Whether the run may be new; if not, it must exist."""
-
-    take_over: bool = False
-    """Whether to take the lock of a process of another machine, which is known to be gone."""

@@ -2,25 +2,56 @@
 
     result = train(settings, "runs/first", processes=2, on_progress=print)
     result = resume("runs/first")
+    needs = dry_run(settings, "runs/first", processes=2)
 
 Nothing here loads torch: with `processes` above 1 only the ranks need it.
 """
 
 import os
 from collections.abc import Callable, Sequence
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 
-from datastore.config import settings_from
-from datastore.document import convert
+from datastore.config import read_table, settings_from
+from datastore.document import Document, convert
 from datastore.errors import ConfigError, WaitError
 from datastore.training.launcher import Launch, spawn
 from datastore.training.metrics import Result, TrainingProgress
 from datastore.training.parallel.layout import layout_of
-from datastore.training.settings import SessionRequest, Settings
+from datastore.training.session.request import SessionRequest
+from datastore.training.settings import Settings
 
-__all__ = ["fork", "resume", "train"]
+if TYPE_CHECKING:
+    from datastore.training.session.rehearsal import Needs
+
+__all__ = ["Compressed", "compress", "dry_run", "fork", "resume", "train"]
+
+_NO_STEPS = {
+    "train": {"steps": 1},
+    "optim": {"lr": 1e-30, "warmup": 0},
+    "checkpoint": {"every": 0},
+    "eval": {"every": 0},
+}
+"""Of a recipe without steps: one in which no weight moves, so that hooks act and there is a checkpoint."""
+
+
+class Compressed(Document, frozen=True, kw_only=True):
+    """What became of a finished model."""
+
+    run: str
+    """The run that holds it: to go on with, to export."""
+
+    steps: int
+    """Steps of recovery."""
+
+    loss_before: float
+    """Of the model as it was, on what the run holds out."""
+
+    loss: float
+    seconds: float
+
 
 _HERE = Launch()
 
@@ -52,6 +83,19 @@ def train(
     run = os.fspath(run)
     request = SessionRequest(run=run, settings=settings, fresh=True, take_over=take_over)
     return _run(request, processes=processes, launch=launch, on_progress=on_progress)
+
+
+def dry_run(settings: Settings, run: str | os.PathLike[str], *, processes: int = 1, launch: Launch = _HERE) -> "Needs":
+    """Return what `train` would need of memory, disk and time; nothing is written, and no step is taken.
+
+    Raises:
+        ConfigError: the run cannot fit into memory; or as `train`.
+        DatastoreError: as `train`.
+    """
+    from datastore.training.session.rehearsal import rehearse  # noqa: PLC0415 - loads torch
+
+    settings = convert(Settings, msgspec.to_builtins(settings), where="the settings")
+    return rehearse(settings, os.fspath(run), launch=launch, processes=processes)
 
 
 def resume(
@@ -100,7 +144,7 @@ def fork(
     from datastore.training.run.folder import RunFolder  # noqa: PLC0415 - so does this
 
     settings = msgspec.to_builtins(RunFolder.open(split_reference(run)[0]).config().settings)
-    settings["model"]["init"] = run
+    settings["model"] = {"init": run}  # The shape comes with the weights.
     return train(
         settings_from(Settings, settings, overrides=overrides, where=run),
         to,
@@ -110,9 +154,70 @@ def fork(
     )
 
 
+def compress(
+    source: str | os.PathLike[str],
+    to: str | os.PathLike[str],
+    *,
+    recipe: Path,
+    data: str | os.PathLike[str] = "",
+    processes: int = 1,
+    on_progress: Callable[[TrainingProgress], None] | None = None,
+) -> Compressed:
+    """Make the run `to`, which begins with the finished model `source` and does with it what the TOML file `recipe` says.
+
+    A recipe holds tables of a run's settings, `[[hooks]]` as a rule; without `train.steps` no weight is trained. `source` is a run
+    (`RUN`, `RUN@STEP`), whose other settings are taken over, or a Hugging Face folder, which needs `data`.
+
+    Raises:
+        MissingError: there is no model, no recipe, no dataset.
+        DatastoreError: as `train`.
+    """
+    from datastore.training.export.inference import evaluate  # noqa: PLC0415 - loads torch
+
+    source, to, data = os.fspath(source), os.fspath(to), os.fspath(data)
+    table = _inherited(source)
+    wanted = read_table(recipe)
+    steps = wanted.get("train", {}).get("steps", 0)
+    parts = [wanted] if steps else [wanted, _NO_STEPS]
+    for part in parts:
+        for name, value in part.items():
+            table[name] = {**table.get(name, {}), **value} if isinstance(value, dict) else value
+    if data:
+        kept = {
+            key: value for key, value in table.get("data", {}).items() if key not in {"sources", "stages", "validation"}
+        }
+        table["data"] = {**kept, "url": data}
+    if not table.get("data"):
+        raise ConfigError("a folder does not say which data to look at", source=source, hint="Name a dataset: `data`.")
+    table["model"] = {"init": source}
+    result = train(settings_from(Settings, table, where=str(recipe)), to, processes=processes, on_progress=on_progress)
+    place, step = _placed(source)
+    before = evaluate(place, run=to, step=step)
+    return Compressed(run=to, steps=steps, loss_before=before.loss, loss=evaluate(to).loss, seconds=result.seconds)
+
+
+def _inherited(source: str) -> dict[str, Any]:
+    """Return the settings of the run that `source` names, without its hooks; none of a folder."""
+    from datastore.training.run.folder import RunFolder, is_run  # noqa: PLC0415 - loads pyarrow
+
+    folder = RunFolder.open(_placed(source)[0])
+    if not is_run(folder.storage):
+        return {}
+    table: dict[str, Any] = msgspec.to_builtins(folder.config().settings)
+    return {name: value for name, value in table.items() if name not in {"hooks", "parallel", "sync"}}
+
+
+def _placed(source: str) -> tuple[str, int | None]:
+    """Return the place of a model, `RUN`, `RUN@STEP` or a folder, and the step."""
+    from datastore.dataset.snapshot import split_reference  # noqa: PLC0415 - loads pyarrow
+
+    place, name = split_reference(source)
+    return place, int(name) if name.isdecimal() else None
+
+
 def work(launch: Launch, arguments: dict[str, Any], report: Callable[[dict[str, Any]], None]) -> dict[str, Any]:
     """Be one rank: what `spawn` calls in each process. Takes and returns JSON values."""
-    from datastore.training.session import run_session  # noqa: PLC0415 - loads torch
+    from datastore.training.session.session import run_session  # noqa: PLC0415 - loads torch
 
     request = convert(SessionRequest, arguments, where="the launcher")
     result = run_session(request, launch, lambda progress: report(msgspec.to_builtins(progress)))
@@ -134,7 +239,7 @@ def _run(
         )
     layout_of(request.settings, max(launch.world, processes) if processes > 0 else processes)
     if processes == 1:
-        from datastore.training.session import run_session  # noqa: PLC0415 - loads torch
+        from datastore.training.session.session import run_session  # noqa: PLC0415 - loads torch
 
         return run_session(request, launch, tell)
     return _spawned(request, processes=processes, tell=tell)

@@ -22,7 +22,6 @@ from logging import getLogger
 from typing import Any
 
 import msgspec
-import torch
 from torch import Tensor
 from typing_extensions import override
 
@@ -35,8 +34,9 @@ from datastore.storage.statistics import total_statistics
 from datastore.training.hooks.base import RunState
 from datastore.training.machine import flops_per_token, peak_flops
 from datastore.training.metrics import MetricsWriter, StepMeter, TrainingProgress
-from datastore.training.parallel.norm import local_part
+from datastore.training.parallel.norm import all_finite, local_part
 from datastore.training.run.lock import RunLock
+from datastore.training.run.profile import Profiler, part
 from datastore.training.run.record import ConsumptionRecord, StepEntry
 from datastore.training.run.split import ValidationSamples
 from datastore.training.trainer import Observer, StepOutcome, Trainer
@@ -73,6 +73,8 @@ class Outputs:
     lock: RunLock
     metrics: MetricsWriter
     report: Callable[[TrainingProgress], None]
+    trouble: Callable[[], str] = str
+    """What is to be told of trackers."""
 
 
 class Supervisor(Observer):
@@ -111,6 +113,7 @@ class Supervisor(Observer):
             seq_len=self._settings.data.seq_len,
         )
         self.outputs: Outputs | None = None
+        self.profiler: Profiler | None = None
         self.last: StepOutcome | None = None
         self.validation_loss: float | None = None
 
@@ -143,6 +146,8 @@ class Supervisor(Observer):
 
     @override
     def stopping(self) -> bool:
+        if self.profiler is not None:
+            self.profiler.before(self._trainer.state.step + 1)
         return self._stop.is_set()
 
     @override
@@ -188,9 +193,11 @@ class Supervisor(Observer):
     def pause(self, run: RunState, *, last: bool) -> None:
         finished = run.step == run.steps
         if finished or (self._eval_due(run.step) and not last):  # Who was asked to stop has no time for it.
-            self._evaluate(run.step)
+            with part("evaluate"):
+                self._evaluate(run.step)
         if self._save_due(run.step) or last:
-            self._save(run.step, blocking=last, finished=finished)
+            with part("save"):
+                self._save(run.step, blocking=last, finished=finished)
         if last:
             self._write_line()
         self.tell()
@@ -256,7 +263,7 @@ class Supervisor(Observer):
 
     def _save(self, step: int, *, blocking: bool, finished: bool) -> None:
         hint = f"This step is not saved; the newest checkpoint is from before it. {_ADVICE}"
-        if not self._trainer.ranks.least(int(_all_finite(self._tensors()))):
+        if not self._trainer.ranks.least(int(all_finite(self._tensors()))):
             raise DatastoreError("the weights or the state of the optimizer are not finite", step=step, hint=hint)
         if not self._trainer.can_go_on():
             raise DatastoreError("the step has left weights whose loss is not finite", step=step, hint=hint)
@@ -305,9 +312,12 @@ class Supervisor(Observer):
             if isinstance(error, ConflictError | ConfigError):
                 raise error
             self.tell(f"step {step} was not saved, a later one will be tried: {error}")
-        trouble = self.outputs.metrics.trouble() if self.outputs is not None else None
-        if trouble is not None:
+        if self.outputs is None:
+            return
+        if (trouble := self.outputs.metrics.trouble()) is not None:
             self.tell(f"metrics were not stored, they will be tried again: {trouble}")
+        if left_out := self.outputs.trouble():
+            self.tell(left_out)
 
     def _drop_what_led_to(self, step: int) -> str:
         """Drop the checkpoint of the step before `step`, if there is an older one; return what to go on from."""
@@ -365,10 +375,3 @@ class Supervisor(Observer):
         if self.outputs is not None and self._line:
             self.outputs.metrics.write(self._line)
         self._line = {}
-
-
-@torch.no_grad()
-def _all_finite(tensors: Iterator[Tensor]) -> bool:
-    """Return whether no element is NaN or infinite: one pass, and one wait for a device."""
-    ends = [torch.stack(tensor.aminmax()) for tensor in tensors if tensor.is_floating_point() and tensor.numel()]
-    return not ends or bool(torch.stack([end.isfinite().all() for end in ends]).all())

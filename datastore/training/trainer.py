@@ -18,7 +18,6 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
-from functools import cache
 from typing import Any, Protocol, Self, cast
 
 import msgspec
@@ -27,26 +26,26 @@ from torch import Tensor
 
 from datastore.errors import ConfigError, CorruptError
 from datastore.loader.settings import Rank
-from datastore.training.hooks.base import Hook, HookSet, RunState, make_hooks, refuse_whole
-from datastore.training.hooks.calibration import Calibration
-from datastore.training.machine import Machine, seed_step
+from datastore.training.hooks.base import Hook, HookSet, RunState
+from datastore.training.machine import Machine, seed_step, signed
 from datastore.training.metrics import StepOutcome
-from datastore.training.models.huggingface import blocks_of
 from datastore.training.objectives.base import Context, HostRows, MicroBatch, Objective, Signed, rows_of
 from datastore.training.objectives.catalog import make_objective
-from datastore.training.optim import LossScale, Sentry, divide, learning_rate, make_optimizer, set_learning_rate
+from datastore.training.optim import LossScale, Sentry, divide, learning_rate, set_learning_rate
+from datastore.training.parallel.building import Beginning, build_with_hooks, calibration_of
 from datastore.training.parallel.layout import check_model
 from datastore.training.parallel.lesson import Lesson, Piece
 from datastore.training.parallel.norm import local_part
 from datastore.training.parallel.ranks import Ranks
 from datastore.training.parallel.strategy import Strategy
-from datastore.training.run.architecture import build_model, context_of, recompute
-from datastore.training.run.feed import AnyFeed, FedBatch, calibration_rows, open_feed, saved
+from datastore.training.run.architecture import context_of
+from datastore.training.run.feed import AnyFeed, FedBatch, open_feed, saved
 from datastore.training.run.folder import RunConfig
+from datastore.training.run.profile import part
 from datastore.training.run.split import Split
 from datastore.training.settings import Settings
 
-__all__ = ["Observer", "StepOutcome", "Trainer", "build_with_hooks"]
+__all__ = ["Observer", "StepOutcome", "Trainer"]
 
 
 class Observer(Protocol):
@@ -106,9 +105,9 @@ class Trainer:
         strategy: Strategy,
         *,
         machine: Machine,
-        weights: Mapping[str, Tensor] | None = None,
+        beginning: Beginning,
     ) -> Self:
-        """Return the trainer of the run before its first step, with `weights`, or else those that its seed gives.
+        """Return the trainer of the run before its first step, with the weights of `beginning`, or else those that its seed gives.
 
         Raises:
             ConfigError: a hook or the objective is unknown or wrongly set; the dataset has no sample; no loss reaches a parameter.
@@ -119,10 +118,9 @@ class Trainer:
             check_model(shape, layout, seq_len=settings.data.seq_len)
         objective = make_objective(settings.objective)
         context = context_of(config)
-        rows = cache(lambda count: calibration_rows(split, settings, objective, context, count=count))
-        look = Calibration(rows, objective, strategy.ranks.device)
-        built = (config, strategy, objective, look)
-        state, hooks = build_with_hooks(*built, compiled=machine.compiled, weights=weights)
+        calibration = calibration_of(config, split, objective, strategy.ranks.device)
+        built = (config, strategy, objective, calibration)
+        state, hooks = build_with_hooks(*built, compiled=machine.compiled, beginning=beginning)
         rank = Rank(strategy.place.reader, layout.readers)
         loader = open_feed(split, settings, objective, context, rank=rank)
         trainer = cls(
@@ -182,7 +180,9 @@ class Trainer:
         stop = False
         clock = time.perf_counter()
         while state.step < state.steps and not stop:
-            now = self.step(stopping=observer.stopping(), since=clock)
+            stopping = observer.stopping()
+            with part("step"):
+                now = self.step(stopping=stopping, since=clock)
             clock = time.perf_counter()
             if late is not None:
                 stop = _settle(late, observer)
@@ -202,17 +202,18 @@ class Trainer:
         """Take one step; the function returned waits for its numbers."""
         state = self.state
         started = time.perf_counter()
-        batch = self._next_batch()
+        with part("data"):
+            batch = self._next_batch()
         waited = time.perf_counter() - started
         seed_step(self.settings.train.seed, state.step, self.strategy.place.reader)
         with self.guard() if self.strategy.keeps else nullcontext():
             loss = self.strategy.backward(self._pieces(batch), replace(self.lesson, scale=self.factor))
         rate = learning_rate(self.settings.optim, state.step, self.settings.train.steps)
         set_learning_rate(state.optimizer, rate)
-        with self.guard():
+        with self.guard(), part("optimizer"):
             norm = self._update()
         # Two small sums per step, looked at after the next one: `.item()` here would stall a GPU.
-        read = [_signed(batch.fingerprint()), int(batch.valid.sum())]
+        read = [signed(batch.fingerprint()), int(batch.valid.sum())]
         counts = [*(read if self.strategy.place.speaks else [0, 0]), int(stopping)]
         exact = self.ranks.sum(torch.tensor(counts, dtype=torch.int64).to(state.device))
         mean_wait = torch.tensor(waited / state.world, dtype=torch.float64, device=loss.device)
@@ -241,7 +242,9 @@ class Trainer:
         return finish
 
     def _pieces(self, batch: FedBatch) -> list[Piece]:
-        settings, rows = self.settings, self.objective.prepare(batch, self.context)
+        settings = self.settings
+        with part("data"):
+            rows = self.objective.prepare(batch, self.context)
         return self.strategy.pieces(rows, rows=self.micro_rows, global_batch=settings.data.global_batch)
 
     def _update(self) -> Tensor:
@@ -320,59 +323,6 @@ def _moved(rows: HostRows, device: torch.device) -> MicroBatch:
     return replace(moved, tokens=moved.tokens.long())
 
 
-def build_with_hooks(
-    config: RunConfig,
-    strategy: Strategy,
-    objective: Objective,
-    calibration: Calibration | None = None,
-    *,
-    compiled: bool = False,
-    weights: Mapping[str, Tensor] | None = None,
-) -> tuple[RunState, dict[str, Hook]]:
-    """Return the state of a run before its first step, its model distributed, and its hooks, started.
-
-    Hooks change the model before it is compiled and distributed, and see it again when the optimizer exists.
-
-    Raises:
-        ConfigError, DependencyError: as `make_hooks`.
-    """
-    settings, ranks = config.settings, strategy.ranks
-    hooks = make_hooks(settings.hooks, where="settings")
-    if strategy.splits:
-        refuse_whole(hooks)
-    model = build_model(config, objective)
-    if weights is not None:
-        model.load_state_dict(weights)
-    for hook in hooks.values():
-        model = hook.model(model)
-    model.to(ranks.device)
-    objective.start(model)
-    if settings.train.recompute:
-        recompute(model)
-    for block in blocks_of(model):
-        if compiled:
-            block.compile()  # Each by itself: the same code, so it is compiled once, and hooks keep their modules.
-    model = strategy.distribute(model)
-    state = RunState(
-        model=model,
-        optimizer=make_optimizer(strategy.owned(model), settings.optim),
-        step=0,
-        steps=settings.train.steps,
-        rank=ranks.rank,
-        world=ranks.world,
-        device=ranks.device,
-        calibration=calibration,
-    )
-    for hook in hooks.values():
-        hook.start(state)
-    return state, hooks
-
-
 def _settle(late: Callable[[], StepOutcome], observer: Observer) -> bool:
     observer.settled(outcome := late())
     return outcome.stop
-
-
-def _signed(value: int) -> int:
-    """Return the int64 with the bits of an unsigned `value`."""
-    return value - 2**64 if value >= 2**63 else value

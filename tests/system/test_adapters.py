@@ -180,7 +180,7 @@ def test_a_model_with_merged_adapters_is_quantized_behind_them(base: str, tmp_pa
         (({"use": "adapt", "layers": ["nothing"]},), {}, "no layer"),
         (({"use": "adapt", "layers": ["model.embed_tokens"]},), {}, "only linear layers are adapted"),
         (({"use": "adapt", "method": "dora", "base_bits": 4},), {}, "real rows"),
-        (({"use": "quantize"}, LORA), {}, "Put adapt before quantize"),
+        (({"use": "quantize"}, LORA), {}, "adapt"),
         ((LORA, {"use": "quantize", "qat_from": 2}), {}, "Leave out qat_from, or adapt"),
         ((ADALORA,), {"shard": 2}, "a rank has parts"),
     ],

@@ -411,7 +411,7 @@ def test_sessions_and_their_metrics_are_in_the_order_in_which_they_came_whatever
 ) -> None:
     run = str(tmp_path / "run")
     for hour, steps in ((9, 2), (8, 4), (7, 6)):
-        monkeypatch.setattr("datastore.training.session.new_session", lambda hour=hour: f"{hour:024x}")
+        monkeypatch.setattr("datastore.training.session.session.new_session", lambda hour=hour: f"{hour:024x}")
         train(tiny_settings(language, f"train.steps={steps}"), run)
     folder = RunFolder.open(run)
     assert [session.from_step for session in folder.sessions()] == [0, 2, 4]

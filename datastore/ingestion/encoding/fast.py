@@ -32,6 +32,7 @@ from typing import Any, TypeAlias
 import numpy as np
 import numpy.typing as npt
 import orjson
+from tokenizers.pre_tokenizers import ByteLevel
 from typing_extensions import override
 
 from datastore.errors import ConfigError, DatastoreError, DependencyError
@@ -154,6 +155,9 @@ def _open_gigatoken(config: str) -> Encode:
 
 
 def _open_fastokens(config: str) -> Encode:
+    missing = set(ByteLevel.alphabet()) - orjson.loads(config)["model"]["vocab"].keys()
+    if missing:  # It raises at such a byte, which `tokenizers` leaves out.
+        raise ValueError(f"{len(missing)} of 256 bytes have no token")
     encode = import_module("fastokens").Tokenizer.from_json_str(config).encode
     return lambda text: np.array(encode(text).ids, dtype=np.uint32)
 

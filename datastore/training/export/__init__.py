@@ -2,6 +2,8 @@
 
 export        restored, passed through the hooks, written
 huggingface   the folder that transformers opens
+averaging     the mean of some steps
+report        sizes, rates and losses side by side
 quantized     what its config says about quantized layers
 initial       weights to begin with: those of another run or folder
 inference     generate and evaluate

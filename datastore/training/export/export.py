@@ -18,18 +18,18 @@ from datastore.errors import ConfigError, ConflictError, MissingError
 from datastore.storage.base import Storage
 from datastore.storage.resolve import open_storage
 from datastore.training.export.huggingface import HuggingFaceModel, read_folder, write_folder
-from datastore.training.hooks.base import Hook, HookSet, RunState
+from datastore.training.hooks.base import Hook, HookSet, RunState, leaving
 from datastore.training.hooks.calibration import Calibration
 from datastore.training.hooks.quantize import Quantize
 from datastore.training.hooks.quantizing.settings import QuantizeSettings
 from datastore.training.models.gpt import GPT
 from datastore.training.objectives.base import HostRows, Objective
 from datastore.training.objectives.catalog import make_objective
+from datastore.training.parallel.building import build_with_hooks
 from datastore.training.parallel.whole import alone
 from datastore.training.run.architecture import context_of
 from datastore.training.run.feed import calibration_rows
 from datastore.training.run.folder import RunConfig, RunFolder, is_run, open_split
-from datastore.training.trainer import build_with_hooks
 from datastore.units import Progress
 
 __all__ = [
@@ -178,7 +178,7 @@ def model_of(run: RestoredRun, *, instead: QuantizeSettings | None = None) -> Hu
     `instead` quantizes in the place of the hooks that would: what they have rounded cannot be rounded otherwise.
     """
     model = run.state.model
-    exporting = list(run.hooks.values())
+    exporting = leaving(run.hooks)
     if instead is not None:
         quantize = Quantize(instead)
         quantize.start(run.state)

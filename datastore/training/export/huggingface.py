@@ -26,7 +26,7 @@ from datastore.storage.base import Storage
 from datastore.training.export.quantized import quantization_config, replace_quantized
 from datastore.training.models.gpt import GPT
 from datastore.training.models.heads import Classifier
-from datastore.training.models.huggingface import write_model
+from datastore.training.models.huggingface import open_folder, write_model
 from datastore.training.objectives.base import Objective
 from datastore.training.settings import ModelSettings
 
@@ -35,6 +35,9 @@ __all__ = ["HuggingFaceModel", "read_folder", "shape_of_folder", "write_folder"]
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 _ADDING = {"TemplateProcessing", "BertProcessing", "RobertaProcessing"}
 """Post-processors of `tokenizers` that add special tokens."""
+
+_ANY_LENGTH = 1 << 20
+"""Tokens that a model sees which does not say it: one without positions."""
 
 _WEIGHTS = "model.safetensors"
 _INDEX = "model.safetensors.index.json"
@@ -122,14 +125,18 @@ def shape_of_folder(storage: Storage) -> ModelSettings:
 
 
 def read_folder(storage: Storage) -> HuggingFaceModel:
-    """Return the model in a folder, as it is on disk: dense in float32, or quantized.
+    """Return the model in a folder, as it is on disk: dense in float32, or quantized; one that is not ours as `transformers` opens it.
 
     Raises:
         MissingError: no config.json, or a file that it needs is not there.
-        ConfigError: a model that our GPT is not.
+        ConfigError: a model that `transformers` does not open either, or one that is not on this machine.
+        DependencyError: it needs `transformers`.
         CorruptError: a file is damaged.
     """
     config = _read_json(storage, "config.json")
+    file = storage.local_path("config.json")
+    if file is not None and not _is_plain_llama(config):
+        return _read_foreign(storage, file.parent)
     _check_supported(config, where=storage.url)
     model = GPT(_model_settings(config))
     quantization = config.get("quantization_config")
@@ -145,6 +152,24 @@ def read_folder(storage: Storage) -> HuggingFaceModel:
     return HuggingFaceModel(
         model=model,
         seq_len=int(config["max_position_embeddings"]),
+        tokenizer=_maybe(storage, "tokenizer.json"),
+        end_of_text=end[0] if isinstance(end, list) else end,
+    )
+
+
+def _is_plain_llama(config: Mapping[str, Any]) -> bool:
+    named = config.get("architectures") or ["LlamaForCausalLM"]
+    return config.get("model_type") == "llama" and named == ["LlamaForCausalLM"] and not _unlike(config)
+
+
+def _read_foreign(storage: Storage, folder: Path) -> HuggingFaceModel:
+    """Return another model, as `transformers` opens it."""
+    model, config = open_folder(folder)
+    lengths = (config.get(name) for name in ("max_position_embeddings", "n_positions", "max_seq_len"))
+    end = config.get("eos_token_id")
+    return HuggingFaceModel(
+        model=model,
+        seq_len=next((int(one) for one in lengths if one), _ANY_LENGTH),
         tokenizer=_maybe(storage, "tokenizer.json"),
         end_of_text=end[0] if isinstance(end, list) else end,
     )
@@ -207,7 +232,7 @@ def _config(source: HuggingFaceModel) -> dict[str, Any]:
         "num_hidden_layers": shape.layers,
         "num_attention_heads": shape.heads,
         "num_key_value_heads": shape.key_heads,
-        "head_dim": shape.width // shape.heads,
+        "head_dim": shape.head_size,
         "hidden_act": "silu",
         "max_position_embeddings": source.seq_len,
         "rms_norm_eps": shape.norm_eps,
@@ -240,10 +265,12 @@ def _config(source: HuggingFaceModel) -> dict[str, Any]:
 
 def _model_settings(config: Mapping[str, Any]) -> ModelSettings:
     rope = config.get("rope_parameters") or {}
+    width, heads, given = config["hidden_size"], config["num_attention_heads"], config.get("head_dim") or 0
     return ModelSettings(
         layers=config["num_hidden_layers"],
-        width=config["hidden_size"],
-        heads=config["num_attention_heads"],
+        width=width,
+        heads=heads,
+        head_width=0 if given * heads == width else given,
         kv_heads=config.get("num_key_value_heads") or 0,
         mlp_width=config["intermediate_size"],
         vocab_size=config["vocab_size"],
@@ -254,19 +281,22 @@ def _model_settings(config: Mapping[str, Any]) -> ModelSettings:
 
 
 def _check_supported(config: Mapping[str, Any], *, where: str) -> None:
+    wrong = _unlike(config)
+    if wrong:
+        raise ConfigError("not a model that this GPT is", url=where, **wrong, hint="Only plain Llama models are read.")
+
+
+def _unlike(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what a config has that is not so in a plain Llama."""
     rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
-    width, heads = config.get("hidden_size", 0), config.get("num_attention_heads", 1)
     wanted = {
         "model_type": (config.get("model_type"), "llama"),
         "hidden_act": (config.get("hidden_act", "silu"), "silu"),
         "attention_bias": (config.get("attention_bias", False), False),
         "mlp_bias": (config.get("mlp_bias", False), False),
         "rope_type": (rope.get("rope_type", "default"), "default"),
-        "head_dim": (config.get("head_dim") or width // heads, width // heads),
     }
-    wrong = {key: found for key, (found, needed) in wanted.items() if found != needed}
-    if wrong:
-        raise ConfigError("not a model that this GPT is", url=where, **wrong, hint="Only plain Llama models are read.")
+    return {key: found for key, (found, needed) in wanted.items() if found != needed}
 
 
 def _read_tensors(storage: Storage) -> Iterator[tuple[str, Tensor]]:

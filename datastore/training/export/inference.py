@@ -21,7 +21,8 @@ from datastore.loader.settings import Rank
 from datastore.storage.resolve import open_storage
 from datastore.training.export.export import open_model
 from datastore.training.export.huggingface import HuggingFaceModel
-from datastore.training.models.gpt import KeyValueCache
+from datastore.training.models.gpt import GPT
+from datastore.training.models.huggingface import Continuation
 from datastore.training.objectives.catalog import make_objective
 from datastore.training.parallel.lesson import Lesson
 from datastore.training.parallel.whole import alone
@@ -60,10 +61,11 @@ def generate(
 
     Raises:
         MissingError: no model is there.
-        ConfigError: the model has no tokenizer, or neither prompt nor end-of-text token to start from.
+        ConfigError: the model has not learned to go on with a text; it has no tokenizer, or neither prompt nor end-of-text token to start from.
     """
     source = os.fspath(source)
     loaded = open_model(source, step=step)
+    _refuse_silent(loaded, source)
     if loaded.tokenizer is None:
         raise ConfigError("the model has no tokenizer", source=source, hint="Export it from a dataset that names one.")
     tokenizer = Tokenizer.from_str(loaded.tokenizer.decode())
@@ -81,17 +83,31 @@ def generate(
     return prompt + whole.removeprefix(own)
 
 
+def _refuse_silent(loaded: HuggingFaceModel, source: str) -> None:
+    """Refuse a model that has not learned to go on with a text."""
+    objective, model = loaded.objective, loaded.model
+    learned = objective is None or objective.form == "causal"
+    if learned and (isinstance(model, GPT) or type(model).__name__.endswith(("ForCausalLM", "LMHeadModel"))):
+        return
+    raise ConfigError(
+        "the model has not learned to go on with a text",
+        source=source,
+        model=type(model).__name__,
+        **({} if objective is None else {"objective": type(objective).__name__}),
+        hint="Use `datastore evaluate`, or the model from Python: `open_model`.",
+    )
+
+
 @torch.inference_mode()
 def sample_tokens(loaded: HuggingFaceModel, prompt: list[int], sampling: Sampling) -> Iterator[int]:
     """Yield new tokens behind `prompt`, each as soon as it is drawn."""
-    model = loaded.model.eval()
+    go_on = Continuation(loaded.model.eval())
     generator = torch.Generator().manual_seed(sampling.seed)
     # Positions beyond the trained length were never seen: the prompt keeps its end, and the answer fits behind it.
     room = max(1, loaded.seq_len - sampling.tokens)
     ids = torch.tensor([prompt[-room:]])
-    cache = KeyValueCache()
     for _ in range(min(sampling.tokens, loaded.seq_len)):
-        token = _draw(model(ids, cache)[0, -1].float(), sampling, generator)
+        token = _draw(go_on(ids).float(), sampling, generator)
         if token == loaded.end_of_text:
             return
         yield token

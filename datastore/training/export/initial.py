@@ -11,15 +11,20 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import msgspec
+import torch
 from tokenizers import Tokenizer
-from torch import Tensor
+from torch import Tensor, nn
 
 from datastore.dataset.snapshot import Dataset, split_reference
 from datastore.errors import ConfigError, MissingError
 from datastore.storage.resolve import open_storage
 from datastore.training.export.export import open_model
 from datastore.training.export.huggingface import shape_of_folder
-from datastore.training.run.folder import RunFolder, is_run
+from datastore.training.hooks.base import Hook, make_hooks
+from datastore.training.objectives.catalog import make_objective
+from datastore.training.parallel.building import calibration_of
+from datastore.training.run.folder import RunConfig, RunFolder, is_run
+from datastore.training.run.split import Split
 from datastore.training.settings import ModelSettings, Settings
 
 __all__ = ["initial_weights", "with_shape"]
@@ -35,12 +40,16 @@ def with_shape(settings: Settings, *, before: Settings | None = None) -> Setting
         ConfigError: `settings` ask for another shape.
     """
     given = settings.model
+    hooks = make_hooks(settings.hooks, where="settings")
     if not given.init:
+        _refuse_cuts(hooks)
         return settings
     if before is not None and before.model.init == given.init:
         shape = before.model  # Which is what it was then, whether the model is still there or not.
     else:
         shape = msgspec.structs.replace(_shape_of(given.init), init=given.init)
+        for hook in hooks.values():
+            shape = hook.shape(shape)
     differ = {
         f"model.{name}": (getattr(given, name), getattr(shape, name))
         for name in ModelSettings.__struct_fields__
@@ -56,21 +65,65 @@ def with_shape(settings: Settings, *, before: Settings | None = None) -> Setting
     return msgspec.structs.replace(settings, model=shape)
 
 
-def initial_weights(init: str, datasets: Sequence[Dataset]) -> Mapping[str, Tensor]:
-    """Return the weights of the model that `init` names, in float32, for a run on `datasets`.
+def _refuse_cuts(hooks: Mapping[str, Hook]) -> None:
+    cutting = [name for name, hook in hooks.items() if type(hook).initial is not Hook.initial]
+    if cutting:
+        raise ConfigError(
+            "these hooks cut weights to begin with, and there are none",
+            hooks=cutting,
+            hint="Name a run or a folder as model.init.",
+        )
+
+
+def initial_weights(config: RunConfig, split: Split, device: torch.device) -> Mapping[str, Tensor]:
+    """Return the weights that a run begins with, in float32: those that `model.init` names, after its hooks have cut them.
 
     Raises:
         MissingError: there is no such model.
-        ConfigError: it is quantized, or was trained on other tokens.
+        ConfigError: it is quantized, or was trained on other tokens; or a hook cannot cut it.
         CorruptError: it is damaged.
     """
-    source, step = _named(init)
-    found = open_model(source, step=step)
-    weights = found.model.state_dict()
+    settings = config.settings
+    weights = _weights_of(settings.model.init, split.datasets)
+    cutting = [
+        hook for hook in make_hooks(settings.hooks, where="settings").values() if type(hook).initial is not Hook.initial
+    ]
+    if not cutting:
+        return weights
+    objective = make_objective(settings.objective)
+    model = objective.model(_shape_of(settings.model.init))
+    model.load_state_dict(weights)
+    model.to(device)
+    calibration = calibration_of(config, split, objective, device)
+    for hook in cutting:
+        model = hook.initial(model, calibration)
+    return {name: tensor.detach().cpu() for name, tensor in model.state_dict().items()}
+
+
+def _weights_of(init: str, datasets: Sequence[Dataset]) -> Mapping[str, Tensor]:
+    """Return the weights of the model that `init` names, in float32, for a run on `datasets`."""
+    weights = _opened(init, datasets).state_dict()
     if any(not tensor.is_floating_point() for tensor in weights.values()):
         raise ConfigError(
             "a quantized model is no model to begin with", init=init, hint="Name a run, or a folder of float weights."
         )
+    return {name: tensor.float() for name, tensor in weights.items()}
+
+
+def teacher(name: str, *, datasets: Sequence[Dataset]) -> nn.Module:
+    """Return the model that `name` says, as it would be exported, to teach a run on `datasets`.
+
+    Raises:
+        MissingError: there is no such model.
+        ConfigError: it was trained on other tokens.
+        CorruptError: it is damaged.
+    """
+    return _opened(name, datasets)
+
+
+def _opened(init: str, datasets: Sequence[Dataset]) -> nn.Module:
+    source, step = _named(init)
+    found = open_model(source, step=step)
     ours = next((raw for dataset in datasets if (raw := dataset.tokenizer()) is not None), None)
     if ours is not None and found.tokenizer is not None and _vocabulary(ours) != _vocabulary(found.tokenizer):
         raise ConfigError(
@@ -79,7 +132,7 @@ def initial_weights(init: str, datasets: Sequence[Dataset]) -> Mapping[str, Tens
             url=datasets[0].url,
             hint="Ingest the text with the tokenizer of the model.",
         )
-    return {name: tensor.float() for name, tensor in weights.items()}
+    return found.model
 
 
 def _shape_of(init: str) -> ModelSettings:

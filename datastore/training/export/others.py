@@ -20,7 +20,7 @@ from datastore.training.export.llama_cpp import GGUF_TYPES, write_gguf
 from datastore.training.hooks.adapt import Adapt
 from datastore.training.run.folder import RunFolder
 
-__all__ = ["export_adapter", "export_gguf"]
+__all__ = ["export_adapter", "export_gguf", "export_other"]
 
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 _BLOCK = 32
@@ -75,6 +75,19 @@ def export_adapter(
     target.put("adapter_config.json", raw)
     sizes = {"adapter_model.safetensors": sum(len(chunk) for chunk in chunks), "adapter_config.json": len(raw)}
     return _told(target.url, built, sizes)
+
+
+def export_other(run: str, to: str, *, step: int | None, kind: str, quantize: str | None, replace: bool) -> Exported:
+    """Write a GGUF file or a folder of peft, as `kind` ("gguf", "adapter") says.
+
+    Raises:
+        MissingError, ConflictError, CorruptError, ConfigError: as `export_gguf` and `export_adapter`; or adapters are to be quantized.
+    """
+    if kind == "gguf":
+        return export_gguf(run, to, step=step, quantize=quantize, replace=replace)
+    if quantize is not None:
+        raise ConfigError("adapters are not quantized", quantize=quantize, hint="Leave out `quantize`, or export hf.")
+    return export_adapter(run, to, step=step, replace=replace)
 
 
 def _safetensors(tensors: dict[str, Tensor]) -> list[bytes]:

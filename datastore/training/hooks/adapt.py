@@ -72,6 +72,7 @@ class Adapt(Hook):
 
     Settings: ClassVar[type[Document]] = AdaptSettings
     takes_parts: ClassVar[bool] = True
+    changes: ClassVar[Any] = "weights"
 
     def __init__(self, settings: AdaptSettings) -> None:
         super().__init__(settings)

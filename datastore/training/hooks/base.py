@@ -3,6 +3,8 @@
 One class, one method per point, each doing nothing by default. Hooks run in the order of the configuration, and each owns
 what it needs. The loop knows none of them.
 
+    shape       the shape that `model.init` names        say another one
+    initial     with the weights that `model.init` names cut them, before the first step only
     model       built, before parallelism                replace or wrap modules
     start       parallel, optimizer made                 remember parameters, make all state it will ever save
     loss        after the objective                      add a term
@@ -16,9 +18,9 @@ A hook's state has the same keys from `start` on: a restore reads into tensors t
 in `gradients` and `updated` only: before those, a checkpoint of the step before may still be copying it.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -28,14 +30,22 @@ from datastore.document import Document, convert
 from datastore.errors import ConfigError, ResumeError
 from datastore.training.hooks.calibration import Calibration
 from datastore.training.objectives.base import MicroBatch
+from datastore.training.settings import ModelSettings
 
-__all__ = ["Hook", "HookSet", "RunState", "find_hook", "make_hooks", "refuse_whole", "training_hooks"]
+__all__ = ["Hook", "HookSet", "RunState", "find_hook", "leaving", "make_hooks", "refuse_whole", "training_hooks"]
 
 _OURS = {
     "adapt": "datastore.training.hooks.adapt:Adapt",
+    "distill": "datastore.training.hooks.distill:Distill",
+    "ema": "datastore.training.hooks.ema:Ema",
     "prune": "datastore.training.hooks.prune:Prune",
     "quantize": "datastore.training.hooks.quantize:Quantize",
+    "share": "datastore.training.hooks.share:Share",
+    "shrink": "datastore.training.hooks.shrink:Shrink",
 }
+
+_CHANGES = ("nothing", "shape", "weights", "bits")
+"""In the order in which they make sense."""
 
 
 @dataclass(slots=True)
@@ -56,6 +66,9 @@ class RunState:
     calibration: Calibration | None = None
     """Rows of the run's own data, the same on every rank and after every resume; None: a model that leaves training, without data."""
 
+    open_model: Callable[[str], nn.Module] | None = None
+    """Return another trained model by its name, a run or a folder, on the CPU; refuses one with another tokenizer. None: likewise."""
+
 
 class Hook:
     """Does nothing; inherit and override the points you need."""
@@ -67,6 +80,10 @@ class Hook:
     """Whether it has a part in training. One that acts on export only, and has no state, says False: it may be changed, added
     or left out when a run is resumed."""
 
+    changes: ClassVar[Literal["nothing", "shape", "weights", "bits"]] = "nothing"
+    """For good, as far as other hooks are concerned: shapes are changed before weights, and weights before they become a few bits.
+    A model leaves training through hooks that change weights, then shapes, which may fold what those have changed, then bits."""
+
     takes_parts: ClassVar[bool] = False
     """Whether parameters may be DTensors, of which this rank has a part only; if not, it trains with `parallel.data` only."""
 
@@ -77,6 +94,14 @@ class Hook:
     def takes_part(cls, settings: Document) -> bool:  # noqa: ARG003 - most do whatever their settings are
         """Return whether a hook with these settings has a part in training; where that depends on them, override this."""
         return cls.trains
+
+    def shape(self, before: ModelSettings) -> ModelSettings:
+        """Return the shape that the run's model gets, if the one that `model.init` names has the shape `before`."""
+        return before
+
+    def initial(self, model: nn.Module, calibration: Calibration) -> nn.Module:  # noqa: ARG002 - the protocol
+        """Return what becomes of the whole model with the weights that a new run begins with; it must have the shape that was said."""
+        return model
 
     def model(self, model: nn.Module) -> nn.Module:
         """Replace or wrap modules of a model that was just built; return the model to train."""
@@ -140,29 +165,56 @@ def make_hooks(tables: Sequence[Mapping[str, Any]], *, where: str) -> dict[str, 
     """Return a hook for each `[[hooks]]` table, by place and name such as "0.prune".
 
     Raises:
-        ConfigError: an unknown hook, or a setting that it does not know or that is out of range.
+        ConfigError: an unknown hook, or a setting that it does not know or that is out of range; or an order that cannot work.
         DependencyError: the module of a hook cannot be imported.
     """
-    hooks = {}
+    hooks: dict[str, Hook] = {}
     for place, table in enumerate(tables):
         kind = find_hook(table["use"])
         own = {key: value for key, value in table.items() if key != "use"}
         hooks[f"{place}.{table['use']}"] = kind(convert(kind.Settings, own, where=f"{where}, hooks[{place}]"))
+    _refuse_disorder(hooks)
     return hooks
 
 
-def refuse_whole(hooks: Mapping[str, Hook]) -> None:
-    """Refuse hooks that train and look at whole parameters, where a rank has parts of them.
+def leaving(hooks: Mapping[str, Hook]) -> list[Hook]:
+    """Return `hooks` in the order in which a model passes through their `export`."""
+    return sorted(hooks.values(), key=lambda hook: {"shape": 1, "bits": 2}.get(hook.changes, 0))
+
+
+def _refuse_disorder(hooks: Mapping[str, Hook]) -> None:
+    """Refuse an order in which a hook would undo what one before it has done, or find nothing to work on."""
+    last, most = "", 0
+    for name, hook in hooks.items():
+        change = _CHANGES.index(hook.changes)
+        if change and change < most:
+            raise ConfigError(
+                "hooks are in an order that cannot work",
+                first=last,
+                then=name,
+                hint="First what changes the shape (shrink), then weights (prune), then bits (quantize).",
+            )
+        if change >= most:
+            last, most = name, change
+
+
+def refuse_whole(hooks: Mapping[str, Hook], *, all_of_them: bool = False) -> None:
+    """Refuse hooks that train and look at whole parameters, where a rank has parts of them; or all that train, where ranks differ.
 
     Raises:
         ConfigError: there is one.
     """
-    whole = [name for name, hook in hooks.items() if hook.takes_part(hook.settings) and not hook.takes_parts]
+    trained = {name: hook for name, hook in hooks.items() if hook.takes_part(hook.settings)}
+    whole = [name for name, hook in trained.items() if all_of_them or not hook.takes_parts]
     if whole:
         raise ConfigError(
-            "these hooks need whole parameters, and a rank has parts of them only",
+            "these hooks need whole parameters, and a rank has parts of them only"
+            if not all_of_them
+            else "these hooks need the same weights and moments on every rank, and ranks differ",
             hooks=whole,
-            hint="Use parallel.data alone, or say takes_parts = True in a hook that can work on DTensors.",
+            hint="Use parallel.data alone, or say takes_parts = True in a hook that can work on DTensors."
+            if not all_of_them
+            else 'Use sync.use = "all_reduce", or gradients in fewer bytes.',
         )
 
 

@@ -47,15 +47,27 @@ class Calibration:
         """Yield `count` rows, `micro_rows` at a time."""
         yield from micro_batches(self.read(count), self.device, size=self.micro_rows)
 
-    @torch.no_grad()
     def show(self, model: nn.Module, count: int) -> None:
         """Let `model` read `count` rows; with parts on several ranks, each must call this."""
+        for _ in self._outputs(model, count):
+            pass
+
+    def loss(self, model: nn.Module, count: int) -> float:
+        """Return the mean loss of `model` on `count` rows."""
+        losses = [
+            float(self.objective.loss(outputs, batch)) * len(batch.tokens)
+            for batch, outputs in self._outputs(model, count)
+        ]
+        return sum(losses) / count
+
+    @torch.no_grad()
+    def _outputs(self, model: nn.Module, count: int) -> Iterator[tuple[MicroBatch, Tensor]]:
         training = model.training
         model.eval()
         try:
             with torch.compiler.set_stance("force_eager"), torch.autocast(self.device.type, enabled=False):
                 for batch in self.batches(count):
-                    self.objective.outputs(model, batch)
+                    yield batch, self.objective.outputs(model, batch)
         finally:
             model.train(training)
 
@@ -70,8 +82,8 @@ def linears_of(model: nn.Module, patterns: Sequence[str]) -> dict[str, nn.Linear
 
 
 @contextmanager
-def observed(linears: Mapping[str, nn.Linear], take: Callable[[str, Tensor], None]) -> Iterator[None]:
-    """Call `take` with the name of a layer and its input, [tokens, in] in float32, whenever one of `linears` reads something."""
+def observed(modules: Mapping[str, nn.Module], take: Callable[[str, Tensor], None]) -> Iterator[None]:
+    """Call `take` with the name of a layer and its input, [tokens, in] in float32, whenever one of `modules` reads something."""
 
     def hook_of(name: str) -> Callable[..., None]:
         def hook(_module: nn.Module, inputs: tuple[Any, ...]) -> None:
@@ -81,7 +93,7 @@ def observed(linears: Mapping[str, nn.Linear], take: Callable[[str, Tensor], Non
 
         return hook
 
-    handles = [module.register_forward_pre_hook(hook_of(name)) for name, module in linears.items()]
+    handles = [module.register_forward_pre_hook(hook_of(name)) for name, module in modules.items()]
     try:
         yield
     finally:

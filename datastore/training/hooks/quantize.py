@@ -40,6 +40,7 @@ class Quantize(Hook):
 
     Settings: ClassVar[type[Document]] = QuantizeSettings
     trains: ClassVar[bool] = False
+    changes: ClassVar[Any] = "bits"
     takes_parts: ClassVar[bool] = True
 
     def __init__(self, settings: QuantizeSettings) -> None:

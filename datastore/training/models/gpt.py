@@ -53,7 +53,7 @@ class Attention(nn.Module):
         self.layer = layer
         self.causal = causal
         self.heads, self.key_heads = settings.heads, settings.key_heads
-        self.head_width = settings.width // settings.heads
+        self.head_width = settings.head_size
         self.q_proj = nn.Linear(settings.width, self.heads * self.head_width, bias=False)
         self.k_proj = nn.Linear(settings.width, self.key_heads * self.head_width, bias=False)
         self.v_proj = nn.Linear(settings.width, self.key_heads * self.head_width, bias=False)
@@ -192,8 +192,8 @@ def parameter_count(model: nn.Module) -> int:
 
 def turns_of(settings: ModelSettings, start: int, tokens: int, device: torch.device) -> tuple[Tensor, Tensor]:
     """Return cosine and sine [T, D] of the angle by which each pair of channels turns at each position."""
-    half = torch.arange(0, settings.width // settings.heads, 2, dtype=torch.float32, device=device)
-    speeds = settings.rope_theta ** (-half / (settings.width // settings.heads))
+    half = torch.arange(0, settings.head_size, 2, dtype=torch.float32, device=device)
+    speeds = settings.rope_theta ** (-half / settings.head_size)
     angles = torch.outer(torch.arange(start, start + tokens, dtype=torch.float32, device=device), speeds)
     angles_TD = torch.cat((angles, angles), dim=-1)
     return angles_TD.cos(), angles_TD.sin()

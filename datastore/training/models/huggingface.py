@@ -16,12 +16,30 @@ import torch
 from torch import Tensor, nn
 
 from datastore.errors import ConfigError, DependencyError, MissingError
-from datastore.training.models.gpt import Block
+from datastore.training.models.gpt import GPT, Block, KeyValueCache
 
-__all__ = ["FOREIGN", "blocks_of", "build", "logits_of", "read_architecture", "weights_in", "write_model"]
+__all__ = [
+    "FOREIGN",
+    "Continuation",
+    "blocks_of",
+    "build",
+    "logits_of",
+    "open_folder",
+    "read_architecture",
+    "weights_in",
+    "write_model",
+]
 
 FOREIGN = "hf:"
 """What `model.use` begins with, if it is a model of `transformers`."""
+
+_FORMS = {
+    "ForCausalLM": "causal",
+    "LMHeadModel": "causal",
+    "ForMaskedLM": "masked",
+    "ForSequenceClassification": "classes",
+}
+"""What the name of an architecture ends with, and which form of a model that is."""
 
 _CLASSES = {
     "causal": "AutoModelForCausalLM",
@@ -103,6 +121,55 @@ def logits_of(model: nn.Module, ids: Tensor, *, present: Tensor | None = None) -
     """Return the logits of our model or of one of `transformers`, which wraps them; `present` is its `attention_mask`."""
     found = model(ids) if present is None else model(ids, attention_mask=present)
     return found if isinstance(found, Tensor) else found.logits
+
+
+class Continuation:
+    """A causal model that goes on with a text: it is fed what is new, where it can keep what it has seen, and else all of it."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self._model = model
+        self._kept: Any = KeyValueCache() if isinstance(model, GPT) else None
+        self._seen = torch.empty((1, 0), dtype=torch.int64)
+
+    def __call__(self, ids: Tensor) -> Tensor:
+        """Return the logits [V] of the token behind `ids` [1, T], which follow those that were given before."""
+        if isinstance(self._kept, KeyValueCache):
+            return self._model(ids, self._kept)[0, -1]  # type: ignore[no-any-return]
+        if self._kept is None:
+            ids = self._seen = torch.cat((self._seen, ids), dim=1)
+            found = self._model(ids, use_cache=True)
+        else:
+            found = self._model(ids, past_key_values=self._kept, use_cache=True)
+        self._kept = getattr(found, "past_key_values", None)
+        return found.logits[0, -1]  # type: ignore[no-any-return]
+
+
+def open_folder(folder: Path) -> tuple[nn.Module, dict[str, Any]]:
+    """Return the model that `transformers` opens in a folder, in float32, and its config.
+
+    Raises:
+        ConfigError: it opens none there, or none of a kind that is known here.
+        DependencyError: transformers is not installed.
+    """
+    config = read_architecture(f"{FOREIGN}{folder}")
+    named = " ".join(config.get("architectures") or ())
+    form = next((form for part, form in _FORMS.items() if part in named), None)
+    if form is None:
+        raise ConfigError(
+            "not a kind of model that is used here",
+            folder=str(folder),
+            architectures=named,
+            hint="There must be a language model, a masked one, or a classifier of texts.",
+        )
+    try:
+        model = _class_of(form).from_pretrained(folder, dtype=torch.float32, local_files_only=True)
+    except (OSError, ValueError, KeyError, AttributeError) as error:
+        raise ConfigError(
+            f"transformers cannot open this model: {str(error).splitlines()[0]}",
+            folder=str(folder),
+            hint="Look at its config.json, and at its files.",
+        ) from error
+    return model.eval(), config
 
 
 def blocks_of(model: nn.Module) -> list[nn.Module]:

@@ -29,7 +29,11 @@ IGNORED = -100
 
 
 class Causal(Objective):
-    """Predict each next token; the loss is in nats per token."""
+    """Predict each next token; the loss is in nats per token. Columns that the loader brings along go with the rows, for hooks."""
+
+    @override
+    def prepare(self, batch: Share, context: Context) -> HostRows:
+        return HostRows(batch.tokens, batch.loss_mask, more=dict(getattr(batch, "columns", {})))
 
     @override
     def outputs(self, model: nn.Module, batch: MicroBatch) -> Tensor:

@@ -10,8 +10,10 @@ rounds      the same, but every rank learns by itself for some steps: DiLoCo
 elsewhere   tensors of other ranks, as a checkpoint sees them
 sharded     every rank has a part of each parameter: FSDP2, HSDP, tensor parallel and both
 pipeline    every rank has some of the layers
+passes      the memory of a step, found without taking it
 norm        the norm of gradients that lie on several ranks
 sync        gradients in fewer bytes
+building    model, hooks and optimizer before the first step, in the one order that works
 choose      the strategy of a layout
 """
 

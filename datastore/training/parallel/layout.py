@@ -114,6 +114,13 @@ def layout_of(settings: Settings, world: int) -> Layout:
             tensor=layout.tensor,
             hint='Set train.compile = "auto" or false: torch 2.13 loses the layout of a gradient between compiled blocks.',
         )
+    if settings.optim.use == "muon" and (layout.splits or settings.sync.use == "parameter_server"):
+        raise ConfigError(
+            "Muon needs the whole of each matrix on a rank",
+            **_beyond_data(layout),
+            sync=settings.sync.use,
+            hint='Use parallel.data alone, or optim.use = "adamw": on shards, torch 2.13 rounds its iteration otherwise.',
+        )
     check_sync(settings, layout)
     if not settings.model.init:  # Else the shape is known later: `check_model` is called again.
         check_model(settings.model, layout, seq_len=settings.data.seq_len)

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from datastore.training.hooks.base import Hook
 from datastore.training.objectives.base import MicroBatch, Objective
+from datastore.training.run.profile import part
 
 __all__ = ["Lesson", "Piece", "autocast", "filled"]
 
@@ -41,12 +42,12 @@ class Lesson:
 
     def outputs(self, model: nn.Module, rows: MicroBatch) -> Tensor:
         """Return what the objective makes of `rows`."""
-        with autocast(self.device, self.precision):
+        with part("forward"), autocast(self.device, self.precision):
             return self.objective.outputs(model, rows)
 
     def loss(self, outputs: Tensor, rows: MicroBatch) -> Tensor:
         """Return the mean loss over the targets of `rows` that count."""
-        with autocast(self.device, self.precision):
+        with part("forward"), autocast(self.device, self.precision):
             loss = self.objective.loss(outputs, rows)
             for hook in self.hooks.values():
                 loss = hook.loss(loss, rows, outputs)

@@ -13,7 +13,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-__all__ = ["clip_everywhere", "local_part", "settle_partial"]
+__all__ = ["all_finite", "clip_everywhere", "local_part", "settle_partial"]
 
 _TINY = 1e-6
 """What torch's `clip_grad_norm_` adds to the norm before it divides."""
@@ -57,3 +57,10 @@ def _pieces(grad: Tensor) -> int:
     if not isinstance(grad, DTensor):
         return 1
     return prod(size for size, place in zip(grad.device_mesh.shape, grad.placements, strict=True) if place.is_shard())
+
+
+@torch.no_grad()
+def all_finite(tensors: Iterable[Tensor]) -> bool:
+    """Return whether no element is NaN or infinite: one pass, and one wait for a device."""
+    ends = [torch.stack(tensor.aminmax()) for tensor in tensors if tensor.is_floating_point() and tensor.numel()]
+    return not ends or bool(torch.stack([end.isfinite().all() for end in ends]).all())

@@ -32,6 +32,7 @@ from datastore.training.parallel.norm import clip_everywhere
 from datastore.training.parallel.ranks import Ranks
 from datastore.training.parallel.sharded import mesh_of, shard_blocks, share_weights
 from datastore.training.parallel.strategy import Strategy
+from datastore.training.run.profile import part
 
 __all__ = ["Part", "Pipeline"]
 
@@ -118,7 +119,7 @@ class Pipeline(Strategy):
         schedule = self._schedule(len(pieces), len(pieces[0].rows.tokens), learn=learn)
         inputs = (torch.cat([piece.rows.inputs for piece in pieces]),) if self.place.stage == 0 else ()
         numbers = torch.arange(len(pieces)) if self.place.speaks else None
-        with autocast(self.ranks.device, lesson.precision):
+        with part("forward and backward"), autocast(self.ranks.device, lesson.precision):
             if learn:
                 schedule.step(*inputs, target=numbers, losses=losses, return_outputs=False)
             else:

@@ -33,7 +33,8 @@ __all__ = ["Rounds"]
 class Rounds(Whole):
     """The model on each rank, with weights of its own between the ends of rounds."""
 
-    splits = True  # Hooks that train would see other weights on each rank.
+    splits = True
+    differs = True
     keeps = True
 
     @override

@@ -35,7 +35,8 @@ __all__ = ["Servers", "deal"]
 class Servers(Whole):
     """The model on each rank, its optimizer on the owners."""
 
-    splits = True  # Hooks that train would look for moments that are elsewhere.
+    splits = True
+    differs = True
     keeps = True
 
     @override

@@ -42,6 +42,7 @@ from datastore.training.parallel.norm import clip_everywhere, settle_partial
 from datastore.training.parallel.strategy import Strategy
 from datastore.training.parallel.sync.attach import averager, hook_shards, rests_item
 from datastore.training.parallel.sync.feedback import Feedback
+from datastore.training.run.profile import part
 
 __all__ = ["Planned", "Sharded", "mesh_of", "shard_blocks", "share_weights"]
 
@@ -134,7 +135,8 @@ class Sharded(Strategy):
                 self._model.set_requires_gradient_sync(number == len(pieces))
             with self._cut_logits(lesson):
                 loss = self._loss(piece.rows, lesson)
-                (loss * (piece.share * self.layout.readers * lesson.scale)).backward()  # type: ignore[no-untyped-call]
+                with part("backward"):
+                    (loss * (piece.share * self.layout.readers * lesson.scale)).backward()  # type: ignore[no-untyped-call]
             total += _plain(loss.detach()) * piece.share
         settle_partial(self._model.parameters())
         return total if self.place.speaks else total * 0.0

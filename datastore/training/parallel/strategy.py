@@ -32,6 +32,9 @@ class Strategy(ABC):
     splits = True
     """Whether a rank may have less than the whole of each parameter: then its tensors are DTensors."""
 
+    differs = False
+    """Whether ranks have other weights, or other moments, between steps: then no hook can train."""
+
     in_step = True
     """Whether all ranks must run the same number of forward passes, on as many rows."""
 

@@ -21,6 +21,7 @@ from datastore.training.parallel.lesson import Lesson, Piece
 from datastore.training.parallel.ranks import Ranks
 from datastore.training.parallel.strategy import Strategy
 from datastore.training.parallel.sync.attach import averager, hook_copies, rests_item
+from datastore.training.run.profile import part
 
 __all__ = ["Whole", "alone"]
 
@@ -51,7 +52,8 @@ class Whole(Strategy):
         for number, piece in enumerate(pieces, start=1):
             with self._accumulating(last=number == len(pieces)):
                 loss = lesson.of(self._called, piece.rows)
-                (loss * (piece.share * self.layout.readers * lesson.scale)).backward()  # type: ignore[no-untyped-call]
+                with part("backward"):
+                    (loss * (piece.share * self.layout.readers * lesson.scale)).backward()  # type: ignore[no-untyped-call]
             total += loss.detach() * piece.share
         return total
 

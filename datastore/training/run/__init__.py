@@ -10,6 +10,7 @@ architecture   the model, ours or one of transformers
 record   what each step consumed
 audit    trace: what a step consumed
 proof    prove: that each sample came once
+profile  where the time of some steps goes, and a trace of them
 history  what runs have done: summaries, differences, pictures
 """
 

@@ -45,6 +45,7 @@ FLAGS = {
     "verify": "deep sample seed",
     "tag": "delete replace",
     "log": "limit",
+    "checkpoint replicate": "every keep to",
     "card": "to",
     "undelete": "dry-run of",
     "diff": "documents limit",
@@ -58,8 +59,8 @@ FLAGS = {
     "dedup": "clusters dry-run keep text-column threshold words",
     "schema": "",
     "evolve": "add default drop rename widen",
-    "train": "processes restarts set take-over to",
-    "resume": "processes restarts set take-over",
+    "train": "dry-run processes profile restarts set take-over to",
+    "resume": "processes profile restarts set take-over",
     "plan": "batch cost delay lanes link memory per-node plot ranks seq-len shard step steps store threads tokens",
     "fork": "processes set step to",
     "prove": "",
@@ -70,6 +71,8 @@ FLAGS = {
     "runs show": "",
     "runs compare": "",
     "plot": "against number to",
+    "report": "data plot run",
+    "compress": "data processes recipe to",
     "place": "copies root",
     "protect": "parity",
     "repair": "dry-run promote root",
@@ -81,6 +84,7 @@ FLAGS = {
     "checkpoint pin": "remove step",
     "checkpoint rewind": "dry-run step",
     "checkpoint export": "as item quantize replace step",
+    "checkpoint average": "last",
     "checkpoint import": "item step to",
     "cache ls": "",
     "cache clear": "dataset",
@@ -227,7 +231,10 @@ LONG = {
     "evaluate": "evaluate run --progress plain",
     "cache warm": "cache warm zip://data.zip/data --dir warmed --progress plain",
     "checkpoint verify": "checkpoint verify run --progress plain",
+    "checkpoint replicate": "checkpoint replicate run --to backup --progress plain",
     "checkpoint export": "checkpoint export run model2 --progress plain",
+    "checkpoint average": "checkpoint average run mean --last 1 --progress plain",
+    "compress": "compress run --recipe recipe.toml --to smaller --progress plain",
 }
 """A command line for every command that can take minutes."""
 
@@ -242,6 +249,7 @@ def places(run: Path) -> Path:
             '[data]\nurl = "data"\nseq_len = 8\nglobal_batch = 4\n[train]\nsteps = 2\n'
             "[model]\nlayers = 1\nwidth = 16\nheads = 2\n[eval]\nsamples = 4\n"
         )
+        Path("recipe.toml").write_text('[[hooks]]\nuse = "prune"\n')
         for words in (
             "export data --format parquet --to exported",
             "ingest src --to holed",
@@ -268,6 +276,17 @@ def workspace(places: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.chdir(tmp_path / "w")
 
 
+@pytest.mark.usefixtures("workspace")
+def test_a_run_is_resumed_where_its_copy_is(capsys: pytest.CaptureFixture[str]) -> None:
+    assert call(cli, ["checkpoint", "replicate", "begun", "--to", "backup"], CliSession()) == 0
+    assert "steps 2;" in capsys.readouterr().out
+    shutil.rmtree("begun")
+    assert call(cli, ["resume", "backup", "--set", "train.steps=3"], CliSession()) == 0
+    assert call(cli, ["prove", "backup"], CliSession()) == 0
+    assert call(cli, ["checkpoint", "replicate", "backup", "--to", "begun"], CliSession()) == 0
+    assert call(cli, ["checkpoint", "verify", "begun", "--step", "3"], CliSession()) == 0
+
+
 def test_the_long_commands_are_those_with_the_option() -> None:
     found = {
         " ".join(path)
@@ -285,7 +304,7 @@ def test_a_long_command_says_how_far_it_is(
     monkeypatch.setattr("datastore.cli.output.LINE_EVERY_S", 0.0)
     assert call(cli, LONG[name].split(), CliSession()) == 0
     err = capsys.readouterr().err
-    if name in {"train", "resume", "fork"}:
+    if name in {"train", "resume", "fork", "compress"}:
         assert "step " in err
     else:
         assert re.search(r"^[a-z0-9 ]+: .+ of .+ \(\d+%\)", err, re.MULTILINE), err

@@ -211,6 +211,21 @@ def test_what_gigatoken_is_not_trusted_with_goes_to_fastokens_in_a_version_that_
     assert careful.others is slow
 
 
+@with_fastokens
+def test_a_vocabulary_that_lacks_bytes_is_left_to_the_reference(raw: bytes) -> None:
+    """As one trained without all 256 of them: fastokens raises at such a byte, which `tokenizers` leaves out."""
+    table = json.loads(changed(raw, pre_tokenizer=OWN_PATTERN))
+    for pair in [[first, second] for first, second in table["model"]["merges"] if "ĉ" in first + second]:
+        table["model"]["merges"].remove(pair)
+    for token in [token for token in table["model"]["vocab"] if "ĉ" in token]:
+        del table["model"]["vocab"][token]
+    config = json.dumps(table).encode()
+    found = TextEncoder(config, IngestSettings())
+    assert found.name != "fastokens"
+    slow = TextEncoder(config, IngestSettings(encoder="tokenizers")).encode(["a\tcat"])
+    assert found.encode(["a\tcat"]).values.tolist() == slow.values.tolist()
+
+
 @pytest.mark.parametrize("encoder", FAST)
 def test_with_a_unicode_normalizer_it_gets_ascii_only(raw: bytes, encoder: Any) -> None:
     config = changed(raw, normalizer={"type": "NFC"})

@@ -10,8 +10,8 @@ import threading
 import time
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
+from functools import partial
 from importlib.metadata import version
-from pathlib import Path
 from typing import Any
 
 import msgspec
@@ -21,14 +21,14 @@ from datastore.checkpoint.checkpointer import Checkpointer
 from datastore.checkpoint.keeping import Keep
 from datastore.checkpoint.steps import CheckpointerSettings
 from datastore.document import decode, encode
-from datastore.errors import ConfigError
 from datastore.host import utc_now
 from datastore.loader.settings import Rank
-from datastore.training.export.initial import initial_weights, with_shape
+from datastore.training.export.initial import initial_weights, teacher, with_shape
 from datastore.training.hooks.base import training_hooks
 from datastore.training.launcher import Launch, on_first_signal
 from datastore.training.machine import device_name, pick_device, use_machine
 from datastore.training.metrics import MetricsWriter, Result, TrainingProgress
+from datastore.training.parallel.building import Beginning
 from datastore.training.parallel.choose import choose
 from datastore.training.parallel.layout import layout_of
 from datastore.training.parallel.ranks import Ranks, connect
@@ -48,8 +48,11 @@ from datastore.training.run.folder import (
     versions_to_read,
 )
 from datastore.training.run.lock import RunLock
+from datastore.training.run.profile import Profiler, window_of
 from datastore.training.run.split import Split, ValidationSamples
-from datastore.training.settings import CheckpointSettings, SessionRequest, Settings
+from datastore.training.session.request import SessionRequest
+from datastore.training.session.trackers import TrackedRun, Trackers, make_trackers
+from datastore.training.settings import CheckpointSettings, MetricsSettings, Settings
 from datastore.training.supervisor import Outputs, Supervisor
 from datastore.training.trainer import Trainer
 
@@ -81,13 +84,16 @@ def run_session(request: SessionRequest, launch: Launch, report: Callable[[Train
         split = open_split(config, versions)
         strategy = choose(layout, ranks, config.settings.sync)
         weights = _weights_to_begin_with(config, folder, split, ranks)
-        trainer = Trainer.build(config, split, strategy, machine=machine, weights=weights)
+        beginning = Beginning(weights, partial(teacher, datasets=split.datasets))
+        trainer = Trainer.build(config, split, strategy, machine=machine, beginning=beginning)
         stack.callback(trainer.loader.close)
         checkpointer = stack.enter_context(_open_checkpointer(config.settings, folder, ranks, session=name))
         supervisor = Supervisor(
             trainer, session=name, checkpointer=checkpointer, samples=_samples(split, trainer), stop=stop
         )
         trainer.guard = checkpointer.guard
+        if config.settings.metrics.profile:
+            supervisor.profiler = Profiler(window_of(config.settings.metrics.profile), folder.storage, rank=ranks.rank)
         notes = [supervisor.restore(), _deletions_note(config, split, versions)]
         resumed_from = trainer.state.step
         if ranks.rank == 0:
@@ -97,17 +103,22 @@ def run_session(request: SessionRequest, launch: Launch, report: Callable[[Train
             folder.store(config)  # Not before: what does not work must not be in the way of what does.
             session = _session(name, trainer, versions)
             folder.add_session(msgspec.structs.replace(session, number=number, changed=changed))
+            trackers = Trackers(
+                make_trackers(tables_of(config.settings.metrics)), _tracked(config, folder, resumed_from)
+            )
             metrics = MetricsWriter(
                 folder.storage,
                 session=f"{number:06d}-{name}",
                 first_step=resumed_from + 1,
-                tensorboard=_board(config.settings, folder),
+                followers=[trackers],
             )
             stack.callback(metrics.close)
-            supervisor.outputs = Outputs(folder.storage, lock, metrics, report)
+            supervisor.outputs = Outputs(folder.storage, lock, metrics, report, trackers.trouble)
         supervisor.tell("; ".join(filter(None, notes)))
         if trainer.state.step < trainer.state.steps:
             trainer.run(supervisor)
+            if supervisor.profiler is not None:
+                supervisor.profiler.close(trainer.state.step)
     return Result(
         run=folder.url,
         step=trainer.state.step,
@@ -121,14 +132,14 @@ def run_session(request: SessionRequest, launch: Launch, report: Callable[[Train
         seconds=time.monotonic() - started,
         world=ranks.world,
         parameters=trainer.strategy.parameters(trainer.state.model),
+        profile=supervisor.profiler.found if supervisor.profiler is not None else None,
     )
 
 
 def _config_under(_lock: RunLock, request: SessionRequest, folder: RunFolder) -> RunConfig:
     """Return what rank 0 finds in the run folder, or will put there."""
     settings = request.settings
-    if settings.model.init:
-        settings = with_shape(settings, before=folder.config().settings if folder.has_begun() else None)
+    settings = with_shape(settings, before=folder.config().settings if folder.has_begun() else None)
     if request.fresh:
         return folder.begin(settings, kept=training_hooks)
     return folder.again(settings, kept=training_hooks)
@@ -143,7 +154,7 @@ def _weights_to_begin_with(
         return None
     if config.architecture:
         return foreign_weights(config)
-    return initial_weights(init, split.datasets)
+    return initial_weights(config, split, ranks.device)
 
 
 def _agree_on_versions(config: RunConfig, ranks: Ranks) -> Versions:
@@ -220,13 +231,17 @@ def _session(name: str, trainer: Trainer, versions: Versions) -> RunSession:
     )
 
 
-def _board(settings: Settings, folder: RunFolder) -> Path | None:
-    """Return where TensorBoard's files go: it can only write to a local folder."""
-    if not settings.metrics.tensorboard:
-        return None
-    config = folder.storage.local_path(CONFIG_KEY)
-    if config is None:
-        raise ConfigError(
-            "TensorBoard writes to local folders only", run=folder.url, hint="Set metrics.tensorboard = false."
-        )
-    return config.parent / "tensorboard"
+def tables_of(settings: MetricsSettings) -> tuple[dict[str, Any], ...]:
+    """Return the tables of the trackers that a run wants."""
+    return (*([{"use": "tensorboard"}] if settings.tensorboard else []), *settings.trackers)
+
+
+def _tracked(config: RunConfig, folder: RunFolder, resumed_from: int) -> TrackedRun:
+    file = folder.storage.local_path(CONFIG_KEY)
+    return TrackedRun(
+        url=folder.url,
+        created=config.created,
+        first_step=resumed_from + 1,
+        settings=msgspec.to_builtins(config.settings),
+        folder=None if file is None else file.parent,
+    )

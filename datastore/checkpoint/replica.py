@@ -1,0 +1,214 @@
+"""A run in a second place, step by step: on the fast disk for now, in the bucket for when the disk is gone.
+
+    replicate("/nvme/run", "s3://b/run")          # while it trains, again and again
+    replicate("s3://b/run", "/nvme/run")          # and back, after the disk was lost
+
+A step is in the second place when its step file is, which comes last: its parts are read, held against their digests, and
+written before. So whoever is killed in between leaves parts that the next call finds, and damage is not spread. What a trainer
+keeps beside its steps goes along, but for the lock. Both places can be restored from, and trained on: but not both at once.
+Where the first place has gone back and trained on from an earlier step, so does the second.
+
+It holds one part in memory at a time.
+"""
+
+import os
+from collections.abc import Iterable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from logging import getLogger
+from typing import TypeAlias
+
+import numpy as np
+
+from datastore.checkpoint.format.manifest import LATEST_KEY, PARTS, STEPS, VOTES, Chunk, chunks_of, step_key
+from datastore.checkpoint.keeping import Keep, collect, drop_after, expired, pinned_steps
+from datastore.checkpoint.ranks import read_run
+from datastore.checkpoint.saving.commit import put_commit, write_hint
+from datastore.checkpoint.steps import StepLog, WholeStep, reading
+from datastore.errors import ConfigError, CorruptError, MissingError
+from datastore.storage.base import Stat, Storage
+from datastore.storage.resolve import open_storage
+from datastore.units import Progress
+
+__all__ = ["Replicated", "replicate"]
+
+_LOGGER = getLogger(__name__)
+
+_NOT_COPIED = frozenset({PARTS, STEPS, VOTES, "lock"})
+"""Folders that are copied step by step, or are of one place only."""
+
+_KEEP = Keep()
+
+
+@dataclass(frozen=True, slots=True)
+class Replicated:
+    """What one call did."""
+
+    steps: tuple[int, ...]
+    """Steps that the second place has now and had not before."""
+
+    damaged: tuple[int, ...]
+    """Steps that the first place cannot give back: the second keeps what it has."""
+
+    dropped: tuple[int, ...]
+    """Steps of the second place that the first has gone back behind."""
+
+    removed: tuple[int, ...]
+    """Steps that the second place need not keep any more."""
+
+    files: int
+    """Other files of the run that were new or had changed."""
+
+    size_bytes: int
+
+
+Place: TypeAlias = str | os.PathLike[str] | Storage
+
+
+def replicate(source: Place, target: Place, *, keep: Keep = _KEEP, progress: Progress | None = None) -> Replicated:
+    """Bring what `target` lacks of the run in `source` there; then let go what `keep` does not keep in `target`.
+
+    `progress` is told the bytes of parts copied so far, and all. For one caller at a time; the run may be saved to meanwhile.
+
+    Raises:
+        MissingError: `source` has no run.
+        ConfigError: `target` holds another run.
+        StorageError: a storage failed; call it again to go on.
+    """
+    source, target = (place if isinstance(place, Storage) else open_storage(place) for place in (source, target))
+    _require_same_run(source, target)
+    log, there = StepLog(source), StepLog(target)
+    dropped = _follow_back(log, there, target)
+    files, size_bytes = _copy_others(source, target)
+    whole, damaged = _sound(log, _lacking(log, there, keep, pinned=pinned_steps(source)))
+    present = {stat.key for stat in target.list(PARTS)}
+    sizes = {key: source.stat(key).size_bytes for each in whole for key in _parts_of(each) if key not in present}
+    done, total = 0, sum(sizes.values())
+    copied = []
+    for each in whole:
+        try:
+            for key, chunks in _parts_of(each).items():
+                if key in sizes:
+                    _copy_part(source, target, key, chunks)
+                    done += sizes.pop(key)
+                    if progress is not None:
+                        progress(done, total)
+            for key in _documents_of(each):
+                target.put(key, source.get(key))
+        except (CorruptError, MissingError) as error:
+            _LOGGER.warning("step %d is not copied: %s", each.commit.step, error)
+            damaged += [each.commit.step] if isinstance(error, CorruptError) else []
+            continue
+        put_commit(target, each.commit)
+        write_hint(target, each.commit.ref)
+        copied.append(each.commit.step)
+    removed = collect(target, keep).steps if copied else ()
+    return Replicated(tuple(copied), tuple(sorted(damaged)), tuple(dropped), removed, files, size_bytes + done)
+
+
+def _require_same_run(source: Storage, target: Storage) -> None:
+    run, other = read_run(source), read_run(target)
+    if run is None:
+        raise MissingError("there is no run with checkpoints", url=source.url, hint="Check the URL, or let it train.")
+    if other is not None and other.run_id != run.run_id:
+        raise ConfigError("another run is there", url=target.url, run=other.run_id, hint="Name an empty place.")
+
+
+def _follow_back(log: StepLog, there: StepLog, target: Storage) -> list[int]:
+    """Drop the steps of the second place that are not what the first has by that number, and those after them; return them."""
+    for step in there.steps():
+        mine, theirs = _ref(log, step), _ref(there, step)
+        if mine is not None and theirs is not None and mine != theirs:
+            before = [other for other in there.steps() if other < step]
+            dropped = [other for other in there.steps() if other >= step]
+            if before:
+                drop_after(target, before[-1])
+            for other in dropped if not before else []:
+                target.delete(step_key(other))
+            _LOGGER.warning("%s has gone back behind step %d: %s follows", log.url, step, there.url)
+            return dropped
+    return []
+
+
+def _ref(log: StepLog, step: int) -> object:
+    try:
+        return log.read(step).ref
+    except (MissingError, CorruptError):
+        return None
+
+
+def _lacking(log: StepLog, there: StepLog, keep: Keep, *, pinned: Sequence[int]) -> list[int]:
+    """Return the steps that the second place has not, and would not let go at once."""
+    present = {step: there.read_if_sound(step) for step in there.steps()}
+    new = {step: log.read_if_sound(step) for step in log.steps() if step not in present}
+    short_lived = expired(present | new, keep, pinned=frozenset(pinned))
+    return sorted(set(new).difference(short_lived))
+
+
+def _sound(log: StepLog, steps: Iterable[int]) -> tuple[list[WholeStep], list[int]]:
+    """Return the steps whose documents are sound, and the numbers of those whose are not."""
+    whole, damaged = [], []
+    for step in steps:
+        try:
+            found = log.read_whole(step)
+            for info in found.parts:
+                log.check_header(info)
+            whole.append(found)
+        except (CorruptError, MissingError) as error:  # Missing: let go meanwhile.
+            _LOGGER.warning("step %d is not copied: %s", step, error)
+            damaged += [step] if isinstance(error, CorruptError) else []
+    return whole, damaged
+
+
+def _parts_of(step: WholeStep) -> dict[str, list[Chunk]]:
+    """Return the part files that a step needs, and the chunks of its tensors that lie in each."""
+    found: dict[str, set[Chunk]] = {info.part: set() for info in step.parts if info.part}
+    for info in step.parts:
+        for entry in info.entries:
+            found.setdefault(entry.part, set()).update(chunks_of(entry, info.chunk_bytes))
+    return {key: sorted(chunks) for key, chunks in found.items()}
+
+
+def _documents_of(step: WholeStep) -> list[str]:
+    """Return the documents of the parts that a step needs."""
+    return [ref.info for ref in step.commit.parts] + [_document_of(part) for part in step.commit.uses]
+
+
+def _document_of(part: str) -> str:
+    return f"{part.removesuffix('.safetensors')}.json"
+
+
+def _copy_part(source: Storage, target: Storage, key: str, chunks: Sequence[Chunk]) -> None:
+    """Copy one part file.
+
+    Raises:
+        CorruptError: one of `chunks` is not what was written, or the file cannot be read; nothing was written.
+    """
+    data = np.empty(source.stat(key).size_bytes, dtype=np.uint8)
+    with reading(key, 0, len(data)):
+        source.read_into(key, 0, data.data)
+    for chunk in chunks:
+        chunk.check(data[chunk.start : chunk.stop].data)
+    target.put(key, data.data)
+
+
+def _copy_others(source: Storage, target: Storage) -> tuple[int, int]:
+    """Copy what a run has beside its steps and `target` has not, or has in another state; return how many files and bytes."""
+    there = {stat.key: stat for stat in target.list()}
+    count = size_bytes = 0
+    for stat in list(source.list()):
+        if (
+            stat.key.split("/", 1)[0] in _NOT_COPIED
+            or stat.key == LATEST_KEY
+            or not _is_news(stat, there.get(stat.key))
+        ):
+            continue
+        with suppress(MissingError):  # Gone meanwhile.
+            raw = source.get(stat.key)
+            target.put(stat.key, raw)
+            count, size_bytes = count + 1, size_bytes + len(raw)
+    return count, size_bytes
+
+
+def _is_news(stat: Stat, there: Stat | None) -> bool:
+    return there is None or there.size_bytes != stat.size_bytes or there.modified < stat.modified

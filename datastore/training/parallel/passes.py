@@ -1,0 +1,99 @@
+"""The memory of a step, found without taking it: its passes run on tensors that have shapes and no numbers.
+
+torch computes with such tensors what it would otherwise only learn by doing: which tensors there are at which moment. So any
+model, objective and precision is measured alike, and nothing is allocated. What an allocator rounds up, and what a kernel takes
+for itself inside of one operation, is not seen.
+
+    kept     at the end of each pass every gradient is there, as on one rank and under DistributedDataParallel
+    freed    each gradient goes as soon as it is there, as under FSDP2, which sums it up over ranks
+"""
+
+import weakref
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from typing_extensions import override
+
+from datastore.training.models.huggingface import blocks_of
+
+__all__ = ["Ledger", "bytes_of", "gathered_bytes", "imagined", "peak_of"]
+
+
+def imagined() -> FakeTensorMode:
+    """Return the context in which tensors have shapes and no numbers."""
+    return FakeTensorMode(allow_non_fake_inputs=True)
+
+
+class Ledger(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Counts the bytes of all tensors that come to be while it is entered, now and at most."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.now_bytes = self.most_bytes = 0
+        self._seen: dict[int, weakref.ref[Any]] = {}
+
+    @override
+    def __torch_dispatch__(
+        self, func: Callable[..., Any], types: Iterable[type], args: Any = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        found = func(*args, **(kwargs or {}))
+        for one in tree_leaves(found):
+            if isinstance(one, Tensor):
+                self._count(one)
+        return found
+
+    def _count(self, tensor: Tensor) -> None:
+        """Count what lies under `tensor`, once for all that share it, until nobody has it any more."""
+        storage = tensor.untyped_storage()
+        key, size = id(storage), storage.nbytes()
+        if key in self._seen:
+            return
+
+        def forget(_gone: object) -> None:
+            del self._seen[key]
+            self.now_bytes -= size
+
+        self._seen[key] = weakref.ref(storage, forget)
+        self.now_bytes += size
+        self.most_bytes = max(self.most_bytes, self.now_bytes)
+
+
+def peak_of(model: nn.Module, learn: Callable[[], Tensor], *, passes: int, kept: bool) -> int:
+    """Return the most bytes that there are at once beyond those of the imagined `model`, in `passes` forward and backward.
+
+    `learn` returns the loss of one pass. More than two passes need what two do.
+    """
+    trained = [] if kept else [one for one in model.parameters() if one.requires_grad]
+    hooks = [one.register_post_accumulate_grad_hook(_free) for one in trained]  # type: ignore[no-untyped-call]
+    try:
+        with Ledger() as ledger:
+            for _ in range(min(passes, 2)):
+                learn().backward()  # type: ignore[no-untyped-call]
+    finally:
+        for hook in hooks:
+            hook.remove()
+        model.zero_grad(set_to_none=True)
+    return int(ledger.most_bytes)
+
+
+def _free(parameter: Tensor) -> None:
+    parameter.grad = None
+
+
+def bytes_of(tensors: Iterable[Tensor], *, over: int = 1) -> int:
+    """Return the bytes of `tensors`, each spread by its first dimension over so many ranks, on the rank that has most."""
+    total: int = 0
+    for one in tensors:
+        rows = int(one.shape[0]) if one.dim() else 1
+        total += -(-rows // over) * (one.numel() // max(1, rows)) * one.element_size()
+    return int(total)
+
+
+def gathered_bytes(model: nn.Module) -> int:
+    """Return the bytes that FSDP2 has gathered at most: what is in no block, and two blocks, of which one is on its way."""
+    blocks = [bytes_of(block.parameters()) for block in blocks_of(model)]
+    return bytes_of(model.parameters()) - sum(blocks) + sum(sorted(blocks)[-2:])

@@ -1,0 +1,122 @@
+"""A rehearsal says what the run then takes, and leaves nothing behind."""
+
+import json
+import os
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import pytest
+
+from datastore.errors import ConfigError
+from datastore.testing.examples import make_language, tiny_settings
+from datastore.training.run.folder import RunFolder
+from datastore.training.start import dry_run, train
+
+PROGRAM = """
+import sys
+from pathlib import Path
+from datastore.testing.examples import tiny_settings
+from datastore.training.start import train
+print(train(tiny_settings(*sys.argv[3:]), sys.argv[1], processes=int(sys.argv[2])).step)
+"""
+
+SHAPE = (
+    "model.layers=4",
+    "model.width=192",
+    "model.vocab_size=16384",
+    "data.seq_len=256",
+    "train.steps=4",
+    "eval.every=0",
+)
+
+TOLERANCE = 0.1
+
+
+@pytest.fixture(scope="module")
+def language(tmp_path_factory: pytest.TempPathFactory) -> str:
+    url = tmp_path_factory.mktemp("language")
+    make_language(url)
+    return str(url)
+
+
+def highest(pid: int) -> int:
+    """Return the most memory that any of the process and its children has had."""
+    children = Path(f"/proc/{pid}/task/{pid}/children").read_text(encoding="ascii").split()
+    own = Path(f"/proc/{pid}/status").read_text(encoding="ascii").splitlines()
+    peak = next((int(line.split()[1]) * 1024 for line in own if line.startswith("VmHWM:")), 0)
+    return max(peak, *(highest(int(child)) for child in children), 0)
+
+
+def peak_of(language: str, run: Path, processes: int, *overrides: str) -> int:
+    """Return the highest peak of a rank; an allocator that keeps what is freed would hide what is needed."""
+    environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": "262144"}
+    arguments = [sys.executable, "-c", PROGRAM, str(run), str(processes), language, *SHAPE, *overrides]
+    with subprocess.Popen(arguments, stdout=subprocess.PIPE, text=True, env=environment) as process:
+        most = 0
+        while process.poll() is None:
+            try:
+                most = max(most, highest(process.pid))
+            except OSError:
+                break
+            threading.Event().wait(0.02)
+        assert process.stdout is not None
+        assert process.stdout.read().strip() == "4"
+    return most
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="the peak of a process is read from /proc")
+@pytest.mark.parametrize(
+    ("processes", "overrides"),
+    [
+        (1, ()),
+        pytest.param(1, ("train.precision=bf16", "train.micro_batch=4"), marks=pytest.mark.slow),
+        pytest.param(1, ("train.recompute=true", "checkpoint.every=0"), marks=pytest.mark.slow),
+        pytest.param(2, ("parallel.shard=2",), marks=pytest.mark.slow),
+        pytest.param(2, (), marks=pytest.mark.slow),
+    ],
+)
+def test_the_peak_of_a_run_is_what_its_rehearsal_said(
+    language: str, tmp_path: Path, processes: int, overrides: tuple[str, ...]
+) -> None:
+    arguments = [language, *SHAPE, *overrides]
+    program = (
+        "import sys, json, msgspec\n"
+        "from datastore.testing.examples import tiny_settings\n"
+        "from datastore.training.start import dry_run\n"
+        "print(json.dumps(msgspec.to_builtins(dry_run(tiny_settings(*sys.argv[3:]), sys.argv[1], processes=int(sys.argv[2])).memory)))"
+    )
+    said = subprocess.run(
+        [sys.executable, "-c", program, str(tmp_path / "run"), str(processes), *arguments],
+        check=True,
+        capture_output=True,
+        text=True,
+    )
+    assert not (tmp_path / "run").exists()
+    needed = json.loads(said.stdout)["peak_bytes"]
+    assert needed == pytest.approx(peak_of(language, tmp_path / "run", processes, *overrides), rel=TOLERANCE)
+
+
+def test_a_checkpoint_is_as_large_as_said(language: str, tmp_path: Path) -> None:
+    settings = tiny_settings(language, "train.steps=2", "checkpoint.every=0", "model.width=128")
+    needs = dry_run(settings, tmp_path / "run")
+    train(settings, tmp_path / "run")
+    stored = sum(one.size_bytes for one in RunFolder.open(str(tmp_path / "run")).storage.list("parts"))
+    assert needs.checkpoint_bytes == pytest.approx(stored, rel=0.02)
+
+
+def test_what_cannot_fit_is_refused_before_anything_is_written(language: str, tmp_path: Path) -> None:
+    huge = tiny_settings(language, "model.width=65536", "model.layers=200", "model.heads=512", "model.kv_heads=512")
+    with pytest.raises(ConfigError, match="does not fit into memory"):
+        dry_run(huge, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_ranks_that_share_parameters_need_less(language: str, tmp_path: Path) -> None:
+    settings = tiny_settings(language, "model.width=256", "parallel.shard=4")
+    alone = dry_run(tiny_settings(language, "model.width=256"), tmp_path / "run")
+    shared = dry_run(settings, tmp_path / "run", processes=4)
+    assert shared.memory.optimizer_bytes == pytest.approx(alone.memory.optimizer_bytes / 4, rel=0.01)
+    assert shared.parameters == alone.parameters
+    assert shared.checkpoint_bytes == alone.checkpoint_bytes
