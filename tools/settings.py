@@ -25,10 +25,11 @@ from datastore.ingestion.quality.similar import DedupSettings
 from datastore.ingestion.settings import IngestSettings
 from datastore.loader.settings import LoaderSettings
 from datastore.training.export.inference import Sampling
+from datastore.training.hooks.adapt import AdaptSettings
 from datastore.training.hooks.distill import DistillSettings
 from datastore.training.hooks.ema import EmaSettings
 from datastore.training.hooks.prune import PruneSettings
-from datastore.training.hooks.quantize import QuantizeSettings
+from datastore.training.hooks.quantizing.settings import QuantizeSettings
 from datastore.training.hooks.share import ShareSettings
 from datastore.training.hooks.shrink import ShrinkSettings
 from datastore.training.objectives.captions import CaptionsSettings
@@ -86,6 +87,7 @@ SECTIONS = (
             ("distill: ", DistillSettings),
             ("ema: ", EmaSettings),
             ("quantize: ", QuantizeSettings),
+            ("adapt: ", AdaptSettings),
         ),
     ),
     (

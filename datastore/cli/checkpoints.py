@@ -270,13 +270,16 @@ def rewind(*, run: str, step: int, dry_run: bool, as_json: bool) -> None:
 @click.option(
     "--as",
     "kind",
-    type=click.Choice(["hf", "torch", "safetensors", "dcp"]),
+    type=click.Choice(["hf", "gguf", "adapter", "torch", "safetensors", "dcp"]),
     default="hf",
-    help="hf: a folder that transformers opens; or a file of torch.save or safetensors, or a folder of torch's DCP.",
+    help="hf: a folder that transformers opens, adapters merged; gguf: a file for llama.cpp; adapter: the adapters alone, for peft; "
+    "or a file of torch.save or safetensors, or a folder of torch's DCP.",
 )
-@click.option("--item", help="With other formats than hf: only this item, such as model, without its name.")
+@click.option("--item", help="With torch, safetensors and dcp: only this item, such as model, without its name.")
 @click.option(
-    "--quantize", type=click.Choice(["int8", "int4"]), help="Store linear layers with so many bits per weight."
+    "--quantize",
+    type=click.Choice(["int8", "int4", "q4_0", "q4_1", "q5_0", "q5_1", "q8_0"]),
+    help="Store linear layers with so many bits per weight; q...: with gguf, as its own package rounds.",
 )
 @click.option("--replace", is_flag=True, help="Overwrite what the folder holds.")
 @progress_option
@@ -286,6 +289,12 @@ def export(*, run: str, to: str, step: int | None, kind: str, item: str | None, 
     from datastore.training.export.export import export as export_model
     from datastore.units import format_bytes
 
+    if kind in {"gguf", "adapter"}:
+        from datastore.training.export.others import export_other
+
+        done = export_other(run, to, step=step, kind=kind, **options)
+        say_json(done) if as_json else say(f"step {done.step} is in {done.url}, {format_bytes(done.size_bytes)}")
+        return
     if kind != "hf":
         _export_files(run, to, step=step, kind=kind, item=item, as_json=as_json)
         return

@@ -4,11 +4,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.nn import functional
 
 from datastore.errors import ConfigError
 from datastore.storage.backends.local import LocalStorage
 from datastore.training.export.huggingface import HuggingFaceModel, read_folder, write_folder
-from datastore.training.hooks.quantize import Quantize, QuantizeSettings
+from datastore.training.hooks.quantize import Quantize
+from datastore.training.hooks.quantizing.layers import packed_layer, replace_module
+from datastore.training.hooks.quantizing.settings import QuantizeSettings, Scheme, chosen_layers
 from datastore.training.models.gpt import GPT, KeyValueCache
 from datastore.training.settings import ModelSettings
 
@@ -31,9 +34,31 @@ def opened_by_transformers(folder: Path) -> torch.nn.Module:
     return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()  # type: ignore[no-any-return]
 
 
+def saved_and_opened(folder: Path, model: GPT) -> torch.Tensor:
+    """Return the logits of transformers from the folder of `model`; those of our reader are the same bits as the model's."""
+    write_folder(LocalStorage(folder), HuggingFaceModel(model, 64, None, 0))
+    assert torch.equal(read_folder(LocalStorage(folder)).model(IDS), model(IDS))
+    return opened_by_transformers(folder)(IDS).logits  # type: ignore[no-any-return]
+
+
+EMBEDDING = ("*", "model.embed_tokens")
+
+
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize(
-    "quantized", [None, QuantizeSettings(), QuantizeSettings(group=32), QuantizeSettings(bits=4, group=32)]
+    "quantized",
+    [
+        None,
+        QuantizeSettings(),
+        QuantizeSettings(group=32),
+        QuantizeSettings(bits=4, group=32),
+        QuantizeSettings(bits=3, group=32),
+        QuantizeSettings(bits=3),
+        QuantizeSettings(bits=4, group=32, symmetric=False),
+        QuantizeSettings(bits=3, symmetric=False),
+        QuantizeSettings(layers=EMBEDDING),
+        QuantizeSettings(bits=4, symmetric=False, layers=EMBEDDING),
+    ],
 )
 @pytest.mark.parametrize("tied", [True, False])
 @torch.no_grad()
@@ -43,10 +68,31 @@ def test_transformers_computes_the_same_from_an_exported_folder(
     model = made(tied=tied)
     if quantized is not None:
         Quantize(quantized).export(model)
-    write_folder(LocalStorage(tmp_path), HuggingFaceModel(model, 64, None, 0))
-    expected = opened_by_transformers(tmp_path)(IDS).logits
-    torch.testing.assert_close(model(IDS), expected, rtol=0, atol=1e-4)
-    assert torch.equal(read_folder(LocalStorage(tmp_path)).model(IDS), model(IDS))
+    torch.testing.assert_close(model(IDS), saved_and_opened(tmp_path, model), rtol=0, atol=1e-4)
+
+
+@pytest.mark.filterwarnings("ignore")
+@torch.no_grad()
+def test_layers_with_different_bits_are_opened_each_as_it_is(tmp_path: Path) -> None:
+    model = made(tied=False)
+    schemes = [Scheme(), Scheme(bits=4, group=32), Scheme(bits=3), Scheme(bits=3, group=32)]
+    for number, (name, layer) in enumerate(chosen_layers(model, ["*", "lm_head"]).items()):
+        replace_module(model, name, packed_layer(layer, schemes[number % 4]))
+    torch.testing.assert_close(model(IDS), saved_and_opened(tmp_path, model), rtol=0, atol=1e-4)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(
+    "quantized", [QuantizeSettings(activations=8), QuantizeSettings(bits=4, group=32, activations=8)]
+)
+@torch.no_grad()
+def test_rounded_inputs_give_transformers_the_same_loss(tmp_path: Path, quantized: QuantizeSettings) -> None:
+    """A last bit decides which way an input is rounded, so logits differ a little, and their loss by next to nothing."""
+    model = made(tied=True)
+    Quantize(quantized).export(model)
+    ours, theirs = model(IDS), saved_and_opened(tmp_path, model)
+    loss = [functional.cross_entropy(one[:, :-1].flatten(0, 1), IDS[:, 1:].flatten()) for one in (ours, theirs)]
+    assert float(loss[0]) == pytest.approx(float(loss[1]), abs=1e-3)
 
 
 @pytest.mark.parametrize("kv_heads", [0, 1, 3])

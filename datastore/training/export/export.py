@@ -4,7 +4,12 @@
 """
 
 import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cache
 from typing import Any
+
+import torch
 
 from datastore.checkpoint.checkpointer import Checkpointer
 from datastore.checkpoint.loading.restore import Restored
@@ -13,16 +18,30 @@ from datastore.errors import ConfigError, ConflictError, MissingError
 from datastore.storage.base import Storage
 from datastore.storage.resolve import open_storage
 from datastore.training.export.huggingface import HuggingFaceModel, read_folder, write_folder
-from datastore.training.hooks.base import HookSet, leaving
-from datastore.training.hooks.quantize import Quantize, QuantizeSettings
+from datastore.training.hooks.base import Hook, HookSet, RunState, leaving
+from datastore.training.hooks.calibration import Calibration
+from datastore.training.hooks.quantize import Quantize
+from datastore.training.hooks.quantizing.settings import QuantizeSettings
 from datastore.training.models.gpt import GPT
+from datastore.training.objectives.base import HostRows, Objective
 from datastore.training.objectives.catalog import make_objective
 from datastore.training.parallel.building import build_with_hooks
 from datastore.training.parallel.whole import alone
+from datastore.training.run.architecture import context_of
+from datastore.training.run.feed import calibration_rows
 from datastore.training.run.folder import RunConfig, RunFolder, is_run, open_split
 from datastore.units import Progress
 
-__all__ = ["QUANTIZATIONS", "Exported", "export", "open_model"]
+__all__ = [
+    "QUANTIZATIONS",
+    "Exported",
+    "RestoredRun",
+    "empty_folder",
+    "export",
+    "model_of",
+    "open_model",
+    "restored",
+]
 
 QUANTIZATIONS = {"int8": QuantizeSettings(bits=8), "int4": QuantizeSettings(bits=4, group=32)}
 """What `quantize` can say."""
@@ -71,18 +90,8 @@ def export(
     run, to = os.fspath(run), os.fspath(to)
     if quantize is not None and quantize not in QUANTIZATIONS:
         raise ConfigError("unknown quantization", quantize=quantize, known=sorted(QUANTIZATIONS))
-    target = open_storage(to)
-    occupied = next((found.key for found in target.list()), None)
-    if occupied is not None and not replace:
-        raise ConflictError(
-            "the folder is not empty",
-            url=target.url,
-            found=occupied,
-            hint="Name another one, or overwrite it: `replace`.",
-        )
-    loaded = _from_run(
-        RunFolder.open(run), step=step, instead=Quantize(QUANTIZATIONS[quantize]) if quantize is not None else None
-    )
+    target = empty_folder(to, replace=replace)
+    loaded = model_of(restored(RunFolder.open(run), step=step), instead=QUANTIZATIONS[quantize] if quantize else None)
     assert loaded.step is not None
     if progress is not None:
         progress(1, _STAGES)
@@ -102,7 +111,7 @@ def open_model(source: str, *, step: int | None = None) -> HuggingFaceModel:
     """
     storage = open_storage(source)
     if is_run(storage):
-        return _from_run(RunFolder(storage), step=step)
+        return model_of(restored(RunFolder(storage), step=step))
     if step is not None:
         raise ConfigError("a model folder has no steps", source=source, hint="Name a run, or leave out `step`.")
     try:
@@ -116,10 +125,41 @@ def open_model(source: str, *, step: int | None = None) -> HuggingFaceModel:
         ) from None
 
 
-def _from_run(folder: RunFolder, *, step: int | None, instead: Quantize | None = None) -> HuggingFaceModel:
-    """Return the model of a step after all hooks have exported it: they may need their own state for that.
+def empty_folder(to: str, *, replace: bool) -> Storage:
+    """Return the folder `to`, which holds nothing, unless it may be replaced.
 
-    `instead` quantizes in the place of the hooks that would: what they have rounded cannot be rounded otherwise.
+    Raises:
+        ConflictError: it holds something.
+    """
+    target = open_storage(to)
+    occupied = next((found.key for found in target.list()), None)
+    if occupied is not None and not replace:
+        raise ConflictError(
+            "the folder is not empty",
+            url=target.url,
+            found=occupied,
+            hint="Name another one, or overwrite it: `replace`.",
+        )
+    return target
+
+
+@dataclass(frozen=True, slots=True)
+class RestoredRun:
+    """A run as it was at a step, before its hooks export the model: they may need their own state for that."""
+
+    config: RunConfig
+    state: RunState
+    hooks: Mapping[str, Hook]
+    objective: Objective
+    found: Restored
+
+
+def restored(folder: RunFolder, *, step: int | None) -> RestoredRun:
+    """Return a run at `step` (None: its newest sound checkpoint), in one process.
+
+    Raises:
+        MissingError: there is no such run or step.
+        CorruptError: it is damaged.
     """
     config = folder.config()
     objective = make_objective(config.settings.objective)
@@ -128,24 +168,44 @@ def _from_run(folder: RunFolder, *, step: int | None, instead: Quantize | None =
     if objective.frozen is not None:
         items["reference"] = objective.frozen
     found = _restore(folder.storage, items, step=step)
-    model = state.model
-    exporting = leaving(hooks)
+    state.calibration = _calibration(config, objective)
+    return RestoredRun(config, state, hooks, objective, found)
+
+
+def model_of(run: RestoredRun, *, instead: QuantizeSettings | None = None) -> HuggingFaceModel:
+    """Return the model of `run` after all hooks have exported it.
+
+    `instead` quantizes in the place of the hooks that would: what they have rounded cannot be rounded otherwise.
+    """
+    model = run.state.model
+    exporting = leaving(run.hooks)
     if instead is not None:
-        instead.start(state)
-        exporting = [hook for hook in exporting if not isinstance(hook, Quantize)] + [instead]
+        quantize = Quantize(instead)
+        quantize.start(run.state)
+        exporting = [hook for hook in exporting if not isinstance(hook, Quantize)] + [quantize]
     for hook in exporting:
         model = hook.export(model)
-    if isinstance(state.model, GPT) and not isinstance(model, GPT):
+    if isinstance(run.state.model, GPT) and not isinstance(model, GPT):
         raise ConfigError("a hook's export is not a GPT any more", found=type(model).__name__)
     return HuggingFaceModel(
         model,
-        config.settings.data.seq_len,
-        _tokenizer(config),
-        config.end_of_text,
-        objective=objective,
-        step=found.step,
-        passed_over=found.passed_over,
+        run.config.settings.data.seq_len,
+        _tokenizer(run.config),
+        run.config.end_of_text,
+        objective=run.objective,
+        step=run.found.step,
+        passed_over=run.found.passed_over,
     )
+
+
+def _calibration(config: RunConfig, objective: Objective) -> Calibration:
+    """Return the rows that hooks may look at; nothing is read before one does."""
+
+    @cache
+    def read(count: int) -> HostRows:
+        return calibration_rows(open_split(config), config.settings, objective, context_of(config), count=count)
+
+    return Calibration(read, objective, torch.device("cpu"))
 
 
 def _restore(storage: Storage, items: dict[str, Any], *, step: int | None) -> Restored:

@@ -14,7 +14,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import msgspec
 import orjson
 import torch
 from tokenizers import Tokenizer
@@ -24,7 +23,7 @@ from datastore.checkpoint.tensors import DTYPES
 from datastore.errors import ConfigError, CorruptError, MissingError
 from datastore.formats.safetensors import HeaderTensor, encode_header
 from datastore.storage.base import Storage
-from datastore.training.hooks.quantize import PackedLinear, QuantizeSettings, quantization_config, replace_linears
+from datastore.training.export.quantized import quantization_config, replace_quantized
 from datastore.training.models.gpt import GPT
 from datastore.training.models.heads import Classifier
 from datastore.training.models.huggingface import open_folder, write_model
@@ -142,8 +141,7 @@ def read_folder(storage: Storage) -> HuggingFaceModel:
     model = GPT(_model_settings(config))
     quantization = config.get("quantization_config")
     if quantization:
-        packed = _quantize_settings(quantization, where=storage.url)
-        replace_linears(model, lambda linear: PackedLinear((linear.out_features, linear.in_features), packed))
+        replace_quantized(model, quantization, where=storage.url)
     found = dict(_read_tensors(storage))
     wanted = model.state_dict()
     if set(found) != set(wanted):
@@ -261,10 +259,8 @@ def _config(source: HuggingFaceModel) -> dict[str, Any]:
             "label2id": {label: number for number, label in labels.items()},
             "pad_token_id": source.objective.settings.pad_token,  # type: ignore[attr-defined]
         }
-    packed = next((module for module in source.model.modules() if isinstance(module, PackedLinear)), None)
-    if packed is not None:
-        config["quantization_config"] = quantization_config(packed.settings)
-    return config
+    quantization = quantization_config(source.model)
+    return config if quantization is None else config | {"quantization_config": quantization}
 
 
 def _model_settings(config: Mapping[str, Any]) -> ModelSettings:
@@ -301,17 +297,6 @@ def _unlike(config: Mapping[str, Any]) -> dict[str, Any]:
         "rope_type": (rope.get("rope_type", "default"), "default"),
     }
     return {key: found for key, (found, needed) in wanted.items() if found != needed}
-
-
-def _quantize_settings(config: Mapping[str, Any], *, where: str) -> QuantizeSettings:
-    try:
-        weights = config["config_groups"]["group_0"]["weights"]
-        settings = msgspec.convert({"bits": weights["num_bits"], "group": weights["group_size"] or 0}, QuantizeSettings)
-    except (KeyError, TypeError, msgspec.ValidationError):
-        raise ConfigError("not a quantization that is read here", url=where, hint="See docs/trainer.md.") from None
-    if config.get("format") != "pack-quantized":
-        raise ConfigError("not a quantization that is read here", url=where, format=config.get("format"))
-    return settings
 
 
 def _read_tensors(storage: Storage) -> Iterator[tuple[str, Tensor]]:

@@ -12,6 +12,8 @@ share        layers have one matrix, and small differences
 distill      a trained model teaches
 ema          the average of the weights is exported
 quantize     weights become small integers
+adapt        small matrices learn beside frozen weights
+quantizing   how weights become small integers
 """
 
 __all__: list[str] = []

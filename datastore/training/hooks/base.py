@@ -35,6 +35,7 @@ from datastore.training.settings import ModelSettings
 __all__ = ["Hook", "HookSet", "RunState", "find_hook", "leaving", "make_hooks", "refuse_whole", "training_hooks"]
 
 _OURS = {
+    "adapt": "datastore.training.hooks.adapt:Adapt",
     "distill": "datastore.training.hooks.distill:Distill",
     "ema": "datastore.training.hooks.ema:Ema",
     "prune": "datastore.training.hooks.prune:Prune",
@@ -88,6 +89,11 @@ class Hook:
 
     def __init__(self, settings: Document) -> None:
         self.settings = settings
+
+    @classmethod
+    def takes_part(cls, settings: Document) -> bool:  # noqa: ARG003 - most do whatever their settings are
+        """Return whether a hook with these settings has a part in training; where that depends on them, override this."""
+        return cls.trains
 
     def shape(self, before: ModelSettings) -> ModelSettings:
         """Return the shape that the run's model gets, if the one that `model.init` names has the shape `before`."""
@@ -198,7 +204,8 @@ def refuse_whole(hooks: Mapping[str, Hook], *, all_of_them: bool = False) -> Non
     Raises:
         ConfigError: there is one.
     """
-    whole = [name for name, hook in hooks.items() if hook.trains and (all_of_them or not hook.takes_parts)]
+    trained = {name: hook for name, hook in hooks.items() if hook.takes_part(hook.settings)}
+    whole = [name for name, hook in trained.items() if all_of_them or not hook.takes_parts]
     if whole:
         raise ConfigError(
             "these hooks need whole parameters, and a rank has parts of them only"
@@ -217,7 +224,9 @@ def training_hooks(tables: Sequence[Mapping[str, Any]]) -> dict[str, Mapping[str
     Raises:
         ConfigError, DependencyError: as `make_hooks`.
     """
-    return {f"{place}.{table['use']}": table for place, table in enumerate(tables) if find_hook(table["use"]).trains}
+    hooks = make_hooks(tables, where="settings")
+    named = zip(hooks.items(), tables, strict=True)
+    return {name: table for (name, hook), table in named if hook.takes_part(hook.settings)}
 
 
 def find_hook(name: str) -> type[Hook]:

@@ -1,185 +1,232 @@
-"""Weight-only quantization as the model leaves training: 8 or 4 bits, symmetric, one scale per row or per group of columns.
+"""Weights become small integers as the model leaves training: 8, 4 or 3 bits, with one scale per row or per group of columns.
 
-A quantized layer holds what the compressed-tensors format `pack-quantized` stores, under its names, so that an export is a
-copy here too, and `transformers` and vLLM open it. Forward unpacks: it is there to measure the loss, not to be fast.
-
-    weight_packed  int32 [out, ceil(in * bits / 32)]   value + 2^(bits - 1), little end first, rows padded with zero bits
-    weight_scale   float32 [out, 1] or [out, in / group]
-    weight_shape   int64 [2]
-
-Source: compressed-tensors 0.20, `compressors/pack_quantized`.
+Round to nearest needs nothing else. GPTQ, AWQ and a size to be reached look at rows of the run's data, in the moment of the export.
+With `qat_from` training rounds, too, from that step on: the integers of an export are those that the last step computed with.
 """
 
-from collections.abc import Callable
-from typing import Annotated, Any, ClassVar, Literal
+from collections.abc import Mapping
+from typing import Any, ClassVar
 
-import msgspec
 import torch
-from torch import Tensor, nn
-from torch.nn import functional
+from torch import nn
+from torch.distributed.tensor import DTensor
 from typing_extensions import override
 
-from datastore.document import Document, SettingsDocument
+from datastore.document import Document
 from datastore.errors import ConfigError
 from datastore.training.hooks.base import Hook, RunState
+from datastore.training.hooks.calibration import Calibration, grams
+from datastore.training.hooks.quantizing.budget import chosen_bits, ladder, refuse_small_budget, sensitivities
+from datastore.training.hooks.quantizing.calibrated import balance_channels, moved_errors, searched_grid
+from datastore.training.hooks.quantizing.holding import refuse_for_folder, refuse_for_gguf
+from datastore.training.hooks.quantizing.layers import Packed, blank_packed, packed_layer, replace_module
+from datastore.training.hooks.quantizing.rounding import Rounded, plain_layer, rounded_layer, stretch_of
+from datastore.training.hooks.quantizing.settings import (
+    QuantizeSettings,
+    Scheme,
+    check_group,
+    chosen_layers,
+    matrices_of,
+)
+from datastore.training.models.gpt import Block
 
-__all__ = ["PackedLinear", "Quantize", "QuantizeSettings", "pack", "quantization_config", "quantize_rows", "unpack"]
+__all__ = ["Quantize"]
 
-Bits = Literal[4, 8]
-
-
-class QuantizeSettings(SettingsDocument, frozen=True, kw_only=True):
-    """How small the weights of linear layers become. Embeddings, norms and the output layer stay as they are."""
-
-    bits: Bits = 8
-    """Of each weight."""
-
-    group: Annotated[int, msgspec.Meta(ge=0)] = 0
-    """Columns that share a scale; 0: all columns of a row."""
-
-
-def quantize_rows(weight: Tensor, *, bits: int, group: int) -> tuple[Tensor, Tensor]:
-    """Return `weight` [out, in] as integers (int8 [out, in]) and scales (float32 [out, in / group or 1]).
-
-    The largest magnitude of each group becomes the largest integer, so the error is at most half a scale.
-
-    Raises:
-        ConfigError: the columns cannot be divided into groups.
-    """
-    out, columns = weight.shape
-    size = group or columns
-    _check_group(columns, group)
-    top = (1 << (bits - 1)) - 1
-    parts = weight.detach().float().view(out, columns // size, size)
-    scales = parts.abs().amax(dim=-1, keepdim=True) / top
-    scales = torch.where(scales == 0, 1.0, scales)
-    whole = torch.round(parts / scales).clamp(-top, top).to(torch.int8)
-    return whole.view(out, columns), scales.squeeze(-1)
-
-
-def _check_group(columns: int, group: int, **where: str) -> None:
-    if group and columns % group:
-        raise ConfigError(
-            "columns do not divide into groups", **where, columns=columns, group=group, hint="Choose another group."
-        )
-
-
-def pack(whole: Tensor, bits: int) -> Tensor:
-    """Return int8 [out, in] of `bits` bits each as int32 [out, words]."""
-    per_word = 32 // bits
-    padded = functional.pad(whole.to(torch.int32) + (1 << (bits - 1)), (0, -whole.shape[1] % per_word))
-    shifts = torch.arange(per_word, device=whole.device, dtype=torch.int32) * bits
-    # The sum of disjoint bits is their union; int32 wraps, as it should.
-    words: Tensor = (padded.view(whole.shape[0], -1, per_word) << shifts).sum(dim=-1, dtype=torch.int32)
-    return words
-
-
-def unpack(packed: Tensor, bits: int, columns: int) -> Tensor:
-    """Return what `pack` was given, int8 [out, columns]."""
-    shifts = torch.arange(32 // bits, device=packed.device, dtype=torch.int32) * bits
-    values: Tensor = (packed.unsqueeze(-1) >> shifts) & ((1 << bits) - 1)
-    return (values.view(packed.shape[0], -1)[:, :columns] - (1 << (bits - 1))).to(torch.int8)
-
-
-class PackedLinear(nn.Module):
-    """A linear layer without bias whose weight is stored packed."""
-
-    def __init__(self, shape: tuple[int, int], settings: QuantizeSettings) -> None:
-        super().__init__()
-        out, columns = shape
-        self.settings = settings
-        self.weight_packed: Tensor
-        self.weight_scale: Tensor
-        self.weight_shape: Tensor
-        words = -(-columns * settings.bits // 32)
-        groups = columns // (settings.group or columns)
-        self.register_buffer("weight_packed", torch.zeros(out, words, dtype=torch.int32))
-        self.register_buffer("weight_scale", torch.ones(out, groups))
-        self.register_buffer("weight_shape", torch.tensor([out, columns]))
-
-    @staticmethod
-    def of(linear: nn.Linear, settings: QuantizeSettings) -> "PackedLinear":
-        """Return `linear`, quantized."""
-        packed = PackedLinear((linear.out_features, linear.in_features), settings)
-        whole, scales = quantize_rows(linear.weight, bits=settings.bits, group=settings.group)
-        packed.weight_packed, packed.weight_scale = pack(whole, settings.bits), scales
-        return packed
-
-    @property
-    def weight(self) -> Tensor:
-        """The weight that the integers stand for, float32 [out, in]."""
-        out, columns = (int(size) for size in self.weight_shape)
-        whole = unpack(self.weight_packed, self.settings.bits, columns)
-        parts = whole.float().view(out, self.weight_scale.shape[1], -1) * self.weight_scale.unsqueeze(-1)
-        return parts.view(out, columns)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Return x times the transposed weight."""
-        return functional.linear(x, self.weight)
+Layers = Mapping[str, nn.Linear | nn.Embedding]
 
 
 class Quantize(Hook):
-    """Quantizes every linear layer within the decoder's layers on export; training does not notice."""
+    """Quantizes the chosen layers on export, and in training if told so."""
 
     Settings: ClassVar[type[Document]] = QuantizeSettings
     trains: ClassVar[bool] = False
     changes: ClassVar[Any] = "bits"
+    takes_parts: ClassVar[bool] = True
 
     def __init__(self, settings: QuantizeSettings) -> None:
         super().__init__(settings)
         self._settings = settings
+        self._rounded: list[Rounded] = []
+        self._run: RunState | None = None
+        self._adapted_first: bool | None = None
+        """Whether the model that this hook was given had adapters; None: it was given none."""
+
+    @classmethod
+    @override
+    def takes_part(cls, settings: Document) -> bool:
+        assert isinstance(settings, QuantizeSettings)
+        return settings.qat_from is not None
+
+    @override
+    def model(self, model: nn.Module) -> nn.Module:
+        settings = self._settings
+        layers = chosen_layers(model, settings.layers)
+        self._refuse(model, layers)
+        self._adapted_first = _has_adapters(model)
+        if settings.qat_from is not None:
+            if self._adapted_first:
+                raise ConfigError("adapters change what training has rounded", hint="Leave out qat_from, or adapt.")
+            for name, layer in layers.items():
+                learned = settings.scales == "learned"
+                replace_module(model, name, rounded_layer(layer, settings.scheme, learned=learned))
+        return model
 
     @override
     def start(self, run: RunState) -> None:
         """Refuse now what could not be exported when all the training is done."""
-        for name, linear in _linears(run.model):
-            _check_group(linear.in_features, self._settings.group, layer=name)
+        settings = self._settings
+        self._run = run
+        if self._adapted_first is False and _has_adapters(run.model):
+            raise ConfigError("adapters are merged after the weights are quantized", hint="Put adapt before quantize.")
+        if run.calibration is not None and _looks(settings):
+            run.calibration.require(settings.samples)
+        if settings.qat_from is None:
+            return
+        self._rounded = [one for one in run.model.modules() if isinstance(one, Rounded)]
+        cut = [name for name, one in run.model.named_parameters() if isinstance(one, DTensor) and _by_tensor(one)]
+        if cut:
+            raise ConfigError(
+                "training that rounds needs whole rows of a matrix",
+                parameters=cut[:4],
+                hint="Use parallel.data and parallel.shard, and parallel.tensor = 1.",
+            )
+        if settings.qat_from >= run.steps:
+            raise ConfigError("rounding begins after the last step", qat_from=settings.qat_from, steps=run.steps)
+        self._set(active=settings.qat_from <= run.step)
+
+    @override
+    def updated(self, run: RunState) -> None:
+        if self._settings.qat_from is not None:
+            self._set(active=self._settings.qat_from <= run.step)
+
+    @override
+    def metrics(self) -> dict[str, float]:
+        active = any(one.active for one in self._rounded)
+        return {"weight_bits": float(self._settings.bits) if active else 32.0} if self._rounded else {}
+
+    @override
+    def state_dict(self) -> dict[str, Any]:
+        return {"active": any(one.active for one in self._rounded)} if self._rounded else {}
+
+    @override
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        if self._rounded:
+            self._set(active=bool(state["active"]))
+        else:
+            super().load_state_dict(state)
 
     @override
     def export(self, model: nn.Module) -> nn.Module:
-        if not _linears(model):
-            raise ConfigError(
-                "no linear layer is left to quantize", bits=self._settings.bits, hint="Let one hook alone quantize."
-            )
-        replace_linears(model, lambda linear: PackedLinear.of(linear, self._settings))
+        settings = self._settings
+        layers = chosen_layers(model, settings.layers)
+        self._refuse(model, layers)
+        if settings.qat_from is None:
+            packed = self._found(model, layers)
+        else:
+            packed = {name: packed_layer(one, settings.scheme, stretch_of(one)) for name, one in layers.items()}
+        for name, layer in matrices_of(model).items():
+            replacement = packed.get(name, plain_layer(layer) if isinstance(layer, Rounded) else layer)
+            if replacement is not layer:
+                replace_module(model, name, replacement)
         return model
 
+    def _set(self, *, active: bool) -> None:
+        for layer in self._rounded:
+            layer.active = active
 
-def _linears(model: nn.Module) -> list[tuple[str, nn.Linear]]:
-    """Return every linear layer of `model` but the output layer."""
-    return [
-        (name, module) for name, module in model.named_modules() if isinstance(module, nn.Linear) and name != "lm_head"
-    ]
+    def _refuse(self, model: nn.Module, layers: Layers) -> None:
+        settings = self._settings
+        for name, layer in layers.items():
+            check_group(layer.weight.shape[1], settings.group, layer=name)
+        if settings.target_size:
+            refuse_small_budget(_shapes(layers), settings.scheme, target=settings.target_size)
+        _refuse_training_with(settings)
+        kinds = ladder(settings.scheme) if settings.target_size else [settings.scheme]
+        if settings.file == "gguf":
+            refuse_for_gguf(layers, kinds)
+        else:
+            refuse_for_folder(layers, dict.fromkeys(layers, settings.scheme), kinds=kinds)
+        if settings.method == "awq" and not any(isinstance(one, Block) for one in model.modules()):
+            raise ConfigError(
+                "awq knows what comes before a layer in our GPT only", model=type(model).__name__, hint="Use gptq."
+            )
+
+    def _found(self, model: nn.Module, layers: Layers) -> dict[str, Packed]:
+        """Return the quantized layers of a trained model."""
+        settings = self._settings
+        schemes = dict.fromkeys(layers, settings.scheme)
+        if not _looks(settings):
+            return {name: packed_layer(layer, settings.scheme) for name, layer in layers.items()}
+        calibration = None if self._run is None else self._run.calibration
+        if calibration is None:
+            raise ConfigError(
+                "there is no data to look at",
+                method=settings.method,
+                target_size=settings.target_size,
+                hint='Use method = "rtn" without a target_size, or a run whose dataset is there.',
+            )
+        if settings.target_size:
+            costs = sensitivities(model, layers, settings.scheme, calibration, settings.samples)
+            schemes = chosen_bits(costs, _shapes(layers), settings.scheme, target=settings.target_size)
+        if settings.method == "rtn":
+            return {name: packed_layer(layer, schemes[name]) for name, layer in layers.items()}
+        return self._looked_at(model, schemes, calibration)
+
+    @torch.no_grad()
+    def _looked_at(
+        self, model: nn.Module, schemes: Mapping[str, Scheme], calibration: Calibration
+    ) -> dict[str, Packed]:
+        layers, count = chosen_layers(model, self._settings.layers), self._settings.samples
+        linears = {name: layer for name, layer in layers.items() if isinstance(layer, nn.Linear)}
+        products = grams(model, linears, calibration, count=count)
+        if self._settings.method == "awq":
+            balance_channels(model, products, schemes)
+            products = grams(model, linears, calibration, count=count)
+        found = {}
+        for name, layer in layers.items():
+            packed = blank_packed(layer, schemes[name])
+            if name not in products:  # An embedding, which reads numbers, or a layer that no row reaches.
+                found[name] = packed_layer(layer, schemes[name])
+                continue
+            if self._settings.method == "gptq":
+                packed.take(*moved_errors(layer.weight, products[name], schemes[name]))
+            else:
+                grid = searched_grid(layer.weight, schemes[name], products[name].diagonal())
+                packed.take(grid.whole(layer.weight), grid)
+            found[name] = packed
+        return found
 
 
-def replace_linears(model: nn.Module, make: Callable[[nn.Linear], nn.Module]) -> None:
-    """Put `make(linear)` in the place of every linear layer of `model` but the output layer."""
-    for name, linear in _linears(model):
-        parent, _, last = name.rpartition(".")
-        setattr(model.get_submodule(parent), last, make(linear))
+def _has_adapters(model: nn.Module) -> bool:
+    return any(hasattr(one, "base_layer") for one in model.modules())
 
 
-def quantization_config(settings: QuantizeSettings) -> dict[str, Any]:
-    """Return the `quantization_config` of a Hugging Face config.json for these settings."""
-    weights = {
-        "num_bits": settings.bits,
-        "type": "int",
-        "symmetric": True,
-        "strategy": "group" if settings.group else "channel",
-        "group_size": settings.group or None,
-        "dynamic": False,
-    }
-    return {
-        "quant_method": "compressed-tensors",
-        "format": "pack-quantized",
-        "quantization_status": "compressed",
-        "config_groups": {
-            "group_0": {
-                "targets": ["Linear"],
-                "weights": weights,
-                "input_activations": None,
-                "output_activations": None,
-            }
-        },
-        "ignore": ["lm_head"],
-    }
+def _looks(settings: QuantizeSettings) -> bool:
+    """Whether the data have a say in it."""
+    return settings.method != "rtn" or settings.target_size > 0
+
+
+def _refuse_training_with(settings: QuantizeSettings) -> None:
+    """Refuse settings that cannot go together.
+
+    Raises:
+        ConfigError: they cannot.
+    """
+    if settings.qat_from is not None and _looks(settings):
+        raise ConfigError(
+            "training rounds to nearest, with the same bits in every layer",
+            qat_from=settings.qat_from,
+            method=settings.method,
+            target_size=settings.target_size,
+            hint="Leave out method and target_size, or qat_from.",
+        )
+    if settings.qat_from is None and settings.scales == "learned":
+        raise ConfigError("scales are learned in training only", scales="learned", hint="Set qat_from.")
+
+
+def _shapes(layers: Layers) -> dict[str, tuple[int, int]]:
+    return {name: (layer.weight.shape[0], layer.weight.shape[1]) for name, layer in layers.items()}
+
+
+def _by_tensor(parameter: DTensor) -> bool:
+    return "tensor" in (parameter.device_mesh.mesh_dim_names or ())

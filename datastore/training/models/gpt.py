@@ -167,7 +167,8 @@ class GPT(nn.Module):
         turns = turns_of(self.settings, start, places, ids_BT.device)
         x_BTC = self.model(ids_BT, turns, cache, before_BPC)
         if self.lm_head is None:
-            return functional.linear(x_BTC, self.model.embed_tokens.weight)
+            table = self.model.embed_tokens
+            return functional.linear(x_BTC, getattr(table, "used_weight", table.weight))
         return self.lm_head(x_BTC)  # type: ignore[no-any-return]
 
 

@@ -1,0 +1,199 @@
+"""Adapters learn beside a frozen model, go on after a kill, and are what peft reads."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch.nn import functional
+
+from datastore.errors import ConfigError, WaitError
+from datastore.loader.settings import Rank
+from datastore.testing.examples import make_language, tiny_settings
+from datastore.training.export.export import export, open_model
+from datastore.training.export.inference import evaluate
+from datastore.training.export.others import export_adapter, export_gguf
+from datastore.training.metrics import read_metrics
+from datastore.training.run.folder import RunFolder, open_split
+from datastore.training.start import resume, train
+
+pytestmark = pytest.mark.filterwarnings("ignore")
+
+HERE = Path(__file__).parent
+ADALORA: dict[str, Any] = {"use": "adapt", "method": "adalora", "rank": 2, "every": 1}
+LORA: dict[str, Any] = {"use": "adapt", "rank": 2}
+
+
+@pytest.fixture(autouse=True)
+def _programs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(HERE))
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> str:
+    folder = tmp_path_factory.mktemp("base")
+    make_language(folder / "data")
+    train(tiny_settings(folder / "data", "train.steps=15", "model.tied=false", "eval.every=0"), str(folder / "run"))
+    return str(folder / "run")
+
+
+def settings(base: str, *overrides: str, hooks: tuple[Mapping[str, Any], ...], sizes: Mapping[str, int]) -> Any:
+    table = [f"parallel.{name}={size}" for name, size in {"data": 0, "shard": 1, **sizes}.items()]
+    fixed = [f"model.init='{base}'", "optim.warmup=0", "optim.floor=1", "eval.every=0", "checkpoint.every=2"]
+    url = RunFolder.open(base).config().settings.data.url
+    return tiny_settings(url, *fixed, "train.steps=12", *table, *overrides, hooks=tuple(dict(hook) for hook in hooks))
+
+
+def losses(run: Path) -> list[float]:
+    return [line["loss"] for line in read_metrics(RunFolder.open(str(run)).storage)]
+
+
+def assert_same(one: Path, other: Path) -> None:
+    first, second = (open_model(str(run)).model.state_dict() for run in (one, other))
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+@pytest.mark.parametrize(
+    ("hook", "processes", "sizes"),
+    [
+        (ADALORA, 1, {}),
+        (LORA, 2, {"shard": 2}),
+        pytest.param(ADALORA, 2, {"data": 2}, marks=pytest.mark.slow),
+        pytest.param(LORA | {"method": "dora"}, 2, {"shard": 2}, marks=pytest.mark.slow),
+        pytest.param(LORA | {"base_bits": 4}, 2, {"shard": 2}, marks=pytest.mark.slow),
+    ],
+)
+def test_adapters_go_on_after_a_kill_with_the_same_bits(
+    hook: Mapping[str, Any], processes: int, sizes: Mapping[str, int], base: str, tmp_path: Path
+) -> None:
+    kills = tmp_path / "kills.json"
+    wanted = settings(base, hooks=(hook, {"use": "training_hooks:Kill", "file": str(kills)}), sizes=sizes)
+    train(wanted, str(tmp_path / "once"), processes=processes)
+    kills.write_text("[7]")
+    with pytest.raises(WaitError, match="SIGKILL"):
+        start(wanted, str(tmp_path / "killed"), processes)
+    resume(str(tmp_path / "killed"), processes=processes)
+    assert losses(tmp_path / "once")[-3:] == losses(tmp_path / "killed")[-3:]
+    assert_same(tmp_path / "once", tmp_path / "killed")
+
+
+def start(wanted: Any, run: str, processes: int) -> None:
+    """Train in processes that may die."""
+    from multiprocessing import get_context
+
+    if processes > 1:
+        train(wanted, run, processes=processes)
+        return
+    process = get_context("spawn").Process(target=train, args=(wanted, run))
+    process.start()
+    process.join()
+    if process.exitcode == -9:
+        raise WaitError("it died", cause="SIGKILL")
+
+
+@torch.no_grad()
+def loss_of(model: Any, run: str) -> float:
+    tokens = torch.from_numpy(open_split(RunFolder.open(run).config()).samples(16, seq_len=32, rank=Rank())[0].mine)
+    logits = model(tokens[:, :-1].long()).logits
+    return functional.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten().long()).item()
+
+
+def test_peft_puts_several_adapters_on_one_base_with_the_losses_of_their_runs(base: str, tmp_path: Path) -> None:
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    export(base, tmp_path / "base")
+    hooks = {"lora": LORA, "dora": LORA | {"method": "dora"}}
+    for name, hook in hooks.items():
+        train(settings(base, hooks=(hook,), sizes={}), str(tmp_path / name))
+        export_adapter(tmp_path / name, tmp_path / f"{name}-files")
+        export(tmp_path / name, tmp_path / f"{name}-merged")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "base", dtype=torch.float32)
+    both = PeftModel.from_pretrained(model, tmp_path / "lora-files", adapter_name="lora").eval()
+    both.load_adapter(tmp_path / "dora-files", adapter_name="dora")
+    for name in hooks:
+        both.set_adapter(name)
+        ours = evaluate(str(tmp_path / name), samples=16).loss
+        assert loss_of(both, base) == pytest.approx(ours, abs=1e-5)
+        merged = AutoModelForCausalLM.from_pretrained(tmp_path / f"{name}-merged", dtype=torch.float32).eval()
+        assert loss_of(merged, base) == pytest.approx(ours, abs=1e-5)
+        assert ours < evaluate(base, samples=16).loss
+
+
+def test_peft_reads_the_ranks_that_adalora_has_left(base: str, tmp_path: Path) -> None:
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    train(settings(base, hooks=(ADALORA,), sizes={}), str(tmp_path / "run"))
+    export(base, tmp_path / "base")
+    export_adapter(tmp_path / "run", tmp_path / "files")
+    pattern = json.loads((tmp_path / "files" / "adapter_config.json").read_bytes())["rank_pattern"]
+    ranks = [sum(kept) for kept in pattern.values()]
+    assert sum(ranks) == 2 * len(ranks), "exactly the budget"
+    assert len(set(ranks)) > 1
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "base", dtype=torch.float32)
+    theirs = PeftModel.from_pretrained(model, tmp_path / "files").eval()
+    assert loss_of(theirs, base) == pytest.approx(evaluate(str(tmp_path / "run"), samples=16).loss, abs=1e-5)
+
+
+def test_ranks_reach_the_budget_whatever_the_number_of_steps_becomes(base: str, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    train(settings(base, "train.steps=8", "checkpoint.every=1", hooks=(ADALORA,), sizes={}), str(run))
+    for steps in (20, 21):
+        resume(str(run), overrides=[f"train.steps={steps}"])
+        rank = [line["adapter_rank"] for line in read_metrics(RunFolder.open(str(run)).storage)][-1]
+        assert rank == 2.0
+
+
+def test_a_frozen_base_is_stored_once(base: str, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    train(settings(base, "checkpoint.keep=9", hooks=(LORA,), sizes={}), str(run))
+    weights = sum(one.numel() * 4 for one in open_model(base).model.state_dict().values())
+    first, *rest = (file.stat().st_size for file in sorted((run / "parts").glob("*.safetensors")))
+    trained = sum(one.numel() * 4 for one in _adapters(run))
+    assert first > weights
+    assert max(rest) < 3 * trained + 40_000, "weights and two moments of the adapters, and their names"
+    assert max(rest) < first / 2
+
+
+def _adapters(run: Path) -> list[torch.Tensor]:
+    from datastore.training.export.export import restored
+
+    model = restored(RunFolder.open(str(run)), step=None).state.model
+    return [one for one in model.parameters() if one.requires_grad]
+
+
+def test_a_model_with_merged_adapters_is_quantized_behind_them(base: str, tmp_path: Path) -> None:
+    hooks = (LORA, {"use": "quantize", "bits": 8})
+    train(settings(base, hooks=hooks, sizes={}), str(tmp_path / "run"))
+    train(settings(base, hooks=(LORA,), sizes={}), str(tmp_path / "plain"))
+    assert evaluate(str(tmp_path / "run")).loss == pytest.approx(evaluate(str(tmp_path / "plain")).loss, abs=0.01)
+    export_gguf(tmp_path / "run", tmp_path / "gguf")
+    assert (tmp_path / "gguf" / "model.gguf").stat().st_size > 0
+
+
+@pytest.mark.parametrize(
+    ("hooks", "sizes", "fact"),
+    [
+        (({"use": "adapt", "layers": ["nothing"]},), {}, "no layer"),
+        (({"use": "adapt", "layers": ["model.embed_tokens"]},), {}, "only linear layers are adapted"),
+        (({"use": "adapt", "method": "dora", "base_bits": 4},), {}, "real rows"),
+        (({"use": "quantize"}, LORA), {}, "adapt"),
+        ((LORA, {"use": "quantize", "qat_from": 2}), {}, "Leave out qat_from, or adapt"),
+        ((ADALORA,), {"shard": 2}, "a rank has parts"),
+    ],
+)
+def test_what_cannot_be_adapted_is_refused_before_the_first_step(
+    hooks: tuple[Mapping[str, Any], ...], sizes: Mapping[str, int], fact: str, base: str, tmp_path: Path
+) -> None:
+    with pytest.raises(ConfigError, match=fact):
+        train(settings(base, hooks=hooks, sizes=sizes), str(tmp_path / "run"), processes=max(1, *sizes.values(), 1))
+    assert not (tmp_path / "run" / "config.json").exists()
+
+
+def test_a_run_without_adapters_has_none_to_export(base: str, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="the run has no adapters"):
+        export_adapter(base, tmp_path / "files")
+    assert not (tmp_path / "files").exists()
