@@ -125,6 +125,7 @@ def finished(sources: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("finished") / "w"
     shutil.copytree(sources, folder)
     (folder / "run.toml").write_text(RUN, encoding="utf-8")
+    (folder / "recipe.toml").write_text('[[hooks]]\nuse = "prune"\nratio = 2.0\nschedule = "once"\n', encoding="utf-8")
     with contextlib.chdir(folder):
         datastore("datastore tokenizer train src/ --vocab 1024 --to tok.json")
         datastore("datastore ingest src/ --to data/code --tokenizer tok.json")

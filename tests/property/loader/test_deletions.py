@@ -10,7 +10,7 @@ from pathlib import Path
 import msgspec
 import numpy as np
 import pytest
-from hypothesis import given, reject, settings
+from hypothesis import assume, given, reject, settings
 from hypothesis import strategies as st
 
 from datastore.dataset.operations.delete import delete
@@ -285,6 +285,7 @@ def test_the_blocks_of_a_batch_are_those_that_its_live_tokens_lie_in(
 def test_documents_of_a_batch_say_which_of_them_are_deleted(rows: set[tuple[int, int]], mode: DeletionMode) -> None:
     after = without(rows)
     gone = set(ids_of(before(), rows))
+    assume(mode != "compact" or after.totals.tokens - after.totals.deleted_tokens > SEQ_LEN)
     batch = next(loader_of(after, deletions=mode))
     spans = batch.documents()
     assert all(span.deleted == (span.document in gone) for span in spans)

@@ -196,6 +196,8 @@ def rest_of(loader: RowLoader) -> list[Any]:
     return [batch.numbers.tolist() for batch in loader]
 
 
+# An error that is raised while a generator is closed is heard by nobody.
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 @pytest.mark.filterwarnings("ignore:memory_bytes:RuntimeWarning")
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
