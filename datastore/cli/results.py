@@ -220,7 +220,7 @@ def generate(*, model: str, prompt: str | None, step: int | None, as_json: bool,
 
 @click.command(
     short_help="Compare sizes, rates and losses of models.",
-    epilog=example("datastore report runs/first runs/smaller hf/int8 --plot sizes.png"),
+    epilog=example("datastore report runs/first runs/smaller --plot sizes.png"),
 )
 @click.argument("models", metavar="RUN|FOLDER...", nargs=-1, required=True)
 @click.option(
