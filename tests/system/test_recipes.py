@@ -15,7 +15,7 @@ from datastore.training.run.proof import prove
 from datastore.training.settings import Settings
 from datastore.training.start import train
 
-RECIPES = Path(__file__).parents[2] / "recipes"
+RECIPES = Path(__file__).parents[2] / "docs" / "recipes"
 INIT = {"continue": "pretrain", "chat": "pretrain", "preference": "chat"}
 """What begins with the weights of another one."""
 
@@ -57,7 +57,7 @@ def test_a_recipe_learns_and_is_proven(place: Path, monkeypatch: pytest.MonkeyPa
 
 
 def test_every_recipe_is_on_the_page() -> None:
-    page = (RECIPES.parent / "docs" / "howto" / "recipes.md").read_text(encoding="utf-8")
+    page = (RECIPES.parent / "howto" / "recipes.md").read_text(encoding="utf-8")
     for path in RECIPES.glob("*.toml"):
         text = path.read_text(encoding="utf-8")
         assert text.partition("[train]")[0].strip() in page, f"{path.name} is not on the page as it is"

@@ -1,6 +1,6 @@
 """Make small data for each recipe of what every Python has: its own sources.
 
-    python recipes/make_data.py [FOLDER]        data/ if it is left out
+    python docs/recipes/make_data.py [FOLDER]        data/ if it is left out
 
 Everything is a function of the sources: their code, their docstrings, what they import. Only the headlines and pictures are
 made up, as no sentence about shares, and no picture, lies in the standard library.
