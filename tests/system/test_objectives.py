@@ -349,6 +349,23 @@ def test_the_weights_in_the_folder_are_what_a_run_begins_with(data: Path, tmp_pa
         torch.testing.assert_close(tensor, model.state_dict()[name], rtol=0, atol=1e-6)
 
 
+@pytest.mark.filterwarnings("ignore")
+def test_a_quantized_model_of_transformers_is_opened_by_it(data: Path, tmp_path: Path) -> None:
+    from transformers import AutoModelForCausalLM
+
+    run, folder = str(tmp_path / "run"), tmp_path / "hf"
+    settings = foreign(data, tmp_path / "config", qwen3, "causal", "train.steps=2")
+    train(msgspec.structs.replace(settings, hooks=({"use": "quantize", "bits": 8},)), run)
+    export(run, to=str(folder))
+    assert (
+        json.loads((folder / "config.json").read_bytes())["quantization_config"]["quant_method"] == "compressed-tensors"
+    )
+    opened, ids = AutoModelForCausalLM.from_pretrained(folder).eval(), torch.arange(1, 9)[None]
+    with torch.no_grad():
+        expected = open_model(run).model.eval()(ids)
+        torch.testing.assert_close(opened(ids).logits, getattr(expected, "logits", expected), rtol=0, atol=1e-5)
+
+
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("layout", ["parallel.data=2", "parallel.shard=2"])

@@ -107,6 +107,9 @@ def _write_foreign(storage: Storage, source: HuggingFaceModel) -> dict[str, int]
         files = {file.name: file.read_bytes() for file in write_model(source.model, Path(folder))}
     files |= dict(_tokenizer_files(source))
     config = files.pop("config.json")
+    quantization = quantization_config(source.model)
+    if quantization is not None:
+        config = orjson.dumps(orjson.loads(config) | {"quantization_config": quantization}, option=orjson.OPT_INDENT_2)
     for key, content in [*files.items(), ("config.json", config)]:
         storage.put(key, content)
     return {key: len(content) for key, content in {**files, "config.json": config}.items()}
