@@ -8,7 +8,8 @@ from torch.nn import functional
 
 from datastore.errors import ConfigError
 from datastore.storage.backends.local import LocalStorage
-from datastore.training.export.huggingface import HuggingFaceModel, read_folder, write_folder
+from datastore.storage.backends.memory import MemoryStorage
+from datastore.training.export.huggingface import HuggingFaceModel, read_folder, shape_of_folder, write_folder
 from datastore.training.hooks.quantize import Quantize
 from datastore.training.hooks.quantizing.layers import packed_layer, replace_module
 from datastore.training.hooks.quantizing.settings import QuantizeSettings, Scheme, chosen_layers
@@ -110,9 +111,15 @@ def test_a_token_does_not_see_those_behind_it() -> None:
     assert torch.equal(made()(IDS)[:, :20], made()(changed)[:, :20])
 
 
-def test_a_model_of_another_kind_is_refused_by_what_differs(tmp_path: Path) -> None:
-    storage = LocalStorage(tmp_path)
-    write_folder(storage, HuggingFaceModel(made(), 64, None, 0))
-    storage.put("config.json", storage.get("config.json").replace(b'"silu"', b'"gelu"'))
+def test_a_model_of_another_kind_is_opened_by_transformers_or_refused_by_what_differs(tmp_path: Path) -> None:
+    folder = LocalStorage(tmp_path)
+    write_folder(folder, HuggingFaceModel(made(), 64, None, 0))
+    folder.put("config.json", folder.get("config.json").replace(b'"silu"', b'"gelu"'))
+    assert read_folder(folder).model.config.hidden_act == "gelu"
+    far = MemoryStorage("models-of-another-kind")  # Where transformers finds no folder.
+    for each in folder.list():
+        far.put(each.key, folder.get(each.key))
     with pytest.raises(ConfigError, match="hidden_act='gelu'"):
-        read_folder(storage)
+        read_folder(far)
+    with pytest.raises(ConfigError, match="hidden_act='gelu'"):
+        shape_of_folder(folder)

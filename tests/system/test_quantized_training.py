@@ -143,7 +143,7 @@ def test_ranks_with_parts_learn_what_one_process_learns(language: str, tmp_path:
     for name, (processes, sizes) in LAYOUTS.items():
         train(settings(language, hooks=(LEARNED,), sizes=sizes), str(tmp_path / name), processes=processes)
     for name in ("data 2", "shard 2"):
-        assert losses(tmp_path / name) == pytest.approx(losses(tmp_path / "one"), abs=2e-3), "an integer may flip"
+        assert losses(tmp_path / name) == pytest.approx(losses(tmp_path / "one"), abs=1e-2), "an integer may flip"
 
 
 @pytest.mark.parametrize("method", ["gptq", "awq"])
