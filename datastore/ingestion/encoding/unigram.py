@@ -1,8 +1,8 @@
 """Train a byte-level unigram tokenizer: the vocabulary under which the sample is most likely, pieces weighed by themselves.
 
 `sentencepiece` does the work, on words whose bytes stand as characters, as byte-level BPE has them. It is given them sorted,
-with their counts, and one thread, so the same sample gives the same vocabulary. The trainer of `tokenizers` 0.23 gives
-another one each time, with one thread too, and codes the standard library's sources in 12 % more tokens (3.30 against 3.74
+with their counts, and one thread, so the same sample gives the same vocabulary. The trainer of `tokenizers` 0.23 numbers
+some pieces anew each time, with one thread too, and codes the standard library's sources in 12 % more tokens (3.30 against 3.74
 characters each, 8,000 ids, 3 MB).
 
 Source: T. Kudo, "Subword Regularization", ACL 2018; sentencepiece 0.2.
