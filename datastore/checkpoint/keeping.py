@@ -32,6 +32,7 @@ __all__ = [
     "collect",
     "drop_after",
     "expired",
+    "files_of",
     "garbage",
     "pin",
     "pinned_steps",
@@ -110,7 +111,7 @@ def garbage(
     kept = {step: commit for step, commit in commits.items() if step not in dropped}
     newest = max((step for step, commit in kept.items() if commit is not None), default=-1)
     unreadable = {step for step, commit in kept.items() if commit is None}
-    live = {key for commit in kept.values() if commit is not None for key in _needs(commit)}
+    live = {key for commit in kept.values() if commit is not None for key in files_of(commit)}
     found = []
     for stat in parts:
         step = step_of_key(stat.key)
@@ -120,7 +121,8 @@ def garbage(
     return found
 
 
-def _needs(commit: StepCommit) -> set[str]:
+def files_of(commit: StepCommit) -> set[str]:
+    """Return the keys of all files that a step needs besides its own: parts and their documents."""
     own = {key for ref in commit.parts for key in (ref.info, ref.part)}
     return own.union(*((part, f"{part.removesuffix('.safetensors')}.json") for part in commit.uses))
 

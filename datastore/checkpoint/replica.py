@@ -21,7 +21,7 @@ from typing import TypeAlias
 import numpy as np
 
 from datastore.checkpoint.format.manifest import LATEST_KEY, PARTS, STEPS, VOTES, Chunk, chunks_of, step_key
-from datastore.checkpoint.keeping import Keep, collect, drop_after, expired, pinned_steps
+from datastore.checkpoint.keeping import Keep, collect, drop_after, expired, files_of, pinned_steps
 from datastore.checkpoint.ranks import read_run
 from datastore.checkpoint.saving.commit import put_commit, write_hint
 from datastore.checkpoint.steps import StepLog, WholeStep, reading
@@ -81,20 +81,23 @@ def replicate(source: Place, target: Place, *, keep: Keep = _KEEP, progress: Pro
     dropped = _follow_back(log, there, target)
     files, size_bytes = _copy_others(source, target)
     whole, damaged = _sound(log, _lacking(log, there, keep, pinned=pinned_steps(source)))
+    parts = [_parts_of(each) for each in whole]
     present = {stat.key for stat in target.list(PARTS)}
-    sizes = {key: source.stat(key).size_bytes for each in whole for key in _parts_of(each) if key not in present}
-    done, total = 0, sum(sizes.values())
+    sizes = {stat.key: stat.size_bytes for stat in source.list(PARTS) if stat.key not in present}
+    done, total = 0, sum(sizes.get(key, 0) for key in set().union(*parts))
     copied = []
-    for each in whole:
+    for each, own in zip(whole, parts, strict=True):
         try:
-            for key, chunks in _parts_of(each).items():
-                if key in sizes:
+            for key, chunks in own.items():
+                if key not in present:
                     _copy_part(source, target, key, chunks)
-                    done += sizes.pop(key)
+                    present.add(key)
+                    done += sizes.get(key, 0)
                     if progress is not None:
                         progress(done, total)
-            for key in _documents_of(each):
-                target.put(key, source.get(key))
+            for key in sorted(files_of(each.commit)):
+                if key.endswith(".json"):
+                    target.put(key, source.get(key))
         except (CorruptError, MissingError) as error:
             _LOGGER.warning("step %d is not copied: %s", each.commit.step, error)
             damaged += [each.commit.step] if isinstance(error, CorruptError) else []
@@ -167,15 +170,6 @@ def _parts_of(step: WholeStep) -> dict[str, list[Chunk]]:
         for entry in info.entries:
             found.setdefault(entry.part, set()).update(chunks_of(entry, info.chunk_bytes))
     return {key: sorted(chunks) for key, chunks in found.items()}
-
-
-def _documents_of(step: WholeStep) -> list[str]:
-    """Return the documents of the parts that a step needs."""
-    return [ref.info for ref in step.commit.parts] + [_document_of(part) for part in step.commit.uses]
-
-
-def _document_of(part: str) -> str:
-    return f"{part.removesuffix('.safetensors')}.json"
 
 
 def _copy_part(source: Storage, target: Storage, key: str, chunks: Sequence[Chunk]) -> None:

@@ -15,12 +15,13 @@ import torch
 from torch import Tensor, nn
 
 from datastore.document import Document
-from datastore.errors import ConfigError, DependencyError
+from datastore.errors import ConfigError
 from datastore.training.export.export import open_model
 from datastore.training.export.huggingface import HuggingFaceModel
 from datastore.training.export.inference import evaluate
 from datastore.training.models.gpt import GPT
 from datastore.training.models.huggingface import logits_of
+from datastore.training.run.history import figure_class, save_figure
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -150,16 +151,11 @@ def draw(found: Sequence[ModelReport], path: Path) -> "Figure":
         ConfigError: no loss is known, or the picture cannot be saved.
         DependencyError: matplotlib is not installed.
     """
-    try:
-        from matplotlib.figure import Figure  # noqa: PLC0415 - optional
-    except ImportError:
-        raise DependencyError(
-            "a picture needs matplotlib", hint="Install it: `pip install 'llm-datastore[plot]'`."
-        ) from None
+    new_figure = figure_class()
     known = [(one, one.loss) for one in found if one.loss is not None]
     if not known:
         raise ConfigError("there is no loss to draw", hint="Name a run that says what is held out.")
-    figure = Figure(figsize=(7, 4.5), layout="constrained")
+    figure = new_figure(figsize=(7, 4.5), layout="constrained")
     axis = figure.subplots()
     for one, loss in known:
         axis.plot(one.size_bytes / 1e6, loss, "o")
@@ -167,10 +163,5 @@ def draw(found: Sequence[ModelReport], path: Path) -> "Figure":
     axis.set_xlabel("size (MB)")
     axis.set_ylabel("loss (nats per token)")
     axis.grid(alpha=0.3)
-    try:
-        figure.savefig(path)
-    except (OSError, ValueError) as error:
-        raise ConfigError(
-            f"the picture cannot be saved: {error}", path=str(path), hint="Write .png, .svg or .pdf."
-        ) from None
+    save_figure(figure, path)
     return figure

@@ -24,7 +24,17 @@ from datastore.training.run.lock import writer_of
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-__all__ = ["Difference", "RunSummary", "compare", "numbers_of", "plot", "runs_below", "summary_of"]
+__all__ = [
+    "Difference",
+    "RunSummary",
+    "compare",
+    "figure_class",
+    "numbers_of",
+    "plot",
+    "runs_below",
+    "save_figure",
+    "summary_of",
+]
 
 _DEPTH = 3
 """How many folders below the one that is named runs are looked for."""
@@ -215,12 +225,7 @@ def plot(
         MissingError: there is no run at one of the URLs.
         DependencyError: matplotlib is not installed.
     """
-    try:
-        from matplotlib.figure import Figure  # noqa: PLC0415 - optional
-    except ImportError:
-        raise DependencyError(
-            "a picture needs matplotlib", hint="Install it: `pip install 'llm-datastore[plot]'`."
-        ) from None
+    new_figure = figure_class()
     if against not in _AXES:
         raise ConfigError("no such axis", against=against, hint=f"One of {', '.join(_AXES)}.")
     urls = [os.fspath(run) for run in ([runs] if isinstance(runs, str | os.PathLike) else runs)]
@@ -230,7 +235,7 @@ def plot(
     if not drawn:
         raise ConfigError("there is nothing to draw", numbers=list(numbers), known=sorted(known), hint="Name others.")
     panels = [name for name in drawn if name != "validation_loss" or "loss" not in drawn]
-    figure = Figure(figsize=(8, 2.6 * len(panels) + 0.6), layout="constrained")
+    figure = new_figure(figsize=(8, 2.6 * len(panels) + 0.6), layout="constrained")
     axes = figure.subplots(len(panels), sharex=True, squeeze=False)[:, 0]
     for axis, panel in zip(axes, panels, strict=True):
         for number, (url, each) in enumerate(zip(urls, found, strict=True)):
@@ -243,11 +248,31 @@ def plot(
     axes[0].legend()
     axes[-1].set_xlabel(against)
     if path is not None:
-        _save(figure, path)
+        save_figure(figure, path)
     return figure
 
 
-def _save(figure: "Figure", path: str | Path) -> None:
+def figure_class() -> "type[Figure]":
+    """Return what a picture begins with.
+
+    Raises:
+        DependencyError: matplotlib is not installed.
+    """
+    try:
+        from matplotlib.figure import Figure  # noqa: PLC0415 - optional
+    except ImportError:
+        raise DependencyError(
+            "a picture needs matplotlib", hint="Install it: `pip install 'llm-datastore[plot]'`."
+        ) from None
+    return Figure
+
+
+def save_figure(figure: "Figure", path: str | Path) -> None:
+    """Save `figure` as what the end of `path` says.
+
+    Raises:
+        ConfigError: it cannot be saved there, or not as such.
+    """
     try:
         figure.savefig(path)
     except (OSError, ValueError) as error:
