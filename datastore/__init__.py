@@ -34,6 +34,9 @@ if TYPE_CHECKING:
     from datastore.dataset.roots import place_dataset as place
     from datastore.dataset.snapshot import Dataset
     from datastore.dataset.snapshot import open_dataset as open  # noqa: A004 - `ds.open` is what it is
+    from datastore.engines.engine import Engine
+    from datastore.engines.local import LocalEngine
+    from datastore.engines.ray import RayEngine
     from datastore.errors import (
         ConfigError,
         ConflictError,
@@ -48,8 +51,6 @@ if TYPE_CHECKING:
         WaitError,
     )
     from datastore.ingestion.encoding.tokenizer import TokenizerSettings, train_tokenizer
-    from datastore.ingestion.engines.engine import Engine
-    from datastore.ingestion.engines.ray import RayEngine
     from datastore.ingestion.importing import import_dataset, retokenize
     from datastore.ingestion.ingest import ingest
     from datastore.ingestion.quality.similar import DedupSettings
@@ -89,17 +90,18 @@ _HOMES = {
     "DatastoreError": ("datastore.errors", "DatastoreError"),
     "DedupSettings": ("datastore.ingestion.quality.similar", "DedupSettings"),
     "DependencyError": ("datastore.errors", "DependencyError"),
-    "Engine": ("datastore.ingestion.engines.engine", "Engine"),
+    "Engine": ("datastore.engines.engine", "Engine"),
     "FileRows": ("datastore.loader.rows.files.opening", "FileRows"),
     "FormatError": ("datastore.errors", "FormatError"),
     "IngestSettings": ("datastore.ingestion.settings", "IngestSettings"),
     "Keep": ("datastore.checkpoint.keeping", "Keep"),
     "Loader": ("datastore.loader.loader", "Loader"),
     "LoaderSettings": ("datastore.loader.settings", "LoaderSettings"),
+    "LocalEngine": ("datastore.engines.local", "LocalEngine"),
     "Mixture": ("datastore.loader.mixture.request", "Mixture"),
     "MissingError": ("datastore.errors", "MissingError"),
     "Rank": ("datastore.loader.settings", "Rank"),
-    "RayEngine": ("datastore.ingestion.engines.ray", "RayEngine"),
+    "RayEngine": ("datastore.engines.ray", "RayEngine"),
     "RejectedError": ("datastore.errors", "RejectedError"),
     "ResumeError": ("datastore.errors", "ResumeError"),
     "RowBatch": ("datastore.loader.rows.batch", "RowBatch"),
@@ -177,6 +179,7 @@ __all__ = [
     "Keep",
     "Loader",
     "LoaderSettings",
+    "LocalEngine",
     "MissingError",
     "Mixture",
     "Rank",

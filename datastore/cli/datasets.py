@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from datastore.cli.ingest import engine_of, on_engine
 from datastore.cli.output import fields, json_option, moment, progress_option, say, say_json, table, with_progress
 from datastore.cli.shell import example
 
@@ -183,16 +184,19 @@ def _document_rows(dataset: "Dataset") -> Iterator[dict[str, object]]:
 @click.option("--sample", callback=_share, default="100%", help="Share of the blocks to read, such as 1% or 0.01.")
 @click.option("--seed", type=click.IntRange(min=0), help="Draw the same blocks again as the run that named this seed.")
 @click.option("--deep", is_flag=True, help="Decode each shard, too, and compare it with what the manifest says of it.")
+@on_engine
 @progress_option
 @json_option
-def verify(*, url: str, sample: float, seed: int | None, deep: bool, as_json: bool) -> int:
+def verify(*, url: str, sample: float, seed: int | None, deep: bool, as_json: bool, **who: Any) -> int:
     """Read every byte of the dataset at URL and name each bad block; exit with 1 if there is one."""
     from datastore.dataset.durability.verify import verify as verify_dataset
     from datastore.dataset.snapshot import open_dataset
     from datastore.units import format_bytes
 
     dataset = open_dataset(url)
-    report = with_progress("verify", verify_dataset, dataset=dataset, sample=sample, seed=seed, deep=deep)
+    report = with_progress(
+        "verify", verify_dataset, dataset=dataset, sample=sample, seed=seed, deep=deep, engine=engine_of(**who)
+    )
     if as_json:
         say_json(report, storage=dataset.storage)
         return 1 if report.bad else 0

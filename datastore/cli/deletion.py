@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
+from datastore.cli.ingest import engine_of, on_engine
 from datastore.cli.output import fields, json_option, progress_option, say, say_json, table, with_progress
 from datastore.cli.shell import example, given_options
 
@@ -151,6 +152,7 @@ def undelete(*, url: str, of: int, dry_run: bool, as_json: bool) -> None:
 @selection
 @click.option("--drop-tags", is_flag=True, help="Let tags of versions that go, go with them.")
 @click.option("--dry-run", is_flag=True, help="Only say what would be purged.")
+@on_engine
 @progress_option
 @json_option
 def purge(
@@ -163,6 +165,7 @@ def purge(
     drop_tags: bool,
     dry_run: bool,
     as_json: bool,
+    **who: Any,
 ) -> None:
     """Remove for good what is deleted in the dataset at URL; first delete what the options name.
 
@@ -175,7 +178,13 @@ def purge(
     named = _ids(ids, ids_from)
     selection = None if named is None and not sources and where is None else _selection(named, sources, where)
     report = with_progress(
-        "purge", purge_selected, target=url, selection=selection, drop_tags=drop_tags, dry_run=dry_run
+        "purge",
+        purge_selected,
+        target=url,
+        selection=selection,
+        drop_tags=drop_tags,
+        dry_run=dry_run,
+        engine=engine_of(**who),
     )
     if as_json:
         say_json(report)
@@ -229,9 +238,10 @@ def _say_purged(report: "PurgeReport") -> None:
 @URL
 @click.option("--target", "target_bytes", metavar="SIZE", default="64 MiB", help="What a full shard holds.")
 @click.option("--dry-run", is_flag=True, help="Only say what would be merged.")
+@on_engine
 @progress_option
 @json_option
-def compact(*, url: str, target_bytes: str, dry_run: bool, as_json: bool) -> None:
+def compact(*, url: str, target_bytes: str, dry_run: bool, as_json: bool, **who: Any) -> None:
     """Merge small neighbouring shards of the dataset at URL into full ones, without the documents that are deleted.
 
     Documents keep their order, but shards get new uids, and the order of samples follows from those: a new generation.
@@ -241,7 +251,12 @@ def compact(*, url: str, target_bytes: str, dry_run: bool, as_json: bool) -> Non
     from datastore.units import format_bytes, format_seconds, parse_bytes
 
     report = with_progress(
-        "compact", compact_shards, target=url, target_bytes=parse_bytes(target_bytes), dry_run=dry_run
+        "compact",
+        compact_shards,
+        target=url,
+        target_bytes=parse_bytes(target_bytes),
+        dry_run=dry_run,
+        engine=engine_of(**who),
     )
     if as_json:
         say_json(report)
@@ -277,9 +292,12 @@ def compact(*, url: str, target_bytes: str, dry_run: bool, as_json: bool) -> Non
 @click.option("--text-column", help="Column of the text, in a dataset of records.  [default: text]")
 @click.option("--clusters", metavar="FILE", help="Write which documents are alike, as Parquet: a path or URL.")
 @click.option("--dry-run", is_flag=True, help="Only say what would be deleted.")
+@on_engine
 @progress_option
 @json_option
-def dedup(*, url: str, dry_run: bool, as_json: bool, **options: Any) -> None:
+def dedup(
+    *, url: str, dry_run: bool, as_json: bool, workers: int | None, engine: str, address: str | None, **options: Any
+) -> None:
     """Find documents of the dataset at URL that are nearly the same, and delete all but one of each kind.
 
     They are found by MinHash over runs of words. It is a delete like any other: no shard is touched, and the version before
@@ -290,7 +308,15 @@ def dedup(*, url: str, dry_run: bool, as_json: bool, **options: Any) -> None:
 
     given, origins = given_options(options)
     settings = settings_from(DedupSettings, given, where="the options", origins=origins)
-    report = with_progress("dedup", deduplicate, unit="documents", target=url, settings=settings, dry_run=dry_run)
+    report = with_progress(
+        "dedup",
+        deduplicate,
+        unit="documents",
+        target=url,
+        settings=settings,
+        dry_run=dry_run,
+        engine=engine_of(engine, address, workers=workers),
+    )
     if as_json:
         say_json(report)
         return

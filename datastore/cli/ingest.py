@@ -4,7 +4,7 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
@@ -21,7 +21,7 @@ from datastore.cli.output import (
 from datastore.cli.shell import example, given_options
 
 if TYPE_CHECKING:  # pyarrow takes longer to load than a wrong option takes to find.
-    from datastore.ingestion.engines.engine import Engine
+    from datastore.engines.engine import Engine
     from datastore.ingestion.estimate import Estimate
     from datastore.ingestion.report import IngestProgress, IngestReport
 
@@ -36,8 +36,11 @@ __all__ = [
     "WORKERS",
     "engine_of",
     "in_source_bytes",
+    "on_engine",
     "tell_ingest",
 ]
+
+F = TypeVar("F", bound=Callable[..., Any])
 
 READ_AS = (
     *("text", "lines", "jsonl", "json", "warc", "csv", "tsv", "parquet", "arrow"),
@@ -171,16 +174,25 @@ def ingest(
         say_json(report) if as_json else tell_ingest(report)
 
 
-def engine_of(name: str, address: str | None) -> "Engine | None":
-    """Return who does the work; None: processes of this machine."""
+def engine_of(engine: str, address: str | None, workers: int | None = None) -> "Engine | None":
+    """Return who does the work: a cluster, several `workers` of this machine, or None, if neither is asked for."""
+    from datastore.engines.local import LocalEngine
+    from datastore.engines.ray import RayEngine
     from datastore.errors import ConfigError
-    from datastore.ingestion.engines.ray import RayEngine
 
-    if name == "ray":
+    if engine == "ray":
         return RayEngine(address or "auto")
     if address is not None:
         raise ConfigError("only a cluster has an address", address=address, hint="Give `--engine ray`, too.")
-    return None
+    return None if workers is None else LocalEngine(workers)
+
+
+def on_engine(command: F) -> F:
+    """Give a command the options that say who does its work."""
+    few = click.option("--workers", type=click.IntRange(min=1), help="Processes; this one if left out.")
+    for option in (few, ENGINE, ADDRESS):
+        command = option(command)
+    return command
 
 
 def _share(task: str | None, *, commit: bool) -> str:

@@ -1,6 +1,7 @@
 """A dataset: a URL with a log of versions.
 
 snapshot     Dataset, one version, immutable; `open_dataset`
+elsewhere    a dataset in other processes
 roots        a dataset on several disks
 journal      what an ingest has planned and done
 journals     the journals of all ingests: damage, and what a purge takes out

@@ -11,7 +11,7 @@ destination   the dataset an ingest adds to
 tasks         one task: read, encode, store
 encoding      from text to tokens
 sinks         documents into shards
-engines       tasks in processes of this machine, or on a cluster
+running       tasks, in this process, in others, or on an engine
 writers       rows and tokens from a program of one's own
 importing     datasets of other libraries
 estimate      the cost, without doing it

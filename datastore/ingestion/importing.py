@@ -11,8 +11,8 @@ import msgspec
 import pyarrow as pa
 
 from datastore.dataset.journal import SourceFile
+from datastore.engines.engine import Engine
 from datastore.errors import ConfigError
-from datastore.ingestion.engines.engine import Engine
 from datastore.ingestion.ingest import ingest
 from datastore.ingestion.reading.rows import first_schema, is_token_column
 from datastore.ingestion.reading.sources import list_sources

@@ -16,9 +16,9 @@ from dataclasses import dataclass, replace
 from datastore.dataset.journal import Journal, TaskDone
 from datastore.dataset.log.identity import create_dataset
 from datastore.dataset.shards.files import put_tokenizer
+from datastore.engines.engine import Engine
+from datastore.engines.local import LocalEngine
 from datastore.errors import ConfigError, ConflictError, CorruptError, RejectedError
-from datastore.ingestion.engines.engine import Engine, run_on
-from datastore.ingestion.engines.processes import run_orders
 from datastore.ingestion.outcome import IngestOutcome, Overtaken, commit_ingest, samples_of
 from datastore.ingestion.plan import Share, work_items
 from datastore.ingestion.preparation import PreparedIngest, prepare
@@ -32,6 +32,7 @@ from datastore.ingestion.report import (
     lengths_in,
     skipped_in,
 )
+from datastore.ingestion.running import run_here, run_on
 from datastore.ingestion.settings import IngestSettings
 from datastore.ingestion.tasks import Advance
 from datastore.storage.statistics import add_statistics
@@ -183,12 +184,16 @@ def _run(
         tally.take(step)
 
     wanted = set(own)
-    orders = [item for item in work_items(prepared.plan, without=done) if item.task_id in wanted]
-    if how.engine is not None:
+    items = [item for item in work_items(prepared.plan, without=done) if item.task_id in wanted]
+    engine = how.engine
+    if engine is not None:
         prepared.require_shared()
-        run_on(how.engine, prepared.job(to), orders, report=take)
-    elif orders:
-        run_orders(prepared.job(to), orders, workers=prepared.workers(len(orders)), report=take)
+    elif (workers := prepared.workers(len(items))) > 1:
+        engine = LocalEngine(workers)
+    if engine is None:
+        run_here(prepared.job(to), items, report=take)
+    else:
+        run_on(engine, prepared.job(to), items, report=take)
     return done
 
 

@@ -44,10 +44,14 @@ def ground(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("ground")
     rng = random.Random(3)
     words = [f"w{rng.randrange(10**6)}" for _ in range(300)]
+    copied = " ".join(words[:40])
     (root / "src").mkdir()
     for number in range(4):
         rows = [
-            {"id": f"{number}-{row % 290}", "text": " ".join(rng.choices(words, k=rng.randrange(5, 90)))}
+            {
+                "id": f"{number}-{row % 290}",
+                "text": " ".join(rng.choices(words, k=rng.randrange(5, 90))) if row % 60 else copied,
+            }
             for row in range(300)
         ]
         (root / "src" / f"{number}.jsonl").write_bytes(b"".join(orjson.dumps(row) + b"\n" for row in rows))
@@ -138,7 +142,7 @@ def test_an_engine_of_ones_own_writes_the_same_bytes(ground: Path, tmp_path: Pat
 
 
 def test_an_engine_that_leaves_out_tasks_is_found_out(ground: Path, tmp_path: Path) -> None:
-    with pytest.raises(ds.DatastoreError, match="the engine has not done all tasks"):
+    with pytest.raises(ds.DatastoreError, match="the engine has not done all of the work"):
         ds.ingest(str(ground / "src"), str(tmp_path / "data"), settings=settings(ground), engine=Forgetful())
     assert ds.ingest(str(ground / "src"), str(tmp_path / "data"), settings=settings(ground)).added
     assert contents(tmp_path / "data") == contents(ground / "undisturbed")
@@ -175,6 +179,9 @@ def shoot(now):
 settings = ds.IngestSettings(tokenizer=tokenizer, task_bytes=20_000, shard_bytes=8_192, max_reject_ratio=0.05)
 report = ds.ingest(source, to, settings=settings, engine=ds.RayEngine(cluster.address), progress=shoot)
 print("done", report.added, report.tasks, len(gone))
+engine = ds.RayEngine(cluster.address)
+print("dedup", ds.dedup(to, dry_run=True, engine=engine).duplicates == ds.dedup(to, dry_run=True).duplicates > 0)
+print("sound", ds.verify(ds.open(to), deep=True, engine=engine) == ds.verify(ds.open(to), deep=True))
 cluster.shutdown()
 """
 
@@ -187,6 +194,7 @@ def test_ray_writes_the_same_bytes_though_a_node_dies(ground: Path, tmp_path: Pa
     done = subprocess.run(program, capture_output=True, text=True, timeout=240, check=False)
     assert done.returncode == 0, done.stderr[-2000:]
     assert "done True" in done.stdout
+    assert "dedup True\nsound True" in done.stdout
     assert " 1\n" in done.stdout[done.stdout.index("done True") :]
     assert contents(to) == contents(ground / "undisturbed")
 

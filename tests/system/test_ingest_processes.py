@@ -204,7 +204,7 @@ def test_a_worker_that_dies_is_reported_with_its_task(
 ) -> None:
     def shoot(_: IngestProgress) -> None:
         for pid in children(os.getpid()):
-            if b"datastore.ingestion.engines.processes" in Path(f"/proc/{pid}/cmdline").read_bytes():
+            if b"datastore.engines.local" in Path(f"/proc/{pid}/cmdline").read_bytes():
                 os.kill(pid, signal.SIGKILL)
 
     to = tmp_path / "data"

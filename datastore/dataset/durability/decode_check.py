@@ -63,10 +63,14 @@ class DeepCheck:
         self._lock = threading.Lock()
         self._unseen = set(self._deletions.uids)
 
-    def shard(self, shard: ShardInfo) -> list[BadBlock]:
-        """Return what is wrong with a shard and its documents."""
+    def seen(self, shard: ShardInfo) -> None:
+        """Note that the shard is there: `rest` says which deletions are of none."""
         with self._lock:
             self._unseen.discard(shard.uid)
+
+    def shard(self, shard: ShardInfo) -> list[BadBlock]:
+        """Return what is wrong with a shard and its documents."""
+        self.seen(shard)
         storage = self._dataset.storage
         bad: list[BadBlock] = []
         if shard.kind == "records":

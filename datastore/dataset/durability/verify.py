@@ -9,14 +9,14 @@ A sample reads all of the manifest and a share of the blocks: one run finds wide
 
 import os
 import secrets
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
-from operator import call
 
 from datastore.dataset.durability.blocks import BadBlock, Draw, Room, check_copies
 from datastore.dataset.durability.decode_check import DeepCheck
+from datastore.dataset.elsewhere import Crew, crew_of, received, sent
 from datastore.dataset.journals import damaged_documents
 from datastore.dataset.log.commits import CommitLog, check_chain
 from datastore.dataset.log.identity import read_info
@@ -41,12 +41,16 @@ from datastore.dataset.shards.parity_groups import Group, load_groups
 from datastore.dataset.shards.segment_file import segment_ref
 from datastore.dataset.shards.segments import Segments, load_segment
 from datastore.dataset.snapshot import Dataset
+from datastore.engines.engine import Engine, Tell
 from datastore.errors import ConfigError, CorruptError, DatastoreError
 from datastore.storage.base import Storage
 from datastore.threads import THREADS, in_parallel
 from datastore.units import Progress
 
-__all__ = ["VerifyReport", "verify"]
+__all__ = ["VerifyReport", "check_parts", "verify"]
+
+_PIECE_BYTES = 256 * 2**20
+"""About what another process reads before it answers."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,12 +88,14 @@ def verify(
     sample: float = 1.0,
     seed: int | None = None,
     deep: bool = False,
+    engine: Engine | None = None,
     progress: Progress | None = None,
 ) -> VerifyReport:
     """Read and check every file that the open version of `dataset` refers to, its history and all tags included.
 
     `sample` is the share of blocks to read; `seed` draws them (None: another seed each time, see the report). `deep`
     also decodes each shard and its documents, and checks that they are what the manifest says: see `DeepCheck`.
+    With an `engine` other processes read the shards and parity files; what names them is checked here.
     Files that no reader depends on (README.md, the hint in the log, rejects) are not looked at.
 
     Raises:
@@ -105,16 +111,19 @@ def verify(
         )
     seed = secrets.randbits(32) if seed is None else seed
     draw = Draw(1 / sample, seed=seed)
-    report = _verify(dataset, draw, DeepCheck(dataset) if deep else None, progress)
+    run = partial(_here, dataset) if engine is None else partial(_elsewhere, crew_of(dataset, dataset, engine))
+    report = _verify(dataset, draw, DeepCheck(dataset) if deep else None, run, progress)
     if draw.seen and not draw.drawn:  # So small a dataset that the share is less than a block.
         draw = Draw(draw.seen, seed=seed)
-        report = _verify(dataset, draw, None, progress)
+        report = _verify(dataset, draw, None, run, progress)
     return replace(report, blocks=draw.drawn, of_blocks=draw.seen, seed=seed if sample < 1 else None)
 
 
-def _verify(dataset: Dataset, draw: Draw, look: DeepCheck | None, progress: Progress | None) -> VerifyReport:
+def _verify(
+    dataset: Dataset, draw: Draw, look: DeepCheck | None, run: "_Run", progress: Progress | None
+) -> VerifyReport:
     files, size_bytes, bad = 0, 0, list[BadBlock]()
-    for found in in_parallel(call, _checks(dataset, draw, look), threads=_threads(dataset.storage)):
+    for found in run(_checks(dataset, draw), look):
         files += found.files
         size_bytes += found.size_bytes
         bad += found.bad
@@ -123,6 +132,67 @@ def _verify(dataset: Dataset, draw: Draw, look: DeepCheck | None, progress: Prog
     if look is not None and not bad:
         bad = look.rest()
     return VerifyReport(files=files, bytes=size_bytes, bad=tuple(bad))
+
+
+@dataclass(frozen=True, slots=True)
+class _Part:
+    """Files, and which of their blocks to read: those of a shard, or of a parity group."""
+
+    files: tuple[tuple[StoredFile, tuple[int, ...]], ...]
+    shard: ShardInfo | None = None
+    group: Group | None = None
+
+    @property
+    def size_bytes(self) -> int:
+        return sum(file.bytes_in(chosen) for file, chosen in self.files)
+
+
+_Check = Callable[[], _Found] | _Part
+
+_Run = Callable[[Iterator[_Check], DeepCheck | None], Iterator[_Found]]
+"""Makes checks, here or elsewhere."""
+
+
+def _here(dataset: Dataset, checks: Iterator[_Check], look: DeepCheck | None) -> Iterator[_Found]:
+    room = Room()
+
+    def made(check: _Check) -> _Found:
+        return _check_part(dataset.storage, check, room, look) if isinstance(check, _Part) else check()
+
+    return iter(in_parallel(made, checks, threads=_threads(dataset.storage)))
+
+
+def _elsewhere(crew: Crew, checks: Iterator[_Check], look: DeepCheck | None) -> Iterator[_Found]:
+    own: list[_Found] = []
+
+    def items() -> Iterator[tuple[tuple[bool, list[_Part]], Mapping[str, str]]]:
+        parts: list[_Part] = []
+        for check in checks:
+            if not isinstance(check, _Part):
+                own.append(check())
+                continue
+            parts.append(check)
+            if look is not None and check.shard is not None:
+                look.seen(check.shard)
+            if sum(part.size_bytes for part in parts) >= _PIECE_BYTES:
+                yield (look is not None, parts), {"first_file": parts[0].files[0][0].key}
+                parts = []
+        if parts:
+            yield (look is not None, parts), {"first_file": parts[0].files[0][0].key}
+
+    for _, found in crew.spread(check_parts, items(), answer=_Found):
+        yield found
+    yield from own
+
+
+def check_parts(order: bytes, _: Tell) -> bytes:
+    """Check the ordered files, in any process."""
+    dataset, (deep, parts) = received(order, tuple[bool, list[_Part]])
+    look = DeepCheck(dataset) if deep else None
+    room = Room()
+    found = [_check_part(dataset.storage, part, room, look) for part in parts]
+    bad = [each for one in found for each in one.bad]
+    return sent(_Found(sum(one.files for one in found), sum(one.size_bytes for one in found), bad))
 
 
 def _threads(storage: Storage) -> int:
@@ -136,7 +206,7 @@ def _threads(storage: Storage) -> int:
     return min(THREADS, os.cpu_count() or 1)
 
 
-def _checks(dataset: Dataset, draw: Draw, look: DeepCheck | None) -> Iterator[Callable[[], _Found]]:
+def _checks(dataset: Dataset, draw: Draw) -> Iterator[_Check]:
     storage, commit = dataset.storage, dataset.commit
     yield partial(_one, INFO_KEY, partial(_check_info, dataset))
     yield partial(_check_history, storage, commit)
@@ -148,34 +218,35 @@ def _checks(dataset: Dataset, draw: Draw, look: DeepCheck | None) -> Iterator[Ca
         yield partial(_one, key, partial(read_tokenizer, storage, commit.tokenizer))
     for deletion in commit.deletions:
         yield partial(_one, deletions_key(deletion.digest), partial(load_deletion, storage, deletion))
-    room = Room()
-    yield from _parity_checks(dataset, draw, room, look)
+    yield from _parity_checks(dataset, draw)
     for ref in commit.segments:
         segments: list[Segments] = []
         found = _one(segment_key(ref.digest), partial(_check_segment, storage, ref, segments))
         yield partial(_Found, found.files, found.size_bytes, found.bad)
         unread: list[BadBlock] = []
         for shard in _rows(segments, segment_key(ref.digest), unread):
-            drawn = [(file, draw.of(len(file)) if file.sound else ()) for file in files_of([shard], linked=True)]
-            wanted = [(file, chosen) for file, chosen in drawn if chosen or not file.sound]
-            if wanted:
-                yield partial(_check_shard, storage, wanted, room, partial(look.shard, shard) if look else None)
+            yield from _drawn(files_of([shard], linked=True), draw, shard=shard)
         yield partial(_Found, 0, 0, unread)
 
 
-def _parity_checks(dataset: Dataset, draw: Draw, room: Room, look: DeepCheck | None) -> Iterator[Callable[[], _Found]]:
+def _drawn(
+    files: Iterable[StoredFile], draw: Draw, *, shard: ShardInfo | None = None, group: Group | None = None
+) -> Iterator[_Part]:
+    """Yield what is to be read of `files`, if anything is."""
+    drawn = [(file, tuple(draw.of(len(file))) if file.sound else ()) for file in files]
+    wanted = tuple((file, chosen) for file, chosen in drawn if chosen or not file.sound)
+    if wanted:
+        yield _Part(wanted, shard, group)
+
+
+def _parity_checks(dataset: Dataset, draw: Draw) -> Iterator[_Check]:
     storage = dataset.storage
     for table in dataset.commit.parity:
         groups: list[Group] = []
         found = _one(parity_table_key(table.digest), partial(_take_groups, storage, table, groups))
         yield partial(_Found, found.files, found.size_bytes, found.bad)
         for group in groups:
-            file = parity_file(group)
-            drawn = draw.of(len(file)) if file.sound else ()
-            if drawn or not file.sound:
-                yield partial(
-                    _check_shard, storage, [(file, drawn)], room, partial(look.group, group) if look else None
-                )
+            yield from _drawn([parity_file(group)], draw, group=group)
 
 
 def _take_groups(storage: Storage, table: ParityRef, into: list[Group]) -> None:
@@ -221,19 +292,15 @@ def _check_journals(storage: Storage) -> _Found:
     return _Found(0, 0, bad)
 
 
-def _check_shard(
-    storage: Storage,
-    files: Sequence[tuple[StoredFile, Sequence[int]]],
-    room: Room,
-    look: Callable[[], list[BadBlock]] | None,
-) -> _Found:
-    """Check blocks of the files of one shard; if they are sound, `look` at what they hold."""
+def _check_part(storage: Storage, part: _Part, room: Room, look: DeepCheck | None) -> _Found:
+    """Check blocks of some files; if they are sound, `look` at what they hold."""
     bad: list[BadBlock] = []
-    for file, chosen in files:
+    for file, chosen in part.files:
         bad += check_copies(storage, file, chosen=chosen, room=room)
     if look is not None and not bad:
-        bad = look()
-    return _Found(len(files), sum(file.bytes_in(chosen) for file, chosen in files), bad)
+        bad += look.shard(part.shard) if part.shard is not None else []
+        bad += look.group(part.group) if part.group is not None else []
+    return _Found(len(part.files), part.size_bytes, bad)
 
 
 def _check_history(storage: Storage, newest: Commit) -> _Found:

@@ -7,6 +7,7 @@ delete        documents leave the version
 undelete      and come back
 purge         deleted documents leave the disk, with a certificate
 compact       small shards become large ones
+merging       what some of them become, here or in other processes
 evolve        columns of records are added, dropped, renamed
 expire        old versions can be read no more
 vacuum        files that no version names are removed

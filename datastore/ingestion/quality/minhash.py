@@ -82,13 +82,10 @@ class SignatureFile:
         self.columns: npt.NDArray[np.uint32] = np.memmap(
             path, dtype=np.uint32, mode="w+", shape=(SIZE, max(1, documents))
         )
-        self.documents = 0
 
-    def add(self, found: npt.NDArray[np.uint32]) -> None:
-        """Append signatures."""
-        stop = self.documents + len(found)
-        self.columns[:, self.documents : stop] = found.T
-        self.documents = stop
+    def put(self, start: int, found: npt.NDArray[np.uint32]) -> None:
+        """Store signatures of documents from number `start` on."""
+        self.columns[:, start : start + len(found)] = found.T
 
 
 def agreement(columns: npt.NDArray[np.uint32], one: Ids, other: Ids) -> npt.NDArray[np.float64]:

@@ -17,15 +17,17 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from datastore.dataset.elsewhere import Crew, crew_of, received, sent
 from datastore.dataset.operations.delete import FoundDocuments, ShardDeletion, commit_deletion
 from datastore.dataset.operations.transaction import DatasetLike, open_for_change
 from datastore.dataset.shards.files import read_documents
 from datastore.dataset.snapshot import Dataset
-from datastore.document import SettingsDocument
+from datastore.document import Document, SettingsDocument
+from datastore.engines.engine import Engine, Tell
 from datastore.errors import ConfigError
 from datastore.formats.arrow import numbers_of
 from datastore.formats.tokentext import TokenText
-from datastore.ingestion.quality.minhash import SignatureFile, WordHashes, clusters, signatures
+from datastore.ingestion.quality.minhash import SIZE, SignatureFile, WordHashes, clusters, signatures
 from datastore.ingestion.quality.text import Ids
 from datastore.storage.resolve import open_storage
 from datastore.units import Progress
@@ -33,6 +35,9 @@ from datastore.units import Progress
 __all__ = ["DedupReport", "DedupSettings", "deduplicate"]
 
 _BATCH_DOCUMENTS = 2048
+
+_PIECE_DOCUMENTS = 8192
+"""About what another process signs before it answers, with 512 bytes for each."""
 
 
 class DedupSettings(SettingsDocument, frozen=True, kw_only=True):
@@ -96,9 +101,12 @@ def deduplicate(
     *,
     settings: DedupSettings | None = None,
     dry_run: bool = False,
+    engine: Engine | None = None,
     progress: Progress | None = None,
 ) -> DedupReport:
     """Delete the near duplicates of `target`; `progress` gets the documents that were read, and all.
+
+    With an `engine` other processes read and sign the texts; what is alike is found here. The result is the same.
 
     Raises:
         ConfigError: the records have no such column of text, or the tokens no tokenizer to read them by.
@@ -108,7 +116,7 @@ def deduplicate(
     started = time.monotonic()
     settings = settings or DedupSettings()
     dataset = open_for_change(target)
-    seen = _look(dataset, settings, progress)
+    seen = _look(dataset, settings, crew_of(dataset, target, engine) if engine else None, progress)
     kept = _kept(seen, settings)
     found = _found(dataset, seen, kept)
     if settings.clusters:
@@ -126,33 +134,110 @@ def deduplicate(
     )
 
 
-def _look(dataset: Dataset, settings: DedupSettings, progress: Progress | None) -> _Seen:
+def _look(dataset: Dataset, settings: DedupSettings, crew: Crew | None, progress: Progress | None) -> _Seen:
     """Read all texts, and find out which are alike."""
-    total = dataset.totals.documents
-    shards: list[npt.NDArray[np.int32]] = []
-    rows: list[npt.NDArray[np.int32]] = []
-    sizes: list[int] = []
-    hashes = WordHashes()
+    _require_texts(dataset, settings.text_column)
+    rows = [_live(dataset, index) for index in range(len(dataset.segments))]
+    starts = np.cumsum([0, *(part.size for part in rows)])
+    total = int(starts[-1])
+    sizes = np.zeros(total, dtype=np.int64)
     with tempfile.TemporaryDirectory() as folder:
         stored = SignatureFile(Path(folder) / "signatures", total)
-        for index, live, texts in _texts(dataset, settings.text_column):
-            stored.add(signatures(texts, length=settings.words, hashes=hashes))
-            shards.append(np.full(live.size, index, dtype=np.int32))
-            rows.append(live)
-            sizes += map(len, texts)
+        done = 0
+        for start, signed in _signed(dataset, settings, crew, starts):
+            stop = start + len(signed.sizes)
+            stored.put(start, signed.signatures())
+            sizes[start:stop] = signed.sizes
+            done += stop - start
             if progress is not None:
-                progress(stored.documents, total)
-        first = clusters(stored.columns[:, : stored.documents], threshold=settings.threshold)
-    none = np.empty(0, dtype=np.int32)
-    return _Seen(np.concatenate([none, *shards]), np.concatenate([none, *rows]), np.array(sizes, dtype=np.int64), first)
+                progress(done, total)
+        first = clusters(stored.columns[:, :total], threshold=settings.threshold)
+    shards = np.repeat(np.arange(len(rows), dtype=np.int32), np.diff(starts))
+    return _Seen(shards, np.concatenate([np.empty(0, dtype=np.int32), *rows]), sizes, first)
 
 
-def _texts(dataset: Dataset, column: str) -> Iterator[tuple[int, npt.NDArray[np.int32], list[str]]]:
-    """Yield some rows of a shard that are not deleted, with their texts, in order."""
-    decode = _decoder(dataset) if dataset.kind == "tokens" else None
-    if decode is None and (
-        column not in dataset.schema.names or not pa.types.is_string(dataset.schema.field(column).type)
-    ):
+class _Signed(Document, frozen=True, kw_only=True):
+    """What is known of some texts."""
+
+    sizes: list[int]
+    raw: bytes
+    """Their signatures, little-endian, one after the other."""
+
+    def signatures(self) -> npt.NDArray[np.uint32]:
+        return np.frombuffer(self.raw, "<u4").reshape(-1, SIZE)
+
+
+def _signed(dataset: Dataset, settings: DedupSettings, crew: Crew | None, starts: Ids) -> Iterator[tuple[int, _Signed]]:
+    """Yield the texts of stretches of the dataset, each with the number of its first; of a `crew` in any order."""
+    if crew is None:
+        signer = _Signer(dataset, settings)
+        for index in range(len(dataset.segments)):
+            at = int(starts[index])
+            for signed in signer.shard(index):
+                yield at, signed
+                at += len(signed.sizes)
+        return
+    stretches = _stretches(starts)
+    items = (((start, stop, settings), {"shard": dataset.segments.shard(start).path}) for start, stop in stretches)
+    for number, signed in crew.spread(sign_texts, items, answer=_Signed):
+        yield int(starts[stretches[number][0]]), signed
+
+
+def _stretches(starts: Ids) -> list[tuple[int, int]]:
+    """Return shards [start, stop) of some thousand documents each, end to end.
+
+    >>> _stretches(np.array([0, 5_000, 9_000, 9_000, 9_100]))
+    [(0, 2), (2, 4)]
+    """
+    found, start = [], 0
+    for stop in range(1, len(starts)):
+        if starts[stop] - starts[start] >= _PIECE_DOCUMENTS or stop == len(starts) - 1:
+            found.append((start, stop))
+            start = stop
+    return found
+
+
+def sign_texts(order: bytes, _: Tell) -> bytes:
+    """Sign the texts of some shards, in any process."""
+    dataset, (start, stop, settings) = received(order, tuple[int, int, DedupSettings])
+    signer = _Signer(dataset, settings)
+    parts = [part for index in range(start, stop) for part in signer.shard(index)]
+    sizes = [size for part in parts for size in part.sizes]
+    return sent(_Signed(sizes=sizes, raw=b"".join(part.raw for part in parts)))
+
+
+class _Signer:
+    """Reads the texts of a dataset, and signs them."""
+
+    def __init__(self, dataset: Dataset, settings: DedupSettings) -> None:
+        self._dataset = dataset
+        self._settings = settings
+        self._hashes = WordHashes()
+        self._decode = _decoder(dataset) if dataset.kind == "tokens" else None
+
+    def shard(self, index: int) -> Iterator[_Signed]:
+        """Yield the texts of a shard that are not deleted, in order, some at a time."""
+        dataset, decode = self._dataset, self._decode
+        read = _of_tokens(dataset, index, decode) if decode else _of_records(dataset, index, self._settings.text_column)
+        live = _live(dataset, index)
+        for start in range(0, live.size, _BATCH_DOCUMENTS):
+            texts = read(live[start : start + _BATCH_DOCUMENTS])
+            found = signatures(texts, length=self._settings.words, hashes=self._hashes)
+            yield _Signed(sizes=[len(text) for text in texts], raw=found.astype("<u4").tobytes())
+
+
+def _live(dataset: Dataset, index: int) -> npt.NDArray[np.int32]:
+    """Return the rows of a shard that are not deleted."""
+    alive = dataset.live_rows(index)
+    count = dataset.segments.shard(index).documents
+    return (np.arange(count) if alive is None else np.flatnonzero(alive)).astype(np.int32)
+
+
+def _require_texts(dataset: Dataset, column: str) -> None:
+    """Raise ConfigError unless there are texts to compare."""
+    if dataset.kind == "tokens":
+        _decoder(dataset)
+    elif column not in dataset.schema.names or not pa.types.is_string(dataset.schema.field(column).type):
         raise ConfigError(
             "the records have no such column of text",
             url=dataset.url,
@@ -160,14 +245,6 @@ def _texts(dataset: Dataset, column: str) -> Iterator[tuple[int, npt.NDArray[np.
             columns=dataset.schema.names,
             hint="Name another one: `text_column=COLUMN`.",
         )
-    for index in range(len(dataset.segments)):
-        read = _of_tokens(dataset, index, decode) if decode else _of_records(dataset, index, column)
-        alive = dataset.live_rows(index)
-        count = dataset.segments.shard(index).documents
-        live = (np.arange(count) if alive is None else np.flatnonzero(alive)).astype(np.int32)
-        for start in range(0, live.size, _BATCH_DOCUMENTS):
-            some = live[start : start + _BATCH_DOCUMENTS]
-            yield index, some, read(some)
 
 
 Read = Callable[[npt.NDArray[np.int32]], list[str]]

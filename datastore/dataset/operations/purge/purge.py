@@ -13,10 +13,12 @@ import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from operator import itemgetter
 
 import msgspec
 import pyarrow.compute as pc
 
+from datastore.dataset.elsewhere import Crew, crew_of, received, sent
 from datastore.dataset.journals import journal_files
 from datastore.dataset.log.commits import read_history
 from datastore.dataset.log.keys import certificate_key
@@ -52,6 +54,7 @@ from datastore.dataset.shards.parity_groups import drop_parity
 from datastore.dataset.shards.segment_changes import replace_shards
 from datastore.dataset.snapshot import Dataset
 from datastore.digest import sha256_hex
+from datastore.engines.engine import Engine, Tell
 from datastore.errors import ConfigError, ConflictError, MissingError
 from datastore.host import package_name
 from datastore.storage.base import Storage
@@ -145,9 +148,12 @@ def purge_selected(
     *,
     drop_tags: bool = False,
     dry_run: bool = False,
+    engine: Engine | None = None,
     progress: Progress | None = None,
 ) -> PurgeReport:
     """Purge what `selection` means, as `purge`; `progress` gets the bytes of shards written again, and of all that are to be.
+
+    With an `engine` other processes write the shards again; the rest is done here.
 
     Raises:
         ConfigError, MissingError, ConflictError, CorruptError, StorageError: as `purge`.
@@ -161,7 +167,10 @@ def purge_selected(
         report = replace(_outlook(dataset, found), resumed=resumed)
         if not dry_run:
             _require_no_tags(report.tags, drop_tags=drop_tags)
-            report = _purged(dataset, found, report, progress, drop_tags=drop_tags)
+            if found.rows:
+                dataset = dataset.at(commit_deletion(dataset, found))
+            blanked = _blanked(dataset, crew_of(dataset, target, engine) if engine else None, progress)
+            report = _purged(dataset, blanked, report, drop_tags=drop_tags)
     return replace(report, seconds=time.monotonic() - started)
 
 
@@ -225,6 +234,23 @@ def _found(dataset: Dataset, selection: Selection | None) -> FoundDocuments:
     return found
 
 
+def _blanked(dataset: Dataset, crew: Crew | None, progress: Progress | None) -> list[BlankedShard]:
+    """Store the shards again of which something is deleted, with that blank."""
+    touched = deleted_shards(dataset, blank=False)
+    total = sum(shard.size_bytes for shard in touched)
+    if crew is None:
+        written = in_parallel(partial(_blank, dataset), touched, threads=_REWRITERS)
+        return list(telling(written, progress, size=lambda each: each.shard.size_bytes, total=total))
+    answers = crew.spread(blank_elsewhere, ((shard, {"shard": shard.path}) for shard in touched), answer=BlankedShard)
+    told = telling(answers, progress, size=lambda answer: answer[1].shard.size_bytes, total=total)
+    return [each for _, each in sorted(told, key=itemgetter(0))]
+
+
+def blank_elsewhere(order: bytes, _: Tell) -> bytes:
+    """Store the ordered shard again with what is deleted blank."""
+    return sent(_blank(*received(order, ShardInfo)))
+
+
 def _blank(dataset: Dataset, shard: ShardInfo) -> BlankedShard:
     if is_link(shard.path):
         raise ConfigError(
@@ -237,21 +263,13 @@ def _blank(dataset: Dataset, shard: ShardInfo) -> BlankedShard:
     return blank_shard(dataset.storage, shard, rows, end_of_text=end_of_text(dataset))
 
 
-def _purged(
-    dataset: Dataset, found: FoundDocuments, report: PurgeReport, progress: Progress | None, *, drop_tags: bool
-) -> PurgeReport:
-    """Delete what is `found`, write shards of which something is deleted again, commit that, and remove what is left."""
+def _purged(dataset: Dataset, blanked: Sequence[BlankedShard], report: PurgeReport, *, drop_tags: bool) -> PurgeReport:
+    """Commit that what is `blanked` stands where it stood, and remove what is left of it."""
     storage = dataset.storage
-    if found.rows:
-        dataset = dataset.at(commit_deletion(dataset, found))
-    touched = deleted_shards(dataset, blank=False)
-    written = in_parallel(partial(_blank, dataset), touched, threads=_REWRITERS)
-    total = sum(shard.size_bytes for shard in touched)
-    blanked = list(telling(written, progress, size=lambda each: each.shard.size_bytes, total=total))
     plans: list[PurgeCertificate] = []
 
     def build(newest: Commit | None) -> Commit:
-        current = require_unchanged(dataset, newest, uids={shard.uid for shard in touched}, operation="purge")
+        current = require_unchanged(dataset, newest, uids={each.shard.uid for each in blanked}, operation="purge")
         draft, plan = _planned(current, blanked)
         if plan is None:
             return current.commit

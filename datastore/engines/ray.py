@@ -15,8 +15,8 @@ from typing import Any
 
 from typing_extensions import override
 
+from datastore.engines.engine import Engine
 from datastore.errors import ConfigError, DatastoreError, DependencyError
-from datastore.ingestion.engines.engine import Engine
 
 __all__ = ["RayEngine"]
 
