@@ -4,31 +4,49 @@ A setting is declared once, in the `Document` beside the code that uses it; noth
 names a class, such as a hook or an objective, may name one of somebody else.
 """
 
+import ast
+import inspect
+import json
+import os
+import re
+import textwrap
 import tomllib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from datetime import date, time
 from importlib import import_module
 from importlib.metadata import entry_points
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar, get_args, get_origin
 
-from datastore.document import Document, convert
+import msgspec
+
+from datastore.document import Document, SettingsDocument, convert
 from datastore.errors import ConfigError, DependencyError, MissingError
 
-__all__ = ["find_class", "load_settings", "parse_override", "read_table", "settings_from"]
+__all__ = [
+    "commented",
+    "default_of",
+    "find_class",
+    "load_settings",
+    "meanings_of",
+    "parse_override",
+    "read_table",
+    "settings_from",
+    "toml_value",
+]
 
 D = TypeVar("D", bound=Document)
 T = TypeVar("T")
 
 
-def load_settings(kind: type[D], path: Path, overrides: Sequence[str] = ()) -> D:
+def load_settings(kind: type[D], path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> D:
     """Return the settings in the TOML file `path`, changed by `overrides` such as `train.steps=200`.
 
     Raises:
         MissingError: there is no such file.
         ConfigError: it cannot be read or is not TOML; or an unknown key, a wrong type or a value out of range, with its path.
     """
-    return settings_from(kind, read_table(path), overrides=overrides, where=str(path))
+    return settings_from(kind, read_table(Path(path)), overrides=overrides, where=str(path))
 
 
 def read_table(path: Path) -> dict[str, Any]:
@@ -142,3 +160,87 @@ def find_class(name: str, *, base: type[T], ours: Mapping[str, str], group: str)
             f"not {what}", use=name, found=repr(kind), hint=f"Name a class that inherits {base.__name__}."
         )
     return kind
+
+
+def meanings_of(kind: type) -> dict[str, str]:
+    """Return the text below each setting in the code of `kind`."""
+    found: dict[str, str] = {}
+    name = ""
+    tree = ast.parse(textwrap.dedent(inspect.getsource(kind)))
+    for node in tree.body[0].body:  # type: ignore[attr-defined]
+        if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name):
+            name = node.target.id
+        elif isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant) and name:
+            found[name] = " ".join(str(node.value.value).split())
+            name = ""
+    return found
+
+
+def toml_value(value: Any) -> str:
+    """Return a value as TOML writes it.
+
+    >>> toml_value({"use": "causal", "weights": [1, 2.5]})
+    '{ use = "causal", weights = [1, 2.5] }'
+    """
+    if isinstance(value, dict):
+        return (
+            "{ " + ", ".join(f"{name} = {toml_value(inner)}" for name, inner in value.items()) + " }" if value else "{}"
+        )
+    if isinstance(value, list | tuple):
+        return f"[{', '.join(map(toml_value, value))}]"
+    return json.dumps(value, ensure_ascii=False)
+
+
+def default_of(field: msgspec.structs.FieldInfo) -> Any:
+    """Return what a setting is if nothing is said."""
+    return field.default if field.default is not msgspec.NODEFAULT else field.default_factory()
+
+
+def commented(kind: type[SettingsDocument], given: Mapping[str, Any]) -> str:
+    """Return a TOML file with every setting of `kind`, each below what it means; those that are not `given` are commented out.
+
+    Args:
+        kind: Settings, and tables of settings.
+        given: Values by dotted key, such as `data.url`.
+    """
+    return "\n".join(_lines(kind, given, table="")).strip() + "\n"
+
+
+_WIDE = 110
+
+_LINK = re.compile(r"\[([^]]*)\]\(([^)]*)\)")
+
+
+def _lines(kind: type[SettingsDocument], given: Mapping[str, Any], *, table: str) -> Iterator[str]:
+    meanings = meanings_of(kind)
+    fields = msgspec.structs.fields(kind)
+    inner = {field.name: field.type for field in fields if _is_table(field.type)}
+    if table:
+        yield from ("", *_comment((inspect.getdoc(kind) or "").split("\n\n")[0]), f"[{table}]")
+    for field in fields:
+        if field.name in inner:
+            continue
+        yield from _comment(" ".join(filter(None, (meanings.get(field.name, ""), _choices(field.type)))))
+        key = f"{table}.{field.name}".lstrip(".")
+        if key in given:
+            yield f"{field.name} = {toml_value(given[key])}"
+        elif field.required or default_of(field) is None:
+            yield f"# {field.name} ="
+        else:
+            yield f"# {field.name} = {toml_value(default_of(field))}"
+    for name, part in inner.items():
+        yield from _lines(part, given, table=f"{table}.{name}".lstrip("."))
+
+
+def _is_table(kind: Any) -> bool:
+    return isinstance(kind, type) and issubclass(kind, SettingsDocument)
+
+
+def _choices(kind: Any) -> str:
+    return f"One of {', '.join(map(toml_value, get_args(kind)))}." if get_origin(kind) is Literal else ""
+
+
+def _comment(text: str) -> list[str]:
+    return textwrap.wrap(
+        " ".join(text.split()), _WIDE, initial_indent="# ", subsequent_indent="# ", break_on_hyphens=False
+    )

@@ -4,9 +4,6 @@
 means is the text below it in the code.
 """
 
-import ast
-import inspect
-import json
 import sys
 import textwrap
 from collections.abc import Iterator
@@ -18,6 +15,8 @@ import msgspec
 
 from datastore.checkpoint.keeping import Keep
 from datastore.checkpoint.steps import CheckpointerSettings
+from datastore.config import default_of as default_value
+from datastore.config import meanings_of, toml_value
 from datastore.document import SettingsDocument
 from datastore.ingestion.encoding.tokenizer import TokenizerSettings
 from datastore.ingestion.quality.chain import AnyFilter
@@ -145,13 +144,13 @@ def page() -> str:
 def rows_of(kind: type[msgspec.Struct], above: str = "") -> Iterator[tuple[str, str, str, str]]:
     """Yield key, default, range and meaning of each setting of `kind`, those of its tables included."""
     hints = get_type_hints(kind, include_extras=True)
-    meanings = texts(kind)
+    meanings = meanings_of(kind)
     for field in msgspec.structs.fields(kind):
         key = f"{above}{field.name}"
         if isinstance(field.type, type) and issubclass(field.type, SettingsDocument):
             yield from rows_of(field.type, f"{key}.")
             continue
-        meaning = " ".join(meanings.get(field.name, "").split()).replace("|", "\\|")
+        meaning = meanings.get(field.name, "").replace("|", "\\|")
         yield key, default_of(field).replace("|", "\\|"), allowed(hints[field.name]), meaning
         for inner in get_args(field.type):
             if isinstance(inner, type) and issubclass(inner, SettingsDocument):
@@ -162,18 +161,11 @@ def default_of(field: Any) -> str:
     """Return the default as TOML writes it."""
     if field.required:
         return "must be given"
-    value = field.default if field.default is not msgspec.NODEFAULT else field.default_factory()
+    value = default_value(field)
     if value is None:
         return "none"
     size = f" ({format_bytes(value)})" if field.name.endswith("_bytes") and value >= 1024 else ""
-    return f"`{toml(value)}`{size}"
-
-
-def toml(value: Any) -> str:
-    """Return a value as TOML writes it."""
-    if isinstance(value, dict):
-        return "{ " + ", ".join(f"{name} = {toml(inner)}" for name, inner in value.items()) + " }" if value else "{}"
-    return json.dumps(value, ensure_ascii=False)
+    return f"`{toml_value(value)}`{size}"
 
 
 NAMES = {int: "whole number", float: "number", str: "text", bool: "`true`, `false`", dict: "table"}
@@ -195,7 +187,7 @@ def allowed(kind: Any) -> str:
         ]
         return " ".join([allowed(inner[0]), *limits])
     if origin is Literal:
-        return ", ".join(f"`{toml(value)}`" for value in inner)
+        return ", ".join(f"`{toml_value(value)}`" for value in inner)
     if origin in {Union, UnionType}:
         return ", ".join(dict.fromkeys(allowed(part) for part in inner if part is not type(None)))
     if origin is tuple:
@@ -203,20 +195,6 @@ def allowed(kind: Any) -> str:
     if isinstance(kind, type) and issubclass(kind, msgspec.Struct):
         return NAMES[dict]
     return NAMES[origin or kind]
-
-
-def texts(kind: type) -> dict[str, str]:
-    """Return the text below each setting in the code of `kind`."""
-    found: dict[str, str] = {}
-    name = ""
-    tree = ast.parse(textwrap.dedent(inspect.getsource(kind)))
-    for node in tree.body[0].body:  # type: ignore[attr-defined]
-        if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name):
-            name = node.target.id
-        elif isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant) and name:
-            found[name] = str(node.value.value)
-            name = ""
-    return found
 
 
 if __name__ == "__main__":

@@ -27,7 +27,7 @@ from typing import Any, Literal, Self
 
 from datastore.checkpoint.format.manifest import StepCommit
 from datastore.checkpoint.format.tree import TensorSpec, pack
-from datastore.checkpoint.inspect import StepReport, StepVerifyReport, inspect_step, verify_step
+from datastore.checkpoint.inspect import StepReport, StepVerifyReport, html_steps, inspect_step, verify_step
 from datastore.checkpoint.keeping import Collected, Keep, best_steps, collect, drop_after, pin, unpin
 from datastore.checkpoint.loading.restore import Restored, Restorer
 from datastore.checkpoint.ranks import Agree, SavingRank, StorageVote, read_run
@@ -82,6 +82,10 @@ class Checkpointer:
         self._on_trial = False
         self._process = os.getpid()
         self._closed = False
+
+    def _repr_html_(self) -> str:
+        """For a notebook: the newest steps."""
+        return html_steps(self._member.storage)
 
     @property
     def url(self) -> str:

@@ -16,11 +16,12 @@ from datastore.checkpoint.format.manifest import Chunk, PartInfo, StepCommit, ch
 from datastore.checkpoint.format.tree import specs, unpack
 from datastore.checkpoint.keeping import pinned_steps
 from datastore.checkpoint.steps import StepLog, extents_of, reading
+from datastore.display import html_table
 from datastore.errors import CorruptError, MissingError
 from datastore.formats.safetensors import ITEM_BYTES
 from datastore.storage.base import Storage
 from datastore.threads import each
-from datastore.units import Progress
+from datastore.units import Progress, format_bytes
 
 __all__ = [
     "BadRange",
@@ -28,12 +29,16 @@ __all__ = [
     "StepReport",
     "StepSummary",
     "StepVerifyReport",
+    "html_steps",
     "inspect_step",
     "list_steps",
     "verify_step",
 ]
 
 _THREADS = 4
+
+_SHOWN = 20
+"""Steps that a notebook shows."""
 
 _RUN_BYTES = 4 * 2**20
 """Small chunks that lie side by side are read together."""
@@ -108,6 +113,22 @@ def list_steps(storage: Storage) -> list[StepSummary]:
     """Return every step, oldest first."""
     log, pinned = StepLog(storage), set(pinned_steps(storage))
     return [replace(_summary(log, step), pinned=step in pinned) for step in log.steps()]
+
+
+def html_steps(storage: Storage) -> str:
+    """Return the newest steps as a table for a notebook: each is one small read."""
+    log, pinned = StepLog(storage), set(pinned_steps(storage))
+    steps = log.steps()
+    rows = []
+    for step in reversed(steps[-_SHOWN:]):
+        found = _summary(log, step)
+        metrics = ", ".join(
+            f"{name} {value:.4g}" for name, value in (found.metrics or {}).items() if isinstance(value, float)
+        )
+        sizes = (format_bytes(found.state_bytes), format_bytes(found.written_bytes)) if not found.error else ("", "")
+        notes = [word for word in ("pinned" if step in pinned else "", found.error, metrics) if word]
+        rows.append((step, found.time[:19], found.world, *sizes, "; ".join(notes)))
+    return html_table(f"{storage.url}: {len(steps):,} steps", ("step", "time", "ranks", "state", "written", ""), rows)
 
 
 def _summary(log: StepLog, step: int) -> StepSummary:

@@ -4,7 +4,7 @@ main          all commands
 shell         errors, exit codes, examples
 output        text, tables, JSON, progress
 ranks         which rank this process is
-ingest, derived, interop, datasets, versions, deletion, redundancy, runs, results, checkpoints, loading, doctor    the commands
+ingest, derived, interop, datasets, versions, deletion, redundancy, runs, results, checkpoints, loading, begin    the commands
 """
 
 __all__: list[str] = []

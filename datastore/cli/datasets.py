@@ -23,6 +23,9 @@ URL = click.argument("url")
 _WIDEST = 80
 """Characters of a cell."""
 
+_LOOKED_AT = 16
+"""Shards whose documents are counted for a histogram."""
+
 
 def _share(_context: click.Context, _parameter: click.Parameter, text: str) -> float:
     """Return a part of a whole, written `1%` or `0.01`."""
@@ -64,6 +67,7 @@ def show(*, url: str, as_json: bool) -> None:
             "holds": dataset.kind,
             "documents": f"{live['documents']:,}",
             "tokens": f"{live['tokens']:,} ({format_count(live['tokens'])})" if dataset.kind == "tokens" else None,
+            "lengths": _lengths(dataset),
             "deleted": f"{totals.deleted_documents:,} more documents ({totals.deleted_tokens:,} tokens)"
             if totals.deleted_documents
             else None,
@@ -76,6 +80,25 @@ def show(*, url: str, as_json: bool) -> None:
             "uuid": dataset.uuid,
         }
     )
+
+
+def _lengths(dataset: "Dataset") -> str | None:
+    """Return a histogram of the tokens of documents, in one line; of a large dataset some shards stand for all."""
+    from datastore.display import sparkline, upper_half
+    from datastore.errors import DatastoreError
+
+    if dataset.kind != "tokens" or not dataset.totals.documents:
+        return None
+    try:
+        found = dataset.lengths(most_shards=_LOOKED_AT)
+    except DatastoreError as error:  # What is known without reading is shown all the same.
+        return f"unknown: {error}"
+    if not found:
+        return None
+    low, half = next(bits for bits, count in enumerate(found) if count), (1 << upper_half(found)) - 1
+    part = "" if len(dataset.segments) <= _LOOKED_AT else f"; of {_LOOKED_AT} shards"
+    span = f"{1 << low >> 1:,} to {(1 << len(found) - 1) - 1:,} tokens"
+    return f"{sparkline(found[low:])} {span}, half of them at most {half:,}{part}"
 
 
 @click.command(

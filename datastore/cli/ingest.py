@@ -294,26 +294,21 @@ def _cpu_words(cpu_s: Mapping[str, float]) -> str:
     return f"{format_seconds(total)}: {shares}" if shares else ""
 
 
-_BARS = "▁▂▃▄▅▆▇█"
-
-
 def lengths_line(lengths: Sequence[int]) -> str:
     """Return a histogram of texts in one line, of which number i counts those of 2**(i - 1) up to 2**i bytes; empty if there are none.
 
     >>> lengths_line([0] * 10 + [1, 8, 0, 2])
     '▂█▁▃ 512 B to 8 KiB, half of them below 2 KiB'
     """
-    from itertools import accumulate
-
+    from datastore.display import sparkline, upper_half
     from datastore.units import format_bytes
 
     present = [bits for bits, count in enumerate(lengths) if count]
     if not present:
         return ""
-    low, high, most = present[0], present[-1], max(lengths)
-    bars = "".join(_BARS[-(-count * (len(_BARS) - 1) // most)] for count in lengths[low : high + 1])
-    half = next(bits for bits, seen in enumerate(accumulate(lengths)) if 2 * seen >= sum(lengths))
-    return f"{bars} {format_bytes(1 << low >> 1)} to {format_bytes(1 << high)}, half of them below {format_bytes(1 << half)}"
+    low, high, half = present[0], present[-1], format_bytes(1 << upper_half(lengths))
+    bars = sparkline(lengths[low : high + 1])
+    return f"{bars} {format_bytes(1 << low >> 1)} to {format_bytes(1 << high)}, half of them below {half}"
 
 
 def _known(report: "IngestReport") -> str:

@@ -7,12 +7,12 @@ from typing import NoReturn
 
 import click
 
+from datastore.cli.begin import COMMANDS as FIRST_COMMANDS
 from datastore.cli.checkpoints import checkpoint
 from datastore.cli.datasets import COMMANDS as DATA_COMMANDS
 from datastore.cli.datasets import RECORD_COMMANDS
 from datastore.cli.deletion import COMMANDS as DELETION_COMMANDS
 from datastore.cli.derived import COMMANDS as DERIVED_COMMANDS
-from datastore.cli.doctor import doctor
 from datastore.cli.ingest import COMMANDS as INGEST_COMMANDS
 from datastore.cli.interop import COMMANDS as INTEROP_COMMANDS
 from datastore.cli.loading import cache, plan
@@ -53,7 +53,7 @@ for command in (
     checkpoint,
     cache,
     plan,
-    doctor,
+    *FIRST_COMMANDS,
 ):
     cli.add_command(command)
 

@@ -21,6 +21,8 @@ from types import TracebackType
 from typing import Any
 
 import click
+from click.shell_completion import CompletionItem
+from typing_extensions import override
 
 from datastore.errors import ConfigError, DatastoreError, RejectedError
 
@@ -62,9 +64,29 @@ class CommandGroup(click.Group):
         return list(self.commands)
 
     def add_command(self, cmd: click.Command, name: str | None = None) -> None:
-        """Register `cmd` and give it the `--debug` option."""
+        """Register `cmd`, give it the `--debug` option, and let the shell complete paths where it takes a text."""
         cmd.params.append(debug_option())
+        for parameter in cmd.params:
+            if parameter.type is click.STRING:
+                parameter.type = _PLACE
         super().add_command(cmd, name)
+
+
+class _Place(click.types.StringParamType):
+    """A text that may be a path: most are, or URLs."""
+
+    @override
+    def shell_complete(
+        self,
+        ctx: click.Context,
+        param: click.Parameter,
+        incomplete: str,
+    ) -> list[CompletionItem]:
+        """Let the shell complete a path."""
+        return [CompletionItem(incomplete, type="file")]
+
+
+_PLACE = _Place()
 
 
 def debug_option() -> click.Option:

@@ -21,6 +21,7 @@ from datastore.dataset.shards.batches import BatchReader
 from datastore.dataset.shards.deletions import Deletions, load_deletions, merge_spans
 from datastore.dataset.shards.files import read_documents, read_record_shard, read_token_shard, read_tokenizer
 from datastore.dataset.shards.segments import Segments, load_segments
+from datastore.display import html_fields
 from datastore.errors import ConfigError, CorruptError, MissingError
 from datastore.formats.evolution import adapt
 from datastore.formats.joining import keep_rows
@@ -31,6 +32,7 @@ from datastore.formats.tokens import Offsets, Tokens
 from datastore.storage.base import Storage
 from datastore.storage.resolve import open_storage
 from datastore.storage.wrappers import LinkedStorage
+from datastore.units import format_bytes
 
 __all__ = ["Dataset", "open_dataset", "split_reference"]
 
@@ -47,6 +49,21 @@ class Dataset(Views):
 
     def __repr__(self) -> str:
         return f"Dataset({self.url!r}, version={self.version})"
+
+    def _repr_html_(self) -> str:
+        """For a notebook: what the version holds. Nothing is read for it."""
+        totals, tokenizer = self.totals, self.commit.tokenizer
+        return html_fields(
+            f"{self.url}, version {self.version} ({self.commit.operation}, {self.commit.time[:19]})",
+            {
+                "documents": f"{totals.documents - totals.deleted_documents:,}",
+                "tokens": f"{totals.tokens - totals.deleted_tokens:,}" if self.kind == "tokens" else None,
+                "deleted": f"{totals.deleted_documents:,} documents" if totals.deleted_documents else None,
+                "vocabulary": f"{tokenizer.vocab_size:,} ids" if tokenizer else None,
+                "columns": None if self.kind == "tokens" else ", ".join(f"{c.name}: {c.type}" for c in self.schema),
+                "shards": f"{totals.shards:,} ({format_bytes(totals.size_bytes)})",
+            },
+        )
 
     @override
     def __reduce__(self) -> tuple[object, ...]:

@@ -13,6 +13,7 @@ from typing import Any, Self
 import numpy as np
 from typing_extensions import override
 
+from datastore.display import html_fields
 from datastore.errors import ConfigError, DatastoreError, StorageError, whole_number
 from datastore.loader.assemble import empty_columns
 from datastore.loader.batch import Batch
@@ -74,6 +75,13 @@ class Loader:
         self._delivered = 0
         self._unsettled = False
         """Whether a call is under way, or was ended by an exception: then what was planned may have holes."""
+
+    def _repr_html_(self) -> str:
+        """For a notebook: what its batches are, and where it stands."""
+        sample = f"{self.seq_len:,} tokens and the one after them, {self.dtype}"
+        return html_fields(
+            "Loader", self._position.shown() | {"sample": sample, "columns": ", ".join(self.columns) or None}
+        )
 
     @override
     def __reduce__(self) -> tuple[object, ...]:

@@ -63,6 +63,20 @@ class Position:
         """Position after the last sample; None: there is no end."""
         return self._end
 
+    def shown(self) -> dict[str, str]:
+        """Return where it stands in what, by name, for people."""
+        start, stop = self._rank.share(self._global_batch)
+        passes, done = divmod(self.cursor, max(1, self.samples_per_epoch))
+        length = f"{self._end:,} samples" if self._end is not None else "without an end"
+        return {
+            "data": ", ".join(
+                f"{each.name}: {each.dataset}" if each.name else str(each.dataset) for each in self._sources
+            ),
+            "batch": f"{stop - start:,} of {self._global_batch:,} samples, as rank {self._rank.rank} of {self._rank.world}",
+            "order": f"{self.samples_per_epoch:,} samples a pass, {length}",
+            "stands at": f"sample {done:,} of pass {passes + 1:,}",
+        }
+
     def plan(self, cursor: int, *, batches: int) -> list[BatchPlan]:
         """Return the next `batches` batches from `cursor` on, fewer at the end."""
         return self._planner.plan(cursor, batches=batches)

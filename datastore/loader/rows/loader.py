@@ -20,6 +20,7 @@ from typing import Any, Self
 import numpy as np
 from typing_extensions import override
 
+from datastore.display import html_fields
 from datastore.errors import ConfigError, DatastoreError, ResumeError, StorageError, whole_number
 from datastore.loader.mixture.request import Mixture, Weights
 from datastore.loader.order.lanes import I64
@@ -103,6 +104,12 @@ class RowLoader(Iterator[RowBatch]):
         self._unsettled = False
         self._batches = self._failed = 0
         self._warn_if_memory_is_short()
+
+    def _repr_html_(self) -> str:
+        """For a notebook: what its batches are, and where it stands."""
+        return html_fields(
+            "Loader of rows", self._position.shown() | {"columns": ", ".join(self.options.columns) or None}
+        )
 
     @override
     def __reduce__(self) -> tuple[object, ...]:

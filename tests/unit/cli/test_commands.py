@@ -28,7 +28,9 @@ def commands(group: click.Group, path: tuple[str, ...] = ()) -> Iterator[tuple[t
 
 
 COMMANDS = dict(commands(cli))
-REPORTING = [path for path in COMMANDS if path not in {("tag",), ("card",)}]  # A card is Markdown already.
+REPORTING = [
+    path for path in COMMANDS if path not in {("tag",), ("card",), ("init",), ("completion",)}
+]  # A card is Markdown already.
 
 FLAGS = {
     "export": "column format shard-bytes to",
@@ -89,6 +91,8 @@ FLAGS = {
     "cache ls": "",
     "cache clear": "dataset",
     "cache warm": "bytes columns dir global-batch seed seq-len steps",
+    "init": "data force to",
+    "completion": "",
     "doctor": "url",
 }
 """Every flag but --json, --debug, --progress and --help. A flag that goes or changes its name breaks somebody's script."""

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from datastore.cli.doctor import doctor
+from datastore.cli.begin import doctor
 from datastore.cli.shell import CliSession, call
 
 

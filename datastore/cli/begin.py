@@ -1,6 +1,6 @@
-"""`datastore doctor`: what this machine has, and what a storage URL can do.
+"""The commands to begin with: what this machine and a storage can do, settings to start from, completion for the shell.
 
-Facts first, then one line for each thing that will hurt. It writes to storage only if a URL is given, and
+`doctor` says facts first, then one line for each thing that will hurt. It writes to storage only if a URL is given, and
 removes what it wrote.
 """
 
@@ -21,7 +21,7 @@ from datastore.cli.output import fields, json_option, say, say_json, table
 from datastore.cli.redundancy import tell_health
 from datastore.cli.shell import example
 
-__all__ = ["doctor"]
+__all__ = ["COMMANDS"]
 
 _REQUIRED = ("numpy", "pyarrow", "fsspec", "msgspec", "orjson", "tokenizers", "xxhash", "zstandard")
 
@@ -208,3 +208,81 @@ def _advice(
     if probe and not probe.exclusive:
         lines.append("This storage has no put-if-absent: let only one process at a time write to a dataset there.")
     return lines
+
+
+@click.command(
+    short_help="Write a settings file to start from.",
+    epilog=example("datastore init recipe --data data/code --to first.toml"),
+)
+@click.argument("kind", metavar="recipe|ingest", type=click.Choice(["recipe", "ingest"]))
+@click.option(
+    "--to", metavar="FILE", type=click.Path(dir_okay=False, path_type=Path), help="The file.  [default: KIND.toml]"
+)
+@click.option("--data", metavar="URL", default="data", help="The dataset to train on.")
+@click.option("--force", is_flag=True, help="Write over a file that is there.")
+def init(*, kind: str, to: Path | None, data: str, force: bool) -> None:
+    """Write a TOML file with every setting, each below what it means: of a training run (recipe), or of an ingest.
+
+    What is commented out is as it would be without the line.
+    """
+    from datastore.config import commented
+    from datastore.errors import ConfigError
+    from datastore.ingestion.settings import IngestSettings
+    from datastore.training.settings import Settings
+
+    to = to or Path(f"{kind}.toml")
+    if kind == "recipe":
+        text = commented(Settings, {"data.url": data} | _BEGUN_WITH)
+        use = f"datastore train {to} --to runs/first"
+    else:
+        text = commented(IngestSettings, {})
+        use = f"datastore ingest SOURCE --to {data} --config {to}"
+    try:
+        with to.open("w" if force else "x", encoding="utf-8") as file:
+            file.write(f"# {use}\n\n{text}")
+    except FileExistsError:
+        raise ConfigError(
+            "there is such a file already", file=str(to), hint="Name another one by `to`, or give `force`."
+        ) from None
+    except OSError as error:
+        raise ConfigError(
+            f"the file cannot be written: {error.strerror}", file=str(to), hint="Name another one: `to`."
+        ) from None
+    say(f"wrote {to}; use it by: {use}")
+
+
+_BEGUN_WITH = {
+    "data.seq_len": 512,
+    "data.global_batch": 16,
+    "model.layers": 4,
+    "model.width": 256,
+    "model.heads": 4,
+    "optim.lr": 1e-3,
+    "optim.warmup": 50,
+    "train.steps": 500,
+    "checkpoint.every": 100,
+    "eval.every": 100,
+}
+"""What one changes first, as suits a first try without a GPU."""
+
+
+@click.command(
+    short_help="Print what makes a shell complete commands.",
+    epilog=example("datastore completion bash"),
+)
+@click.argument("shell", metavar="bash|zsh|fish", type=click.Choice(["bash", "zsh", "fish"]))
+@click.pass_context
+def completion(context: click.Context, *, shell: str) -> None:
+    """Print a script for bash, zsh or fish; once it is read, the tab key completes commands, options and paths.
+
+    For bash and zsh put `eval "$(datastore completion bash)"` into ~/.bashrc or ~/.zshrc; for fish, the output into
+    ~/.config/fish/completions/datastore.fish.
+    """
+    from click.shell_completion import get_completion_class
+
+    found = get_completion_class(shell)
+    assert found is not None
+    say(found(context.find_root().command, {}, "datastore", "_DATASTORE_COMPLETE").source())
+
+
+COMMANDS = (init, completion, doctor)

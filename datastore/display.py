@@ -1,0 +1,64 @@
+"""Things as people see them at a glance: a histogram as one line of text, and tables as HTML for notebooks.
+
+HTML is what `_repr_html_` of a class returns, and a notebook shows. It names no colours and no fonts, so it suits a dark notebook
+as well, and every text in it is escaped.
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
+from html import escape
+from itertools import accumulate
+
+__all__ = ["html_fields", "html_table", "sparkline", "upper_half"]
+
+_BARS = "▁▂▃▄▅▆▇█"
+
+
+def sparkline(counts: Sequence[int]) -> str:
+    """Return a bar for each of `counts`, as high as its share of the largest; any that is not 0 is seen.
+
+    >>> sparkline([1, 8, 0, 2])
+    '▂█▁▃'
+    """
+    most = max(counts, default=0) or 1
+    return "".join(_BARS[-(-count * (len(_BARS) - 1) // most)] for count in counts)
+
+
+def upper_half(counts: Sequence[int]) -> int:
+    """Return the first number up to which at least half of all `counts` lie.
+
+    >>> upper_half([0, 1, 8, 0, 2])
+    2
+    """
+    total = sum(counts)
+    return next(number for number, seen in enumerate(accumulate(counts)) if 2 * seen >= total)
+
+
+def html_fields(title: str, fields: Mapping[str, object]) -> str:
+    """Return what is known of one thing, a line for each of `fields`; those that are None are left out.
+
+    >>> html_fields("Dataset", {"documents": "1,000", "deleted": None})
+    '<table><caption style="text-align:left">Dataset</caption><tbody><tr><th style="text-align:left">documents</th><td style="text-align:left">1,000</td></tr></tbody></table>'
+    """
+    rows = "".join(f"<tr>{_cell(name, 'th')}{_cell(value)}</tr>" for name, value in fields.items() if value is not None)
+    return f"<table>{_caption(title)}<tbody>{rows}</tbody></table>"
+
+
+def html_table(title: str, header: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
+    """Return many things of a kind, a row for each: numbers to the right, everything else to the left.
+
+    >>> html_table("Steps", ["step", "time"], [[7, "now"]]).count("<tr>")
+    2
+    """
+    head = "".join(_cell(name, "th") for name in header)
+    body = "".join(f"<tr>{''.join(map(_cell, row))}</tr>" for row in rows)
+    return f"<table>{_caption(title)}<thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
+
+
+def _caption(title: str) -> str:
+    return f'<caption style="text-align:left">{escape(title)}</caption>'
+
+
+def _cell(value: object, tag: str = "td") -> str:
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    text = f"{value:,}" if is_number else str(value)
+    return f'<{tag} style="text-align:{"right" if is_number else "left"}">{escape(text)}</{tag}>'
