@@ -122,7 +122,7 @@ def _of(path: Path, dataset: Dataset) -> dict[str, Any]:
 
 def _dataset(places: Places, path: Path, query: Query) -> Dataset:
     version = _number(query, "version", 0)
-    return places.dataset(path["dataset"], version or None)
+    return places.whole(path["dataset"], version or None)
 
 
 def _number(query: Query, name: str, default: int) -> int:

@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from itertools import islice
 
 import numpy as np
-import numpy.typing as npt
 
 from datastore.dataset.diff import Diff, diff
 from datastore.dataset.log.manifest import Commit, Totals
@@ -34,6 +33,9 @@ __all__ = [
 
 _SAMPLED = 16
 """Shards that stand for all where documents are counted."""
+
+_SAMPLED_ROWS = 1_000
+"""Of each of those, where their sources are looked at."""
 
 _SOURCES = 12
 
@@ -133,7 +135,7 @@ def bars_of_lengths(dataset: Dataset) -> tuple[list[Bar], int]:
 def sources_of(dataset: Dataset) -> list[Bar]:
     """Return how many documents come from where, the largest first: by the first part of their source that tells them apart.
 
-    Of a large dataset some shards stand for all.
+    Of a large dataset some documents of some shards stand for all.
 
     Raises:
         DatastoreError: a file cannot be read.
@@ -147,7 +149,8 @@ def sources_of(dataset: Dataset) -> list[Bar]:
             table = dataset.record_shard(index).select(["source"])
         else:
             return []
-        return [str(source) for source in table.column("source").to_pylist()]
+        column = table.column("source")
+        return [str(column[row].as_py()) for row in spread(len(column), _SAMPLED_ROWS)]
 
     sources = [source for part in in_parallel(read, chosen) for source in part if source]
     for depth in range(1, 6):
@@ -233,17 +236,15 @@ def planned(dataset: Dataset, *, ranks: int, steps: int, seq_len: int, global_ba
             steps=steps,
             hint=f"Up to {_MOST_RANKS} ranks and {_MOST_STEPS} steps.",
         )
+    with Loader(dataset, seq_len=seq_len, global_batch=global_batch) as loader:
+        batches = loader.plan(steps)  # All slots of each step; a rank has a stretch of them.
+    ends = np.cumsum(dataset.segments.tokens)
     found = []
-    for rank in range(ranks):
-        with Loader(dataset, seq_len=seq_len, global_batch=global_batch, rank=Rank(rank, ranks)) as loader:
-            batches = loader.plan(steps)
-        for step, samples in enumerate(batches):
-            shards, counts = np.unique(_shards_of(dataset, samples, seq_len), return_counts=True)
+    for step, samples in enumerate(batches):
+        # Samples lie end to end in the stream of tokens: each is drawn where it begins.
+        places = np.searchsorted(ends, samples * seq_len, side="right")
+        for rank in range(ranks):
+            start, stop = Rank(rank, ranks).share(global_batch)
+            shards, counts = np.unique(places[start:stop], return_counts=True)
             found.append(PlannedStep(step, rank, tuple(zip(shards.tolist(), counts.tolist(), strict=True))))
     return found
-
-
-def _shards_of(dataset: Dataset, samples: npt.NDArray[np.int64], seq_len: int) -> npt.NDArray[np.int64]:
-    """Return the shard in which each sample begins: samples lie end to end in the stream of tokens."""
-    ends = np.cumsum(dataset.segments.tokens)
-    return np.searchsorted(ends, samples * seq_len, side="right")

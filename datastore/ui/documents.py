@@ -269,7 +269,7 @@ def _pieces(text: TokenText | None, tokens: Any, mask: Sequence[int] | None) -> 
         return [Piece(str(token), token) for token in tokens.tolist()]
     learned = [bool(each) for each in mask] if mask is not None else [True] * len(tokens)
     return [
-        Piece(text.decode(tokens[place : place + 1]) or f"‹{token}›", int(token), learned[place])
+        Piece(text.decode(tokens[place : place + 1]) or f"<{token}>", int(token), learned[place])
         for place, token in enumerate(tokens.tolist())
     ]
 

@@ -6,6 +6,7 @@ first page; what was found keeps its number.
 
 import threading
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
@@ -14,6 +15,7 @@ from datastore.dataset.snapshot import Dataset, open_dataset
 from datastore.errors import DatastoreError, MissingError
 from datastore.storage.base import Storage
 from datastore.storage.resolve import open_storage
+from datastore.threads import in_thread
 from datastore.training.run.folder import CONFIG_KEY, is_run
 from datastore.ui.series import RunSeries
 
@@ -45,6 +47,7 @@ class Places:
         self._open: dict[tuple[str, int], Dataset] = {}
         self._runs: dict[str, Run] = {}
         self._lock = threading.Lock()
+        self._reading = threading.Lock()
         self.troubles: list[str] = []
         """Places that could not be looked at."""
 
@@ -76,6 +79,22 @@ class Places:
     def runs(self) -> list[Run]:
         """The runs, by number."""
         return list(self._runs.values())
+
+    def prepare(self) -> None:
+        """Begin to read the manifests of all datasets, so that the first page of a large one need not wait for that."""
+        for number in range(len(self._datasets)):
+            in_thread(partial(self.whole, number), name="manifest", daemon=True)
+
+    def whole(self, number: int, version: int | None = None) -> Dataset:
+        """Return a dataset whose manifest has been read; otherwise as `dataset`.
+
+        Raises:
+            MissingError, CorruptError: a segment is gone or damaged.
+        """
+        found = self.dataset(number, version)
+        with self._reading:  # Two pages at once do not read it twice.
+            _ = found.segments
+        return found
 
     def dataset(self, number: int, version: int | None = None) -> Dataset:
         """Return a dataset at its newest version, or at `version`; one that was opened before as it was.

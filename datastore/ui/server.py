@@ -40,6 +40,7 @@ def serve(urls: Sequence[str], *, host: str = "127.0.0.1", port: int = 0, ready:
         raise ConfigError(
             "there is nothing to show", reasons=places.troubles, hint="Name a dataset, a run, or a folder of them."
         )
+    places.prepare()
     with _listening(host, port) as listener:
         number = listener.getsockname()[1]
         token = secrets.token_urlsafe(24)

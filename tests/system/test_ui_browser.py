@@ -33,6 +33,10 @@ WIDE = {"width": 1200, "height": 860}
 def ground(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Python's own sources as a dataset, and two runs, one of which was resumed."""
     root = tmp_path_factory.mktemp("browser")
+    if os.environ.get("SCREENSHOTS"):  # A path that suits a picture.
+        root = Path("/tmp/corpus")
+        shutil.rmtree(root, ignore_errors=True)
+        root.mkdir()
     sources = root / "src"
     for name in ("json", "email", "asyncio", "http", "logging"):
         shutil.copytree(Path(os.__file__).parent / name, sources / name)

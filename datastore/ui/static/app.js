@@ -27,7 +27,7 @@ function aligned(found) {
     const stroke = COLOURS[line.run % COLOURS.length];
     tables.push([line.x, line.y]);
     series.push({
-      label: line.label, stroke, width: 1.5, points: { show: line.x.length < 60 }, spanGaps: false,
+      label: line.label, stroke, width: 1.5, points: { show: line.x.length < 60, size: 4, fill: stroke }, spanGaps: false,
       value: (_, value) => (value == null ? "" : Number(value.toPrecision(6)).toString()),
     });
     line.again.forEach(([x, y], number) => {
