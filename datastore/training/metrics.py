@@ -21,6 +21,7 @@ from datastore.errors import StorageError
 from datastore.storage.base import Storage
 
 __all__ = [
+    "ALWAYS",
     "Fault",
     "Follower",
     "MetricsWriter",
@@ -32,6 +33,9 @@ __all__ = [
     "read_metrics",
     "session_number",
 ]
+
+ALWAYS = ("loss", "grad_norm")
+"""Numbers of every step; where one is missing, it was not finite: JSON has no word for that, so such numbers are left out."""
 
 _FLUSH_S = 10.0
 

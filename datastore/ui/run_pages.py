@@ -19,7 +19,7 @@ Shown = tuple[str, dict[str, Any]]
 _FIRST = ("loss", "validation_loss", "tokens_per_s", "data_wait", "memory_bytes", "lr", "grad_norm", "sparsity")
 """The numbers that are offered first."""
 
-_DRAWN = ("loss", "tokens_per_s", "data_wait", "lr")
+_DRAWN = ("loss", "tokens_per_s", "data_wait", "memory_bytes")
 """Those that the page of one run draws."""
 
 _SAMPLES = 8
@@ -82,8 +82,7 @@ def step(places: Places, path: Path, query: Query) -> Shown:
     shown = _whole(query, "samples", _SAMPLES)
     found = trace(run.url, path["step"], limit=shown)
     run.series.refresh()
-    numbers = {name: run.series.values(name).get(path["step"]) for name in run.series.names()}
-    return "step.html", {"run": run, "found": found, "numbers": {k: v for k, v in numbers.items() if v is not None}}
+    return "step.html", {"run": run, "found": found, "numbers": run.series.at(path["step"])}
 
 
 def checkpoint(places: Places, path: Path, query: Query) -> Shown:

@@ -8,8 +8,10 @@ import numpy as np
 import orjson
 import pytest
 
+from datastore.errors import CorruptError
 from datastore.storage.base import Storage
 from datastore.storage.resolve import open_storage
+from datastore.storage.statistics import total_statistics
 from datastore.training.metrics import read_metrics
 from datastore.ui.series import RunSeries, thinned
 
@@ -67,6 +69,66 @@ def test_what_is_not_finite_is_a_gap_and_marked(storage: Storage) -> None:
     assert series.values("loss")[4] is None
 
 
+def test_a_loss_that_stays_bad_is_a_gap_to_the_end(storage: Storage) -> None:
+    """The trainer leaves out what is not finite, as JSON has no word for it."""
+    records = steps(1, 101, 2.0)
+    for record in records[10:]:
+        del record["loss"]
+    put(storage, 1, 1, records)
+    series = RunSeries(storage)
+    series.refresh()
+    line = series.line("loss")
+    assert (len(line.x), line.y[9:12], line.marked) == (100, [2.01, None, None], 90)
+    assert series.line("loss", span=(50, 60)).marked == 13  # One more on either side.
+
+
+def test_a_number_that_begins_or_ends_within_a_run_was_never_bad(storage: Storage) -> None:
+    records = steps(1, 101, 2.0)
+    for record in records[20:]:
+        record["sparsity"] = 0.5
+    records[60]["validation_loss"], records[80]["validation_loss"] = 3.0, float("nan")
+    put(storage, 1, 1, records)
+    series = RunSeries(storage)
+    series.refresh()
+    line = series.line("sparsity")
+    assert (line.x[0], line.y.count(None), line.marked) == (21.0, 0, 0)
+    line = series.line("validation_loss")
+    assert (line.x, line.y, line.marks) == ([61.0, 81.0], [3.0, None], [81.0])
+
+
+def test_marks_are_of_the_whole_run_however_many_there_are(storage: Storage) -> None:
+    records = steps(1, 5_001, 2.0)
+    for record in records[1::2]:
+        record["loss"] = None
+    put(storage, 1, 1, records)
+    series = RunSeries(storage)
+    series.refresh()
+    line = series.line("loss")
+    assert (line.marked, line.marks[0], line.marks[-1]) == (2_500, 2.0, 5_000.0)
+    assert len(line.x) <= 3_000
+    assert line.y.count(None) > 900
+
+
+def test_what_a_later_session_took_again_is_drawn_where_it_has_the_number(storage: Storage) -> None:
+    records = steps(1, 61, 5.0)
+    records[49]["validation_loss"] = 4.0
+    put(storage, 1, 1, records)
+    put(storage, 41, 2, steps(41, 81, 3.0))
+    series = RunSeries(storage)
+    series.refresh()
+    assert series.line("validation_loss").taken_again == [([50.0], [4.0])]
+    assert series.line("lr").taken_again == []
+    assert [len(x) for x, _ in series.line("loss", span=(1, 42)).taken_again] == [3]
+
+
+def test_the_numbers_of_one_step_are_those_that_count(storage: Storage) -> None:
+    put(storage, 1, 1, steps(1, 61, 5.0))
+    put(storage, 41, 2, steps(41, 81, 3.0))
+    series = RunSeries(storage)
+    series.refresh()
+    assert [series.at(step).get("loss") for step in (40, 41, 80, 81)] == [5.04, 3.041, 3.08, None]
+
+
 def test_a_number_that_few_steps_have_is_a_line_without_gaps(storage: Storage) -> None:
     records = steps(1, 101, 2.0)
     for record in records[9::10]:
@@ -84,7 +146,8 @@ def test_axes_and_stretches(storage: Storage) -> None:
     series.refresh()
     assert series.line("loss", against="tokens").x == [64.0 * step for step in range(1, 11)]
     assert series.line("loss", against="hours").x == pytest.approx(range(10))
-    assert series.line("loss", span=(3, 5)).x == [3, 4, 5]
+    assert series.line("loss", span=(3, 5)).x == list(range(2, 7))  # One more on either side: it goes on to the edges.
+    assert series.line("loss", span=(1, 10)).x == list(range(1, 11))
 
 
 def test_files_that_grow_are_read_on_and_their_last_line_may_change(storage: Storage) -> None:
@@ -104,6 +167,35 @@ def test_files_that_grow_are_read_on_and_their_last_line_may_change(storage: Sto
     whole.refresh()
     assert series.line("validation_loss") == whole.line("validation_loss")
     assert series.refresh() == version
+
+
+def test_only_what_is_new_is_read(storage: Storage) -> None:
+    records = steps(1, 1_001, 2.0)
+    put(storage, 1, 1, records[:-1])
+    series = RunSeries(storage)
+    series.refresh()
+    put(storage, 1, 1, records)
+    before = total_statistics(storage.statistics()).bytes
+    series.refresh()
+    read = total_statistics(storage.statistics()).bytes - before
+    assert 0 < read < 3 * len(orjson.dumps(records[-1]))
+    assert len(series.line("loss").x) == 1_000
+
+
+def test_another_file_in_the_place_of_one_is_read_anew(storage: Storage) -> None:
+    put(storage, 1, 1, steps(1, 101, 2.0))
+    series = RunSeries(storage)
+    series.refresh()
+    put(storage, 1, 1, steps(1, 11, 7.0))
+    series.refresh()
+    assert series.line("loss").y == [7 + step / 1000 for step in range(1, 11)]
+
+
+@pytest.mark.parametrize("rubbish", [b"nothing\n", b'{"loss":1}\n', b"[1]\n", b'{"step":null}\n', b"\xff\xfe\n"])
+def test_a_damaged_file_is_said_with_its_name(storage: Storage, rubbish: bytes) -> None:
+    storage.put("metrics/0000000001-000001-abc.jsonl", rubbish)
+    with pytest.raises(CorruptError, match="metrics/0000000001-000001-abc"):
+        RunSeries(storage).refresh()
 
 
 def test_a_number_that_becomes_a_text_does_not_hide_the_others(storage: Storage) -> None:
