@@ -1,4 +1,4 @@
-"""What the pages of a dataset say: its versions, its lengths and sources, its shards, and what a loader would read."""
+"""A dataset as its pages show it: versions, lengths and sources, shards, and what a loader would read."""
 
 from collections import Counter
 from collections.abc import Sequence

@@ -1,4 +1,4 @@
-"""What the pages of runs say: how each stands, its checkpoints, what a step saw, and what two runs do not share."""
+"""Runs as their pages show them: how each stands, its checkpoints, its numbers, and what two runs do not share."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass

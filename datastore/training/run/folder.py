@@ -312,8 +312,7 @@ def decode_config(text: str) -> RunConfig:
 
 
 def _new_config(settings: Settings) -> RunConfig:
-    # These load torch, for which whoever only looks at a run should not have to wait.
-    from datastore.training.models.huggingface import read_architecture  # noqa: PLC0415
+    from datastore.training.models.huggingface import read_architecture  # noqa: PLC0415 - they load torch
     from datastore.training.objectives.catalog import make_objective  # noqa: PLC0415
 
     data = settings.data

@@ -92,7 +92,7 @@ FLAGS = {
     "cache clear": "dataset",
     "cache warm": "bytes columns dir global-batch seed seq-len steps",
     "init": "data force to",
-    "ui": "host no-open open port",
+    "ui": "host open port",
     "completion": "",
     "doctor": "url",
 }
