@@ -32,6 +32,7 @@ __all__ = [
     "html_steps",
     "inspect_step",
     "list_steps",
+    "newest_steps",
     "verify_step",
 ]
 
@@ -115,20 +116,25 @@ def list_steps(storage: Storage) -> list[StepSummary]:
     return [replace(_summary(log, step), pinned=step in pinned) for step in log.steps()]
 
 
-def html_steps(storage: Storage) -> str:
-    """Return the newest steps as a table for a notebook: each is one small read."""
+def newest_steps(storage: Storage, most: int) -> tuple[list[StepSummary], int]:
+    """Return the newest `most` steps, newest first, and how many there are: each is one small read."""
     log, pinned = StepLog(storage), set(pinned_steps(storage))
     steps = log.steps()
+    return [replace(_summary(log, step), pinned=step in pinned) for step in reversed(steps[-most:])], len(steps)
+
+
+def html_steps(storage: Storage) -> str:
+    """Return the newest steps as a table for a notebook."""
+    steps, total = newest_steps(storage, _SHOWN)
     rows = []
-    for step in reversed(steps[-_SHOWN:]):
-        found = _summary(log, step)
+    for found in steps:
         metrics = ", ".join(
             f"{name} {value:.4g}" for name, value in (found.metrics or {}).items() if isinstance(value, float)
         )
         sizes = (format_bytes(found.state_bytes), format_bytes(found.written_bytes)) if not found.error else ("", "")
-        notes = [word for word in ("pinned" if step in pinned else "", found.error, metrics) if word]
-        rows.append((step, found.time[:19], found.world, *sizes, "; ".join(notes)))
-    return html_table(f"{storage.url}: {len(steps):,} steps", ("step", "time", "ranks", "state", "written", ""), rows)
+        notes = [word for word in ("pinned" if found.pinned else "", found.error, metrics) if word]
+        rows.append((found.step, found.time[:19], found.world, *sizes, "; ".join(notes)))
+    return html_table(f"{storage.url}: {total:,} steps", ("step", "time", "ranks", "state", "written", ""), rows)
 
 
 def _summary(log: StepLog, step: int) -> StepSummary:

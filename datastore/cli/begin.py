@@ -1,4 +1,4 @@
-"""The commands to begin with: what this machine and a storage can do, settings to start from, completion for the shell.
+"""The commands to begin with: what this machine and a storage can do, settings to start from, completion, a page to look at.
 
 `doctor` says facts first, then one line for each thing that will hurt. It writes to storage only if a URL is given, and
 removes what it wrote.
@@ -43,6 +43,7 @@ _EXTRAS = {
     "quality": ("rensa", "fasttext-predict"),
     "unigram": ("sentencepiece",),
     "ray": ("ray",),
+    "ui": ("starlette", "uvicorn", "jinja2"),
 }
 """The optional extras and the packages that each brings."""
 
@@ -285,4 +286,30 @@ def completion(context: click.Context, *, shell: str) -> None:
     say(found(context.find_root().command, {}, "datastore", "_DATASTORE_COMPLETE").source())
 
 
-COMMANDS = (init, completion, doctor)
+@click.command(short_help="Look at datasets and runs in a browser.", epilog=example("datastore ui data runs"))
+@click.argument("urls", nargs=-1, metavar="[URL...]")
+@click.option(
+    "--host", default="127.0.0.1", help="Where to listen; others than this machine can see it only if you name another."
+)
+@click.option("--port", type=click.IntRange(min=0, max=65_535), default=0, help="The port; 0: one that is free.")
+@click.option("--open/--no-open", "browser", default=True, help="Open a browser.")
+def ui(*, urls: tuple[str, ...], host: str, port: int, browser: bool) -> None:
+    """Serve a page with the datasets and runs at each URL, or up to three folders below it, until Ctrl-C; only looks.
+
+    Without a URL it is the folder that you are in. Whoever has the address, which holds a token, can see what the page shows.
+    """
+    from datastore.ui.server import serve
+
+    def ready(address: str) -> None:
+        say(address)
+        say("Ctrl-C ends it")
+        sys.stdout.flush()
+        if browser:
+            import webbrowser
+
+            webbrowser.open(address)
+
+    serve(urls or (".",), host=host, port=port, ready=ready)
+
+
+COMMANDS = (init, completion, ui, doctor)

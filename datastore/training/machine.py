@@ -13,7 +13,7 @@ import torch
 
 from datastore.digest import digest_bytes
 from datastore.errors import ConfigError
-from datastore.host import cores
+from datastore.host import cores, resident_bytes
 from datastore.training.launcher import Launch
 from datastore.training.parallel.layout import Layout
 from datastore.training.parallel.ranks import Ranks
@@ -21,6 +21,7 @@ from datastore.training.settings import ModelSettings, StepSettings
 
 __all__ = [
     "Machine",
+    "device_memory",
     "device_name",
     "flops_per_token",
     "peak_flops",
@@ -54,6 +55,11 @@ def pick_device(wanted: str, launch: Launch) -> torch.device:
 def device_name(device: torch.device) -> str:
     """Return what a person calls the device."""
     return torch.cuda.get_device_name(device) if device.type == "cuda" else f"cpu ({cores()} cores)"
+
+
+def device_memory(device: torch.device) -> int:
+    """Return the bytes that this process has of the memory of `device`; of a CPU, all that it has."""
+    return torch.cuda.memory_reserved(device) if device.type == "cuda" else resident_bytes()
 
 
 @dataclass(frozen=True, slots=True)

@@ -21,6 +21,7 @@ from datastore.errors import StorageError
 from datastore.storage.base import Storage
 
 __all__ = [
+    "ALWAYS",
     "Fault",
     "Follower",
     "MetricsWriter",
@@ -30,7 +31,11 @@ __all__ = [
     "StepProfile",
     "TrainingProgress",
     "read_metrics",
+    "session_number",
 ]
+
+ALWAYS = ("loss", "grad_norm")
+"""Numbers of every step; where one is missing, it was not finite: JSON has no word for that, so such numbers are left out."""
 
 _FLUSH_S = 10.0
 
@@ -126,7 +131,7 @@ class MetricsWriter:
 
 def read_metrics(storage: Storage) -> list[dict[str, Any]]:
     """Return one record per step, in order; of a step taken twice, what the later session wrote."""
-    keys = sorted((found.key for found in storage.list("metrics")), key=_session_of)
+    keys = sorted((found.key for found in storage.list("metrics")), key=session_number)
     steps: dict[int, dict[str, Any]] = {}
     for key in keys:
         records = [orjson.loads(line) for line in storage.get(key).splitlines()]
@@ -136,7 +141,7 @@ def read_metrics(storage: Storage) -> list[dict[str, Any]]:
     return [steps[step] for step in sorted(steps)]
 
 
-def _session_of(key: str) -> tuple[int, str]:
+def session_number(key: str) -> tuple[int, str]:
     """Return what sessions are ordered by: their number. The name, which begins with the time of some clock, decides for old ones."""
     _, *number, name = key.split("-")
     return int(number[0]) if number else 0, name

@@ -32,7 +32,7 @@ from datastore.errors import ConfigError, ConflictError, DatastoreError
 from datastore.storage.base import Storage
 from datastore.storage.statistics import total_statistics
 from datastore.training.hooks.base import RunState
-from datastore.training.machine import flops_per_token, peak_flops
+from datastore.training.machine import device_memory, flops_per_token, peak_flops
 from datastore.training.metrics import MetricsWriter, StepMeter, TrainingProgress
 from datastore.training.parallel.norm import all_finite, local_part
 from datastore.training.run.lock import RunLock
@@ -352,6 +352,7 @@ class Supervisor(Observer):
             "lr": outcome.lr,
             "tokens_per_s": outcome.samples * self._settings.data.seq_len / outcome.seconds,
             "data_wait": outcome.wait_seconds / outcome.seconds,
+            "memory_bytes": device_memory(self._trainer.state.device),
         }
         if self._trainer.scale is not None:
             line["loss_scale"] = self._trainer.factor

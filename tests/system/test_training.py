@@ -100,12 +100,14 @@ def test_metrics_have_one_record_for_each_step(language: str, tmp_path: Path) ->
         "lr",
         "tokens_per_s",
         "data_wait",
+        "memory_bytes",
         "cache_hits",
         "storage_requests",
         "sparsity",
     } <= found[0].keys()
     assert [line["step"] for line in found if "validation_loss" in line] == [10, 20]
     assert found[-1]["sparsity"] == pytest.approx(0.75, abs=0.01)
+    assert found[-1]["memory_bytes"] > 2**20
 
 
 def test_metrics_say_how_the_cache_fares(language: str, tmp_path: Path) -> None:

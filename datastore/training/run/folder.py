@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from logging import getLogger
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 
@@ -24,13 +24,13 @@ from datastore.host import utc_now
 from datastore.storage.base import Storage
 from datastore.storage.resolve import open_storage
 from datastore.storage.urls import strip_credentials
-from datastore.training.models.huggingface import read_architecture
-from datastore.training.objectives.base import Objective
-from datastore.training.objectives.catalog import make_objective
 from datastore.training.run.changes import changed_keys, flatten
 from datastore.training.run.data import DatasetRef, Versions, open_at, ref_of, version_to_read
 from datastore.training.run.split import Split, make_split, mix_split
 from datastore.training.settings import Settings
+
+if TYPE_CHECKING:
+    from datastore.training.objectives.base import Objective
 
 __all__ = [
     "CONFIG_KEY",
@@ -312,6 +312,9 @@ def decode_config(text: str) -> RunConfig:
 
 
 def _new_config(settings: Settings) -> RunConfig:
+    from datastore.training.models.huggingface import read_architecture  # noqa: PLC0415 - they load torch
+    from datastore.training.objectives.catalog import make_objective  # noqa: PLC0415
+
     data = settings.data
     urls = {name: source.url for name, source in data.sources.items()} or {"": data.url}
     datasets = {name: open_dataset(url) for name, url in urls.items()}
@@ -347,7 +350,7 @@ def _new_config(settings: Settings) -> RunConfig:
     )
 
 
-def _check_kind(dataset: Dataset, objective: Objective) -> None:
+def _check_kind(dataset: Dataset, objective: "Objective") -> None:
     if dataset.kind == objective.reads:
         return
     if objective.reads == "tokens":

@@ -11,7 +11,7 @@ Of several sources each is cut by itself, and each has a validation loss.
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 import numpy as np
@@ -28,8 +28,10 @@ from datastore.formats.arrow import array_of, numbers_of
 from datastore.loader.loader import Loader
 from datastore.loader.mixture.request import Data, Mixture, Stage
 from datastore.loader.settings import LoaderSettings, Rank
-from datastore.training.objectives.base import Context, HostRows, Objective
 from datastore.training.settings import DataSettings
+
+if TYPE_CHECKING:
+    from datastore.training.objectives.base import Context, HostRows, Objective
 
 __all__ = ["RowCut", "Split", "Stretch", "ValidationSamples", "make_split", "mix_split"]
 
@@ -83,18 +85,20 @@ class ValidationSamples:
     source: str = ""
     """The source that they are of; empty, where there is one dataset for all."""
 
-    prepared_rows: HostRows | None = None
+    prepared_rows: "HostRows | None" = None
     """What the objective makes of them, if that is something else."""
 
     positions: npt.NDArray[np.int64] | None = None
     """[E] the place of each among all."""
 
     @property
-    def rows(self) -> HostRows:
+    def rows(self) -> "HostRows":
         """What a model sees."""
+        from datastore.training.objectives.base import HostRows  # noqa: PLC0415 - it loads torch
+
         return self.prepared_rows or HostRows(self.mine, self.loss_mask)
 
-    def prepared(self, objective: Objective, context: Context) -> "ValidationSamples":
+    def prepared(self, objective: "Objective", context: "Context") -> "ValidationSamples":
         """Return these samples as `objective` learns from them."""
         share = _Share(
             self.mine, self.loss_mask, np.arange(len(self.mine)) if self.positions is None else self.positions
@@ -102,7 +106,7 @@ class ValidationSamples:
         return replace(self, prepared_rows=objective.prepare(share, context))
 
     @staticmethod
-    def of(rows: HostRows, count: int) -> "ValidationSamples":
+    def of(rows: "HostRows", count: int) -> "ValidationSamples":
         """Return `rows` that an objective has prepared already."""
         return ValidationSamples(rows.tokens, count, rows.loss_mask, prepared_rows=rows)
 

@@ -29,7 +29,7 @@ def commands(group: click.Group, path: tuple[str, ...] = ()) -> Iterator[tuple[t
 
 COMMANDS = dict(commands(cli))
 REPORTING = [
-    path for path in COMMANDS if path not in {("tag",), ("card",), ("init",), ("completion",)}
+    path for path in COMMANDS if path not in {("tag",), ("card",), ("init",), ("completion",), ("ui",)}
 ]  # A card is Markdown already.
 
 FLAGS = {
@@ -92,6 +92,7 @@ FLAGS = {
     "cache clear": "dataset",
     "cache warm": "bytes columns dir global-batch seed seq-len steps",
     "init": "data force to",
+    "ui": "host open port",
     "completion": "",
     "doctor": "url",
 }

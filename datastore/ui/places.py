@@ -1,0 +1,171 @@
+"""Which datasets and runs there are: at the URLs that were named, or up to three folders below them.
+
+Each gets a number, which its pages have in their addresses. Folders are looked through once, and again when somebody asks for the
+first page; what was found keeps its number.
+"""
+
+import threading
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+from typing import TypeVar
+
+from datastore.dataset.log.keys import INFO_KEY
+from datastore.dataset.snapshot import Dataset, open_dataset
+from datastore.errors import DatastoreError, MissingError
+from datastore.storage.base import Storage
+from datastore.storage.resolve import open_storage
+from datastore.threads import in_thread
+from datastore.training.run.folder import CONFIG_KEY, is_run
+from datastore.ui.series import RunSeries
+
+__all__ = ["Places", "Run"]
+
+T = TypeVar("T")
+
+_DEPTH = 3
+
+
+class Run:
+    """A run that is looked at."""
+
+    def __init__(self, number: int, url: str) -> None:
+        self.number = number
+        self.url = url
+        self.name = url.rstrip("/").rsplit("/", 1)[-1]
+        self.storage = open_storage(url)
+        self.series = RunSeries(self.storage)
+
+
+class Places:
+    """The datasets and runs at `urls` and below; safe for several threads."""
+
+    def __init__(self, urls: Sequence[str]) -> None:
+        self._named = list(urls)
+        self._datasets: dict[str, str] = {}
+        """By URL without its version, the URL as it is opened."""
+        self._open: dict[tuple[str, int], Dataset] = {}
+        self._runs: dict[str, Run] = {}
+        self._lock = threading.Lock()
+        self._reading = threading.Lock()
+        self.troubles: list[str] = []
+        """Places that could not be looked at."""
+
+    def look(self) -> None:
+        """Look for what is new."""
+        troubles = []
+        for url in self._named:
+            try:
+                found = _below(url)
+            except DatastoreError as error:
+                troubles.append(f"{url}: {error}")
+                continue
+            if not found:
+                troubles.append(f"{url}: neither a dataset nor a run, nor are there any below it")
+            with self._lock:
+                for kind, place in found:
+                    if kind == "dataset":
+                        self._datasets.setdefault(place, place)
+                    elif place not in self._runs:
+                        self._runs[place] = Run(len(self._runs), place)
+        self.troubles = troubles
+
+    @property
+    def datasets(self) -> list[str]:
+        """The URLs of the datasets, by number."""
+        return list(self._datasets)
+
+    @property
+    def runs(self) -> list[Run]:
+        """The runs, by number."""
+        return list(self._runs.values())
+
+    def prepare(self) -> None:
+        """Begin to read the manifests of all datasets, so that the first page of a large one need not wait for that."""
+        for number in range(len(self._datasets)):
+            in_thread(partial(self.whole, number), name="manifest", daemon=True)
+
+    def whole(self, number: int, version: int | None = None) -> Dataset:
+        """Return a dataset whose manifest has been read; otherwise as `dataset`.
+
+        Raises:
+            MissingError, CorruptError: a segment is gone or damaged.
+        """
+        found = self.dataset(number, version)
+        with self._reading:  # Two pages at once do not read it twice.
+            _ = found.segments
+        return found
+
+    def dataset(self, number: int, version: int | None = None) -> Dataset:
+        """Return a dataset at its newest version, or at `version`; one that was opened before as it was.
+
+        Raises:
+            MissingError: there is none of that number, or no such version.
+            DatastoreError: as `open_dataset`.
+        """
+        url = _at(self.datasets, number, "dataset")
+        if version is None:
+            found = open_dataset(url)
+            version = found.version
+        else:
+            found = self._open.get((url, version)) or open_dataset(url, version=version)
+        with self._lock:
+            kept = self._open.setdefault((url, version), found)
+            while len(self._open) > _KEPT:
+                del self._open[next(iter(self._open))]
+        return kept
+
+    def run(self, number: int) -> Run:
+        """Return a run.
+
+        Raises:
+            MissingError: there is none of that number.
+        """
+        return _at(self.runs, number, "run")
+
+
+_KEPT = 8
+"""Versions that stay open."""
+
+
+def _at(items: Sequence[T], number: int, kind: str) -> T:
+    if not 0 <= number < len(items):
+        raise MissingError(f"there is no such {kind}", number=number, hint="Go back to the first page.")
+    return items[number]
+
+
+def _below(url: str) -> list[tuple[str, str]]:
+    """Return the datasets and runs at and below `url`, each as its kind and its URL."""
+    storage = open_storage(url)
+    here = storage.local_path(CONFIG_KEY)
+    if here is not None:
+        return sorted(_walk(here.parent, _DEPTH))
+    if _exists(storage, INFO_KEY):
+        return [("dataset", url)]
+    if is_run(storage):
+        return [("run", url)]
+    found = []
+    for stat in storage.list():
+        folder, _, name = stat.key.rpartition("/")
+        if name in {INFO_KEY, CONFIG_KEY} and folder.count("/") < _DEPTH:
+            found.append(("dataset" if name == INFO_KEY else "run", f"{url.rstrip('/')}/{folder}"))
+    return sorted(each for each in found if each[0] == "dataset" or is_run(open_storage(each[1])))
+
+
+def _exists(storage: Storage, key: str) -> bool:
+    try:
+        storage.stat(key)
+    except MissingError:
+        return False
+    return True
+
+
+def _walk(folder: Path, depth: int) -> list[tuple[str, str]]:
+    if (folder / INFO_KEY).is_file():
+        return [("dataset", str(folder))]
+    if (folder / CONFIG_KEY).is_file() and is_run(open_storage(str(folder))):
+        return [("run", str(folder))]
+    if not depth or not folder.is_dir():
+        return []
+    inner = sorted(each for each in folder.iterdir() if each.is_dir() and not each.name.startswith((".", "_")))
+    return [found for each in inner for found in _walk(each, depth - 1)]
