@@ -4,6 +4,7 @@ checkpointer   Checkpointer: what a training program calls
 exchange       checkpoints of others: torch.distributed.checkpoint with a run of ours behind it
 saving         a save: snapshot, write, commit
 loading        a load: sources, reader, targets, restore
+places         two places behind one Checkpointer
 replica        a run in a second place
 difference     two steps held against each other
 inspect        look at a run without torch

@@ -127,8 +127,10 @@ def files_of(commit: StepCommit) -> set[str]:
     return own.union(*((part, f"{part.removesuffix('.safetensors')}.json") for part in commit.uses))
 
 
-def collect(storage: Storage, keep: Keep, *, session: str = "", dry_run: bool = False) -> Collected:
-    """Remove the steps that `keep` lets go, then the parts that no step needs; votes of other sessions, too.
+def collect(
+    storage: Storage, keep: Keep, *, session: str = "", spare: AbstractSet[int] = frozenset(), dry_run: bool = False
+) -> Collected:
+    """Remove the steps that `keep` lets go but for those to `spare`, then the parts that no step needs; votes of other sessions, too.
 
     Raises:
         StorageError: the storage failed; what is left is consistent.
@@ -138,7 +140,7 @@ def collect(storage: Storage, keep: Keep, *, session: str = "", dry_run: bool = 
     parts = list(storage.list(PARTS))
     votes = [stat for stat in storage.list(VOTES) if not stat.key.startswith(f"{VOTES}/{session}/")]
     commits = {step: log.read_if_sound(step) for step in log.steps()}
-    drop = expired(commits, keep, pinned=set(pinned_steps(storage)))
+    drop = expired(commits, keep, pinned=set(pinned_steps(storage)) | spare)
     unneeded = garbage(parts, commits, dropped=set(drop)) + (votes if session else [])
     if not dry_run:
         for step in drop:

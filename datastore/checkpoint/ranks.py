@@ -74,8 +74,8 @@ def read_run(storage: Storage) -> RunInfo | None:
     return None
 
 
-def ensure_run(member: SavingRank) -> RunInfo:
-    """Return what `run.json` says; rank 0 writes it if it is not there, the others wait for it.
+def ensure_run(member: SavingRank, *, run_id: str = "") -> RunInfo:
+    """Return what `run.json` says; rank 0 writes it if it is not there (for the run `run_id`, if that is known), the others wait for it.
 
     Raises:
         WaitError: rank 0 did not write it in time.
@@ -84,7 +84,7 @@ def ensure_run(member: SavingRank) -> RunInfo:
     info = read_run(storage)
     if info is None and member.rank == 0:
         with suppress(ConflictError):  # Another launch was faster; its answer is as good.
-            storage.put_new(RUN_KEY, seal(_new_run(storage)))
+            storage.put_new(RUN_KEY, seal(_new_run(storage, run_id)))
         info = read_run(storage)
     info = info or wait_until(lambda: read_run(storage), timeout_s=member.options.wait_s)
     if info is None:
@@ -93,10 +93,10 @@ def ensure_run(member: SavingRank) -> RunInfo:
     return info
 
 
-def _new_run(storage: Storage) -> RunInfo:
+def _new_run(storage: Storage, run_id: str) -> RunInfo:
     log = StepLog(storage)
     known = (commit.run_id for step in reversed(log.steps()) if (commit := log.read_if_sound(step)) is not None)
-    run_id = next(known, None) or uuid.uuid4().hex
+    run_id = run_id or next(known, None) or uuid.uuid4().hex
     return RunInfo(run_id=run_id, created=utc_now(), exclusive=probe_exclusive(storage), writer=writer())
 
 

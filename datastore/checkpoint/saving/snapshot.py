@@ -49,6 +49,11 @@ class Snapshot:
     pieces: tuple[Captured, ...]
 
     @property
+    def size_bytes(self) -> int:
+        """Bytes of all pieces: what a copy of them takes."""
+        return sum(piece.size_bytes for piece in self.pieces)
+
+    @property
     def specs(self) -> dict[str, TensorSpec]:
         """Each tensor of the items that all ranks share, and of the rank's own."""
         both = {**self.items, **self.own_items}

@@ -586,7 +586,7 @@ if len(sys.argv) > 2:
     import datastore.storage.backends.local as local
     def full(*_):
         raise OSError(28, "No space left on device")
-    ck._flight.committed()
+    ck._flights[0].committed()
     local.os.fdatasync = full
     ck.save(2, {"state": {"t": torch.ones(5)}})
 """
