@@ -7,6 +7,7 @@ loading        a load: sources, reader, targets, restore
 places         two places behind one Checkpointer
 replica        a run in a second place
 difference     two steps held against each other
+dropping       items dropped from old steps
 inspect        look at a run without torch
 keeping        which steps are kept, and the removal of all else
 steps          the steps of a run

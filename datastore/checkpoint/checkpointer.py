@@ -17,9 +17,8 @@ no launch had before; they meet in storage only. A checkpointer is used by one t
 """
 
 import os
-import re
 import uuid
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, wait
 from contextlib import contextmanager
 from functools import partial
@@ -27,13 +26,14 @@ from logging import getLogger
 from types import TracebackType
 from typing import Any, Literal, Self
 
+from datastore.checkpoint.dropping import drop_item
 from datastore.checkpoint.format.manifest import StepCommit
 from datastore.checkpoint.format.tree import TensorSpec, pack
 from datastore.checkpoint.inspect import StepReport, StepVerifyReport, html_steps, inspect_step, verify_step
 from datastore.checkpoint.keeping import Collected, Keep, best_steps, collect, drop_after, pin, pinned_steps, unpin
 from datastore.checkpoint.loading.restore import Restored, Restorer
 from datastore.checkpoint.places import SecondPlace, TwoPlaces, opened
-from datastore.checkpoint.ranks import Agree, SavingRank, StorageVote, read_run
+from datastore.checkpoint.ranks import Agree, SavingRank, StorageVote, check_member, read_run
 from datastore.checkpoint.saving.saver import Handle, Save, SaveHistory, Saver
 from datastore.checkpoint.saving.snapshot import capture
 from datastore.checkpoint.steps import CheckpointerSettings, StepLog, steps_of
@@ -44,8 +44,6 @@ from datastore.threads import in_thread
 __all__ = ["Checkpointer"]
 
 _LOGGER = getLogger(__name__)
-
-_SESSION = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9_.-]*")
 
 _KEEP = Keep()
 
@@ -71,7 +69,9 @@ class Checkpointer:
             ConfigError: a setting is wrong, or the URL holds something else.
             CorruptError: `run.json` is damaged.
         """
-        _check_member(keep, rank, world, session)
+        check_member(rank, world, session)
+        if keep.last < 1:
+            raise ConfigError("at least one step must be kept", last=keep.last, hint="Set keep.last to 1 or more.")
         storage, places = opened(url)
         read_run(storage)
         self._member = SavingRank(storage, rank, world, session or uuid.uuid4().hex, options)
@@ -269,6 +269,23 @@ class Checkpointer:
         for place in [place for place in self._places if step in pinned_steps(place)] or self._places[:1]:
             unpin(place, step)
 
+    def drop(self, item: str, *, steps: Iterable[int]) -> list[int]:
+        """Take `item`, such as the state of the optimizer, out of old `steps`, in each place; return those that had it.
+
+        Rank 0 does the work, all ranks may call it.
+
+        Raises:
+            MissingError: there is no such step.
+            ConfigError: one is the newest, or has nothing else.
+            CorruptError: a step is damaged.
+        """
+        self._settle()
+        found: set[int] = set()
+        for step in set(steps) if self._member.rank == 0 else ():
+            for place in self._homes(step):
+                found.update(drop_item(place, item, steps=[step]).steps)
+        return sorted(found)
+
     def inspect(self, step: int) -> StepReport:
         """Return what is in `step`.
 
@@ -352,16 +369,3 @@ class Checkpointer:
 
 def _no_tensor(_value: Any, _name: str) -> TensorSpec | None:
     return None
-
-
-def _check_member(keep: Keep, rank: int, world: int, session: str) -> None:
-    if keep.last < 1:
-        raise ConfigError("at least one step must be kept", last=keep.last, hint="Set keep.last to 1 or more.")
-    if world < 1 or not 0 <= rank < world:
-        raise ConfigError("no such rank", rank=rank, world=world, hint="Ranks count from 0 to world - 1.")
-    if world > 1 and not session:
-        hint = "Pass a text that all ranks share and that is new for each launch."
-        raise ConfigError("several ranks need a session", world=world, hint=hint)
-    if session and not _SESSION.fullmatch(session):
-        hint = "Use letters, digits, '.', '_' and '-'."
-        raise ConfigError("not a name for a session", session=session, hint=hint)

@@ -139,20 +139,23 @@ class SecondPlace:
                 if not batch:
                     self._job = None
                     return
-            try:
-                self._copy([commit for commit, _ in batch])
-            except BaseException as error:
-                if isinstance(error, DatastoreError):
-                    _LOGGER.warning("step %d is not in the second place: %s", batch[-1][0].step, error)
-                    with self._lock:
-                        self._unheard = error
-                for _, copied in batch:
-                    copied.set_exception(error)
-                if not isinstance(error, DatastoreError):
-                    raise
-            else:
-                for commit, copied in batch:
-                    self._tell(commit, copied)
+            self._bring_all(batch)
+
+    def _bring_all(self, batch: list[tuple[StepCommit, Future[None]]]) -> None:
+        try:
+            self._copy([commit for commit, _ in batch])
+        except BaseException as error:
+            if isinstance(error, DatastoreError):
+                _LOGGER.warning("step %d is not in the second place: %s", batch[-1][0].step, error)
+                with self._lock:
+                    self._unheard = error
+            for _, copied in batch:
+                copied.set_exception(error)
+            if not isinstance(error, DatastoreError):
+                raise
+        else:
+            for commit, copied in batch:
+                self._tell(commit, copied)
 
     def _copy(self, commits: list[StepCommit]) -> None:
         self._told.update(commit.ref for commit in commits)

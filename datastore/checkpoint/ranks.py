@@ -12,6 +12,7 @@ storage, at the price of one tiny file per rank and question.
 """
 
 import os
+import re
 import threading
 import time
 import uuid
@@ -30,9 +31,33 @@ from datastore.errors import ConfigError, ConflictError, CorruptError, MissingEr
 from datastore.host import utc_now
 from datastore.storage.base import Storage, probe_exclusive
 
-__all__ = ["Agree", "SavingRank", "StorageVote", "all_equal", "ensure_run", "read_run", "wait_until", "writer"]
+__all__ = [
+    "Agree",
+    "SavingRank",
+    "StorageVote",
+    "all_equal",
+    "check_member",
+    "ensure_run",
+    "read_run",
+    "wait_until",
+    "writer",
+]
+
+_SESSION = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9_.-]*")
 
 _OTHERS = {"datastore.json": "a dataset"}
+
+
+def check_member(rank: int, world: int, session: str) -> None:
+    """Raise `ConfigError` unless `rank` of `world` in `session` can be a member."""
+    if world < 1 or not 0 <= rank < world:
+        raise ConfigError("no such rank", rank=rank, world=world, hint="Ranks count from 0 to world - 1.")
+    if world > 1 and not session:
+        hint = "Pass a text that all ranks share and that is new for each launch."
+        raise ConfigError("several ranks need a session", world=world, hint=hint)
+    if session and not _SESSION.fullmatch(session):
+        hint = "Use letters, digits, '.', '_' and '-'."
+        raise ConfigError("not a name for a session", session=session, hint=hint)
 
 
 @dataclass(frozen=True, slots=True)

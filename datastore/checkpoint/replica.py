@@ -21,7 +21,17 @@ from typing import TypeAlias
 import numpy as np
 
 from datastore.checkpoint.format.manifest import LATEST_KEY, PARTS, STEPS, VOTES, Chunk, chunks_of, step_key
-from datastore.checkpoint.keeping import Keep, collect, drop_after, expired, files_of, pinned_steps
+from datastore.checkpoint.keeping import (
+    NOTES,
+    Keep,
+    check_standing,
+    claimed,
+    collect,
+    drop_after,
+    expired,
+    files_of,
+    pinned_steps,
+)
 from datastore.checkpoint.ranks import read_run
 from datastore.checkpoint.saving.commit import put_commit, write_hint
 from datastore.checkpoint.steps import StepLog, WholeStep, reading
@@ -81,11 +91,26 @@ def replicate(source: Place, target: Place, *, keep: Keep = _KEEP, progress: Pro
     dropped = _follow_back(log, there, target)
     files, size_bytes = _copy_others(source, target)
     whole, damaged = _sound(log, _lacking(log, there, keep, pinned=pinned_steps(source)))
+    copied: list[int] = []
+    if whole:
+        with claimed(target, set().union(*(files_of(each.commit) for each in whole))):
+            copied, more, done = _copy_steps(source, target, whole, progress)
+        damaged += more
+        size_bytes += done
+    removed = collect(target, keep).steps if copied else ()
+    return Replicated(tuple(copied), tuple(sorted(damaged)), tuple(dropped), removed, files, size_bytes)
+
+
+def _copy_steps(
+    source: Storage, target: Storage, whole: Sequence[WholeStep], progress: Progress | None
+) -> tuple[list[int], list[int], int]:
+    """Copy steps; return those that are there now, those that turned out to be damaged, and the bytes of parts."""
     parts = [_parts_of(each) for each in whole]
     present = {stat.key for stat in target.list(PARTS)}
     sizes = {stat.key: stat.size_bytes for stat in source.list(PARTS) if stat.key not in present}
     done, total = 0, sum(sizes.get(key, 0) for key in set().union(*parts))
-    copied = []
+    copied: list[int] = []
+    damaged: list[int] = []
     for each, own in zip(whole, parts, strict=True):
         try:
             for key, chunks in own.items():
@@ -102,11 +127,11 @@ def replicate(source: Place, target: Place, *, keep: Keep = _KEEP, progress: Pro
             _LOGGER.warning("step %d is not copied: %s", each.commit.step, error)
             damaged += [each.commit.step] if isinstance(error, CorruptError) else []
             continue
+        check_standing(target, own)
         put_commit(target, each.commit)
         write_hint(target, each.commit.ref)
         copied.append(each.commit.step)
-    removed = collect(target, keep).steps if copied else ()
-    return Replicated(tuple(copied), tuple(sorted(damaged)), tuple(dropped), removed, files, size_bytes + done)
+    return copied, damaged, done
 
 
 def _require_same_run(source: Storage, target: Storage) -> None:
@@ -194,6 +219,7 @@ def _copy_others(source: Storage, target: Storage) -> tuple[int, int]:
         if (
             stat.key.split("/", 1)[0] in _NOT_COPIED
             or stat.key == LATEST_KEY
+            or stat.key.startswith(NOTES)
             or not _is_news(stat, there.get(stat.key))
         ):
             continue

@@ -90,9 +90,11 @@ class StepLog:
         return commit
 
     def read_if_sound(self, step: int) -> StepCommit | None:
-        """Return the commit of `step`, or None and a warning if it is damaged."""
+        """Return the commit of `step`, or None: with a warning if it is damaged; or it was let go since the steps were listed."""
         try:
             return self.read(step)
+        except MissingError:
+            return None
         except CorruptError as error:
             _LOGGER.warning("step %d cannot be read and is not counted: %s", step, error)
             return None

@@ -27,7 +27,7 @@ import msgspec
 
 from datastore.checkpoint.format.manifest import Entry, PartInfo, RunInfo, StepCommit, StepRef
 from datastore.checkpoint.items import item_digests
-from datastore.checkpoint.keeping import Keep, collect
+from datastore.checkpoint.keeping import Keep, check_standing, collect, make_space
 from datastore.checkpoint.ranks import SavingRank, ensure_run
 from datastore.checkpoint.saving.commit import (
     await_commit,
@@ -40,6 +40,7 @@ from datastore.checkpoint.saving.commit import (
 )
 from datastore.checkpoint.saving.snapshot import BufferPool, Snapshot
 from datastore.checkpoint.saving.write import Known, stage, write_share
+from datastore.checkpoint.steps import StepLog
 from datastore.errors import ConfigError, ConflictError, DatastoreError, WaitError
 
 __all__ = ["Handle", "Save", "SaveHistory", "Saver"]
@@ -53,6 +54,9 @@ class SaveHistory:
     def __init__(self) -> None:
         self.head: _Head | None = None
         self.known = Known()
+        self.whole = False
+        """Whether the next save writes everything: a part that it would have pointed into may be gone."""
+
         self.damaged: frozenset[int] = frozenset()
         self.failed: set[StepRef] = set()
         self._attempts: Counter[int] = Counter()
@@ -71,6 +75,7 @@ class SaveHistory:
         """Continue from `commit`; the steps `damaged` after it were found unusable."""
         self.head = _Head(commit, item_digests(commit.items))
         self.known = Known().after(entries)
+        self.whole = False
         self.damaged = frozenset(damaged)
         self.failed.clear()
 
@@ -78,6 +83,7 @@ class SaveHistory:
         """Continue from `commit`, which this process has just taken part in."""
         self.head = _Head(commit, item_digests(commit.items))
         self.known = self.known.after(entries)
+        self.whole = False
         self.damaged = frozenset()
         self.failed.clear()
 
@@ -160,6 +166,7 @@ class Saver:
             commit = self._commit(save)
         except BaseException as error:
             self._history.failed.add(save.ref)
+            self._history.whole = True
             leave_note(self._member, save.ref, error)
             raise
         self._history.committed(commit, info.entries)
@@ -184,6 +191,8 @@ class Saver:
         The first time, what writers left unfinished goes as well, who had begun before this one and were killed.
         """
         try:
+            if more:
+                spare |= set(StepLog(self._member.storage).steps()[-1 - more :])
             collect(
                 self._member.storage,
                 msgspec.structs.replace(self._keep, last=self._keep.last + more),
@@ -197,17 +206,20 @@ class Saver:
             _LOGGER.warning("old checkpoints were not removed: %s", error)
 
     def _write(self, save: Save, *, staged: Callable[[], None]) -> PartInfo:
-        known = self._history.known if save.ahead is None else Known()  # What is ahead may let go what is known now.
+        # What is ahead may let go what is known now.
+        known = Known() if save.ahead is not None or self._history.whole else self._history.known
         share = stage(save.snapshot, known, self.pool, threads=self._member.options.threads, copy=save.copy)
         if save.copy:
             staged()  # Before anything is asked of the storage, which may be far away.
         try:
             if save.ahead is not None:
                 wait([save.ahead])
-                share = share.beside(self._history.known)
+                share = share if self._history.whole else share.beside(self._history.known)
             head = self._history.head
             self._run = self._run or ensure_run(self._member, run_id="" if head is None else head.commit.run_id)
             self._make_room()
+            if self._member.rank == 0:
+                make_space(self._member.storage, self._keep, share.size_bytes * self._member.world)
             return write_share(self._member, self._run.run_id, save.ref, snapshot=save.snapshot, staged=share)
         finally:
             if share.buffer is not None:
@@ -219,6 +231,7 @@ class Saver:
         parts = gather_parts(self._member, save.ref)
         parent = self._history.ref
         commit = build_commit(self._member, parts, parent=parent, items=save.snapshot.items, metrics=save.metrics)
+        check_standing(self._member.storage, commit.uses)
         self._make_room()
         stored = put_commit(self._member.storage, commit)
         write_hint(self._member.storage, save.ref)

@@ -63,6 +63,11 @@ class Staged:
     buffer: torch.Tensor | None = None
     """Where the bytes of `fresh` lie; None if they are read from the tensors themselves."""
 
+    @property
+    def size_bytes(self) -> int:
+        """Bytes of what has to be written."""
+        return sum(len(data) for _, data in self.fresh)
+
     def beside(self, known: Known) -> "Staged":
         """Return the share with what turns out to be as it was in the save that `known` is of, which ended after this was staged."""
         found = [(item, data, _still(known.candidate(item), data)) for item, data in self.fresh]
