@@ -14,6 +14,7 @@ steps          the steps of a run
 ranks          the ranks that save together: who, how they wait, how they agree
 items          something with state, its name and its skeleton
 tensors        tensors as bytes, and boxes of a whole
+codec          parts packed for a place that is far or dear
 format         the documents on disk
 """
 

@@ -26,6 +26,7 @@ from logging import getLogger
 from types import TracebackType
 from typing import Any, Literal, Self
 
+from datastore.checkpoint.codec import with_codec
 from datastore.checkpoint.dropping import drop_item
 from datastore.checkpoint.format.manifest import StepCommit
 from datastore.checkpoint.format.tree import TensorSpec, pack
@@ -74,7 +75,7 @@ class Checkpointer:
             raise ConfigError("at least one step must be kept", last=keep.last, hint="Set keep.last to 1 or more.")
         storage, places = opened(url)
         read_run(storage)
-        self._member = SavingRank(storage, rank, world, session or uuid.uuid4().hex, options)
+        self._member = SavingRank(with_codec(storage, options.codec), rank, world, session or uuid.uuid4().hex, options)
         self._keep = keep
         self._history = SaveHistory()
         self._saver = Saver(self._member, keep, self._history)

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 import msgspec
 import numpy as np
 
+from datastore.checkpoint.codec import with_codec
 from datastore.checkpoint.format.manifest import (
     Chunk,
     Entry,
@@ -60,6 +61,7 @@ def drop_item(storage: Storage, item: str, *, steps: Iterable[int]) -> Dropped:
         ConfigError: one is the newest step, or has nothing else.
         CorruptError: a step is damaged; those before it are done.
     """
+    storage = with_codec(storage)
     log = StepLog(storage)
     before = _parts_bytes(storage)
     done = []

@@ -11,6 +11,7 @@ from itertools import chain
 from math import prod
 from typing import Any
 
+from datastore.checkpoint.codec import with_codec
 from datastore.checkpoint.format.checks import check_ranges, check_whole
 from datastore.checkpoint.format.manifest import Chunk, PartInfo, StepCommit, chunks_of, runs_of, step_key
 from datastore.checkpoint.format.tree import specs, unpack
@@ -193,6 +194,7 @@ def verify_step(storage: Storage, step: int, *, progress: Progress | None = None
         MissingError: there is no such step.
         StorageError: the storage failed.
     """
+    storage = with_codec(storage)
     log = StepLog(storage)
     bad: list[BadRange] = []
     try:

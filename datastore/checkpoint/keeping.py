@@ -24,6 +24,7 @@ from datetime import datetime
 from logging import getLogger
 from pathlib import PurePosixPath
 
+from datastore.checkpoint.codec import with_codec
 from datastore.checkpoint.format.manifest import PARTS, VOTES, PartInfo, StepCommit, step_key, step_of_key
 from datastore.checkpoint.format.tree import unpack
 from datastore.checkpoint.steps import StepLog
@@ -161,6 +162,7 @@ def collect(
         StorageError: the storage failed; what is left is consistent.
         FormatError: a step was written by a newer version of this package, so what it needs is not known.
     """
+    storage = with_codec(storage)
     log = StepLog(storage)
     parts = list(storage.list(PARTS))
     votes = [stat for stat in storage.list(VOTES) if not stat.key.startswith(f"{VOTES}/{session}/")]
@@ -292,7 +294,7 @@ def check_standing(storage: Storage, parts: Iterable[str]) -> None:
     if not wanted:
         return
     condemned: set[str] = set().union(*(set(raw.decode().split("\n")) for raw in _notes(storage, _CONDEMNED)))
-    there = {stat.key for stat in storage.list(PARTS)}
+    there = {stat.key for stat in with_codec(storage).list(PARTS)}
     lost = [part for part in wanted if part in condemned or part not in there]
     if lost:
         hint = "Save again: all of the state will be written."
@@ -306,6 +308,7 @@ def drop_after(storage: Storage, step: int, *, dry_run: bool = False) -> list[in
         MissingError: there is no such step.
         ConflictError: one of those after it is pinned.
     """
+    storage = with_codec(storage)
     log = StepLog(storage)
     log.read(step)
     dropped = [newer for newer in log.steps() if newer > step]

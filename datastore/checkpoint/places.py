@@ -14,9 +14,10 @@ import threading
 from collections.abc import Callable
 from concurrent.futures import Future, wait
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from logging import getLogger
 
+from datastore.checkpoint.codec import Codec, with_codec
 from datastore.checkpoint.format.manifest import StepCommit, StepRef, step_key
 from datastore.checkpoint.keeping import Keep, pinned_steps
 from datastore.checkpoint.ranks import read_run, wait_until
@@ -46,6 +47,9 @@ class TwoPlaces:
     keep: Keep = _KEEP
     """What stays in the second place."""
 
+    codec: Codec = "none"
+    """How parts are stored there: "zstd" for a place that takes less than 1 GB/s, or bills bytes."""
+
 
 def opened(place: StorageLike | TwoPlaces) -> tuple[Storage, TwoPlaces | None]:
     """Return the storage that steps are saved to, and both places with their storages, if there are two.
@@ -63,11 +67,11 @@ def opened(place: StorageLike | TwoPlaces) -> tuple[Storage, TwoPlaces | None]:
     if here is not None and there is not None and here.run_id != there:
         hint = "Name an empty place, or that of this run."
         raise ConfigError("the second place holds another run", url=second.url, run=there, hint=hint)
-    return first, TwoPlaces(first, second, keep=place.keep)
+    return first, replace(place, first=first, second=second)
 
 
 def _storage(place: StorageLike) -> Storage:
-    return place if isinstance(place, Storage) else open_storage(place)
+    return with_codec(place if isinstance(place, Storage) else open_storage(place))
 
 
 def _there(second: Storage) -> str | None:
@@ -85,7 +89,7 @@ class SecondPlace:
 
     def __init__(self, places: TwoPlaces, *, rank: int, wait_s: float) -> None:
         self._first, self.storage = _storage(places.first), _storage(places.second)
-        self._keep = places.keep
+        self._keep, self._codec = places.keep, places.codec
         self._rank = rank
         self._wait_s = wait_s
         self._lock = threading.Lock()
@@ -161,7 +165,7 @@ class SecondPlace:
         self._told.update(commit.ref for commit in commits)
         for commit in commits:
             self._follow(commit)
-        replicate(self._first, self.storage, keep=self._keep)
+        replicate(self._first, self.storage, keep=self._keep, codec=self._codec)
 
     def _follow(self, commit: StepCommit) -> None:
         """Drop what the second place has after the step that `commit` was trained from: the first has gone back behind it."""

@@ -47,7 +47,7 @@ FLAGS = {
     "verify": "address deep engine sample seed workers",
     "tag": "delete replace",
     "log": "limit",
-    "checkpoint replicate": "every keep to",
+    "checkpoint replicate": "codec every keep to",
     "card": "to",
     "undelete": "dry-run of",
     "diff": "documents limit",
