@@ -80,7 +80,9 @@ class Checkpointer:
         self._history = SaveHistory()
         self._saver = Saver(self._member, keep, self._history)
         self._vote = StorageVote(self._member)
-        self._second = None if places is None else SecondPlace(places, rank=rank, wait_s=options.wait_s)
+        self._second = (
+            None if places is None else SecondPlace(places, self._saver.pool, rank=rank, wait_s=options.wait_s)
+        )
         self._places = [storage] if self._second is None else [storage, self._second.storage]
         self._flights: list[Handle] = []
         self._job: Future[None] | None = None

@@ -36,7 +36,7 @@ from datastore.storage.base import Stat, Storage
 from datastore.storage.wrappers import WrappedStorage
 from datastore.threads import each
 
-__all__ = ["Codec", "PackedParts", "with_codec"]
+__all__ = ["Bytes", "Codec", "PackedParts", "with_codec"]
 
 Codec = Literal["none", "zstd"]
 

@@ -5,7 +5,8 @@
 
 A save is done when its step is in the first place; a thread of rank 0 copies it (`replica.py`), and whoever needs to know waits
 for `handle.replicated()`. Steps that are committed meanwhile are copied together. A step that is being copied is not let go in
-the first place; one that has been let go before its turn came is told, and is not an error. The price is the memory of one part.
+the first place; one that has been let go before its turn came is told, and is not an error. The copy takes the memory that saves copy into,
+and more only if the next save comes before it has ended.
 
 If the copy fails, the next call raises it, once, and the step stays good. The step after it brings along what is missing.
 """
@@ -22,6 +23,7 @@ from datastore.checkpoint.format.manifest import StepCommit, StepRef, step_key
 from datastore.checkpoint.keeping import Keep, pinned_steps
 from datastore.checkpoint.ranks import read_run, wait_until
 from datastore.checkpoint.replica import replicate
+from datastore.checkpoint.saving.snapshot import BufferPool
 from datastore.checkpoint.steps import StepLog
 from datastore.errors import ConfigError, ConflictError, DatastoreError, MissingError, StorageError, WaitError
 from datastore.storage.base import Storage, StorageLike
@@ -87,9 +89,10 @@ def _there(second: Storage) -> str | None:
 class SecondPlace:
     """Copies what is committed in the first place, and knows what has been copied. Thread-safe."""
 
-    def __init__(self, places: TwoPlaces, *, rank: int, wait_s: float) -> None:
+    def __init__(self, places: TwoPlaces, pool: BufferPool, *, rank: int, wait_s: float) -> None:
         self._first, self.storage = _storage(places.first), _storage(places.second)
         self._keep, self._codec = places.keep, places.codec
+        self._pool = pool
         self._rank = rank
         self._wait_s = wait_s
         self._lock = threading.Lock()
@@ -165,7 +168,7 @@ class SecondPlace:
         self._told.update(commit.ref for commit in commits)
         for commit in commits:
             self._follow(commit)
-        replicate(self._first, self.storage, keep=self._keep, codec=self._codec)
+        replicate(self._first, self.storage, keep=self._keep, codec=self._codec, memory=self._pool.lend)
 
     def _follow(self, commit: StepCommit) -> None:
         """Drop what the second place has after the step that `commit` was trained from: the first has gone back behind it."""

@@ -12,15 +12,15 @@ It holds one part in memory at a time.
 """
 
 import os
-from collections.abc import Iterable, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass
 from logging import getLogger
 from typing import TypeAlias
 
 import numpy as np
 
-from datastore.checkpoint.codec import Codec, with_codec
+from datastore.checkpoint.codec import Bytes, Codec, with_codec
 from datastore.checkpoint.format.manifest import LATEST_KEY, PARTS, STEPS, VOTES, Chunk, chunks_of, step_key
 from datastore.checkpoint.keeping import (
     NOTES,
@@ -73,16 +73,29 @@ class Replicated:
     size_bytes: int
 
 
+Memory: TypeAlias = Callable[[int], AbstractContextManager[Bytes]]
+
 Place: TypeAlias = str | os.PathLike[str] | Storage
 
 
+@contextmanager
+def _memory(size_bytes: int) -> Iterator[Bytes]:
+    yield np.empty(size_bytes, dtype=np.uint8)
+
+
 def replicate(
-    source: Place, target: Place, *, keep: Keep = _KEEP, codec: Codec = "none", progress: Progress | None = None
+    source: Place,
+    target: Place,
+    *,
+    keep: Keep = _KEEP,
+    codec: Codec = "none",
+    progress: Progress | None = None,
+    memory: Memory = _memory,
 ) -> Replicated:
     """Bring what `target` lacks of the run in `source` there; then let go what `keep` does not keep in `target`.
 
     Parts are stored in `target` by `codec`, however they are in `source`: "zstd" for a place that takes less than 1 GB/s, or bills bytes.
-    `progress` is told the bytes of parts copied so far, and all. For one caller at a time; the run may be saved to meanwhile.
+    `progress` is told the bytes of parts copied so far, and all. `memory` lends what one part takes. For one caller at a time; the run may be saved to meanwhile.
 
     Raises:
         MissingError: `source` has no run.
@@ -99,7 +112,7 @@ def replicate(
     copied: list[int] = []
     if whole:
         with claimed(target, set().union(*(files_of(each.commit) for each in whole))):
-            copied, more, done = _copy_steps(source, target, whole, progress)
+            copied, more, done = _copy_steps(source, target, whole, progress, memory)
         damaged += more
         size_bytes += done
     removed = collect(target, keep).steps if copied else ()
@@ -107,7 +120,7 @@ def replicate(
 
 
 def _copy_steps(
-    source: Storage, target: Storage, whole: Sequence[WholeStep], progress: Progress | None
+    source: Storage, target: Storage, whole: Sequence[WholeStep], progress: Progress | None, memory: Memory
 ) -> tuple[list[int], list[int], int]:
     """Copy steps; return those that are there now, those that turned out to be damaged, and the bytes of parts."""
     parts = [_parts_of(each) for each in whole]
@@ -120,7 +133,7 @@ def _copy_steps(
         try:
             for key, chunks in own.items():
                 if key not in present:
-                    _copy_part(source, target, key, chunks)
+                    _copy_part(source, target, key, chunks, memory)
                     present.add(key)
                     done += sizes.get(key, 0)
                     if progress is not None:
@@ -202,18 +215,18 @@ def _parts_of(step: WholeStep) -> dict[str, list[Chunk]]:
     return {key: sorted(chunks) for key, chunks in found.items()}
 
 
-def _copy_part(source: Storage, target: Storage, key: str, chunks: Sequence[Chunk]) -> None:
+def _copy_part(source: Storage, target: Storage, key: str, chunks: Sequence[Chunk], memory: Memory) -> None:
     """Copy one part file.
 
     Raises:
         CorruptError: one of `chunks` is not what was written, or the file cannot be read; nothing was written.
     """
-    data = np.empty(source.stat(key).size_bytes, dtype=np.uint8)
-    with reading(key, 0, len(data)):
-        source.read_into(key, 0, data.data)
-    for chunk in chunks:
-        chunk.check(data[chunk.start : chunk.stop].data)
-    target.put(key, data.data)
+    with memory(source.stat(key).size_bytes) as data:
+        with reading(key, 0, len(data)):
+            source.read_into(key, 0, data.data)
+        for chunk in chunks:
+            chunk.check(data[chunk.start : chunk.stop].data)
+        target.put(key, data.data)
 
 
 def _copy_others(source: Storage, target: Storage) -> tuple[int, int]:
