@@ -10,7 +10,7 @@ the whole follows from its layout. The price is that ranks must hold the same st
 
 import heapq
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 from typing import Any
@@ -39,6 +39,7 @@ __all__ = [
     "owners",
     "row_span",
     "spec_text",
+    "strided_box",
 ]
 
 Bytes = NDArray[np.uint8]
@@ -163,18 +164,49 @@ def _shard(tensor: Any, name: str) -> TensorPiece:
     if any(placement.is_partial() for placement in placements):
         hint = "Reduce it first: tensor.redistribute(placements=[Replicate()])."
         raise ConfigError("this DTensor holds partial sums", path=name, hint=hint)
-    if any(type(placement).__name__ == "_StridedShard" for placement in placements):
-        # Its local rows need not be neighbours in the whole, so they are no box.
-        hint = "Redistribute it to plain shards, or shard another dimension."
-        raise ConfigError("this DTensor is sharded twice along one dimension", path=name, hint=hint)
-    shape, offsets = compute_local_shape_and_global_offset(tensor.shape, mesh, placements)
     coordinate = mesh.get_coordinate()
     local = tensor.detach().to_local()
     if coordinate is None:
         return TensorPiece(local, Box((0,) * tensor.dim(), (0,) * tensor.dim()), replicated=False, first=False)
+    if any(_is_strided(placement) for placement in placements):
+        box = strided_box(tensor.shape, placements, mesh.shape, coordinate)
+        if box is None or box.shape != tuple(local.shape):
+            hint = "Redistribute it to plain shards, or shard another dimension."
+            raise ConfigError("this DTensor is sharded twice along one dimension", path=name, hint=hint)
+        shape, offsets = box.shape, box.starts
+    else:
+        shape, offsets = compute_local_shape_and_global_offset(tensor.shape, mesh, placements)
     alike = not tensor.numel()  # All ranks hold the same nothing.
     first = all(at == 0 for at, layout in zip(coordinate, placements, strict=True) if alike or layout.is_replicate())
     return TensorPiece(local, Box(tuple(offsets), tuple(shape)), replicated=False, first=first)
+
+
+def _is_strided(placement: Any) -> bool:
+    return type(placement).__name__ == "_StridedShard"
+
+
+def strided_box(
+    shape: Sequence[int], placements: Sequence[Any], sizes: Sequence[int], coordinate: Sequence[int]
+) -> Box | None:
+    """Return the piece of a tensor of `shape` that is at `coordinate` of a mesh of `sizes`, where FSDP2 cuts what tensor parallelism has cut along the same dimension.
+
+    The mesh dimension to the right (tensor parallelism) cuts first, the strided one cuts what is left. Strided in any other way it is
+    no box: None. torch's own `compute_local_shape_and_global_offset` gives other pieces where rows do not divide (2.13: 7 rows on 3 x 2 ranks).
+    """
+    starts, lengths = [0] * len(shape), list(shape)
+    for i in sorted(range(len(sizes)), key=lambda i: _is_strided(placements[i])):
+        placement = placements[i]
+        dimension = getattr(placement, "dim", None)
+        if dimension is None:
+            continue
+        others = [j for j, other in enumerate(placements) if j != i and getattr(other, "dim", None) == dimension]
+        if _is_strided(placement) and [(j > i, sizes[j]) for j in others] != [(True, placement.split_factor)]:
+            return None
+        chunk = -(-lengths[dimension] // sizes[i])
+        begin = min(coordinate[i] * chunk, lengths[dimension])
+        starts[dimension] += begin
+        lengths[dimension] = min(chunk, lengths[dimension] - begin)
+    return Box(tuple(starts), tuple(lengths))
 
 
 def byte_view(tensor: torch.Tensor) -> Bytes | None:

@@ -1,0 +1,49 @@
+"""FSDP2 over tensor parallelism along one dimension: the pieces are boxes that make up the whole, also where rows do not divide."""
+
+from itertools import product
+
+import pytest
+import torch
+from torch.distributed.tensor import Replicate, Shard
+from torch.distributed.tensor.placement_types import _StridedShard
+
+from datastore.checkpoint.tensors import strided_box
+
+
+@pytest.mark.parametrize("rows", [0, 1, 5, 6, 7, 8, 12, 13])
+@pytest.mark.parametrize("sizes", [(1, 2), (2, 2), (3, 2), (2, 3), (4, 2)])
+def test_a_piece_is_what_tensor_parallelism_and_then_fsdp_leave(sizes: tuple[int, int], rows: int) -> None:
+    placements = [_StridedShard(0, split_factor=sizes[1]), Shard(0)]
+    numbers = torch.arange(rows * 3).view(rows, 3)
+    seen = []
+    for data, tensor in product(*map(range, sizes)):
+        box = strided_box((rows, 3), placements, sizes, (data, tensor))
+        assert box is not None
+        piece = numbers[box.starts[0] : box.starts[0] + box.shape[0]]
+        assert torch.equal(piece, nth(nth(numbers, sizes[1], tensor), sizes[0], data))
+        seen += piece.flatten().tolist()
+    assert sorted(seen) == list(range(rows * 3))
+
+
+def nth(rows: torch.Tensor, count: int, number: int) -> torch.Tensor:
+    """Return one of the pieces that torch cuts: there may be fewer than `count`."""
+    pieces = rows.chunk(count)
+    return pieces[number] if number < len(pieces) else rows[:0]
+
+
+def test_copies_of_the_mesh_have_the_same_piece() -> None:
+    placements = [Replicate(), _StridedShard(1, split_factor=2), Shard(1)]
+    boxes = {strided_box((3, 9), placements, (2, 2, 2), (copy, 1, 0)) for copy in range(2)}
+    assert [(box.starts, box.shape) for box in boxes if box] == [((0, 3), (3, 2))]
+
+
+@pytest.mark.parametrize(
+    "placements",
+    [
+        [_StridedShard(0, split_factor=4), Shard(0)],
+        [_StridedShard(0, split_factor=2), Shard(1)],
+        [Shard(0), _StridedShard(0, split_factor=2)],
+    ],
+)
+def test_what_is_strided_in_another_way_is_no_box(placements: list[Shard]) -> None:
+    assert strided_box((8, 4), placements, (2, 2), (0, 0)) is None
