@@ -30,6 +30,7 @@ __all__ = [
     "Box",
     "Bytes",
     "TensorPiece",
+    "box_at",
     "byte_view",
     "check_coverage",
     "describe",
@@ -39,7 +40,6 @@ __all__ = [
     "owners",
     "row_span",
     "spec_text",
-    "strided_box",
 ]
 
 Bytes = NDArray[np.uint8]
@@ -158,8 +158,6 @@ def _is_dtensor(value: torch.Tensor) -> bool:
 
 
 def _shard(tensor: Any, name: str) -> TensorPiece:
-    from torch.distributed.tensor._utils import compute_local_shape_and_global_offset  # noqa: PLC0415 - as above
-
     mesh, placements = tensor.device_mesh, tensor.placements
     if any(placement.is_partial() for placement in placements):
         hint = "Reduce it first: tensor.redistribute(placements=[Replicate()])."
@@ -168,30 +166,27 @@ def _shard(tensor: Any, name: str) -> TensorPiece:
     local = tensor.detach().to_local()
     if coordinate is None:
         return TensorPiece(local, Box((0,) * tensor.dim(), (0,) * tensor.dim()), replicated=False, first=False)
-    if any(_is_strided(placement) for placement in placements):
-        box = strided_box(tensor.shape, placements, mesh.shape, coordinate)
-        if box is None or box.shape != tuple(local.shape):
-            hint = "Redistribute it to plain shards, or shard another dimension."
-            raise ConfigError("this DTensor is sharded twice along one dimension", path=name, hint=hint)
-        shape, offsets = box.shape, box.starts
-    else:
-        shape, offsets = compute_local_shape_and_global_offset(tensor.shape, mesh, placements)
+    box = box_at(coordinate, tensor.shape, placements, mesh.shape)
+    if box is None or box.shape != tuple(local.shape):
+        hint = "Redistribute it to plain shards, or shard another dimension."
+        raise ConfigError("this DTensor is no box of the whole", path=name, placements=str(placements), hint=hint)
     alike = not tensor.numel()  # All ranks hold the same nothing.
     first = all(at == 0 for at, layout in zip(coordinate, placements, strict=True) if alike or layout.is_replicate())
-    return TensorPiece(local, Box(tuple(offsets), tuple(shape)), replicated=False, first=first)
+    return TensorPiece(local, box, replicated=False, first=first)
 
 
 def _is_strided(placement: Any) -> bool:
     return type(placement).__name__ == "_StridedShard"
 
 
-def strided_box(
-    shape: Sequence[int], placements: Sequence[Any], sizes: Sequence[int], coordinate: Sequence[int]
+def box_at(
+    coordinate: Sequence[int], shape: Sequence[int], placements: Sequence[Any], sizes: Sequence[int]
 ) -> Box | None:
-    """Return the piece of a tensor of `shape` that is at `coordinate` of a mesh of `sizes`, where FSDP2 cuts what tensor parallelism has cut along the same dimension.
+    """Return the piece of a tensor of `shape` that is at `coordinate` of a mesh of `sizes`; None: its elements may lie apart.
 
-    The mesh dimension to the right (tensor parallelism) cuts first, the strided one cuts what is left. Strided in any other way it is
-    no box: None. torch's own `compute_local_shape_and_global_offset` gives other pieces where rows do not divide (2.13: 7 rows on 3 x 2 ranks).
+    Each mesh dimension cuts what those before it have left, the last pieces being shorter or empty. Only what FSDP2 cuts from the shards of tensor
+    parallelism, along the same dimension, is cut the other way round: the strided one, to the left, after the one to its right.
+    torch's `compute_local_shape_and_global_offset` gives other pieces then if rows do not divide (2.13: 7 rows on 3 x 2 ranks).
     """
     starts, lengths = [0] * len(shape), list(shape)
     for i in sorted(range(len(sizes)), key=lambda i: _is_strided(placements[i])):

@@ -7,7 +7,7 @@ import torch
 from torch.distributed.tensor import Replicate, Shard
 from torch.distributed.tensor.placement_types import _StridedShard
 
-from datastore.checkpoint.tensors import strided_box
+from datastore.checkpoint.tensors import box_at
 
 
 @pytest.mark.parametrize("rows", [0, 1, 5, 6, 7, 8, 12, 13])
@@ -17,7 +17,7 @@ def test_a_piece_is_what_tensor_parallelism_and_then_fsdp_leave(sizes: tuple[int
     numbers = torch.arange(rows * 3).view(rows, 3)
     seen = []
     for data, tensor in product(*map(range, sizes)):
-        box = strided_box((rows, 3), placements, sizes, (data, tensor))
+        box = box_at((data, tensor), (rows, 3), placements, sizes)
         assert box is not None
         piece = numbers[box.starts[0] : box.starts[0] + box.shape[0]]
         assert torch.equal(piece, nth(nth(numbers, sizes[1], tensor), sizes[0], data))
@@ -33,7 +33,7 @@ def nth(rows: torch.Tensor, count: int, number: int) -> torch.Tensor:
 
 def test_copies_of_the_mesh_have_the_same_piece() -> None:
     placements = [Replicate(), _StridedShard(1, split_factor=2), Shard(1)]
-    boxes = {strided_box((3, 9), placements, (2, 2, 2), (copy, 1, 0)) for copy in range(2)}
+    boxes = {box_at((copy, 1, 0), (3, 9), placements, (2, 2, 2)) for copy in range(2)}
     assert [(box.starts, box.shape) for box in boxes if box] == [((0, 3), (3, 2))]
 
 
@@ -46,4 +46,14 @@ def test_copies_of_the_mesh_have_the_same_piece() -> None:
     ],
 )
 def test_what_is_strided_in_another_way_is_no_box(placements: list[Shard]) -> None:
-    assert strided_box((8, 4), placements, (2, 2), (0, 0)) is None
+    assert box_at((0, 0), (8, 4), placements, (2, 2)) is None
+
+
+@pytest.mark.parametrize("rows", [0, 1, 5, 7, 12])
+def test_plain_shards_cut_what_those_before_them_have_left(rows: int) -> None:
+    numbers = torch.arange(rows * 4).view(rows, 4)
+    for first, second, third in product(range(3), range(2), range(2)):
+        box = box_at((first, second, third), (rows, 4), [Shard(0), Shard(1), Shard(0)], (3, 2, 2))
+        assert box is not None
+        piece = numbers[box.starts[0] :, box.starts[1] :][: box.shape[0], : box.shape[1]]
+        assert torch.equal(piece, nth(nth(numbers, 3, first), 2, third)[:, 2 * second : 2 * second + 2])
