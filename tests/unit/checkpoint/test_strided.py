@@ -4,10 +4,13 @@ from itertools import product
 
 import pytest
 import torch
+from torch.distributed.checkpoint.planner_helpers import _create_write_item_for_tensor
 from torch.distributed.tensor import Replicate, Shard
 from torch.distributed.tensor.placement_types import _StridedShard
 
+from datastore.checkpoint.exchange.dcp import _captured
 from datastore.checkpoint.tensors import box_at
+from datastore.errors import ConfigError
 
 
 @pytest.mark.parametrize("rows", [0, 1, 5, 6, 7, 8, 12, 13])
@@ -57,3 +60,10 @@ def test_plain_shards_cut_what_those_before_them_have_left(rows: int) -> None:
         assert box is not None
         piece = numbers[box.starts[0] :, box.starts[1] :][: box.shape[0], : box.shape[1]]
         assert torch.equal(piece, nth(nth(numbers, 3, first), 2, third)[:, 2 * second : 2 * second + 2])
+
+
+def test_a_piece_of_dcp_that_is_not_what_it_planned_is_refused_when_it_is_saved() -> None:
+    item = _create_write_item_for_tensor("w", torch.zeros(1, 4))
+    assert _captured(item, torch.zeros(1, 4), ("w",)).size_bytes == 16
+    with pytest.raises(ConfigError, match="not what it plans"):
+        _captured(item, torch.zeros(0, 4), ("w",))
