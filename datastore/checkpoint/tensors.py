@@ -116,6 +116,7 @@ def describe(value: Any, name: str) -> TensorSpec | None:
     reason = _unfit(value)
     if reason:
         hint = "Convert it to a dense torch.Tensor, or leave it out of the state."
+        hint = 'Call model.to_empty(device="cpu") first, or name another device.' if value.is_meta else hint
         raise ConfigError(f"this tensor cannot be stored: {reason}", path=name, type=type(value).__name__, hint=hint)
     return TensorSpec(_NAMES[value.dtype], tuple(value.shape))
 
