@@ -2,8 +2,8 @@
 # orbax-checkpoint 0.12.8 (tensorstore 0.1.86, jax 0.10.2, numpy 2.4.6), CPU, 2026-11-29.
 # A tree that has a key with a dot beside a nested one that reads alike, {"encoder.bias": x, "encoder": {"bias": y}},
 # is saved without an error and comes back with one of the two arrays under both keys: names are joined by dots to
-# places in the store, so both arrays are written to one place. Which one is left is chance (NumPy: the nested one,
-# jax: the flat one, here). With other shapes than one another the save fails, with a message about a zarr driver.
+# places in the store, so both arrays are written to one place. Which one is left is chance. If their shapes differ, the
+# save fails, with a message about a zarr driver.
 # Why it matters: a flat dict of a PyTorch model ("encoder.bias") beside its nested form, or beside an average with the
 # other form, is a usual thing in a conversion; the weights that come back are of the other one. No error, no warning.
 # A way out: put each form into an item of its own, or join keys by another character.

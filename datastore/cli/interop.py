@@ -268,7 +268,7 @@ def _export_files(run: str, to: str, *, step: int | None, kind: Any, item: str |
 @click.option("--item", default="model", help="The item that it becomes, if it is not a map of maps.")
 @json_option
 def import_checkpoint(*, source: Path, run: str, step: int, item: str, as_json: bool) -> None:
-    """Save SOURCE as a step of a run: a file of torch.save or safetensors, a folder of Hugging Face, or of torch's DCP.
+    """Save SOURCE as a step of a run: a file of torch.save or safetensors, a folder of Hugging Face, of torch's DCP, or of Orbax.
 
     Nothing of it is run: tensors and plain values alone are taken.
     """
