@@ -1,6 +1,10 @@
 """A trainer with a second place for its checkpoints: the run is there, comes back from there, and trains on when it is out of reach."""
 
 import shutil
+import signal
+import subprocess
+import sys
+import uuid
 from pathlib import Path
 
 import pytest
@@ -76,3 +80,45 @@ def test_a_second_place_out_of_reach_is_told_and_the_last_step_ends_the_session(
 def test_a_second_place_that_is_the_run_itself_is_refused(language: str, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="is the first"):
         train(tiny_settings(language, f"checkpoint.replica={tmp_path}"), str(tmp_path))
+
+
+PROGRAM = """
+import os, signal, sys, torch
+import datastore as ds
+near, far = sys.argv[1:]
+state = {"model": {"w": torch.zeros(1000)}}
+with ds.Checkpointer(ds.TwoPlaces(near, far), keep=ds.Keep(last=1)) as ck:
+    begun = ck.restore(state) if ck.latest() is not None else None
+    print(begun.step if begun else 0, begun.url if begun else "", state["model"]["w"][0].item(), flush=True)
+    for step in range(1 + (begun.step if begun else 0), 100):
+        state["model"]["w"].fill_(step)
+        handle = ck.save(step, state)
+        if step % 5 == 3:
+            handle.replicated()
+            os.rename(far, far + ".away")   # What comes after does not get there.
+            ck.save(step + 1, {"model": {"w": torch.full((1000,), step + 1.0)}}).committed()
+            os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+@pytest.mark.skipif(not Path("/dev/shm").is_dir(), reason="there is no file system in memory")
+def test_a_first_place_in_memory_outlives_the_process_and_the_second_is_not_asked(tmp_path: Path) -> None:
+    near, far = Path("/dev/shm") / f"datastore-{uuid.uuid4().hex}", tmp_path / "far"
+    far.mkdir()
+    try:
+        said = []
+        for _ in range(2):
+            done = subprocess.run(
+                [sys.executable, "-c", PROGRAM, str(near), str(far)],
+                capture_output=True,
+                text=True,
+                check=False,
+                timeout=100,
+            )
+            assert done.returncode == -signal.SIGKILL, done.stderr
+            said.append(done.stdout.split())
+            far.with_name("far.away").rename(tmp_path / f"kept-{len(said)}")
+            far.mkdir()
+        assert said == [["0", "0.0"], ["4", str(near), "4.0"]]
+    finally:
+        shutil.rmtree(near)
