@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from datastore.checkpoint.checkpointer import Checkpointer
     from datastore.checkpoint.exchange.dcp import DcpReader, DcpWriter
     from datastore.checkpoint.keeping import Keep
+    from datastore.checkpoint.places import TwoPlaces
     from datastore.checkpoint.replica import replicate
     from datastore.config import load_settings
     from datastore.dataset.card import card
@@ -112,6 +113,7 @@ _HOMES = {
     "StorageError": ("datastore.errors", "StorageError"),
     "Stratified": ("datastore.loader.rows.sampling", "Stratified"),
     "TokenizerSettings": ("datastore.ingestion.encoding.tokenizer", "TokenizerSettings"),
+    "TwoPlaces": ("datastore.checkpoint.places", "TwoPlaces"),
     "WaitError": ("datastore.errors", "WaitError"),
     "Weighted": ("datastore.loader.rows.sampling", "Weighted"),
     "clone": ("datastore.dataset.operations.clone", "clone"),
@@ -194,6 +196,7 @@ __all__ = [
     "StorageError",
     "Stratified",
     "TokenizerSettings",
+    "TwoPlaces",
     "WaitError",
     "Weighted",
     "card",

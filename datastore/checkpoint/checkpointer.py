@@ -10,14 +10,15 @@
     ...
     ck.close()                                       # waits for the last save, and raises what went wrong
 
+With `TwoPlaces` in place of the URL a second place gets a copy of each step, and what the first has lost is read from there.
+
 With several ranks each one makes the same calls with its `rank`, the `world` and a `session` that all share and that
 no launch had before; they meet in storage only. A checkpointer is used by one thread of one process.
 """
 
 import os
-import re
 import uuid
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, wait
 from contextlib import contextmanager
 from functools import partial
@@ -25,25 +26,25 @@ from logging import getLogger
 from types import TracebackType
 from typing import Any, Literal, Self
 
+from datastore.checkpoint.codec import with_codec
+from datastore.checkpoint.dropping import drop_item
 from datastore.checkpoint.format.manifest import StepCommit
 from datastore.checkpoint.format.tree import TensorSpec, pack
 from datastore.checkpoint.inspect import StepReport, StepVerifyReport, html_steps, inspect_step, verify_step
-from datastore.checkpoint.keeping import Collected, Keep, best_steps, collect, drop_after, pin, unpin
+from datastore.checkpoint.keeping import Collected, Keep, best_steps, collect, drop_after, pin, pinned_steps, unpin
 from datastore.checkpoint.loading.restore import Restored, Restorer
-from datastore.checkpoint.ranks import Agree, SavingRank, StorageVote, read_run
-from datastore.checkpoint.saving.saver import Handle, SaveHistory, Saver
-from datastore.checkpoint.saving.snapshot import Snapshot, capture
-from datastore.checkpoint.steps import CheckpointerSettings, StepLog
+from datastore.checkpoint.places import SecondPlace, TwoPlaces, opened
+from datastore.checkpoint.ranks import Agree, SavingRank, StorageVote, check_member, read_run
+from datastore.checkpoint.saving.saver import Handle, Save, SaveHistory, Saver
+from datastore.checkpoint.saving.snapshot import capture
+from datastore.checkpoint.steps import CheckpointerSettings, StepLog, steps_of
 from datastore.errors import ConfigError, DatastoreError, plain
-from datastore.storage.base import Storage
-from datastore.storage.resolve import open_storage
+from datastore.storage.base import Storage, StorageLike
 from datastore.threads import in_thread
 
 __all__ = ["Checkpointer"]
 
 _LOGGER = getLogger(__name__)
-
-_SESSION = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9_.-]*")
 
 _KEEP = Keep()
 
@@ -55,7 +56,7 @@ class Checkpointer:
 
     def __init__(
         self,
-        url: str | os.PathLike[str] | Storage,
+        url: StorageLike | TwoPlaces,
         *,
         keep: Keep = _KEEP,
         rank: int = 0,
@@ -69,15 +70,21 @@ class Checkpointer:
             ConfigError: a setting is wrong, or the URL holds something else.
             CorruptError: `run.json` is damaged.
         """
-        _check_member(keep, rank, world, session)
-        storage = url if isinstance(url, Storage) else open_storage(url)
+        check_member(rank, world, session)
+        if keep.last < 1:
+            raise ConfigError("at least one step must be kept", last=keep.last, hint="Set keep.last to 1 or more.")
+        storage, places = opened(url)
         read_run(storage)
-        self._member = SavingRank(storage, rank, world, session or uuid.uuid4().hex, options)
+        self._member = SavingRank(with_codec(storage, options.codec), rank, world, session or uuid.uuid4().hex, options)
         self._keep = keep
         self._history = SaveHistory()
         self._saver = Saver(self._member, keep, self._history)
         self._vote = StorageVote(self._member)
-        self._flight: Handle | None = None
+        self._second = (
+            None if places is None else SecondPlace(places, self._saver.pool, rank=rank, wait_s=options.wait_s)
+        )
+        self._places = [storage] if self._second is None else [storage, self._second.storage]
+        self._flights: list[Handle] = []
         self._job: Future[None] | None = None
         self._on_trial = False
         self._process = os.getpid()
@@ -107,7 +114,7 @@ class Checkpointer:
         `items` maps names to objects with `state_dict` and `load_state_dict`, to `PerRank`, or to nested dicts of
         tensors and plain values. Until the handle is `staged`, their tensors must not change: put `guard` around what
         changes them. `blocking` returns when the step is committed, and copies nothing. If the save before this one
-        has not ended, this waits for it.
+        has not ended, this waits for it, unless both have room in `options.in_flight_bytes`.
 
         `first` is called before the step is committed, in the thread that saves: it stores what the step refers to. If it
         fails, the save has failed. A step `on_trial` does not count as kept until `approve` says that it is good: until
@@ -118,37 +125,45 @@ class Checkpointer:
             ConflictError: `step` lies before the last one, or is committed with other content.
             DatastoreError: the save before this one failed, which has not been raised yet; or this one, if `blocking`.
         """
-        self._settle()
+        self._check_open()
         step = plain(step)
         if type(step) is not int or step < 0:
             raise ConfigError("not a step", step=step, hint="Use an integer from 0 on.")
-        self._history.check_next(step)
         snapshot = capture(items, rank=self._member.rank, world=self._member.world)
+        handle = Handle(step, snapshot.size_bytes)
+        ahead = None if blocking else self._ahead_of(handle)
+        if ahead is None:
+            self._settle()
+        self._history.check_next(step)
         values = pack(dict(metrics or {}), name="metrics", describe=_no_tensor).skeleton
-        work = self._work(step, snapshot, values, copy=not blocking, first=first)
-        handle = Handle(step)
+        ref = self._member.save_ref(step, self._history.next_attempt(step))
+        save = Save(ref, snapshot, values, copy=not blocking, first=first, ahead=ahead)
+        work = partial(self._work, handle, save)
         self._on_trial = on_trial
         if blocking:
             handle.run_here(work)
             self._job = in_thread(self._tidy)
         else:
-            self._flight = handle
+            self._flights.append(handle)
             self._job = in_thread(lambda: self._in_background(handle, work))
         return handle
 
-    def _work(
-        self,
-        step: int,
-        snapshot: Snapshot,
-        metrics: Mapping[str, Any],
-        *,
-        copy: bool,
-        first: Callable[[], object] | None,
-    ) -> Callable[[Callable[[], None]], StepCommit]:
-        if self._history.ref is not None and self._history.ref.step == step:
-            return lambda staged: self._saver.confirm(snapshot, metrics, staged=staged)
-        ref = self._member.save_ref(step, self._history.next_attempt(step))
-        return lambda staged: self._saver.save(ref, snapshot, metrics, copy=copy, staged=staged, first=first)
+    def _ahead_of(self, handle: Handle) -> "Future[None] | None":
+        """Return the save that is still being written and that `handle` need not wait for; None, if it has to, or there is none."""
+        flying = [flight for flight in self._flights if not flight.done]
+        room = self._member.options.in_flight_bytes
+        if len(flying) != 1 or len(self._flights) > 1 or handle.step <= flying[0].step:
+            return None
+        return self._job if flying[0].size_bytes + handle.size_bytes <= room else None
+
+    def _work(self, handle: Handle, save: Save, staged: Callable[[], None]) -> StepCommit:
+        if save.ahead is None and self._history.ref is not None and self._history.ref.step == save.ref.step:
+            commit = self._saver.confirm(save.snapshot, save.metrics, staged=staged)
+        else:
+            commit = self._saver.save(save, staged=staged)
+        if self._second is not None:
+            handle.copied = self._second.bring(commit)
+        return commit
 
     def _in_background(self, handle: Handle, work: Callable[[Callable[[], None]], StepCommit]) -> None:
         handle.run(work)
@@ -156,7 +171,8 @@ class Checkpointer:
 
     def _tidy(self) -> None:
         if self._member.rank == 0:
-            self._saver.tidy(more=int(self._on_trial))
+            copying: frozenset[int] = frozenset() if self._second is None else self._second.copying
+            self._saver.tidy(more=int(self._on_trial), spare=copying)
 
     def _tidy_after(self, jobs: list[Future[None]]) -> None:
         wait(jobs)
@@ -171,8 +187,8 @@ class Checkpointer:
     @contextmanager
     def guard(self) -> Iterator[None]:
         """Enter when no save is copying: `with ck.guard(): optimizer.step()`."""
-        if self._flight is not None and self._process == os.getpid():
-            self._flight.wait_staged()
+        for flight in self._flights if self._process == os.getpid() else ():
+            flight.wait_staged()
         yield
 
     def restore(
@@ -190,7 +206,7 @@ class Checkpointer:
         once, which takes 0.7 of the time. A damaged step is then partly in the items until the step before is loaded over it, or
         the error is raised that there is none.
 
-        "latest" is the newest step that is sound on every rank; `fell_back` of the result tells what was passed over.
+        "latest" is the newest step that is sound on every rank, in one of two places; `fell_back` of the result tells what was passed over.
         `agree` returns the least of the numbers that all ranks call it with; without it ranks agree through storage.
         Saved items that are not in `items` are an error, unless `partial`.
 
@@ -201,9 +217,11 @@ class Checkpointer:
             WaitError: another rank did not take part in time.
         """
         self._settle()
-        restorer = Restorer(self._member, items, agree=agree or self._vote, partial=partial, fresh=fresh)
+        agree = agree or self._vote
+        restorer = Restorer(self._member, items, places=self._places, agree=agree, partial=partial, fresh=fresh)
         restored, whole = restorer.newest() if step == "latest" else restorer.exactly(step)
-        entries = (entry for info in whole.parts for entry in info.entries)
+        near = restored.url == self.url  # A save may only point into parts that are in the first place.
+        entries = (entry for info in whole.parts for entry in info.entries if near)
         self._history.restored(whole.commit, entries, (damaged.step for damaged in restored.fell_back))
         return restored
 
@@ -217,22 +235,23 @@ class Checkpointer:
         """
         self._settle()
         dropped = drop_after(self._member.storage, step, dry_run=self._member.rank > 0)
+        if self._second is not None and step in StepLog(self._second.storage).steps():
+            dropped = sorted({*dropped, *drop_after(self._second.storage, step, dry_run=self._member.rank > 0)})
         if self._history.ref is not None and self._history.ref.step > step:
             self._history.leave()
         return dropped
 
     def steps(self) -> list[int]:
-        """Return the committed steps, in rising order."""
-        return StepLog(self._member.storage).steps()
+        """Return the committed steps, in rising order; of two places those that are in one of them."""
+        return steps_of(self._places)
 
     def latest(self) -> int | None:
         """Return the newest committed step, or None if there is none."""
-        return StepLog(self._member.storage).newest()
+        return max(self.steps(), default=None)
 
     def best(self, metric: str) -> int | None:
         """Return the committed step that was saved with the least `metric`, or with a `-` before its name the largest; None if none has it."""
-        log = StepLog(self._member.storage)
-        commits = (log.read_if_sound(step) for step in log.steps())
+        commits = (StepLog(self._home(step)).read_if_sound(step) for step in self.steps())
         return next(iter(best_steps([commit for commit in commits if commit is not None], metric)), None)
 
     def pin(self, step: int) -> None:
@@ -241,7 +260,8 @@ class Checkpointer:
         Raises:
             MissingError: there is no such step.
         """
-        pin(self._member.storage, step)
+        for place in self._homes(step):
+            pin(place, step)
 
     def unpin(self, step: int) -> None:
         """Let `step` go by the rules of `keep` again.
@@ -249,7 +269,25 @@ class Checkpointer:
         Raises:
             ConfigError: it is not pinned.
         """
-        unpin(self._member.storage, step)
+        for place in [place for place in self._places if step in pinned_steps(place)] or self._places[:1]:
+            unpin(place, step)
+
+    def drop(self, item: str, *, steps: Iterable[int]) -> list[int]:
+        """Take `item`, such as the state of the optimizer, out of old `steps`, in each place; return those that had it.
+
+        Rank 0 does the work, all ranks may call it.
+
+        Raises:
+            MissingError: there is no such step.
+            ConfigError: one is the newest, or has nothing else.
+            CorruptError: a step is damaged.
+        """
+        self._settle()
+        found: set[int] = set()
+        for step in set(steps) if self._member.rank == 0 else ():
+            for place in self._homes(step):
+                found.update(drop_item(place, item, steps=[step]).steps)
+        return sorted(found)
 
     def inspect(self, step: int) -> StepReport:
         """Return what is in `step`.
@@ -258,7 +296,7 @@ class Checkpointer:
             MissingError: there is no such step.
             CorruptError: its commit is damaged.
         """
-        return inspect_step(self._member.storage, step)
+        return inspect_step(self._home(step), step)
 
     def verify(self, step: int) -> StepVerifyReport:
         """Read all of `step` and return what is not as it was written.
@@ -266,7 +304,18 @@ class Checkpointer:
         Raises:
             MissingError: there is no such step.
         """
-        return verify_step(self._member.storage, step)
+        return verify_step(self._home(step), step)
+
+    def _homes(self, step: int) -> list[Storage]:
+        """Return the places that have `step`; the first, if none has."""
+        return [place for place in self._places if step in StepLog(place).steps()] or self._places[:1]
+
+    def _home(self, step: int) -> Storage:
+        return self._homes(step)[0] if len(self._places) > 1 else self._places[0]
+
+    def copy_failure(self) -> DatastoreError | None:
+        """Return why a step is not in the second place, if a copy has failed since this was asked last; who asks has heard of it."""
+        return None if self._second is None else self._second.failure()
 
     def gc(self, *, dry_run: bool = False) -> Collected:
         """Remove what need not be kept, as each save does; return what was (or, if `dry_run`, would be) removed."""
@@ -275,15 +324,17 @@ class Checkpointer:
         return collect(self._member.storage, self._keep, session=self._member.session, dry_run=dry_run)
 
     def close(self) -> None:
-        """Wait for the save in flight and give back its memory.
+        """Wait for what is in flight, copies to the second place included, and give back its memory.
 
         Raises:
-            DatastoreError: the last save failed, which has not been raised yet.
+            DatastoreError: the last save, or a copy, failed, which has not been raised yet.
         """
         if self._closed or self._process != os.getpid():
             return
         try:
             self._settle()
+            if self._second is not None:
+                self._second.finish()
         finally:
             self._closed = True
             self._saver.pool.clear()
@@ -302,31 +353,22 @@ class Checkpointer:
             _LOGGER.error("the last save failed, too: %s", failure)  # noqa: TRY400 - one line, no trace
 
     def _settle(self) -> None:
-        """Wait until nothing is in flight; raise what has not been raised yet."""
+        """Wait until no save is in flight; raise what has not been raised yet."""
+        self._check_open()
+        if self._job is not None:
+            wait([self._job])
+        while self._flights:
+            self._flights.pop(0).raise_unheard()
+        if self._second is not None:
+            self._second.raise_unheard()
+
+    def _check_open(self) -> None:
         if self._process != os.getpid():
             hint = "Use it in the process that made it; workers need no checkpoints."
             raise ConfigError("a checkpointer does not survive a fork", url=self.url, hint=hint)
         if self._closed:
             raise ConfigError("the checkpointer is closed", url=self.url, hint="Open another one.")
-        if self._job is not None:
-            wait([self._job])
-        if self._flight is not None:
-            flight, self._flight = self._flight, None
-            flight.raise_unheard()
 
 
 def _no_tensor(_value: Any, _name: str) -> TensorSpec | None:
     return None
-
-
-def _check_member(keep: Keep, rank: int, world: int, session: str) -> None:
-    if keep.last < 1:
-        raise ConfigError("at least one step must be kept", last=keep.last, hint="Set keep.last to 1 or more.")
-    if world < 1 or not 0 <= rank < world:
-        raise ConfigError("no such rank", rank=rank, world=world, hint="Ranks count from 0 to world - 1.")
-    if world > 1 and not session:
-        hint = "Pass a text that all ranks share and that is new for each launch."
-        raise ConfigError("several ranks need a session", world=world, hint=hint)
-    if session and not _SESSION.fullmatch(session):
-        hint = "Use letters, digits, '.', '_' and '-'."
-        raise ConfigError("not a name for a session", session=session, hint=hint)

@@ -11,6 +11,7 @@ from itertools import chain
 from math import prod
 from typing import Any
 
+from datastore.checkpoint.codec import with_codec
 from datastore.checkpoint.format.checks import check_ranges, check_whole
 from datastore.checkpoint.format.manifest import Chunk, PartInfo, StepCommit, chunks_of, runs_of, step_key
 from datastore.checkpoint.format.tree import specs, unpack
@@ -113,14 +114,16 @@ class StepVerifyReport:
 def list_steps(storage: Storage) -> list[StepSummary]:
     """Return every step, oldest first."""
     log, pinned = StepLog(storage), set(pinned_steps(storage))
-    return [replace(_summary(log, step), pinned=step in pinned) for step in log.steps()]
+    found = (_summary(log, step) for step in log.steps())
+    return [replace(summary, pinned=summary.step in pinned) for summary in found if summary is not None]
 
 
 def newest_steps(storage: Storage, most: int) -> tuple[list[StepSummary], int]:
     """Return the newest `most` steps, newest first, and how many there are: each is one small read."""
     log, pinned = StepLog(storage), set(pinned_steps(storage))
     steps = log.steps()
-    return [replace(_summary(log, step), pinned=step in pinned) for step in reversed(steps[-most:])], len(steps)
+    found = (_summary(log, step) for step in reversed(steps[-most:]))
+    return [replace(summary, pinned=summary.step in pinned) for summary in found if summary is not None], len(steps)
 
 
 def html_steps(storage: Storage) -> str:
@@ -137,9 +140,11 @@ def html_steps(storage: Storage) -> str:
     return html_table(f"{storage.url}: {total:,} steps", ("step", "time", "ranks", "state", "written", ""), rows)
 
 
-def _summary(log: StepLog, step: int) -> StepSummary:
+def _summary(log: StepLog, step: int) -> StepSummary | None:
     try:
         return _summary_of(log.read(step))
+    except MissingError:  # It was let go since the steps were listed.
+        return None
     except CorruptError as error:
         return StepSummary(step, error=str(error))
 
@@ -189,6 +194,7 @@ def verify_step(storage: Storage, step: int, *, progress: Progress | None = None
         MissingError: there is no such step.
         StorageError: the storage failed.
     """
+    storage = with_codec(storage)
     log = StepLog(storage)
     bad: list[BadRange] = []
     try:

@@ -1,39 +1,51 @@
 """Which steps of a run are kept, and the removal of all else.
 
 Old steps go, and the parts that no step needs any more. A part is removed only if no step that is kept names it, and only if its own
-step is not after the newest commit: a save in flight is always after it, on every rank, so what is being written is never touched, nor
-are the older parts that it points into, because those belong to the newest commit as well. The listing of parts is taken before
-the steps are read, so a commit that comes in between is seen. A step goes before its parts: a kill in between leaves parts that the next
-collection finds, never a step without its parts.
+step is not after the newest commit: a save in flight is always after it, on every rank, so what is being written is never touched.
+A step goes before its parts: a kill in between leaves parts that the next collection finds, never a step without its parts.
+
+An older part that a save in flight points into belongs to the newest commit as well, unless that save goes on from an earlier step, whose
+parts another program may let go. So parts go in two phases. The first says in a file (`refs/condemned/`) which are to go; the second looks
+again at all that may need them - steps, documents of saves in flight, claims - and removes the others. A saver does it the other way round:
+its document stands before it looks at what is condemned or gone, and it commits only if it needs none of that. Whoever comes second
+sees the first. Who writes parts of an older step, as a copy of a run does, claims them first (`refs/claims/`).
 
 A step is pinned by a file that names it; whoever collects, in whatever program, leaves it.
 """
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+import time
+import uuid
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from collections.abc import Set as AbstractSet
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import datetime
 from logging import getLogger
 from pathlib import PurePosixPath
 
-from datastore.checkpoint.format.manifest import PARTS, VOTES, StepCommit, step_key, step_of_key
+from datastore.checkpoint.codec import with_codec
+from datastore.checkpoint.format.manifest import PARTS, VOTES, PartInfo, StepCommit, step_key, step_of_key
 from datastore.checkpoint.format.tree import unpack
 from datastore.checkpoint.steps import StepLog
-from datastore.document import Count, Positive, SettingsDocument
-from datastore.errors import ConfigError, ConflictError, MissingError
+from datastore.document import Count, Positive, SettingsDocument, unseal
+from datastore.errors import ConfigError, ConflictError, CorruptError, MissingError, StorageError
 from datastore.host import utc_now
 from datastore.storage.base import Stat, Storage
 
 __all__ = [
+    "NOTES",
     "Collected",
     "Keep",
     "best_steps",
+    "check_standing",
+    "claimed",
     "collect",
     "drop_after",
     "expired",
     "files_of",
     "garbage",
+    "make_space",
     "pin",
     "pinned_steps",
     "unpin",
@@ -42,6 +54,16 @@ __all__ = [
 _LOGGER = getLogger(__name__)
 
 _PINS = "refs/pins"
+
+_CONDEMNED = "refs/condemned"
+
+_CLAIMS = "refs/claims"
+
+NOTES = (_CONDEMNED, _CLAIMS)
+"""What programs tell one another about one place."""
+
+_STALE_S = 24 * 3600
+"""A claim, or a list of condemned parts, that is older is of a program that was killed."""
 
 
 class Keep(SettingsDocument, frozen=True, kw_only=True):
@@ -61,6 +83,10 @@ class Keep(SettingsDocument, frozen=True, kw_only=True):
 
     best_count: Positive = 1
     """How many of the best."""
+
+    budget_bytes: Count = 0
+    """What all parts together may take, with room for one more save as large as the newest: beyond that the oldest steps go that are not
+    pinned, never the newest, whatever the other rules say; 0: no limit."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,25 +153,152 @@ def files_of(commit: StepCommit) -> set[str]:
     return own.union(*((part, f"{part.removesuffix('.safetensors')}.json") for part in commit.uses))
 
 
-def collect(storage: Storage, keep: Keep, *, session: str = "", dry_run: bool = False) -> Collected:
-    """Remove the steps that `keep` lets go, then the parts that no step needs; votes of other sessions, too.
+def collect(
+    storage: Storage, keep: Keep, *, session: str = "", spare: AbstractSet[int] = frozenset(), dry_run: bool = False
+) -> Collected:
+    """Remove the steps that `keep` lets go but for those to `spare`, then the parts that no step needs; votes of other sessions, too.
 
     Raises:
         StorageError: the storage failed; what is left is consistent.
         FormatError: a step was written by a newer version of this package, so what it needs is not known.
     """
+    storage = with_codec(storage)
     log = StepLog(storage)
     parts = list(storage.list(PARTS))
     votes = [stat for stat in storage.list(VOTES) if not stat.key.startswith(f"{VOTES}/{session}/")]
     commits = {step: log.read_if_sound(step) for step in log.steps()}
-    drop = expired(commits, keep, pinned=set(pinned_steps(storage)))
-    unneeded = garbage(parts, commits, dropped=set(drop)) + (votes if session else [])
+    spared = set(pinned_steps(storage)) | spare
+    drop = expired(commits, keep, pinned=spared)
+    if keep.budget_bytes:
+        drop = _within_budget(parts, commits, drop, keep.budget_bytes, spared)
+    condemned = garbage(parts, commits, dropped=set(drop))
+    others = votes if session else []
     if not dry_run:
-        for step in drop:
-            storage.delete(step_key(step))
-        for stat in unneeded:
+        condemned = _remove(storage, drop, condemned)
+        for stat in others:
             storage.delete(stat.key)
-    return Collected(tuple(drop), tuple(stat.key for stat in unneeded), sum(stat.size_bytes for stat in unneeded))
+    gone = [*condemned, *others]
+    return Collected(tuple(drop), tuple(stat.key for stat in gone), sum(stat.size_bytes for stat in gone))
+
+
+def _within_budget(
+    parts: Sequence[Stat],
+    commits: Mapping[int, StepCommit | None],
+    drop: Sequence[int],
+    budget_bytes: int,
+    spared: AbstractSet[int],
+) -> list[int]:
+    """Return `drop` and as many of the oldest steps as must go for the parts, and a save like the newest, to fit."""
+    found = list(drop)
+    newest = max((step for step, commit in commits.items() if commit is not None), default=-1)
+    last = commits.get(newest)
+    left = budget_bytes - (0 if last is None else sum(ref.size_bytes for ref in last.parts))
+    for step in sorted(commits):
+        if _size_of(parts) - _size_of(garbage(parts, commits, dropped=set(found))) <= left:
+            break
+        if step < newest and step not in spared and step not in found:
+            found.append(step)
+    return sorted(found)
+
+
+def _size_of(stats: Iterable[Stat]) -> int:
+    return sum(stat.size_bytes for stat in stats)
+
+
+def make_space(storage: Storage, keep: Keep, incoming_bytes: int) -> None:
+    """Let go what must go for `incoming_bytes` more to keep within the budget.
+
+    Raises:
+        ConfigError: the budget does not hold them beside the newest step and the pinned ones.
+    """
+    if not keep.budget_bytes or _size_of(storage.list(PARTS)) + incoming_bytes <= keep.budget_bytes:
+        return
+    collect(storage, keep)
+    held = _size_of(storage.list(PARTS))
+    if held + incoming_bytes > keep.budget_bytes:
+        raise ConfigError(
+            "the budget does not hold another step",
+            budget_bytes=keep.budget_bytes,
+            held_bytes=held,
+            incoming_bytes=incoming_bytes,
+            url=storage.url,
+            hint="Raise budget_bytes to twice the size of a step at least, or unpin steps.",
+        )
+
+
+def _remove(storage: Storage, steps: Sequence[int], condemned: Sequence[Stat]) -> list[Stat]:
+    """Remove `steps`, then those of the `condemned` parts that nobody needs when it is known that they are to go; return these."""
+    note = f"{_CONDEMNED}/{uuid.uuid4().hex}"
+    if condemned:
+        storage.put(note, "\n".join(stat.key for stat in condemned).encode())
+    for step in steps:
+        storage.delete(step_key(step))
+    if not condemned:
+        return []
+    needed = _needed(storage)
+    gone = [stat for stat in condemned if stat.key not in needed]
+    for stat in gone:
+        storage.delete(stat.key)
+    storage.delete(note)
+    return gone
+
+
+def _needed(storage: Storage) -> set[str]:
+    """Return the files that steps, saves in flight or claims name now; forget notes that are a day old."""
+    # Claims first: one that is gone by now has become a step, which is read after it.
+    needed: set[str] = set().union(*(set(raw.decode().split("\n")) for raw in _notes(storage, _CLAIMS)))
+    log = StepLog(storage)
+    steps = log.steps()
+    for step in steps:
+        commit = log.read_if_sound(step)
+        needed |= set() if commit is None else files_of(commit)
+    for stat in storage.list(PARTS):
+        number = step_of_key(stat.key)
+        if stat.key.endswith(".json") and number is not None and number >= max(steps, default=0):
+            with suppress(MissingError, CorruptError):  # Nothing commits a document that cannot be read.
+                needed |= {entry.part for entry in unseal(PartInfo, storage.get(stat.key), where=stat.key).entries}
+    _notes(storage, _CONDEMNED)
+    return needed
+
+
+def _notes(storage: Storage, folder: str) -> list[bytes]:
+    """Return the notes of one kind; remove those that are a day old."""
+    found = []
+    for stat in list(storage.list(folder)):
+        if stat.modified and time.time() - stat.modified > _STALE_S:
+            storage.delete(stat.key)
+        else:
+            with suppress(MissingError):
+                found.append(storage.get(stat.key))
+    return found
+
+
+@contextmanager
+def claimed(storage: Storage, keys: Iterable[str]) -> Iterator[None]:
+    """Keep the parts `keys`, which are about to be written, from collections until a step names them."""
+    note = f"{_CLAIMS}/{uuid.uuid4().hex}"
+    storage.put(note, "\n".join(sorted(keys)).encode())
+    try:
+        yield
+    finally:
+        storage.delete(note)
+
+
+def check_standing(storage: Storage, parts: Iterable[str]) -> None:
+    """Make sure that `parts` of earlier saves, which a document in storage names, are there and stay.
+
+    Raises:
+        StorageError: one is gone, or is just being removed.
+    """
+    wanted = list(parts)
+    if not wanted:
+        return
+    condemned: set[str] = set().union(*(set(raw.decode().split("\n")) for raw in _notes(storage, _CONDEMNED)))
+    there = {stat.key for stat in with_codec(storage).list(PARTS)}
+    lost = [part for part in wanted if part in condemned or part not in there]
+    if lost:
+        hint = "Save again: all of the state will be written."
+        raise StorageError("a part of an earlier save is gone", part=lost[0], url=storage.url, hint=hint)
 
 
 def drop_after(storage: Storage, step: int, *, dry_run: bool = False) -> list[int]:
@@ -155,6 +308,7 @@ def drop_after(storage: Storage, step: int, *, dry_run: bool = False) -> list[in
         MissingError: there is no such step.
         ConflictError: one of those after it is pinned.
     """
+    storage = with_codec(storage)
     log = StepLog(storage)
     log.read(step)
     dropped = [newer for newer in log.steps() if newer > step]

@@ -12,6 +12,7 @@ storage, at the price of one tiny file per rank and question.
 """
 
 import os
+import re
 import threading
 import time
 import uuid
@@ -30,9 +31,33 @@ from datastore.errors import ConfigError, ConflictError, CorruptError, MissingEr
 from datastore.host import utc_now
 from datastore.storage.base import Storage, probe_exclusive
 
-__all__ = ["Agree", "SavingRank", "StorageVote", "all_equal", "ensure_run", "read_run", "wait_until", "writer"]
+__all__ = [
+    "Agree",
+    "SavingRank",
+    "StorageVote",
+    "all_equal",
+    "check_member",
+    "ensure_run",
+    "read_run",
+    "wait_until",
+    "writer",
+]
+
+_SESSION = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9_.-]*")
 
 _OTHERS = {"datastore.json": "a dataset"}
+
+
+def check_member(rank: int, world: int, session: str) -> None:
+    """Raise `ConfigError` unless `rank` of `world` in `session` can be a member."""
+    if world < 1 or not 0 <= rank < world:
+        raise ConfigError("no such rank", rank=rank, world=world, hint="Ranks count from 0 to world - 1.")
+    if world > 1 and not session:
+        hint = "Pass a text that all ranks share and that is new for each launch."
+        raise ConfigError("several ranks need a session", world=world, hint=hint)
+    if session and not _SESSION.fullmatch(session):
+        hint = "Use letters, digits, '.', '_' and '-'."
+        raise ConfigError("not a name for a session", session=session, hint=hint)
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,8 +99,8 @@ def read_run(storage: Storage) -> RunInfo | None:
     return None
 
 
-def ensure_run(member: SavingRank) -> RunInfo:
-    """Return what `run.json` says; rank 0 writes it if it is not there, the others wait for it.
+def ensure_run(member: SavingRank, *, run_id: str = "") -> RunInfo:
+    """Return what `run.json` says; rank 0 writes it if it is not there (for the run `run_id`, if that is known), the others wait for it.
 
     Raises:
         WaitError: rank 0 did not write it in time.
@@ -84,7 +109,7 @@ def ensure_run(member: SavingRank) -> RunInfo:
     info = read_run(storage)
     if info is None and member.rank == 0:
         with suppress(ConflictError):  # Another launch was faster; its answer is as good.
-            storage.put_new(RUN_KEY, seal(_new_run(storage)))
+            storage.put_new(RUN_KEY, seal(_new_run(storage, run_id)))
         info = read_run(storage)
     info = info or wait_until(lambda: read_run(storage), timeout_s=member.options.wait_s)
     if info is None:
@@ -93,10 +118,10 @@ def ensure_run(member: SavingRank) -> RunInfo:
     return info
 
 
-def _new_run(storage: Storage) -> RunInfo:
+def _new_run(storage: Storage, run_id: str) -> RunInfo:
     log = StepLog(storage)
     known = (commit.run_id for step in reversed(log.steps()) if (commit := log.read_if_sound(step)) is not None)
-    run_id = next(known, None) or uuid.uuid4().hex
+    run_id = run_id or next(known, None) or uuid.uuid4().hex
     return RunInfo(run_id=run_id, created=utc_now(), exclusive=probe_exclusive(storage), writer=writer())
 
 

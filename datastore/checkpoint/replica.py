@@ -12,16 +12,27 @@ It holds one part in memory at a time.
 """
 
 import os
-from collections.abc import Iterable, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass
 from logging import getLogger
 from typing import TypeAlias
 
 import numpy as np
 
+from datastore.checkpoint.codec import Bytes, Codec, with_codec
 from datastore.checkpoint.format.manifest import LATEST_KEY, PARTS, STEPS, VOTES, Chunk, chunks_of, step_key
-from datastore.checkpoint.keeping import Keep, collect, drop_after, expired, files_of, pinned_steps
+from datastore.checkpoint.keeping import (
+    NOTES,
+    Keep,
+    check_standing,
+    claimed,
+    collect,
+    drop_after,
+    expired,
+    files_of,
+    pinned_steps,
+)
 from datastore.checkpoint.ranks import read_run
 from datastore.checkpoint.saving.commit import put_commit, write_hint
 from datastore.checkpoint.steps import StepLog, WholeStep, reading
@@ -62,13 +73,29 @@ class Replicated:
     size_bytes: int
 
 
+Memory: TypeAlias = Callable[[int], AbstractContextManager[Bytes]]
+
 Place: TypeAlias = str | os.PathLike[str] | Storage
 
 
-def replicate(source: Place, target: Place, *, keep: Keep = _KEEP, progress: Progress | None = None) -> Replicated:
+@contextmanager
+def _memory(size_bytes: int) -> Iterator[Bytes]:
+    yield np.empty(size_bytes, dtype=np.uint8)
+
+
+def replicate(
+    source: Place,
+    target: Place,
+    *,
+    keep: Keep = _KEEP,
+    codec: Codec = "none",
+    progress: Progress | None = None,
+    memory: Memory = _memory,
+) -> Replicated:
     """Bring what `target` lacks of the run in `source` there; then let go what `keep` does not keep in `target`.
 
-    `progress` is told the bytes of parts copied so far, and all. For one caller at a time; the run may be saved to meanwhile.
+    Parts are stored in `target` by `codec`, however they are in `source`: "zstd" for a place that takes less than 1 GB/s, or bills bytes.
+    `progress` is told the bytes of parts copied so far, and all. `memory` lends what one part takes. For one caller at a time; the run may be saved to meanwhile.
 
     Raises:
         MissingError: `source` has no run.
@@ -76,21 +103,37 @@ def replicate(source: Place, target: Place, *, keep: Keep = _KEEP, progress: Pro
         StorageError: a storage failed; call it again to go on.
     """
     source, target = (place if isinstance(place, Storage) else open_storage(place) for place in (source, target))
+    source, target = with_codec(source), with_codec(target, codec)
     _require_same_run(source, target)
     log, there = StepLog(source), StepLog(target)
     dropped = _follow_back(log, there, target)
     files, size_bytes = _copy_others(source, target)
     whole, damaged = _sound(log, _lacking(log, there, keep, pinned=pinned_steps(source)))
+    copied: list[int] = []
+    if whole:
+        with claimed(target, set().union(*(files_of(each.commit) for each in whole))):
+            copied, more, done = _copy_steps(source, target, whole, progress, memory)
+        damaged += more
+        size_bytes += done
+    removed = collect(target, keep).steps if copied else ()
+    return Replicated(tuple(copied), tuple(sorted(damaged)), tuple(dropped), removed, files, size_bytes)
+
+
+def _copy_steps(
+    source: Storage, target: Storage, whole: Sequence[WholeStep], progress: Progress | None, memory: Memory
+) -> tuple[list[int], list[int], int]:
+    """Copy steps; return those that are there now, those that turned out to be damaged, and the bytes of parts."""
     parts = [_parts_of(each) for each in whole]
     present = {stat.key for stat in target.list(PARTS)}
     sizes = {stat.key: stat.size_bytes for stat in source.list(PARTS) if stat.key not in present}
     done, total = 0, sum(sizes.get(key, 0) for key in set().union(*parts))
-    copied = []
+    copied: list[int] = []
+    damaged: list[int] = []
     for each, own in zip(whole, parts, strict=True):
         try:
             for key, chunks in own.items():
                 if key not in present:
-                    _copy_part(source, target, key, chunks)
+                    _copy_part(source, target, key, chunks, memory)
                     present.add(key)
                     done += sizes.get(key, 0)
                     if progress is not None:
@@ -102,11 +145,11 @@ def replicate(source: Place, target: Place, *, keep: Keep = _KEEP, progress: Pro
             _LOGGER.warning("step %d is not copied: %s", each.commit.step, error)
             damaged += [each.commit.step] if isinstance(error, CorruptError) else []
             continue
+        check_standing(target, own)
         put_commit(target, each.commit)
         write_hint(target, each.commit.ref)
         copied.append(each.commit.step)
-    removed = collect(target, keep).steps if copied else ()
-    return Replicated(tuple(copied), tuple(sorted(damaged)), tuple(dropped), removed, files, size_bytes + done)
+    return copied, damaged, done
 
 
 def _require_same_run(source: Storage, target: Storage) -> None:
@@ -172,18 +215,18 @@ def _parts_of(step: WholeStep) -> dict[str, list[Chunk]]:
     return {key: sorted(chunks) for key, chunks in found.items()}
 
 
-def _copy_part(source: Storage, target: Storage, key: str, chunks: Sequence[Chunk]) -> None:
+def _copy_part(source: Storage, target: Storage, key: str, chunks: Sequence[Chunk], memory: Memory) -> None:
     """Copy one part file.
 
     Raises:
         CorruptError: one of `chunks` is not what was written, or the file cannot be read; nothing was written.
     """
-    data = np.empty(source.stat(key).size_bytes, dtype=np.uint8)
-    with reading(key, 0, len(data)):
-        source.read_into(key, 0, data.data)
-    for chunk in chunks:
-        chunk.check(data[chunk.start : chunk.stop].data)
-    target.put(key, data.data)
+    with memory(source.stat(key).size_bytes) as data:
+        with reading(key, 0, len(data)):
+            source.read_into(key, 0, data.data)
+        for chunk in chunks:
+            chunk.check(data[chunk.start : chunk.stop].data)
+        target.put(key, data.data)
 
 
 def _copy_others(source: Storage, target: Storage) -> tuple[int, int]:
@@ -194,6 +237,7 @@ def _copy_others(source: Storage, target: Storage) -> tuple[int, int]:
         if (
             stat.key.split("/", 1)[0] in _NOT_COPIED
             or stat.key == LATEST_KEY
+            or stat.key.startswith(NOTES)
             or not _is_news(stat, there.get(stat.key))
         ):
             continue

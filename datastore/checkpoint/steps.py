@@ -6,7 +6,7 @@ damaged like what it gives back wrongly; a network that is down is not, as no ot
 """
 
 from collections import defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from logging import getLogger
@@ -14,6 +14,7 @@ from typing import Annotated
 
 import msgspec
 
+from datastore.checkpoint.codec import Codec, with_codec
 from datastore.checkpoint.format.checks import check_commit, check_info, check_whole
 from datastore.checkpoint.format.manifest import (
     STEPS,
@@ -24,7 +25,7 @@ from datastore.checkpoint.format.manifest import (
     step_of_key,
 )
 from datastore.digest import check_digest
-from datastore.document import Positive, SettingsDocument, unseal
+from datastore.document import Count, Positive, SettingsDocument, unseal
 from datastore.errors import CorruptError, MissingError, StorageError
 from datastore.storage.base import Storage
 from datastore.storage.errors import is_damage
@@ -36,6 +37,7 @@ __all__ = [
     "WholeStep",
     "extents_of",
     "reading",
+    "steps_of",
 ]
 
 _LOGGER = getLogger(__name__)
@@ -56,7 +58,7 @@ class StepLog:
     """Reads the steps of the run in `storage`."""
 
     def __init__(self, storage: Storage) -> None:
-        self._storage = storage
+        self._storage = with_codec(storage)
         self.url = storage.url
 
     def steps(self) -> list[int]:
@@ -89,9 +91,11 @@ class StepLog:
         return commit
 
     def read_if_sound(self, step: int) -> StepCommit | None:
-        """Return the commit of `step`, or None and a warning if it is damaged."""
+        """Return the commit of `step`, or None: with a warning if it is damaged; or it was let go since the steps were listed."""
         try:
             return self.read(step)
+        except MissingError:
+            return None
         except CorruptError as error:
             _LOGGER.warning("step %d cannot be read and is not counted: %s", step, error)
             return None
@@ -151,6 +155,23 @@ class StepLog:
         return ", ".join(map(str, steps)) if steps else "none"
 
 
+def steps_of(places: Sequence[Storage]) -> list[int]:
+    """Return the steps that are in the first or a later one of `places`, in rising order; a later one that cannot be read is told and left out.
+
+    Raises:
+        StorageError: the first place cannot be read; or it has no step, and a later one cannot be read.
+    """
+    found = set(StepLog(places[0]).steps())
+    for place in places[1:]:
+        try:
+            found |= set(StepLog(place).steps())
+        except StorageError as error:
+            if not found:
+                raise
+            _LOGGER.warning("%s is not asked for steps: %s", place.url, error)
+    return sorted(found)
+
+
 @contextmanager
 def reading(key: str, start: int = 0, stop: int = 0) -> Iterator[None]:
     """Raise `CorruptError` in place of what a storage says if it cannot give back the bytes of `key` (up to `stop`, if not 0)."""
@@ -188,6 +209,12 @@ class CheckpointerSettings(SettingsDocument, frozen=True, kw_only=True):
 
     wait_s: Seconds = 600.0
     """How long a rank waits for the part or the commit of another one before it gives up and names it."""
+
+    in_flight_bytes: Count = 0
+    """So much state may be copied and not yet written. A save that fits beside the one before it does not wait for it; with 0 each waits."""
+
+    codec: Codec = "none"
+    """How parts are stored: "zstd" takes fewer bytes at some 1 GB/s for each of two threads. Reading need not be told."""
 
     threads: Positive = 2
     """Threads that copy, hash and read; hashing reaches 25 GB/s on one, so more help only where disks are faster."""

@@ -10,7 +10,7 @@ the whole follows from its layout. The price is that ranks must hold the same st
 
 import heapq
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 from typing import Any
@@ -30,6 +30,7 @@ __all__ = [
     "Box",
     "Bytes",
     "TensorPiece",
+    "box_at",
     "byte_view",
     "check_coverage",
     "describe",
@@ -115,6 +116,7 @@ def describe(value: Any, name: str) -> TensorSpec | None:
     reason = _unfit(value)
     if reason:
         hint = "Convert it to a dense torch.Tensor, or leave it out of the state."
+        hint = 'Call model.to_empty(device="cpu") first, or name another device.' if value.is_meta else hint
         raise ConfigError(f"this tensor cannot be stored: {reason}", path=name, type=type(value).__name__, hint=hint)
     return TensorSpec(_NAMES[value.dtype], tuple(value.shape))
 
@@ -157,24 +159,50 @@ def _is_dtensor(value: torch.Tensor) -> bool:
 
 
 def _shard(tensor: Any, name: str) -> TensorPiece:
-    from torch.distributed.tensor._utils import compute_local_shape_and_global_offset  # noqa: PLC0415 - as above
-
     mesh, placements = tensor.device_mesh, tensor.placements
     if any(placement.is_partial() for placement in placements):
         hint = "Reduce it first: tensor.redistribute(placements=[Replicate()])."
         raise ConfigError("this DTensor holds partial sums", path=name, hint=hint)
-    if any(type(placement).__name__ == "_StridedShard" for placement in placements):
-        # Its local rows need not be neighbours in the whole, so they are no box.
-        hint = "Redistribute it to plain shards, or shard another dimension."
-        raise ConfigError("this DTensor is sharded twice along one dimension", path=name, hint=hint)
-    shape, offsets = compute_local_shape_and_global_offset(tensor.shape, mesh, placements)
     coordinate = mesh.get_coordinate()
     local = tensor.detach().to_local()
     if coordinate is None:
         return TensorPiece(local, Box((0,) * tensor.dim(), (0,) * tensor.dim()), replicated=False, first=False)
+    box = box_at(coordinate, tensor.shape, placements, mesh.shape)
+    if box is None or box.shape != tuple(local.shape):
+        hint = "Redistribute it to plain shards, or shard another dimension."
+        raise ConfigError("this DTensor is no box of the whole", path=name, placements=str(placements), hint=hint)
     alike = not tensor.numel()  # All ranks hold the same nothing.
     first = all(at == 0 for at, layout in zip(coordinate, placements, strict=True) if alike or layout.is_replicate())
-    return TensorPiece(local, Box(tuple(offsets), tuple(shape)), replicated=False, first=first)
+    return TensorPiece(local, box, replicated=False, first=first)
+
+
+def _is_strided(placement: Any) -> bool:
+    return type(placement).__name__ == "_StridedShard"
+
+
+def box_at(
+    coordinate: Sequence[int], shape: Sequence[int], placements: Sequence[Any], sizes: Sequence[int]
+) -> Box | None:
+    """Return the piece of a tensor of `shape` that is at `coordinate` of a mesh of `sizes`; None: its elements may lie apart.
+
+    Each mesh dimension cuts what those before it have left, the last pieces being shorter or empty. Only what FSDP2 cuts from the shards of tensor
+    parallelism, along the same dimension, is cut the other way round: the strided one, to the left, after the one to its right.
+    torch's `compute_local_shape_and_global_offset` gives other pieces then if rows do not divide (2.13: 7 rows on 3 x 2 ranks).
+    """
+    starts, lengths = [0] * len(shape), list(shape)
+    for i in sorted(range(len(sizes)), key=lambda i: _is_strided(placements[i])):
+        placement = placements[i]
+        dimension = getattr(placement, "dim", None)
+        if dimension is None:
+            continue
+        others = [j for j, other in enumerate(placements) if j != i and getattr(other, "dim", None) == dimension]
+        if _is_strided(placement) and [(j > i, sizes[j]) for j in others] != [(True, placement.split_factor)]:
+            return None
+        chunk = -(-lengths[dimension] // sizes[i])
+        begin = min(coordinate[i] * chunk, lengths[dimension])
+        starts[dimension] += begin
+        lengths[dimension] = min(chunk, lengths[dimension] - begin)
+    return Box(tuple(starts), tuple(lengths))
 
 
 def byte_view(tensor: torch.Tensor) -> Bytes | None:

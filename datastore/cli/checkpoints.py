@@ -1,7 +1,6 @@
-"""The commands about the checkpoints of a run: which there are, what is in one, whether it is sound, export."""
+"""The commands about the checkpoints of a run: which there are, what is in one, whether it is sound, which stay."""
 
 from contextlib import nullcontext
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -13,7 +12,7 @@ if TYPE_CHECKING:
     from datastore.checkpoint.difference import TensorChange
     from datastore.storage.base import Storage
 
-__all__ = ["checkpoint"]
+__all__ = ["RUN", "STEP", "checkpoint", "saved_steps"]
 
 RUN = click.argument("run")
 STEP = click.option("--step", type=click.IntRange(min=0), help="Which step; the newest if left out.")
@@ -33,7 +32,7 @@ def ls(*, run: str, as_json: bool) -> None:
     from datastore.storage.resolve import open_storage
     from datastore.units import format_bytes
 
-    _steps(run, None)
+    saved_steps(run, None)
     found = list_steps(open_storage(run))
     if as_json:
         say_json(found)
@@ -63,7 +62,7 @@ def show(*, run: str, step: int | None, as_json: bool) -> None:
     from datastore.storage.resolve import open_storage
     from datastore.units import format_bytes
 
-    report = inspect_step(open_storage(run), _steps(run, step)[-1])
+    report = inspect_step(open_storage(run), saved_steps(run, step)[-1])
     if as_json:
         say_json(report)
         return
@@ -97,7 +96,9 @@ def verify(*, run: str, step: int | None, as_json: bool) -> int:
     from datastore.units import format_bytes
 
     storage = open_storage(run)
-    reports = [with_progress(f"step {each}", verify_step, storage=storage, step=each) for each in _steps(run, step)]
+    reports = [
+        with_progress(f"step {each}", verify_step, storage=storage, step=each) for each in saved_steps(run, step)
+    ]
     damaged = any(report.bad for report in reports)
     if as_json:
         say_json(reports)
@@ -121,16 +122,17 @@ def verify(*, run: str, step: int | None, as_json: bool) -> int:
     "--best", metavar="METRIC", default="", help="Keep the step with the least METRIC, too; with -METRIC the largest."
 )
 @click.option("--best-count", type=click.IntRange(min=1), default=1, help="How many of the best.")
+@click.option("--budget", metavar="SIZE", default="", help="What all may take, such as '40 GiB', a next save included.")
 @click.option("--dry-run", is_flag=True, help="Only say what would be removed.")
 @json_option
-def gc(*, run: str, last: int, every: int, best: str, best_count: int, dry_run: bool, as_json: bool) -> None:
+def gc(*, run: str, budget: str, dry_run: bool, as_json: bool, **rules: Any) -> None:
     """Remove old checkpoints of RUN, and files that no checkpoint needs. Training does this by itself. Pinned ones stay."""
     from datastore.checkpoint.keeping import Keep, collect
     from datastore.storage.resolve import open_storage
-    from datastore.units import format_bytes
+    from datastore.units import format_bytes, parse_bytes
 
-    _steps(run, None)
-    keep = Keep(last=last, every=every, best=best, best_count=best_count)
+    saved_steps(run, None)
+    keep = Keep(**rules, budget_bytes=parse_bytes(budget) if budget else 0)
     removed = collect(open_storage(run), keep, dry_run=dry_run)
     if as_json:
         say_json(removed)
@@ -193,7 +195,7 @@ def _side(named: str) -> "tuple[Storage, int]":
     run, name = split_reference(named)
     if name and not name.isdecimal():
         raise ConfigError("not a step", step=name, hint="Write RUN@12, or RUN for the newest step.")
-    _steps(run, None)
+    saved_steps(run, None)
     storage = open_storage(run)
     return storage, int(name) if name else StepLog(storage).steps()[-1]
 
@@ -222,7 +224,7 @@ def pin(*, run: str, step: int, remove: bool, as_json: bool) -> None:
     from datastore.checkpoint.keeping import pinned_steps, unpin
     from datastore.storage.resolve import open_storage
 
-    _steps(run, None)
+    saved_steps(run, None)
     storage = open_storage(run)
     (unpin if remove else pin_step)(storage, step)
     pinned = pinned_steps(storage)
@@ -248,7 +250,7 @@ def rewind(*, run: str, step: int, dry_run: bool, as_json: bool) -> None:
     from datastore.storage.resolve import open_storage
     from datastore.training.run.lock import RunLock
 
-    _steps(run, None)
+    saved_steps(run, None)
     storage = open_storage(run)
     report = verify_step(storage, step)
     if report.bad:
@@ -263,106 +265,38 @@ def rewind(*, run: str, step: int, dry_run: bool, as_json: bool) -> None:
     say(f"{verb} steps: {', '.join(map(str, dropped)) or 'none'}; the newest is {step}")
 
 
-@checkpoint.command(epilog=example("datastore checkpoint export runs/first hf/model --quantize int8"))
+@checkpoint.command(
+    short_help="Take an item out of old steps.",
+    epilog=example("datastore checkpoint drop runs/first --item optim --before 20"),
+)
 @RUN
-@click.argument("to")
-@STEP
+@click.option("--item", required=True, help="What goes, such as optim.")
 @click.option(
-    "--as",
-    "kind",
-    type=click.Choice(["hf", "gguf", "adapter", "torch", "safetensors", "dcp"]),
-    default="hf",
-    help="hf: a folder that transformers opens, adapters merged; gguf: a file for llama.cpp; adapter: the adapters alone, for peft; "
-    "or a file of torch.save or safetensors, or a folder of torch's DCP.",
+    "--step", "steps", type=click.IntRange(min=0), multiple=True, help="At this step; give it again for more."
 )
-@click.option("--item", help="With torch, safetensors and dcp: only this item, such as model, without its name.")
-@click.option(
-    "--quantize",
-    type=click.Choice(["int8", "int4", "q4_0", "q4_1", "q5_0", "q5_1", "q8_0"]),
-    help="Store linear layers with so many bits per weight; q...: with gguf, as its own package rounds.",
-)
-@click.option("--replace", is_flag=True, help="Overwrite what the folder holds.")
-@progress_option
+@click.option("--before", type=click.IntRange(min=0), help="At all steps before this one.")
 @json_option
-def export(*, run: str, to: str, step: int | None, kind: str, item: str | None, as_json: bool, **options: Any) -> None:
-    """Write the model of RUN to the folder TO, as transformers and vLLM open it; or the state of RUN in another format."""
-    from datastore.training.export.export import export as export_model
+def drop(*, run: str, item: str, steps: tuple[int, ...], before: int | None, as_json: bool) -> None:
+    """Take an item, such as the state of the optimizer, out of old checkpoints of RUN; what is left of them stays. The newest keeps all."""
+    from datastore.checkpoint.dropping import drop_item
+    from datastore.errors import ConfigError
+    from datastore.storage.resolve import open_storage
     from datastore.units import format_bytes
 
-    if kind in {"gguf", "adapter"}:
-        from datastore.training.export.others import export_other
-
-        done = export_other(run, to, step=step, kind=kind, **options)
-        say_json(done) if as_json else say(f"step {done.step} is in {done.url}, {format_bytes(done.size_bytes)}")
-        return
-    if kind != "hf":
-        _export_files(run, to, step=step, kind=kind, item=item, as_json=as_json)
-        return
-    done = with_progress("export", export_model, unit="stages", run=run, to=to, step=step, **options)
+    there = saved_steps(run, None)
+    wanted = {*steps, *(step for step in there[:-1] if before is not None and step < before)}
+    if not steps and before is None:
+        raise ConfigError("no step is named", steps=there, hint="Name some with --step, or --before.")
+    done = drop_item(open_storage(run), item, steps=wanted)
     if as_json:
         say_json(done)
         return
-    say(f"step {done.step} is in {done.url}, {format_bytes(done.size_bytes)}")
-    for reason in done.passed_over:
-        say(f"not used: {reason}")
+    say(
+        f"{item} has gone from steps: {', '.join(map(str, done.steps)) or 'none'}; {format_bytes(done.size_bytes)} less"
+    )
 
 
-@checkpoint.command(epilog=example("datastore checkpoint average runs/first hf/mean --last 3"))
-@RUN
-@click.argument("to")
-@click.option("--last", type=click.IntRange(min=1), default=3, help="So many of the newest steps that are stored.")
-@progress_option
-@json_option
-def average(*, run: str, to: str, last: int, as_json: bool) -> None:
-    """Write the mean of some steps of RUN to the folder TO, as transformers and vLLM open it."""
-    from datastore.training.export.averaging import average as average_steps
-
-    done = with_progress("average", average_steps, unit="steps", run=run, to=to, last=last)
-    say_json(done) if as_json else say(f"the mean of {last} steps up to {done.step} is in {done.url}")
-
-
-def _export_files(run: str, to: str, *, step: int | None, kind: Any, item: str | None, as_json: bool) -> None:
-    from datastore.checkpoint.exchange.files import read_items, write_files
-    from datastore.errors import ConfigError
-    from datastore.storage.resolve import open_storage
-
-    number = _steps(run, step)[-1]
-    items = read_items(open_storage(run), number)
-    if item is not None and item not in items:
-        raise ConfigError("the step has no such item", item=item, items=list(items), hint="Name one that it has.")
-    write_files(items if item is None else items[item], Path(to), format=kind)
-    if as_json:
-        say_json({"step": number, "path": to, "items": [item] if item else list(items)})
-        return
-    say(f"step {number} is in {to}")
-
-
-@checkpoint.command(
-    "import",
-    short_help="Bring in a checkpoint of another format.",
-    epilog=example("datastore checkpoint import hf/model --to runs/imported --step 0"),
-)
-@click.argument("source", type=click.Path(path_type=Path))
-@click.option("--to", "run", required=True, help="The run: a folder or URL.")
-@click.option("--step", type=click.IntRange(min=0), default=0, help="The step that it becomes.")
-@click.option("--item", default="model", help="The item that it becomes, if it is not a map of maps.")
-@json_option
-def import_(*, source: Path, run: str, step: int, item: str, as_json: bool) -> None:
-    """Save SOURCE as a step of a run: a file of torch.save or safetensors, a folder of Hugging Face, or of torch's DCP.
-
-    Nothing of it is run: tensors and plain values alone are taken.
-    """
-    from datastore.checkpoint.exchange.files import import_files
-    from datastore.storage.resolve import open_storage
-
-    commit = import_files(source, open_storage(run), step=step, item=item)
-    if as_json:
-        say_json({"step": commit.step, "items": list(commit.items)})
-        return
-    say(f"step {commit.step} of {run}: {', '.join(commit.items)}")
-
-
-def _steps(run: str, step: int | None) -> list[int]:
+def saved_steps(run: str, step: int | None) -> list[int]:
     """Return `step`, or all steps of the run.
 
     Raises:

@@ -1,10 +1,12 @@
-"""The commands that speak to other tools: `sql`, `export` and `import`."""
+"""The commands that speak to other tools: `sql`, `export` and `import`; and those of checkpoints that do: `export`, `average`, `import`."""
 
 from decimal import Decimal
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
+from datastore.cli.checkpoints import RUN, STEP, checkpoint, saved_steps
 from datastore.cli.ingest import in_source_bytes
 from datastore.cli.output import fields, json_option, progress_option, say, say_json, table, with_progress
 from datastore.cli.shell import example, given_options
@@ -177,6 +179,107 @@ def _tell(report: "IngestReport") -> None:
             "taken over": f"{report.tasks_resumed} of {report.tasks} tasks" if report.tasks_resumed else None,
         }
     )
+
+
+@checkpoint.command("export", epilog=example("datastore checkpoint export runs/first hf/model --quantize int8"))
+@RUN
+@click.argument("to")
+@STEP
+@click.option(
+    "--as",
+    "kind",
+    type=click.Choice(["hf", "gguf", "adapter", "torch", "safetensors", "dcp"]),
+    default="hf",
+    help="hf: a folder that transformers opens, adapters merged; gguf: a file for llama.cpp; adapter: the adapters alone, for peft; "
+    "or a file of torch.save or safetensors, or a folder of torch's DCP.",
+)
+@click.option("--item", help="With torch, safetensors and dcp: only this item, such as model, without its name.")
+@click.option(
+    "--quantize",
+    type=click.Choice(["int8", "int4", "q4_0", "q4_1", "q5_0", "q5_1", "q8_0"]),
+    help="Store linear layers with so many bits per weight; q...: with gguf, as its own package rounds.",
+)
+@click.option("--replace", is_flag=True, help="Overwrite what the folder holds.")
+@progress_option
+@json_option
+def export_checkpoint(
+    *, run: str, to: str, step: int | None, kind: str, item: str | None, as_json: bool, **options: Any
+) -> None:
+    """Write the model of RUN to the folder TO, as transformers and vLLM open it; or the state of RUN in another format."""
+    from datastore.training.export.export import export as export_model
+    from datastore.units import format_bytes
+
+    if kind in {"gguf", "adapter"}:
+        from datastore.training.export.others import export_other
+
+        done = export_other(run, to, step=step, kind=kind, **options)
+        say_json(done) if as_json else say(f"step {done.step} is in {done.url}, {format_bytes(done.size_bytes)}")
+        return
+    if kind != "hf":
+        _export_files(run, to, step=step, kind=kind, item=item, as_json=as_json)
+        return
+    done = with_progress("export", export_model, unit="stages", run=run, to=to, step=step, **options)
+    if as_json:
+        say_json(done)
+        return
+    say(f"step {done.step} is in {done.url}, {format_bytes(done.size_bytes)}")
+    for reason in done.passed_over:
+        say(f"not used: {reason}")
+
+
+@checkpoint.command(epilog=example("datastore checkpoint average runs/first hf/mean --last 3"))
+@RUN
+@click.argument("to")
+@click.option("--last", type=click.IntRange(min=1), default=3, help="So many of the newest steps that are stored.")
+@progress_option
+@json_option
+def average(*, run: str, to: str, last: int, as_json: bool) -> None:
+    """Write the mean of some steps of RUN to the folder TO, as transformers and vLLM open it."""
+    from datastore.training.export.averaging import average as average_steps
+
+    done = with_progress("average", average_steps, unit="steps", run=run, to=to, last=last)
+    say_json(done) if as_json else say(f"the mean of {last} steps up to {done.step} is in {done.url}")
+
+
+def _export_files(run: str, to: str, *, step: int | None, kind: Any, item: str | None, as_json: bool) -> None:
+    from datastore.checkpoint.exchange.files import read_items, write_files
+    from datastore.errors import ConfigError
+    from datastore.storage.resolve import open_storage
+
+    number = saved_steps(run, step)[-1]
+    items = read_items(open_storage(run), number)
+    if item is not None and item not in items:
+        raise ConfigError("the step has no such item", item=item, items=list(items), hint="Name one that it has.")
+    write_files(items if item is None else items[item], Path(to), format=kind)
+    if as_json:
+        say_json({"step": number, "path": to, "items": [item] if item else list(items)})
+        return
+    say(f"step {number} is in {to}")
+
+
+@checkpoint.command(
+    "import",
+    short_help="Bring in a checkpoint of another format.",
+    epilog=example("datastore checkpoint import hf/model --to runs/imported --step 0"),
+)
+@click.argument("source", type=click.Path(path_type=Path))
+@click.option("--to", "run", required=True, help="The run: a folder or URL.")
+@click.option("--step", type=click.IntRange(min=0), default=0, help="The step that it becomes.")
+@click.option("--item", default="model", help="The item that it becomes, if it is not a map of maps.")
+@json_option
+def import_checkpoint(*, source: Path, run: str, step: int, item: str, as_json: bool) -> None:
+    """Save SOURCE as a step of a run: a file of torch.save or safetensors, a folder of Hugging Face, of torch's DCP, or of Orbax.
+
+    Nothing of it is run: tensors and plain values alone are taken.
+    """
+    from datastore.checkpoint.exchange.files import import_files
+    from datastore.storage.resolve import open_storage
+
+    commit = import_files(source, open_storage(run), step=step, item=item)
+    if as_json:
+        say_json({"step": commit.step, "items": list(commit.items)})
+        return
+    say(f"step {commit.step} of {run}: {', '.join(commit.items)}")
 
 
 COMMANDS = (sql, export, import_)

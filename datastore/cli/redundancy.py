@@ -1,7 +1,7 @@
 """The commands about several places and about damage: place, protect, repair, replicate; and what `doctor` says of a dataset."""
 
 import time
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -199,10 +199,11 @@ def tell_health(found: "Health") -> None:
 @click.argument("run")
 @click.option("--to", required=True, metavar="URL", help="The second place: a folder or a bucket.")
 @click.option("--keep", type=click.IntRange(min=1), default=3, help="How many steps stay there.")
+@click.option("--codec", type=click.Choice(["none", "zstd"]), default="none", help="How tensors are stored there.")
 @click.option("--every", type=click.FloatRange(min=1), metavar="SECONDS", help="Do it again and again, until Ctrl-C.")
 @progress_option
 @json_option
-def replicate(*, run: str, to: str, keep: int, every: float | None, as_json: bool) -> None:
+def replicate(*, run: str, to: str, keep: int, codec: Any, every: float | None, as_json: bool) -> None:
     """Bring the steps of RUN that the second place lacks there, each held against its digests, and what the trainer keeps beside them.
 
     The run may go on meanwhile. Give the two the other way round to bring a run back, or resume it where the copy is.
@@ -211,7 +212,7 @@ def replicate(*, run: str, to: str, keep: int, every: float | None, as_json: boo
     from datastore.checkpoint.replica import replicate as bring
 
     while True:
-        found = with_progress("replicate", bring, source=run, target=to, keep=Keep(last=keep))
+        found = with_progress("replicate", bring, source=run, target=to, keep=Keep(last=keep), codec=codec)
         if as_json:
             say_json(found)
         else:

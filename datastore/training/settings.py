@@ -297,6 +297,9 @@ class CheckpointSettings(SettingsDocument, frozen=True, kw_only=True):
     keep_best: Count = 0
     """As many checkpoints with the least validation loss are kept, too, of those that were saved just after it was measured."""
 
+    replica: str = ""
+    """A folder or URL where each checkpoint is copied while training goes on, with what else the run has; as many are kept there."""
+
 
 class EvalSettings(SettingsDocument, frozen=True, kw_only=True):
     """When the validation loss is measured."""

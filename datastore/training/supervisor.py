@@ -312,6 +312,8 @@ class Supervisor(Observer):
             if isinstance(error, ConflictError | ConfigError):
                 raise error
             self.tell(f"step {step} was not saved, a later one will be tried: {error}")
+        if (lost := self._checkpointer.copy_failure()) is not None:
+            self.tell(f"the second place lacks a checkpoint, the next one will bring it along: {lost}")
         if self.outputs is None:
             return
         if (trouble := self.outputs.metrics.trouble()) is not None:

@@ -4,7 +4,7 @@
 
 A program restores the newest step, goes on from there, saves step after step, and lets old ones go; the numbers in its state
 follow from the step. It is ended by SIGKILL after a random time: in a save, in one in the background, in a collection, or with
-two ranks one of them or both. Then every step that the run lists must be whole, the newest must be one that was saved, not older
+two ranks one of them or both; or while it copies to a second place, after which every fifth time the first one is lost. Then every step that the run lists must be whole, the newest must be one that was saved, not older
 than the last one that a program heard was committed, and restore to the same bits; and the next program goes on from it.
 
 Programs are forks of this process, which has loaded torch and has no threads, so that a kill costs tens of milliseconds.
@@ -28,12 +28,13 @@ import torch
 from datastore.checkpoint.checkpointer import Checkpointer
 from datastore.checkpoint.items import PerRank
 from datastore.checkpoint.keeping import Keep
+from datastore.checkpoint.places import TwoPlaces
 from datastore.checkpoint.steps import CheckpointerSettings
 from datastore.errors import DatastoreError
 from datastore.storage.resolve import open_storage
 from datastore.storage.urls import join_url
 
-KINDS = ("save", "background", "collect", "ranks")
+KINDS = ("save", "background", "collect", "ranks", "replicate")
 
 STEPS = 10_000
 """More than a program gets to."""
@@ -69,8 +70,9 @@ def same(left: Any, right: Any) -> bool:
 def program(url: str, kind: str, *, rank: int, world: int, session: str, tell: int) -> None:
     """Go on from the newest step until somebody ends this process; write each step that is committed to `tell`."""
     keep = Keep(last=1 if kind == "collect" else 2, every=7)
-    options = CheckpointerSettings(wait_s=1.5)
-    with Checkpointer(url, keep=keep, rank=rank, world=world, session=session, options=options) as ck:
+    options = CheckpointerSettings(wait_s=1.5, in_flight_bytes=2**24 if kind == "replicate" else 0)
+    place = TwoPlaces(url, far_of(url), keep=keep) if kind == "replicate" else url
+    with Checkpointer(place, keep=keep, rank=rank, world=world, session=session, options=options) as ck:
         items, step = blank(rank), -1
         if ck.latest() is not None:
             step = ck.restore(items).step
@@ -82,9 +84,18 @@ def program(url: str, kind: str, *, rank: int, world: int, session: str, tell: i
                 ck.gc()
             with ck.guard():
                 pass
-            if kind in {"save", "ranks"} or now % 3 == 0:
+            if kind == "replicate":
+                if now % 3 == 0:
+                    handle.replicated()
+                    os.write(tell, f"{now}\n".encode())
+            elif kind in {"save", "ranks"} or now % 3 == 0:
                 handle.committed()
                 os.write(tell, f"{now}\n".encode())
+
+
+def far_of(url: str) -> str:
+    """Return the second place of a run."""
+    return f"{url}-far"
 
 
 def put(item: Any, wanted: Any) -> None:
@@ -103,13 +114,20 @@ def check(url: str, heard: int) -> None:
     Raises:
         AssertionError: something is not as it was saved, or lost.
     """
+    if "replicate-" in url:
+        check_place(far_of(url), heard)
+    check_place(url, heard, lost="replicate-" in url)
+
+
+def check_place(url: str, heard: int, *, lost: bool = False) -> None:
+    """Hold the steps of one place against what was saved; a first place that was `lost` may have none."""
     with Checkpointer(url) as ck:
         steps = ck.steps()
         for step in steps:
             report = ck.verify(step)
             assert not report.bad, f"step {step}: {report.bad}"
         newest = max(steps, default=-1)
-        assert newest >= heard, f"step {heard} was committed, and the newest is {newest}"
+        assert newest >= heard or (lost and not steps), f"step {heard} was committed, and the newest is {newest}"
         if steps:
             items = {"model": blank(0)["model"]}
             assert ck.restore(items, partial=True, fresh=newest % 2 == 0).step == newest
@@ -170,18 +188,25 @@ def main() -> None:
     rng = random.Random(options.seed)
     counts: Counter[str] = Counter()
     kinds = options.only.split(",")
-    while sum(counts.values()) < options.kills:
-        kind = kinds[sum(counts.values()) // 25 % len(kinds)]
-        url = join_url(options.to or options.folder, f"{kind}-{sum(counts.values()) // 25}")
+    done = 0
+    while done < options.kills:
+        kind = kinds[done // 25 % len(kinds)]
+        url = join_url(options.to or options.folder, f"{kind}-{done // 25}")
         heard = -1
-        for _ in range(min(25, options.kills - sum(counts.values()))):
+        for _ in range(min(25, options.kills - done)):
+            done += 1
             heard, what = kill_once(url, kind, heard, rng)
             counts[what] += 1
             checker = fork(lambda: check(url, heard))  # noqa: B023 - it has ended before they change
             code = os.waitstatus_to_exitcode(os.waitpid(checker, 0)[1])
             assert code == 0, f"seed {options.seed}, after {dict(counts)}, {url}"
-        cleaner = fork(lambda: empty(url))  # noqa: B023
-        os.waitpid(cleaner, 0)
+            if kind == "replicate" and rng.random() < 0.2:
+                loser = fork(lambda: empty(url))  # noqa: B023
+                os.waitpid(loser, 0)
+                counts["first place lost"] += 1
+        for place in (url, far_of(url)) if kind == "replicate" else (url,):
+            cleaner = fork(lambda: empty(place))  # noqa: B023
+            os.waitpid(cleaner, 0)
         sys.stdout.write(json.dumps({"steps": heard, **counts}) + "\n")
         sys.stdout.flush()
 

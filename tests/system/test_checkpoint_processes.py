@@ -100,3 +100,12 @@ def test_shards_of_four_ranks_on_meshes_are_read_by_three_and_by_one(tmp_path: P
     on_ranks(4, tmp_path, *saves, *(f"{one}>{other}" for one in layouts for other in layouts), "fsdp>fsdp")
     for world in (1, 3):
         on_ranks(world, tmp_path, *(f"{one}>{other}" for one in layouts for other in layouts[:3]), "fsdp>fsdp")
+
+
+@pytest.mark.slow
+def test_fsdp_over_tensor_parallelism_along_the_same_rows_is_read_in_any_layout(tmp_path: Path) -> None:
+    on_ranks(
+        4, tmp_path, "save:crossed", "save:rows", "crossed>crossed", "crossed>rows", "rows>crossed", "crossed>grid"
+    )
+    for world, layouts in ((1, ["copies"]), (3, ["rows", "columns"])):
+        on_ranks(world, tmp_path, *(f"crossed>{layout}" for layout in layouts))

@@ -2,6 +2,7 @@
 
 dcp     the storage behind `torch.distributed.checkpoint`, to write and to read
 files   files of torch.save, safetensors and DCP, read and written
+orbax   folders of Orbax, read
 paths   state as that library flattens it
 """
 

@@ -297,6 +297,16 @@ def _captured(item: plans.WriteItem, data: torch.Tensor, path: Path) -> Captured
     spec = describe(data, name)
     assert spec is not None
     box = Box(tuple(chunk.offsets), tuple(chunk.sizes))
+    if box.shape != tuple(data.shape):
+        # torch 2.13 does so where FSDP2 cuts what tensor parallelism has cut, if rows do not divide.
+        hint = "Save with Checkpointer, or pad the tensor to a multiple of the ranks."
+        raise ConfigError(
+            "DCP gives a piece that is not what it plans",
+            path=item.index.fqn,
+            planned=box.shape,
+            given=tuple(data.shape),
+            hint=hint,
+        )
     piece = TensorPiece(data, box, replicated=False, first=True)
     return Captured(name, TensorSpec(spec.dtype, tuple(item.tensor_data.size)), piece, ())
 

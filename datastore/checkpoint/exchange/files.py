@@ -4,6 +4,8 @@
     safetensors   one file, or several with an index
     dcp           a folder of `torch.distributed.checkpoint`
 
+and, to read alone, a folder of Orbax (`orbax.py`).
+
 Files of the first and the last kind are pickles, which may run code when they are opened. Nothing does here: of `torch.save` only
 tensors and plain values are taken (`weights_only`), and of DCP's table of contents only the classes that it is made of.
 """
@@ -29,6 +31,7 @@ from torch.distributed.checkpoint.state_dict_saver import save
 from typing_extensions import override
 
 from datastore.checkpoint.checkpointer import Checkpointer
+from datastore.checkpoint.exchange.orbax import is_orbax, read_orbax
 from datastore.checkpoint.format.manifest import StepCommit
 from datastore.checkpoint.format.tree import specs, unpack
 from datastore.checkpoint.keeping import Keep
@@ -80,6 +83,8 @@ def _state_at(source: Path) -> dict[str, Any]:
         return _file(source)
     if (source / ".metadata").is_file():
         return _dcp_folder(source)
+    if is_orbax(source):
+        return read_orbax(source)
     index = next((source / name for name in _INDICES if (source / name).is_file()), None)
     if index is not None:
         names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))

@@ -9,12 +9,14 @@
 
 What is asked for by number is never replaced by another step.
 
+A run may have a second place. The newest step of either is taken, and what is damaged or gone in the first is read from the second.
+
 A program that has just started has nothing to lose, and says so (`fresh`): then chunks are verified once, as they arrive in the
 tensors, and the first vote is on the documents alone. If a chunk is bad the step before is loaded over what is there; if no step
 is sound, the error says that the state is damaged.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from logging import getLogger
 from time import perf_counter
@@ -28,8 +30,9 @@ from datastore.checkpoint.loading.reader import Reader, transfers_of
 from datastore.checkpoint.loading.shared import Detour, contradictions, detours, fill, untied
 from datastore.checkpoint.loading.targets import RestoreTarget, target_of
 from datastore.checkpoint.ranks import Agree, SavingRank, all_equal
-from datastore.checkpoint.steps import StepLog, WholeStep
+from datastore.checkpoint.steps import StepLog, WholeStep, steps_of
 from datastore.errors import ConflictError, CorruptError, DatastoreError, MissingError, ResumeError
+from datastore.storage.base import Storage
 
 __all__ = ["Damaged", "Restored", "Restorer"]
 
@@ -69,6 +72,9 @@ class Restored:
     fell_back: tuple[Damaged, ...] = ()
     """Newer steps that could not be used; empty if all is well."""
 
+    url: str = ""
+    """Where it was read: of two places the second, if the first does not have it whole."""
+
     size_bytes: int = 0
     """What this rank read."""
 
@@ -85,6 +91,7 @@ class _Plan:
     """A step that this rank has verified, and where its tensors go."""
 
     whole: WholeStep
+    url: str
     reader: Reader
     beside: list[Detour]
     """Tensors that share memory: their values have been read already."""
@@ -94,13 +101,20 @@ class _Plan:
 
 
 class Restorer:
-    """Loads steps into the items of one rank. All ranks make the same calls."""
+    """Loads steps into the items of one rank, from the first of `places` that has them whole. All ranks make the same calls."""
 
     def __init__(
-        self, member: SavingRank, items: Mapping[str, Any], *, agree: Agree, partial: bool, fresh: bool = False
+        self,
+        member: SavingRank,
+        items: Mapping[str, Any],
+        *,
+        places: Sequence[Storage],
+        agree: Agree,
+        partial: bool,
+        fresh: bool = False,
     ) -> None:
         self._member = member
-        self._log = StepLog(member.storage)
+        self._places = places
         self._targets = [target_of(name, item, member.rank) for name, item in items.items()]
         self._agree = agree
         self._partial = partial
@@ -127,7 +141,7 @@ class Restorer:
                 restored, whole = found
                 return replace(restored, fell_back=tuple(passed)), whole
             passed.append(Damaged(step, str(error)))
-            _LOGGER.warning("STEP %d OF %s IS DAMAGED, falling back to the step before: %s", step, self._log.url, error)
+            _LOGGER.warning("STEP %d OF %s IS DAMAGED, falling back to the step before: %s", step, self._url, error)
 
     def exactly(self, step: int) -> tuple[Restored, WholeStep]:
         """Load `step`.
@@ -146,22 +160,37 @@ class Restorer:
             raise error
         return found
 
+    @property
+    def _url(self) -> str:
+        return self._places[0].url
+
     def _newest_before(self, passed: list[Damaged]) -> int:
-        return max((step for step in self._log.steps() if not passed or step < passed[-1].step), default=-1)
+        return max((step for step in steps_of(self._places) if not passed or step < passed[-1].step), default=-1)
 
     def _nothing_left(self, passed: list[Damaged]) -> DatastoreError:
         if not passed:
-            return MissingError("the run has no checkpoint", url=self._log.url, hint="Check the URL, or start anew.")
+            return MissingError("the run has no checkpoint", url=self._url, hint="Check the URL, or start anew.")
         reasons = [f"step {damaged.step}: {damaged.reason}" for damaged in passed]
         hint = "Restore the files named from a copy."
         if self._spoiled:
             hint += " What is in memory is partly overwritten: start again before you use it."
-        return CorruptError("no checkpoint of the run is sound", url=self._log.url, steps=reasons, hint=hint)
+        return CorruptError("no checkpoint of the run is sound", url=self._url, steps=reasons, hint=hint)
 
     def _attempt(self, step: int) -> tuple[tuple[Restored, WholeStep] | None, Damage]:
-        """Return what was loaded, or None and what is wrong with the step on some rank."""
+        """Return what was loaded, or None and what is wrong with the step on some rank, in the first place that has it."""
+        errors: list[Damage] = []
+        for place in self._places:
+            found, error = self._attempt_in(place, step)
+            if found is not None:
+                if errors:
+                    _LOGGER.warning("step %d is read from %s: %s", step, place.url, errors[0])
+                return found, error
+            errors.append(error)
+        return None, next((error for error in errors if not isinstance(error, MissingError)), errors[0])
+
+    def _attempt_in(self, place: Storage, step: int) -> tuple[tuple[Restored, WholeStep] | None, Damage]:
         begun = perf_counter()
-        plan, error = self._together(lambda: self._verified(step))
+        plan, error = self._together(lambda: self._verified(place, step))
         if plan is None:
             return None, error
         commit = plan.whole.commit
@@ -177,7 +206,7 @@ class Restorer:
             _LOGGER.error("%s", fact)
             return None, CorruptError(fact, hint="Restore another step before you use it.", **error.values)
         metrics = unpack(commit.metrics, name="metrics", tensors={})
-        restored = Restored(step, commit.save_id, metrics, commit.time, commit.session, commit.world)
+        restored = Restored(step, commit.save_id, metrics, commit.time, commit.session, commit.world, url=plan.url)
         return (replace(restored, size_bytes=plan.size_bytes, seconds=perf_counter() - begun), plan.whole), error
 
     def _together(self, work: Callable[[], T]) -> tuple[T | None, Damage]:
@@ -197,9 +226,9 @@ class Restorer:
             raise ResumeError("another rank could not restore this step", hint="See its message.")
         return (result if verdict == _SOUND else None), error
 
-    def _verified(self, step: int) -> _Plan:
+    def _verified(self, place: Storage, step: int) -> _Plan:
         """Return the plan for `step`; nothing has been written, and unless all is fresh, every byte this rank needs has been verified."""
-        whole = self._log.read_whole(step)
+        whole = StepLog(place).read_whole(step)
         self._refuse(self._problems(whole.commit), step)
         items = whole.commit.items
         destinations = {target.key: target.destinations(items[target.key]) for target in self._targets}
@@ -208,7 +237,7 @@ class Restorer:
         apart = {detour.name: detour.beside for detour in beside}
         direct = {name: tensor for name, tensor in flat.items() if name not in apart}
         self._refuse(untied(direct, whole.parts), step)
-        reader, more = self._reader(direct, whole), self._reader(apart, whole)
+        reader, more = self._reader(place, direct, whole), self._reader(place, apart, whole)
         reader.fetch()
         more.fetch()
         if not self._fresh:
@@ -216,15 +245,15 @@ class Restorer:
             more.verify()
         more.deliver()  # Into tensors of its own.
         self._refuse(contradictions(beside), step)
-        return _Plan(whole, reader, beside, destinations, reader.size_bytes + more.size_bytes)
+        return _Plan(whole, place.url, reader, beside, destinations, reader.size_bytes + more.size_bytes)
 
-    def _reader(self, tensors: dict[str, torch.Tensor], whole: WholeStep) -> Reader:
+    def _reader(self, place: Storage, tensors: dict[str, torch.Tensor], whole: WholeStep) -> Reader:
         transfers = transfers_of(tensors, whole.parts)
         read = {transfer.entry.part for transfer in transfers}
         for info in whole.parts:
             if info.part in read:
-                self._log.check_header(info)
-        return Reader(self._member.storage, transfers, threads=self._member.options.threads)
+                StepLog(place).check_header(info)
+        return Reader(place, transfers, threads=self._member.options.threads)
 
     def _problems(self, commit: StepCommit) -> list[str]:
         wanted = {target.key for target in self._targets}

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 import numpy as np
 import xxhash
 
+from datastore.checkpoint.codec import with_codec
 from datastore.checkpoint.format.manifest import Chunk, runs_of
 from datastore.checkpoint.steps import reading
 from datastore.checkpoint.tensors import Bytes
@@ -33,7 +34,7 @@ class Sources:
     """Hands out the bytes of chunks of the parts in `storage`. Thread-safe."""
 
     def __init__(self, storage: Storage) -> None:
-        self._storage = storage
+        self._storage = with_codec(storage)
         self._lock = threading.Lock()
         self._near: dict[str, bool] = {}
         self._fetched: dict[tuple[str, int], Bytes] = {}

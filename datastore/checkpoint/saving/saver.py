@@ -17,6 +17,7 @@ import time
 import weakref
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Set as AbstractSet
 from concurrent.futures import Future, wait
 from dataclasses import dataclass
 from logging import getLogger
@@ -26,7 +27,7 @@ import msgspec
 
 from datastore.checkpoint.format.manifest import Entry, PartInfo, RunInfo, StepCommit, StepRef
 from datastore.checkpoint.items import item_digests
-from datastore.checkpoint.keeping import Keep, collect
+from datastore.checkpoint.keeping import Keep, check_standing, collect, make_space
 from datastore.checkpoint.ranks import SavingRank, ensure_run
 from datastore.checkpoint.saving.commit import (
     await_commit,
@@ -39,9 +40,10 @@ from datastore.checkpoint.saving.commit import (
 )
 from datastore.checkpoint.saving.snapshot import BufferPool, Snapshot
 from datastore.checkpoint.saving.write import Known, stage, write_share
-from datastore.errors import ConflictError, DatastoreError, WaitError
+from datastore.checkpoint.steps import StepLog
+from datastore.errors import ConfigError, ConflictError, DatastoreError, WaitError
 
-__all__ = ["Handle", "SaveHistory", "Saver"]
+__all__ = ["Handle", "Save", "SaveHistory", "Saver"]
 
 _LOGGER = getLogger(__name__)
 
@@ -52,6 +54,9 @@ class SaveHistory:
     def __init__(self) -> None:
         self.head: _Head | None = None
         self.known = Known()
+        self.whole = False
+        """Whether the next save writes everything: a part that it would have pointed into may be gone."""
+
         self.damaged: frozenset[int] = frozenset()
         self.failed: set[StepRef] = set()
         self._attempts: Counter[int] = Counter()
@@ -70,6 +75,7 @@ class SaveHistory:
         """Continue from `commit`; the steps `damaged` after it were found unusable."""
         self.head = _Head(commit, item_digests(commit.items))
         self.known = Known().after(entries)
+        self.whole = False
         self.damaged = frozenset(damaged)
         self.failed.clear()
 
@@ -77,6 +83,7 @@ class SaveHistory:
         """Continue from `commit`, which this process has just taken part in."""
         self.head = _Head(commit, item_digests(commit.items))
         self.known = self.known.after(entries)
+        self.whole = False
         self.damaged = frozenset()
         self.failed.clear()
 
@@ -116,6 +123,23 @@ class SaveHistory:
         return commit
 
 
+@dataclass(frozen=True, slots=True)
+class Save:
+    """One save of one rank."""
+
+    ref: StepRef
+    snapshot: Snapshot
+    metrics: Mapping[str, Any]
+    copy: bool = True
+    """Whether the tensors of the snapshot might change before the save has ended."""
+
+    first: Callable[[], object] | None = None
+    """Called before the commit."""
+
+    ahead: "Future[None] | None" = None
+    """The save before this one, which is still being written: this one is copied at once, and written after it."""
+
+
 class Saver:
     """Saves one step after the other; not for concurrent use."""
 
@@ -127,32 +151,23 @@ class Saver:
         self._opened = time.time()
         self.pool = BufferPool()
 
-    def save(
-        self,
-        ref: StepRef,
-        snapshot: Snapshot,
-        metrics: Mapping[str, Any],
-        *,
-        copy: bool,
-        staged: Callable[[], None],
-        first: Callable[[], object] | None = None,
-    ) -> StepCommit:
-        """Write this rank's share of `ref`, take part in its commit, and return that.
+    def save(self, save: Save, *, staged: Callable[[], None]) -> StepCommit:
+        """Write this rank's share of a step, take part in its commit, and return that.
 
-        `staged` is called once the tensors of the snapshot may change again; `copy` says whether they might before
-        the save has ended. `first` is called before the commit.
+        `staged` is called once the tensors of the snapshot may change again.
 
         Raises:
             DatastoreError: the step is not committed; earlier ones are intact.
         """
         try:
-            info = self._write(ref, snapshot, copy=copy, staged=staged)
-            if first is not None:
-                first()
-            commit = self._commit(ref, snapshot, metrics)
+            info = self._write(save, staged=staged)
+            if save.first is not None:
+                save.first()
+            commit = self._commit(save)
         except BaseException as error:
-            self._history.failed.add(ref)
-            leave_note(self._member, ref, error)
+            self._history.failed.add(save.ref)
+            self._history.whole = True
+            leave_note(self._member, save.ref, error)
             raise
         self._history.committed(commit, info.entries)
         return commit
@@ -170,16 +185,19 @@ class Saver:
         staged()
         return self._history.check_same(snapshot, metrics, changed=bool(share.fresh))
 
-    def tidy(self, *, more: int = 0) -> None:
-        """Forget what the run need not keep, but for `more` steps; a failure is logged, because the step is safe already.
+    def tidy(self, *, more: int = 0, spare: AbstractSet[int] = frozenset()) -> None:
+        """Forget what the run need not keep, but for `more` steps and those to `spare`; a failure is logged, because the step is safe already.
 
         The first time, what writers left unfinished goes as well, who had begun before this one and were killed.
         """
         try:
+            if more:
+                spare |= set(StepLog(self._member.storage).steps()[-1 - more :])
             collect(
                 self._member.storage,
                 msgspec.structs.replace(self._keep, last=self._keep.last + more),
                 session=self._member.session,
+                spare=spare,
             )
             if self._opened:
                 self._member.storage.clear_unfinished(before=self._opened)
@@ -187,27 +205,36 @@ class Saver:
         except DatastoreError as error:
             _LOGGER.warning("old checkpoints were not removed: %s", error)
 
-    def _write(self, ref: StepRef, snapshot: Snapshot, *, copy: bool, staged: Callable[[], None]) -> PartInfo:
-        share = stage(snapshot, self._history.known, self.pool, threads=self._member.options.threads, copy=copy)
-        if copy:
+    def _write(self, save: Save, *, staged: Callable[[], None]) -> PartInfo:
+        # What is ahead may let go what is known now.
+        known = Known() if save.ahead is not None or self._history.whole else self._history.known
+        share = stage(save.snapshot, known, self.pool, threads=self._member.options.threads, copy=save.copy)
+        if save.copy:
             staged()  # Before anything is asked of the storage, which may be far away.
         try:
-            self._run = self._run or ensure_run(self._member)
+            if save.ahead is not None:
+                wait([save.ahead])
+                share = share if self._history.whole else share.beside(self._history.known)
+            head = self._history.head
+            self._run = self._run or ensure_run(self._member, run_id="" if head is None else head.commit.run_id)
             self._make_room()
-            return write_share(self._member, self._run.run_id, ref, snapshot=snapshot, staged=share)
+            if self._member.rank == 0:
+                make_space(self._member.storage, self._keep, share.size_bytes * self._member.world)
+            return write_share(self._member, self._run.run_id, save.ref, snapshot=save.snapshot, staged=share)
         finally:
             if share.buffer is not None:
                 self.pool.give(share.buffer)
 
-    def _commit(self, ref: StepRef, snapshot: Snapshot, metrics: Mapping[str, Any]) -> StepCommit:
+    def _commit(self, save: Save) -> StepCommit:
         if self._member.rank > 0:
-            return await_commit(self._member, ref)
-        parts = gather_parts(self._member, ref)
+            return await_commit(self._member, save.ref)
+        parts = gather_parts(self._member, save.ref)
         parent = self._history.ref
-        commit = build_commit(self._member, parts, parent=parent, items=snapshot.items, metrics=metrics)
+        commit = build_commit(self._member, parts, parent=parent, items=save.snapshot.items, metrics=save.metrics)
+        check_standing(self._member.storage, commit.uses)
         self._make_room()
         stored = put_commit(self._member.storage, commit)
-        write_hint(self._member.storage, ref)
+        write_hint(self._member.storage, save.ref)
         return stored
 
     def _make_room(self) -> None:
@@ -218,8 +245,14 @@ class Saver:
 class Handle:
     """One save in flight. Thread-safe."""
 
-    def __init__(self, step: int) -> None:
+    def __init__(self, step: int, size_bytes: int = 0) -> None:
         self.step = step
+        self.size_bytes = size_bytes
+        """What its copy takes."""
+
+        self.copied: Callable[[float | None], None] | None = None
+        """Waits until it is in the second place, if there is one; known once it is committed."""
+
         self._staged: Future[None] = Future()
         self._committed: Future[StepCommit] = Future()
         self._heard = threading.Event()
@@ -243,6 +276,19 @@ class Handle:
         """
         self._wait(self._committed, timeout_s, "committed")
         return self._committed.result()
+
+    def replicated(self, *, timeout_s: float | None = None) -> None:
+        """Wait until the step is in the second place, too.
+
+        Raises:
+            ConfigError: there is no second place.
+            WaitError: it took longer than `timeout_s`; the copy goes on.
+            DatastoreError: the save, or the copy, failed.
+        """
+        self.committed(timeout_s=timeout_s)
+        if self.copied is None:
+            raise ConfigError("there is no second place", step=self.step, hint="Save to ds.TwoPlaces(first, second).")
+        self.copied(timeout_s)
 
     @property
     def ended(self) -> Future[StepCommit]:

@@ -10,7 +10,8 @@ each page. So a buffer stays with the pool between saves; the price is memory of
 
 import mmap
 import threading
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from math import prod
 from typing import Any
@@ -19,7 +20,7 @@ import torch
 
 from datastore.checkpoint.format.tree import TensorSpec, specs
 from datastore.checkpoint.items import PerRank, item_key, pack_item
-from datastore.checkpoint.tensors import TensorPiece, describe, local_piece, memory_key, owners
+from datastore.checkpoint.tensors import Bytes, TensorPiece, describe, local_piece, memory_key, owners
 from datastore.formats.safetensors import ITEM_BYTES
 
 __all__ = ["BufferPool", "Captured", "Snapshot", "capture"]
@@ -47,6 +48,11 @@ class Snapshot:
     items: dict[str, Any]
     own_items: dict[str, Any]
     pieces: tuple[Captured, ...]
+
+    @property
+    def size_bytes(self) -> int:
+        """Bytes of all pieces: what a copy of them takes."""
+        return sum(piece.size_bytes for piece in self.pieces)
 
     @property
     def specs(self) -> dict[str, TensorSpec]:
@@ -120,6 +126,15 @@ class BufferPool:
         with self._lock:
             if self._free is None or self._free.numel() < buffer.numel():
                 self._free = buffer
+
+    @contextmanager
+    def lend(self, size_bytes: int) -> Iterator[Bytes]:
+        """Hand out a buffer for a while."""
+        buffer = self.take(size_bytes)
+        try:
+            yield buffer.numpy()[:size_bytes]
+        finally:
+            self.give(buffer)
 
     def clear(self) -> None:
         """Return the free memory to the system."""

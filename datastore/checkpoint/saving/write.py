@@ -9,7 +9,7 @@ Nothing here renames, appends or reuses a name: a part is there whole or not at 
 
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import wait
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TypeAlias
 
 import numpy as np
@@ -62,6 +62,21 @@ class Staged:
     fresh: tuple[tuple[Captured, Bytes], ...]
     buffer: torch.Tensor | None = None
     """Where the bytes of `fresh` lie; None if they are read from the tensors themselves."""
+
+    @property
+    def size_bytes(self) -> int:
+        """Bytes of what has to be written."""
+        return sum(len(data) for _, data in self.fresh)
+
+    def beside(self, known: Known) -> "Staged":
+        """Return the share with what turns out to be as it was in the save that `known` is of, which ended after this was staged."""
+        found = [(item, data, _still(known.candidate(item), data)) for item, data in self.fresh]
+        same = (named for item, _, entry in found if entry is not None for named in _named(entry, item))
+        return replace(
+            self,
+            kept=(*self.kept, *same),
+            fresh=tuple((item, data) for item, data, entry in found if entry is None),
+        )
 
 
 def stage(snapshot: Snapshot, known: Known, pool: BufferPool, *, threads: int, copy: bool) -> Staged:

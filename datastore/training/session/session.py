@@ -19,6 +19,7 @@ from torch import Tensor
 
 from datastore.checkpoint.checkpointer import Checkpointer
 from datastore.checkpoint.keeping import Keep
+from datastore.checkpoint.places import TwoPlaces
 from datastore.checkpoint.steps import CheckpointerSettings
 from datastore.document import decode, encode
 from datastore.host import utc_now
@@ -192,9 +193,11 @@ def keep_of(settings: CheckpointSettings) -> Keep:
 
 
 def _open_checkpointer(settings: Settings, folder: RunFolder, ranks: Ranks, *, session: str) -> Checkpointer:
+    keep = keep_of(settings.checkpoint)
+    second = settings.checkpoint.replica
     return Checkpointer(
-        folder.storage,
-        keep=keep_of(settings.checkpoint),
+        TwoPlaces(folder.storage, second, keep=keep) if second else folder.storage,
+        keep=keep,
         rank=ranks.rank,
         world=ranks.world,
         session=session,
