@@ -62,11 +62,16 @@ def section(path: str, command: click.Command) -> str:
         lines += [
             "| option | |",
             "|---|---|",
-            *(f"| `{flags}` | {told} |".replace("|None", "") for flags, told in rows),
+            *(f"| `{in_cell(flags)}` | {in_cell(told)} |" for flags, told in rows),
             "",
         ]
     examples = [line.strip() for line in (command.epilog or "").splitlines()[2:]]
     return "\n".join([*lines, "```sh", *examples, "```", ""])
+
+
+def in_cell(text: str) -> str:
+    """Return `text` as a cell of a table: GitHub ends one at a bare `|`, in code, too."""
+    return text.replace("|None", "").replace("|", "\\|")
 
 
 if __name__ == "__main__":

@@ -218,7 +218,7 @@ class Loader:
         self._start_at(self._position.recalled(state))
 
     def reweigh(self, weights: Weights) -> None:
-        """Give the sources of the mixture other weights, from the next batch on and until the end; it is part of the state.
+        """Give the sources of the mixture other `weights`, from the next batch on and until the end; it is part of the state.
 
         Raises:
             ConfigError: the loader reads one dataset, or a weight is out of range.
@@ -230,7 +230,7 @@ class Loader:
         self._start_at(self._position.skipped(batches))
 
     def seek(self, position: int) -> None:
-        """Go to a position of the order: so many samples, of all ranks and epochs, come before the next batch. Nothing is read.
+        """Go to `position` of the order: so many samples, of all ranks and epochs, come before the next batch. Nothing is read.
 
         Raises:
             ConfigError: it is negative, or lies behind the end.

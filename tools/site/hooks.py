@@ -1,0 +1,56 @@
+r"""Turn pages that GitHub shows well into pages that the site shows well, while mkdocs builds it.
+
+- A link to something outside docs/, or to a folder, leads to the repository.
+- A comment `<!-- api: datastore.open -->` makes room for the docstring of that name; links to names lead to that place.
+- "```python slow" becomes "```python": the second word is for the tests, and with it Python-Markdown sees no block of code.
+- In the code of a table `\|` becomes `|`: GitHub needs the backslash there, Python-Markdown would show it.
+"""
+
+import re
+from pathlib import Path
+
+from mkdocs.config.defaults import MkDocsConfig
+from mkdocs.structure.files import Files
+from mkdocs.structure.pages import Page
+
+ROOT = Path(__file__).resolve().parents[2]
+DOCS = ROOT / "docs"
+
+_FENCED = re.compile(r"^(```.*?^```[ ]*$)", re.MULTILINE | re.DOTALL)
+_LINK = re.compile(r"(?<=\]\()(?![a-z]+:|#|/)([^)\s#]+)((?:#[^)\s]*)?)(?=\))")
+_API_LINK = re.compile(r"(\[`ds\.(\w+)`\])\([^)]*\)")
+_MARK = re.compile(r"^(```\w+) .*$", re.MULTILINE)
+_API = re.compile(r"^<!-- api: (\S+) -->$", re.MULTILINE)
+_CODE = re.compile(r"`[^`]+`")
+
+
+def on_page_markdown(markdown: str, *, page: Page, config: MkDocsConfig, files: Files) -> str:
+    """Return the Markdown of `page` as Python-Markdown and the site need it."""
+    del files
+    folder, repository = (DOCS / page.file.src_uri).parent, config.extra["repository"]
+    parts = _FENCED.split(markdown)
+    return "".join(
+        _MARK.sub(r"\1", part) if part.startswith("```") else for_site(part, folder, repository) for part in parts
+    )
+
+
+def for_site(text: str, folder: Path, repository: str) -> str:
+    """Return `text`, the prose of a page in `folder`, as the site needs it."""
+
+    def lead(found: re.Match[str]) -> str:
+        path, anchor = found[1], found[2]
+        target = (folder / path).resolve()
+        if target.is_relative_to(DOCS) and not target.is_dir():
+            return path + anchor
+        kind = "tree" if target.is_dir() else "blob"
+        return f"{repository}/{kind}/main/{target.relative_to(ROOT).as_posix()}{anchor}"
+
+    if _API.search(text):
+        text = _API_LINK.sub(r"\1(#datastore.\2)", text)
+        text = _API.sub(r"::: \1", text)
+    lines = [_bare_pipes(line) if line.startswith("|") else line for line in text.split("\n")]
+    return _LINK.sub(lead, "\n".join(lines))
+
+
+def _bare_pipes(row: str) -> str:
+    return _CODE.sub(lambda code: code[0].replace("\\|", "|"), row)
