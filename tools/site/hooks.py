@@ -3,6 +3,7 @@ r"""Turn pages that GitHub shows well into pages that the site shows well, while
 - A link to something outside docs/, or to a folder, leads to the repository.
 - A comment `<!-- api: datastore.open -->` makes room for the docstring of that name; links to names lead to that place.
 - "```python slow" becomes "```python": the second word is for the tests, and with it Python-Markdown sees no block of code.
+- Search finds what says how to do something before what says how it was decided or measured.
 - In the code of a table `\|` becomes `|`: GitHub needs the backslash there, Python-Markdown would show it.
 """
 
@@ -16,6 +17,10 @@ from mkdocs.structure.pages import Page
 ROOT = Path(__file__).resolve().parents[2]
 DOCS = ROOT / "docs"
 
+BOOSTS = {"tutorial": 3, "howto/": 2, "commands": 2, "troubleshooting": 2}
+BOOSTS |= dict.fromkeys(("decisions/", "changelog", "benchmarks", "comparison"), 0.3)
+"""How much a page counts in a search, by how its name begins; the others count 1."""
+
 _FENCED = re.compile(r"^(```.*?^```[ ]*$)", re.MULTILINE | re.DOTALL)
 _LINK = re.compile(r"(?<=\]\()(?![a-z]+:|#|/)([^)\s#]+)((?:#[^)\s]*)?)(?=\))")
 _API_LINK = re.compile(r"(\[`ds\.(\w+)`\])\([^)]*\)")
@@ -27,6 +32,9 @@ _CODE = re.compile(r"`[^`]+`")
 def on_page_markdown(markdown: str, *, page: Page, config: MkDocsConfig, files: Files) -> str:
     """Return the Markdown of `page` as Python-Markdown and the site need it."""
     del files
+    begins = next((start for start in BOOSTS if page.file.src_uri.startswith(start)), None)
+    if begins:
+        page.meta["search"] = {"boost": BOOSTS[begins]}
     folder, repository = (DOCS / page.file.src_uri).parent, config.extra["repository"]
     parts = _FENCED.split(markdown)
     return "".join(
