@@ -40,7 +40,7 @@ TOPICS: dict[str, Topic] = {
         """,
         """
         ingest import_dataset retokenize token_writer record_writer train_tokenizer dedup rejected_records
-        IngestSettings TokenizerSettings DedupSettings Engine RayEngine
+        IngestSettings TokenizerSettings DedupSettings Engine LocalEngine RayEngine
         """,
     ),
     "datasets": topic(

@@ -15,7 +15,7 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 import datastore
-from datastore.cli.doctor import _EXTRAS, doctor
+from datastore.cli.begin import _EXTRAS, doctor
 from datastore.cli.shell import CliSession, call
 
 ROOT = Path(__file__).parents[2]
