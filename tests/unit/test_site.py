@@ -110,6 +110,14 @@ def test_a_pipe_in_the_code_of_a_table_loses_the_backslash_that_github_needs(hoo
     assert for_site(hooks, "| `[a\\|b]` | a \\| b |\n`[a\\|b]`") == "| `[a|b]` | a \\| b |\n`[a\\|b]`"
 
 
+def test_what_belongs_to_an_item_stays_in_it(hooks: ModuleType) -> None:
+    markdown = pytest.importorskip("markdown")
+    text = for_site(hooks, "1. One.\n\n   | a | b |\n   |---|---|\n   | 1 | 2 |\n2. Two,\n   and more.\n")
+    html = markdown.markdown(text, extensions=["tables"])
+    assert html.count("<li>") == 2
+    assert html.count("<table>") == html.count("<ol>") == 1
+
+
 @pytest.mark.parametrize(
     "wrong",
     [

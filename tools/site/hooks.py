@@ -3,6 +3,7 @@ r"""Turn pages that GitHub shows well into pages that the site shows well, while
 - A link to something outside docs/, or to a folder, leads to the repository.
 - A comment `<!-- api: datastore.open -->` makes room for the docstring of that name; links to names lead to that place.
 - "```python slow" becomes "```python": the second word is for the tests, and with it Python-Markdown sees no block of code.
+- What belongs to an item of a list is indented by four spaces, which Python-Markdown wants; GitHub is content with two or three.
 - Search finds what says how to do something before what says how it was decided or measured.
 - In the code of a table `\|` becomes `|`: GitHub needs the backslash there, Python-Markdown would show it.
 """
@@ -26,6 +27,8 @@ _LINK = re.compile(r"(?<=\]\()(?![a-z]+:|#|/)([^)\s#]+)((?:#[^)\s]*)?)(?=\))")
 _API_LINK = re.compile(r"(\[`ds\.(\w+)`\])\([^)]*\)")
 _MARK = re.compile(r"^(```\w+) .*$", re.MULTILINE)
 _API = re.compile(r"^<!-- api: (\S+) -->$", re.MULTILINE)
+_INDENT = re.compile(r"^ {2,3}(?=\S)", re.MULTILINE)
+_ITEM = re.compile(r"(?:-|\d+\.) ")
 _CODE = re.compile(r"`[^`]+`")
 
 
@@ -56,8 +59,24 @@ def for_site(text: str, folder: Path, repository: str) -> str:
     if _API.search(text):
         text = _API_LINK.sub(r"\1(#datastore.\2)", text)
         text = _API.sub(r"::: \1", text)
-    lines = [_bare_pipes(line) if line.startswith("|") else line for line in text.split("\n")]
+    lines = [_bare_pipes(line) if line.lstrip().startswith("|") else line for line in _items(text).split("\n")]
     return _LINK.sub(lead, "\n".join(lines))
+
+
+def _items(text: str) -> str:
+    """Return `text` with items of lists as Python-Markdown tells them: indented by four, and set apart after a second paragraph."""
+    lines: list[str] = []
+    has_parts = False
+    for line in _INDENT.sub("    ", text).split("\n"):
+        after_blank = bool(lines) and not lines[-1].strip()
+        if _ITEM.match(line):
+            if has_parts and not after_blank:
+                lines.append("")
+            has_parts = False
+        elif after_blank and line.strip():
+            has_parts = line.startswith("    ")
+        lines.append(line)
+    return "\n".join(lines)
 
 
 def _bare_pipes(row: str) -> str:
