@@ -140,17 +140,46 @@ def test_links_and_own_files_are_no_such_requests(build: ModuleType, tmp_path: P
     assert list(build.outside_requests(tmp_path)) == []
 
 
-@pytest.mark.slow
-def test_the_site_is_built_and_has_every_public_name(build: ModuleType, tmp_path: Path) -> None:
+@pytest.fixture(scope="module")
+def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
     pytest.importorskip("mkdocs")
+    folder = tmp_path_factory.mktemp("site") / "site"
     done = subprocess.run(
-        [sys.executable, SITE / "build.py", tmp_path / "site"], capture_output=True, text=True, timeout=250, check=False
+        [sys.executable, SITE / "build.py", folder], capture_output=True, text=True, timeout=250, check=False
     )
     assert done.returncode == 0, done.stdout + done.stderr
-    text = "".join(path.read_text(encoding="utf-8") for path in (tmp_path / "site" / "api").glob("*.html"))
+    return folder
+
+
+@pytest.mark.slow
+def test_the_site_has_every_public_name_and_asks_no_other_server(build: ModuleType, site: Path) -> None:
+    text = "".join(path.read_text(encoding="utf-8") for path in (site / "api").glob("*.html"))
     anchors = set(re.findall(r'id="datastore\.(\w+)"', text))
     assert set(datastore.__all__) <= anchors
-    assert list(build.outside_requests(tmp_path / "site")) == []
+    assert list(build.outside_requests(site)) == []
+
+
+PARTS = ("li", "ol", "ul", "table", "tr", "td", "h2", "h3", "strong", "em", "pre", "code")
+
+
+def parts(html: str) -> dict[str, int]:
+    """Return how many parts of each kind a page has; what lies within a block of code does not count."""
+    blocks = html.count("<pre>")
+    html = re.sub(r"<pre>.*?</pre>", "", html, flags=re.DOTALL)
+    return {tag: len(re.findall(rf"<{tag}[ >]", html)) for tag in PARTS} | {"pre": blocks}
+
+
+@pytest.mark.slow
+def test_the_site_shows_of_each_page_what_github_shows(site: Path) -> None:
+    reader = pytest.importorskip("markdown_it").MarkdownIt("commonmark").enable(["table"])
+    docs = ROOT / "docs"
+    for page in sorted(docs.rglob("*.md")):
+        if page.parent.name == "api":
+            continue
+        html = (site / page.relative_to(docs).with_suffix(".html")).read_text(encoding="utf-8")
+        article = html[html.index("<article") : html.index("</article>")]
+        article = re.sub(r'<div class="highlight.*?</div>', "<pre></pre>", article, flags=re.DOTALL)
+        assert parts(article) == parts(reader.render(page.read_text(encoding="utf-8"))), page
 
 
 @pytest.mark.slow
