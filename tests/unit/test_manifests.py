@@ -81,6 +81,18 @@ def test_an_ingest_that_cannot_succeed_is_not_tried_again() -> None:
     assert spec["completions"] == spec["parallelism"] == int(re.findall(r"JOB_COMPLETION_INDEX/(\d+)", str(spec))[0])
 
 
+def test_a_save_may_take_as_long_as_the_scheduler_allows() -> None:
+    """torchrun kills its processes 30 s after SIGTERM, whatever the scheduler grants."""
+    script = (FOLDER / "train.sbatch").read_text(encoding="utf-8")
+    pod = jobs(read(FOLDER / "train-jobset.yaml"))[0]["spec"]["template"]["spec"]
+    told = {each["name"]: each["value"] for each in pod["containers"][0]["env"]}
+    granted = {
+        int(re.findall(r"--signal=TERM@(\d+)", script)[0]): int(re.findall(r"SHUTDOWN_TIMEOUT=(\d+)", script)[0]),
+        pod["terminationGracePeriodSeconds"]: int(told["TORCH_ELASTIC_SHUTDOWN_TIMEOUT"]),
+    }
+    assert all(30 < timeout < grace for grace, timeout in granted.items())
+
+
 @pytest.mark.parametrize("path", BATCH, ids=lambda path: path.name)
 def test_a_shell_can_read_the_batch_scripts(path: Path) -> None:
     text = path.read_text(encoding="utf-8")
