@@ -6,6 +6,7 @@
 import sys
 from pathlib import Path
 
+from datastore.reasons import LEFT_OUT, REJECTED
 from datastore.troubleshooting import EXPLANATIONS, Explanation
 
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "troubleshooting.md"
@@ -23,7 +24,7 @@ code has a section below. `datastore explain CODE` prints the same where there i
 [handle errors](howto/errors.md) shows how a program tells them apart. What a command had committed before it failed is whole, and
 the same command, given again, goes on from there.
 
-Records that an ingest sets aside have [reasons of their own](howto/ingest.md#what-is-rejected).
+An ingest has reasons of its own for [records that it rejects](#rejected-records) and [files that it leaves out](#what-is-left-out).
 
 | code | means |
 |---|---|
@@ -33,7 +34,23 @@ Records that an ingest sets aside have [reasons of their own](howto/ingest.md#wh
 def page() -> str:
     """Return the page."""
     rows = [f"| [`{each.code}`](#{each.code}) | {each.means} |" for each in EXPLANATIONS]
-    return HEAD + "\n".join([*rows, "", *map(section, EXPLANATIONS)])
+    return HEAD + "\n".join([*rows, "", *map(section, EXPLANATIONS), *reasons()])
+
+
+def reasons() -> list[str]:
+    """Return the lines about the reasons of an ingest."""
+    lines = []
+    for name, told, of in (
+        (
+            "Rejected records",
+            "They are counted against `--max-reject-ratio`; `datastore rejects URL` lists them.",
+            REJECTED,
+        ),
+        ("What is left out", "It is counted in what the ingest reports, and no error.", LEFT_OUT),
+    ):
+        lines += [f"## {name}", "", told, "", "| reason | means |", "|---|---|"]
+        lines += [*(f"| `{reason}` | {means} |" for reason, means in of.items()), ""]
+    return lines
 
 
 def section(told: Explanation) -> str:

@@ -115,14 +115,18 @@ def doctor(*, dataset: str | None, url: str | None, as_json: bool) -> None:
 def explain(*, code: str | None, as_json: bool) -> None:
     """Say what CODE means, how it comes about, and what to do; without it, list all codes.
 
-    An error of a command is one line, `error[CODE]: what is wrong (values). What to do.`
+    An error of a command is one line, `error[CODE]: what is wrong (values). What to do.` The reasons for which an ingest
+    rejects a record or leaves a file out, such as invalid_json, are explained likewise.
     """
+    from datastore.reasons import LEFT_OUT, REJECTED
     from datastore.troubleshooting import DOCS_URL, EXPLANATIONS
     from datastore.troubleshooting import explain as find
 
-    if code is None:
-        found = [{"code": each.code, "means": each.means} for each in EXPLANATIONS]
-        say_json(found) if as_json else table(("code", "means"), [list(each.values()) for each in found])
+    reasons = REJECTED | LEFT_OUT
+    if code is None or code in reasons:
+        found = [{"code": code, "means": reasons[code]}] if code else [asdict(each) for each in EXPLANATIONS]
+        rows = [{"code": each["code"], "means": each["means"]} for each in found]
+        say_json(rows) if as_json else table(("code", "means"), [list(each.values()) for each in rows])
         return
     told = find(code)
     if as_json:

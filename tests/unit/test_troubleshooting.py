@@ -8,6 +8,7 @@ import re
 import shlex
 from pathlib import Path
 from types import ModuleType
+from typing import get_args
 
 import click
 import pytest
@@ -17,6 +18,9 @@ from datastore import errors
 from datastore.cli.main import cli
 from datastore.cli.shell import CliSession, call
 from datastore.errors import ConfigError, DatastoreError
+from datastore.ingestion.reading.listing import SkipReason
+from datastore.ingestion.reading.rejects import Reason
+from datastore.reasons import LEFT_OUT, REJECTED
 from datastore.troubleshooting import DOCS_URL, EXPLANATIONS, Explanation, explain
 
 ROOT = Path(__file__).parents[2]
@@ -104,6 +108,19 @@ def test_the_page_is_what_is_said_in_a_terminal(tool: ModuleType) -> None:
     text = PAGE.read_text(encoding="utf-8")
     assert text == tool.page(), "run python tools/troubleshooting.py"
     assert re.findall(r"^## (\w+)$", text, re.MULTILINE) == CODES
+
+
+def test_every_reason_of_an_ingest_is_explained_and_no_other() -> None:
+    assert set(REJECTED) == set(get_args(Reason))
+    assert set(LEFT_OUT) == set(get_args(SkipReason))
+    assert not set(CODES) & (REJECTED.keys() | LEFT_OUT.keys())
+    assert all(means.endswith(".") for means in (REJECTED | LEFT_OUT).values())
+
+
+@pytest.mark.parametrize("reason", ["invalid_json", "hidden"])
+def test_a_terminal_explains_a_reason(reason: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert call(cli, ["explain", reason], CliSession()) == 0
+    assert (REJECTED | LEFT_OUT)[reason] in " ".join(capsys.readouterr().out.split())
 
 
 @pytest.mark.parametrize("code", CODES)
