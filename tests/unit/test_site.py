@@ -151,7 +151,6 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.mark.slow
 def test_the_site_has_every_public_name_and_asks_no_other_server(build: ModuleType, site: Path) -> None:
     text = "".join(path.read_text(encoding="utf-8") for path in (site / "api").glob("*.html"))
     anchors = set(re.findall(r'id="datastore\.(\w+)"', text))
@@ -169,7 +168,6 @@ def parts(html: str) -> dict[str, int]:
     return {tag: len(re.findall(rf"<{tag}[ >]", html)) for tag in PARTS} | {"pre": blocks}
 
 
-@pytest.mark.slow
 def test_the_site_shows_of_each_page_what_github_shows(site: Path) -> None:
     reader = pytest.importorskip("markdown_it").MarkdownIt("commonmark").enable(["table"])
     docs = ROOT / "docs"
@@ -182,7 +180,6 @@ def test_the_site_shows_of_each_page_what_github_shows(site: Path) -> None:
         assert parts(article) == parts(reader.render(page.read_text(encoding="utf-8"))), page
 
 
-@pytest.mark.slow
 def test_a_link_that_leads_nowhere_is_an_error(
     build: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
