@@ -119,6 +119,8 @@ def _archives(folder: Path, names: list[str]) -> tuple[Path, Path]:
 @pytest.mark.timeout(600)
 def test_it_is_built_looked_at_and_installed_alone(tmp_path: Path) -> None:
     """In a copy: a build folder in the clone would be in the way of another run."""
+    if not (ROOT / ".git").exists():
+        pytest.skip("what belongs into the wheel is what git has")
     subprocess.run(["git", "clone", "-q", "--depth", "1", f"file://{ROOT}", tmp_path / "clone"], check=True)
     for name in ("tools/release.py", "pyproject.toml", "constraints.txt"):
         (tmp_path / "clone" / name).write_bytes((ROOT / name).read_bytes())

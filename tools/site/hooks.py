@@ -22,6 +22,9 @@ BOOSTS = {"tutorial": 3, "howto/": 2, "commands": 2, "troubleshooting": 2}
 BOOSTS |= dict.fromkeys(("decisions/", "changelog", "benchmarks", "comparison"), 0.3)
 """How much a page counts in a search, by how its name begins; the others count 1."""
 
+RECORDS = {"Keep", "Rank", "Rows", "Stage", "Stratified", "Weighted", "Cluster"}
+"""Classes that are made of values, beside those that are called Settings."""
+
 _FENCED = re.compile(r"^(```.*?^```[ ]*$)", re.MULTILINE | re.DOTALL)
 _LINK = re.compile(r"(?<=\]\()(?![a-z]+:|#|/)([^)\s#]+)((?:#[^)\s]*)?)(?=\))")
 _API_LINK = re.compile(r"(\[`ds\.(\w+)`\])\([^)]*\)")
@@ -58,9 +61,17 @@ def for_site(text: str, folder: Path, repository: str) -> str:
 
     if _API.search(text):
         text = _API_LINK.sub(r"\1(#datastore.\2)", text)
-        text = _API.sub(r"::: \1", text)
+        text = _API.sub(lambda found: _place(found[1]), text)
     lines = [_bare_pipes(line) if line.lstrip().startswith("|") else line for line in _items(text).split("\n")]
     return _LINK.sub(lead, "\n".join(lines))
+
+
+def _place(name: str) -> str:
+    """Return what makes room for the docstring of `name`; of a record its defaults are shown, too."""
+    shown = f"::: {name}"
+    if name.endswith("Settings") or name.rpartition(".")[2] in RECORDS:
+        shown += "\n    options:\n      show_attribute_values: true"
+    return shown
 
 
 def _items(text: str) -> str:
