@@ -33,6 +33,7 @@ __all__ = ["Loader"]
 class Loader:
     """One rank's batches of `global_batch` samples (over all ranks) of `seq_len + 1` tokens each.
 
+    `dataset` is an open one, of tokens, or a `Mixture` of several; `seed` chooses one of its orders; `options` say how to read.
     `global_batch` may change between runs, `rank` too: the order stays. Rows per rank differ by one if the world does
     not divide the batch. Not thread-safe. Safe to use in a forked child: it starts its own threads there. Pickled, it goes on
     in another process where it stands.

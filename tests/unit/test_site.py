@@ -1,15 +1,20 @@
 """The pages of the API name everything that is public, and the site shows them as they are meant, without a network."""
 
+import ast
+import dataclasses
 import importlib.util
 import inspect
 import re
 import subprocess
 import sys
+import textwrap
 from collections.abc import Callable, Iterator
+from itertools import pairwise
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import msgspec
 import pytest
 
 import datastore
@@ -87,6 +92,42 @@ def methods() -> Iterator[tuple[str, Callable[..., Any]]]:
 @pytest.mark.parametrize(("name", "function"), list(methods()))
 def test_a_method_says_what_each_argument_is(name: str, function: Callable[..., Any]) -> None:
     assert unexplained(function) == set(), name
+
+
+MADE_BY_FUNCTIONS = {"Dataset", "FileRows"}
+EXPLAINED_ON_PAGES = {"Checkpointer", "DcpReader", "DcpWriter"}
+
+
+def values_of(kind: type) -> set[str]:
+    """Return what makes a value of `kind`: the arguments, or the fields that it declares itself."""
+    if dataclasses.is_dataclass(kind) or issubclass(kind, msgspec.Struct):
+        return {name for name in vars(kind).get("__annotations__", {}) if not name.startswith("_")}
+    return set(inspect.signature(kind).parameters) if "__init__" in vars(kind) else set()
+
+
+def explained_fields(kind: type) -> set[str]:
+    """Return the fields of `kind` below which a text stands."""
+    body = ast.parse(textwrap.dedent(inspect.getsource(kind))).body[0].body  # type: ignore[attr-defined]
+    return {
+        each.target.id
+        for each, below in pairwise(body)
+        if isinstance(each, ast.AnnAssign) and isinstance(each.target, ast.Name) and isinstance(below, ast.Expr)
+    }
+
+
+CLASSES = [
+    name
+    for name in datastore.__all__
+    if inspect.isclass(kind := getattr(datastore, name)) and not issubclass(kind, Exception)
+]
+
+
+@pytest.mark.parametrize("name", sorted(set(CLASSES) - MADE_BY_FUNCTIONS - EXPLAINED_ON_PAGES))
+def test_a_class_says_what_each_of_its_values_is(name: str) -> None:
+    kind = getattr(datastore, name)
+    text = " ".join(re.findall(r"`([^`]+)`", (inspect.getdoc(kind) or "") + (kind.__init__.__doc__ or "")))
+    missing = values_of(kind) - explained_fields(kind)
+    assert {each for each in missing if not re.search(rf"\b{each}\b", text)} == set()
 
 
 def for_site(hooks: ModuleType, text: str, page: str = "howto/ingest.md") -> str:

@@ -43,6 +43,7 @@ class Stage:
     """Samples that all ranks have been given before it."""
 
     weights: Weights
+    """Of each source: its share is that over the sum of all."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)

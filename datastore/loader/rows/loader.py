@@ -49,6 +49,7 @@ _SHOWN = 8
 class RowLoader(Iterator[RowBatch]):
     """One rank's batches of a dataset of records: `global_batch` rows over all ranks, shuffled as `Loader` shuffles samples.
 
+    `dataset` is an open one, of records, or what `open_files` returns, or a `Mixture`; `seed` and `rank` are as for `Loader`.
     `rows` says which rows to go through and what to make of them (`Rows`); by default all, as they are.
 
     Of `options`, `columns` are those to read (all, if none is named), `memory_bytes` bounds what is kept of shards (in each
