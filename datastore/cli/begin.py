@@ -32,6 +32,7 @@ _EXTRAS = {
     "track": ("tensorboard",),
     "wandb": ("wandb",),
     "compress": ("compressed-tensors", "gguf", "peft"),
+    "orbax": ("tensorstore",),
     "plot": ("matplotlib",),
     "sql": ("duckdb",),
     "fast": ("gigatoken", "fastokens"),
