@@ -40,7 +40,7 @@ T = TypeVar("T")
 
 
 def load_settings(kind: type[D], path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> D:
-    """Return the settings in the TOML file `path`, changed by `overrides` such as `train.steps=200`.
+    """Return the settings in the TOML file `path` as `kind`, changed by `overrides` such as `train.steps=200`.
 
     Raises:
         MissingError: there is no such file.

@@ -198,6 +198,7 @@ def outcome(case: Case, folder: Path) -> Outcome:
             code = call(cli, command, CliSession())
     said = json.loads(out.getvalue() or "{}") if code == 0 else {}
     message = (err.getvalue().strip().splitlines() or [""])[-1] if code else ""
+    message = message.partition(" See: ")[0]  # the same for all of a code
     counts = [said.get(name, {}) for name in ("rejected", "skipped")]
     return Outcome(code, said.get("documents", 0), 2 + case.good, *counts, message.replace(f"{folder.resolve()}/", ""))
 

@@ -19,6 +19,7 @@ CHECKS: dict[str, list[str]] = {
     "layers": [f"{BIN}/lint-imports"],
     "schemas": [sys.executable, "tools/schemas.py", "--check"],
     "types": [f"{BIN}/mypy"],
+    "site": [sys.executable, "tools/site/build.py"],
     "docs": [sys.executable, "-m", "pytest", "-q", DOCS],
     "tests": ["tools/test", f"--ignore={DOCS}"],
 }
@@ -43,7 +44,7 @@ def _passes(name: str) -> bool:
     )
     good = done.returncode == 0
     lines = done.stdout.strip().splitlines() or [""]
-    word = lines[-1].strip("= ") if name in {"tests", "docs"} else ""
+    word = lines[-1].strip("= ") if name in {"tests", "docs", "site"} else ""
     print(f"{'ok  ' if good else 'FAIL'}  {name:<10} {time.monotonic() - started:6.1f} s  {word}".rstrip(), flush=True)
     if not good:
         print("\n".join(f"      {line}" for line in lines), flush=True)

@@ -13,6 +13,9 @@ import click
 from datastore.cli.main import cli
 
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "commands.md"
+LONG = 36
+"""Characters of an option and its choices that stand side by side."""
+
 HEAD = """\
 # Commands
 
@@ -59,14 +62,24 @@ def section(path: str, command: click.Command) -> str:
         record for option in options if (record := option.get_help_record(context)) and "--debug" not in option.opts
     ]
     if rows:
-        lines += [
-            "| option | |",
-            "|---|---|",
-            *(f"| `{flags}` | {told} |".replace("|None", "") for flags, told in rows),
-            "",
-        ]
+        lines += ["| option | |", "|---|---|", *(row(flags, told) for flags, told in rows), ""]
     examples = [line.strip() for line in (command.epilog or "").splitlines()[2:]]
     return "\n".join([*lines, "```sh", *examples, "```", ""])
+
+
+def row(flags: str, told: str) -> str:
+    """Return the row of an option. Many choices stand in the second column, or the first would take all the room."""
+    flags = flags.replace("|None", "")
+    if "|" in flags and len(flags) > LONG:
+        flags, _, choices = flags.partition("[")
+        flags += "CHOICE"
+        told += f" One of {', '.join(choices.rstrip(']').split('|'))}."
+    return f"| `{in_cell(flags)}` | {in_cell(told)} |"
+
+
+def in_cell(text: str) -> str:
+    """Return `text` as a cell of a table: GitHub ends one at a bare `|`, in code, too."""
+    return text.replace("|", "\\|")
 
 
 if __name__ == "__main__":

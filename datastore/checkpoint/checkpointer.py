@@ -118,7 +118,7 @@ class Checkpointer:
 
         `first` is called before the step is committed, in the thread that saves: it stores what the step refers to. If it
         fails, the save has failed. A step `on_trial` does not count as kept until `approve` says that it is good: until
-        then there is one more to go back to.
+        then there is one more to go back to. `metrics` are stored with the step, for `best` and `keep`.
 
         Raises:
             ConfigError: something in `items` cannot be stored; the message has its path.

@@ -42,7 +42,7 @@ Wait = Callable[[float | None], None]
 
 @dataclass(frozen=True, slots=True)
 class TwoPlaces:
-    """Where a run is saved to, and where it is copied to; each keeps steps by a rule of its own."""
+    """Where a run is saved to (`first`), and where it is copied to (`second`); each keeps steps by a rule of its own."""
 
     first: StorageLike
     second: StorageLike

@@ -1,4 +1,4 @@
-"""The commands to begin with: what this machine and a storage can do, settings to start from, completion, a page to look at.
+"""The commands to begin with: a machine, what an error means, settings to start from, completion, a page to look at.
 
 `doctor` says facts first, then one line for each thing that will hurt. It writes to storage only if a URL is given, and
 removes what it wrote.
@@ -31,12 +31,13 @@ _EXTRAS = {
     "hf": ("transformers", "datasets"),
     "track": ("tensorboard",),
     "wandb": ("wandb",),
-    "compress": ("compressed-tensors",),
+    "compress": ("compressed-tensors", "gguf", "peft"),
+    "orbax": ("tensorstore",),
     "plot": ("matplotlib",),
     "sql": ("duckdb",),
     "fast": ("gigatoken", "fastokens"),
     "chat": ("jinja2",),
-    "images": ("PIL",),
+    "images": ("pillow",),
     "audio": ("soundfile",),
     "code": ("pathspec",),
     "warc": ("resiliparse", "brotli"),
@@ -104,6 +105,42 @@ def doctor(*, dataset: str | None, url: str | None, as_json: bool) -> None:
     say()
     for line in advice or ["Nothing to complain about."]:
         say(line)
+
+
+@click.command(
+    short_help="Say what an error code means, and what to do.",
+    epilog=example("datastore explain corrupt", "datastore explain"),
+)
+@click.argument("code", required=False)
+@json_option
+def explain(*, code: str | None, as_json: bool) -> None:
+    """Say what CODE means, how it comes about, and what to do; without it, list all codes.
+
+    An error of a command is one line, `error[CODE]: what is wrong (values). What to do.` The reasons for which an ingest
+    rejects a record or leaves a file out, such as invalid_json, are explained likewise.
+    """
+    from datastore.reasons import LEFT_OUT, REJECTED
+    from datastore.troubleshooting import DOCS_URL, EXPLANATIONS
+    from datastore.troubleshooting import explain as find
+
+    reasons = REJECTED | LEFT_OUT
+    if code is None or code in reasons:
+        found = [{"code": code, "means": reasons[code]}] if code else [asdict(each) for each in EXPLANATIONS]
+        rows = [{"code": each["code"], "means": each["means"]} for each in found]
+        say_json(rows) if as_json else table(("code", "means"), [list(each.values()) for each in rows])
+        return
+    told = find(code)
+    if as_json:
+        cases = [{"comes_about": case, "what_to_do": way_out} for case, way_out in told.cases]
+        say_json(asdict(told) | {"cases": cases})
+        return
+    fields({"code": told.code, "exit code": told.status} | ({"in Python": f"ds.{told.error}"} if told.error else {}))
+    say(f"\n{told.means}")
+    for case, way_out in told.cases:
+        say(f"\n- {case}\n  {way_out}")
+    say()
+    for page in told.pages:
+        say(f"{DOCS_URL}/{page}")
 
 
 def _package_rows(
@@ -312,4 +349,4 @@ def ui(*, urls: tuple[str, ...], host: str, port: int, browser: bool) -> None:
     serve(urls or (".",), host=host, port=port, ready=ready)
 
 
-COMMANDS = (init, completion, ui, doctor)
+COMMANDS = (init, completion, ui, doctor, explain)

@@ -7,7 +7,7 @@
     130  interrupted
     141  whoever read our output closed it
 
-An error is `error[code]: fact (values). What to do.`. A traceback is shown with `--debug` only, also for a bug:
+An error is `error[code]: fact (values). What to do. See: datastore explain code`. A traceback is shown with `--debug` only, also for a bug:
 `sys.excepthook` keeps that promise, so that no `except` here has to be blind.
 """
 
@@ -178,7 +178,9 @@ def call(command: click.Command, arguments: Sequence[str] | None, session: CliSe
         if session.debug:
             traceback.print_exception(error)
         code, text = _explain(error, session.command)
-        sys.stderr.write(f"error[{code}]: {' '.join(text.split())}\n")
+        # Wrong use has been told which help to read.
+        more = "" if code == "usage" else f" See: datastore explain {code}"
+        sys.stderr.write(f"error[{code}]: {' '.join(text.split())}{more}\n")
         return _status(error)
     return status if isinstance(status, int) else 0
 

@@ -105,7 +105,7 @@ class Diff:
 
 
 def diff(before: str | os.PathLike[str] | Storage | Dataset, after: str | os.PathLike[str] | Storage | Dataset) -> Diff:
-    """Return what was added and removed between two versions, named by URL (`URL@3`, `URL@tag`) or opened.
+    """Return what was added and removed from `before` to `after`: two versions, named by URL (`URL@3`, `URL@tag`) or opened.
 
     Raises:
         MissingError, FormatError, CorruptError: as `open_dataset`; or a segment or a table of deletions is damaged.

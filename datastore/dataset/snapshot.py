@@ -76,7 +76,7 @@ class Dataset(Views):
         return CommitLog(self.storage, exclusive=self.info.exclusive)
 
     def at(self, commit: Commit) -> "Dataset":
-        """Return another version of the dataset, whose commit was read already."""
+        """Return another version of the dataset, whose `commit` was read already."""
         return Dataset(self.storage, info=self.info, commit=commit)
 
     @property
@@ -216,9 +216,9 @@ class Dataset(Views):
         return _only(self.record_shard(index), self.live_rows(index))
 
     def read_batch(self, shard: int, batch: int, *, columns: Sequence[str] | None = None) -> pa.RecordBatch:
-        """Return one batch of record shard `shard`, some 2 MiB, deleted rows too: one range read where it is remote.
+        """Return batch `batch` of record shard `shard`, some 2 MiB, deleted rows too: one range read where it is remote.
 
-        A shard has `len(segments.shard(shard).layout.batches)` of them.
+        A shard has `len(segments.shard(shard).layout.batches)` of them. With `columns` only those are read.
 
         Raises:
             IndexError: there is no such shard, or no such batch.
@@ -237,7 +237,9 @@ class Dataset(Views):
         return [span.rows for span in self.segments.shard(shard).layout.batches]
 
     def iter_batches(self, *, columns: Sequence[str] | None = None, deleted: bool = False) -> Iterator[pa.RecordBatch]:
-        """Yield the rows of a record dataset in order, a few batches of 2 MiB in memory at a time; `deleted` ones only if asked.
+        """Yield the rows of a record dataset in order, a few batches of 2 MiB in memory at a time.
+
+        With `columns` only those are read; `deleted` rows are left out unless asked for.
 
         Raises:
             ConfigError: there is no such column.
@@ -251,7 +253,7 @@ class Dataset(Views):
             yield batch if live is None else keep_rows(batch, live[row : row + batch.num_rows])
 
     def iter_records(self, *, columns: Sequence[str] | None = None) -> Iterator[dict[str, Any]]:
-        """Yield the rows of a record dataset that are not deleted, in order; otherwise as `iter_batches`.
+        """Yield the rows of a record dataset that are not deleted, in order; `columns` and all else as `iter_batches`.
 
         Raises:
             ConfigError: also where Python has no form of a value, as of a year past 9999.
@@ -277,7 +279,7 @@ def _only(table: pa.Table, rows: npt.NDArray[np.bool_] | None) -> pa.Table:
 def open_dataset(
     url: str | os.PathLike[str] | Storage, *, version: int | None = None, tag: str | None = None
 ) -> Dataset:
-    """Return a dataset at its newest version, at `version`, or at `tag`; a URL may end in `@version` or `@tag`.
+    """Return the dataset at `url`, in its newest version, in `version`, or in that of `tag`; a URL may end in `@7` or `@tag`.
 
     Raises:
         ConfigError: the URL is empty or unknown, or names a version and a tag.

@@ -35,10 +35,10 @@ def import_dataset(
     settings: IngestSettings | None = None,
     progress: Callable[[IngestProgress], None] | None = None,
 ) -> IngestReport:
-    """Add what `source`, a folder or file in the format of another library, holds to the dataset at `to`.
+    """Add what `source`, a folder or file in the `format` of another library, holds to the dataset at `to`.
 
     If there are token ids, `settings.tokenizer` names the tokenizer that made them; it may be left out. Otherwise it
-    encodes the column `settings.text_key`; without it rows keep all their columns.
+    encodes the column `settings.text_key`; without it rows keep all their columns. `progress` is as for `ingest`.
 
     Raises:
         ConfigError: the source is not of this format, holds what must not be read, or does not fit the dataset.
@@ -61,11 +61,11 @@ def retokenize(
     engine: Engine | None = None,
     progress: Callable[[IngestProgress], None] | None = None,
 ) -> IngestReport:
-    """Add the documents of the dataset `source` to the one at `to`, encoded with another tokenizer.
+    """Add the documents of the dataset `source` to the one at `to`, encoded with another `tokenizer`.
 
     Each keeps its id, and what is said of where it comes from; deleted ones are left out. An ingest like any other: it goes on
     after a kill, and what `source` has got since the last time is added by the same call. A document whose tokens do not
-    give back the text that it was is rejected (`text_lost`).
+    give back the text that it was is rejected (`text_lost`). `settings`, `engine` and `progress` are as for `ingest`.
 
     Raises:
         ConfigError: the source has no texts, or has lost or rewritten some that `to` has already.

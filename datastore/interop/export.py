@@ -62,7 +62,7 @@ def export(
     shard_bytes: int = 0,
     progress: Callable[[int, int], None] | None = None,
 ) -> ExportReport:
-    """Write the rows of `dataset` that are not deleted to the folder `to`, which must not exist, or hold this very export.
+    """Write the rows of `dataset` that are not deleted as `format` to the folder `to`, which must not exist, or hold this export.
 
     Of documents all columns are written, `tokens` holding the tokens; or those of `columns`. A file has about
     `shard_bytes`; 0 stands for what suits the format. `progress` gets the shards done and all shards.

@@ -33,6 +33,7 @@ __all__ = ["Loader"]
 class Loader:
     """One rank's batches of `global_batch` samples (over all ranks) of `seq_len + 1` tokens each.
 
+    `dataset` is an open one, of tokens, or a `Mixture` of several; `seed` chooses one of its orders; `options` say how to read.
     `global_batch` may change between runs, `rank` too: the order stays. Rows per rank differ by one if the world does
     not divide the batch. Not thread-safe. Safe to use in a forked child: it starts its own threads there. Pickled, it goes on
     in another process where it stands.
@@ -218,7 +219,7 @@ class Loader:
         self._start_at(self._position.recalled(state))
 
     def reweigh(self, weights: Weights) -> None:
-        """Give the sources of the mixture other weights, from the next batch on and until the end; it is part of the state.
+        """Give the sources of the mixture other `weights`, from the next batch on and until the end; it is part of the state.
 
         Raises:
             ConfigError: the loader reads one dataset, or a weight is out of range.
@@ -230,7 +231,7 @@ class Loader:
         self._start_at(self._position.skipped(batches))
 
     def seek(self, position: int) -> None:
-        """Go to a position of the order: so many samples, of all ranks and epochs, come before the next batch. Nothing is read.
+        """Go to `position` of the order: so many samples, of all ranks and epochs, come before the next batch. Nothing is read.
 
         Raises:
             ConfigError: it is negative, or lies behind the end.

@@ -344,7 +344,7 @@ class MetricsSettings(SettingsDocument, frozen=True, kw_only=True):
 
 
 class Settings(SettingsDocument, frozen=True, kw_only=True):
-    """All settings of a run: what its TOML file holds."""
+    """All settings of a run, by table: `data`, `model`, `optim`, `train`, `parallel`, `sync`, `checkpoint`, `eval`, `faults`, `metrics`, `loader`."""
 
     data: DataSettings
     model: ModelSettings = ModelSettings()

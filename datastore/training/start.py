@@ -65,11 +65,12 @@ def train(
     on_progress: Callable[[TrainingProgress], None] | None = None,
     take_over: bool = False,
 ) -> Result:
-    """Train until the last step or a signal, and return how it ended.
+    """Train as `settings` say until the last step or a signal, write to the folder or URL `run`, and return how it ended.
 
     If the run is there already, with the same settings, it goes on from its newest checkpoint. The first SIGTERM or SIGINT
     finishes the step, saves and returns with `stopped`; a second one ends the process at once. `launch` says which rank this
-    process is (torchrun); `processes` starts so many ranks on this machine instead.
+    process is (torchrun); `processes` starts so many ranks on this machine instead. `on_progress` is told of each step, on
+    rank 0. `take_over` writes to a run whose other writer is surely gone.
 
     Raises:
         ConfigError: a setting is wrong, or does not fit the dataset.
@@ -87,6 +88,8 @@ def train(
 
 def dry_run(settings: Settings, run: str | os.PathLike[str], *, processes: int = 1, launch: Launch = _HERE) -> "Needs":
     """Return what `train` would need of memory, disk and time; nothing is written, and no step is taken.
+
+    `settings`, `run`, `processes` and `launch` are as for `train`.
 
     Raises:
         ConfigError: the run cannot fit into memory; or as `train`.
@@ -107,7 +110,9 @@ def resume(
     on_progress: Callable[[TrainingProgress], None] | None = None,
     take_over: bool = False,
 ) -> Result:
-    """Go on with a run from its newest checkpoint; `overrides` such as `train.steps=400` change what may change.
+    """Go on with `run` from its newest checkpoint; `overrides` such as `train.steps=400` change what may change.
+
+    `processes`, `launch`, `on_progress` and `take_over` are as for `train`; the number of ranks may be another one than before.
 
     Raises:
         MissingError: there is no run.
@@ -133,7 +138,8 @@ def fork(
 ) -> Result:
     """Train another run, `to`, that begins with the weights of `run`: `RUN@STEP`, or `RUN` for its newest checkpoint.
 
-    Its settings are those of `run`, changed by `overrides`. Optimizer, schedule and order begin anew.
+    Its settings are those of `run`, changed by `overrides`. Optimizer, schedule and order begin anew. `processes`, `launch`
+    and `on_progress` are as for `train`.
 
     Raises:
         MissingError: there is no run, or no such step.
@@ -166,7 +172,8 @@ def compress(
     """Make the run `to`, which begins with the finished model `source` and does with it what the TOML file `recipe` says.
 
     A recipe holds tables of a run's settings, `[[hooks]]` as a rule; without `train.steps` no weight is trained. `source` is a run
-    (`RUN`, `RUN@STEP`), whose other settings are taken over, or a Hugging Face folder, which needs `data`.
+    (`RUN`, `RUN@STEP`), whose other settings are taken over, or a Hugging Face folder, which needs `data`. `processes` and
+    `on_progress` are as for `train`.
 
     Raises:
         MissingError: there is no model, no recipe, no dataset.

@@ -85,7 +85,7 @@ def told(here: Path, capfd: pytest.CaptureFixture[str]) -> Callable[..., str]:
         out, err = capfd.readouterr()
         assert out == ""
         assert err.count("\n") == 1, err
-        assert re.match(r"error\[[a-z]+\]: .*[.?`]\n", err), err
+        assert re.fullmatch(r"error\[([a-z]+)\]: .*[.?`]( See: datastore explain \1)?\n", err), err
         assert "Traceback" not in err
         assert tree(here / keeps) == before
         return err

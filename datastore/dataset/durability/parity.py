@@ -187,7 +187,8 @@ class ProtectReport:
 def protect(target: DatasetLike, *, width: int = 4, progress: Progress | None = None) -> ProtectReport:
     """Make parity files for groups of `width` files of `target` that have none; nothing is done for those that do.
 
-    Where a dataset lies on R roots, `width` up to R - 1 survives the loss of any one of them.
+    Where a dataset lies on R roots, `width` up to R - 1 survives the loss of any one of them. `progress` gets the bytes
+    read, and all.
 
     Raises:
         ConfigError: `width` is less than one.

@@ -82,7 +82,7 @@ def repair(
 
     `roots` says where roots of it are now: `{"/disk2/data": "/disk5/data"}`; one that is empty there is a new disk and
     is filled. `promote` makes the first root that is there the first of all, if that one is lost for good. With
-    `dry_run` nothing is written, and the report says what would be.
+    `dry_run` nothing is written, and the report says what would be. `progress` gets the files looked at, and all.
 
     Raises:
         ConfigError: a root is not one of the dataset's, or what is to be a root holds something else.

@@ -96,7 +96,8 @@ def verify(
     `sample` is the share of blocks to read; `seed` draws them (None: another seed each time, see the report). `deep`
     also decodes each shard and its documents, and checks that they are what the manifest says: see `DeepCheck`.
     With an `engine` other processes read the shards and parity files; what names them is checked here.
-    Files that no reader depends on (README.md, the hint in the log, rejects) are not looked at.
+    Files that no reader depends on (README.md, the hint in the log, rejects) are not looked at. `progress` gets the bytes
+    read, and about how many there are.
 
     Raises:
         ConfigError: `sample` is not above 0 and at most 1, or is less than 1 where `deep` needs whole files.

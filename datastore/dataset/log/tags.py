@@ -17,7 +17,7 @@ _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 
 
 def set_tag(storage: Storage, name: str, commit: Commit, *, replace: bool = False) -> Tag:
-    """Give `commit` the name `name`; from then on it does not expire.
+    """Give `commit` of the dataset in `storage` the name `name`; from then on it does not expire.
 
     Raises:
         ConfigError: not a valid name.

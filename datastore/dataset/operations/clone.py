@@ -60,7 +60,8 @@ def clone(
 
     Every file is checked against its digest while it is copied. Run again after it was stopped, it goes on; once it
     is done, and nothing was changed since, it does nothing. A `shallow`
-    clone copies no shards: it reads those of the source, and breaks when the source removes them.
+    clone copies no shards: it reads those of the source, and breaks when the source removes them. `progress` gets the
+    bytes copied, and all.
 
     Raises:
         ConfigError: the target holds a dataset, or something else.

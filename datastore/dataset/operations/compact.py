@@ -107,7 +107,8 @@ def compact(
     A shard of at least half of that, of which nothing is deleted, stays as it is. The result makes a new version with
     the same documents in the same order, and shards of other uids: see above what that means for runs. `progress` gets
     the bytes of shards that were put together, and of all that will be. With an `engine` other processes do the work, each
-    on shards of its own; the result is the same to the byte.
+    on shards of its own; the result is the same to the byte. With `dry_run` only the report is
+    made.
 
     Raises:
         ConfigError: `target_bytes` is out of range, the URL names a version, or an engine cannot see the dataset.

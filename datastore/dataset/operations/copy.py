@@ -74,7 +74,10 @@ class CopyReport:
 def copy(
     source: StorageLike, target: StorageLike, *, all_versions: bool = False, progress: Progress | None = None
 ) -> CopyReport:
-    """Copy the newest version of a dataset, or every one that can be read, to `target`, with the tags of what is copied.
+    """Copy the newest version of the dataset `source` to `target`, with the tags of what is copied.
+
+    With `all_versions` every version that can be read is copied. What is there already is not copied again. `progress` gets
+    the bytes copied, and all.
 
     Raises:
         ConfigError: the source names a version, or has its shards elsewhere (a shallow clone); or the target holds

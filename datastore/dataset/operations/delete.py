@@ -126,6 +126,7 @@ def delete(
 
     What is not given does not matter. `where` is SQL (through DuckDB) or a pyarrow expression over the columns of the
     documents table, or of the records themselves. Documents that are deleted already are counted, not deleted again.
+    With `dry_run` nothing is deleted, and the report says what would be.
 
     Raises:
         ConfigError: nothing is given, or it does not fit the columns.

@@ -61,7 +61,7 @@ def evolve(
     rename: Mapping[str, str] | None = None,
     drop: Sequence[str] = (),
 ) -> Commit:
-    """Change the columns of the record dataset `target`: first drop, then rename, then widen, then add; return the version.
+    """Change the columns of the record dataset `target`: first `drop`, then `rename`, `widen`, `add`; return the version.
 
     Types are Arrow's, or texts as `parse_field` reads them. `defaults` are the values of added columns in the rows that
     are there; where none is given, it is null. A column that is dropped and added again starts empty. Given again, the

@@ -48,7 +48,7 @@ class ExpireReport:
 def expire(
     target: DatasetLike, *, keep_last: int | None = None, older_than_s: float | None = None, dry_run: bool = False
 ) -> ExpireReport:
-    """Let old versions of a dataset expire: they cannot be opened any more, and `vacuum` removes what only they need.
+    """Let old versions of the dataset `target` expire: they cannot be opened any more, and `vacuum` removes what only they need.
 
     `keep_last` keeps that many versions, those not counted that an expiring made. `older_than_s` keeps every version that was the newest
     at some time in so many seconds before now, so whatever was read within them can be opened again. With both, a

@@ -47,7 +47,9 @@ class UndeleteReport:
 
 
 def undelete(target: DatasetLike, *, of: int, dry_run: bool = False) -> UndeleteReport:
-    """Bring the documents back that version `of` deleted, whether by a delete, a `dedup` or an ingest with `replace`.
+    """Bring the documents back to `target` that version `of` deleted, by a delete, a `dedup` or an ingest with `replace`.
+
+    With `dry_run` nothing is committed, and the report says what would come back.
 
     Raises:
         ConfigError: that version deleted nothing.

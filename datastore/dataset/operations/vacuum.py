@@ -120,10 +120,10 @@ class _Ingest:
 def vacuum(
     target: DatasetLike, *, dry_run: bool = True, older_than_s: float = DAY_S, progress: Progress | None = None
 ) -> VacuumReport:
-    """Remove the files of a dataset that no readable version names; with `dry_run`, the default, only say which.
+    """Remove the files of the dataset `target` that no readable version names; with `dry_run`, the default, only say which.
 
     Files younger than `older_than_s` stay; 0 is safe only while nobody writes. Memory: 8 bytes per file that stays,
-    some 200 per file that goes. May be run again, or beside itself.
+    some 200 per file that goes. May be run again, or beside itself. `progress` gets the files removed, and all that go.
 
     Raises:
         ConfigError: the URL names a version, or the age is negative.

@@ -66,7 +66,7 @@ def train_tokenizer(
 ) -> bytes:
     """Return the `tokenizer.json` trained on a sample of `sources`.
 
-    `reading` says how the sources are read (globs, keys, separator); what is bad in them is left out. The vocabulary
+    `settings` say which kind it is and how large; by default `TokenizerSettings()`. `reading` says how the sources are read (globs, keys, separator); what is bad in them is left out. The vocabulary
     is smaller than asked for if the sample has no more pairs to merge. `progress` gets the bytes of the sample that were
     read, and all; merging, which follows, tells nothing.
 

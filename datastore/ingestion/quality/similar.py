@@ -106,6 +106,8 @@ def deduplicate(
 ) -> DedupReport:
     """Delete the near duplicates of `target`; `progress` gets the documents that were read, and all.
 
+    `settings` say when documents are alike, and which one stays; by default `DedupSettings()`. With `dry_run` they are only
+    counted.
     With an `engine` other processes read and sign the texts; what is alike is found here. The result is the same.
 
     Raises:

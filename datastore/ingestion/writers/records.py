@@ -63,7 +63,8 @@ def record_writer(
 
     `schema` is an Arrow schema, or maps column names to types as `parse_field` reads them; without one, the dataset's
     own holds; if it is new, that of the first rows written, categories numbered by 32 bits. `format` is that of the new shards:
-    Arrow is read faster, Parquet is smaller. A dataset may hold both.
+    Arrow is read faster, Parquet is smaller. A dataset may hold both. With `operation="overwrite"` the new version holds
+    only what is written here; older ones stay.
 
     Raises:
         ConfigError: the place holds something else, tokens, or records of another schema; or a column cannot be stored.

@@ -61,7 +61,8 @@ def token_writer(
 
     `tokenizer` is the path or URL of the `tokenizer.json` that made the tokens, `end_of_text` what it calls the token
     that ends a document; by default they are those that the dataset names. Without either, `vocab_size` says which ids
-    there may be.
+    there may be. `columns` maps the names of further columns, which have a value for each token, to their types. With a
+    `task_id` a program that was killed may run again: the same documents make the same shards.
 
     Raises:
         ConfigError: the place holds something else, or was made with another tokenizer; a column cannot be stored, or is

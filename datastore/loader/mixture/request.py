@@ -43,6 +43,7 @@ class Stage:
     """Samples that all ranks have been given before it."""
 
     weights: Weights
+    """Of each source: its share is that over the sum of all."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -105,7 +106,7 @@ class Mixture:
         return tuple(sorted(self.sources))
 
     def stages_of(self, samples: Mapping[str, int]) -> list[Stage]:
-        """Return all stages, the first one too, given how many samples each source has. Weights are those of the schedule."""
+        """Return all stages, the first one too, given the `samples` of each source. Weights are those of the schedule."""
         sizes = {name: samples[name] * self.epochs.get(name, 1.0) for name in self.names}
         first = Stage(0, sizes if self.weights is None else self.weights)
         power = 1 / self.temperature

@@ -71,6 +71,8 @@ class RowBatch:
     """First position of the global batch: how many rows all ranks had been given before it."""
 
     dataset: RowSource | Mixture = field(repr=False)
+    """Where they are from."""
+
     failed: Mapping[int, str] = field(default_factory=dict)
     """Rows that the transform failed on and that were left out: the number of each, and why."""
 

@@ -49,6 +49,7 @@ _SHOWN = 8
 class RowLoader(Iterator[RowBatch]):
     """One rank's batches of a dataset of records: `global_batch` rows over all ranks, shuffled as `Loader` shuffles samples.
 
+    `dataset` is an open one, of records, or what `open_files` returns, or a `Mixture`; `seed` and `rank` are as for `Loader`.
     `rows` says which rows to go through and what to make of them (`Rows`); by default all, as they are.
 
     Of `options`, `columns` are those to read (all, if none is named), `memory_bytes` bounds what is kept of shards (in each
@@ -207,7 +208,7 @@ class RowLoader(Iterator[RowBatch]):
         self._start_at(found)
 
     def reweigh(self, weights: Weights) -> None:
-        """Give the sources of the mixture other weights, from the next batch on and until the end; it is part of the state.
+        """Give the sources of the mixture other `weights`, from the next batch on and until the end; it is part of the state.
 
         Raises:
             ConfigError: the loader reads one dataset, or a weight is out of range.
@@ -219,7 +220,7 @@ class RowLoader(Iterator[RowBatch]):
         self._start_at(self._position.skipped(batches))
 
     def seek(self, position: int) -> None:
-        """Go to a position of the order: so many rows, of all ranks and epochs, come before the next batch. Nothing is read.
+        """Go to `position` of the order: so many rows, of all ranks and epochs, come before the next batch. Nothing is read.
 
         Raises:
             ConfigError: it is negative, or lies behind the end.

@@ -57,7 +57,8 @@ def generate(
 ) -> str:
     """Return `prompt`, as it is, and what the model goes on with.
 
-    `source` is a run folder (at `step`, or its newest checkpoint) or a Hugging Face folder.
+    `source` is a run folder (at `step`, or its newest checkpoint) or a Hugging Face folder. `sampling` says how many tokens,
+    and how they are drawn; by default `Sampling()`.
 
     Raises:
         MissingError: no model is there.

@@ -132,7 +132,7 @@ def read_history(folder: RunFolder) -> StepHistory:
 
 
 def trace(run: str | os.PathLike[str], step: int, *, rank: int | None = None, limit: int = 0) -> StepTrace:
-    """Return what `step` (1 is the first) consumed, on `rank` or on all ranks; of the first `limit` samples, 0 for all.
+    """Return what `step` of `run` consumed, 1 being the first; on `rank` or all ranks; the first `limit` samples, 0 for all.
 
     Raises:
         MissingError: there is no run, or no checkpoint knows of that step (yet).

@@ -96,6 +96,7 @@ FLAGS = {
     "ui": "host open port",
     "completion": "",
     "doctor": "url",
+    "explain": "",
 }
 """Every flag but --json, --debug, --progress and --help. A flag that goes or changes its name breaks somebody's script."""
 
@@ -341,6 +342,8 @@ MORE = [
     "doctor",
     "doctor data",
     "doctor --url probed",
+    "explain",
+    "explain corrupt",
 ]
 """What reports and takes no time."""
 

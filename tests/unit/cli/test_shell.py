@@ -63,7 +63,8 @@ def test_an_error_is_one_line_and_a_status(error: Exception, status: int, capsys
 def test_an_error_has_its_code_its_fact_its_values_and_its_hint(capsys: pytest.CaptureFixture[str]) -> None:
     error = ConfigError("world must\nbe positive", world=0, hint="Set WORLD_SIZE.")
     call(ending_in(raising(error)), ["go"], CliSession())
-    assert capsys.readouterr().err == "error[config]: world must be positive (world=0). Set WORLD_SIZE.\n"
+    line = "error[config]: world must be positive (world=0). Set WORLD_SIZE. See: datastore explain config\n"
+    assert capsys.readouterr().err == line
 
 
 @pytest.mark.parametrize("arguments", [["go", "--colour"], ["come"], ["go", "there"], ["--colour"]])
@@ -80,7 +81,7 @@ def test_debug_shows_the_traceback_before_the_line(arguments: list[str], capsys:
     assert call(ending_in(raising(ConfigError("wrong"))), arguments, CliSession()) == 2
     err = capsys.readouterr().err
     assert "Traceback (most recent call last)" in err
-    assert err.endswith("error[config]: wrong.\n")
+    assert err.endswith("error[config]: wrong. See: datastore explain config\n")
 
 
 def test_an_interrupt_says_that_the_work_goes_on_and_ends_with_130(capsys: pytest.CaptureFixture[str]) -> None:
@@ -148,7 +149,7 @@ def test_on_the_command_line_a_hint_names_flags(
     command = cli.commands[words.partition(" ")[0]]
     monkeypatch.setattr(command, "callback", refuse)
     assert call(cli, words.split(), CliSession()) == 2
-    assert capsys.readouterr().err == f"error[config]: it is wrong. {told}\n"
+    assert capsys.readouterr().err == f"error[config]: it is wrong. {told} See: datastore explain config\n"
 
 
 def hints() -> Iterator[tuple[str, str]]:

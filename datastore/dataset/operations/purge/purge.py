@@ -126,7 +126,7 @@ def purge(
     """Remove for good what is deleted from `target`; first delete what `ids`, `sources` and `where` mean, as `delete`.
 
     Versions from before cannot be read any more, and nothing that a `delete`, an `overwrite` or a `compact` took out can
-    be brought back. If there is nothing to purge, nothing is committed.
+    be brought back. If there is nothing to purge, nothing is committed. With `dry_run` the report says what would go.
 
     Raises:
         ConfigError: tags name versions that would go, and `drop_tags` is not set; or the documents lie in the dataset

@@ -107,15 +107,15 @@ class FileRows:
         return max(1, sum(count * size for count, size in pairs) // max(1, rows))
 
     def live_rows(self, index: int) -> None:
-        """Return None: no row is deleted."""
+        """Return None: no row of file `index` is deleted."""
         del index
 
     def batch_rows(self, shard: int) -> Sequence[int]:
-        """Return how many rows each row group or record batch of a file has."""
+        """Return how many rows each row group or record batch of file `shard` has."""
         return self.index.files[shard].rows
 
     def read_batch(self, shard: int, batch: int, *, columns: Sequence[str] | None = None) -> pa.RecordBatch:
-        """Return one row group or record batch of a file.
+        """Return row group or record batch `batch` of file `shard`; with `columns` only those.
 
         Raises:
             CorruptError: the file is another than when it was indexed; or it is damaged, as far as that can be seen.
@@ -146,12 +146,12 @@ class FileRows:
         return fitted[0] if fitted else no_rows(wanted)
 
     def record_shard(self, index: int) -> pa.Table:
-        """Return all rows of a file."""
+        """Return all rows of file `index`."""
         batches = [self.read_batch(index, batch) for batch in range(len(self.batch_rows(index)))]
         return pa.Table.from_batches(batches, schema=self.schema)
 
     def iter_batches(self, *, columns: Sequence[str] | None = None, deleted: bool = False) -> Iterator[pa.RecordBatch]:
-        """Yield the rows of all files in order, a few batches in memory at a time."""
+        """Yield the rows of all files in order, a few batches in memory at a time; with `columns` only those. None is `deleted`."""
         del deleted  # There are none.
         places = ((shard, batch) for shard, file in enumerate(self.index.files) for batch in range(len(file.rows)))
         return in_parallel(lambda place: self.read_batch(*place, columns=columns), places, threads=_READERS)
