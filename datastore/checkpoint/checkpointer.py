@@ -234,9 +234,9 @@ class Checkpointer:
             MissingError: there is no such step.
         """
         self._settle()
-        dropped = drop_after(self._member.storage, step, dry_run=self._member.rank > 0)
-        if self._second is not None and step in StepLog(self._second.storage).steps():
-            dropped = sorted({*dropped, *drop_after(self._second.storage, step, dry_run=self._member.rank > 0)})
+        homes = self._homes(step)
+        found = [drop_after(p, step, elsewhere=p not in homes, dry_run=self._member.rank > 0) for p in self._places]
+        dropped = sorted(set().union(*found))
         if self._history.ref is not None and self._history.ref.step > step:
             self._history.leave()
         return dropped

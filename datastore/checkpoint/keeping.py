@@ -301,8 +301,8 @@ def check_standing(storage: Storage, parts: Iterable[str]) -> None:
         raise StorageError("a part of an earlier save is gone", part=lost[0], url=storage.url, hint=hint)
 
 
-def drop_after(storage: Storage, step: int, *, dry_run: bool = False) -> list[int]:
-    """Remove every step after `step`, newest first, and then what only they need; return them in rising order.
+def drop_after(storage: Storage, step: int, *, elsewhere: bool = False, dry_run: bool = False) -> list[int]:
+    """Remove every step after `step`, which may be `elsewhere`, newest first, and then what only they need; return them in rising order.
 
     Raises:
         MissingError: there is no such step.
@@ -310,7 +310,8 @@ def drop_after(storage: Storage, step: int, *, dry_run: bool = False) -> list[in
     """
     storage = with_codec(storage)
     log = StepLog(storage)
-    log.read(step)
+    if not elsewhere:
+        log.read(step)
     dropped = [newer for newer in log.steps() if newer > step]
     pinned = sorted(set(dropped) & set(pinned_steps(storage)))
     if pinned:

@@ -95,7 +95,8 @@ with ds.Checkpointer(ds.TwoPlaces(near, far), keep=ds.Keep(last=1)) as ck:
         handle = ck.save(step, state)
         if step % 5 == 3:
             handle.replicated()
-            os.rename(far, far + ".away")   # What comes after does not get there.
+            os.rename(far, far + ".away")
+            open(far, "x").close()   # What comes after does not get there.
             ck.save(step + 1, {"model": {"w": torch.full((1000,), step + 1.0)}}).committed()
             os.kill(os.getpid(), signal.SIGKILL)
 """
@@ -118,6 +119,7 @@ def test_a_first_place_in_memory_outlives_the_process_and_the_second_is_not_aske
             assert done.returncode == -signal.SIGKILL, done.stderr
             said.append(done.stdout.split())
             far.with_name("far.away").rename(tmp_path / f"kept-{len(said)}")
+            far.unlink()
             far.mkdir()
         assert said == [["0", "0.0"], ["4", str(near), "4.0"]]
     finally:

@@ -261,6 +261,20 @@ def test_going_back_goes_back_in_both_places(near: Storage, far: Far) -> None:
     assert restored(far, 2)
 
 
+def test_one_goes_back_to_a_step_that_only_the_second_place_has(near: Storage, far: Far) -> None:
+    with Checkpointer(TwoPlaces(near, far, keep=Keep(last=9)), keep=Keep(last=1)) as ck:
+        save(ck, 1, 2, 3)
+        ck.gc()
+        assert steps_of(near) == [3]
+        assert ck.restore(items(-1), step=1).url == far.url
+        assert ck.rewind(1) == [2, 3]
+        save(ck, 2)
+        assert ck.steps() == [1, 2]
+        with pytest.raises(MissingError):
+            ck.rewind(0)
+    assert restored(near, 2)
+
+
 def test_the_second_place_follows_when_the_first_has_gone_back_alone(near: Storage, far: Far) -> None:
     with Checkpointer(TwoPlaces(near, far)) as ck:
         save(ck, 1, 3)
