@@ -6,7 +6,7 @@ scheme goes to fsspec, which is imported only then. A URL below another one alwa
 
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from importlib.util import find_spec
 from pathlib import Path
 from urllib.parse import unquote
@@ -18,7 +18,7 @@ from datastore.storage.base import Storage
 from datastore.storage.urls import split_url, strip_credentials
 from datastore.storage.wrappers import Subfolder
 
-__all__ = ["open_storage"]
+__all__ = ["open_storage", "places_below"]
 
 _ARCHIVE = re.compile(r"(.*?\.zip)(?:/(.*))?", re.IGNORECASE)
 """The archive on this machine, and the folder in it."""
@@ -125,3 +125,35 @@ _OPENERS: dict[str, Callable[[str, str], Storage]] = {
     **dict.fromkeys(("s3", "s3a", "gs", "gcs"), _open_bucket),
 }
 """Scheme -> what opens the URL, given whole and without its scheme."""
+
+
+def places_below(
+    url: str, key: str, *, depth: int, is_one: Callable[[Storage], bool] = lambda _storage: True
+) -> list[str]:
+    """Return the URLs at or up to `depth` folders below `url` that have a file `key` and of which `is_one` holds, sorted.
+
+    Local folders are walked, but not hidden ones, nor into one of those; elsewhere every key below `url` is listed.
+    """
+    storage = open_storage(url)
+    if isinstance(storage, LocalStorage):
+        return sorted(_walk(Path(storage.url), key, depth, is_one))
+    folders = {
+        found.key.removesuffix(key).rstrip("/")
+        for found in storage.list()
+        if found.key.split("/")[-1] == key and found.key.count("/") <= depth
+    }
+    urls = [f"{url.rstrip('/')}/{folder}".rstrip("/") for folder in sorted(folders)]
+    return [each for each in urls if is_one(open_storage(each))]
+
+
+def _walk(folder: Path, key: str, depth: int, is_one: Callable[[Storage], bool]) -> Iterator[str]:
+    if (folder / key).is_file() and is_one(LocalStorage(folder)):
+        yield str(folder)
+    elif depth:
+        try:
+            found = [entry for entry in os.scandir(folder) if entry.is_dir(follow_symlinks=False)]
+        except OSError:
+            return
+        for each in found:
+            if not each.name.startswith("."):
+                yield from _walk(Path(each.path), key, depth - 1, is_one)

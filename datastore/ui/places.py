@@ -13,6 +13,7 @@ from typing import TypeVar
 from datastore.dataset.log.keys import INFO_KEY
 from datastore.dataset.snapshot import Dataset, open_dataset
 from datastore.errors import DatastoreError, MissingError
+from datastore.storage.backends.local import LocalStorage
 from datastore.storage.base import Storage
 from datastore.storage.resolve import open_storage
 from datastore.threads import in_thread
@@ -137,9 +138,8 @@ def _at(items: Sequence[T], number: int, kind: str) -> T:
 def _below(url: str) -> list[tuple[str, str]]:
     """Return the datasets and runs at and below `url`, each as its kind and its URL."""
     storage = open_storage(url)
-    here = storage.local_path(CONFIG_KEY)
-    if here is not None:
-        return sorted(_walk(here.parent, _DEPTH))
+    if isinstance(storage, LocalStorage):
+        return sorted(_walk(Path(storage.url), _DEPTH))
     if _exists(storage, INFO_KEY):
         return [("dataset", url)]
     if is_run(storage):

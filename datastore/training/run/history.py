@@ -8,14 +8,14 @@ Complexity: O(steps) to read the metrics of a run; a picture has some 2,000 poin
 
 import math
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import mean
 from typing import TYPE_CHECKING, Any
 
 from datastore.errors import ConfigError, DatastoreError, DependencyError, MissingError
-from datastore.storage.resolve import open_storage
+from datastore.storage.resolve import places_below
 from datastore.training.metrics import read_metrics
 from datastore.training.run.changes import flatten
 from datastore.training.run.folder import CONFIG_KEY, RunFolder, is_run
@@ -104,17 +104,7 @@ def runs_below(url: str) -> list[str]:
 
     Local folders are walked, and those of a run are not entered; elsewhere every key below `url` is listed.
     """
-    storage = open_storage(url)
-    here = storage.local_path(CONFIG_KEY)
-    if here is not None:
-        return sorted(_walk(here.parent, _DEPTH))
-    folders = {
-        found.key.removesuffix(CONFIG_KEY).rstrip("/")
-        for found in storage.list()
-        if found.key.split("/")[-1] == CONFIG_KEY and found.key.count("/") <= _DEPTH
-    }
-    urls = [f"{url.rstrip('/')}/{folder}".rstrip("/") for folder in sorted(folders)]
-    return [each for each in urls if is_run(open_storage(each))]
+    return places_below(url, CONFIG_KEY, depth=_DEPTH, is_one=is_run)
 
 
 def summary_of(url: str) -> RunSummary:
@@ -314,15 +304,3 @@ def _thinned(points: list[tuple[float, float]]) -> list[tuple[float, float]]:
         )
         kept += sorted(ends | ({part[0]} if len(numbers) < len(part) and not numbers else set()))
     return kept
-
-
-def _walk(folder: Path, depth: int) -> Iterator[str]:
-    if (folder / CONFIG_KEY).is_file() and is_run(open_storage(str(folder))):
-        yield str(folder)
-    elif depth:
-        try:
-            below = sorted(entry.path for entry in os.scandir(folder) if entry.is_dir(follow_symlinks=False))
-        except OSError:
-            return
-        for each in below:
-            yield from _walk(Path(each), depth - 1)

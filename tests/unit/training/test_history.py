@@ -7,6 +7,7 @@ from xml.etree import ElementTree as ET
 import pytest
 
 from datastore.errors import ConfigError, MissingError
+from datastore.storage.backends.local import LocalStorage
 from datastore.storage.resolve import open_storage
 from datastore.testing.examples import make_language, tiny_settings
 from datastore.training.metrics import MetricsWriter
@@ -70,6 +71,12 @@ def test_runs_are_found_and_summed_up(runs: Path) -> None:
     assert (found.loss, found.validation_loss, found.tokens_per_s) == (2 + 1 / 40, 9.5, 20.0)
     assert found.data == {"data": f"{runs.parent / 'data'}@1"}
     assert found.writer is None
+
+
+def test_runs_are_found_without_a_look_at_every_file(runs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (runs / ".hidden").mkdir()
+    monkeypatch.setattr(LocalStorage, "list", lambda *_: pytest.fail("every file is listed"))
+    assert runs_below(str(runs)) == [str(runs / "a"), str(runs / "sweep" / "b")]
 
 
 def test_runs_are_found_where_there_are_no_folders(tmp_path: Path) -> None:
