@@ -71,7 +71,7 @@ if TYPE_CHECKING:
     from datastore.loader.settings import LoaderSettings, Rank
     from datastore.storage.resolve import open_storage
     from datastore.training.export.export import export as export_model
-    from datastore.training.export.inference import evaluate, generate
+    from datastore.training.export.inference import Sampling, evaluate, generate
     from datastore.training.export.teaching import teach
     from datastore.training.run.audit import trace
     from datastore.training.run.history import plot
@@ -109,6 +109,7 @@ _HOMES = {
     "RowLoader": ("datastore.loader.rows.loader", "RowLoader"),
     "Rows": ("datastore.loader.rows.batch", "Rows"),
     "RunSettings": ("datastore.training.settings", "Settings"),
+    "Sampling": ("datastore.training.export.inference", "Sampling"),
     "Stage": ("datastore.loader.mixture.request", "Stage"),
     "StorageError": ("datastore.errors", "StorageError"),
     "Stratified": ("datastore.loader.rows.sampling", "Stratified"),
@@ -192,6 +193,7 @@ __all__ = [
     "RowLoader",
     "Rows",
     "RunSettings",
+    "Sampling",
     "Stage",
     "StorageError",
     "Stratified",

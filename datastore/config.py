@@ -46,10 +46,10 @@ def load_settings(kind: type[D], path: str | os.PathLike[str], overrides: Sequen
         MissingError: there is no such file.
         ConfigError: it cannot be read or is not TOML; or an unknown key, a wrong type or a value out of range, with its path.
     """
-    return settings_from(kind, read_table(Path(path)), overrides=overrides, where=str(path))
+    return settings_from(kind, read_table(path), overrides=overrides, where=str(path))
 
 
-def read_table(path: Path) -> dict[str, Any]:
+def read_table(path: str | os.PathLike[str]) -> dict[str, Any]:
     """Return what the TOML file `path` says.
 
     Raises:
@@ -57,7 +57,7 @@ def read_table(path: Path) -> dict[str, Any]:
         ConfigError: it cannot be read or is not TOML.
     """
     try:
-        return tomllib.loads(path.read_text(encoding="utf-8"))
+        return tomllib.loads(Path(path).read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise MissingError("no such file", file=str(path), hint="Name a TOML file that exists.") from None
     except OSError as error:

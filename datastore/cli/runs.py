@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Self
 
 import click
 
-from datastore.cli.output import PlainLines, json_option, progress_kind, progress_option, say, say_json
+from datastore.cli.output import PlainLines, json_option, progress_kind, progress_option, say, say_json, with_progress
 from datastore.cli.ranks import launched_by
 from datastore.cli.results import tell_needs, tell_profile
 from datastore.cli.shell import example
@@ -202,6 +202,7 @@ def _numbers(result: "Result") -> str:
 
 @click.command(short_help="Prove that each sample was consumed once.", epilog=example("datastore prove runs/first"))
 @RUN
+@progress_option
 @json_option
 def prove(*, run: str, as_json: bool) -> int:
     """Prove from the record of RUN that its order was consumed, each sample exactly once.
@@ -211,7 +212,7 @@ def prove(*, run: str, as_json: bool) -> int:
     """
     from datastore.training.run.proof import prove as prove_run
 
-    proof = prove_run(run)
+    proof = with_progress("prove", prove_run, unit="steps", run=run)
     if as_json:
         say_json(proof)
         return 0 if proof.holds else 1

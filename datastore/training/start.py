@@ -9,7 +9,6 @@ Nothing here loads torch: with `processes` above 1 only the ranks need it.
 
 import os
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import msgspec
@@ -164,7 +163,7 @@ def compress(
     source: str | os.PathLike[str],
     to: str | os.PathLike[str],
     *,
-    recipe: Path,
+    recipe: str | os.PathLike[str],
     data: str | os.PathLike[str] = "",
     processes: int = 1,
     on_progress: Callable[[TrainingProgress], None] | None = None,

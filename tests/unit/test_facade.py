@@ -80,16 +80,19 @@ def test_type_checkers_see_the_same_names_at_the_same_homes() -> None:
     assert seen == datastore._HOMES
 
 
-def test_whatever_takes_a_place_takes_a_path() -> None:
+def test_whatever_takes_a_place_or_a_file_takes_a_path_and_a_text() -> None:
     places = {"url", "run", "runs", "to", "source", "target"}
     strict = [
         f"{name}({parameter.name}: {parameter.annotation})"
         for name in datastore.__all__
         if inspect.isfunction(function := getattr(datastore, name))
         for parameter in inspect.signature(function).parameters.values()
-        if parameter.name in places
-        and "str" in str(parameter.annotation)
-        and "PathLike" not in str(parameter.annotation)
+        if (
+            parameter.name in places
+            and "str" in str(parameter.annotation)
+            and "PathLike" not in str(parameter.annotation)
+        )
+        or parameter.annotation is Path
     ]
     assert strict == []
 

@@ -6,6 +6,7 @@ twice count as the later session took them, so a line that went back after a cra
 Complexity: O(steps) to read the metrics of a run; a picture has some 2,000 points a line, however many steps there are.
 """
 
+import io
 import math
 import os
 from collections.abc import Sequence
@@ -254,7 +255,16 @@ def figure_class() -> "type[Figure]":
         raise DependencyError(
             "a picture needs matplotlib", hint="Install it: `pip install 'llm-datastore[plot]'`."
         ) from None
-    return Figure
+
+    class Picture(Figure):
+        """A figure that a notebook shows by itself: one of matplotlib alone needs its `pyplot`, which nobody has loaded."""
+
+        def _repr_png_(self) -> bytes:
+            made = io.BytesIO()
+            self.savefig(made, format="png")
+            return made.getvalue()
+
+    return Picture
 
 
 def save_figure(figure: "Figure", path: str | Path) -> None:

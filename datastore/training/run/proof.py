@@ -29,6 +29,7 @@ from datastore.training.run.audit import StepHistory, read_history, state_at
 from datastore.training.run.feed import AnyFeed, RecordBatch, RecordFeed, open_feed
 from datastore.training.run.folder import RunConfig, RunFolder, RunSession, open_split, own_versions
 from datastore.training.run.record import StepEntry
+from datastore.units import Progress
 
 __all__ = ["Proof", "prove"]
 
@@ -78,8 +79,10 @@ class Proof:
         return not self.problems
 
 
-def prove(run: str | os.PathLike[str]) -> Proof:
+def prove(run: str | os.PathLike[str], *, progress: Progress | None = None) -> Proof:
     """Compare the record of `run` with its plan, up to its newest checkpoint. Reads all tokens of those steps again.
+
+    `progress` gets the steps that were compared, and all.
 
     If that checkpoint is damaged, the record up to the newest sound one is compared, and that the rest is not known is
     a problem.
@@ -95,11 +98,14 @@ def prove(run: str | os.PathLike[str]) -> Proof:
     sessions = [folder.session(name) for name in dict.fromkeys(session for session, _ in history.steps)]
     counts = _Counts()
     problems = list(history.passed_over)
-    cursor = 0
+    cursor = done = 0
     for session, (_, steps) in zip(sessions, groupby(history.steps, key=lambda step: step[0]), strict=True):
         with _reader_of(config, history, session, cursor=cursor) as reader:
             for _, entry in steps:
                 problems += _compare(entry, reader, counts)
+                done += 1
+                if progress is not None:
+                    progress(done, len(history.steps))
             cursor = reader.loader.cursor
     return Proof(
         steps=len(history.steps),

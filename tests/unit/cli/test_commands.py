@@ -235,6 +235,7 @@ LONG = {
     "train": "train run.toml --to newrun --progress plain",
     "resume": "resume begun --set train.steps=3 --progress plain",
     "fork": "fork run --to forked --set train.steps=2 --progress plain",
+    "prove": "prove run --progress plain",
     "evaluate": "evaluate run --progress plain",
     "cache warm": "cache warm zip://data.zip/data --dir warmed --progress plain",
     "checkpoint verify": "checkpoint verify run --progress plain",

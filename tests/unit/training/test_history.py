@@ -2,6 +2,7 @@
 
 import math
 from pathlib import Path
+from typing import Any
 from xml.etree import ElementTree as ET
 
 import pytest
@@ -109,6 +110,11 @@ def test_what_differs_is_told_and_nothing_else(runs: Path) -> None:
     assert dict(found.losses)[24] == [2 + 1 / 24] * 2
     with pytest.raises(ConfigError, match="nothing to compare"):
         compare([str(runs / "a")])
+
+
+def test_a_notebook_shows_a_picture_without_pyplot(runs: Path) -> None:
+    figure: Any = plot(str(runs / "a"))
+    assert figure._repr_png_().startswith(b"\x89PNG")
 
 
 def test_a_picture_has_a_panel_for_each_number_and_a_line_for_each_run(runs: Path, tmp_path: Path) -> None:
