@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # tensorboard 2.21.0 with torch 2.13.0 (torch.utils.tensorboard), CPU, 2026-11-29.
 # A run logs steps 1 to 100, is killed, and goes on from step 51 with SummaryWriter(purge_step=51),
-# which is there to hide what was logged from step 51 on. The Python server (--load_fast=false; also where
-# there is no tensorboard-data-server, or for --detect_file_replacement) hides nothing at the first resume:
+# which is there to hide what was logged from step 51 on. The Python server (--load_fast=false) hides nothing
+# at the first resume:
 # both lines are shown, end to end, so the curve goes back. At the second resume it works. It takes the first START record
 # for the beginning of the run, and a run that began without purge_step has written none.
 # The fast server (tensorboard-data-server 0.7.2) and EventAccumulator, which scripts read event files by, hide the steps.
