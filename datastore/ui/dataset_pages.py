@@ -103,7 +103,7 @@ def plan(places: Places, path: Path, query: Query) -> Shown:
     dataset = _dataset(places, path, query)
     asked = {
         name: _number(query, name, default)
-        for name, default in (("ranks", 4), ("steps", 16), ("seq_len", 512), ("global_batch", 64))
+        for name, default in (("ranks", 4), ("steps", 16), ("seq_len", 512), ("global_batch", 64), ("seed", 0))
     }
     found = of.planned(dataset, **asked)
     shown = sorted({shard for step in found for shard, _ in step.shards})

@@ -14,8 +14,10 @@ from datastore.dataset.shards.files import read_documents
 from datastore.dataset.snapshot import Dataset
 from datastore.display import upper_half
 from datastore.errors import ConfigError
-from datastore.loader.loader import Loader
-from datastore.loader.settings import Rank
+from datastore.loader.order.order import Planner
+from datastore.loader.place.sources import course_of
+from datastore.loader.settings import LoaderSettings, Rank
+from datastore.loader.stream import open_stream
 from datastore.threads import in_parallel
 
 __all__ = [
@@ -135,7 +137,7 @@ def bars_of_lengths(dataset: Dataset) -> tuple[list[Bar], int]:
 def sources_of(dataset: Dataset) -> list[Bar]:
     """Return how many documents come from where, the largest first: by the first part of their source that tells them apart.
 
-    Of a large dataset some documents of some shards stand for all.
+    Of a large dataset some documents of some shards stand for all; deleted ones do not count.
 
     Raises:
         DatastoreError: a file cannot be read.
@@ -149,8 +151,9 @@ def sources_of(dataset: Dataset) -> list[Bar]:
             table = dataset.record_shard(index).select(["source"])
         else:
             return []
-        column = table.column("source")
-        return [str(column[row].as_py()) for row in spread(len(column), _SAMPLED_ROWS)]
+        column, alive = table.column("source"), dataset.live_rows(index)
+        rows = np.arange(len(column)) if alive is None else np.flatnonzero(alive)
+        return [str(column[int(rows[place])].as_py()) for place in spread(len(rows), _SAMPLED_ROWS)]
 
     sources = [source for part in in_parallel(read, chosen) for source in part if source]
     for depth in range(1, 6):
@@ -223,8 +226,10 @@ class PlannedStep:
     shards: tuple[tuple[int, int], ...]
 
 
-def planned(dataset: Dataset, *, ranks: int, steps: int, seq_len: int, global_batch: int) -> list[PlannedStep]:
-    """Return which shards `ranks` ranks read in the first `steps` steps of a run, as a loader plans them; nothing is read.
+def planned(
+    dataset: Dataset, *, ranks: int, steps: int, seq_len: int, global_batch: int, seed: int = 0
+) -> list[PlannedStep]:
+    """Return which shards `ranks` ranks read in the first `steps` steps of a run, as their loaders plan them; nothing is read.
 
     Raises:
         ConfigError: a number is out of range, or does not suit the dataset.
@@ -236,15 +241,12 @@ def planned(dataset: Dataset, *, ranks: int, steps: int, seq_len: int, global_ba
             steps=steps,
             hint=f"Up to {_MOST_RANKS} ranks and {_MOST_STEPS} steps.",
         )
-    with Loader(dataset, seq_len=seq_len, global_batch=global_batch) as loader:
-        batches = loader.plan(steps)  # All slots of each step; a rank has a stretch of them.
-    ends = np.cumsum(dataset.segments.tokens)
+    stream = open_stream(dataset, seq_len=seq_len, seed=seed, options=LoaderSettings())
+    order, end = course_of(stream.sources, stream.start, epochs=None)
     found = []
-    for step, samples in enumerate(batches):
-        # Samples lie end to end in the stream of tokens: each is drawn where it begins.
-        places = np.searchsorted(ends, samples * seq_len, side="right")
-        for rank in range(ranks):
-            start, stop = Rank(rank, ranks).share(global_batch)
-            shards, counts = np.unique(places[start:stop], return_counts=True)
+    for rank in range(ranks):
+        planner = Planner(order, rank=Rank(rank, ranks), global_batch=global_batch, total=end)
+        for step, plan in enumerate(planner.plan(0, batches=steps)):
+            shards, counts = np.unique(plan.shards[plan.valid], return_counts=True)
             found.append(PlannedStep(step, rank, tuple(zip(shards.tolist(), counts.tolist(), strict=True))))
     return found

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import orjson
@@ -64,15 +65,23 @@ def ground(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-@pytest.fixture(scope="module")
-def address(ground: Path) -> Iterator[str]:
-    """The address of a server of its own process, as the command prints it."""
-    command = [sys.executable, "-m", "datastore", "ui", str(ground), "--no-open"]
+@contextmanager
+def served(folder: Path) -> Iterator[str]:
+    """Serve `folder` in a process of its own; give the address that the command prints."""
+    command = [sys.executable, "-m", "datastore", "ui", str(folder), "--no-open"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as server:
         assert server.stdout is not None
-        yield server.stdout.readline().strip()
-        server.terminate()
-        server.wait(20)
+        try:
+            yield server.stdout.readline().strip()
+        finally:
+            server.terminate()
+            server.wait(20)
+
+
+@pytest.fixture(scope="module")
+def address(ground: Path) -> Iterator[str]:
+    with served(ground) as found:
+        yield found
 
 
 @pytest.fixture(scope="module")
@@ -188,6 +197,32 @@ def test_steps_that_are_new_appear_by_themselves(page: Page, ground: Path) -> No
     longer.write_bytes(file.read_bytes() + orjson.dumps(last | {"step": last["step"] + 1, "loss": 1.0}) + b"\n")
     longer.replace(file)
     expect(figure).to_have_attribute("data-points", str(before + 1), timeout=10_000)
+
+
+def test_a_run_that_was_killed_and_went_wrong_shows_that(browser: Browser, ground: Path, tmp_path: Path) -> None:
+    """Steps 16 to 24 come twice, and the loss of step 21 was no number: the trainer leaves such numbers out."""
+    shutil.copytree(ground / "runs" / "first", tmp_path / "resumed")
+    (file,) = (tmp_path / "resumed" / "metrics").iterdir()
+    records = [orjson.loads(line) for line in file.read_bytes().splitlines()]
+    file.unlink()
+    again = [dict(record) for record in records[15:]]
+    del again[5]["loss"]
+    for record in records:
+        record["loss"] += 0.02 * max(0, record["step"] - 12)
+    for first, number, some in ((1, 1, records[:24]), (16, 2, again)):
+        lines = b"".join(orjson.dumps(record) + b"\n" for record in some)
+        file.with_name(f"{first:010d}-{number:06d}-abc.jsonl").write_bytes(lines)
+    with served(tmp_path) as address, browser.new_context(viewport=WIDE) as context:
+        page = context.new_page()
+        page.goto(address)
+        page.goto(f"{base(page)}/runs")
+        drawn(page, 1)
+        figure = page.locator("figure.plot")
+        expect(figure).to_have_attribute("data-points", "30")
+        expect(figure.locator("figcaption")).to_contain_text("not finite at 1 step (marked above)")
+        expect(figure.locator("figcaption")).to_contain_text("before a later session took them again")
+        expect(figure.locator(".u-legend")).to_contain_text("before it was taken again")
+        shot(page, "ui-resumed")
 
 
 def test_a_search_finds_a_document_whose_tokens_are_coloured(page: Page) -> None:

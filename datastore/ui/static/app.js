@@ -1,7 +1,10 @@
 "use strict";
 /* The plots and the search that goes on by itself. Numbers come thinned from the server; zooming asks for the stretch that is seen. */
 
-const COLOURS = ["#2f6f9f", "#c8553d", "#3d8b57", "#8a5fb0", "#b8860b", "#3a9a9a", "#b04a7a", "#6b7280"];
+const DARK = matchMedia("(prefers-color-scheme: dark)").matches;
+const COLOURS = DARK
+  ? ["#5aa9e6", "#f28a6f", "#6cc58a", "#bd97e3", "#e0b84a", "#5fc7c7", "#e283b0", "#a3acb8"]
+  : ["#2f6f9f", "#c8553d", "#3d8b57", "#8a5fb0", "#b8860b", "#3a9a9a", "#b04a7a", "#6b7280"];
 const LIVE_MS = 2000;
 
 function colour(name) {
@@ -32,13 +35,24 @@ function aligned(found) {
     });
     line.again.forEach(([x, y], number) => {
       tables.push([x, y]);
-      series.push({ label: `${line.label}, before it was taken again${number ? ` (${number + 1})` : ""}`, stroke: stroke + "66", width: 1, dash: [4, 4], points: { show: false } });
+      series.push({ label: `${line.label}, before it was taken again${number ? ` (${number + 1})` : ""}`, stroke: stroke + "aa", width: 1.25, dash: [4, 4], points: { show: false } });
     });
   });
   const filled = tables.filter((table) => table[0].length);
   const kept = series.filter((_, place) => place === 0 || tables[place - 1][0].length);
   /* Where one line has no value since another has a step there, it goes on; where its own value is null, there is a gap. */
   return { data: filled.length ? uPlot.join(filled, filled.map((table) => table.map(() => 1))) : [[]], series: kept };
+}
+
+/* Numbers of an axis, short enough to stand beside it: 1.5 G, 20 k, 3e-5. */
+function short(value) {
+  if (value == null) return "";
+  const size = Math.abs(value);
+  if (size && size < 1e-3) return value.toExponential().replace("e-0", "e-");
+  for (const [unit, letter] of [[1e12, " T"], [1e9, " G"], [1e6, " M"], [1e4, " k"]]) {
+    if (size >= unit) return `${Number((value / (unit === 1e4 ? 1e3 : unit)).toPrecision(6))}${letter}`;
+  }
+  return value.toLocaleString("en", { maximumSignificantDigits: 6 });
 }
 
 function markers(figure) {
@@ -49,6 +63,7 @@ function markers(figure) {
         context.save();
         context.strokeStyle = colour("--trouble");
         context.lineWidth = 2 * devicePixelRatio;
+        context.setLineDash([]);
         for (const mark of figure.marks) {
           const x = plot.valToPos(mark, "x", true);
           if (x < plot.bbox.left || x > plot.bbox.left + plot.bbox.width) continue;
@@ -78,7 +93,7 @@ function drawn(figure, found) {
   }
   caption.firstChild.textContent = found.name;
   const again = found.lines.some((line) => line.again.length) ? "dashed: steps as they were before a later session took them again" : "";
-  caption.lastChild.textContent = [marked ? `not finite at ${marked.toLocaleString("en")} steps (marked above)` : "", again].filter(Boolean).join("; ");
+  caption.lastChild.textContent = [marked ? `not finite at ${marked.toLocaleString("en")} step${marked === 1 ? "" : "s"} (marked above)` : "", again].filter(Boolean).join("; ");
   const signature = JSON.stringify([series.map((each) => each.label), found.against, log]);
   if (figure.chart && figure.signature === signature) {
     figure.chart.setData(data, !figure.span);
@@ -90,7 +105,7 @@ function drawn(figure, found) {
   figure.chart = new uPlot({
     width: figure.clientWidth, height: figure.classList.contains("small") ? 200 : 320, series,
     scales: { x: { time: false }, y: log ? { distr: 3 } : {} },
-    axes: [axis, { ...axis, size: 64 }], plugins: [markers(figure)], legend: { live: true },
+    axes: [axis, { ...axis, size: 64, values: (_, ticks) => ticks.map(short) }], plugins: [markers(figure)], legend: { live: true },
     cursor: { drag: { x: true, y: false, setScale: false } },
     hooks: {
       setSelect: [(plot) => {

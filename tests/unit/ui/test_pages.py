@@ -2,10 +2,12 @@
 
 import hashlib
 import re
+from collections import Counter
 from collections.abc import Iterator
 from html import unescape
 from pathlib import Path
 
+import numpy as np
 import orjson
 import pyarrow as pa
 import pytest
@@ -13,6 +15,7 @@ from starlette.testclient import TestClient
 
 import datastore as ds
 from datastore.ui.app import make_app
+from datastore.ui.datasets import planned, sources_of
 from datastore.ui.places import Places
 
 TOKEN = "right"
@@ -119,6 +122,19 @@ def test_an_older_version_is_shown_as_it_was(client: TestClient) -> None:
     assert "late" in text_of(client, f"{address}/documents?version=2&q=late").split("<table")[1]
 
 
+def followed(client: TestClient, address: str) -> Iterator[str]:
+    """Yield a page of documents and those that come after it; a search ends a page when its time is up, whenever that is."""
+    path = address.partition("?")[0]
+    while address:
+        yield (shown := text_of(client, address))
+        found = re.search(r'rel="next" data-search="1?" href="([^"]*)"', shown)
+        address = f"{path}{unescape(found[1])}" if found else ""
+
+
+def names_of(shown: str) -> list[str]:
+    return re.findall(r"version=3\">([^<]*)</a>", shown.split("<tbody>")[1].split("</tbody>", maxsplit=1)[0])
+
+
 @pytest.mark.parametrize(
     ("query", "hits"),
     [
@@ -130,18 +146,15 @@ def test_an_older_version_is_shown_as_it_was(client: TestClient) -> None:
     ],
 )
 def test_a_search_finds_what_is_meant(client: TestClient, query: str, hits: set[str]) -> None:
-    shown = text_of(client, f"{number_of(client, 'tokens')}/documents?{query}")
-    assert set(re.findall(r"version=3\">([^<]*)</a>", shown.split("<tbody>")[1])) == hits
-    assert "looked at 201 of 201 documents" in shown
+    pages = list(followed(client, f"{number_of(client, 'tokens')}/documents?version=3&{query}"))
+    found = [name for shown in pages for name in names_of(shown)]
+    assert sorted(found) == sorted(hits)
+    assert "looked at 201 of 201 documents" in pages[-1]
 
 
 def test_pages_of_a_list_name_every_document_once(client: TestClient) -> None:
-    address, seen = f"{number_of(client, 'tokens')}/documents?version=3", []
-    while address:
-        shown = text_of(client, address)
-        seen += re.findall(r"version=3\">([^<]*)</a>", shown.split("<tbody>")[1].split("</tbody>")[0])
-        found = re.search(r'rel="next" data-search="" href="([^"]*)"', shown)
-        address = f"{number_of(client, 'tokens')}/documents{unescape(found[1])}" if found else ""
+    pages = followed(client, f"{number_of(client, 'tokens')}/documents?version=3")
+    seen = [name for shown in pages for name in names_of(shown)]
     assert sorted(seen) == sorted([*(f"doc-{number}" for number in range(200)), "late"])
 
 
@@ -170,6 +183,28 @@ def test_shards_health_and_plan(client: TestClient, ground: Path) -> None:
     assert "beyond repair" in shown
     plan = text_of(client, f"{number_of(client, 'tokens')}/plan?ranks=2&steps=3&seq_len=16&global_batch=8")
     assert plan.count("<g><title>") == 6
+
+
+def test_the_plan_is_that_of_the_loaders(ground: Path) -> None:
+    data, sizes = ds.open(ground / "tokens"), {"seq_len": 16, "global_batch": 12, "seed": 3}
+    found = {(each.rank, each.step): each.shards for each in planned(data, ranks=5, steps=4, **sizes)}
+    ends = np.cumsum(data.segments.tokens)
+    for rank in range(5):
+        with ds.Loader(data, rank=ds.Rank(rank, 5), **sizes) as loader:
+            for step, samples in enumerate(loader.plan(4)):
+                shards = np.searchsorted(ends, samples * 16, side="right").tolist()
+                assert found[rank, step] == tuple(sorted(Counter(shards).items()))
+
+
+def test_deleted_documents_are_in_no_histogram(tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        (tmp_path / "src" / name).mkdir(parents=True)
+        for number in range(4):
+            (tmp_path / "src" / name / f"{number}.txt").write_text("text")
+    ds.ingest(tmp_path / "src", tmp_path / "data")
+    ds.delete(tmp_path / "data", sources=["*a/1*", "*a/2*"])
+    bars = sources_of(ds.open(tmp_path / "data"))
+    assert [(bar.name[-1], bar.count) for bar in bars] == [("b", 4), ("a", 2)]
 
 
 def test_a_run_its_checkpoints_and_what_a_step_saw(client: TestClient) -> None:

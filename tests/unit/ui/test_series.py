@@ -182,6 +182,23 @@ def test_only_what_is_new_is_read(storage: Storage) -> None:
     assert len(series.line("loss").x) == 1_000
 
 
+def test_a_file_that_is_read_in_parts_is_the_same(storage: Storage, monkeypatch: pytest.MonkeyPatch) -> None:
+    records = steps(1, 301, 2.0, sparsity=0.5)
+    for record in records[100:]:
+        record["validation_loss"] = float("nan") if record["step"] % 7 else 3.0
+    records[200]["note"] = "x" * 5_000
+    put(storage, 1, 1, records)
+    whole = RunSeries(storage)
+    whole.refresh()
+    for length in (1, 100, 1_000):
+        monkeypatch.setattr("datastore.ui.series._AT_ONCE", length)
+        parts = RunSeries(storage)
+        parts.refresh()
+        assert parts.names() == whole.names()
+        for name in ("step", "loss", "validation_loss", "sparsity"):
+            assert parts.line(name) == whole.line(name)
+
+
 def test_another_file_in_the_place_of_one_is_read_anew(storage: Storage) -> None:
     put(storage, 1, 1, steps(1, 101, 2.0))
     series = RunSeries(storage)
