@@ -84,7 +84,7 @@ TOPICS: dict[str, Topic] = {
         how it works: [the trainer](../trainer.md).
         """,
         """
-        RunSettings load_settings train resume fork dry_run compress prove trace plot evaluate generate
+        RunSettings load_settings train resume fork dry_run compress prove trace plot evaluate generate Sampling
         export_model teach
         """,
     ),

@@ -166,9 +166,9 @@ def test_an_error_of_another_process_comes_back_as_it_was(ground: Path, tmp_path
 
 
 def test_what_only_this_process_sees_is_not_for_engines() -> None:
-    ds.ingest([{"text": "one"}], "memory://engines/data")
+    ds.ingest([{"text": "one"}], "memory://elsewhere/data")
     with pytest.raises(ds.ConfigError, match="other processes cannot see memory://"):
-        ds.verify(ds.open("memory://engines/data"), engine=ds.LocalEngine(2))
+        ds.verify(ds.open("memory://elsewhere/data"), engine=ds.LocalEngine(2))
 
 
 @pytest.mark.parametrize("workers", [-1, 2.5, "2"])
