@@ -10,6 +10,7 @@ import shutil
 import sys
 import time
 import uuid
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from importlib import metadata
 from pathlib import Path
@@ -346,7 +347,8 @@ def ui(*, urls: tuple[str, ...], host: str, port: int, browser: bool) -> None:
 
             webbrowser.open(address)
 
-    serve(urls or (".",), host=host, port=port, ready=ready)
+    with suppress(KeyboardInterrupt):  # That is how it ends.
+        serve(urls or (".",), host=host, port=port, ready=ready)
 
 
 COMMANDS = (init, completion, ui, doctor, explain)

@@ -115,7 +115,13 @@ def run_at_once(ground: Ground, program: str, kind: str, *letters: str) -> list[
         )
         for index, each in enumerate(letters)
     ]
-    outputs = [process.communicate(timeout=120) for process in started]
+    outputs = []
+    for process in started:
+        try:
+            outputs.append(process.communicate(timeout=120))
+        except subprocess.TimeoutExpired:  # It waits for one that has ended: what that said is what matters.
+            process.kill()
+            outputs.append(process.communicate())
     assert [process.returncode for process in started] == [0] * len(letters), outputs
     return [json.loads(out) for out, _ in outputs]
 
