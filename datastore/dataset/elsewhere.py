@@ -1,11 +1,13 @@
 """Work on a dataset in other processes: where it is goes with each piece of the work, and it is opened there once.
 
-crew = crew_of(dataset, target, engine)
-for number, answer in crew.spread(check_files, pieces, answer=list[Bad]): ...
+    crew = crew_of(dataset, target, engine)
+    for number, answer in crew.spread(check_files, pieces, answer=list[Bad]): ...
 
-def check_files(order: bytes, tell: Tell) -> bytes:        # in any process
-dataset, files = received(order, list[File])
-return sent(...)
+    def check_files(order: bytes, tell: Tell) -> bytes:        # in any process
+        dataset, files = received(order, list[File])
+        return sent(...)
+
+What is sent are documents, dataclasses and plain values.
 """
 
 import os

@@ -144,17 +144,17 @@ def _messages(answers: Iterator[bytes]) -> Iterator["_Step | _Done | _Failed"]:
 
 def work(order: bytes) -> bytes:
     """Do one order, and return its answer, or the error that ended it. It is called in any process, and by any thread."""
-    told: list[bytes] = []
-    answer = perform(msgspec.msgpack.decode(order, type=Order), told.append)
-    return msgspec.msgpack.encode([*(message for each in told for message in _MESSAGES.decode(each)), answer])
+    messages: list[_Step | _Done | _Failed] = []
+    messages.append(perform(msgspec.msgpack.decode(order, type=Order), messages.append))
+    return msgspec.msgpack.encode(messages)
 
 
-def perform(order: Order, tell: Tell) -> "_Done | _Failed":
-    """Do one order, and return its message; `tell` gets each step as an answer that has nothing else."""
+def perform(order: Order, tell: Callable[["_Step"], None]) -> "_Done | _Failed":
+    """Do one order, and return its message; `tell` gets that of each step."""
     sys.path += [each for each in order.path if each not in sys.path]
     function: Function = resolve_name(order.call)
     try:
-        value = function(order.order, lambda step: tell(msgspec.msgpack.encode([_Step(value=step)])))
+        value = function(order.order, lambda step: tell(_Step(value=step)))
     except DatastoreError as error:
         return _Failed(error=error.as_dict())
     return _Done(number=order.number, value=value)

@@ -120,7 +120,7 @@ def serve(pipe: Connection) -> None:
     while True:
         order = msgspec.msgpack.decode(waiting.get(), type=Order)
         sys.path[:] = order.path or sys.path
-        answer = perform(order, lambda step: pipe.send_bytes(_STEP + step))
+        answer = perform(order, lambda step: pipe.send_bytes(_STEP + msgspec.msgpack.encode([step])))
         pipe.send_bytes(_END + msgspec.msgpack.encode([answer]))
 
 

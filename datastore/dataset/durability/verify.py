@@ -168,16 +168,18 @@ def _elsewhere(crew: Crew, checks: Iterator[_Check], look: DeepCheck | None) -> 
 
     def items() -> Iterator[tuple[tuple[bool, list[_Part]], Mapping[str, str]]]:
         parts: list[_Part] = []
+        size = 0
         for check in checks:
             if not isinstance(check, _Part):
                 own.append(check())
                 continue
-            parts.append(check)
             if look is not None and check.shard is not None:
                 look.seen(check.shard)
-            if sum(part.size_bytes for part in parts) >= _PIECE_BYTES:
+            parts.append(check)
+            size += check.size_bytes
+            if size >= _PIECE_BYTES:
                 yield (look is not None, parts), {"first_file": parts[0].files[0][0].key}
-                parts = []
+                parts, size = [], 0
         if parts:
             yield (look is not None, parts), {"first_file": parts[0].files[0][0].key}
 
