@@ -7,6 +7,7 @@ goes on. So no page waits longer for a large dataset, and no index has to be kep
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -17,6 +18,7 @@ from datastore.dataset.operations.selection import Matcher, Selection
 from datastore.dataset.snapshot import Dataset
 from datastore.errors import ConfigError, MissingError
 from datastore.formats.arrow import numbers_of
+from datastore.formats.documents import DOCUMENTS_SCHEMA
 from datastore.formats.tokentext import TokenText
 
 __all__ = ["Document", "Field", "Found", "Piece", "Query", "blob", "find", "show"]
@@ -32,6 +34,8 @@ _TEXT_ROWS = 256
 _SHOWN_TOKENS = 4_000
 _SHOWN_TEXT = 20_000
 _EXCERPT = 160
+_EXCERPT_TOKENS = 8 * _EXCERPT
+"""So many tokens make twice as many characters as an excerpt has, even where each is a byte of a character of four."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,12 +106,13 @@ class _Look:
         self._dataset = dataset
         self._query = query
         self._texts = text_of(dataset)
+        self._tokens = lru_cache(1)(dataset.token_shard)
         selection = None
         if query.where or query.source:
             selection = Selection.of(
                 ids=None, sources=[query.source] if query.source else (), where=query.where or None
             )
-        schema = dataset.schema if dataset.kind == "records" else dataset_documents_schema(dataset)
+        schema = dataset.schema if dataset.kind == "records" else DOCUMENTS_SCHEMA
         self._matcher = Matcher(selection, schema) if selection else None
 
     def shard(self, index: int, *, start: int, most: int, deadline: float) -> tuple[list[dict[str, Any]], int | None]:
@@ -150,7 +155,8 @@ class _Look:
     def _has(self, text: str) -> bool:
         return self._query.text.casefold() in text.casefold()
 
-    def _text(self, index: int, table: pa.Table, rows: Any) -> list[str]:
+    def _text(self, index: int, table: pa.Table, rows: Any, *, most_tokens: int | None = None) -> list[str]:
+        """Return the texts of some rows; of tokens, if that is enough, only what the first of them make."""
         if self._dataset.kind == "records":
             names = [field.name for field in table.schema if pa.types.is_string(field.type)]
             columns = [table.column(name).take(pa.array(rows)).to_pylist() for name in names]
@@ -163,13 +169,15 @@ class _Look:
             raise ConfigError(
                 "the dataset names no tokenizer that its tokens could be read by", hint="Search ids and sources."
             )
-        values, offsets = self._dataset.token_shard(index)
-        return [self._texts.decode(values[offsets[row] : offsets[row + 1]]) for row in rows.tolist()]
+        values, offsets = self._tokens(index)
+        return [self._texts.decode(values[offsets[row] : offsets[row + 1]][:most_tokens]) for row in rows.tolist()]
 
     def _described(self, index: int, table: pa.Table, rows: Any) -> list[dict[str, Any]]:
         alive = self._dataset.live_rows(index)
         taken = table.take(pa.array(rows))
-        texts = self._text(index, table, rows) if self._dataset.kind == "records" or self._texts else [""] * len(rows)
+        texts = [""] * len(rows)
+        if self._dataset.kind == "records" or self._texts:
+            texts = self._text(index, table, rows, most_tokens=_EXCERPT_TOKENS)
         columns = {
             name: taken.column(name).to_pylist() for name in ("id", "source", "tokens") if name in table.column_names
         }
@@ -185,14 +193,6 @@ class _Look:
             }
             for place, row in enumerate(rows.tolist())
         ]
-
-
-def dataset_documents_schema(dataset: Dataset) -> pa.Schema:
-    """Return the columns of the documents of a dataset of tokens."""
-    from datastore.formats.documents import DOCUMENTS_SCHEMA  # noqa: PLC0415
-
-    assert dataset.kind == "tokens"
-    return DOCUMENTS_SCHEMA
 
 
 def text_of(dataset: Dataset) -> TokenText | None:
@@ -249,8 +249,7 @@ def show(dataset: Dataset, shard: int, row: int) -> Document:
         MissingError: there is none at that place, or a file is gone.
         CorruptError: a file is damaged.
     """
-    if not (0 <= shard < len(dataset.segments) and 0 <= row < dataset.segments.shard(shard).documents):
-        raise MissingError("there is no such document", shard=shard, row=row, hint="Go back to the list.")
+    _require(dataset, shard, row)
     alive = dataset.live_rows(shard)
     deleted = alive is not None and not bool(alive[row])
     if dataset.kind == "records":
@@ -262,6 +261,11 @@ def show(dataset: Dataset, shard: int, row: int) -> Document:
     mask = table.column("loss_mask")[0].as_py() if "loss_mask" in table.column_names else None
     pieces = _pieces(text_of(dataset), tokens, mask)
     return Document(shard, row, facts, deleted, pieces=pieces, more=max(0, int(facts["tokens"]) - len(tokens)))
+
+
+def _require(dataset: Dataset, shard: int, row: int) -> None:
+    if not (0 <= shard < len(dataset.segments) and 0 <= row < dataset.segments.shard(shard).documents):
+        raise MissingError("there is no such document", shard=shard, row=row, hint="Go back to the list.")
 
 
 def _pieces(text: TokenText | None, tokens: Any, mask: Sequence[int] | None) -> list[Piece]:
@@ -320,9 +324,10 @@ def blob(dataset: Dataset, shard: int, row: int, name: str) -> tuple[bytes, str]
     Raises:
         MissingError: there is none of that name in that place.
     """
-    document = show(dataset, shard, row) if dataset.kind == "records" else None
-    if document is None or name not in {each.name for each in document.fields if each.kind in {"image", "audio"}}:
+    _require(dataset, shard, row)
+    raw = None
+    if dataset.kind == "records" and name in dataset.schema.names:
+        raw = raw_of(dataset.record_shard(shard).column(name)[row].as_py())
+    if raw is None or not (kind := media_type(raw)):
         raise MissingError("there is no such picture or sound", shard=shard, row=row, column=name, hint="Go back.")
-    raw = raw_of(dataset.record_shard(shard).column(name)[row].as_py())
-    assert raw is not None
-    return raw, media_type(raw)
+    return raw, kind
