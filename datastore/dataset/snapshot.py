@@ -29,6 +29,7 @@ from datastore.formats.plain import python_rows
 from datastore.formats.records import BATCH_BYTES
 from datastore.formats.schema import decode_schema
 from datastore.formats.tokens import Offsets, Tokens
+from datastore.formats.tokentext import TokenText
 from datastore.storage.base import Storage
 from datastore.storage.resolve import open_storage
 from datastore.storage.wrappers import LinkedStorage
@@ -158,6 +159,16 @@ class Dataset(Views):
             CorruptError: the file is damaged.
         """
         return read_tokenizer(self.storage, self.commit.tokenizer) if self.commit.tokenizer else None
+
+    @cached_property
+    def token_text(self) -> TokenText | None:
+        """What makes text of its tokens, or None if the dataset names no tokenizer.
+
+        Raises:
+            MissingError, CorruptError: as `tokenizer`.
+        """
+        raw, ref = self.tokenizer(), self.commit.tokenizer
+        return None if raw is None or ref is None else TokenText(raw, end_of_text=ref.end_of_text)
 
     def token_shard(self, index: int) -> tuple[Tokens, Offsets]:
         """Return all tokens of shard `index`, end to end, and its `documents + 1` offsets, deleted ones too.

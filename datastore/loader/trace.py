@@ -11,7 +11,6 @@ import pyarrow as pa
 from datastore.dataset.snapshot import Dataset
 from datastore.errors import ConfigError
 from datastore.formats.tokens import Offsets, Tokens
-from datastore.formats.tokentext import TokenText
 from datastore.loader.mixture.request import Data
 from datastore.loader.order.lanes import I64
 from datastore.loader.order.order import BatchPlan, Planner
@@ -136,10 +135,7 @@ class Tracer:
         self._grid = grid or open_stream(dataset, seq_len=seq_len, seed=0, options=options).grid
         self._tokens = lru_cache(_SHARDS_KEPT)(dataset.token_shard)
         self._documents = lru_cache(_SHARDS_KEPT)(dataset.documents)
-        raw = dataset.tokenizer()
-        self._text: TokenText | None = None
-        if raw is not None and dataset.commit.tokenizer is not None:
-            self._text = TokenText(raw, end_of_text=dataset.commit.tokenizer.end_of_text)
+        self._text = dataset.token_text
 
     def locate(self, samples: Iterable[int]) -> list[SampleOrigin]:
         """Return where each of `samples` comes from, in the order given."""

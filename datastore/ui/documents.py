@@ -105,7 +105,7 @@ class _Look:
     def __init__(self, dataset: Dataset, query: Query) -> None:
         self._dataset = dataset
         self._query = query
-        self._texts = text_of(dataset)
+        self._texts = dataset.token_text
         self._tokens = lru_cache(1)(dataset.token_shard)
         selection = None
         if query.where or query.source:
@@ -195,14 +195,6 @@ class _Look:
         ]
 
 
-def text_of(dataset: Dataset) -> TokenText | None:
-    """Return what makes text of tokens; None if the dataset names no tokenizer."""
-    if dataset.kind != "tokens" or dataset.commit.tokenizer is None:
-        return None
-    raw = dataset.tokenizer()
-    return None if raw is None else TokenText(raw, end_of_text=dataset.commit.tokenizer.end_of_text)
-
-
 @dataclass(frozen=True, slots=True)
 class Piece:
     """One token as it is shown."""
@@ -259,7 +251,7 @@ def show(dataset: Dataset, shard: int, row: int) -> Document:
     table = dataset.token_lists(shard).slice(row, 1)
     tokens = np.asarray(table.column("tokens")[0].as_py()[:_SHOWN_TOKENS])
     mask = table.column("loss_mask")[0].as_py() if "loss_mask" in table.column_names else None
-    pieces = _pieces(text_of(dataset), tokens, mask)
+    pieces = _pieces(dataset.token_text, tokens, mask)
     return Document(shard, row, facts, deleted, pieces=pieces, more=max(0, int(facts["tokens"]) - len(tokens)))
 
 

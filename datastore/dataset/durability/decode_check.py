@@ -186,10 +186,9 @@ def _lies_at(raw: pa.Buffer, start: int, values: npt.NDArray[Any]) -> bool:
 
 def _text_of(dataset: Dataset) -> TokenText | None:
     """Return what decodes to the byte, if the tokenizer does."""
-    ref = dataset.commit.tokenizer
     with suppress(DatastoreError, ValueError):  # Damage is told where the file is checked.
-        text = TokenText(dataset.tokenizer() or b"{}", end_of_text=ref.end_of_text if ref else 0)
-        return text if ref and text.exact else None
+        text = dataset.token_text
+        return text if text is not None and text.exact else None
     return None
 
 

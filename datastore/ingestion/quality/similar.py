@@ -263,14 +263,13 @@ def _of_records(dataset: Dataset, index: int, column: str) -> Read:
 
 
 def _decoder(dataset: Dataset) -> TokenText:
-    raw, ref = dataset.tokenizer(), dataset.commit.tokenizer
-    if raw is None or ref is None:
+    if dataset.token_text is None:
         raise ConfigError(
             "the dataset names no tokenizer that its tokens could be read by",
             url=dataset.url,
             hint="Find near duplicates in the texts before they become tokens.",
         )
-    return TokenText(raw, end_of_text=ref.end_of_text)
+    return dataset.token_text
 
 
 def _kept(seen: _Seen, settings: DedupSettings) -> npt.NDArray[np.bool_]:

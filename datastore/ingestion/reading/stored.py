@@ -19,7 +19,6 @@ from datastore.dataset.shards.files import read_token_table
 from datastore.dataset.snapshot import Dataset, open_dataset
 from datastore.digest import digest_hex
 from datastore.errors import ConfigError, ConflictError
-from datastore.formats.tokentext import TokenText
 from datastore.ingestion.reading.documents import Reject, TextRecord, reject
 
 __all__ = ["StoredTexts", "require_unwritten", "shard_file", "source_name", "stored_files"]
@@ -112,9 +111,7 @@ class StoredTexts:
     def __init__(self, url: str) -> None:
         self._dataset = open_dataset(url)
         self._places = {self._dataset.segments.shard(at).path: at for at in range(len(self._dataset.segments))}
-        ref = self._dataset.commit.tokenizer
-        raw = self._dataset.tokenizer()
-        self._text = TokenText(raw, end_of_text=ref.end_of_text) if ref and raw else None
+        self._text = self._dataset.token_text
 
     def read(self, file: SourceFile) -> Iterator[TextRecord | Reject]:
         """Yield the documents of one shard that are not deleted, in order.
