@@ -6,7 +6,7 @@ scheme goes to fsspec, which is imported only then. A URL below another one alwa
 
 import os
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from importlib.util import find_spec
 from pathlib import Path
 from urllib.parse import unquote
@@ -127,28 +127,30 @@ _OPENERS: dict[str, Callable[[str, str], Storage]] = {
 """Scheme -> what opens the URL, given whole and without its scheme."""
 
 
-def places_below(
-    url: str, key: str, *, depth: int, is_one: Callable[[Storage], bool] = lambda _storage: True
-) -> list[str]:
-    """Return the URLs at or up to `depth` folders below `url` that have a file `key` and of which `is_one` holds, sorted.
+def places_below(url: str, marks: Mapping[str, Callable[[Storage], bool]], *, depth: int) -> list[tuple[str, str]]:
+    """Return the places at or up to `depth` folders below `url` that have a file of `marks`, each as its URL and that, sorted.
 
-    Local folders are walked, but not hidden ones, nor into one of those; elsewhere every key below `url` is listed.
+    What a mark leads to says whether the place is one. Local folders are walked, but not hidden ones, nor into one of those
+    places; elsewhere every key below `url` is listed.
     """
     storage = open_storage(url)
     if isinstance(storage, LocalStorage):
-        return sorted(_walk(Path(storage.url), key, depth, is_one))
-    folders = {
-        found.key.removesuffix(key).rstrip("/")
+        return sorted(_walk(Path(storage.url), marks, depth))
+    marked = {
+        (found.key.removesuffix(name).rstrip("/"), name)
         for found in storage.list()
-        if found.key.split("/")[-1] == key and found.key.count("/") <= depth
+        if (name := found.key.split("/")[-1]) in marks and found.key.count("/") <= depth
     }
-    urls = [f"{url.rstrip('/')}/{folder}".rstrip("/") for folder in sorted(folders)]
-    return [each for each in urls if is_one(open_storage(each))]
+    urls = [(f"{url.rstrip('/')}/{folder}".rstrip("/"), mark) for folder, mark in sorted(marked)]
+    return [(each, mark) for each, mark in urls if marks[mark](open_storage(each))]
 
 
-def _walk(folder: Path, key: str, depth: int, is_one: Callable[[Storage], bool]) -> Iterator[str]:
-    if (folder / key).is_file() and is_one(LocalStorage(folder)):
-        yield str(folder)
+def _walk(folder: Path, marks: Mapping[str, Callable[[Storage], bool]], depth: int) -> Iterator[tuple[str, str]]:
+    mark = next(
+        (mark for mark, is_one in marks.items() if (folder / mark).is_file() and is_one(LocalStorage(folder))), None
+    )
+    if mark is not None:
+        yield str(folder), mark
     elif depth:
         try:
             found = [entry for entry in os.scandir(folder) if entry.is_dir(follow_symlinks=False)]
@@ -156,4 +158,4 @@ def _walk(folder: Path, key: str, depth: int, is_one: Callable[[Storage], bool])
             return
         for each in found:
             if not each.name.startswith("."):
-                yield from _walk(Path(each.path), key, depth - 1, is_one)
+                yield from _walk(Path(each.path), marks, depth - 1)

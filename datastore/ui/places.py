@@ -7,7 +7,6 @@ first page; what was found keeps its number.
 import threading
 from collections.abc import Sequence
 from functools import partial
-from pathlib import Path
 from typing import TypeVar
 
 from datastore.dataset.log.keys import INFO_KEY
@@ -15,7 +14,7 @@ from datastore.dataset.snapshot import Dataset, open_dataset
 from datastore.errors import DatastoreError, MissingError
 from datastore.storage.backends.local import LocalStorage
 from datastore.storage.base import Storage
-from datastore.storage.resolve import open_storage
+from datastore.storage.resolve import open_storage, places_below
 from datastore.threads import in_thread
 from datastore.training.run.folder import CONFIG_KEY, is_run
 from datastore.ui.series import RunSeries
@@ -43,8 +42,7 @@ class Places:
 
     def __init__(self, urls: Sequence[str]) -> None:
         self._named = list(urls)
-        self._datasets: dict[str, str] = {}
-        """By URL without its version, the URL as it is opened."""
+        self._datasets: list[str] = []
         self._open: dict[tuple[str, int], Dataset] = {}
         self._runs: dict[str, Run] = {}
         self._lock = threading.Lock()
@@ -65,9 +63,9 @@ class Places:
                 troubles.append(f"{url}: neither a dataset nor a run, nor are there any below it")
             with self._lock:
                 for kind, place in found:
-                    if kind == "dataset":
-                        self._datasets.setdefault(place, place)
-                    elif place not in self._runs:
+                    if kind == "dataset" and place not in self._datasets:
+                        self._datasets.append(place)
+                    elif kind == "run" and place not in self._runs:
                         self._runs[place] = Run(len(self._runs), place)
         self.troubles = troubles
 
@@ -138,18 +136,13 @@ def _at(items: Sequence[T], number: int, kind: str) -> T:
 def _below(url: str) -> list[tuple[str, str]]:
     """Return the datasets and runs at and below `url`, each as its kind and its URL."""
     storage = open_storage(url)
-    if isinstance(storage, LocalStorage):
-        return sorted(_walk(Path(storage.url), _DEPTH))
-    if _exists(storage, INFO_KEY):
-        return [("dataset", url)]
-    if is_run(storage):
-        return [("run", url)]
-    found = []
-    for stat in storage.list():
-        folder, _, name = stat.key.rpartition("/")
-        if name in {INFO_KEY, CONFIG_KEY} and folder.count("/") < _DEPTH:
-            found.append(("dataset" if name == INFO_KEY else "run", f"{url.rstrip('/')}/{folder}"))
-    return sorted(each for each in found if each[0] == "dataset" or is_run(open_storage(each[1])))
+    if not isinstance(storage, LocalStorage):  # There, all keys below would be listed.
+        if _exists(storage, INFO_KEY):
+            return [("dataset", url)]
+        if is_run(storage):
+            return [("run", url)]
+    found = places_below(url, {INFO_KEY: lambda _: True, CONFIG_KEY: is_run}, depth=_DEPTH)
+    return sorted(("dataset" if mark == INFO_KEY else "run", place) for place, mark in found)
 
 
 def _exists(storage: Storage, key: str) -> bool:
@@ -158,14 +151,3 @@ def _exists(storage: Storage, key: str) -> bool:
     except MissingError:
         return False
     return True
-
-
-def _walk(folder: Path, depth: int) -> list[tuple[str, str]]:
-    if (folder / INFO_KEY).is_file():
-        return [("dataset", str(folder))]
-    if (folder / CONFIG_KEY).is_file() and is_run(open_storage(str(folder))):
-        return [("run", str(folder))]
-    if not depth or not folder.is_dir():
-        return []
-    inner = sorted(each for each in folder.iterdir() if each.is_dir() and not each.name.startswith((".", "_")))
-    return [found for each in inner for found in _walk(each, depth - 1)]

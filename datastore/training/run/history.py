@@ -105,7 +105,7 @@ def runs_below(url: str) -> list[str]:
 
     Local folders are walked, and those of a run are not entered; elsewhere every key below `url` is listed.
     """
-    return places_below(url, CONFIG_KEY, depth=_DEPTH, is_one=is_run)
+    return [place for place, _ in places_below(url, {CONFIG_KEY: is_run}, depth=_DEPTH)]
 
 
 def summary_of(url: str) -> RunSummary:
