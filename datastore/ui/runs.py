@@ -8,6 +8,7 @@ from datastore.checkpoint.inspect import StepSummary, newest_steps
 from datastore.errors import DatastoreError
 from datastore.training.run.changes import flatten
 from datastore.training.run.folder import RunFolder, RunSession
+from datastore.training.run.history import differing, side_by_side
 from datastore.training.run.lock import writer_of
 from datastore.ui.places import Run
 
@@ -15,8 +16,6 @@ __all__ = ["Standing", "checkpoints_of", "differences", "lines", "sessions_of", 
 
 _STEPS = 50
 """Checkpoints that are listed."""
-
-_LOSSES = 10
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,20 +119,6 @@ def differences(runs: Sequence[Run]) -> tuple[dict[str, list[Any]], list[tuple[i
     Raises:
         DatastoreError: the settings of one cannot be read.
     """
-    settings = [settings_of(run) for run in runs]
-    keys = sorted({key for each in settings for key in each})
-    differ = {key: [each.get(key) for each in settings] for key in keys}
-    differ = {key: values for key, values in differ.items() if any(value != values[0] for value in values)}
     for run in runs:
         run.series.refresh()
-    return differ, common_losses(runs)
-
-
-def common_losses(runs: Sequence[Run]) -> list[tuple[int, list[float | None]]]:
-    """Return the losses of some runs at up to ten steps that all have taken, the last of them included."""
-    known = [run.series.values("loss") for run in runs]
-    shared = sorted(set.intersection(*map(set, known))) if known else []
-    if not shared:
-        return []
-    places = sorted({round(place * (len(shared) - 1) / (_LOSSES - 1)) for place in range(_LOSSES)})
-    return [(shared[place], [each[shared[place]] for each in known]) for place in places]
+    return differing([settings_of(run) for run in runs]), side_by_side([run.series.values("loss") for run in runs])

@@ -9,7 +9,7 @@ Complexity: O(steps) to read the metrics of a run; a picture has some 2,000 poin
 import io
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import mean
@@ -29,11 +29,13 @@ __all__ = [
     "Difference",
     "RunSummary",
     "compare",
+    "differing",
     "figure_class",
     "numbers_of",
     "plot",
     "runs_below",
     "save_figure",
+    "side_by_side",
     "summary_of",
 ]
 
@@ -162,19 +164,23 @@ def compare(urls: Sequence[str]) -> Difference:
         raise ConfigError("there is nothing to compare", runs=list(urls), hint="Name two runs or more.")
     folders = [RunFolder.open(url) for url in urls]
     settings = [flatten(folder.config().settings) for folder in folders]
-    differ = {
-        key: [each[key] for each in settings]
-        for key in settings[0]
-        if any(each[key] != settings[0][key] for each in settings)
-    }
     losses = [{record["step"]: record.get("loss") for record in read_metrics(folder.storage)} for folder in folders]
-    shared = sorted(set.intersection(*(set(each) for each in losses)))
+    return Difference([folder.url for folder in folders], differing(settings), side_by_side(losses))
+
+
+def differing(settings: Sequence[Mapping[str, Any]]) -> dict[str, list[Any]]:
+    """Return the settings that differ, by their TOML path, each with what every one of several runs has; None: it has none."""
+    found = {
+        key: [each.get(key) for each in settings] for key in dict.fromkeys(key for each in settings for key in each)
+    }
+    return {key: values for key, values in found.items() if any(value != values[0] for value in values)}
+
+
+def side_by_side(losses: Sequence[Mapping[int, float | None]]) -> list[tuple[int, list[float | None]]]:
+    """Return the losses of several runs, each by step, at up to ten steps that all have, the last of them included."""
+    shared = sorted(set.intersection(*map(set, losses)))
     chosen = sorted({shared[len(shared) * part // 10 - 1] for part in range(1, 11)} if shared else ())
-    return Difference(
-        [folder.url for folder in folders],
-        differ,
-        [(step, [each[step] for each in losses]) for step in chosen if step in losses[0]],
-    )
+    return [(step, [each[step] for each in losses]) for step in chosen]
 
 
 def numbers_of(url: str) -> dict[str, list[tuple[int, float]]]:
