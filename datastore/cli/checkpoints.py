@@ -5,7 +5,17 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from datastore.cli.output import fields, json_option, moment, progress_option, say, say_json, table, with_progress
+from datastore.cli.output import (
+    fields,
+    json_option,
+    moment,
+    progress_option,
+    say,
+    say_json,
+    table,
+    waiting,
+    with_progress,
+)
 from datastore.cli.shell import CommandGroup, example
 
 if TYPE_CHECKING:
@@ -124,6 +134,7 @@ def verify(*, run: str, step: int | None, as_json: bool) -> int:
 @click.option("--best-count", type=click.IntRange(min=1), default=1, help="How many of the best.")
 @click.option("--budget", metavar="SIZE", default="", help="What all may take, such as '40 GiB', a next save included.")
 @click.option("--dry-run", is_flag=True, help="Only say what would be removed.")
+@progress_option
 @json_option
 def gc(*, run: str, budget: str, dry_run: bool, as_json: bool, **rules: Any) -> None:
     """Remove old checkpoints of RUN, and files that no checkpoint needs. Training does this by itself. Pinned ones stay."""
@@ -133,7 +144,8 @@ def gc(*, run: str, budget: str, dry_run: bool, as_json: bool, **rules: Any) -> 
 
     saved_steps(run, None)
     keep = Keep(**rules, budget_bytes=parse_bytes(budget) if budget else 0)
-    removed = collect(open_storage(run), keep, dry_run=dry_run)
+    with waiting("gc"):
+        removed = collect(open_storage(run), keep, dry_run=dry_run)
     if as_json:
         say_json(removed)
         return

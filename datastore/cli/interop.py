@@ -8,7 +8,7 @@ import click
 
 from datastore.cli.checkpoints import RUN, STEP, checkpoint, saved_steps
 from datastore.cli.ingest import in_source_bytes
-from datastore.cli.output import fields, json_option, progress_option, say, say_json, table, with_progress
+from datastore.cli.output import fields, json_option, progress_option, say, say_json, table, waiting, with_progress
 from datastore.cli.shell import example, given_options
 
 if TYPE_CHECKING:
@@ -32,6 +32,7 @@ _WIDEST = 80
 )
 @URL
 @click.argument("query")
+@progress_option
 @json_option
 def sql(*, url: str, query: str, as_json: bool) -> None:
     """Run one SELECT over the dataset at URL: over the table `documents`, or for a dataset of records `records`.
@@ -41,7 +42,8 @@ def sql(*, url: str, query: str, as_json: bool) -> None:
     from datastore.dataset.snapshot import open_dataset
     from datastore.formats.plain import python_rows, python_values
 
-    found = open_dataset(url).sql(query)
+    with waiting("sql"):
+        found = open_dataset(url).sql(query)
     if as_json:
         say_json([{name: _exact(value) for name, value in row.items()} for row in python_rows(found)])
         return
@@ -266,6 +268,7 @@ def _export_files(run: str, to: str, *, step: int | None, kind: Any, item: str |
 @click.option("--to", "run", required=True, help="The run: a folder or URL.")
 @click.option("--step", type=click.IntRange(min=0), default=0, help="The step that it becomes.")
 @click.option("--item", default="model", help="The item that it becomes, if it is not a map of maps.")
+@progress_option
 @json_option
 def import_checkpoint(*, source: Path, run: str, step: int, item: str, as_json: bool) -> None:
     """Save SOURCE as a step of a run: a file of torch.save or safetensors, a folder of Hugging Face, of torch's DCP, or of Orbax.
@@ -275,7 +278,8 @@ def import_checkpoint(*, source: Path, run: str, step: int, item: str, as_json: 
     from datastore.checkpoint.exchange.files import import_files
     from datastore.storage.resolve import open_storage
 
-    commit = import_files(source, open_storage(run), step=step, item=item)
+    with waiting("import"):
+        commit = import_files(source, open_storage(run), step=step, item=item)
     if as_json:
         say_json({"step": commit.step, "items": list(commit.items)})
         return

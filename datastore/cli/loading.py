@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from datastore.cli.output import fields, json_option, progress_option, say, say_json, table, with_progress
+from datastore.cli.output import fields, json_option, progress_option, say, say_json, table, waiting, with_progress
 from datastore.cli.shell import CommandGroup, example
 
 if TYPE_CHECKING:
@@ -188,6 +188,7 @@ def warm(*, url: str, folder: str, size: str, steps: int | None, as_json: bool, 
     type=click.Path(path_type=Path),
     help="Save a picture (.png, .svg, .pdf) of requests, bytes and waiting by step.",
 )
+@progress_option
 @json_option
 def plan(*, url: str | None, plot: Path | None, as_json: bool, **options: Any) -> None:
     """Forecast how loading the dataset URL will go: time to the first batch, requests, bytes, waiting, and what the requests cost.
@@ -212,25 +213,26 @@ def plan(*, url: str | None, plot: Path | None, as_json: bool, **options: Any) -
     settings = LoaderSettings(
         memory_bytes=parse_bytes(options["memory"]), lanes=options["lanes"], threads=options["threads"]
     )
-    found = [
-        forecast(
-            data,
-            Cluster(
-                ranks=ranks,
-                ranks_per_node=options["per_node"],
-                link_bytes_per_s=parse_bytes(options["link"]),
-                store_bytes_per_s=parse_bytes(options["store"]),
-                delay_s=options["delay"],
-                step_s=options["step"],
-                steps=options["steps"],
-                requests_cost=options["cost"],
-            ),
-            seq_len=options["seq_len"],
-            rows=options["batch"],
-            options=settings,
-        )
-        for ranks in _numbers(options["ranks"])
-    ]
+    with waiting("plan"):
+        found = [
+            forecast(
+                data,
+                Cluster(
+                    ranks=ranks,
+                    ranks_per_node=options["per_node"],
+                    link_bytes_per_s=parse_bytes(options["link"]),
+                    store_bytes_per_s=parse_bytes(options["store"]),
+                    delay_s=options["delay"],
+                    step_s=options["step"],
+                    steps=options["steps"],
+                    requests_cost=options["cost"],
+                ),
+                seq_len=options["seq_len"],
+                rows=options["batch"],
+                options=settings,
+            )
+            for ranks in _numbers(options["ranks"])
+        ]
     if plot is not None:
         _draw(found, plot)
     if as_json:

@@ -5,9 +5,11 @@ says nothing; and with `--json` nothing, for who reads that often reads both str
 """
 
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 import click
@@ -31,6 +33,7 @@ __all__ = [
     "say",
     "say_json",
     "table",
+    "waiting",
     "with_progress",
 ]
 
@@ -194,6 +197,31 @@ def with_progress(title: str, function: Callable[..., T], *, unit: str = "bytes"
     return function(**arguments, progress=tell)
 
 
+@contextmanager
+def waiting(title: str) -> Iterator[None]:
+    """Show how long the body has taken so far: for work of which nobody knows how much there is, such as a query."""
+    kind, started, over = progress_kind(), time.monotonic(), threading.Event()
+    if kind == "none":
+        yield
+        return
+
+    def tell(show: Callable[[str], object], every_s: float) -> None:
+        while not over.wait(every_s):
+            show(f"{format_seconds(time.monotonic() - started)} so far")
+
+    with ExitStack() as stack:
+        if kind == "bar":
+            bar = stack.enter_context(_bar(title, lambda _done, _total, stage: (title, stage)))
+            shown: tuple[Callable[[str], object], float] = (partial(bar, 0, 0), 1.0)
+        else:
+            shown = (lambda words: sys.stderr.write(f"{title}: {words}\n"), LINE_EVERY_S)
+        thread = threading.Thread(target=tell, args=shown, name="datastore-waiting", daemon=True)
+        thread.start()
+        stack.callback(thread.join)
+        stack.callback(over.set)
+        yield
+
+
 class StagedProgress(Protocol):
     """A `Progress` that may also be told a stage, whose rate is its own."""
 
@@ -218,7 +246,7 @@ class _StageWords:
 
 
 @contextmanager
-def _bar(title: str, words: _StageWords) -> Iterator[StagedProgress]:
+def _bar(title: str, words: Callable[[int, int, str], tuple[str, str]]) -> Iterator[StagedProgress]:
     """Yield what moves a bar on stderr, which is gone in the end."""
     from rich.console import Console
     from rich.progress import BarColumn, TextColumn

@@ -14,6 +14,7 @@ from datastore.cli.output import (
     say,
     say_json,
     table,
+    waiting,
     with_progress,
 )
 from datastore.cli.shell import CommandGroup, example, given_options
@@ -132,12 +133,14 @@ def compare(*, which: tuple[str, ...], as_json: bool) -> None:
     help="A number of the metrics; may be repeated.",
 )
 @click.option("--against", type=click.Choice(["step", "tokens", "hours"]), default="step", help="The axis.")
+@progress_option
 @json_option
 def plot(*, which: tuple[str, ...], path: Path, numbers: tuple[str, ...], against: str, as_json: bool) -> None:
     """Draw numbers of RUNs, a panel for each number and a line for each run."""
     from datastore.training.run.history import plot as plot_runs
 
-    plot_runs(which, path, numbers=numbers, against=against)
+    with waiting("plot"):
+        plot_runs(which, path, numbers=numbers, against=against)
     if as_json:
         say_json({"path": str(path)})
         return
@@ -200,6 +203,7 @@ def evaluate(*, model: str, run: str | None, data: str | None, step: int | None,
 @click.option("--top-k", type=int, default=50, help="Draw from the likeliest K only; 0: from all.")
 @click.option("--seed", type=int, default=0, help="The same seed gives the same text.")
 @STEP
+@progress_option
 @json_option
 def generate(*, model: str, prompt: str | None, step: int | None, as_json: bool, **sampling: Any) -> None:
     """Let MODEL, a run or an exported folder, go on with a text; what is printed begins with that text."""
@@ -208,9 +212,9 @@ def generate(*, model: str, prompt: str | None, step: int | None, as_json: bool,
     from datastore.training.export.inference import generate as generate_text
 
     given, origins = given_options(sampling)
-    text = generate_text(
-        model, prompt or "", sampling=convert(Sampling, given, where="the options", origins=origins), step=step
-    )
+    how = convert(Sampling, given, where="the options", origins=origins)
+    with waiting("generate"):
+        text = generate_text(model, prompt or "", sampling=how, step=step)
     if as_json:
         prompt = prompt or ""
         say_json({"prompt": prompt, "completion": text.removeprefix(prompt), "text": text})
@@ -228,6 +232,7 @@ def generate(*, model: str, prompt: str | None, step: int | None, as_json: bool,
 )
 @click.option("--data", default="", metavar="URL", help="A dataset to measure losses on instead.")
 @click.option("--plot", "path", type=click.Path(path_type=Path), help="A picture of loss against size.")
+@progress_option
 @json_option
 def report(*, models: tuple[str, ...], run: str, data: str, path: Path | None, as_json: bool) -> None:
     """Show of each model its size, its bits per weight, its non-zeros, what reading a token costs, and its loss."""
@@ -235,7 +240,7 @@ def report(*, models: tuple[str, ...], run: str, data: str, path: Path | None, a
     from datastore.training.export.report import report as report_models
     from datastore.units import format_bytes, format_count
 
-    found = report_models(models, run=run, data=data)
+    found = with_progress("report", report_models, unit="models", models=models, run=run, data=data)
     if path is not None:
         draw(found, path)
     if as_json:

@@ -7,7 +7,17 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from datastore.cli.datasets import amounts
-from datastore.cli.output import fields, json_option, moment, progress_option, say, say_json, table, with_progress
+from datastore.cli.output import (
+    fields,
+    json_option,
+    moment,
+    progress_option,
+    say,
+    say_json,
+    table,
+    waiting,
+    with_progress,
+)
 from datastore.cli.shell import example
 
 if TYPE_CHECKING:  # pyarrow takes longer to load than a wrong option takes to find.
@@ -92,6 +102,7 @@ def _notes(newest: "Dataset") -> Callable[[int], dict[str, Any]]:
 @click.argument("after")
 @click.option("--documents", is_flag=True, help="List the documents, too; reads the shards that changed.")
 @click.option("--limit", type=click.IntRange(min=0), default=20, help="How many documents; 0 for all.")
+@progress_option
 @json_option
 def diff(*, before: str, after: str, documents: bool, limit: int, as_json: bool) -> None:
     """Count the documents that AFTER has and BEFORE has not, and the other way round; each is a URL, URL@7 or URL@name.
@@ -101,8 +112,9 @@ def diff(*, before: str, after: str, documents: bool, limit: int, as_json: bool)
     """
     from datastore.dataset.diff import diff as compare
 
-    found = compare(before, after)
-    listed = list(islice(found.documents(), limit or None)) if documents else []
+    with waiting("diff"):
+        found = compare(before, after)
+        listed = list(islice(found.documents(), limit or None)) if documents else []
     if as_json:
         facts = {
             name: {"url": side.url, "version": side.version}

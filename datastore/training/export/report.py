@@ -22,6 +22,7 @@ from datastore.training.export.inference import evaluate
 from datastore.training.models.gpt import GPT
 from datastore.training.models.huggingface import logits_of
 from datastore.training.run.history import figure_class, save_figure
+from datastore.units import Progress, telling
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -64,11 +65,16 @@ class ModelReport(Document, frozen=True, kw_only=True):
 
 
 def report(
-    models: Sequence[str | os.PathLike[str]], *, run: str | os.PathLike[str] = "", data: str | os.PathLike[str] = ""
+    models: Sequence[str | os.PathLike[str]],
+    *,
+    run: str | os.PathLike[str] = "",
+    data: str | os.PathLike[str] = "",
+    progress: Progress | None = None,
 ) -> list[ModelReport]:
     """Return what there is to say about each of `models`, runs or Hugging Face folders, in their order.
 
     Losses are on what `run` holds out (by default the first run among them), or on the dataset `data`.
+    `progress` is told of each model that is done.
 
     Raises:
         MissingError: there is no such model.
@@ -80,7 +86,7 @@ def report(
     names = [os.fspath(one) for one in models]
     run = os.fspath(run) or next((name for name in names if is_run(open_storage(name))), "")
     found = []
-    for name in names:
+    for name in telling(names, progress):
         one = _of(name, open_model(name))
         if run:
             measured = evaluate(name, run=run, data=data)

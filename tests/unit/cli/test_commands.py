@@ -243,8 +243,20 @@ LONG = {
     "checkpoint export": "checkpoint export run model2 --progress plain",
     "checkpoint average": "checkpoint average run mean --last 1 --progress plain",
     "compress": "compress run --recipe recipe.toml --to smaller --progress plain",
+    "report": "report run begun --progress plain",
 }
 """A command line for every command that can take minutes."""
+
+UNCOUNTED = {
+    "checkpoint gc": "checkpoint gc run --progress plain",
+    "checkpoint import": "checkpoint import model --to imported-run --progress plain",
+    "diff": "diff holed@1 holed --documents --progress plain",
+    "generate": "generate run --prompt w1 --tokens 4 --progress plain",
+    "plan": "plan data --ranks 2,4 --progress plain",
+    "plot": "plot run --to loss.svg --progress plain",
+    "sql": "sql data 'SELECT count(*) FROM documents' --progress plain",
+}
+"""A command line for every command that can take long, and cannot know how much there is to do."""
 
 
 @pytest.fixture(scope="module")
@@ -301,7 +313,7 @@ def test_the_long_commands_are_those_with_the_option() -> None:
         for path, command in COMMANDS.items()
         if "--progress" in {option for parameter in command.params for option in parameter.opts}
     }
-    assert found == set(LONG)
+    assert found == {*LONG, *UNCOUNTED}
 
 
 @pytest.mark.parametrize("name", LONG)
@@ -316,6 +328,16 @@ def test_a_long_command_says_how_far_it_is(
         assert "step " in err
     else:
         assert re.search(r"^[a-z0-9 ]+: .+ of .+ \(\d+%\)", err, re.MULTILINE), err
+
+
+@pytest.mark.parametrize("name", UNCOUNTED)
+@pytest.mark.usefixtures("workspace")
+def test_a_command_that_cannot_count_says_how_long_it_has_taken(
+    name: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("datastore.cli.output.LINE_EVERY_S", 1e-4)
+    assert call(cli, shlex.split(UNCOUNTED[name]), CliSession()) == 0
+    assert re.search(rf"^{name.rsplit(maxsplit=1)[-1]}: [\d.]+ m?s so far$", capsys.readouterr().err, re.MULTILINE)
 
 
 MORE = [
@@ -361,6 +383,7 @@ NAMED_BY_DATA = {
     "metrics",
     "settings",
     "data",
+    "tokens_per_s",
 }
 """Objects whose keys are names of somebody else."""
 

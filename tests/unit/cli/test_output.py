@@ -1,7 +1,10 @@
 """What commands print, and the line that shows how training goes."""
 
 import io
+import re
 import sys
+import threading
+import time
 from typing import Any
 
 import click
@@ -16,6 +19,7 @@ from datastore.cli.output import (
     progress_option,
     say_json,
     table,
+    waiting,
     with_progress,
 )
 from datastore.cli.runs import TrainingLine, line_of
@@ -188,6 +192,33 @@ def test_progress_suits_stderr_unless_the_option_says_otherwise(
     text = stderr.getvalue()
     found = "bar" if "\x1b[" in text else "lines" if text.startswith("count: 0 numbers of 10 numbers (0%)\n") else text
     assert (found or "nothing") == shown
+
+
+@pytest.mark.parametrize("kind", ["plain", "bar"])
+def test_who_waits_hears_how_long_it_has_taken(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    stderr = Terminal()
+    monkeypatch.setattr(sys, "stderr", stderr)
+    monkeypatch.setattr("datastore.cli.output.LINE_EVERY_S", 0.001)
+    monkeypatch.setattr("datastore.cli.output.progress_kind", lambda: kind)
+    given_up = time.monotonic() + 30
+    with waiting("sql"):
+        while not (found := re.search(r"sql.*?[\d.]+ m?s so far", stderr.getvalue())) and time.monotonic() < given_up:
+            time.sleep(0.001)
+    assert found
+    assert "datastore-waiting" not in {thread.name for thread in threading.enumerate()}
+
+
+def test_an_error_ends_the_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("datastore.cli.output.progress_kind", lambda: "plain")
+    with pytest.raises(ValueError, match="no such column"), waiting("sql"):
+        raise ValueError("no such column")
+    assert "datastore-waiting" not in {thread.name for thread in threading.enumerate()}
+
+
+def test_where_no_progress_is_wanted_there_is_no_thread(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("datastore.cli.output.progress_kind", lambda: "none")
+    with waiting("sql"):
+        assert "datastore-waiting" not in {thread.name for thread in threading.enumerate()}
 
 
 def test_training_prints_its_line_now_and_then_where_there_is_no_terminal(capsys: pytest.CaptureFixture[str]) -> None:
