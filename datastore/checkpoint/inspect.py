@@ -4,7 +4,7 @@ Needs no torch and writes nothing, so it is fit for the command line and for mac
 """
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from itertools import chain
@@ -34,6 +34,7 @@ __all__ = [
     "inspect_step",
     "list_steps",
     "newest_steps",
+    "newest_values",
     "verify_step",
 ]
 
@@ -178,6 +179,31 @@ def inspect_step(storage: Storage, step: int) -> StepReport:
         parts=tuple(ref.part for ref in commit.parts if ref.part),
         uses=commit.uses,
     )
+
+
+def newest_values(storage: Storage, names: Sequence[str]) -> tuple[dict[str, Any], tuple[str, ...]]:
+    """Return items without tensors, of the newest step whose files are there, and why newer ones were passed over.
+
+    Raises:
+        MissingError: the run has no checkpoint yet, or the one found lacks an item.
+        CorruptError: no step has all its files.
+    """
+    log = StepLog(storage)
+    steps, passed_over = log.steps(), list[str]()
+    for step in reversed(steps):
+        try:
+            saved = log.read_whole(step).commit.items
+        except (CorruptError, MissingError) as error:
+            passed_over.append(f"the checkpoint of step {step} is damaged: {error}")
+            continue
+        if missing := [name for name in names if name not in saved]:
+            hint = "Only checkpoints that the trainer made have all of them."
+            raise MissingError("the checkpoint lacks an item", url=storage.url, step=step, items=missing, hint=hint)
+        return {name: unpack(saved[name], name=name, tensors={}) for name in names}, tuple(passed_over)
+    if not steps:
+        raise MissingError("the run has no checkpoint yet", url=storage.url, hint="Let it train until the first one.")
+    hint = "Restore the files named from a copy."
+    raise CorruptError("no checkpoint of the run is sound", url=storage.url, steps=passed_over, hint=hint)
 
 
 def _item(name: str, skeleton: Any) -> ItemReport:

@@ -76,7 +76,7 @@ def one(places: Places, path: Path, _: Query) -> Shown:
 
 def step(places: Places, path: Path, query: Query) -> Shown:
     """What one step saw."""
-    from datastore.training.run.audit import trace  # noqa: PLC0415 - it loads torch
+    from datastore.training.run.audit import trace  # noqa: PLC0415 - it takes longer to load than a page to show
 
     run = places.run(path["run"])
     shown = _whole(query, "samples", _SAMPLES)

@@ -11,7 +11,7 @@ from typing import Any
 import msgspec
 import numpy as np
 
-from datastore.checkpoint.checkpointer import Checkpointer
+from datastore.checkpoint.inspect import newest_values
 from datastore.errors import ConfigError, MissingError
 from datastore.loader.mixture.request import Data, Mixture
 from datastore.loader.place.sources import source_numbers
@@ -20,8 +20,6 @@ from datastore.loader.rows.loader import RowLoader
 from datastore.loader.settings import LoaderSettings, Rank
 from datastore.loader.stream import open_stream
 from datastore.loader.trace import DocumentSpan, Tracer, plan_step, tracer_of
-from datastore.training.objectives.catalog import make_objective
-from datastore.training.objectives.records import RecordObjective
 from datastore.training.run.folder import RunConfig, RunFolder, RunSession, open_split, own_versions
 from datastore.training.run.record import ConsumptionRecord, StepEntry, read_segments
 from datastore.training.run.split import Split
@@ -118,17 +116,12 @@ def read_history(folder: RunFolder) -> StepHistory:
         MissingError: the run has no checkpoint yet.
         CorruptError: the record or every checkpoint is damaged.
     """
+    items, passed_over = newest_values(folder.storage, ("record", "data"))
     record = ConsumptionRecord()
-    loader: dict[str, Any] = {}
-    with Checkpointer(folder.storage) as checkpointer:
-        if checkpointer.latest() is None:
-            raise MissingError(
-                "the run has no checkpoint yet", url=folder.url, hint="Let it train until the first one."
-            )
-        found = checkpointer.restore({"record": record, "data": loader}, partial=True)
+    record.load_state_dict(items["record"])
     segments = read_segments(folder.storage, record.last)
     steps = [(_session_of(key), entry) for key, entries in segments for entry in entries]
-    return StepHistory(loader, steps, found.passed_over)
+    return StepHistory(items["data"], steps, passed_over)
 
 
 def trace(run: str | os.PathLike[str], step: int, *, rank: int | None = None, limit: int = 0) -> StepTrace:
@@ -212,6 +205,9 @@ def _rows_of(
     config: RunConfig, split: Split, state: Mapping[str, Any], entry: StepEntry, rank: Rank
 ) -> list[TracedSample]:
     """Return the records of a step by position, with what their objective reads of them."""
+    from datastore.training.objectives.catalog import make_objective  # noqa: PLC0415 - loads torch, which only records need
+    from datastore.training.objectives.records import RecordObjective  # noqa: PLC0415
+
     settings, objective = config.settings, make_objective(config.settings.objective)
     assert split.rows is not None
     assert isinstance(objective, RecordObjective)

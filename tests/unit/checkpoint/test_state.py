@@ -12,8 +12,11 @@ from safetensors.torch import load_file
 from torch import nn
 
 from datastore.checkpoint.checkpointer import Checkpointer
+from datastore.checkpoint.format.manifest import step_key
+from datastore.checkpoint.inspect import newest_values
 from datastore.checkpoint.items import PerRank
 from datastore.errors import ConfigError, CorruptError, DatastoreError, MissingError, ResumeError
+from datastore.storage.resolve import open_storage
 
 COLOURS, WIDTH = 50, 8
 
@@ -343,3 +346,23 @@ def test_looking_at_a_run_from_outside_needs_no_torch() -> None:
     program = "import sys, datastore.checkpoint.inspect, datastore.checkpoint.steps; print('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert done.stdout == "False\n"
+
+
+def test_items_without_tensors_are_read_from_the_newest_step_whose_files_are_there(url: str) -> None:
+    storage = open_storage(url)
+    with pytest.raises(MissingError, match="no checkpoint yet"):
+        newest_values(storage, ["data"])
+    with Checkpointer(url) as ck:
+        for step in (1, 2):
+            ck.save(step, {"data": {"cursor": 10 * step}, "model": {"w": torch.full((4,), step)}}, blocking=True)
+        assert newest_values(storage, ["data"]) == ({"data": {"cursor": 20}}, ())
+        (part,) = ck.inspect(2).parts
+    with pytest.raises(MissingError, match=r"lacks an item.*record"):
+        newest_values(storage, ["data", "record"])
+    (Path(url) / part).unlink()
+    values, passed_over = newest_values(storage, ["data"])
+    assert values == {"data": {"cursor": 10}}
+    assert [reason.partition(":")[0] for reason in passed_over] == ["the checkpoint of step 2 is damaged"]
+    storage.delete(step_key(1))
+    with pytest.raises(CorruptError, match="no checkpoint of the run is sound"):
+        newest_values(storage, ["data"])

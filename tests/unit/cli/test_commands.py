@@ -5,6 +5,8 @@ import json
 import re
 import shlex
 import shutil
+import subprocess
+import sys
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -294,6 +296,13 @@ def workspace(places: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     """Make a copy of `places` the current folder."""
     shutil.copytree(places, tmp_path / "w")
     monkeypatch.chdir(tmp_path / "w")
+
+
+@pytest.mark.usefixtures("workspace")
+def test_tracing_a_step_loads_no_torch() -> None:
+    program = "import sys; from datastore.training.run.audit import trace; print(trace('run', 3).rows, 'torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert re.fullmatch(r"[1-9]\d* False\n", done.stdout)
 
 
 @pytest.mark.usefixtures("workspace")
