@@ -236,9 +236,9 @@ def test_more_bad_records_than_the_limit_allows(told: Callable[..., str], here: 
 
 
 def datastore(*words: str, **options: object) -> "subprocess.Popen[str]":
-    """Start a process of its own."""
+    """Start a process of its own, as a user does."""
     return subprocess.Popen(
-        [sys.executable, "-m", "datastore", *words],
+        [Path(sys.executable).with_name("datastore"), *words],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -295,7 +295,8 @@ def test_an_interrupt_at_any_time_is_one_line_and_the_command_goes_on(seconds: f
         process.send_signal(signal.SIGINT)
         _, err = process.communicate(timeout=120)
     assert process.returncode in {0, 130, -signal.SIGINT}
-    assert "datastore/" not in err  # A traceback of the interpreter's own start is not ours to prevent.
+    # Until `__main__` has been read, an interrupt is for the interpreter to answer.
+    assert set(re.findall(r"datastore/[\w/]+\.py", err)) <= {"datastore/__init__.py"}
     assert call(cli, list(words), CliSession()) == 0
     assert call(cli, ["verify", "new"], CliSession()) == 0
 
