@@ -294,8 +294,8 @@ def test_an_interrupt_at_any_time_is_one_line_and_the_command_goes_on(seconds: f
         time.sleep(seconds)
         process.send_signal(signal.SIGINT)
         _, err = process.communicate(timeout=120)
-    assert process.returncode in {0, 130, -signal.SIGINT}
     # Until `__main__` has been read, an interrupt is for the interpreter to answer.
+    assert process.returncode in {0, 130, -signal.SIGINT} or err.startswith("Fatal Python error: init_import_site")
     assert set(re.findall(r"datastore/[\w/]+\.py", err)) <= {"datastore/__init__.py"}
     assert call(cli, list(words), CliSession()) == 0
     assert call(cli, ["verify", "new"], CliSession()) == 0
