@@ -12,7 +12,7 @@ from math import prod
 from typing import Any
 
 from datastore.checkpoint.codec import with_codec
-from datastore.checkpoint.format.checks import check_ranges, check_whole
+from datastore.checkpoint.format.checks import check_parts, check_ranges
 from datastore.checkpoint.format.manifest import Chunk, PartInfo, StepCommit, chunks_of, runs_of, step_key
 from datastore.checkpoint.format.tree import specs, unpack
 from datastore.checkpoint.keeping import pinned_steps
@@ -235,7 +235,7 @@ def verify_step(storage: Storage, step: int, *, progress: Progress | None = None
         if bad:
             check_ranges(infos, where=step_key(step))
         else:
-            check_whole(commit, infos, where=step_key(step))
+            check_parts(commit, infos, commit.parts, where=step_key(step))
     except CorruptError as error:  # They may name any range any number of times.
         return StepVerifyReport(step, 0, 0, (*bad, BadRange(step_key(step), reason=str(error))))
     chunks = _checked_files(log, infos, bad)

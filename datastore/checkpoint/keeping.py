@@ -25,7 +25,7 @@ from logging import getLogger
 from pathlib import PurePosixPath
 
 from datastore.checkpoint.codec import with_codec
-from datastore.checkpoint.format.manifest import PARTS, VOTES, PartInfo, StepCommit, step_key, step_of_key
+from datastore.checkpoint.format.manifest import PARTS, VOTES, PartInfo, StepCommit, layout_key, step_key, step_of_key
 from datastore.checkpoint.format.tree import unpack
 from datastore.checkpoint.steps import StepLog
 from datastore.document import Count, Positive, SettingsDocument, unseal
@@ -148,8 +148,8 @@ def garbage(
 
 
 def files_of(commit: StepCommit) -> set[str]:
-    """Return the keys of all files that a step needs besides its own: parts and their documents."""
-    own = {key for ref in commit.parts for key in (ref.info, ref.part)}
+    """Return the keys of all files that belong to a step besides its own: parts, their documents, and its layout, which may be missing."""
+    own = {layout_key(commit.ref), *(key for ref in commit.parts for key in (ref.info, ref.part))}
     return own.union(*((part, f"{part.removesuffix('.safetensors')}.json") for part in commit.uses))
 
 
@@ -320,10 +320,9 @@ def drop_after(storage: Storage, step: int, *, elsewhere: bool = False, dry_run:
         commit = log.read_if_sound(newer)
         storage.delete(step_key(newer))
         # A later save may point into an earlier part, never the other way round.
-        for ref in () if commit is None else commit.parts:
-            storage.delete(ref.info)
-            if ref.part:
-                storage.delete(ref.part)
+        parts = () if commit is None else (key for ref in commit.parts for key in (ref.info, ref.part) if key)
+        for key in () if commit is None else (layout_key(commit.ref), *parts):
+            storage.delete(key)
     return dropped
 
 

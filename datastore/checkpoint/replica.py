@@ -21,7 +21,17 @@ from typing import TypeAlias
 import numpy as np
 
 from datastore.checkpoint.codec import Bytes, Codec, with_codec
-from datastore.checkpoint.format.manifest import LATEST_KEY, PARTS, STEPS, VOTES, Chunk, chunks_of, step_key
+from datastore.checkpoint.format.manifest import (
+    LATEST_KEY,
+    PARTS,
+    STEPS,
+    VOTES,
+    Chunk,
+    StepCommit,
+    chunks_of,
+    layout_key,
+    step_key,
+)
 from datastore.checkpoint.keeping import (
     NOTES,
     Keep,
@@ -138,9 +148,7 @@ def _copy_steps(
                     done += sizes.get(key, 0)
                     if progress is not None:
                         progress(done, total)
-            for key in sorted(files_of(each.commit)):
-                if key.endswith(".json"):
-                    target.put(key, source.get(key))
+            _copy_documents(source, target, each.commit)
         except (CorruptError, MissingError) as error:
             _LOGGER.warning("step %d is not copied: %s", each.commit.step, error)
             damaged += [each.commit.step] if isinstance(error, CorruptError) else []
@@ -150,6 +158,14 @@ def _copy_steps(
         write_hint(target, each.commit.ref)
         copied.append(each.commit.step)
     return copied, damaged, done
+
+
+def _copy_documents(source: Storage, target: Storage, commit: StepCommit) -> None:
+    with suppress(MissingError):
+        target.put(layout_key(commit.ref), source.get(layout_key(commit.ref)))
+    for key in sorted(files_of(commit)):
+        if key.endswith(".json"):
+            target.put(key, source.get(key))
 
 
 def _require_same_run(source: Storage, target: Storage) -> None:

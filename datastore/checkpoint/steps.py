@@ -7,6 +7,7 @@ damaged like what it gives back wrongly; a network that is down is not, as no ot
 
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Set as AbstractSet
 from contextlib import contextmanager
 from dataclasses import dataclass
 from logging import getLogger
@@ -15,18 +16,20 @@ from typing import Annotated
 import msgspec
 
 from datastore.checkpoint.codec import Codec, with_codec
-from datastore.checkpoint.format.checks import check_commit, check_info, check_whole
+from datastore.checkpoint.format.checks import check_commit, check_info, check_parts
+from datastore.checkpoint.format.layout import INDEXED_RANKS, StepLayout, check_layout
 from datastore.checkpoint.format.manifest import (
     STEPS,
     PartInfo,
     PartRef,
     StepCommit,
+    layout_key,
     step_key,
     step_of_key,
 )
 from datastore.digest import check_digest
 from datastore.document import Count, Positive, SettingsDocument, unseal
-from datastore.errors import CorruptError, MissingError, StorageError
+from datastore.errors import CorruptError, FormatError, MissingError, StorageError
 from datastore.storage.base import Storage
 from datastore.storage.errors import is_damage
 from datastore.threads import each
@@ -48,7 +51,7 @@ _THREADS = 16
 
 @dataclass(frozen=True, slots=True)
 class WholeStep:
-    """A commit with what its parts say: all that is known of a step short of its tensors."""
+    """A commit with what its parts say: all that is known of a step short of its tensors, or what some ranks know of it."""
 
     commit: StepCommit
     parts: tuple[PartInfo, ...]
@@ -107,12 +110,34 @@ class StepLog:
             MissingError: there is no such step.
             CorruptError: a document or a part is missing, cut short, or does not match its digest; or documents disagree.
         """
-        commit = self.read(step)
-        parts = tuple(each(self.read_part, commit.parts, threads=_THREADS))
-        check_whole(commit, parts, where=step_key(step))
+        return self.read_parts(self.read(step))
+
+    def read_parts(self, commit: StepCommit, ranks: AbstractSet[int] | None = None) -> WholeStep:
+        """Return `commit` with the documents of `ranks`, of all if that is None; otherwise as `read_whole`."""
+        where = step_key(commit.step)
+        refs = [ref for ref in commit.parts if ranks is None or ref.rank in ranks]
+        parts = tuple(each(self.read_part, refs, threads=_THREADS))
+        check_parts(commit, parts, refs, where=where)
         extents = extents_of(parts)
         each(lambda part: self.check_part(part, extents[part]), extents, threads=_THREADS)
         return WholeStep(commit, parts)
+
+    def read_layout(self, commit: StepCommit) -> StepLayout | None:
+        """Return which document of the step has what, or None if nothing says so that can be used: there are few, or an older version wrote them."""
+        if commit.world < INDEXED_RANKS:
+            return None
+        key = layout_key(commit.ref)
+        try:
+            with reading(key):
+                raw = self._storage.get(key)
+            layout = unseal(StepLayout, raw, where=key)
+            check_layout(layout, commit, where=key)
+        except MissingError:
+            return None
+        except (CorruptError, FormatError) as error:
+            _LOGGER.warning("the documents of all ranks are read: %s", error)
+            return None
+        return layout
 
     def check_header(self, info: PartInfo) -> None:
         """Raise `CorruptError` unless the header of the part is as it was written."""

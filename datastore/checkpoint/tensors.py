@@ -115,9 +115,8 @@ def describe(value: Any, name: str) -> TensorSpec | None:
         return None
     reason = _unfit(value)
     if reason:
-        hint = "Convert it to a dense torch.Tensor, or leave it out of the state."
-        hint = 'Call model.to_empty(device="cpu") first, or name another device.' if value.is_meta else hint
-        raise ConfigError(f"this tensor cannot be stored: {reason}", path=name, type=type(value).__name__, hint=hint)
+        kind = type(value).__name__
+        raise ConfigError(f"this tensor cannot be stored: {reason}", path=name, type=kind, hint=_way_out(value))
     return TensorSpec(_NAMES[value.dtype], tuple(value.shape))
 
 
@@ -138,6 +137,15 @@ def _unfit(tensor: torch.Tensor) -> str:
     if _NAMES[tensor.dtype] == PAIRS and not tensor.dim():
         return "safetensors has no two 4-bit numbers without a dimension"
     return ""
+
+
+def _way_out(tensor: torch.Tensor) -> str:
+    """Return what to do with a tensor that cannot be stored."""
+    if tensor.is_meta:
+        return 'Call model.to_empty(device="cpu") first, or name another device.'
+    if hasattr(tensor, "__tensor_flatten__"):
+        return "Save the tensors that it is made of: tensor.__tensor_flatten__() names them."
+    return "Convert it to a dense torch.Tensor, or leave it out of the state."
 
 
 def local_piece(tensor: torch.Tensor, name: str) -> TensorPiece:

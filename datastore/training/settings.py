@@ -13,6 +13,7 @@ from typing import Annotated, Any, Literal
 import msgspec
 from typing_extensions import override
 
+from datastore.checkpoint.codec import Codec
 from datastore.document import Count, Positive, SettingsDocument
 from datastore.loader.settings import LoaderSettings
 
@@ -98,8 +99,7 @@ class DataSettings(SettingsDocument, frozen=True, kw_only=True):
 
     def weights(self) -> dict[str, float] | None:
         """Return the weights of the sources; None: by their sizes."""
-        given = {name: source.weight for name, source in self.sources.items() if source.weight is not None}
-        return given or None
+        return {name: source.weight for name, source in self.sources.items() if source.weight is not None} or None
 
 
 class ModelSettings(SettingsDocument, frozen=True, kw_only=True):
@@ -300,6 +300,12 @@ class CheckpointSettings(SettingsDocument, frozen=True, kw_only=True):
     replica: str = ""
     """A folder or URL where each checkpoint is copied while training goes on, with what else the run has; as many are kept there."""
 
+    codec: Codec = "none"
+    """How checkpoints are stored in the run: `zstd` takes 0.68 to 0.85 of the bytes, where the place takes less than some 1 GB/s."""
+
+    replica_codec: Codec = "none"
+    """The same for the copies in `replica`."""
+
 
 class EvalSettings(SettingsDocument, frozen=True, kw_only=True):
     """When the validation loss is measured."""
@@ -368,11 +374,7 @@ class Settings(SettingsDocument, frozen=True, kw_only=True):
         super().__post_init__()
         if self.loader.epochs is not None:
             raise ValueError("loader.epochs cannot be set: training is endless, train.steps ends it")
-        if any(
-            not isinstance(table.get("use"), str) for table in (self.objective, *self.hooks, *self.metrics.trackers)
-        ):
-            raise ValueError(
-                'each of [[hooks]] and [[metrics.trackers]], and [objective], needs use = "name" or "module:Class"'
-            )
+        if not all(isinstance(one.get("use"), str) for one in (self.objective, *self.hooks, *self.metrics.trackers)):
+            raise ValueError('[objective], [[hooks]], [[metrics.trackers]]: each needs use = "name" or "module:Class"')
         if sum(table["use"] == "quantize" for table in self.hooks) > 1:
             raise ValueError("hooks can quantize once: the second one would find no layer to quantize")

@@ -57,6 +57,25 @@ def test_a_run_whose_disk_is_lost_goes_on_from_its_second_place(language: str, t
     assert prove(str(run)).holds
 
 
+def packed(place: Path) -> set[bool]:
+    """Whether the parts of a run are packed, each of them."""
+    return {path.suffix == ".packed" for path in place.glob("parts/*.safetensors*")}
+
+
+@pytest.mark.parametrize(("codec", "replica_codec"), [("zstd", "none"), ("none", "zstd"), ("zstd", "zstd")])
+def test_each_place_stores_checkpoints_by_its_own_codec_and_may_take_another_when_resumed(
+    language: str, tmp_path: Path, codec: str, replica_codec: str
+) -> None:
+    run, there = tmp_path / "run", tmp_path / "there"
+    codecs = (f"checkpoint.codec={codec}", f"checkpoint.replica_codec={replica_codec}")
+    train(tiny_settings(language, f"checkpoint.replica={there}", *codecs, "train.steps=4"), str(run))
+    assert (packed(run), packed(there)) == ({codec == "zstd"}, {replica_codec == "zstd"})
+    assert_same_weights(run, there)
+    assert resume(str(run), overrides=["train.steps=6", "checkpoint.codec=none", "checkpoint.keep=1"]).step == 6
+    assert packed(run) == {False}
+    assert_same_weights(run, there)
+
+
 def test_ranks_have_a_second_place_together(language: str, tmp_path: Path) -> None:
     there = tmp_path / "there"
     train(

@@ -2,6 +2,7 @@
 
 manifest   the documents, their keys, and chunks of pieces
 checks     documents that make sense, and agree with one another
+layout     which rank's document has which box
 tree       state without its tensors: plain values as JSON
 """
 

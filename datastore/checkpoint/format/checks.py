@@ -14,12 +14,12 @@ from collections.abc import Iterable, Mapping, Sequence
 from math import prod
 from typing import Any
 
-from datastore.checkpoint.format.manifest import DIGEST_HEX, Entry, PartInfo, StepCommit, is_part_key
+from datastore.checkpoint.format.manifest import DIGEST_HEX, Entry, PartInfo, PartRef, StepCommit, is_part_key
 from datastore.checkpoint.format.tree import MAX_DEPTH, TensorSpec, specs
 from datastore.errors import CorruptError
 from datastore.formats.safetensors import ITEM_BYTES
 
-__all__ = ["check_commit", "check_info", "check_ranges", "check_whole", "coverage_fault"]
+__all__ = ["PlacedBox", "Shape", "check_commit", "check_info", "check_parts", "check_ranges", "coverage_fault"]
 
 _CHUNK_BYTES = range(2**16, 2**26 + 1)
 """How large a chunk may be; 4 MiB is what is written."""
@@ -141,9 +141,12 @@ def _lies_within(entry: Entry) -> bool:
     )
 
 
-def check_whole(commit: StepCommit, parts: Sequence[PartInfo], *, where: str) -> None:
-    """Raise `CorruptError` unless `parts`, each checked by itself, add up to what `commit` says, and to nothing else."""
-    for info, ref in zip(parts, commit.parts, strict=True):
+def check_parts(commit: StepCommit, parts: Sequence[PartInfo], refs: Sequence[PartRef], *, where: str) -> None:
+    """Raise `CorruptError` unless `parts`, each checked by itself, are those that `refs` of `commit` name, and fit together.
+
+    Those of all ranks must make up what `commit` says, and nothing else; those of some must be pieces of it that lie apart.
+    """
+    for info, ref in zip(parts, refs, strict=True):
         mine = (info.run_id, info.step, info.save_id, info.rank, info.world, info.part, info.size_bytes)
         named = (commit.run_id, commit.step, commit.save_id, ref.rank, commit.world, ref.part, ref.size_bytes)
         if mine != named:
@@ -153,7 +156,7 @@ def check_whole(commit: StepCommit, parts: Sequence[PartInfo], *, where: str) ->
     if unnamed:
         raise _corrupt("the step does not name a part that it needs", where, part=min(unnamed))
     wanted = {name: spec for item, values in commit.items.items() for name, spec in specs(values, name=item)}
-    fault = coverage_fault(wanted, entries)
+    fault = coverage_fault(wanted, entries, some=len(refs) < len(commit.parts))
     if fault is not None:
         raise _corrupt(fault[0], where, tensor=fault[1])
     check_ranges(parts, where=where)
@@ -174,22 +177,36 @@ def check_ranges(parts: Sequence[PartInfo], *, where: str) -> None:
         before = (part, max(stop, before[1]) if part == before[0] else stop)
 
 
-def coverage_fault(wanted: Mapping[str, TensorSpec], entries: Iterable[Entry]) -> tuple[str, str] | None:
-    """Return why the boxes of `entries` do not make up each tensor of `wanted` and nothing else, and which tensor it is."""
+def coverage_fault(
+    wanted: Mapping[str, TensorSpec], entries: Iterable[Entry], *, some: bool = False
+) -> tuple[str, str] | None:
+    """Return why the boxes of `entries` do not make up each tensor of `wanted` and nothing else, and which tensor it is.
+
+    If they are only `some` of the boxes, what is missing is no fault.
+    """
     boxes: defaultdict[str, list[PlacedBox]] = defaultdict(list)
     for entry in entries:
-        if wanted.get(entry.tensor) != TensorSpec(entry.dtype, entry.global_shape):
+        spec = wanted.get(entry.tensor)
+        if spec is None or spec.dtype != entry.dtype or spec.shape != entry.global_shape:
             return "a rank wrote a tensor that rank 0 does not have, or not like this", entry.tensor
         boxes[entry.tensor].append((entry.offsets, entry.shape))
+    faults: dict[tuple[Shape, tuple[PlacedBox, ...]], str] = {}  # Tensors that are cut alike are looked at once.
     for name, spec in wanted.items():
-        if len(set(boxes[name])) < len(boxes[name]):
-            return "two ranks wrote the same piece of a tensor", name
-        if sum(prod(shape) for _, shape in boxes[name]) != prod(spec.shape) or not boxes[name]:
-            return "the ranks did not write the whole of a tensor", name
-        full = [box for box in boxes[name] if prod(box[1])]
-        if not _are_apart(full, len(spec.shape)):
-            return "two ranks wrote the same elements of a tensor", name
+        key = (spec.shape, tuple(boxes[name]))
+        if key not in faults:
+            faults[key] = _fault_of_boxes(boxes[name], spec.shape, some=some)
+        if faults[key]:
+            return faults[key], name
     return None
+
+
+def _fault_of_boxes(boxes: list[PlacedBox], shape: Shape, *, some: bool) -> str:
+    if len(set(boxes)) < len(boxes):
+        return "two ranks wrote the same piece of a tensor"
+    if not some and (sum(prod(lengths) for _, lengths in boxes) != prod(shape) or not boxes):
+        return "the ranks did not write the whole of a tensor"
+    full = [box for box in boxes if prod(box[1])]
+    return "" if _are_apart(full, len(shape)) else "two ranks wrote the same elements of a tensor"
 
 
 def _are_apart(boxes: list[PlacedBox], dimensions: int) -> bool:

@@ -4,6 +4,7 @@
     parts/<step>-<save id>-<rank>.safetensors  the tensors that one rank wrote in one save
     parts/<step>-<save id>-<rank>.json         PartInfo: where each piece of each tensor lies, with its digests
     parts/<step>-<save id>-<rank>.failed       a note that this rank could not do its part; text for people
+    parts/<step>-<save id>.layout              StepLayout, where there are many ranks: which of their documents has what; see `layout.py`
     steps/<step>.json                          StepCommit, created put-if-absent: a step exists when this file does
     refs/latest.json                           LatestHint, never trusted
     votes/<session>/<number>-<rank>            how ranks agree on what to restore; see `ranks.py`
@@ -45,6 +46,7 @@ __all__ = [
     "failure_key",
     "info_key",
     "is_part_key",
+    "layout_key",
     "part_key",
     "runs_of",
     "step_key",
@@ -69,7 +71,7 @@ VOTES = "votes"
 
 _STEP = re.compile(r"steps/([0-9]{10,18})\.json")
 
-_PART = re.compile(r"parts/([0-9]{10,18})-[0-9a-f]{16}-[0-9]{5,18}\.(safetensors|json|failed)")
+_PART = re.compile(r"parts/([0-9]{10,18})-[0-9a-f]{16}(?:-[0-9]{5,18}\.(safetensors|json|failed)|\.layout)")
 
 Shape = tuple[Count, ...]
 
@@ -195,6 +197,11 @@ def part_key(ref: StepRef, rank: int) -> str:
 def info_key(ref: StepRef, rank: int) -> str:
     """Return where `rank` stores its `PartInfo` for the save `ref`."""
     return f"{PARTS}/{ref.step:010d}-{ref.save_id}-{rank:05d}.json"
+
+
+def layout_key(ref: StepRef) -> str:
+    """Return where rank 0 stores which document of the save `ref` has what."""
+    return f"{PARTS}/{ref.step:010d}-{ref.save_id}.layout"
 
 
 def failure_key(ref: StepRef, rank: int) -> str:

@@ -1,7 +1,7 @@
 """A step back into a running program: verified as a whole before anything is overwritten, or not at all.
 
     1. The ranks agree on the newest step that all of them see.
-    2. Each rank reads the documents, compares what is saved with what is there (both ways, no cast, all differences
+    2. Each rank reads the documents (of many, those that it needs), compares what is saved with what is there (both ways, no cast, all differences
        in one error), and verifies every chunk that it needs.
     3. They vote, also on whether they mean the same save. One no is enough: everybody takes the step before, loudly.
     4. Only now are tensors written, and verified again on the way; then a last vote, as a disk may give other bytes
@@ -24,6 +24,8 @@ from typing import Any, TypeAlias, TypeVar
 
 import torch
 
+from datastore.checkpoint.format.checks import PlacedBox
+from datastore.checkpoint.format.layout import ranks_holding
 from datastore.checkpoint.format.manifest import StepCommit
 from datastore.checkpoint.format.tree import specs, unpack
 from datastore.checkpoint.loading.reader import Reader, transfers_of
@@ -31,6 +33,7 @@ from datastore.checkpoint.loading.shared import Detour, contradictions, detours,
 from datastore.checkpoint.loading.targets import RestoreTarget, target_of
 from datastore.checkpoint.ranks import Agree, SavingRank, all_equal
 from datastore.checkpoint.steps import StepLog, WholeStep, steps_of
+from datastore.checkpoint.tensors import local_piece
 from datastore.errors import ConflictError, CorruptError, DatastoreError, MissingError, ResumeError
 from datastore.storage.base import Storage
 
@@ -39,6 +42,9 @@ __all__ = ["Damaged", "Restored", "Restorer"]
 T = TypeVar("T")
 
 Damage: TypeAlias = CorruptError | MissingError
+
+Destinations: TypeAlias = dict[str, dict[str, torch.Tensor]]
+"""Tensors to fill, by item and name."""
 
 _LOGGER = getLogger(__name__)
 
@@ -96,7 +102,7 @@ class _Plan:
     beside: list[Detour]
     """Tensors that share memory: their values have been read already."""
 
-    destinations: dict[str, dict[str, torch.Tensor]]
+    destinations: Destinations
     size_bytes: int
 
 
@@ -228,11 +234,8 @@ class Restorer:
 
     def _verified(self, place: Storage, step: int) -> _Plan:
         """Return the plan for `step`; nothing has been written, and unless all is fresh, every byte this rank needs has been verified."""
-        whole = StepLog(place).read_whole(step)
-        self._refuse(self._problems(whole.commit), step)
-        items = whole.commit.items
-        destinations = {target.key: target.destinations(items[target.key]) for target in self._targets}
-        flat = {name: tensor for tensors in destinations.values() for name, tensor in tensors.items()}
+        whole, destinations = self._described(place, step)
+        flat = _flat(destinations)
         beside = detours(flat)
         apart = {detour.name: detour.beside for detour in beside}
         direct = {name: tensor for name, tensor in flat.items() if name not in apart}
@@ -246,6 +249,23 @@ class Restorer:
         more.deliver()  # Into tensors of its own.
         self._refuse(contradictions(beside), step)
         return _Plan(whole, place.url, reader, beside, destinations, reader.size_bytes + more.size_bytes)
+
+    def _described(self, place: Storage, step: int) -> tuple[WholeStep, Destinations]:
+        """Return what the documents say that this rank needs, and where the tensors of the step go."""
+        log = StepLog(place)
+        commit = log.read(step)
+        layout = log.read_layout(commit)
+        if layout is None:  # The documents vouch for what memory is set aside for.
+            return log.read_parts(commit), self._destinations(commit)
+        destinations = self._destinations(commit)
+        ranks = ranks_holding(layout, _boxes(_flat(destinations)))
+        if commit.world == self._member.world:
+            ranks.add(self._member.rank)  # What this rank would write again.
+        return log.read_parts(commit, ranks), destinations
+
+    def _destinations(self, commit: StepCommit) -> Destinations:
+        self._refuse(self._problems(commit), commit.step)
+        return {target.key: target.destinations(commit.items[target.key]) for target in self._targets}
 
     def _reader(self, place: Storage, tensors: dict[str, torch.Tensor], whole: WholeStep) -> Reader:
         transfers = transfers_of(tensors, whole.parts)
@@ -298,3 +318,13 @@ class Restorer:
             raise ResumeError(
                 f"an item cannot take its state: {error.fact}", item=target.key, hint=error.hint
             ) from error
+
+
+def _flat(destinations: Destinations) -> dict[str, torch.Tensor]:
+    return {name: tensor for tensors in destinations.values() for name, tensor in tensors.items()}
+
+
+def _boxes(tensors: Mapping[str, torch.Tensor]) -> dict[str, PlacedBox]:
+    """Return the box of each tensor that is in this process."""
+    boxes = {name: local_piece(tensor, name).box for name, tensor in tensors.items()}
+    return {name: (box.starts, box.shape) for name, box in boxes.items()}

@@ -6,13 +6,14 @@ The commit is put-if-absent, and after any error it is read back: if it carries 
 """
 
 import threading
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from contextlib import suppress
 from itertools import count
 from logging import getLogger
 from typing import Any
 
+from datastore.checkpoint.format.layout import INDEXED_RANKS, layout_of
 from datastore.checkpoint.format.manifest import (
     LATEST_KEY,
     LatestHint,
@@ -22,6 +23,7 @@ from datastore.checkpoint.format.manifest import (
     StepRef,
     failure_key,
     info_key,
+    layout_key,
     step_key,
 )
 from datastore.checkpoint.format.tree import specs
@@ -33,7 +35,16 @@ from datastore.errors import ConflictError, CorruptError, DatastoreError, Missin
 from datastore.host import utc_now
 from datastore.storage.base import Storage
 
-__all__ = ["await_commit", "build_commit", "gather_parts", "leave_note", "make_room", "put_commit", "write_hint"]
+__all__ = [
+    "await_commit",
+    "build_commit",
+    "gather_parts",
+    "leave_note",
+    "make_room",
+    "put_commit",
+    "write_hint",
+    "write_layout",
+]
 
 _LOGGER = getLogger(__name__)
 
@@ -240,6 +251,15 @@ def await_commit(member: SavingRank, ref: StepRef) -> StepCommit:
         hint = "Check that process; the step was not committed, the one before it is intact."
         raise WaitError("rank 0 did not commit the step in time", step=ref.step, rank=0, hint=hint)
     return commit
+
+
+def write_layout(storage: Storage, ref: StepRef, parts: Sequence[PartInfo]) -> None:
+    """Note which of many documents has what; a failure is logged, because who restores can read them all."""
+    if len(parts) >= INDEXED_RANKS:
+        try:
+            storage.put(layout_key(ref), seal(layout_of(ref, parts)))
+        except StorageError as error:
+            _LOGGER.warning("the layout of step %d was not written: %s", ref.step, error)
 
 
 def write_hint(storage: Storage, ref: StepRef) -> None:

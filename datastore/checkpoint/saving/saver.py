@@ -37,6 +37,7 @@ from datastore.checkpoint.saving.commit import (
     make_room,
     put_commit,
     write_hint,
+    write_layout,
 )
 from datastore.checkpoint.saving.snapshot import BufferPool, Snapshot
 from datastore.checkpoint.saving.write import Known, stage, write_share
@@ -231,6 +232,7 @@ class Saver:
         parts = gather_parts(self._member, save.ref)
         parent = self._history.ref
         commit = build_commit(self._member, parts, parent=parent, items=save.snapshot.items, metrics=save.metrics)
+        write_layout(self._member.storage, save.ref, parts)
         check_standing(self._member.storage, commit.uses)
         self._make_room()
         stored = put_commit(self._member.storage, commit)

@@ -193,15 +193,15 @@ def keep_of(settings: CheckpointSettings) -> Keep:
 
 
 def _open_checkpointer(settings: Settings, folder: RunFolder, ranks: Ranks, *, session: str) -> Checkpointer:
-    keep = keep_of(settings.checkpoint)
-    second = settings.checkpoint.replica
+    chosen, keep = settings.checkpoint, keep_of(settings.checkpoint)
+    two = TwoPlaces(folder.storage, chosen.replica, keep=keep, codec=chosen.replica_codec)
     return Checkpointer(
-        TwoPlaces(folder.storage, second, keep=keep) if second else folder.storage,
+        two if chosen.replica else folder.storage,
         keep=keep,
         rank=ranks.rank,
         world=ranks.world,
         session=session,
-        options=CheckpointerSettings(wait_s=settings.train.timeout_s),
+        options=CheckpointerSettings(wait_s=settings.train.timeout_s, codec=chosen.codec),
     )
 
 

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import pytest
 import torch
@@ -107,3 +107,73 @@ def test_a_model_made_on_the_meta_device_is_told_what_to_do_and_then_restored(tm
             ck.restore({"model": other})
         ck.restore({"model": other.to_empty(device="cpu")})
     assert torch.equal(other.weight, model.weight)
+
+
+class Rounded(torch.Tensor):
+    """A tensor made of two others, as quantized ones of torchao are: eight bits for each number, and a scale for each row."""
+
+    numbers: torch.Tensor
+    scale: torch.Tensor
+
+    def __new__(cls, numbers: torch.Tensor, scale: torch.Tensor) -> Self:
+        made: Self = torch.Tensor._make_wrapper_subclass(cls, numbers.shape, dtype=scale.dtype)
+        return made
+
+    def __init__(self, numbers: torch.Tensor, scale: torch.Tensor) -> None:
+        self.numbers, self.scale = numbers, scale
+
+    def __tensor_flatten__(self) -> tuple[list[str], None]:
+        return ["numbers", "scale"], None
+
+    @classmethod
+    def __torch_dispatch__(cls, *_: Any, **_more: Any) -> Any:
+        raise NotImplementedError
+
+
+def parts_of(state: dict[str, Any]) -> dict[str, Any]:
+    """As on the page of checkpoints."""
+    made = {name: each.__tensor_flatten__()[0] for name, each in state.items() if hasattr(each, "__tensor_flatten__")}
+    return state | {name: {part: getattr(state[name], part) for part in parts} for name, parts in made.items()}
+
+
+def test_a_tensor_made_of_others_is_refused_before_anything_is_written_and_its_parts_come_back_in_place(
+    tmp_path: Path,
+) -> None:
+    numbers, scale = torch.arange(12, dtype=torch.int8).view(3, 4), torch.tensor([0.5, 2.0, -1.0])
+    state = {"weight": Rounded(numbers, scale), "bias": torch.ones(3)}
+    with Checkpointer(tmp_path / "run") as ck:
+        with pytest.raises(ConfigError, match=r"class is not known.*model/weight.*Rounded.*tensors that it is made of"):
+            ck.save(1, {"model": state}, blocking=True)
+        assert not (tmp_path / "run").exists()
+        ck.save(1, {"model": parts_of(state)}, blocking=True)
+        weight = Rounded(torch.zeros_like(numbers), torch.zeros(3))
+        into = {"weight": weight, "bias": torch.zeros(3)}
+        with pytest.raises(ConfigError, match="class is not known"):
+            ck.restore({"model": into})
+        ck.restore({"model": parts_of(into)})
+    assert weight.numbers.equal(numbers)
+    assert weight.scale.equal(scale)
+
+
+@pytest.mark.parametrize(
+    "kind", ["Int8WeightOnlyConfig", "Int8DynamicActivationInt8WeightConfig", "IntxWeightOnlyConfig"]
+)
+@pytest.mark.filterwarnings("ignore")
+def test_parts_of_quantized_models_come_back_bit_for_bit(tmp_path: Path, kind: str) -> None:
+    torchao = pytest.importorskip("torchao.quantization", exc_type=ImportError)
+    more = {"weight_dtype": vars(torch)["int4"]} if kind == "IntxWeightOnlyConfig" else {}
+
+    def model(seed: int) -> torch.nn.Module:
+        torch.manual_seed(seed)
+        made = torch.nn.Sequential(torch.nn.Linear(64, 128), torch.nn.Linear(128, 32))
+        torchao.quantize_(made, getattr(torchao, kind)(**more))
+        return made
+
+    one, other, inputs = model(0), model(1), torch.linspace(-1, 1, 192).view(3, 64)
+    assert not torch.equal(one(inputs), other(inputs))
+    with Checkpointer(tmp_path) as ck:
+        with pytest.raises(ConfigError, match="class is not known"):
+            ck.save(1, {"model": one}, blocking=True)
+        ck.save(1, {"model": parts_of(one.state_dict())}, blocking=True)
+        ck.restore({"model": parts_of(other.state_dict())})
+    assert torch.equal(one(inputs), other(inputs))
