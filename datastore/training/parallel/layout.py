@@ -150,12 +150,6 @@ def check_model(model: ModelSettings, layout: Layout, *, seq_len: int) -> None:
                 **{key.partition(".")[2]: value, "size": size},
                 hint=f"Change {key}, or that size.",
             )
-    if layout.pipeline > 1 and model.tied:
-        raise ConfigError(
-            "a tied embedding would be on two ranks of a pipeline",
-            pipeline=layout.pipeline,
-            hint="Set model.tied = false, or use parallel.shard.",
-        )
     if layout.pipeline > 1 and layout.tensor > 1:
         raise ConfigError(
             "pipeline and tensor parallelism do not go together here",
