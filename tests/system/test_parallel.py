@@ -35,9 +35,14 @@ LAYOUTS: dict[str, tuple[int, dict[str, int]]] = {
     "pipeline 4": (4, {"pipeline": 4}),
     "data 2 x pipeline 2": (4, {"data": 2, "pipeline": 2}),
     "shard 2 x pipeline 2": (4, {"shard": 2, "pipeline": 2}),
+    "context 2": (2, {"context": 2}),
+    "context 4": (4, {"context": 4}),
+    "data 2 x context 2": (4, {"data": 2, "context": 2}),
+    "shard 2 x context 2": (4, {"shard": 2, "context": 2}),
+    "context 2 x tensor 2": (4, {"context": 2, "tensor": 2}),
 }
-QUICK = ("shard 2", "tensor 2", "pipeline 2, interleaved")
-ALONE = {"data": 0, "shard": 1, "tensor": 1, "pipeline": 1, "interleave": 1}
+QUICK = ("shard 2", "tensor 2", "pipeline 2, interleaved", "context 2")
+ALONE = {"data": 0, "shard": 1, "tensor": 1, "pipeline": 1, "interleave": 1, "context": 1}
 
 
 @pytest.fixture(autouse=True)
@@ -128,7 +133,7 @@ def goes_on_like_one_process(language: str, folder: Path, names: list[str], *, t
 
 
 def test_a_run_moves_from_four_ranks_to_three_to_one(language: str, tmp_path: Path) -> None:
-    goes_on_like_one_process(language, tmp_path, ["shard 2 x tensor 2", "shard 3", "one process", "pipeline 2"])
+    goes_on_like_one_process(language, tmp_path, ["shard 2 x tensor 2", "shard 3", "one process", "context 2"])
 
 
 def test_a_tied_embedding_moves_out_of_a_pipeline_and_back(language: str, tmp_path: Path) -> None:
@@ -151,6 +156,7 @@ def test_a_run_moves_through_every_layout(tied: str, language: str, tmp_path: Pa
         pytest.param("data 2 x shard 2", marks=pytest.mark.slow),
         pytest.param("data 2 x pipeline 2", marks=pytest.mark.slow),
         pytest.param("shard 2 x pipeline 2", marks=pytest.mark.slow),
+        pytest.param("shard 2 x context 2", marks=pytest.mark.slow),
     ],
 )
 def test_a_resumed_run_has_the_same_bits(name: str, tied: str, language: str, tmp_path: Path) -> None:
@@ -164,7 +170,11 @@ def test_a_resumed_run_has_the_same_bits(name: str, tied: str, language: str, tm
     assert_same_weights(once, twice)
 
 
-@pytest.mark.parametrize("sizes", [{"data": 1, "shard": 2}, {"data": 1, "pipeline": 2}], ids=["sharded", "pipeline"])
+@pytest.mark.parametrize(
+    "sizes",
+    [{"data": 1, "shard": 2}, {"data": 1, "pipeline": 2}, {"context": 2}],
+    ids=["sharded", "pipeline", "context"],
+)
 def test_blocks_computed_twice_give_the_same_bits(sizes: dict[str, int], language: str, tmp_path: Path) -> None:
     for recompute in ("true", "false"):
         chosen = settings(language, "train.steps=3", f"train.recompute={recompute}", *table(sizes))
@@ -173,7 +183,7 @@ def test_blocks_computed_twice_give_the_same_bits(sizes: dict[str, int], languag
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["data 2", "shard 2", "pipeline 2"])
+@pytest.mark.parametrize("name", ["data 2", "shard 2", "pipeline 2", "context 2"])
 def test_compiled_blocks_learn_the_same(name: str, language: str, tmp_path: Path) -> None:
     processes, sizes = LAYOUTS[name]
     train(settings(language, "train.steps=4"), str(tmp_path / "alone"))
