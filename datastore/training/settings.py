@@ -248,7 +248,7 @@ class ParallelSettings(SettingsDocument, frozen=True, kw_only=True):
     """Parts of the model that each rank of a pipeline has: fewer idle ranks, more messages."""
 
     context: Positive = 1
-    """Ranks that share one sequence; only 1 is supported."""
+    """Ranks that share each sequence: some of its tokens each, and the same weights."""
 
 
 class SyncSettings(SettingsDocument, frozen=True, kw_only=True):

@@ -283,7 +283,7 @@ class Trainer:
         return batch
 
     def _zeros(self, rows: int) -> MicroBatch:
-        return _moved(self.objective.blank(rows, self.context), self.state.device)
+        return self.strategy.seen(_moved(self.objective.blank(rows, self.context), self.state.device))
 
     def can_go_on(self) -> bool:
         """Return whether the weights give a finite loss and finite gradients: a step on one row of zeros, not taken."""

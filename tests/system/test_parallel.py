@@ -35,9 +35,14 @@ LAYOUTS: dict[str, tuple[int, dict[str, int]]] = {
     "pipeline 4": (4, {"pipeline": 4}),
     "data 2 x pipeline 2": (4, {"data": 2, "pipeline": 2}),
     "shard 2 x pipeline 2": (4, {"shard": 2, "pipeline": 2}),
+    "context 2": (2, {"context": 2}),
+    "context 4": (4, {"context": 4}),
+    "data 2 x context 2": (4, {"data": 2, "context": 2}),
+    "shard 2 x context 2": (4, {"shard": 2, "context": 2}),
+    "context 2 x tensor 2": (4, {"context": 2, "tensor": 2}),
 }
-QUICK = ("shard 2", "tensor 2", "pipeline 2, interleaved")
-ALONE = {"data": 0, "shard": 1, "tensor": 1, "pipeline": 1, "interleave": 1}
+QUICK = ("shard 2", "tensor 2", "pipeline 2, interleaved", "context 2")
+ALONE = {"data": 0, "shard": 1, "tensor": 1, "pipeline": 1, "interleave": 1, "context": 1}
 
 
 @pytest.fixture(autouse=True)
@@ -85,16 +90,14 @@ def assert_same_weights(one: Path, other: Path) -> None:
     assert all(torch.equal(first[name], second[name]) for name in first)
 
 
-@pytest.mark.parametrize("name", QUICK)
-def test_a_layout_learns_what_one_process_learns(name: str, language: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("name", "tied"), [*((name, "false") for name in QUICK), ("pipeline 2, interleaved", "true")])
+def test_a_layout_learns_what_one_process_learns(name: str, tied: str, language: str, tmp_path: Path) -> None:
     """With batches of which ranks get unequal parts, in several forward passes; validation and norms, too."""
     processes, sizes = LAYOUTS[name]
-    wanted = settings(language, "train.steps=8", "data.global_batch=7", "train.micro_batch=2", "eval.samples=5")
-    alone = train(wanted, str(tmp_path / "alone"))
-    parallel = settings(
-        language, "train.steps=8", "data.global_batch=7", "train.micro_batch=2", "eval.samples=5", *table(sizes)
-    )
-    together = train(parallel, str(tmp_path / "together"), processes=processes)
+    few = ["train.steps=8", "data.global_batch=7", "train.micro_batch=2", "eval.samples=5"]
+    plain = [*few, f"model.tied={tied}"]
+    alone = train(settings(language, *plain), str(tmp_path / "alone"))
+    together = train(settings(language, *plain, *table(sizes)), str(tmp_path / "together"), processes=processes)
     assert farthest(tmp_path / "alone", tmp_path / "together") < 1e-5
     assert together.validation_loss == pytest.approx(alone.validation_loss, abs=1e-5)
     assert consumed(tmp_path / "alone") == consumed(tmp_path / "together")
@@ -107,22 +110,20 @@ def test_fifty_steps_of_every_layout_are_those_of_one_process(tied: str, languag
     plain = [f"model.tied={tied}", "train.steps=50", "optim.warmup=5", "optim.floor=0.1"]
     train(settings(language, *plain), str(tmp_path / "alone"))
     for name, (processes, sizes) in LAYOUTS.items():
-        if tied == "true" and "pipeline" in sizes:
-            continue
         train(settings(language, *plain, *table(sizes)), str(tmp_path / name), processes=processes)
         assert farthest(tmp_path / "alone", tmp_path / name) < 1e-5, name
         assert consumed(tmp_path / "alone") == consumed(tmp_path / name), name
 
 
-def goes_on_like_one_process(language: str, folder: Path, names: list[str]) -> None:
+def goes_on_like_one_process(language: str, folder: Path, names: list[str], *, tied: str = "false") -> None:
     """Take two steps in each layout, one after the other, from the checkpoint of the one before."""
-    slow = "optim.lr=0.002"  # At a higher rate, rounding grows from step to step.
-    train(settings(language, f"train.steps={2 * len(names)}", slow), str(folder / "alone"))
+    slow = ["optim.lr=0.002", f"model.tied={tied}"]  # At a higher rate, rounding grows from step to step.
+    train(settings(language, f"train.steps={2 * len(names)}", *slow), str(folder / "alone"))
     run = str(folder / "moving")
     for place, name in enumerate(names, start=1):
         processes, sizes = LAYOUTS.get(name, (1, {}))
         if place == 1:
-            train(settings(language, "train.steps=2", slow, *table(sizes)), run, processes=processes)
+            train(settings(language, "train.steps=2", *slow, *table(sizes)), run, processes=processes)
         else:
             resume(run, overrides=[f"train.steps={2 * place}", *table(sizes)], processes=processes)
     assert farthest(folder / "alone", folder / "moving") < 1e-5
@@ -132,14 +133,20 @@ def goes_on_like_one_process(language: str, folder: Path, names: list[str]) -> N
 
 
 def test_a_run_moves_from_four_ranks_to_three_to_one(language: str, tmp_path: Path) -> None:
-    goes_on_like_one_process(language, tmp_path, ["shard 2 x tensor 2", "shard 3", "one process", "pipeline 2"])
+    goes_on_like_one_process(language, tmp_path, ["shard 2 x tensor 2", "shard 3", "one process", "context 2"])
+
+
+def test_a_tied_embedding_moves_out_of_a_pipeline_and_back(language: str, tmp_path: Path) -> None:
+    goes_on_like_one_process(language, tmp_path, ["pipeline 2", "one process", "pipeline 2, interleaved"], tied="true")
 
 
 @pytest.mark.slow
-def test_a_run_moves_through_every_layout(language: str, tmp_path: Path) -> None:
-    goes_on_like_one_process(language, tmp_path, [*LAYOUTS, "one process"])
+@pytest.mark.parametrize("tied", ["true", "false"])
+def test_a_run_moves_through_every_layout(tied: str, language: str, tmp_path: Path) -> None:
+    goes_on_like_one_process(language, tmp_path, [*LAYOUTS, "one process"], tied=tied)
 
 
+@pytest.mark.parametrize("tied", ["false", pytest.param("true", marks=pytest.mark.slow)])
 @pytest.mark.parametrize(
     "name",
     [
@@ -149,19 +156,25 @@ def test_a_run_moves_through_every_layout(language: str, tmp_path: Path) -> None
         pytest.param("data 2 x shard 2", marks=pytest.mark.slow),
         pytest.param("data 2 x pipeline 2", marks=pytest.mark.slow),
         pytest.param("shard 2 x pipeline 2", marks=pytest.mark.slow),
+        pytest.param("shard 2 x context 2", marks=pytest.mark.slow),
     ],
 )
-def test_a_resumed_run_has_the_same_bits(name: str, language: str, tmp_path: Path) -> None:
+def test_a_resumed_run_has_the_same_bits(name: str, tied: str, language: str, tmp_path: Path) -> None:
     processes, sizes = LAYOUTS[name]
     once, twice = tmp_path / "once", tmp_path / "twice"
-    train(settings(language, "train.steps=6", *table(sizes)), str(once), processes=processes)
-    train(settings(language, "train.steps=3", *table(sizes)), str(twice), processes=processes)
+    chosen = [f"model.tied={tied}", *table(sizes)]
+    train(settings(language, "train.steps=6", *chosen), str(once), processes=processes)
+    train(settings(language, "train.steps=3", *chosen), str(twice), processes=processes)
     resume(str(twice), overrides=["train.steps=6"], processes=processes)
     assert numbers(once) == numbers(twice)
     assert_same_weights(once, twice)
 
 
-@pytest.mark.parametrize("sizes", [{"data": 1, "shard": 2}, {"data": 1, "pipeline": 2}], ids=["sharded", "pipeline"])
+@pytest.mark.parametrize(
+    "sizes",
+    [{"data": 1, "shard": 2}, {"data": 1, "pipeline": 2}, {"context": 2}],
+    ids=["sharded", "pipeline", "context"],
+)
 def test_blocks_computed_twice_give_the_same_bits(sizes: dict[str, int], language: str, tmp_path: Path) -> None:
     for recompute in ("true", "false"):
         chosen = settings(language, "train.steps=3", f"train.recompute={recompute}", *table(sizes))
@@ -170,7 +183,7 @@ def test_blocks_computed_twice_give_the_same_bits(sizes: dict[str, int], languag
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["data 2", "shard 2", "pipeline 2"])
+@pytest.mark.parametrize("name", ["data 2", "shard 2", "pipeline 2", "context 2"])
 def test_compiled_blocks_learn_the_same(name: str, language: str, tmp_path: Path) -> None:
     processes, sizes = LAYOUTS[name]
     train(settings(language, "train.steps=4"), str(tmp_path / "alone"))

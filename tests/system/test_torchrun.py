@@ -27,12 +27,13 @@ def toml_of(settings: Settings) -> str:
 
 
 @pytest.mark.slow
-def test_two_ranks_of_torchrun_train_what_one_process_trains(tmp_path: Path) -> None:
+@pytest.mark.parametrize("size", ["data", "shard", "tensor", "pipeline", "context"])
+def test_two_ranks_of_torchrun_train_what_one_process_trains(size: str, tmp_path: Path) -> None:
     make_language(tmp_path / "data")
-    settings = tiny_settings(tmp_path / "data", "train.steps=6")
-    train(settings, str(tmp_path / "one"))
+    wanted = (str(tmp_path / "data"), "train.steps=6", "model.vocab_size=128")
+    train(tiny_settings(*wanted), str(tmp_path / "one"))
     config = tmp_path / "run.toml"
-    config.write_text(toml_of(settings))
+    config.write_text(toml_of(tiny_settings(*wanted, f"parallel.{size}=2")))
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     command = [*torchrun, "-m", "datastore", "train", str(config), "--to", str(tmp_path / "two")]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
@@ -43,6 +44,7 @@ def test_two_ranks_of_torchrun_train_what_one_process_trains(tmp_path: Path) -> 
     ]
     assert losses[0] == pytest.approx(losses[1], abs=1e-5)
     assert prove(str(tmp_path / "two")).worlds == [2]
+    assert getattr(RunFolder.open(str(tmp_path / "two")).config().settings.parallel, size) == 2
 
 
 @pytest.mark.slow

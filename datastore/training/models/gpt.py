@@ -11,6 +11,7 @@ R. Sennrich, arXiv:1910.07467 (RMSNorm); N. Shazeer, arXiv:2002.05202 (SwiGLU); 
 """
 
 from dataclasses import dataclass, field
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
@@ -19,7 +20,17 @@ from torch.utils.checkpoint import checkpoint
 
 from datastore.training.settings import ModelSettings
 
-__all__ = ["GPT", "Block", "Decoder", "KeyValueCache", "draw_weights", "parameter_count", "turns_of"]
+__all__ = [
+    "GPT",
+    "Attention",
+    "Block",
+    "Decoder",
+    "KeyValueCache",
+    "Shared",
+    "draw_weights",
+    "parameter_count",
+    "turns_of",
+]
 
 _INIT_STD = 0.02
 
@@ -45,6 +56,19 @@ class KeyValueCache:
         return self.pairs[layer]
 
 
+class Shared(Protocol):
+    """A sequence of which other ranks have some tokens."""
+
+    @property
+    def place(self) -> int:
+        """How many runs of as many tokens come before those that are here."""
+        ...
+
+    def gather(self, keys_BKTD: Tensor, values_BKTD: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Return keys and values of these tokens and all before them, and a mask [T, all] of what each sees; None: up to its own."""
+        ...
+
+
 class Attention(nn.Module):
     """Attention in which several query heads share one head of keys and values."""
 
@@ -58,6 +82,8 @@ class Attention(nn.Module):
         self.k_proj = nn.Linear(settings.width, self.key_heads * self.head_width, bias=False)
         self.v_proj = nn.Linear(settings.width, self.key_heads * self.head_width, bias=False)
         self.o_proj = nn.Linear(self.heads * self.head_width, settings.width, bias=False)
+        self.shared: Shared | None = None
+        """Who has the tokens before, where ranks share a sequence."""
 
     def forward(self, x_BTC: Tensor, turns: tuple[Tensor, Tensor], cache: KeyValueCache | None) -> Tensor:
         """Return what each token gathers from itself and the tokens before it, or from all of them, [B, T, C]."""
@@ -69,12 +95,15 @@ class Attention(nn.Module):
         q_BHTD, k_BKTD = _rotate(q_BHTD, turns), _rotate(k_BKTD, turns)
         if cache is not None:
             k_BKTD, v_BKTD = cache.extend(self.layer, k_BKTD, v_BKTD)
+        seen = None
+        if self.shared is not None:
+            k_BKTD, v_BKTD, seen = self.shared.gather(k_BKTD, v_BKTD)
         if self.key_heads != self.heads:
             # enable_gqa=True is up to 3.7x slower on CPU (float32, B=8, T=256, H=8, K=2; torch 2.13, two cores).
             k_BKTD = k_BKTD.repeat_interleave(self.heads // self.key_heads, dim=1)
             v_BKTD = v_BKTD.repeat_interleave(self.heads // self.key_heads, dim=1)
         mixed_BHTD = functional.scaled_dot_product_attention(
-            q_BHTD, k_BKTD, v_BKTD, is_causal=self.causal and tokens > 1
+            q_BHTD, k_BKTD, v_BKTD, attn_mask=seen, is_causal=self.causal and seen is None and tokens > 1
         )
         return self.o_proj(mixed_BHTD.transpose(1, 2).reshape(batch, tokens, -1))  # type: ignore[no-any-return]
 
@@ -150,6 +179,8 @@ class GPT(nn.Module):
         self.causal = causal
         self.model = Decoder(settings, causal=causal)
         self.lm_head = None if settings.tied else nn.Linear(settings.width, settings.vocab_size, bias=False)
+        self.shared: Shared | None = None
+        """Who has the tokens before, where ranks share a sequence."""
 
     def initialize(self, generator: torch.Generator) -> None:
         """Draw all weights anew; the same generator gives the same weights."""
@@ -162,8 +193,8 @@ class GPT(nn.Module):
 
         `before` stands in front of the text, and has logits, too.
         """
-        start = cache.length if cache is not None else 0
         places = ids_BT.shape[1] + (0 if before_BPC is None else before_BPC.shape[1])
+        start = cache.length if cache is not None else 0 if self.shared is None else self.shared.place * places
         turns = turns_of(self.settings, start, places, ids_BT.device)
         x_BTC = self.model(ids_BT, turns, cache, before_BPC)
         if self.lm_head is None:

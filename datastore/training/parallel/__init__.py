@@ -2,6 +2,7 @@
 
 layout      which sizes go together, and the place of a rank; loads no torch
 ranks       the process group: joining, leaving, agreeing
+context     every rank has some of the tokens of each sequence
 lesson      what a rank learns from some rows: outputs and loss
 strategy    the contract: a model distributed, stepped, measured, saved
 whole       every rank has the whole model: one process, or DistributedDataParallel

@@ -74,6 +74,7 @@ def build_with_hooks(
     for block in blocks_of(model):
         if compiled:
             block.compile()  # Each by itself: the same code, so it is compiled once, and hooks keep their modules.
+    strategy.enter(model)
     model = strategy.distribute(model)
     state = RunState(
         model=model,

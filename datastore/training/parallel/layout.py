@@ -1,10 +1,11 @@
 """The layout of a run's ranks: how many share what, checked before anything starts, and the place of each rank in it.
 
-Ranks count along four sizes, the last one fastest, so that those that talk most are neighbours:
+Ranks count along five sizes, the last one fastest, so that those that talk most are neighbours:
 
-    pipeline > data > shard > tensor        rank = ((stage x data + copy) x shard + piece) x tensor + column
+    pipeline > data > context > shard > tensor
+    rank = (((stage x data + copy) x context + slice) x shard + piece) x tensor + column
 
-Ranks that differ in `data` or `shard` read different samples; those that differ in `tensor` or `pipeline` only read the same.
+Ranks that differ in `data` or `shard` read different samples; those that differ in the others only read the same.
 So the order of the data depends on data x shard, and on nothing else.
 
 Everything here is arithmetic: a wrong table is refused by the command line, before a process has loaded torch.
@@ -29,10 +30,12 @@ class Layout:
     interleave: int = 1
     """Parts of the model on each rank of a pipeline."""
 
+    context: int = 1
+
     @property
     def world(self) -> int:
         """The number of ranks."""
-        return self.data * self.shard * self.tensor * self.pipeline
+        return self.copies * self.shard * self.tensor * self.pipeline
 
     @property
     def readers(self) -> int:
@@ -40,9 +43,19 @@ class Layout:
         return self.data * self.shard
 
     @property
+    def copies(self) -> int:
+        """How many copies of the model there are."""
+        return self.data * self.context
+
+    @property
+    def learners(self) -> int:
+        """How many ranks have different tokens: over so many a gradient is averaged."""
+        return self.copies * self.shard
+
+    @property
     def splits(self) -> bool:
         """Whether some rank has less than the whole model."""
-        return self.world > self.data
+        return self.world > self.copies
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,17 +73,25 @@ class Place:
     @property
     def reader(self) -> int:
         """Which share of a batch it reads."""
-        return self.rank // self.layout.tensor % self.layout.readers
+        layout = self.layout
+        piece = self.rank // layout.tensor % layout.shard
+        copy = self.rank // (layout.tensor * layout.shard * layout.context) % layout.data
+        return copy * layout.shard + piece
+
+    @property
+    def slice(self) -> int:
+        """Which run of the tokens of each sequence it has."""
+        return self.rank // (self.layout.tensor * self.layout.shard) % self.layout.context
 
     @property
     def stage(self) -> int:
         """Its place in the pipeline."""
-        return self.rank // (self.layout.tensor * self.layout.readers)
+        return self.rank // (self.layout.tensor * self.layout.learners)
 
     @property
     def speaks(self) -> bool:
-        """Whether it is the one rank of those that read the same samples whose loss and counts are added up."""
-        return self.tensor == 0 and self.stage == self.layout.pipeline - 1
+        """Whether it is the one rank of those that read the same samples whose counts are added up."""
+        return self.tensor == 0 and self.slice == 0 and self.stage == self.layout.pipeline - 1
 
 
 def layout_of(settings: Settings, world: int) -> Layout:
@@ -82,15 +103,10 @@ def layout_of(settings: Settings, world: int) -> Layout:
     if world < 1:
         raise ConfigError("there must be at least one rank", world=world, hint="Start one process or more.")
     wanted = settings.parallel
-    if wanted.context > 1:
-        raise ConfigError(
-            "a sequence cannot be shared between ranks",
-            context=wanted.context,
-            hint="Leave parallel.context at 1: torch's ring attention has no kernel for CPUs. Use parallel.tensor, or shorter samples.",
-        )
-    others = wanted.shard * wanted.tensor * wanted.pipeline
+    others = wanted.shard * wanted.tensor * wanted.pipeline * wanted.context
     if world % others or wanted.data not in {0, world // others}:
         sizes = {"data": wanted.data, "shard": wanted.shard, "tensor": wanted.tensor, "pipeline": wanted.pipeline}
+        sizes |= {} if wanted.context == 1 else {"context": wanted.context}
         raise ConfigError(
             "the sizes in [parallel] do not multiply to the number of ranks",
             world=world,
@@ -98,7 +114,12 @@ def layout_of(settings: Settings, world: int) -> Layout:
             hint=f"Start {others * max(1, wanted.data)} processes, or change the sizes.",
         )
     layout = Layout(
-        world // others, wanted.shard, wanted.tensor, wanted.pipeline, wanted.interleave if wanted.pipeline > 1 else 1
+        world // others,
+        wanted.shard,
+        wanted.tensor,
+        wanted.pipeline,
+        wanted.interleave if wanted.pipeline > 1 else 1,
+        wanted.context,
     )
     if layout.readers > settings.data.global_batch:
         raise ConfigError(
@@ -122,6 +143,7 @@ def layout_of(settings: Settings, world: int) -> Layout:
             hint='Use parallel.data alone, or optim.use = "adamw": on shards, torch 2.13 rounds its iteration otherwise.',
         )
     check_sync(settings, layout)
+    _check_slices(settings, layout)
     if not settings.model.init:  # Else the shape is known later: `check_model` is called again.
         check_model(settings.model, layout, seq_len=settings.data.seq_len)
     return layout
@@ -138,7 +160,7 @@ def check_model(model: ModelSettings, layout: Layout, *, seq_len: int) -> None:
         ("tensor", layout.tensor, "model.heads", model.heads),
         ("tensor", layout.tensor, "model.kv_heads", model.key_heads),
         ("tensor", layout.tensor, "model.mlp_width", model.inner_width),
-        ("tensor", layout.tensor, "data.seq_len", seq_len),
+        ("tensor x context", layout.tensor * layout.context, "data.seq_len", seq_len),
         ("tensor", layout.tensor, "model.vocab_size", model.vocab_size),
         ("shard", layout.shard if layout.tensor > 1 else 1, "model.width", model.width),
         ("pipeline x interleave", parts, "model.layers", model.layers),
@@ -150,12 +172,6 @@ def check_model(model: ModelSettings, layout: Layout, *, seq_len: int) -> None:
                 **{key.partition(".")[2]: value, "size": size},
                 hint=f"Change {key}, or that size.",
             )
-    if layout.pipeline > 1 and model.tied:
-        raise ConfigError(
-            "a tied embedding would be on two ranks of a pipeline",
-            pipeline=layout.pipeline,
-            hint="Set model.tied = false, or use parallel.shard.",
-        )
     if layout.pipeline > 1 and layout.tensor > 1:
         raise ConfigError(
             "pipeline and tensor parallelism do not go together here",
@@ -203,6 +219,27 @@ def check_sync(settings: Settings, layout: Layout) -> None:
         )
 
 
+def _check_slices(settings: Settings, layout: Layout) -> None:
+    """Refuse what cannot learn from a part of each sequence."""
+    if layout.context == 1:
+        return
+    others = {
+        "pipeline": layout.pipeline > 1 and layout.pipeline,
+        "model": settings.model.use,
+        "objective": settings.objective["use"] not in {"causal", "chat"} and settings.objective["use"],
+        "hooks": [table["use"] for table in settings.hooks],
+    }
+    unfit = {name: value for name, value in others.items() if value}
+    if unfit:
+        raise ConfigError(
+            "a sequence cannot be shared between ranks here",
+            context=layout.context,
+            **unfit,
+            hint="Use parallel.context with our GPT, which learns each next token, without these; or leave it at 1.",
+        )
+
+
 def _beyond_data(layout: Layout) -> dict[str, int]:
     sizes = {"data": layout.data, "shard": layout.shard, "tensor": layout.tensor, "pipeline": layout.pipeline}
+    sizes |= {"context": layout.context}
     return {name: size for name, size in sizes.items() if size > 1}

@@ -28,14 +28,18 @@ def settle_partial(parameters: Iterable[Tensor]) -> None:
 
 
 @torch.no_grad()
-def clip_everywhere(parameters: Iterable[Tensor], limit: float, *, copies: int) -> Tensor:
+def clip_everywhere(
+    parameters: Iterable[Tensor], limit: float, *, copies: int, counted: Tensor | None = None
+) -> Tensor:
     """Return the norm over all ranks, and scale the gradients here so that it is at most `limit`.
 
-    `copies` is how many ranks hold a parameter that is on no mesh, or replicated on all of it.
+    `copies` is how many ranks hold a parameter that is on no mesh, or replicated on all of it; `counted` is one here that
+    other ranks count.
     """
     squares = torch.zeros((), dtype=torch.float64)
-    grads = [one.grad for one in parameters if one.grad is not None]
-    for grad in grads:
+    held = [(one, one.grad) for one in parameters if one.grad is not None]
+    grads = [grad for _, grad in held]
+    for grad in (grad for one, grad in held if one is not counted):
         local = local_part(grad)
         squares = squares.to(local.device) + local.double().square().sum() * (_pieces(grad) / copies)
     dist.all_reduce(squares)

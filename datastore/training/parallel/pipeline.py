@@ -1,6 +1,7 @@
 """Every rank has some of the layers: 1F1B, or interleaved 1F1B where a rank has several parts of the model.
 
-The first part has the embedding, the last one the last norm and the output layer. Parameters keep the names that they have in
+The first part has the embedding, the last one the last norm and the output layer. Where those two are one matrix, both parts
+have it: their gradients are added up, so both move alike, and it counts once in the norm and in a checkpoint. Parameters keep the names that they have in
 the whole model, so a checkpoint does not tell how many parts there were. What a rank does not have it shows to the
 checkpointer as a tensor of other ranks, with no element here.
 
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.pipelining import PipelineStage, Schedule1F1B, ScheduleInterleaved1F1B
 from torch.distributed.tensor import DTensor
+from torch.nn import functional
 from typing_extensions import override
 
 from datastore.errors import ConfigError
@@ -28,13 +30,15 @@ from datastore.training.optim import named_state
 from datastore.training.parallel.elsewhere import shown
 from datastore.training.parallel.layout import Layout
 from datastore.training.parallel.lesson import Lesson, Piece, autocast, filled
-from datastore.training.parallel.norm import clip_everywhere
+from datastore.training.parallel.norm import clip_everywhere, local_part
 from datastore.training.parallel.ranks import Ranks
 from datastore.training.parallel.sharded import mesh_of, shard_blocks, share_weights
 from datastore.training.parallel.strategy import Strategy
 from datastore.training.run.profile import part
 
 __all__ = ["Part", "Pipeline"]
+
+_EMBEDDING = "model.embed_tokens.weight"
 
 
 class Part(nn.Module):
@@ -47,12 +51,13 @@ class Part(nn.Module):
         self.first, self.last = 0 in self.layers, gpt.settings.layers - 1 in self.layers
         whole = gpt.model
         held: dict[str, nn.Module] = {"layers": nn.ModuleDict({str(layer): whole.layers[layer] for layer in layers})}
-        if self.first:
+        if self.first or (self.last and gpt.lm_head is None):
             held = {"embed_tokens": whole.embed_tokens, **held}
         if self.last:
             held["norm"] = whole.norm
         self.model = nn.ModuleDict(held)
-        self.lm_head = gpt.lm_head if self.last else None
+        if self.last and gpt.lm_head is not None:
+            self.lm_head = gpt.lm_head
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the residual stream behind these layers, or the logits; `x` are token ids, or the residual stream before."""
@@ -60,7 +65,10 @@ class Part(nn.Module):
         x = self.model["embed_tokens"](x) if self.first else x
         for block in self.model["layers"].children():
             x = block(x, turns, None)
-        return x if self.lm_head is None else self.lm_head(self.model["norm"](x))
+        if not self.last:
+            return x
+        x = self.model["norm"](x)
+        return functional.linear(x, self.get_parameter(_EMBEDDING)) if self.settings.tied else self.lm_head(x)
 
 
 class Pipeline(Strategy):
@@ -70,6 +78,8 @@ class Pipeline(Strategy):
         super().__init__(layout, ranks)
         self._mesh = mesh_of(layout, ranks.device)
         self._schedules: dict[tuple[int, int, bool], Any] = {}
+        self._shared: nn.Parameter | None = None
+        """The embedding, where another rank of the pipeline has it as well."""
 
     @override
     def distribute(self, model: nn.Module) -> nn.Module:
@@ -91,6 +101,10 @@ class Pipeline(Strategy):
             for part in self._parts.values():
                 shard_blocks(part, self._mesh, self.layout)
         self._here = Part(model, [layer for part in self._parts.values() for layer in part.layers])
+        if model.settings.tied:
+            pairs = torch.stack([self._ranks_of(0), self._ranks_of(self.layout.pipeline - 1)], dim=1).tolist()
+            self._ends, _ = dist.new_subgroups_by_enumeration(pairs)  # type: ignore[no-untyped-call]
+            self._shared = dict(self._here.named_parameters()).get(_EMBEDDING)
         return self._here
 
     @override
@@ -109,6 +123,8 @@ class Pipeline(Strategy):
     def backward(self, pieces: Sequence[Piece], lesson: Lesson) -> Tensor:
         rows = max(len(piece.rows.tokens) for piece in pieces)
         total = self._run([Piece(filled(piece.rows, rows), piece.share) for piece in pieces], lesson, learn=True)
+        if self._shared is not None and self._shared.grad is not None:
+            dist.all_reduce(local_part(self._shared.grad), group=self._ends)
         self._average()
         return total
 
@@ -184,7 +200,10 @@ class Pipeline(Strategy):
 
     @override
     def clip(self, model: nn.Module, limit: float) -> Tensor:
-        return clip_everywhere(model.parameters(), limit, copies=self.layout.world // self.layout.pipeline)
+        copies = self.layout.world // self.layout.pipeline
+        return clip_everywhere(
+            model.parameters(), limit, copies=copies, counted=None if self.place.stage == 0 else self._shared
+        )
 
     @override
     def parameters(self, model: nn.Module) -> int:
@@ -211,15 +230,22 @@ class Pipeline(Strategy):
         }
 
     def _shown(self, name: str, here: Tensor | None, shape: torch.Size, dtype: torch.dtype) -> Tensor:
-        """Return a tensor as one of all ranks of the part that has it: `here`, or one without an element on this rank."""
+        """Return a tensor as one of all ranks that have it: `here`, or one without an element on this rank."""
+        if name == _EMBEDDING and self._here.settings.tied:
+            ranks = torch.stack([self._ranks_of(0), self._ranks_of(self.layout.pipeline - 1)])
+            sizes = here.device_mesh.shape if isinstance(here, DTensor) else ranks.shape[1:]
+            return shown(here, shape, dtype, mesh=self._mesh_of(ranks.view(2, *sizes)))
         if isinstance(here, DTensor):
             return here
-        return shown(here, shape, dtype, mesh=self._stage_mesh(self._owner[name]))
+        return shown(here, shape, dtype, mesh=self._mesh_of(self._ranks_of(self._owner[name])))
 
-    def _stage_mesh(self, stage: int) -> DeviceMesh:
+    def _ranks_of(self, stage: int) -> Tensor:
         """Return the ranks that have the parts of `stage`."""
         size = self.layout.world // self.layout.pipeline
-        return DeviceMesh(self.ranks.device.type, torch.arange(stage * size, (stage + 1) * size), _init_backend=False)
+        return torch.arange(stage * size, (stage + 1) * size)
+
+    def _mesh_of(self, ranks: Tensor) -> DeviceMesh:
+        return DeviceMesh(self.ranks.device.type, ranks, _init_backend=False)
 
 
 def _part_of(name: str, size: int, parts: int) -> int:

@@ -48,8 +48,8 @@ __all__ = ["Planned", "Sharded", "mesh_of", "shard_blocks", "share_weights"]
 
 
 def mesh_of(layout: Layout, device: torch.device) -> DeviceMesh:
-    """Return the mesh of all ranks, its dimensions as in `Layout`."""
-    sizes = (layout.pipeline, layout.data, layout.shard, layout.tensor)
+    """Return the mesh of all ranks, its dimensions as in `Layout`; ranks that share a sequence are copies, too."""
+    sizes = (layout.pipeline, layout.copies, layout.shard, layout.tensor)
     return init_device_mesh(device.type, sizes, mesh_dim_names=("pipeline", "data", "shard", "tensor"))
 
 
@@ -62,7 +62,7 @@ def share_weights(model: nn.Module) -> None:
 
 def shard_blocks(model: nn.Module, mesh: DeviceMesh, layout: Layout) -> None:
     """Let FSDP2 take `model` apart, block by block, over the dimensions of `mesh` that are in use."""
-    over = mesh["data", "shard"] if layout.data > 1 else mesh["shard"]
+    over = mesh["data", "shard"] if layout.copies > 1 else mesh["shard"]
     for block in blocks_of(model):
         fully_shard(block, mesh=over, reshard_after_forward=True, shard_placement_fn=_other_dimension)
     fully_shard(model, mesh=over, reshard_after_forward=True, shard_placement_fn=_other_dimension)
@@ -96,7 +96,7 @@ class Sharded(Strategy):
         share_weights(model)
         if self.layout.tensor > 1:
             self._cut(model, mesh["tensor"])
-        if self.layout.readers > 1:
+        if self.layout.learners > 1:
             shard_blocks(model, mesh, self.layout)
         self._mean = averager(self.sync, self.ranks.world)
         if isinstance(self._mean, Feedback):
@@ -136,10 +136,10 @@ class Sharded(Strategy):
             with self._cut_logits(lesson):
                 loss = self._loss(piece.rows, lesson)
                 with part("backward"):
-                    (loss * (piece.share * self.layout.readers * lesson.scale)).backward()  # type: ignore[no-untyped-call]
+                    (loss * (piece.share * self.layout.learners * lesson.scale)).backward()  # type: ignore[no-untyped-call]
             total += _plain(loss.detach()) * piece.share
         settle_partial(self._model.parameters())
-        return total if self.place.speaks else total * 0.0
+        return total if self.place.tensor == 0 else total * 0.0
 
     def _loss(self, rows: MicroBatch, lesson: Lesson) -> Tensor:
         outputs = lesson.outputs(self._model, rows)
@@ -153,8 +153,10 @@ class Sharded(Strategy):
 
     @override
     def evaluate(self, rows: MicroBatch, lesson: Lesson, *, size: int) -> Tensor:
+        rows = self.seen(rows)
         with self._cut_logits(lesson):
-            return _plain(self._loss(rows, lesson))
+            loss = _plain(self._loss(rows, lesson))
+        return loss if self.slice is None else self.slice.mean(loss, rows)
 
     @override
     def probe(self, model: nn.Module, lesson: Lesson, rows: MicroBatch) -> tuple[Tensor, dict[str, Tensor | None]]:

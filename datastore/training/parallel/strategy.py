@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from datastore.training.models.gpt import parameter_count
 from datastore.training.objectives.base import HostRows, MicroBatch, blank_rows, micro_batches
 from datastore.training.optim import named_state
+from datastore.training.parallel.context import slice_of
 from datastore.training.parallel.layout import Layout, Place
 from datastore.training.parallel.lesson import Lesson, Piece
 from datastore.training.parallel.ranks import Ranks
@@ -46,6 +47,17 @@ class Strategy(ABC):
         self.sync = sync
         self.ranks = ranks
         self.place = Place(layout, ranks.rank)
+        self.slice = slice_of(layout, self.place) if layout.context > 1 else None
+        """This rank's part of each sequence; None: all of it."""
+
+    def enter(self, model: nn.Module) -> None:
+        """Let the whole `model` know which tokens of each sequence this rank has.
+
+        Raises:
+            ConfigError: it cannot share a sequence.
+        """
+        if self.slice is not None:
+            self.slice.enter(model)
 
     @abstractmethod
     def distribute(self, model: nn.Module) -> nn.Module:
@@ -106,16 +118,20 @@ class Strategy(ABC):
         device = self.ranks.device
         whole = self._learned(batch)
         found = []
-        for micro in micro_batches(batch, device, size=rows):
+        for micro in map(self.seen, micro_batches(batch, device, size=rows)):
             counted = micro.learned
-            part = len(micro.tokens) / global_batch
+            part = len(micro.tokens) / global_batch / self.layout.context
             found.append(Piece(micro, part if whole is None or counted is None else (counted / whole).float()))
         # A rank with fewer rows takes part in every pass all the same, and one with none in one.
         wanted = self.passes(self.share(global_batch), rows) if self.in_step else 1
         if len(found) < wanted:
-            nothing = next(iter(micro_batches(blank_rows(batch, 1), device, size=1)))
+            nothing = self.seen(next(iter(micro_batches(blank_rows(batch, 1), device, size=1))))
             found += [Piece(nothing, 0.0)] * (wanted - len(found))
         return found
+
+    def seen(self, rows: MicroBatch) -> MicroBatch:
+        """Return what this rank sees of `rows`, which all ranks have that share their sequences."""
+        return rows if self.slice is None else self.slice.of(rows)
 
     def _learned(self, batch: HostRows) -> Tensor | None:
         """Return how many targets of the global batch count, at least 1, as float64; None: all do."""
@@ -134,7 +150,7 @@ class Strategy(ABC):
     def probe(self, model: nn.Module, lesson: Lesson, rows: MicroBatch) -> tuple[Tensor, dict[str, Tensor | None]]:
         """Return a loss and this rank's gradients by parameter; no gradient is left behind."""
         pieces = self.passes(len(rows.tokens), len(rows.tokens))
-        loss = self.backward([Piece(rows, 1.0 / pieces / self.layout.readers)] * pieces, lesson)
+        loss = self.backward([Piece(rows, 1.0 / pieces / self.layout.learners)] * pieces, lesson)
         found = {name: one.grad for name, one in model.named_parameters() if one.requires_grad}
         model.zero_grad(set_to_none=True)
         return loss, found

@@ -53,7 +53,7 @@ class Whole(Strategy):
             with self._accumulating(last=number == len(pieces)):
                 loss = lesson.of(self._called, piece.rows)
                 with part("backward"):
-                    (loss * (piece.share * self.layout.readers * lesson.scale)).backward()  # type: ignore[no-untyped-call]
+                    (loss * (piece.share * self.layout.learners * lesson.scale)).backward()  # type: ignore[no-untyped-call]
             total += loss.detach() * piece.share
         return total
 
@@ -65,7 +65,9 @@ class Whole(Strategy):
 
     @override
     def evaluate(self, rows: MicroBatch, lesson: Lesson, *, size: int) -> Tensor:
-        return lesson.of(self._model, rows)
+        rows = self.seen(rows)
+        loss = lesson.of(self._model, rows)
+        return loss if self.slice is None else self.slice.mean(loss, rows)
 
     @override
     def clip(self, model: nn.Module, limit: float) -> Tensor:

@@ -155,7 +155,7 @@ def rehearse(settings: Settings, run: str, *, launch: Launch, processes: int) ->
         device=device.type,
         precision=precision,
         parameters=model.parameters,
-        parameters_per_rank=-(-model.parameters // (layout.world // layout.data)),
+        parameters_per_rank=-(-model.parameters // (layout.world // layout.copies)),
         memory=memory,
         memory_here_bytes=there,
         tokens_per_step=settings.data.global_batch * settings.data.seq_len,
@@ -185,6 +185,9 @@ class _Model:
 
     peak_bytes: int
     """Of the passes of a step, beyond weights; with gradients, where the rank keeps them whole."""
+
+    others_bytes: int
+    """Keys and values of tokens of other ranks, where those share sequences."""
 
     passes: int
     weights: Sequence[Tensor]
@@ -221,10 +224,18 @@ def _imagine(config: RunConfig, layout: Layout, *, precision: str) -> _Model:
         gathered_bytes=gathered_bytes(model),
         moments=_moments(model, settings),
         peak_bytes=peak,
+        others_bytes=_others_bytes(settings, layout, rows=rows, precision=precision),
         passes=passes,
         weights=weights,
         trained=trained,
     )
+
+
+def _others_bytes(settings: Settings, layout: Layout, *, rows: int, precision: str) -> int:
+    """Return the bytes of keys and values of `rows` that a rank has from others, in all layers at once, or in the one that is computed again."""
+    shape, tokens = settings.model, settings.data.seq_len - settings.data.seq_len // layout.context
+    layers = 1 if settings.train.recompute else shape.layers
+    return 2 * rows * tokens * shape.heads * shape.head_size * layers * (4 if precision == "fp32" else 2)
 
 
 def _moments(model: nn.Module, settings: Settings) -> list[Tensor]:
@@ -255,8 +266,8 @@ def _memory(model: _Model, settings: Settings, layout: Layout, *, process: int, 
         gathered_bytes=gathered,
         gradient_bytes=trained,
         optimizer_bytes=optimizer,
-        activation_bytes=peak // layout.tensor,
-        save_bytes=(weights + optimizer) // layout.data if saves else 0,
+        activation_bytes=(peak // layout.context + model.others_bytes) // layout.tensor,
+        save_bytes=(weights + optimizer) // layout.copies if saves else 0,
         loader_bytes=loader,
         start_bytes=copies * model.weights_bytes,
         peak_bytes=0,
