@@ -2,10 +2,10 @@
 
 from collections.abc import Sequence
 from fnmatch import fnmatchcase
-from typing import Annotated, Literal
+from typing import Annotated, Literal, cast
 
 import msgspec
-from torch import nn
+from torch import Tensor, nn
 
 from datastore.document import Count, Document, Positive, SettingsDocument
 from datastore.errors import ConfigError
@@ -67,11 +67,18 @@ class QuantizeSettings(SettingsDocument, frozen=True, kw_only=True):
 
 
 def matrices_of(model: nn.Module) -> dict[str, nn.Linear | nn.Embedding]:
-    """Return every linear layer and embedding of `model` by name, also those that training rounds; of an adapted one the base."""
-    found = {}
+    """Return every linear layer and embedding of `model` by name, also those that training rounds.
+
+    Of an adapted one it is the base; where that is small integers, a layer of its shape without numbers: merging makes it real again.
+    """
+    found: dict[str, nn.Linear | nn.Embedding] = {}
     for name, one in model.named_modules():
+        plain = name.removesuffix(".base_layer")
         if isinstance(one, nn.Linear | nn.Embedding) and ".lora_" not in name:
-            found[name.removesuffix(".base_layer")] = one
+            found[plain] = one
+        elif plain != name:
+            out, columns = (int(size) for size in cast("Tensor", one.weight_shape))
+            found[plain] = nn.Linear(columns, out, bias=False, device="meta")
     return found
 
 
