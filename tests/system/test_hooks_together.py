@@ -34,9 +34,10 @@ COMBINATIONS: dict[str, tuple[dict[str, Any], ...]] = {
     "distill, prune": (PRUNE | {"schedule": "regrow", "method": "magnitude"}, TEACH),
     "distill, prune, quantize": (PRUNE | {"method": "movement", "scope": "global"}, TEACH, ROUND),
     "adapt, distill": (LORA | {"method": "dora"}, TEACH),
+    "share, distill, quantize": ({"use": "share", "rank": 4}, TEACH, PACK),
     "shrink, prune, distill": ({"use": "shrink", "mlp_width": 32, "samples": 8}, PRUNE, TEACH | {"hidden": 0.0}),
 }
-QUICK = {("prune, quantize", "FSDP2"), ("adapt, quantize", "FSDP2")}
+QUICK = {("prune, quantize", "FSDP2"), ("adapt, quantize", "FSDP2"), ("share, distill, quantize", "FSDP2")}
 
 
 @pytest.fixture(autouse=True)

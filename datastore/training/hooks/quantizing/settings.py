@@ -69,15 +69,17 @@ class QuantizeSettings(SettingsDocument, frozen=True, kw_only=True):
 def matrices_of(model: nn.Module) -> dict[str, nn.Linear | nn.Embedding]:
     """Return every linear layer and embedding of `model` by name, also those that training rounds.
 
-    Of an adapted one it is the base; where that is small integers, a layer of its shape without numbers: merging makes it real again.
+    Of an adapted one it is the base. Where a layer becomes an ordinary one only as the model leaves training, because its base is small
+    integers or it is a sum, it is one of that shape without numbers.
     """
     found: dict[str, nn.Linear | nn.Embedding] = {}
     for name, one in model.named_modules():
         plain = name.removesuffix(".base_layer")
         if isinstance(one, nn.Linear | nn.Embedding) and ".lora_" not in name:
             found[plain] = one
-        elif plain != name:
-            out, columns = (int(size) for size in cast("Tensor", one.weight_shape))
+        elif plain != name or hasattr(one, "folded"):
+            shape = one.weight_shape if hasattr(one, "weight_shape") else cast("Tensor", one.weight).shape
+            out, columns = (int(size) for size in cast("Tensor", shape))
             found[plain] = nn.Linear(columns, out, bias=False, device="meta")
     return found
 
