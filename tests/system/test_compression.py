@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from datastore.checkpoint.steps import StepLog
 from datastore.errors import ConfigError
 from datastore.testing.examples import make_language, tiny_settings
 from datastore.training.export.averaging import average
@@ -62,6 +63,15 @@ def assert_same_weights(one: Path, other: Path) -> None:
 
 def lines(run: Path) -> list[dict[str, Any]]:
     return read_metrics(RunFolder.open(str(run)).storage)
+
+
+def tensor_bytes(run: Path, *, step: int) -> int:
+    """Return the bytes that the tensors of a step take, those with several names once."""
+    log = StepLog(RunFolder.open(str(run)).storage)
+    infos = [log.read_part(ref) for ref in log.read(step).parts]
+    return sum(
+        stop - start for _, start, stop in {(one.part, one.start, one.stop) for info in infos for one in info.entries}
+    )
 
 
 def zeros(found: dict[str, Tensor]) -> dict[str, float]:
@@ -289,5 +299,36 @@ def test_a_run_whose_layers_share_goes_on_with_the_same_bits_and_leaves_as_an_or
     export(str(tmp_path / "once"), str(tmp_path / "folder"))
     found = evaluate(str(tmp_path / "folder"), run=str(tmp_path / "once")).loss
     assert found == pytest.approx(evaluate(str(tmp_path / "once")).loss, abs=1e-5)
-    with pytest.raises(ConfigError, match="need whole parameters"):
-        train(settings(language, "parallel.shard=2", hooks=hooks), str(tmp_path / "never"), processes=2)
+
+
+def test_layers_that_share_learn_on_two_ranks_what_they_learn_on_one(
+    language: str, teacher: str, tmp_path: Path
+) -> None:
+    layouts = {"one": (1, ""), "DDP": (2, "parallel.data=2"), "FSDP2": (2, "parallel.shard=2")}
+    for name, (processes, layout) in layouts.items():
+        hooks = ({"use": "share", "rank": 4},)
+        wanted = settings(language, "train.steps=12", *([layout] if layout else []), hooks=hooks)
+        wanted = msgspec.structs.replace(wanted, model=ModelSettings(init=teacher))
+        train(wanted, str(tmp_path / name), processes=processes)
+    one = [line["loss"] for line in lines(tmp_path / "one")]
+    for name in ("DDP", "FSDP2"):
+        assert [line["loss"] for line in lines(tmp_path / name)] == pytest.approx(one, abs=1e-5)
+    assert len({tensor_bytes(tmp_path / name, step=12) for name in layouts}) == 1, "shared matrices are stored once"
+    first, second = (weights(tmp_path / name)["model.layers.1.mlp.up_proj.weight"] for name in ("one", "FSDP2"))
+    torch.testing.assert_close(first, second, atol=1e-4, rtol=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("hooks", "layout", "text"),
+    [
+        (({"use": "share"},), ("parallel.tensor=2", "model.vocab_size=128"), "tensor parallelism cannot cut"),
+        (({"use": "adapt"},), ("parallel.tensor=2", "model.vocab_size=128"), "tensor parallelism cannot cut"),
+        (({"use": "share"}, {"use": "adapt"}), (), "only linear layers are adapted"),
+        (({"use": "share"}, {"use": "quantize", "qat_from": 1}), (), "folded after training has rounded"),
+    ],
+)
+def test_what_layers_in_place_of_others_cannot_do_is_refused_before_the_first_step(
+    hooks: tuple[dict[str, Any], ...], layout: tuple[str, ...], text: str, language: str, tmp_path: Path
+) -> None:
+    with pytest.raises(ConfigError, match=text):
+        train(settings(language, *layout, hooks=hooks), str(tmp_path / "never"), processes=2 if layout else 1)

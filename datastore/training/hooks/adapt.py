@@ -86,9 +86,9 @@ class Adapt(Hook):
     def model(self, model: nn.Module) -> nn.Module:
         settings = self._settings
         layers = chosen_layers(model, settings.layers)
-        tables = [name for name, layer in layers.items() if not isinstance(layer, nn.Linear)]
-        if tables:
-            raise ConfigError("only linear layers are adapted", layers=tables, hint="Name linear layers in `layers`.")
+        others = [name for name in layers if not isinstance(model.get_submodule(name), nn.Linear)]
+        if others:
+            raise ConfigError("only linear layers are adapted", layers=others, hint="Name linear layers in `layers`.")
         if settings.base_bits and settings.method == "dora":
             raise ConfigError(
                 "dora needs the lengths of real rows", base_bits=settings.base_bits, hint="Use lora, or base_bits = 0."

@@ -66,6 +66,8 @@ class Quantize(Hook):
         if settings.qat_from is not None:
             if self._adapted_first:
                 raise ConfigError("adapters change what training has rounded", hint="Leave out qat_from, or adapt.")
+            if any(hasattr(one, "folded") for one in model.modules()):
+                raise ConfigError("sums are folded after training has rounded", hint="Leave out qat_from, or share.")
             for name, layer in layers.items():
                 learned = settings.scales == "learned"
                 replace_module(model, name, rounded_layer(layer, settings.scheme, learned=learned))

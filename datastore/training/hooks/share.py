@@ -4,7 +4,8 @@ Of every `group` layers that follow each other, each matrix that `parameters` na
 weights of another one begins as near to them as it can: the shared matrix is the mean, A B the best of rank `rank` for what is left. What
 leaves training is an ordinary model, every layer with its own matrix: smaller are the run, its moments and its checkpoints, not the export.
 
-Shared parameters lie in several blocks, which FSDP2 would gather one by one: so it works on copies (`parallel.data`) only.
+Shared parameters lie in several blocks; FSDP2 gathers the blocks of a group together, which are about as large as one block without
+sharing. Tensor parallelism has no plan for the difference.
 
 Source: Z. Lan et al., "ALBERT", arXiv:1909.11942 (sharing); S. Bae et al., "Relaxed Recursive Transformers", arXiv:2410.20672 (with
 differences of low rank, from the singular values of what is left).
@@ -46,8 +47,8 @@ class SharedLinear(nn.Module):
     def __init__(self, weight: nn.Parameter, left: Tensor, right: Tensor) -> None:
         super().__init__()
         self.weight = weight
-        self.left = nn.Parameter(left)
-        self.right = nn.Parameter(right)
+        self.left = nn.Parameter(left.contiguous())
+        self.right = nn.Parameter(right.contiguous())
 
     def forward(self, x: Tensor) -> Tensor:
         """Return x times the transposed sum."""
@@ -65,6 +66,7 @@ class Share(Hook):
     """Replaces linear layers when the model is built, and folds them when it leaves training."""
 
     Settings: ClassVar[type[Document]] = ShareSettings
+    takes_parts: ClassVar[bool] = True
     changes: ClassVar[Any] = "shape"
 
     def __init__(self, settings: ShareSettings) -> None:

@@ -26,6 +26,7 @@ __all__ = [
     "logits_of",
     "open_folder",
     "read_architecture",
+    "units_of",
     "weights_in",
     "write_model",
 ]
@@ -176,6 +177,21 @@ def blocks_of(model: nn.Module) -> list[nn.Module]:
     """Return the blocks of a model, in order: ours, or the modules that a model of `transformers` wants to keep whole."""
     whole = tuple(getattr(model, "_no_split_modules", None) or ())
     return [one for one in model.modules() if isinstance(one, Block) or type(one).__name__ in whole]
+
+
+def units_of(model: nn.Module) -> list[list[nn.Module]]:
+    """Return the blocks of a model in order, those together that follow each other and have a parameter in common."""
+    units: list[list[nn.Module]] = []
+    before: set[int] = set()
+    for block in blocks_of(model):
+        own = {id(one) for one in block.parameters()}
+        if own & before:
+            units[-1].append(block)
+        else:
+            units.append([block])
+            before = set()
+        before |= own
+    return units
 
 
 def _class_of(form: str) -> Any:

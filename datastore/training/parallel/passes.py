@@ -18,7 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from typing_extensions import override
 
-from datastore.training.models.huggingface import blocks_of
+from datastore.training.models.huggingface import units_of
 
 __all__ = ["Ledger", "bytes_of", "gathered_bytes", "imagined", "peak_of"]
 
@@ -94,6 +94,6 @@ def bytes_of(tensors: Iterable[Tensor], *, over: int = 1) -> int:
 
 
 def gathered_bytes(model: nn.Module) -> int:
-    """Return the bytes that FSDP2 has gathered at most: what is in no block, and two blocks, of which one is on its way."""
-    blocks = [bytes_of(block.parameters()) for block in blocks_of(model)]
-    return bytes_of(model.parameters()) - sum(blocks) + sum(sorted(blocks)[-2:])
+    """Return the bytes that FSDP2 has gathered at most: what is in no unit of blocks, and two units, of which one is on its way."""
+    units = [bytes_of({one for block in unit for one in block.parameters()}) for unit in units_of(model)]
+    return bytes_of(model.parameters()) - sum(units) + sum(sorted(units)[-2:])

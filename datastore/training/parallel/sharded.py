@@ -33,7 +33,7 @@ from typing_extensions import override
 
 from datastore.errors import ConfigError
 from datastore.training.models.gpt import GPT
-from datastore.training.models.huggingface import blocks_of
+from datastore.training.models.huggingface import units_of
 from datastore.training.objectives.base import MicroBatch
 from datastore.training.objectives.language import Causal
 from datastore.training.parallel.layout import Layout
@@ -61,10 +61,10 @@ def share_weights(model: nn.Module) -> None:
 
 
 def shard_blocks(model: nn.Module, mesh: DeviceMesh, layout: Layout) -> None:
-    """Let FSDP2 take `model` apart, block by block, over the dimensions of `mesh` that are in use."""
+    """Let FSDP2 take `model` apart over the dimensions of `mesh` that are in use: block by block, and blocks that share a matrix together."""
     over = mesh["data", "shard"] if layout.copies > 1 else mesh["shard"]
-    for block in blocks_of(model):
-        fully_shard(block, mesh=over, reshard_after_forward=True, shard_placement_fn=_other_dimension)
+    for unit in units_of(model):
+        fully_shard(unit, mesh=over, reshard_after_forward=True, shard_placement_fn=_other_dimension)
     fully_shard(model, mesh=over, reshard_after_forward=True, shard_placement_fn=_other_dimension)
 
 
@@ -108,7 +108,17 @@ class Sharded(Strategy):
     def _cut(self, model: nn.Module, mesh: DeviceMesh) -> None:
         """Spread the matrices of `model` over `mesh`, as its plan says."""
         if isinstance(model, GPT):
-            parallelize_module(model, mesh, _plan(model))
+            plan = _plan(model)
+            replaced = [
+                name for name in plan if name.endswith("_proj") and not isinstance(model.get_submodule(name), nn.Linear)
+            ]
+            if replaced:
+                raise ConfigError(
+                    "a hook has put layers into the model that tensor parallelism cannot cut",
+                    layers=replaced[:8],
+                    hint="Use parallel.data and parallel.shard, or leave the hook out.",
+                )
+            parallelize_module(model, mesh, plan)
             # The output layer may be the embedding, so it has no plan of its own: it meets whole rows of the last norm.
             model.model.norm.register_forward_hook(lambda _norm, _inputs, x: x.redistribute(placements=[Replicate()]))
         elif isinstance(model, Planned):

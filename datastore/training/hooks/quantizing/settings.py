@@ -2,10 +2,10 @@
 
 from collections.abc import Sequence
 from fnmatch import fnmatchcase
-from typing import Annotated, Literal
+from typing import Annotated, Literal, cast
 
 import msgspec
-from torch import nn
+from torch import Tensor, nn
 
 from datastore.document import Count, Document, Positive, SettingsDocument
 from datastore.errors import ConfigError
@@ -67,11 +67,20 @@ class QuantizeSettings(SettingsDocument, frozen=True, kw_only=True):
 
 
 def matrices_of(model: nn.Module) -> dict[str, nn.Linear | nn.Embedding]:
-    """Return every linear layer and embedding of `model` by name, also those that training rounds; of an adapted one the base."""
-    found = {}
+    """Return every linear layer and embedding of `model` by name, also those that training rounds.
+
+    Of an adapted one it is the base. Where a layer becomes an ordinary one only as the model leaves training, because its base is small
+    integers or it is a sum, it is one of that shape without numbers.
+    """
+    found: dict[str, nn.Linear | nn.Embedding] = {}
     for name, one in model.named_modules():
+        plain = name.removesuffix(".base_layer")
         if isinstance(one, nn.Linear | nn.Embedding) and ".lora_" not in name:
-            found[name.removesuffix(".base_layer")] = one
+            found[plain] = one
+        elif plain != name or hasattr(one, "folded"):
+            shape = one.weight_shape if hasattr(one, "weight_shape") else cast("Tensor", one.weight).shape
+            out, columns = (int(size) for size in cast("Tensor", shape))
+            found[plain] = nn.Linear(columns, out, bias=False, device="meta")
     return found
 
 
