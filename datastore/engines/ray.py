@@ -97,5 +97,6 @@ def _taken(ray: Any, answer: Any) -> bytes:
         raise DatastoreError(
             f"a task was given up by Ray: {str(error).splitlines()[0]}",
             error=type(error).__name__,
-            hint="Run the same command again; what is done stays done. If it was out of memory, with a smaller `task_bytes`.",
+            hint="Run the same command again; what is done stays done. If it was out of memory, give Ray fewer cores (`ray start --num-cpus`): "
+            "each runs a task. An ingest takes a smaller `task_bytes`, too.",
         ) from None

@@ -11,7 +11,19 @@ from datastore.ui import datasets as of
 from datastore.ui import documents as docs
 from datastore.ui.places import Places
 
-__all__ = ["change", "document", "documents", "media", "one", "plan", "shards"]
+__all__ = [
+    "Path",
+    "Query",
+    "Shown",
+    "change",
+    "document",
+    "documents",
+    "media",
+    "one",
+    "plan",
+    "shards",
+    "whole_number",
+]
 
 Path = Mapping[str, Any]
 Query = Mapping[str, str]
@@ -28,7 +40,7 @@ _HEALTHY = 20_000
 def one(places: Places, path: Path, query: Query) -> Shown:
     """One dataset: its versions, lengths and sources."""
     dataset = _dataset(places, path, query)
-    before = _number(query, "before", 0) or None
+    before = whole_number(query, "before", 0) or None
     steps = of.timeline(dataset, before=before)
     older = steps[-1].commit.version - 1 if steps and steps[-1].commit.version > 1 else None
     lengths, half = _tried(lambda: of.bars_of_lengths(dataset), ([], 0))
@@ -59,7 +71,7 @@ def documents(places: Places, path: Path, query: Query) -> Shown:
         where=query.get("where", "").strip(),
         source=query.get("source", "").strip(),
     )
-    at = (_number(query, "shard", 0), _number(query, "row", 0))
+    at = (whole_number(query, "shard", 0), whole_number(query, "row", 0))
     found = docs.find(dataset, wanted, at=at)
     return "documents.html", _of(path, dataset) | {
         "query": wanted,
@@ -84,7 +96,7 @@ def shards(places: Places, path: Path, query: Query) -> Shown:
     """All shards as a map, some of them as a list, and what losing a place would cost."""
     dataset = _dataset(places, path, query)
     count = len(dataset.segments)
-    start = min(_number(query, "start", 0), max(0, count - 1))
+    start = min(whole_number(query, "start", 0), max(0, count - 1))
     listed = [(index, dataset.segments.shard(index)) for index in range(start, min(start + _LISTED, count))]
     asked = bool(query.get("health")) or count <= _HEALTHY
     return "shards.html", _of(path, dataset) | {
@@ -102,7 +114,7 @@ def plan(places: Places, path: Path, query: Query) -> Shown:
     """Which shards the ranks of a run would read."""
     dataset = _dataset(places, path, query)
     asked = {
-        name: _number(query, name, default)
+        name: whole_number(query, name, default)
         for name, default in (("ranks", 4), ("steps", 16), ("seq_len", 512), ("global_batch", 64), ("seed", 0))
     }
     found = of.planned(dataset, **asked)
@@ -121,11 +133,16 @@ def _of(path: Path, dataset: Dataset) -> dict[str, Any]:
 
 
 def _dataset(places: Places, path: Path, query: Query) -> Dataset:
-    version = _number(query, "version", 0)
+    version = whole_number(query, "version", 0)
     return places.whole(path["dataset"], version or None)
 
 
-def _number(query: Query, name: str, default: int) -> int:
+def whole_number(query: Query, name: str, default: int) -> int:
+    """Return the number that `query` has under `name`; `default` if it has none, or an empty one.
+
+    Raises:
+        ConfigError: it is no whole number.
+    """
     text = query.get(name) or str(default)
     if not text.isdecimal():
         raise ConfigError("not a whole number", **{name: text}, hint="Give digits.")

@@ -1,20 +1,16 @@
 """The pages of runs, and the first page: each from an address to a template and what it shows."""
 
-from collections.abc import Mapping
 from typing import Any
 
 from datastore.checkpoint.inspect import inspect_step, verify_step
 from datastore.dataset.snapshot import Dataset
 from datastore.errors import ConfigError, DatastoreError
 from datastore.ui import runs as of
+from datastore.ui.dataset_pages import Path, Query, Shown, whole_number
 from datastore.ui.places import Places, Run
 from datastore.ui.series import AXES
 
 __all__ = ["checkpoint", "compare", "home", "line_data", "one", "overview", "step"]
-
-Path = Mapping[str, Any]
-Query = Mapping[str, str]
-Shown = tuple[str, dict[str, Any]]
 
 _FIRST = ("loss", "validation_loss", "tokens_per_s", "data_wait", "memory_bytes", "lr", "grad_norm", "sparsity")
 """The numbers that are offered first."""
@@ -79,7 +75,7 @@ def step(places: Places, path: Path, query: Query) -> Shown:
     from datastore.training.run.audit import trace  # noqa: PLC0415 - it takes longer to load than a page to show
 
     run = places.run(path["run"])
-    shown = _whole(query, "samples", _SAMPLES)
+    shown = whole_number(query, "samples", _SAMPLES)
     found = trace(run.url, path["step"], limit=shown)
     run.series.refresh()
     return "step.html", {"run": run, "found": found, "numbers": run.series.at(path["step"])}
@@ -127,10 +123,3 @@ def _names(runs: list[Run]) -> list[str]:
     known = {name for run in runs for name in run.series.names()} - {"time", "tokens"}
     first = [name for name in _FIRST if name in known]
     return [*first, *sorted(known - set(first))]
-
-
-def _whole(query: Query, name: str, default: int) -> int:
-    text = query.get(name, str(default))
-    if not text.isdecimal():
-        raise ConfigError("not a whole number", **{name: text}, hint="Give digits.")
-    return int(text)
