@@ -86,6 +86,7 @@ FLAGS = {
     "checkpoint diff": "item limit",
     "checkpoint pin": "remove step",
     "checkpoint rewind": "dry-run step",
+    "checkpoint fork": "step to",
     "checkpoint export": "as item quantize replace step",
     "checkpoint average": "last",
     "checkpoint import": "item step to",
@@ -241,6 +242,7 @@ LONG = {
     "checkpoint verify": "checkpoint verify run --progress plain",
     "checkpoint replicate": "checkpoint replicate run --to backup --progress plain",
     "checkpoint export": "checkpoint export run model2 --progress plain",
+    "checkpoint fork": "checkpoint fork run --to branch --progress plain",
     "checkpoint average": "checkpoint average run mean --last 1 --progress plain",
     "compress": "compress run --recipe recipe.toml --to smaller --progress plain",
 }
