@@ -314,7 +314,10 @@ class Checkpointer:
         return self._homes(step)[0] if len(self._places) > 1 else self._places[0]
 
     def copy_failure(self) -> DatastoreError | None:
-        """Return why a step is not in the second place, if a copy has failed since this was asked last; who asks has heard of it."""
+        """Return why a step is not in the second place, if a copy has failed since this was asked last.
+
+        A program that has asked once is told here, and by `close`, and no `save` raises what became of an earlier copy.
+        """
         return None if self._second is None else self._second.failure()
 
     def gc(self, *, dry_run: bool = False) -> Collected:

@@ -36,13 +36,14 @@ from datastore.storage.base import Stat, Storage
 from datastore.storage.wrappers import WrappedStorage
 from datastore.threads import each
 
-__all__ = ["Bytes", "Codec", "PackedParts", "with_codec"]
+__all__ = ["PACKED_SUFFIX", "Bytes", "Codec", "PackedParts", "with_codec"]
 
 Codec = Literal["none", "zstd"]
 
 Bytes = NDArray[np.uint8]
 
-_SUFFIX = ".packed"
+PACKED_SUFFIX = ".packed"
+"""Of the name of a part that is stored packed."""
 
 _MAGIC = b"dspack01"
 
@@ -116,7 +117,7 @@ class PackedParts(WrappedStorage):
     def put(self, key: str, *chunks: Buffer) -> None:
         if self._packs(key):
             self._forget(key)
-            self.inner.put(key + _SUFFIX, *pack(chunks))
+            self.inner.put(key + PACKED_SUFFIX, *pack(chunks))
         else:
             self.inner.put(key, *chunks)
 
@@ -124,7 +125,7 @@ class PackedParts(WrappedStorage):
     def put_new(self, key: str, *chunks: Buffer) -> None:
         if self._packs(key):
             self._forget(key)
-            self.inner.put_new(key + _SUFFIX, *pack(chunks))
+            self.inner.put_new(key + PACKED_SUFFIX, *pack(chunks))
         else:
             self.inner.put_new(key, *chunks)
 
@@ -154,7 +155,7 @@ class PackedParts(WrappedStorage):
         packed = self._packed(key)
         if packed is None:
             return self.inner.stat(key)
-        return Stat(key, packed.index.size_bytes, self.inner.stat(key + _SUFFIX).modified)
+        return Stat(key, packed.index.size_bytes, self.inner.stat(key + PACKED_SUFFIX).modified)
 
     @override
     def local_path(self, key: str) -> Path | None:
@@ -164,7 +165,8 @@ class PackedParts(WrappedStorage):
     def list(self, folder: str = "") -> Iterator[Stat]:
         """Yield packed parts by the names of what they are of, with the bytes that they take."""
         found = (
-            Stat(stat.key.removesuffix(_SUFFIX), stat.size_bytes, stat.modified) for stat in self.inner.list(folder)
+            Stat(stat.key.removesuffix(PACKED_SUFFIX), stat.size_bytes, stat.modified)
+            for stat in self.inner.list(folder)
         )
         yield from sorted(found, key=lambda stat: stat.key)
 
@@ -173,7 +175,7 @@ class PackedParts(WrappedStorage):
         self.inner.delete(key)
         if is_part_key(key, "safetensors"):
             self._forget(key)
-            self.inner.delete(key + _SUFFIX)
+            self.inner.delete(key + PACKED_SUFFIX)
 
     def _packs(self, key: str) -> bool:
         return self.codec != "none" and is_part_key(key, "safetensors")
@@ -201,7 +203,7 @@ class PackedParts(WrappedStorage):
         return found
 
     def _index(self, key: str) -> _Packed | None:
-        name = key + _SUFFIX
+        name = key + PACKED_SUFFIX
         try:
             size = self.inner.stat(name).size_bytes
         except MissingError:
@@ -231,7 +233,7 @@ class PackedParts(WrappedStorage):
         starts, places = packed.starts, packed.places
         first, last = bisect_right(starts, start) - 1, bisect_right(starts, stop - 1)
         if start < stop:
-            raw = self.inner.get_ranges(key + _SUFFIX, [(places[first], places[last])])[0]
+            raw = self.inner.get_ranges(key + PACKED_SUFFIX, [(places[first], places[last])])[0]
         for number in range(first, last) if start < stop else ():
             here = raw[places[number] - places[first] : places[number + 1] - places[first]]
             data = _unpacked(key, packed.index.frames[number], here)

@@ -100,6 +100,9 @@ class SecondPlace:
         self._job: Future[None] | None = None
         self._copying: frozenset[int] = frozenset()
         self._unheard: DatastoreError | None = None
+        self._asked = False
+        """Whether the program asks for failures: then no other call raises them, but for the last."""
+
         self._told: set[StepRef] = set()
         """The saves of this process: one line of steps."""
 
@@ -120,14 +123,22 @@ class SecondPlace:
         return self._copying
 
     def failure(self) -> DatastoreError | None:
-        """Return why a copy has failed, if one has since this was asked last; who asks has heard of it."""
+        """Return why a copy has failed, if one has since this was asked last; who asks has heard of it, and is not told by other calls."""
+        self._asked = True
+        return self._take()
+
+    def _take(self) -> DatastoreError | None:
         with self._lock:
             error, self._unheard = self._unheard, None
         return error
 
     def raise_unheard(self) -> None:
-        """Raise the error of a copy that has failed, unless it has been raised."""
-        error = self.failure()
+        """Raise the error of a copy that has failed, unless it has been raised, or the program asks for it."""
+        if not self._asked:
+            self._raise()
+
+    def _raise(self) -> None:
+        error = self._take()
         if error is not None:
             raise error
 
@@ -136,7 +147,7 @@ class SecondPlace:
         job = self._job
         if job is not None:
             wait([job])
-        self.raise_unheard()
+        self._raise()
 
     def _work(self) -> None:
         while True:

@@ -8,25 +8,35 @@ written before. So whoever is killed in between leaves parts that the next call 
 keeps beside its steps goes along, but for the lock. Both places can be restored from, and trained on: but not both at once.
 Where the first place has gone back and trained on from an earlier step, so does the second.
 
+    fork_step("/nvme/run", "/nvme/branch", step=1000)
+
+Or another run begins with one step of the first, and both go on. On one file system that takes no bytes: parts are never written to again, so a
+second name of the same file is as good as a copy, until the disk damages both.
+
 It holds one part in memory at a time.
 """
 
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Set as AbstractSet
 from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass
 from logging import getLogger
 from typing import TypeAlias
 
+import msgspec
 import numpy as np
 
-from datastore.checkpoint.codec import Bytes, Codec, with_codec
+from datastore.checkpoint.codec import PACKED_SUFFIX, Bytes, Codec, with_codec
 from datastore.checkpoint.format.manifest import (
     LATEST_KEY,
     PARTS,
+    RUN_KEY,
     STEPS,
     VOTES,
     Chunk,
+    PartInfo,
+    PartRef,
     StepCommit,
     chunks_of,
     layout_key,
@@ -43,20 +53,24 @@ from datastore.checkpoint.keeping import (
     files_of,
     pinned_steps,
 )
-from datastore.checkpoint.ranks import read_run
+from datastore.checkpoint.ranks import SavingRank, ensure_run, read_run
 from datastore.checkpoint.saving.commit import put_commit, write_hint
-from datastore.checkpoint.steps import StepLog, WholeStep, reading
+from datastore.checkpoint.steps import CheckpointerSettings, StepLog, WholeStep, reading
+from datastore.document import seal, unseal
 from datastore.errors import ConfigError, CorruptError, MissingError
 from datastore.storage.base import Stat, Storage
 from datastore.storage.resolve import open_storage
 from datastore.units import Progress
 
-__all__ = ["Replicated", "replicate"]
+__all__ = ["Forked", "Replicated", "fork_step", "replicate"]
 
 _LOGGER = getLogger(__name__)
 
 _NOT_COPIED = frozenset({PARTS, STEPS, VOTES, "lock"})
 """Folders that are copied step by step, or are of one place only."""
+
+_NOT_FORKED = frozenset({PARTS, STEPS, VOTES, "lock", "refs", RUN_KEY})
+"""What a run that begins with a step of another has of its own."""
 
 _KEEP = Keep()
 
@@ -81,6 +95,18 @@ class Replicated:
     """Other files of the run that were new or had changed."""
 
     size_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class Forked:
+    """A run that begins with a step of another."""
+
+    run_id: str
+    step: int
+    shared_bytes: int
+    """Bytes of parts that are second names of files of the first run."""
+
+    copied_bytes: int
 
 
 Memory: TypeAlias = Callable[[int], AbstractContextManager[Bytes]]
@@ -117,7 +143,7 @@ def replicate(
     _require_same_run(source, target)
     log, there = StepLog(source), StepLog(target)
     dropped = _follow_back(log, there, target)
-    files, size_bytes = _copy_others(source, target)
+    files, size_bytes = _copy_others(source, target, but=_NOT_COPIED)
     whole, damaged = _sound(log, _lacking(log, there, keep, pinned=pinned_steps(source)))
     copied: list[int] = []
     if whole:
@@ -127,6 +153,64 @@ def replicate(
         size_bytes += done
     removed = collect(target, keep).steps if copied else ()
     return Replicated(tuple(copied), tuple(sorted(damaged)), tuple(dropped), removed, files, size_bytes)
+
+
+def fork_step(source: Place, target: Place, *, step: int, progress: Progress | None = None) -> Forked:
+    """Begin another run in `target`, where nothing is yet, with `step` of the run in `source`, and with what that has beside its steps.
+
+    Documents are checked, and copied parts held against their digests; parts that become second names of files are not read. `progress` is told the bytes of parts done so far, and all.
+
+    Raises:
+        MissingError: `source` has no such step.
+        ConfigError: something is in `target`.
+        CorruptError: the step is damaged.
+        StorageError: a storage failed; empty `target` before you try again.
+    """
+    source, target = (place if isinstance(place, Storage) else open_storage(place) for place in (source, target))
+    source, target = with_codec(source), with_codec(target)
+    whole = StepLog(source).read_whole(step)
+    for info in whole.parts:
+        StepLog(source).check_header(info)
+    there = next(iter(target.list()), None)
+    if there is not None:
+        raise ConfigError("something is there", url=target.url, key=there.key, hint="Name an empty place.")
+    member = SavingRank(target, 0, 1, "", CheckpointerSettings())
+    run_id = ensure_run(member).run_id
+    parts = _parts_of(whole)
+    sizes = {key: source.stat(key).size_bytes for key in parts}
+    shared = done = 0
+    for key, chunks in parts.items():
+        if _adopted(source, target, key):
+            shared += sizes[key]
+        else:
+            _copy_part(source, target, key, chunks, _memory)
+        done += sizes[key]
+        if progress is not None:
+            progress(done, sum(sizes.values()))
+    _copy_documents(source, target, whole.commit)
+    _copy_others(source, target, but=_NOT_FORKED)
+    refs = tuple(
+        _put_info(target, ref, msgspec.structs.replace(info, run_id=run_id))
+        for ref, info in zip(whole.commit.parts, whole.parts, strict=True)
+    )
+    put_commit(target, msgspec.structs.replace(whole.commit, run_id=run_id, parent=None, parts=refs))
+    write_hint(target, whole.commit.ref)
+    return Forked(run_id, step, shared, done - shared)
+
+
+def _adopted(source: Storage, target: Storage, key: str) -> bool:
+    """Return whether the part `key`, packed or not, could be given a second name."""
+    for name in (key, f"{key}{PACKED_SUFFIX}"):
+        path = source.local_path(name)
+        if path is not None and target.adopt(name, path):
+            return True
+    return False
+
+
+def _put_info(storage: Storage, ref: PartRef, info: PartInfo) -> PartRef:
+    raw = seal(info)
+    storage.put(ref.info, raw)
+    return msgspec.structs.replace(ref, info_digest=unseal(PartInfo, raw, where=ref.info).digest)
 
 
 def _copy_steps(
@@ -245,13 +329,13 @@ def _copy_part(source: Storage, target: Storage, key: str, chunks: Sequence[Chun
         target.put(key, data.data)
 
 
-def _copy_others(source: Storage, target: Storage) -> tuple[int, int]:
+def _copy_others(source: Storage, target: Storage, *, but: AbstractSet[str]) -> tuple[int, int]:
     """Copy what a run has beside its steps and `target` has not, or has in another state; return how many files and bytes."""
     there = {stat.key: stat for stat in target.list()}
     count = size_bytes = 0
     for stat in list(source.list()):
         if (
-            stat.key.split("/", 1)[0] in _NOT_COPIED
+            stat.key.split("/", 1)[0] in but
             or stat.key == LATEST_KEY
             or stat.key.startswith(NOTES)
             or not _is_news(stat, there.get(stat.key))

@@ -308,6 +308,31 @@ def drop(*, run: str, item: str, steps: tuple[int, ...], before: int | None, as_
     )
 
 
+@checkpoint.command(
+    short_help="Begin another run with a checkpoint.",
+    epilog=example("datastore checkpoint fork runs/first --step 16 --to runs/branch"),
+)
+@RUN
+@STEP
+@click.option("--to", required=True, metavar="URL", help="The new run: an empty place.")
+@progress_option
+@json_option
+def fork(*, run: str, step: int | None, to: str, as_json: bool) -> None:
+    """Begin another run with a checkpoint of RUN, all of its state: `datastore resume` goes on from it, and RUN stays as it is.
+
+    On one file system its files get a second name, and no bytes are copied. `datastore fork` begins anew with the weights alone.
+    """
+    from datastore.checkpoint.replica import fork_step
+    from datastore.units import format_bytes
+
+    chosen = saved_steps(run, step)[-1]
+    done = with_progress("fork", fork_step, source=run, target=to, step=chosen)
+    if as_json:
+        say_json(done)
+        return
+    say(f"step {done.step}: {format_bytes(done.shared_bytes)} shared, {format_bytes(done.copied_bytes)} copied")
+
+
 def saved_steps(run: str, step: int | None) -> list[int]:
     """Return `step`, or all steps of the run.
 

@@ -133,6 +133,19 @@ class Storage(Protocol):
         """Return the file of this machine that holds `key`, else None."""
         ...
 
+    def adopt(self, key: str, path: Path) -> bool:
+        """Have `key` be the file `path` of this machine, under a second name, and return True; if it would have to be copied, return False.
+
+        For files that nobody writes to again: each name can be deleted without the other. By default nothing is adopted.
+
+        Raises:
+            ConflictError: the key exists.
+            StorageError: there is no such file.
+        """
+        del path
+        check_key(key)
+        return False
+
     def statistics(self) -> dict[str, OperationStatistics]:
         """Return what each kind of operation ("get", "put", ...) has cost since this object was made; by default nothing."""
         return {}

@@ -108,6 +108,11 @@ class WrappedStorage(RoutedReads):
         storage.delete(name)
 
     @override
+    def adopt(self, key: str, path: Path) -> bool:
+        storage, name = self._place(key)
+        return storage.adopt(name, path)
+
+    @override
     def statistics(self) -> dict[str, OperationStatistics]:
         return self.inner.statistics()
 

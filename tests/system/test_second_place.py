@@ -12,6 +12,7 @@ import torch
 
 import datastore as ds
 from datastore.checkpoint.inspect import list_steps, verify_step
+from datastore.checkpoint.replica import fork_step
 from datastore.errors import ConfigError, StorageError
 from datastore.storage.resolve import open_storage
 from datastore.testing.examples import make_language, tiny_settings
@@ -74,6 +75,23 @@ def test_each_place_stores_checkpoints_by_its_own_codec_and_may_take_another_whe
     assert resume(str(run), overrides=["train.steps=6", "checkpoint.codec=none", "checkpoint.keep=1"]).step == 6
     assert packed(run) == {False}
     assert_same_weights(run, there)
+
+
+def test_a_run_that_begins_with_a_checkpoint_of_another_goes_on_as_that_would_have_or_otherwise(
+    language: str, tmp_path: Path
+) -> None:
+    run, same, other = tmp_path / "run", tmp_path / "same", tmp_path / "other"
+    train(tiny_settings(language, "checkpoint.every=4", "train.steps=12"), str(run))
+    before = sorted(path for path in run.rglob("*") if path.is_file())
+    for branch in (same, other):
+        fork_step(run, branch, step=8)
+    assert resume(str(same)).step == 12
+    assert_same_weights(run, same)
+    assert prove(str(same)).holds
+    assert resume(str(other), overrides=["optim.lr=0.001"]).step == 12
+    assert not all(torch.equal(weights(run)[name], tensor) for name, tensor in weights(other).items())
+    assert prove(str(other)).holds
+    assert sorted(path for path in run.rglob("*") if path.is_file()) == before
 
 
 def test_ranks_have_a_second_place_together(language: str, tmp_path: Path) -> None:

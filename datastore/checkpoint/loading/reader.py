@@ -189,10 +189,11 @@ def _transfers_into(name: str, tensor: torch.Tensor, sources: list[tuple[Entry, 
     piece = local_piece(tensor, name)
     left = piece.box.elements
     for entry, chunk_bytes in sources:
-        shared = overlap(piece.box, Box(entry.offsets, entry.shape))
+        saved = Box(entry.offsets, entry.shape)
+        shared = overlap(piece.box, saved) if saved != piece.box else saved if left else None
         if shared is not None:
             left -= shared.elements
-            target = _cut(piece.tensor, shared.within(piece.box.starts))
+            target = piece.tensor if shared == piece.box else _cut(piece.tensor, shared.within(piece.box.starts))
             yield Transfer(entry, shared.within(entry.offsets), target, chunk_bytes)
     if left:
         hint = "Use an earlier step."

@@ -39,6 +39,9 @@ _NO_ANONYMOUS = {errno.EOPNOTSUPP, errno.EISDIR, errno.EINVAL, errno.ENOENT, err
 """What a file system without them says; or the folder is not there (ext4 says EPERM if it is just being removed), which
 making a named file will tell."""
 
+_NO_SECOND_NAME = {errno.EXDEV, errno.EPERM, errno.EMLINK, errno.EOPNOTSUPP}
+"""Another file system, or one without links, a file of somebody else, or one that has many names. Source: link(2)."""
+
 _STAGED_BYTES = 200
 """How much of a name is left in the one that it has for a moment."""
 
@@ -124,6 +127,23 @@ class LocalStorage(Storage):
                 except FileExistsError:
                     raise conflict(key=key, url=self._base) from None
             timed.bytes = sum(memoryview(chunk).nbytes for chunk in chunks)
+
+    @override
+    def adopt(self, key: str, path: Path) -> bool:
+        target = self._path(key)
+        folder = os.path.dirname(target)
+        with self._errors(key, writing=True):
+            _make_folder(folder)
+            try:
+                os.link(path, target)
+            except FileExistsError:
+                raise conflict(key=key, url=self._base) from None
+            except OSError as error:
+                if error.errno in _NO_SECOND_NAME:
+                    return False
+                raise
+            _flush_folder(folder)
+        return True
 
     @override
     def list(self, folder: str = "") -> Iterator[Stat]:

@@ -177,6 +177,25 @@ def test_a_copy_that_fails_is_heard_of_once_and_made_up_for_by_the_next(near: St
         assert ck.copy_failure() is None
 
 
+def test_a_program_that_asks_for_failed_copies_is_not_stopped_by_one_that_fails_just_before_a_save(
+    near: Storage, far: Far
+) -> None:
+    far.down = True
+    ck = Checkpointer(TwoPlaces(near, far))
+    assert ck.copy_failure() is None
+    for step in (1, 2):
+        ck.save(step, items(step)).committed()
+        wait_until_idle(ck)  # The copy of the step before fails after the program has asked, and before it saves again.
+    ck.save(3, items(3), blocking=True)
+    wait_until_idle(ck)
+    assert "no connection" in str(ck.copy_failure())
+    assert ck.copy_failure() is None
+    ck.save(4, items(4), blocking=True)
+    with pytest.raises(StorageError, match="no connection"):
+        ck.close()
+    assert steps_of(near) == [2, 3, 4]
+
+
 def wait_until_idle(ck: Checkpointer) -> None:
     for _ in range(500):
         if ck._second is not None and (ck._second._job is None or ck._second._job.done()):

@@ -14,10 +14,12 @@ from types import ModuleType
 
 import pytest
 
-from datastore.errors import StorageError
+from datastore.errors import ConflictError, StorageError
 from datastore.storage.backends import local
 from datastore.storage.backends import syscalls as writeback
 from datastore.storage.backends.local import LocalStorage
+from datastore.storage.backends.memory import MemoryStorage
+from datastore.storage.wrappers import Subfolder
 
 WRITER = """
 import sys
@@ -341,3 +343,18 @@ def test_a_hint_is_not_flushed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     storage.put_hint("hint", b"1")
     storage.put_hint("hint", b"2")
     assert storage.get("hint") == b"2"
+
+
+def test_a_file_of_this_machine_is_adopted_under_a_second_name_that_outlives_the_first(tmp_path: Path) -> None:
+    first, second = LocalStorage(tmp_path / "first"), Subfolder(LocalStorage(tmp_path / "second"), "below")
+    first.put("a/x", b"bytes")
+    path = first.local_path("a/x")
+    assert path is not None
+    assert second.adopt("b/y", path)
+    with pytest.raises(ConflictError):
+        second.adopt("b/y", path)
+    first.delete("a/x")
+    assert second.get("b/y") == (tmp_path / "second/below/b/y").read_bytes() == b"bytes"
+    with pytest.raises(StorageError, match="No such file"):
+        second.adopt("b/z", path)
+    assert not MemoryStorage("adopts-nothing").adopt("b/y", tmp_path / "second/below/b/y")
