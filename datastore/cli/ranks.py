@@ -25,6 +25,7 @@ def launched_by(environ: Mapping[str, str]) -> dict[str, Any] | None:
     world = _number(environ, "WORLD_SIZE", low=1)
     rank = _number(environ, "RANK", high=world)
     local_world = _number(environ, "LOCAL_WORLD_SIZE", low=1, default=1)
+    agent_store = environ.get("TORCHELASTIC_USE_AGENT_STORE", "") == "True"
     return {
         "rank": rank,
         "world": world,
@@ -32,8 +33,9 @@ def launched_by(environ: Mapping[str, str]) -> dict[str, Any] | None:
         "local_world": local_world,
         "host": environ.get("MASTER_ADDR", "127.0.0.1"),
         "port": _number(environ, "MASTER_PORT", low=1, high=2**16) if world > 1 else 0,
-        "agent_store": environ.get("TORCHELASTIC_USE_AGENT_STORE", "") == "True",
-        "attempt": _number(environ, "TORCHELASTIC_RESTART_COUNT", default=0),
+        "agent_store": agent_store,
+        # Agents count by themselves, and one that joins later has counted less: it is told only where a store outlives its ranks.
+        "attempt": _number(environ, "TORCHELASTIC_RESTART_COUNT", default=0) if agent_store else 0,
     }
 
 

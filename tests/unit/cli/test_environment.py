@@ -34,6 +34,13 @@ def test_what_torchrun_sets_is_taken_over() -> None:
     }
 
 
+def test_how_often_ranks_were_started_counts_only_where_the_agent_answers_them() -> None:
+    """Rank 0 answers anew each time; and an agent that joins a run has counted less than the others."""
+    found = launched_by(TORCHRUN | {"TORCHELASTIC_USE_AGENT_STORE": "False"})
+    assert found is not None
+    assert (found["agent_store"], found["attempt"]) == (False, 0)
+
+
 def test_one_rank_needs_no_place_to_meet() -> None:
     assert launched_by({"RANK": "0", "WORLD_SIZE": "1"}) is not None
 
