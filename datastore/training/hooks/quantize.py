@@ -195,7 +195,7 @@ class Quantize(Hook):
             if self._settings.method == "gptq":
                 packed.take(*moved_errors(layer.weight, products[name], schemes[name]))
             else:
-                grid = searched_grid(layer.weight, schemes[name], products[name].diagonal())
+                grid = searched_grid(layer.weight, schemes[name], products[name])
                 packed.take(grid.whole(layer.weight), grid)
             found[name] = packed
         return found
