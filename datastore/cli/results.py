@@ -202,6 +202,7 @@ def evaluate(*, model: str, run: str | None, data: str | None, step: int | None,
 @click.option("--temperature", type=float, default=0.8, help="0 takes the likeliest token each time.")
 @click.option("--top-k", type=int, default=50, help="Draw from the likeliest K only; 0: from all.")
 @click.option("--seed", type=int, default=0, help="The same seed gives the same text.")
+@click.option("--cache-bits", type=int, default=0, help="Bits of the keys and values that are kept: 8, or 0 for all.")
 @STEP
 @progress_option
 @json_option

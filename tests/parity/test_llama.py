@@ -13,7 +13,8 @@ from datastore.training.export.huggingface import HuggingFaceModel, read_folder,
 from datastore.training.hooks.quantize import Quantize
 from datastore.training.hooks.quantizing.layers import packed_layer, replace_module
 from datastore.training.hooks.quantizing.settings import QuantizeSettings, Scheme, chosen_layers
-from datastore.training.models.gpt import GPT, KeyValueCache
+from datastore.training.models.cache import KeyValueCache
+from datastore.training.models.gpt import GPT
 from datastore.training.settings import ModelSettings
 
 IDS = torch.randint(0, 501, (2, 40), generator=torch.Generator().manual_seed(1))

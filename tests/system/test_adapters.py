@@ -1,20 +1,24 @@
 """Adapters learn beside a frozen model, go on after a kill, and are what peft reads."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch.nn import functional
 
 from datastore.errors import ConfigError, WaitError
 from datastore.loader.settings import Rank
 from datastore.testing.examples import make_language, tiny_settings
+from datastore.training.export.averaging import average
 from datastore.training.export.export import export, open_model
-from datastore.training.export.inference import evaluate
+from datastore.training.export.inference import Sampling, evaluate, generate
 from datastore.training.export.others import export_adapter, export_gguf
+from datastore.training.hooks.bottleneck import add_bottlenecks, bottleneck_table
 from datastore.training.metrics import read_metrics
 from datastore.training.run.folder import RunFolder, open_split
 from datastore.training.start import resume, train
@@ -24,6 +28,7 @@ pytestmark = pytest.mark.filterwarnings("ignore")
 HERE = Path(__file__).parent
 ADALORA: dict[str, Any] = {"use": "adapt", "method": "adalora", "rank": 2, "every": 1}
 LORA: dict[str, Any] = {"use": "adapt", "rank": 2}
+BOTTLENECK: dict[str, Any] = {"use": "adapt", "method": "bottleneck", "rank": 2}
 
 
 @pytest.fixture(autouse=True)
@@ -32,10 +37,16 @@ def _programs(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture(scope="module")
-def base(tmp_path_factory: pytest.TempPathFactory) -> str:
+def language(tmp_path_factory: pytest.TempPathFactory) -> str:
+    url = tmp_path_factory.mktemp("language")
+    make_language(url)
+    return str(url)
+
+
+@pytest.fixture(scope="module")
+def base(language: str, tmp_path_factory: pytest.TempPathFactory) -> str:
     folder = tmp_path_factory.mktemp("base")
-    make_language(folder / "data")
-    train(tiny_settings(folder / "data", "train.steps=15", "model.tied=false", "eval.every=0"), str(folder / "run"))
+    train(tiny_settings(language, "train.steps=15", "model.tied=false", "eval.every=0"), str(folder / "run"))
     return str(folder / "run")
 
 
@@ -60,6 +71,8 @@ def assert_same(one: Path, other: Path) -> None:
     [
         (ADALORA, 1, {}),
         (LORA, 2, {"shard": 2}),
+        (BOTTLENECK, 2, {"shard": 2}),
+        pytest.param(BOTTLENECK | {"base_bits": 4}, 2, {"data": 2}, marks=pytest.mark.slow),
         pytest.param(ADALORA, 2, {"data": 2}, marks=pytest.mark.slow),
         pytest.param(LORA | {"method": "dora"}, 2, {"shard": 2}, marks=pytest.mark.slow),
         pytest.param(LORA | {"base_bits": 4}, 2, {"shard": 2}, marks=pytest.mark.slow),
@@ -181,6 +194,8 @@ def test_a_model_with_merged_adapters_is_quantized_behind_them(base: str, tmp_pa
         (({"use": "adapt", "layers": ["model.embed_tokens"]},), {}, "only linear layers are adapted"),
         (({"use": "adapt", "method": "dora", "base_bits": 4},), {}, "real rows"),
         (({"use": "quantize"}, LORA), {}, "adapt"),
+        ((BOTTLENECK | {"layers": ["*q_proj"]},), {}, "ends attention"),
+        ((BOTTLENECK, {"use": "quantize"}), {}, "cannot be merged"),
         ((LORA, {"use": "quantize", "qat_from": 2}), {}, "Leave out qat_from, or adapt"),
         ((ADALORA,), {"shard": 2}, "a rank has parts"),
     ],
@@ -191,6 +206,58 @@ def test_what_cannot_be_adapted_is_refused_before_the_first_step(
     with pytest.raises(ConfigError, match=fact):
         train(settings(base, hooks=hooks, sizes=sizes), str(tmp_path / "run"), processes=max(1, *sizes.values(), 1))
     assert not (tmp_path / "run" / "config.json").exists()
+
+
+def test_a_bottleneck_changes_nothing_at_first_and_learns_beside_the_frozen_weights(base: str, tmp_path: Path) -> None:
+    train(settings(base, "train.steps=60", hooks=(BOTTLENECK | {"rank": 8},), sizes={}), str(tmp_path / "run"))
+    kept = open_model(base).model
+    adapted = open_model(str(tmp_path / "run")).model.state_dict()
+    assert all(
+        torch.equal(one, adapted[name if name in adapted else name.replace(".weight", ".base_layer.weight")])
+        for name, one in kept.state_dict().items()
+    )
+    assert evaluate(str(tmp_path / "run"), samples=16).loss < evaluate(base, samples=16).loss
+    assert generate(str(tmp_path / "run"), "w1", sampling=Sampling(tokens=2)).startswith("w1")
+    ids = torch.arange(1, 21).view(2, 10)
+    with torch.no_grad():
+        before = kept(ids)
+        add_bottlenecks(kept, bottleneck_table(["model.layers.0.mlp.down_proj"], rank=2))
+        assert torch.equal(kept(ids), before)
+
+
+def test_a_bottleneck_is_written_apart_in_a_hundredth_of_the_base_and_put_on_it_again(
+    language: str, tmp_path: Path
+) -> None:
+    wide = "model.width=128"
+    train(tiny_settings(language, "train.steps=2", "eval.every=0", wide), str(tmp_path / "base"))
+    run = tmp_path / "run"
+    train(settings(str(tmp_path / "base"), wide, hooks=(BOTTLENECK | {"rank": 1},), sizes={}), str(run))
+    export_adapter(run, tmp_path / "files")
+    model = open_model(str(tmp_path / "base")).model
+    base_bytes = sum(one.numel() * one.element_size() for one in model.parameters())
+    assert (tmp_path / "files" / "adapter_model.safetensors").stat().st_size < 0.01 * base_bytes
+    table = json.loads((tmp_path / "files" / "adapter_config.json").read_bytes())
+    add_bottlenecks(model, table, load_file(tmp_path / "files" / "adapter_model.safetensors"))
+    ids = torch.arange(1, 21).view(2, 10)
+    with torch.no_grad():
+        assert torch.equal(model(ids), open_model(str(run)).model(ids))
+
+
+def test_what_needs_ordinary_weights_refuses_a_bottleneck_and_writes_nothing(base: str, tmp_path: Path) -> None:
+    run = str(tmp_path / "run")
+    train(settings(base, "checkpoint.keep=9", hooks=(BOTTLENECK,), sizes={}), run)
+    writers: list[Callable[[str, str], object]] = [
+        export,
+        export_gguf,
+        partial(export, quantize="int8"),
+        partial(average, last=2),
+    ]
+    for number, write in enumerate(writers):
+        with pytest.raises(ConfigError, match="there is a nonlinearity between"):
+            write(run, str(tmp_path / f"to-{number}"))
+        assert not (tmp_path / f"to-{number}").exists()
+    with pytest.raises(ConfigError, match="there is a nonlinearity between"):
+        train(settings(run, hooks=(LORA,), sizes={}), str(tmp_path / "next"))
 
 
 def test_a_run_without_adapters_has_none_to_export(base: str, tmp_path: Path) -> None:

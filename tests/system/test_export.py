@@ -176,6 +176,11 @@ def test_without_temperature_the_seed_does_not_matter(run: str) -> None:
     assert len(texts) == 1
 
 
+def test_with_keys_and_values_of_8_bits_the_likeliest_text_is_the_same(run: str) -> None:
+    texts = {generate(run, "w3", sampling=Sampling(tokens=12, temperature=0, cache_bits=bits)) for bits in (0, 8)}
+    assert len(texts) == 1
+
+
 def test_what_is_not_there_is_said(run: str, tmp_path: Path) -> None:
     with pytest.raises(MissingError):
         export(str(tmp_path / "nothing"), str(tmp_path / "hf"))

@@ -16,6 +16,7 @@ from datastore.errors import ConfigError, ConflictError
 from datastore.storage.resolve import open_storage
 from datastore.training.export.export import Exported, open_model
 from datastore.training.export.huggingface import write_folder
+from datastore.training.hooks.bottleneck import refuse_unmerged
 from datastore.training.run.folder import RunFolder
 from datastore.units import Progress
 
@@ -51,6 +52,7 @@ def average(
     sums: dict[str, Tensor] = {}
     for number, step in enumerate(steps[-last:], start=1):
         found = open_model(folder.url, step=step)
+        refuse_unmerged(found.model)
         for name, tensor in found.model.state_dict().items():
             if not tensor.is_floating_point():
                 raise ConfigError(

@@ -19,6 +19,7 @@ from datastore.storage.base import Storage
 from datastore.storage.resolve import open_storage
 from datastore.training.export.huggingface import HuggingFaceModel, read_folder, write_folder
 from datastore.training.hooks.base import Hook, HookSet, RunState, leaving
+from datastore.training.hooks.bottleneck import refuse_unmerged
 from datastore.training.hooks.calibration import Calibration
 from datastore.training.hooks.quantize import Quantize
 from datastore.training.hooks.quantizing.settings import QuantizeSettings
@@ -92,6 +93,7 @@ def export(
         raise ConfigError("unknown quantization", quantize=quantize, known=sorted(QUANTIZATIONS))
     target = empty_folder(to, replace=replace)
     loaded = model_of(restored(RunFolder.open(run), step=step), instead=QUANTIZATIONS[quantize] if quantize else None)
+    refuse_unmerged(loaded.model)
     assert loaded.step is not None
     if progress is not None:
         progress(1, _STAGES)

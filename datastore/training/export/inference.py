@@ -6,7 +6,7 @@ Tokens are drawn one at a time from the model's own distribution, the same for t
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from typing import Annotated
+from typing import Annotated, Literal
 
 import msgspec
 import numpy as np
@@ -50,6 +50,10 @@ class Sampling(SettingsDocument, frozen=True, kw_only=True):
 
     seed: Annotated[int, msgspec.Meta(ge=0)] = 0
     """The same seed gives the same text."""
+
+    cache_bits: Literal[0, 8] = 0
+    """Of the keys and values of the tokens seen so far: with 8 they take about a quarter of the memory, and each head of each token has a
+    scale. 0: they stay as they are."""
 
 
 def generate(
@@ -102,7 +106,7 @@ def _refuse_silent(loaded: HuggingFaceModel, source: str) -> None:
 @torch.inference_mode()
 def sample_tokens(loaded: HuggingFaceModel, prompt: list[int], sampling: Sampling) -> Iterator[int]:
     """Yield new tokens behind `prompt`, each as soon as it is drawn."""
-    go_on = Continuation(loaded.model.eval())
+    go_on = Continuation(loaded.model.eval(), rounded=sampling.cache_bits > 0)
     generator = torch.Generator().manual_seed(sampling.seed)
     # Positions beyond the trained length were never seen: the prompt keeps its end, and the answer fits behind it.
     room = max(1, loaded.seq_len - sampling.tokens)

@@ -21,6 +21,7 @@ from datastore.storage.resolve import open_storage
 from datastore.training.export.export import open_model
 from datastore.training.export.huggingface import shape_of_folder
 from datastore.training.hooks.base import Hook, make_hooks
+from datastore.training.hooks.bottleneck import refuse_unmerged
 from datastore.training.objectives.catalog import make_objective
 from datastore.training.parallel.building import calibration_of
 from datastore.training.run.folder import RunConfig, RunFolder, is_run
@@ -102,7 +103,9 @@ def initial_weights(config: RunConfig, split: Split, device: torch.device) -> Ma
 
 def _weights_of(init: str, datasets: Sequence[Dataset]) -> Mapping[str, Tensor]:
     """Return the weights of the model that `init` names, in float32, for a run on `datasets`."""
-    weights = _opened(init, datasets).state_dict()
+    model = _opened(init, datasets)
+    refuse_unmerged(model)
+    weights = model.state_dict()
     if any(not tensor.is_floating_point() for tensor in weights.values()):
         raise ConfigError(
             "a quantized model is no model to begin with", init=init, hint="Name a run, or a folder of float weights."

@@ -18,6 +18,7 @@ from datastore.formats.safetensors import HeaderTensor, encode_header
 from datastore.training.export.export import QUANTIZATIONS, Exported, RestoredRun, empty_folder, model_of, restored
 from datastore.training.export.llama_cpp import GGUF_TYPES, write_gguf
 from datastore.training.hooks.adapt import Adapt
+from datastore.training.hooks.bottleneck import refuse_unmerged
 from datastore.training.run.folder import RunFolder
 
 __all__ = ["export_adapter", "export_gguf", "export_other"]
@@ -50,6 +51,7 @@ def export_gguf(
     built = restored(RunFolder.open(os.fspath(run)), step=step)
     in_blocks = None if own is None else msgspec.structs.replace(own, group=_BLOCK, file="gguf")
     loaded = model_of(built, instead=in_blocks)
+    refuse_unmerged(loaded.model)
     files = write_gguf(target, loaded, quantize=quantize if own is None else None)
     return _told(target.url, built, files)
 
@@ -58,6 +60,8 @@ def export_adapter(
     run: str | os.PathLike[str], to: str | os.PathLike[str], *, step: int | None = None, replace: bool = False
 ) -> Exported:
     """Write the adapters of `run` at `step` (None: its newest sound checkpoint) to the folder `to`, as peft reads them.
+
+    Bottlenecks are written as `add_bottlenecks` takes them, since peft has none.
 
     Raises:
         MissingError, ConflictError, CorruptError: as `export`.

@@ -13,6 +13,7 @@ distill      a trained model teaches
 ema          the average of the weights is exported
 quantize     weights become small integers
 adapt        small matrices learn beside frozen weights
+bottleneck   adapters that are not linear
 quantizing   how weights become small integers
 """
 

@@ -3,9 +3,10 @@
     lora      a product of two thin matrices is added to each chosen layer
     dora      the same, and the length of each row is learned by itself
     adalora   the ranks of all layers share a budget, and those that matter least are cut, along a cubic, in the middle 60 % of the run
+    bottleneck   two thin layers behind attention and the feed-forward part, and a nonlinearity between them: `bottleneck.py`
 
 A run with `model.init = "runs/base@8000"` adapts that model. Its checkpoints name the frozen weights, and store them once. An export
-merges the adapters into the weights; `--as adapter` writes them alone, in a folder of peft.
+merges the adapters into the weights, unless they are not linear; `--as adapter` writes them alone, in a folder of peft.
 
 The base can be small integers (`base_bits`): they are unpacked in each forward pass, and the adapters learn around their errors.
 
@@ -26,6 +27,13 @@ from typing_extensions import override
 from datastore.document import Document, Positive, SettingsDocument
 from datastore.errors import ConfigError, DependencyError, ResumeError
 from datastore.training.hooks.base import Hook, RunState
+from datastore.training.hooks.bottleneck import (
+    BOTTLENECK,
+    Bottleneck,
+    add_bottlenecks,
+    bottleneck_table,
+    ends_of_parts,
+)
 from datastore.training.hooks.quantizing.layers import packed_layer, replace_module
 from datastore.training.hooks.quantizing.settings import Scheme, check_group, chosen_layers
 from datastore.training.objectives.base import MicroBatch
@@ -42,17 +50,18 @@ _GROUP = 32
 class AdaptSettings(SettingsDocument, frozen=True, kw_only=True):
     """Which layers are adapted, and how."""
 
-    method: Literal["lora", "dora", "adalora"] = "lora"
+    method: Literal["lora", "dora", "adalora", "bottleneck"] = "lora"
     """How the adapters look."""
 
     rank: Positive = 8
-    """Of each product of two matrices; with adalora the mean over layers in the end, which begins half as high again."""
+    """Of each product of two matrices; with adalora the mean over layers in the end, which begins half as high again; of a bottleneck
+    the channels in it."""
 
     alpha: Annotated[float, msgspec.Meta(gt=0)] = 16.0
-    """The product counts alpha / rank times."""
+    """The product counts alpha / rank times; a bottleneck has no such factor."""
 
     layers: tuple[str, ...] = ("*",)
-    """Patterns of the names of the linear layers."""
+    """Patterns of the names of the linear layers; of those the ones behind which a bottleneck can be are o_proj and down_proj."""
 
     base_bits: Literal[0, 3, 4, 8] = 0
     """Of the frozen weights of these layers, in groups of 32 columns; 0: they stay as they are."""
@@ -78,12 +87,32 @@ class Adapt(Hook):
         super().__init__(settings)
         self._settings = settings
         self._tuner: Any = None
+        self._layers: list[str] = []
         self._allocator: Any = None
         self._state: dict[str, dict[str, Tensor]] = {}
         self._gradients: dict[str, Tensor] = {}
 
     @override
     def model(self, model: nn.Module) -> nn.Module:
+        settings = self._settings
+        self._layers = self._chosen(model)
+        for parameter in model.parameters():
+            parameter.requires_grad = False
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(settings.seed)
+            if settings.method == "bottleneck":
+                add_bottlenecks(model, self._table)
+            else:
+                self._tuner = _injected(model, self._layers, settings)
+        if settings.base_bits:
+            scheme = Scheme(bits=cast("Any", settings.base_bits), group=_GROUP)
+            for name in self._layers:
+                base = cast("nn.Linear", model.get_submodule(f"{name}.base_layer"))
+                replace_module(model, f"{name}.base_layer", packed_layer(base, scheme))
+        return model
+
+    def _chosen(self, model: nn.Module) -> list[str]:
+        """Return the names of the layers to adapt."""
         settings = self._settings
         layers = chosen_layers(model, settings.layers)
         others = [name for name in layers if not isinstance(model.get_submodule(name), nn.Linear)]
@@ -93,19 +122,10 @@ class Adapt(Hook):
             raise ConfigError(
                 "dora needs the lengths of real rows", base_bits=settings.base_bits, hint="Use lora, or base_bits = 0."
             )
-        for name, layer in layers.items():
-            check_group(layer.weight.shape[1], _GROUP if settings.base_bits else 0, layer=name)
-        for parameter in model.parameters():
-            parameter.requires_grad = False
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(settings.seed)
-            self._tuner = _injected(model, [*layers], settings)
-        if settings.base_bits:
-            scheme = Scheme(bits=cast("Any", settings.base_bits), group=_GROUP)
-            for name in layers:
-                base = cast("nn.Linear", model.get_submodule(f"{name}.base_layer"))
-                replace_module(model, f"{name}.base_layer", packed_layer(base, scheme))
-        return model
+        chosen = ends_of_parts(layers) if settings.method == "bottleneck" else [*layers]
+        for name in chosen:
+            check_group(layers[name].weight.shape[1], _GROUP if settings.base_bits else 0, layer=name)
+        return chosen
 
     @override
     def start(self, run: RunState) -> None:
@@ -184,8 +204,10 @@ class Adapt(Hook):
     @override
     @torch.no_grad()
     def export(self, model: nn.Module) -> nn.Module:
-        """Return the model with the adapters merged into its weights."""
+        """Return the model with the adapters merged into its weights; bottlenecks stay where they are."""
         for name, layer in self._adapted(model).items():
+            if isinstance(layer, Bottleneck):
+                continue
             base = layer.base_layer
             if isinstance(base, nn.Linear):
                 layer.merge()
@@ -199,7 +221,12 @@ class Adapt(Hook):
         return model
 
     def files(self, model: nn.Module) -> tuple[dict[str, Any], dict[str, Tensor]]:
-        """Return what a folder of peft holds: its config, and the tensors of the adapters of `model`, which is not merged yet."""
+        """Return what a folder of peft holds: its config, and the tensors of the adapters of `model`, which is not merged yet.
+
+        Of bottlenecks, which peft does not have, it is what `add_bottlenecks` takes.
+        """
+        if self._settings.method == "bottleneck":
+            return self._table, {name: one.detach().contiguous() for name, one in self._trained(model).items()}
         config = self._tuner.peft_config[_NAME]
         kept = self._state.get("kept", {})
         tensors = {}
@@ -212,8 +239,16 @@ class Adapt(Hook):
         table |= {"inference_mode": True, "rank_pattern": {_in_file(name): one.tolist() for name, one in kept.items()}}
         return table, tensors
 
+    @property
+    def _table(self) -> dict[str, Any]:
+        return bottleneck_table(self._layers, rank=self._settings.rank)
+
     def _trained(self, model: nn.Module) -> dict[str, nn.Parameter]:
-        return {name: one for name, one in model.named_parameters() if ".lora_" in name and one.requires_grad}
+        return {
+            name: one
+            for name, one in model.named_parameters()
+            if (".lora_" in name or BOTTLENECK in name) and one.requires_grad
+        }
 
     def _adapted(self, model: nn.Module) -> dict[str, Any]:
         return {name: one for name, one in model.named_modules() if hasattr(one, "base_layer")}

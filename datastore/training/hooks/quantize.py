@@ -15,6 +15,7 @@ from typing_extensions import override
 from datastore.document import Document
 from datastore.errors import ConfigError
 from datastore.training.hooks.base import Hook, RunState
+from datastore.training.hooks.bottleneck import refuse_unmerged
 from datastore.training.hooks.calibration import Calibration, grams
 from datastore.training.hooks.quantizing.budget import chosen_bits, ladder, refuse_small_budget, sensitivities
 from datastore.training.hooks.quantizing.calibrated import balance_channels, moved_errors, searched_grid
@@ -138,6 +139,7 @@ class Quantize(Hook):
 
     def _refuse(self, model: nn.Module, layers: Layers) -> None:
         settings = self._settings
+        refuse_unmerged(model)
         for name, layer in layers.items():
             check_group(layer.weight.shape[1], settings.group, layer=name)
         if settings.target_size:
@@ -193,7 +195,7 @@ class Quantize(Hook):
             if self._settings.method == "gptq":
                 packed.take(*moved_errors(layer.weight, products[name], schemes[name]))
             else:
-                grid = searched_grid(layer.weight, schemes[name], products[name].diagonal())
+                grid = searched_grid(layer.weight, schemes[name], products[name])
                 packed.take(grid.whole(layer.weight), grid)
             found[name] = packed
         return found

@@ -1,5 +1,6 @@
 """The models.
 
+cache         keys and values of the tokens seen so far
 gpt           a GPT to read, its modules named as in Llama
 heads         the GPT with another end, and small nets for clicks and pictures
 huggingface   any model of transformers, made of its config

@@ -10,7 +10,6 @@ R. Sennrich, arXiv:1910.07467 (RMSNorm); N. Shazeer, arXiv:2002.05202 (SwiGLU); 
 (grouped queries); A. Radford et al., GPT-2 (residual projections start smaller by sqrt(2 x layers)).
 """
 
-from dataclasses import dataclass, field
 from typing import Protocol
 
 import torch
@@ -18,42 +17,12 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
+from datastore.training.models.cache import KeyValueCache
 from datastore.training.settings import ModelSettings
 
-__all__ = [
-    "GPT",
-    "Attention",
-    "Block",
-    "Decoder",
-    "KeyValueCache",
-    "Shared",
-    "draw_weights",
-    "parameter_count",
-    "turns_of",
-]
+__all__ = ["GPT", "Attention", "Block", "Decoder", "Shared", "draw_weights", "parameter_count", "turns_of"]
 
 _INIT_STD = 0.02
-
-
-@dataclass(slots=True)
-class KeyValueCache:
-    """Keys and values of the tokens seen so far, one pair [B, K, T, D] per layer; lets generation feed only new tokens."""
-
-    pairs: list[tuple[Tensor, Tensor]] = field(default_factory=list)
-
-    @property
-    def length(self) -> int:
-        """Tokens seen so far."""
-        return self.pairs[0][0].shape[2] if self.pairs else 0
-
-    def extend(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        """Append the new keys and values of `layer` and return all of them."""
-        if layer == len(self.pairs):
-            self.pairs.append((keys, values))
-        else:
-            before = self.pairs[layer]
-            self.pairs[layer] = (torch.cat((before[0], keys), dim=2), torch.cat((before[1], values), dim=2))
-        return self.pairs[layer]
 
 
 class Shared(Protocol):

@@ -16,7 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from datastore.errors import ConfigError, DependencyError, MissingError
-from datastore.training.models.gpt import GPT, Block, KeyValueCache
+from datastore.training.models.cache import KeyValueCache, RoundedCache
+from datastore.training.models.gpt import GPT, Block
 
 __all__ = [
     "FOREIGN",
@@ -125,11 +126,19 @@ def logits_of(model: nn.Module, ids: Tensor, *, present: Tensor | None = None) -
 
 
 class Continuation:
-    """A causal model that goes on with a text: it is fed what is new, where it can keep what it has seen, and else all of it."""
+    """A causal model that goes on with a text: it is fed what is new, where it can keep what it has seen, and else all of it.
 
-    def __init__(self, model: nn.Module) -> None:
+    With `rounded` our GPT keeps it as integers of 8 bits; a model of `transformers` refuses that with a ConfigError.
+    """
+
+    def __init__(self, model: nn.Module, *, rounded: bool = False) -> None:
+        if rounded and not isinstance(model, GPT):
+            raise ConfigError(
+                "only our GPT keeps keys and values as integers", model=type(model).__name__, hint="Set cache_bits = 0."
+            )
         self._model = model
-        self._kept: Any = KeyValueCache() if isinstance(model, GPT) else None
+        kept = RoundedCache() if rounded else KeyValueCache()
+        self._kept: Any = kept if isinstance(model, GPT) else None
         self._seen = torch.empty((1, 0), dtype=torch.int64)
 
     def __call__(self, ids: Tensor) -> Tensor:

@@ -69,17 +69,19 @@ def test_training_computes_with_the_integers_of_the_export(scheme: Scheme, seed:
     torch.testing.assert_close(rounded(weight, scheme, stretch), packed.weight, rtol=1e-6, atol=1e-7)
 
 
-@given(schemes, seeds)
-def test_looking_at_inputs_loses_no_more_than_rounding_to_nearest(scheme: Scheme, seed: int) -> None:
-    weight = weights_of(seed)
-    inputs = torch.randn(64, 16, generator=torch.Generator().manual_seed(seed)) * torch.arange(1.0, 17.0)
-    squares = inputs.square().sum(dim=0)
+@given(schemes, seeds, st.sampled_from([0.0, 3.0]))
+def test_with_a_searched_grid_the_outputs_lose_no_more_than_to_nearest(
+    scheme: Scheme, seed: int, common: float
+) -> None:
+    """Also where all inputs have a part in common, so that errors of one direction add up."""
+    weight, generator = weights_of(seed), torch.Generator().manual_seed(seed)
+    inputs = torch.randn(64, 16, generator=generator) * torch.arange(1.0, 17.0) + common * 16
 
-    def lost(grid: Grid, whole: torch.Tensor) -> float:
-        return float(((grid.real(whole) - weight).square() * squares).sum())
+    def lost(grid: Grid) -> torch.Tensor:
+        return (inputs @ (grid.real(grid.whole(weight)) - weight).T).square().sum(dim=0)
 
-    plain, searched = fitted_grid(weight, scheme), searched_grid(weight, scheme, squares)
-    assert lost(searched, searched.whole(weight)) <= lost(plain, plain.whole(weight)) * 1.0001
+    plain, searched = lost(fitted_grid(weight, scheme)), lost(searched_grid(weight, scheme, inputs.T @ inputs))
+    assert bool((searched <= plain * 1.001 + 1e-3).all())
 
 
 @given(st.lists(st.tuples(st.integers(1, 9), st.integers(1, 4)), min_size=1, max_size=6), st.data())

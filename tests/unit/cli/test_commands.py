@@ -70,7 +70,7 @@ FLAGS = {
     "prove": "",
     "trace": "limit rank step",
     "evaluate": "data run samples step",
-    "generate": "prompt seed step temperature tokens top-k",
+    "generate": "cache-bits prompt seed step temperature tokens top-k",
     "runs ls": "",
     "runs show": "",
     "runs compare": "",
