@@ -252,12 +252,15 @@ def owners(sizes: Mapping[str, int], *, world: int) -> dict[str, int]:
 
 def overlap(one: Box, other: Box) -> Box | None:
     """Return the region that two boxes of the same whole share, or None if there is not one element in it."""
-    starts = tuple(max(a, b) for a, b in zip(one.starts, other.starts, strict=True))
-    stops = tuple(
-        min(a + c, b + d) for a, b, c, d in zip(one.starts, other.starts, one.shape, other.shape, strict=True)
-    )
-    shape = tuple(stop - start for start, stop in zip(starts, stops, strict=True))
-    return Box(starts, shape) if all(length > 0 for length in shape) else None
+    starts, shape = [], []
+    for a, b, rows, others in zip(one.starts, other.starts, one.shape, other.shape, strict=True):
+        start = max(a, b)
+        length = min(a + rows, b + others) - start
+        if length <= 0:
+            return None
+        starts.append(start)
+        shape.append(length)
+    return Box(tuple(starts), tuple(shape))
 
 
 def row_span(box: Box, shape: tuple[int, ...]) -> tuple[int, int]:

@@ -87,7 +87,9 @@ class RunInfo(Sealed, frozen=True, kw_only=True):
     writer: str
 
 
-class Entry(Document, frozen=True, kw_only=True):
+# Not watched by the garbage collector, as it is in no circle: 512,000 are read in 0.8 s of CPU where it takes 2.0
+# (tools/bench/checkpoint-plan --ranks 256, 2026-11-29).
+class Entry(Document, frozen=True, kw_only=True, gc=False):
     """One piece of one tensor: a box of the whole (`offsets`, `shape`) as row-major bytes of one part file."""
 
     tensor: str
