@@ -105,6 +105,7 @@ def test_a_layout_learns_what_one_process_learns(name: str, tied: str, language:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1200)
 @pytest.mark.parametrize("tied", ["true", "false"])
 def test_fifty_steps_of_every_layout_are_those_of_one_process(tied: str, language: str, tmp_path: Path) -> None:
     plain = [f"model.tied={tied}", "train.steps=50", "optim.warmup=5", "optim.floor=0.1"]
@@ -141,6 +142,7 @@ def test_a_tied_embedding_moves_out_of_a_pipeline_and_back(language: str, tmp_pa
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1200)
 @pytest.mark.parametrize("tied", ["true", "false"])
 def test_a_run_moves_through_every_layout(tied: str, language: str, tmp_path: Path) -> None:
     goes_on_like_one_process(language, tmp_path, [*LAYOUTS, "one process"], tied=tied)
