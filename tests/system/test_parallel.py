@@ -40,6 +40,7 @@ LAYOUTS: dict[str, tuple[int, dict[str, int]]] = {
     "data 2 x context 2": (4, {"data": 2, "context": 2}),
     "shard 2 x context 2": (4, {"shard": 2, "context": 2}),
     "context 2 x tensor 2": (4, {"context": 2, "tensor": 2}),
+    "context 2 x pipeline 2": (4, {"context": 2, "pipeline": 2}),
 }
 QUICK = ("shard 2", "tensor 2", "pipeline 2, interleaved", "context 2")
 ALONE = {"data": 0, "shard": 1, "tensor": 1, "pipeline": 1, "interleave": 1, "context": 1}
@@ -90,7 +91,14 @@ def assert_same_weights(one: Path, other: Path) -> None:
     assert all(torch.equal(first[name], second[name]) for name in first)
 
 
-@pytest.mark.parametrize(("name", "tied"), [*((name, "false") for name in QUICK), ("pipeline 2, interleaved", "true")])
+@pytest.mark.parametrize(
+    ("name", "tied"),
+    [
+        *((name, "false") for name in QUICK),
+        ("pipeline 2, interleaved", "true"),
+        pytest.param("context 2 x pipeline 2", "true", marks=pytest.mark.slow),
+    ],
+)
 def test_a_layout_learns_what_one_process_learns(name: str, tied: str, language: str, tmp_path: Path) -> None:
     """With batches of which ranks get unequal parts, in several forward passes; validation and norms, too."""
     processes, sizes = LAYOUTS[name]
