@@ -40,6 +40,7 @@ LAYOUTS: dict[str, tuple[int, dict[str, int]]] = {
     "data 2 x context 2": (4, {"data": 2, "context": 2}),
     "shard 2 x context 2": (4, {"shard": 2, "context": 2}),
     "context 2 x tensor 2": (4, {"context": 2, "tensor": 2}),
+    "context 2 x pipeline 2": (4, {"context": 2, "pipeline": 2}),
 }
 QUICK = ("shard 2", "tensor 2", "pipeline 2, interleaved", "context 2")
 ALONE = {"data": 0, "shard": 1, "tensor": 1, "pipeline": 1, "interleave": 1, "context": 1}
@@ -90,7 +91,14 @@ def assert_same_weights(one: Path, other: Path) -> None:
     assert all(torch.equal(first[name], second[name]) for name in first)
 
 
-@pytest.mark.parametrize(("name", "tied"), [*((name, "false") for name in QUICK), ("pipeline 2, interleaved", "true")])
+@pytest.mark.parametrize(
+    ("name", "tied"),
+    [
+        *((name, "false") for name in QUICK),
+        ("pipeline 2, interleaved", "true"),
+        pytest.param("context 2 x pipeline 2", "true", marks=pytest.mark.slow),
+    ],
+)
 def test_a_layout_learns_what_one_process_learns(name: str, tied: str, language: str, tmp_path: Path) -> None:
     """With batches of which ranks get unequal parts, in several forward passes; validation and norms, too."""
     processes, sizes = LAYOUTS[name]
@@ -105,6 +113,7 @@ def test_a_layout_learns_what_one_process_learns(name: str, tied: str, language:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1200)
 @pytest.mark.parametrize("tied", ["true", "false"])
 def test_fifty_steps_of_every_layout_are_those_of_one_process(tied: str, language: str, tmp_path: Path) -> None:
     plain = [f"model.tied={tied}", "train.steps=50", "optim.warmup=5", "optim.floor=0.1"]
@@ -141,6 +150,7 @@ def test_a_tied_embedding_moves_out_of_a_pipeline_and_back(language: str, tmp_pa
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1200)
 @pytest.mark.parametrize("tied", ["true", "false"])
 def test_a_run_moves_through_every_layout(tied: str, language: str, tmp_path: Path) -> None:
     goes_on_like_one_process(language, tmp_path, [*LAYOUTS, "one process"], tied=tied)

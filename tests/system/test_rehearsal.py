@@ -113,6 +113,18 @@ def test_what_cannot_fit_is_refused_before_anything_is_written(language: str, tm
     assert not (tmp_path / "run").exists()
 
 
+def test_ranks_that_share_sequences_divide_activations_but_not_keys_and_values(language: str, tmp_path: Path) -> None:
+    shape = ["data.global_batch=2", "data.seq_len=256", "model.width=64", "model.heads=2", "model.layers=2"]
+    alone, four = (
+        dry_run(tiny_settings(language, *shape, f"parallel.context={ranks}"), tmp_path / "run", processes=ranks).memory
+        for ranks in (1, 4)
+    )
+    others = 2 * (2 * 192 * 64) * 2 * 4  # Keys and values, of two rows, three quarters of the tokens, in two layers.
+    kept = alone.activation_bytes // 4 + others
+    assert four.activation_bytes == pytest.approx(kept, rel=0.01)
+    assert four.weights_bytes == alone.weights_bytes
+
+
 def test_ranks_that_share_parameters_need_less(language: str, tmp_path: Path) -> None:
     settings = tiny_settings(language, "model.width=256", "parallel.shard=4")
     alone = dry_run(tiny_settings(language, "model.width=256"), tmp_path / "run")

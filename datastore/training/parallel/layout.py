@@ -224,7 +224,6 @@ def _check_slices(settings: Settings, layout: Layout) -> None:
     if layout.context == 1:
         return
     others = {
-        "pipeline": layout.pipeline > 1 and layout.pipeline,
         "model": settings.model.use,
         "objective": settings.objective["use"] not in {"causal", "chat"} and settings.objective["use"],
         "hooks": [table["use"] for table in settings.hooks],

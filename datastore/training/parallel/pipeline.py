@@ -46,7 +46,7 @@ class Part(nn.Module):
 
     def __init__(self, gpt: GPT, layers: Sequence[int]) -> None:
         super().__init__()
-        self.settings = gpt.settings
+        self.settings, self.shared = gpt.settings, gpt.shared
         self.layers = list(layers)
         self.first, self.last = 0 in self.layers, gpt.settings.layers - 1 in self.layers
         whole = gpt.model
@@ -61,7 +61,8 @@ class Part(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the residual stream behind these layers, or the logits; `x` are token ids, or the residual stream before."""
-        turns = turns_of(self.settings, 0, x.shape[1], x.device)
+        start = 0 if self.shared is None else self.shared.place * x.shape[1]
+        turns = turns_of(self.settings, start, x.shape[1], x.device)
         x = self.model["embed_tokens"](x) if self.first else x
         for block in self.model["layers"].children():
             x = block(x, turns, None)
@@ -134,19 +135,19 @@ class Pipeline(Strategy):
         self._pieces, self._lesson = pieces, lesson
         schedule = self._schedule(len(pieces), len(pieces[0].rows.tokens), learn=learn)
         inputs = (torch.cat([piece.rows.inputs for piece in pieces]),) if self.place.stage == 0 else ()
-        numbers = torch.arange(len(pieces)) if self.place.speaks else None
+        numbers = torch.arange(len(pieces)) if self.place.stage == self.layout.pipeline - 1 else None
         with part("forward and backward"), autocast(self.ranks.device, lesson.precision):
             if learn:
                 schedule.step(*inputs, target=numbers, losses=losses, return_outputs=False)
             else:
                 schedule.eval(*inputs, target=numbers, losses=losses)
         # Not added up in `_loss`, which torch also calls to find out what the messages hold.
-        return sum(losses, torch.zeros((), device=self.ranks.device)).detach() / (self.layout.readers * lesson.scale)
+        return sum(losses, torch.zeros((), device=self.ranks.device)).detach() / (self.layout.learners * lesson.scale)
 
     def _loss(self, outputs: Tensor, number: Tensor) -> Tensor:
         """Return what the piece with this `number`, of those under way, adds to the loss."""
         piece = self._pieces[int(number)]
-        return self._lesson.loss(outputs, piece.rows) * (piece.share * self.layout.readers * self._lesson.scale)
+        return self._lesson.loss(outputs, piece.rows) * (piece.share * self.layout.learners * self._lesson.scale)
 
     def _schedule(self, pieces: int, rows: int, *, learn: bool) -> Any:
         """Return the schedule for `pieces` of so many rows; made once, as the first step of one settles what its messages hold."""
@@ -165,12 +166,12 @@ class Pipeline(Strategy):
 
     def _average(self) -> None:
         """Average the gradients of the copies of each part, in one message; FSDP2 has done so where it is in use."""
-        if self.layout.data == 1 or self.layout.shard > 1:
+        if self.layout.copies == 1 or self.layout.shard > 1:
             return
         grads = [one.grad for one in self._here.parameters() if one.grad is not None]
         flat = torch.cat([grad.flatten() for grad in grads])
         dist.all_reduce(flat, group=self._mesh.get_group("data"))
-        flat /= self.layout.data
+        flat /= self.layout.copies
         for grad, mean in zip(grads, torch.split(flat, [grad.numel() for grad in grads]), strict=True):
             grad.copy_(mean.view_as(grad))
 
@@ -178,14 +179,15 @@ class Pipeline(Strategy):
     def evaluate(self, rows: MicroBatch, lesson: Lesson, *, size: int) -> Tensor:
         count = self.layout.pipeline
         each = -(-size // count)
-        rows = filled(rows, each * count)
+        rows = filled(self.seen(rows), each * count)
         masks = [None] * count if rows.loss_mask is None else list(torch.split(rows.loss_mask, each))
         parts = [MicroBatch(one, mask) for one, mask in zip(torch.split(rows.tokens, each), masks, strict=True)]
         whole = rows.learned
         shares = [
             1.0 / count if one.learned is None or whole is None else one.learned / whole.clamp(min=1) for one in parts
         ]
-        return self._run([Piece(*both) for both in zip(parts, shares, strict=True)], lesson, learn=False)
+        loss = self._run([Piece(*both) for both in zip(parts, shares, strict=True)], lesson, learn=False)
+        return loss if self.slice is None else self.slice.mean(loss, rows)
 
     @override
     def probe(self, model: nn.Module, lesson: Lesson, rows: MicroBatch) -> tuple[Tensor, dict[str, Tensor | None]]:

@@ -24,7 +24,6 @@ def test_data_is_what_the_other_sizes_leave() -> None:
         (4, ["parallel.data=3"], "do not multiply"),
         (3, ["parallel.context=2"], "do not multiply"),
         (2, ["parallel.context=2", "data.seq_len=31"], "data.seq_len"),
-        (4, ["parallel.context=2", "parallel.pipeline=2"], "a sequence cannot be shared"),
         (2, ["parallel.context=2", 'objective={use="masked", mask_token=9}'], "a sequence cannot be shared"),
         (2, ["parallel.context=2", 'hooks=[{use="ema"}]'], "a sequence cannot be shared"),
         (2, ["parallel.context=2", "sync.use=int8"], "parallel.data alone"),
