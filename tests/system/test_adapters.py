@@ -18,9 +18,12 @@ from datastore.training.export.averaging import average
 from datastore.training.export.export import export, open_model
 from datastore.training.export.inference import Sampling, evaluate, generate
 from datastore.training.export.others import export_adapter, export_gguf
+from datastore.training.hooks.adapt import Adapt, AdaptSettings
 from datastore.training.hooks.bottleneck import add_bottlenecks, bottleneck_table
 from datastore.training.metrics import read_metrics
+from datastore.training.models.gpt import GPT
 from datastore.training.run.folder import RunFolder, open_split
+from datastore.training.settings import ModelSettings
 from datastore.training.start import resume, train
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -149,6 +152,22 @@ def test_peft_reads_the_ranks_that_adalora_has_left(base: str, tmp_path: Path) -
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "base", dtype=torch.float32)
     theirs = PeftModel.from_pretrained(model, tmp_path / "files").eval()
     assert loss_of(theirs, base) == pytest.approx(evaluate(str(tmp_path / "run"), samples=16).loss, abs=1e-5)
+
+
+@pytest.mark.parametrize("method", ["lora", "dora", "adalora", "bottleneck"])
+def test_adapters_change_nothing_at_first_and_learn_from_the_first_step_on(method: str) -> None:
+    model = GPT(ModelSettings(layers=1, width=32, heads=2, vocab_size=32))
+    model.initialize(torch.Generator().manual_seed(1))
+    ids = torch.arange(20).view(2, 10)
+    before = model(ids).detach()
+    Adapt(AdaptSettings(method=method, rank=4)).model(model)  # type: ignore[arg-type]
+    after = model(ids)
+    torch.testing.assert_close(after.detach(), before, atol=1e-6, rtol=1e-5)
+    functional.cross_entropy(after.flatten(0, 1), ids.flatten()).backward()
+    ends = ("lora_B.default.weight", "lora_B.default", "bottleneck_up")
+    last = [one for name, one in model.named_parameters() if name.endswith(ends) and one.requires_grad]
+    assert last
+    assert all(one.grad is not None and bool(one.grad.abs().sum() > 0) for one in last)
 
 
 def test_ranks_reach_the_budget_whatever_the_number_of_steps_becomes(base: str, tmp_path: Path) -> None:
