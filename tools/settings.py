@@ -32,7 +32,7 @@ from datastore.training.hooks.quantizing.settings import QuantizeSettings
 from datastore.training.hooks.share import ShareSettings
 from datastore.training.hooks.shrink import ShrinkSettings
 from datastore.training.objectives.captions import CaptionsSettings
-from datastore.training.objectives.language import MaskedSettings
+from datastore.training.objectives.language import CausalSettings, MaskedSettings
 from datastore.training.objectives.preference import PreferenceSettings
 from datastore.training.objectives.records import ClassesSettings, ClicksSettings, NextItemSettings
 from datastore.training.session.trackers import WeightsAndBiasesSettings
@@ -65,9 +65,10 @@ SECTIONS = (
         "Objectives",
         (
             "The `[objective]` table names what is learned with `use`, and owns its other keys; there is "
-            "[a recipe for each](howto/recipes.md). `causal` and `chat` have none."
+            "[a recipe for each](howto/recipes.md)."
         ),
         (
+            ("causal, chat: ", CausalSettings),
             ("masked: ", MaskedSettings),
             ("preference: ", PreferenceSettings),
             ("classes: ", ClassesSettings),

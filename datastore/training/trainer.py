@@ -135,6 +135,7 @@ class Trainer:
             scale=LossScale() if machine.precision == "fp16" else None,
             sentry=Sentry(settings.faults, scaled=machine.precision == "fp16"),
         )
+        trainer._refuse_blind_hooks()
         trainer._refuse_short_data()
         trainer._refuse_unreached()
         if layout.world > 1 or machine.compiled:
@@ -299,6 +300,18 @@ class Trainer:
                 "the loss does not depend on a parameter",
                 parameters=unreached[:8],
                 hint="Freeze it (requires_grad = False), or use it in the objective or in a hook's loss.",
+            )
+
+    def _refuse_blind_hooks(self) -> None:
+        """Refuse hooks that look at outputs where the model keeps them to itself."""
+        readers = [
+            name for name, hook in self.hooks.items() if type(hook).loss is not Hook.loss and type(hook).reads_outputs
+        ]
+        if self.objective.loss_inside and readers:
+            raise ConfigError(
+                "hooks look at logits, of which there are only some rows at a time",
+                hooks=readers,
+                hint="Leave out objective.chunked, or these hooks.",
             )
 
     def _refuse_short_data(self) -> None:

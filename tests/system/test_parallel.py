@@ -192,6 +192,28 @@ def test_blocks_computed_twice_give_the_same_bits(sizes: dict[str, int], languag
     assert numbers(tmp_path / "true") == numbers(tmp_path / "false")
 
 
+@pytest.mark.parametrize(
+    ("name", "tied"), [("shard 2", "true"), pytest.param("context 2", "false", marks=pytest.mark.slow)]
+)
+def test_logits_made_some_rows_at_a_time_learn_the_same(name: str, tied: str, language: str, tmp_path: Path) -> None:
+    processes, sizes = LAYOUTS[name]
+    plain = ["train.steps=4", "train.micro_batch=2", f"model.tied={tied}"]
+    alone = train(settings(language, *plain), str(tmp_path / "alone"))
+    chunked = settings(language, *plain, *table(sizes), 'objective={use="causal", chunked=true}')
+    together = train(chunked, str(tmp_path / name), processes=processes)
+    assert farthest(tmp_path / "alone", tmp_path / name) < 1e-5
+    assert together.validation_loss == pytest.approx(alone.validation_loss, abs=1e-5)
+
+
+def test_a_hook_that_looks_at_logits_is_refused_where_there_are_never_all(language: str, tmp_path: Path) -> None:
+    train(settings(language, "train.steps=1"), str(tmp_path / "teacher"))
+    taught = ({"use": "distill", "teacher": str(tmp_path / "teacher")},)
+    chunked = settings(language, 'objective={use="causal", chunked=true}', hooks=taught)
+    with pytest.raises(ConfigError, match=r"look at logits.*distill"):
+        train(chunked, str(tmp_path / "run"))
+    assert not (tmp_path / "run" / "steps").exists()
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["data 2", "shard 2", "pipeline 2", "context 2"])
 def test_compiled_blocks_learn_the_same(name: str, language: str, tmp_path: Path) -> None:

@@ -86,6 +86,7 @@ class Adapt(Hook):
 
     Settings: ClassVar[type[Document]] = AdaptSettings
     takes_parts: ClassVar[bool] = True
+    reads_outputs: ClassVar[bool] = False
     changes: ClassVar[Any] = "weights"
 
     def __init__(self, settings: AdaptSettings) -> None:

@@ -84,6 +84,9 @@ class Hook:
     """For good, as far as other hooks are concerned: shapes are changed before weights, and weights before they become a few bits.
     A model leaves training through hooks that change weights, then shapes, which may fold what those have changed, then bits."""
 
+    reads_outputs: ClassVar[bool] = True
+    """Of a hook with a `loss` of its own: whether that looks at the outputs of the model."""
+
     takes_parts: ClassVar[bool] = False
     """Whether parameters may be DTensors, of which this rank has a part only; if not, it trains with `parallel.data` only."""
 

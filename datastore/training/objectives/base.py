@@ -220,6 +220,11 @@ class Objective(ABC):
         """Names what the objective was made of besides its settings, such as files; a run goes on with no other."""
         return ""
 
+    @property
+    def loss_inside(self) -> bool:
+        """Whether the model itself works out the loss: `outputs` is a number then, which tells hooks nothing."""
+        return False
+
     def model(self, shape: ModelSettings) -> nn.Module:
         """Return our model for it, with any weights; a method `initialize(generator)` draws them."""
         return GPT(shape)

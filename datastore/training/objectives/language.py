@@ -6,15 +6,16 @@ ranks, and after any resume.
 Source: J. Devlin et al., "BERT", arXiv:1810.04805 (15 % of the tokens; of those 80 % hidden, 10 % another one, 10 % as they are).
 """
 
-from typing import Annotated
+from typing import Annotated, ClassVar, cast
 
 import msgspec
 import numpy as np
+import torch
 from torch import Tensor, nn
 from torch.nn import functional
 from typing_extensions import override
 
-from datastore.document import Count, SettingsDocument
+from datastore.document import Count, Document, SettingsDocument
 from datastore.errors import ConfigError
 from datastore.loader.order.mix import mix64
 from datastore.training.models.gpt import GPT
@@ -22,14 +23,39 @@ from datastore.training.models.huggingface import logits_of
 from datastore.training.objectives.base import Context, HostRows, MicroBatch, Objective, Share
 from datastore.training.settings import ModelSettings
 
-__all__ = ["IGNORED", "Causal", "Chat", "Masked", "MaskedSettings"]
+__all__ = ["IGNORED", "Causal", "CausalSettings", "Chat", "Masked", "MaskedSettings"]
 
 IGNORED = -100
 """A target that counts nothing."""
 
 
+class CausalSettings(SettingsDocument, frozen=True, kw_only=True):
+    """`[objective]` of `causal` and `chat`."""
+
+    chunked: bool = False
+    """Make the logits some rows at a time, so that they are never there as a whole: less memory with a large vocabulary, the same loss up to
+    rounding. With our GPT, without hooks that look at logits, and neither with parallel.tensor nor with parallel.pipeline."""
+
+
 class Causal(Objective):
     """Predict each next token; the loss is in nats per token. Columns that the loader brings along go with the rows, for hooks."""
+
+    Settings: ClassVar[type[Document]] = CausalSettings
+
+    def __init__(self, settings: Document = CausalSettings()) -> None:  # noqa: B008 - it cannot change
+        super().__init__(settings)
+        self._chunked = isinstance(settings, CausalSettings) and settings.chunked
+        if self._chunked and not hasattr(functional, "linear_cross_entropy"):
+            raise ConfigError(
+                "this torch cannot make logits some rows at a time",
+                torch=torch.__version__,
+                hint="Install torch 2.13 or newer, or leave out objective.chunked.",
+            )
+
+    @property
+    @override
+    def loss_inside(self) -> bool:
+        return self._chunked
 
     @override
     def prepare(self, batch: Share, context: Context) -> HostRows:
@@ -37,17 +63,28 @@ class Causal(Objective):
 
     @override
     def outputs(self, model: nn.Module, batch: MicroBatch) -> Tensor:
-        """Return the logits [B, T, V]."""
+        """Return the logits [B, T, V]; if they are made some rows at a time, the sum of the losses."""
+        if self._chunked:
+            return cast("Tensor", model(batch.inputs, targets_BT=_targets(batch)))
         return logits_of(model, batch.inputs)
 
     @override
     def loss(self, outputs: Tensor, batch: MicroBatch) -> Tensor:
         """Return the cross-entropy, computed in float32."""
-        logits, learned = outputs.flatten(0, 1).float(), batch.learned
-        if batch.loss_mask is None or learned is None:
+        learned = batch.learned
+        if self._chunked:
+            return outputs / (batch.targets.numel() if learned is None else learned.clamp(min=1))
+        logits = outputs.flatten(0, 1).float()
+        if learned is None:
             return functional.cross_entropy(logits, batch.targets.flatten())
-        targets = batch.targets.masked_fill(~batch.loss_mask[:, 1:], IGNORED).flatten()
+        targets = _targets(batch).flatten()
         return functional.cross_entropy(logits, targets, ignore_index=IGNORED, reduction="sum") / learned.clamp(min=1)
+
+
+def _targets(batch: MicroBatch) -> Tensor:
+    """Return the targets [B, T], those that count nothing as `IGNORED`."""
+    mask = batch.loss_mask
+    return batch.targets if mask is None else batch.targets.masked_fill(~mask[:, 1:], IGNORED)
 
 
 class Chat(Causal):

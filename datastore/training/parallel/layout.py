@@ -144,6 +144,7 @@ def layout_of(settings: Settings, world: int) -> Layout:
         )
     check_sync(settings, layout)
     _check_slices(settings, layout)
+    _check_chunks(settings, layout)
     if not settings.model.init:  # Else the shape is known later: `check_model` is called again.
         check_model(settings.model, layout, seq_len=settings.data.seq_len)
     return layout
@@ -235,6 +236,24 @@ def _check_slices(settings: Settings, layout: Layout) -> None:
             context=layout.context,
             **unfit,
             hint="Use parallel.context with our GPT, which learns each next token, without these; or leave it at 1.",
+        )
+
+
+def _check_chunks(settings: Settings, layout: Layout) -> None:
+    """Refuse logits that are made some rows at a time where the model does not make them as a whole."""
+    if settings.objective["use"] not in {"causal", "chat"} or not settings.objective.get("chunked"):
+        return
+    others = {
+        "tensor": layout.tensor > 1 and layout.tensor,
+        "pipeline": layout.pipeline > 1 and layout.pipeline,
+        "model": settings.model.use,
+    }
+    unfit = {name: value for name, value in others.items() if value}
+    if unfit:
+        raise ConfigError(
+            "objective.chunked needs our GPT with its output layer on every rank",
+            **unfit,
+            hint="Use parallel.data, parallel.shard and parallel.context, or leave out objective.chunked.",
         )
 
 

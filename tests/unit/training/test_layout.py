@@ -27,6 +27,8 @@ def test_data_is_what_the_other_sizes_leave() -> None:
         (2, ["parallel.context=2", 'objective={use="masked", mask_token=9}'], "a sequence cannot be shared"),
         (2, ["parallel.context=2", 'hooks=[{use="ema"}]'], "a sequence cannot be shared"),
         (2, ["parallel.context=2", "sync.use=int8"], "parallel.data alone"),
+        (2, ["parallel.tensor=2", 'objective={use="causal", chunked=true}'], "output layer on every rank"),
+        (2, ["parallel.pipeline=2", 'objective={use="chat", chunked=true}'], "output layer on every rank"),
         (3, ["parallel.tensor=3"], "model.heads"),
         (4, ["parallel.tensor=4"], "model.kv_heads"),
         (2, ["parallel.tensor=2", "data.seq_len=31"], "data.seq_len"),

@@ -6,11 +6,13 @@ from torch import Tensor, nn
 
 from datastore.document import Document
 from datastore.errors import ConfigError, DependencyError
+from datastore.training.models.gpt import GPT
 from datastore.training.objectives.base import MicroBatch, Objective
 from datastore.training.objectives.catalog import make_objective
 from datastore.training.objectives.language import Causal
+from datastore.training.parallel.passes import Ledger
 from datastore.training.run.changes import changed_keys
-from datastore.training.settings import DataSettings, Settings
+from datastore.training.settings import DataSettings, ModelSettings, Settings
 
 
 class WeightSettings(Document, frozen=True, kw_only=True):
@@ -68,3 +70,64 @@ def test_a_resumed_run_keeps_its_objective() -> None:
 
 def test_an_objective_says_what_it_is_called_with() -> None:
     assert Objective.__abstractmethods__ == {"outputs", "loss"}
+
+
+def batch_of(*, masked: bool) -> MicroBatch:
+    tokens = torch.randint(0, 300, (4, 65), generator=torch.Generator().manual_seed(1))
+    mask = torch.arange(65).expand(4, -1) % 3 > 0
+    return MicroBatch(tokens, mask if masked else None)
+
+
+def model_of(*, tied: bool) -> GPT:
+    model = GPT(ModelSettings(layers=1, width=32, heads=2, vocab_size=300, tied=tied))
+    model.initialize(torch.Generator().manual_seed(2))
+    return model
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("masked", [True, False])
+def test_logits_that_are_made_some_rows_at_a_time_give_the_same_loss_and_gradients(*, tied: bool, masked: bool) -> None:
+    batch, found = batch_of(masked=masked), []
+    for chunked in (False, True):
+        model, objective = model_of(tied=tied), make_objective({"use": "causal", "chunked": chunked})
+        loss = objective.loss(objective.outputs(model, batch), batch)
+        loss.backward()
+        found.append((loss.item(), {name: one.grad for name, one in model.named_parameters()}))
+    (whole, wanted), (chunks, gradients) = found
+    assert chunks == pytest.approx(whole, abs=1e-6)
+    for name, gradient in wanted.items():
+        torch.testing.assert_close(gradients[name], gradient, rtol=1e-4, atol=1e-7)
+
+
+def test_the_loss_is_exact_where_matrices_are_multiplied_in_bfloat16() -> None:
+    batch, model = batch_of(masked=False), model_of(tied=True)
+    wanted = make_objective({"use": "causal"})
+    exact = wanted.loss(wanted.outputs(model, batch), batch).item()
+    objective = make_objective({"use": "causal", "chunked": True})
+    with torch.autocast("cpu", torch.bfloat16):
+        assert objective.loss(objective.outputs(model, batch), batch).item() == pytest.approx(exact, abs=0.01)
+
+
+def test_the_logits_are_never_there_as_a_whole() -> None:
+    tokens, width, vocabulary = 512, 32, 4096
+    batch = MicroBatch(torch.zeros(1, tokens + 1, dtype=torch.int64))
+    most = {}
+    for chunked in (False, True):
+        model = GPT(ModelSettings(layers=1, width=width, heads=2, vocab_size=vocabulary))
+        objective = make_objective({"use": "causal", "chunked": chunked})
+        with Ledger() as ledger:
+            objective.loss(objective.outputs(model, batch), batch).backward()
+        most[chunked] = ledger.most_bytes
+    logits_bytes = tokens * vocabulary * 4
+    assert most[False] > 2 * logits_bytes
+    assert most[True] < logits_bytes / 2
+
+
+def test_an_output_layer_that_a_hook_watches_or_has_replaced_is_called_as_a_whole() -> None:
+    model, batch, seen = model_of(tied=False), batch_of(masked=True), []
+    objective = make_objective({"use": "causal", "chunked": True})
+    before = objective.loss(objective.outputs(model, batch), batch).item()
+    assert model.lm_head is not None
+    model.lm_head.register_forward_hook(lambda _layer, inputs, _out: seen.append(inputs[0].shape))
+    assert objective.loss(objective.outputs(model, batch), batch).item() == pytest.approx(before, abs=1e-6)
+    assert seen == [(4, 64, 32)]
