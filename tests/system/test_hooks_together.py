@@ -37,7 +37,7 @@ COMBINATIONS: dict[str, tuple[dict[str, Any], ...]] = {
     "share, distill, quantize": ({"use": "share", "rank": 4}, TEACH, PACK),
     "shrink, prune, distill": ({"use": "shrink", "mlp_width": 32, "samples": 8}, PRUNE, TEACH | {"hidden": 0.0}),
 }
-QUICK = {("prune, quantize", "FSDP2"), ("adapt, quantize", "FSDP2"), ("share, distill, quantize", "FSDP2")}
+QUICK = {("prune, quantize", "FSDP2")}
 
 
 @pytest.fixture(autouse=True)

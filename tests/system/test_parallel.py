@@ -182,8 +182,11 @@ def test_a_resumed_run_has_the_same_bits(name: str, tied: str, language: str, tm
 
 @pytest.mark.parametrize(
     "sizes",
-    [{"data": 1, "shard": 2}, {"data": 1, "pipeline": 2}, {"context": 2}],
-    ids=["sharded", "pipeline", "context"],
+    [
+        pytest.param({"data": 1, "shard": 2}, id="sharded"),
+        pytest.param({"data": 1, "pipeline": 2}, id="pipeline", marks=pytest.mark.slow),
+        pytest.param({"context": 2}, id="context", marks=pytest.mark.slow),
+    ],
 )
 def test_blocks_computed_twice_give_the_same_bits(sizes: dict[str, int], language: str, tmp_path: Path) -> None:
     for recompute in ("true", "false"):

@@ -134,7 +134,7 @@ class Continuation:
     def __init__(self, model: nn.Module, *, rounded: bool = False) -> None:
         if rounded and not isinstance(model, GPT):
             raise ConfigError(
-                "only our GPT keeps keys and values as integers", model=type(model).__name__, hint="Set cache_bits = 0."
+                "only our GPT keeps keys and values as integers", model=type(model).__name__, hint="Set `cache_bits=0`."
             )
         self._model = model
         kept = RoundedCache() if rounded else KeyValueCache()
