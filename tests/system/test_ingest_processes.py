@@ -171,13 +171,24 @@ def test_a_kill_between_commit_and_goodbye_commits_once(
     check_whole(tmp_path / "data", undisturbed)
 
 
+def default_interrupts() -> None:
+    """Undo what a shell does to what it starts in the background."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 @pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_ends_it_quickly_leaves_no_process_and_can_be_gone_on_from(
     ground: Ground, undisturbed: dict[str, str], tmp_path: Path, how: signal.Signals
 ) -> None:
     for number in range(10):
         to = tmp_path / f"data{number}"
-        process = subprocess.Popen(ground.command(to), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+        process = subprocess.Popen(
+            ground.command(to),
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            text=True,
+            preexec_fn=default_interrupts,  # noqa: PLW1509 - no other thread holds a lock of ours
+        )
         until(lambda at=to, pid=process.pid: len(children(pid)) == 2 and (at / "ingests").exists())
         workers = children(process.pid)
         process.send_signal(how)
