@@ -108,7 +108,8 @@ def test_the_loss_is_exact_where_matrices_are_multiplied_in_bfloat16() -> None:
         assert objective.loss(objective.outputs(model, batch), batch).item() == pytest.approx(exact, abs=0.01)
 
 
-def test_the_logits_are_never_there_as_a_whole() -> None:
+def test_the_logits_are_never_there_as_a_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("datastore.training.models.gpt._CHUNK_VALUES", 2**18)
     tokens, width, vocabulary = 512, 32, 4096
     batch = MicroBatch(torch.zeros(1, tokens + 1, dtype=torch.int64))
     most = {}
