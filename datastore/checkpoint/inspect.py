@@ -16,7 +16,7 @@ from datastore.checkpoint.format.checks import check_parts, check_ranges
 from datastore.checkpoint.format.manifest import Chunk, PartInfo, StepCommit, chunks_of, runs_of, step_key
 from datastore.checkpoint.format.tree import specs, unpack
 from datastore.checkpoint.keeping import pinned_steps
-from datastore.checkpoint.steps import StepLog, extents_of, reading
+from datastore.checkpoint.steps import Damaged, StepLog, extents_of, reading
 from datastore.display import html_table
 from datastore.errors import CorruptError, MissingError
 from datastore.formats.safetensors import ITEM_BYTES
@@ -194,7 +194,7 @@ def newest_values(storage: Storage, names: Sequence[str]) -> tuple[dict[str, Any
         try:
             saved = log.read_whole(step).commit.items
         except (CorruptError, MissingError) as error:
-            passed_over.append(f"the checkpoint of step {step} is damaged: {error}")
+            passed_over.append(str(Damaged(step, str(error))))
             continue
         if missing := [name for name in names if name not in saved]:
             hint = "Only checkpoints that the trainer made have all of them."

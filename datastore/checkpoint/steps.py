@@ -36,6 +36,7 @@ from datastore.threads import each
 
 __all__ = [
     "CheckpointerSettings",
+    "Damaged",
     "StepLog",
     "WholeStep",
     "extents_of",
@@ -47,6 +48,18 @@ _LOGGER = getLogger(__name__)
 
 _THREADS = 16
 """How many parts' documents are read at once."""
+
+
+@dataclass(frozen=True, slots=True)
+class Damaged:
+    """A step that was passed over, and why."""
+
+    step: int
+    reason: str
+
+    def __str__(self) -> str:
+        """Return it as a sentence."""
+        return f"the checkpoint of step {self.step} is damaged: {self.reason}"
 
 
 @dataclass(frozen=True, slots=True)

@@ -32,12 +32,12 @@ from datastore.checkpoint.loading.reader import Reader, transfers_of
 from datastore.checkpoint.loading.shared import Detour, contradictions, detours, fill, untied
 from datastore.checkpoint.loading.targets import RestoreTarget, target_of
 from datastore.checkpoint.ranks import Agree, SavingRank, all_equal
-from datastore.checkpoint.steps import StepLog, WholeStep, steps_of
+from datastore.checkpoint.steps import Damaged, StepLog, WholeStep, steps_of
 from datastore.checkpoint.tensors import local_piece
 from datastore.errors import ConflictError, CorruptError, DatastoreError, MissingError, ResumeError
 from datastore.storage.base import Storage
 
-__all__ = ["Damaged", "Restored", "Restorer"]
+__all__ = ["Restored", "Restorer"]
 
 T = TypeVar("T")
 
@@ -53,14 +53,6 @@ _SHOWN = 20
 
 _FAILED, _DAMAGED, _SOUND = 0, 1, 2
 """What a rank votes; the least counts."""
-
-
-@dataclass(frozen=True, slots=True)
-class Damaged:
-    """A step that was passed over, and why."""
-
-    step: int
-    reason: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,7 +81,7 @@ class Restored:
     @property
     def passed_over(self) -> tuple[str, ...]:
         """The newer steps that could not be used, in a sentence each."""
-        return tuple(f"the checkpoint of step {bad.step} is damaged: {bad.reason}" for bad in self.fell_back)
+        return tuple(map(str, self.fell_back))
 
 
 @dataclass(frozen=True, slots=True)

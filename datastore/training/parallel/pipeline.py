@@ -187,7 +187,7 @@ class Pipeline(Strategy):
             1.0 / count if one.learned is None or whole is None else one.learned / whole.clamp(min=1) for one in parts
         ]
         loss = self._run([Piece(*both) for both in zip(parts, shares, strict=True)], lesson, learn=False)
-        return loss if self.slice is None else self.slice.mean(loss, rows)
+        return self.joined(loss, rows)
 
     @override
     def probe(self, model: nn.Module, lesson: Lesson, rows: MicroBatch) -> tuple[Tensor, dict[str, Tensor | None]]:

@@ -166,7 +166,7 @@ class Sharded(Strategy):
         rows = self.seen(rows)
         with self._cut_logits(lesson):
             loss = _plain(self._loss(rows, lesson))
-        return loss if self.slice is None else self.slice.mean(loss, rows)
+        return self.joined(loss, rows)
 
     @override
     def probe(self, model: nn.Module, lesson: Lesson, rows: MicroBatch) -> tuple[Tensor, dict[str, Tensor | None]]:

@@ -133,6 +133,10 @@ class Strategy(ABC):
         """Return what this rank sees of `rows`, which all ranks have that share their sequences."""
         return rows if self.slice is None else self.slice.of(rows)
 
+    def joined(self, loss: Tensor, rows: MicroBatch) -> Tensor:
+        """Return the mean over whole sequences of `loss`, which is that of `rows` as this rank sees them."""
+        return loss if self.slice is None else self.slice.mean(loss, rows)
+
     def _learned(self, batch: HostRows) -> Tensor | None:
         """Return how many targets of the global batch count, at least 1, as float64; None: all do."""
         mask, counts = batch.loss_mask, batch.counts

@@ -67,7 +67,7 @@ class Whole(Strategy):
     def evaluate(self, rows: MicroBatch, lesson: Lesson, *, size: int) -> Tensor:
         rows = self.seen(rows)
         loss = lesson.of(self._model, rows)
-        return loss if self.slice is None else self.slice.mean(loss, rows)
+        return self.joined(loss, rows)
 
     @override
     def clip(self, model: nn.Module, limit: float) -> Tensor:
