@@ -1,14 +1,22 @@
-"""Things as people see them at a glance: a histogram as one line of text, and tables as HTML for notebooks.
+"""Things as people see them at a glance: a histogram as one line of text, tables as HTML for notebooks, and pictures.
 
 HTML is what `_repr_html_` of a class returns, and a notebook shows. It names no colours and no fonts, so it suits a dark notebook
 as well, and every text in it is escaped.
 """
 
+import io
 from collections.abc import Iterable, Mapping, Sequence
 from html import escape
 from itertools import accumulate
+from pathlib import Path
+from typing import TYPE_CHECKING
 
-__all__ = ["html_fields", "html_table", "sparkline", "upper_half"]
+from datastore.errors import ConfigError, DependencyError
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+__all__ = ["figure_class", "html_fields", "html_table", "save_figure", "sparkline", "upper_half"]
 
 _BARS = "▁▂▃▄▅▆▇█"
 
@@ -62,3 +70,41 @@ def _cell(value: object, tag: str = "td") -> str:
     is_number = isinstance(value, int | float) and not isinstance(value, bool)
     text = f"{value:,}" if is_number else str(value)
     return f'<{tag} style="text-align:{"right" if is_number else "left"}">{escape(text)}</{tag}>'
+
+
+def figure_class() -> "type[Figure]":
+    """Return what a picture begins with.
+
+    Raises:
+        DependencyError: matplotlib is not installed.
+    """
+    try:
+        from matplotlib.figure import Figure  # noqa: PLC0415 - optional
+    except ImportError:
+        raise DependencyError(
+            "a picture needs matplotlib", hint="Install it: `pip install 'llm-datastore[plot]'`."
+        ) from None
+
+    class Picture(Figure):
+        """A figure that a notebook shows by itself: one of matplotlib alone needs its `pyplot`, which nobody has loaded."""
+
+        def _repr_png_(self) -> bytes:
+            made = io.BytesIO()
+            self.savefig(made, format="png")
+            return made.getvalue()
+
+    return Picture
+
+
+def save_figure(figure: "Figure", path: str | Path) -> None:
+    """Save `figure` as what the end of `path` says.
+
+    Raises:
+        ConfigError: it cannot be saved there, or not as such.
+    """
+    try:
+        figure.savefig(path)
+    except (OSError, ValueError) as error:
+        raise ConfigError(
+            f"the picture cannot be saved: {error}", path=str(path), hint="Name a .png or .svg file."
+        ) from None

@@ -268,15 +268,9 @@ def _numbers(text: str) -> list[int]:
 
 def _draw(found: "list[Forecast]", path: Path) -> None:
     """Save a picture of what each forecast says of a node, step by step."""
-    from datastore.errors import ConfigError, DependencyError
+    from datastore.display import figure_class, save_figure
 
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise DependencyError(
-            "a picture needs matplotlib", hint="Install it: `pip install 'llm-datastore[plot]'`."
-        ) from None
-    figure = Figure(figsize=(8, 8), layout="constrained")
+    figure = figure_class()(figsize=(8, 8), layout="constrained")
     axes = figure.subplots(3, sharex=True)
     for one in found:
         steps = range(1, 1 + len(one.per_step))
@@ -289,9 +283,4 @@ def _draw(found: "list[Forecast]", path: Path) -> None:
         axis.grid(alpha=0.3)
     axes[0].legend()
     axes[-1].set_xlabel("step")
-    try:
-        figure.savefig(path)
-    except (OSError, ValueError) as error:
-        raise ConfigError(
-            f"the picture cannot be saved: {error}", path=str(path), hint="Name a .png or .svg file."
-        ) from None
+    save_figure(figure, path)

@@ -13,7 +13,7 @@ from torch.nn import functional
 
 from datastore.errors import ConfigError, WaitError
 from datastore.loader.settings import Rank
-from datastore.testing.examples import make_language, tiny_settings
+from datastore.testing.examples import tiny_settings
 from datastore.training.export.averaging import average
 from datastore.training.export.export import export, open_model
 from datastore.training.export.inference import Sampling, evaluate, generate
@@ -28,22 +28,9 @@ from datastore.training.start import resume, train
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
-HERE = Path(__file__).parent
 ADALORA: dict[str, Any] = {"use": "adapt", "method": "adalora", "rank": 2, "every": 1}
 LORA: dict[str, Any] = {"use": "adapt", "rank": 2}
 BOTTLENECK: dict[str, Any] = {"use": "adapt", "method": "bottleneck", "rank": 2}
-
-
-@pytest.fixture(autouse=True)
-def _programs(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.syspath_prepend(str(HERE))
-
-
-@pytest.fixture(scope="module")
-def language(tmp_path_factory: pytest.TempPathFactory) -> str:
-    url = tmp_path_factory.mktemp("language")
-    make_language(url)
-    return str(url)
 
 
 @pytest.fixture(scope="module")

@@ -23,22 +23,8 @@ from datastore.training.run.folder import RunFolder
 from datastore.training.settings import ModelSettings, Settings
 from datastore.training.start import compress, fork, resume, train
 
-HERE = Path(__file__).parent
-
 LAYOUTS = {"DDP": [], "FSDP2": ["parallel.shard=2"]}
 TENSOR = ["parallel.tensor=2", "model.vocab_size=128"]
-
-
-@pytest.fixture(autouse=True)
-def _programs(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.syspath_prepend(str(HERE))
-
-
-@pytest.fixture(scope="module")
-def language(tmp_path_factory: pytest.TempPathFactory) -> str:
-    url = tmp_path_factory.mktemp("language")
-    make_language(url)
-    return str(url)
 
 
 def settings(language: str, *overrides: str, hooks: tuple[dict[str, Any], ...] = ()) -> Settings:

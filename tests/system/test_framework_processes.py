@@ -14,7 +14,6 @@ from datastore.training.launcher import spawn
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
-HERE = Path(__file__).parent
 
 SEQ, BATCH = 16, 8
 
@@ -27,11 +26,6 @@ MESHES = [
 """One after the other, each goes on where the one before was killed."""
 
 EIGHT = {"pp": 2, "dp": 2, "cp": 1, "tp": 2}
-
-
-@pytest.fixture(autouse=True)
-def _programs(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.syspath_prepend(str(HERE))
 
 
 def rows(batch: Any) -> Counter[tuple[int, ...]]:

@@ -11,14 +11,13 @@ import pytest
 import torch
 
 from datastore.checkpoint.steps import StepLog
-from datastore.testing.examples import make_language, tiny_settings
+from datastore.testing.examples import tiny_settings
 from datastore.training.export.export import open_model
 from datastore.training.run.folder import RunFolder
 from datastore.training.start import train
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
-HERE = Path(__file__).parent
 LAYOUTS = {"DDP": "parallel.data=2", "FSDP2": "parallel.shard=2"}
 STEPS, KILLED_AT = 16, [5, 10]
 
@@ -38,18 +37,6 @@ COMBINATIONS: dict[str, tuple[dict[str, Any], ...]] = {
     "shrink, prune, distill": ({"use": "shrink", "mlp_width": 32, "samples": 8}, PRUNE, TEACH | {"hidden": 0.0}),
 }
 QUICK = {("prune, quantize", "FSDP2")}
-
-
-@pytest.fixture(autouse=True)
-def _programs(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.syspath_prepend(str(HERE))
-
-
-@pytest.fixture(scope="module")
-def language(tmp_path_factory: pytest.TempPathFactory) -> str:
-    url = tmp_path_factory.mktemp("language")
-    make_language(url)
-    return str(url)
 
 
 @pytest.fixture(scope="module")

@@ -14,11 +14,6 @@ from datastore.training.launcher import spawn
 HERE = Path(__file__).parent
 
 
-@pytest.fixture(autouse=True)
-def _programs(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.syspath_prepend(str(HERE))
-
-
 def test_each_rank_gets_its_place_and_results_come_back_by_rank() -> None:
     events: list[dict[str, int]] = []
     results = spawn("rank_programs:introduce", {"a": [1, 2]}, processes=3, on_event=events.append)

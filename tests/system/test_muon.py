@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from datastore.errors import ConfigError
-from datastore.testing.examples import make_language, tiny_settings
+from datastore.testing.examples import tiny_settings
 from datastore.training.export.export import open_model
 from datastore.training.metrics import read_metrics
 from datastore.training.optim import MuonAndAdamW, inner_matrices, make_optimizer, set_learning_rate
@@ -16,13 +16,6 @@ from datastore.training.settings import OptimSettings
 from datastore.training.start import resume, train
 
 MUON = ("optim.use=muon", "optim.lr=0.01", "train.steps=12", "eval.every=0", "checkpoint.every=4")
-
-
-@pytest.fixture(scope="module")
-def language(tmp_path_factory: pytest.TempPathFactory) -> str:
-    url = tmp_path_factory.mktemp("language")
-    make_language(url)
-    return str(url)
 
 
 def losses(run: Path) -> list[float]:

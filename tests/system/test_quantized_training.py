@@ -10,7 +10,7 @@ import torch
 
 from datastore.errors import ConfigError, WaitError
 from datastore.storage.resolve import open_storage
-from datastore.testing.examples import make_language, tiny_settings
+from datastore.testing.examples import tiny_settings
 from datastore.training.export.export import export, open_model
 from datastore.training.export.huggingface import read_folder
 from datastore.training.export.inference import evaluate
@@ -19,7 +19,6 @@ from datastore.training.metrics import read_metrics
 from datastore.training.run.folder import RunFolder
 from datastore.training.start import resume, train
 
-HERE = Path(__file__).parent
 LAYOUTS: dict[str, tuple[int, dict[str, int]]] = {
     "one": (1, {}),
     "data 2": (2, {"data": 2}),
@@ -28,18 +27,6 @@ LAYOUTS: dict[str, tuple[int, dict[str, int]]] = {
 PRUNE = {"use": "prune", "ratio": 2.0, "stop": 8, "every": 2}
 QAT: dict[str, Any] = {"use": "quantize", "bits": 4, "group": 16, "qat_from": 4}
 LEARNED = QAT | {"scales": "learned"}
-
-
-@pytest.fixture(autouse=True)
-def _programs(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.syspath_prepend(str(HERE))
-
-
-@pytest.fixture(scope="module")
-def language(tmp_path_factory: pytest.TempPathFactory) -> str:
-    url = tmp_path_factory.mktemp("language")
-    make_language(url)
-    return str(url)
 
 
 def settings(language: str, *overrides: str, hooks: tuple[Mapping[str, Any], ...], sizes: Mapping[str, int]) -> Any:

@@ -2,19 +2,11 @@
 
 import re
 from itertools import pairwise
-from pathlib import Path
 from typing import Any
 
 import pytest
 
 from datastore.training.launcher import spawn
-
-HERE = Path(__file__).parent
-
-
-@pytest.fixture(autouse=True)
-def _programs(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.syspath_prepend(str(HERE))
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from datastore.errors import ConfigError
-from datastore.testing.examples import make_language, tiny_settings
+from datastore.testing.examples import tiny_settings
 from datastore.training.run.folder import RunFolder
 from datastore.training.start import dry_run, train
 
@@ -32,13 +32,6 @@ SHAPE = (
 )
 
 TOLERANCE = 0.1
-
-
-@pytest.fixture(scope="module")
-def language(tmp_path_factory: pytest.TempPathFactory) -> str:
-    url = tmp_path_factory.mktemp("language")
-    make_language(url)
-    return str(url)
 
 
 def highest(pid: int) -> int:

@@ -15,18 +15,11 @@ from datastore.checkpoint.inspect import list_steps, verify_step
 from datastore.checkpoint.replica import fork_step
 from datastore.errors import ConfigError, StorageError
 from datastore.storage.resolve import open_storage
-from datastore.testing.examples import make_language, tiny_settings
+from datastore.testing.examples import tiny_settings
 from datastore.training.export.export import open_model
 from datastore.training.metrics import TrainingProgress
 from datastore.training.run.proof import prove
 from datastore.training.start import resume, train
-
-
-@pytest.fixture(scope="module")
-def language(tmp_path_factory: pytest.TempPathFactory) -> str:
-    url = tmp_path_factory.mktemp("language")
-    make_language(url)
-    return str(url)
 
 
 def weights(run: Path) -> dict[str, torch.Tensor]:

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from datastore.errors import ConfigError, ResumeError
-from datastore.testing.examples import make_language, tiny_settings
+from datastore.testing.examples import tiny_settings
 from datastore.training.export.export import open_model
 from datastore.training.metrics import TrainingProgress, read_metrics
 from datastore.training.run.audit import read_history
@@ -32,13 +32,6 @@ WAYS: dict[str, list[str]] = {
     "top_k, sharded": ["parallel.shard=2"],
 }
 QUICK = ("int4", "parameter_server, late", "diloco, int4", "int8, sharded")
-
-
-@pytest.fixture(scope="module")
-def language(tmp_path_factory: pytest.TempPathFactory) -> str:
-    url = tmp_path_factory.mktemp("language")
-    make_language(url)
-    return str(url)
 
 
 def settings(language: str, *overrides: str) -> Settings:

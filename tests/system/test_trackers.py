@@ -10,7 +10,7 @@ import pytest
 from typing_extensions import override
 
 from datastore.errors import ConfigError
-from datastore.testing.examples import make_language, tiny_settings
+from datastore.testing.examples import tiny_settings
 from datastore.training.metrics import TrainingProgress, read_metrics
 from datastore.training.run.folder import RunFolder
 from datastore.training.session import trackers
@@ -62,13 +62,6 @@ class Stuck(Tracker):
 def _importable(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "my_trackers", sys.modules[__name__])
     Diary.seen.clear()
-
-
-@pytest.fixture(scope="module")
-def language(tmp_path_factory: pytest.TempPathFactory) -> str:
-    url = tmp_path_factory.mktemp("language")
-    make_language(url)
-    return str(url)
 
 
 def tracked(language: str, *uses: str) -> Settings:

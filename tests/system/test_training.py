@@ -46,18 +46,6 @@ train(settings, sys.argv[3], on_progress=lambda progress: print(progress.step, f
 """
 
 
-@pytest.fixture(autouse=True)
-def _programs(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.syspath_prepend(str(HERE))
-
-
-@pytest.fixture(scope="module")
-def language(tmp_path_factory: pytest.TempPathFactory) -> str:
-    url = tmp_path_factory.mktemp("language")
-    make_language(url)
-    return str(url)
-
-
 def weights(run: Path) -> dict[str, torch.Tensor]:
     return open_model(str(run)).model.state_dict()
 

@@ -16,7 +16,7 @@ from datastore.cli.shell import CliSession, call
 from datastore.errors import ConflictError, DatastoreError, StorageError
 from datastore.storage.backends.local import LocalStorage
 from datastore.storage.errors import explain
-from datastore.testing.examples import make_language, tiny_settings
+from datastore.testing.examples import tiny_settings
 from datastore.training import supervisor
 from datastore.training.export.export import export, open_model
 from datastore.training.export.inference import evaluate
@@ -25,20 +25,6 @@ from datastore.training.run.folder import RunFolder
 from datastore.training.run.proof import prove
 from datastore.training.start import resume, train
 from datastore.training.trainer import Trainer
-
-HERE = Path(__file__).parent
-
-
-@pytest.fixture(autouse=True)
-def _programs(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.syspath_prepend(str(HERE))
-
-
-@pytest.fixture(scope="module")
-def language(tmp_path_factory: pytest.TempPathFactory) -> str:
-    url = tmp_path_factory.mktemp("language")
-    make_language(url)
-    return str(url)
 
 
 class FullDisk:
@@ -112,7 +98,7 @@ def test_the_last_save_that_fails_ends_the_session_with_its_reason(
     with pytest.raises(StorageError, match="the disk is full"):
         train(tiny_settings(language, "train.steps=7"), str(tmp_path / "run"))
     monkeypatch.undo()
-    monkeypatch.syspath_prepend(str(HERE))
+    monkeypatch.syspath_prepend(str(Path(__file__).parent))
     assert resume(str(tmp_path / "run")).resumed_from == 5
 
 

@@ -16,7 +16,7 @@ import torch
 
 from datastore.checkpoint.inspect import list_steps
 from datastore.errors import DatastoreError, WaitError
-from datastore.testing.examples import make_language, tiny_settings
+from datastore.testing.examples import tiny_settings
 from datastore.training.export.export import open_model
 from datastore.training.metrics import TrainingProgress, read_metrics
 from datastore.training.run.audit import trace
@@ -27,18 +27,6 @@ from datastore.training.settings import Settings
 from datastore.training.start import resume, train
 
 HERE = Path(__file__).parent
-
-
-@pytest.fixture(autouse=True)
-def _programs(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.syspath_prepend(str(HERE))
-
-
-@pytest.fixture(scope="module")
-def language(tmp_path_factory: pytest.TempPathFactory) -> str:
-    url = tmp_path_factory.mktemp("language")
-    make_language(url)
-    return str(url)
 
 
 def settings(language: str, *overrides: str, **poison: Any) -> Settings:

@@ -14,6 +14,7 @@ import msgspec
 import torch
 from torch import Tensor, nn
 
+from datastore.display import figure_class, save_figure
 from datastore.document import Document
 from datastore.errors import ConfigError
 from datastore.training.export.export import open_model
@@ -21,7 +22,6 @@ from datastore.training.export.huggingface import HuggingFaceModel
 from datastore.training.export.inference import evaluate
 from datastore.training.models.gpt import GPT
 from datastore.training.models.huggingface import logits_of
-from datastore.training.run.history import figure_class, save_figure
 from datastore.units import Progress, telling
 
 if TYPE_CHECKING:

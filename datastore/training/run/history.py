@@ -6,7 +6,6 @@ twice count as the later session took them, so a line that went back after a cra
 Complexity: O(steps) to read the metrics of a run; a picture has some 2,000 points a line, however many steps there are.
 """
 
-import io
 import math
 import os
 from collections.abc import Mapping, Sequence
@@ -15,7 +14,8 @@ from pathlib import Path
 from statistics import mean
 from typing import TYPE_CHECKING, Any
 
-from datastore.errors import ConfigError, DatastoreError, DependencyError, MissingError
+from datastore.display import figure_class, save_figure
+from datastore.errors import ConfigError, DatastoreError, MissingError
 from datastore.storage.resolve import places_below
 from datastore.training.metrics import read_metrics
 from datastore.training.run.changes import flatten
@@ -30,11 +30,9 @@ __all__ = [
     "RunSummary",
     "compare",
     "differing",
-    "figure_class",
     "numbers_of",
     "plot",
     "runs_below",
-    "save_figure",
     "side_by_side",
     "summary_of",
 ]
@@ -247,44 +245,6 @@ def plot(
     if path is not None:
         save_figure(figure, path)
     return figure
-
-
-def figure_class() -> "type[Figure]":
-    """Return what a picture begins with.
-
-    Raises:
-        DependencyError: matplotlib is not installed.
-    """
-    try:
-        from matplotlib.figure import Figure  # noqa: PLC0415 - optional
-    except ImportError:
-        raise DependencyError(
-            "a picture needs matplotlib", hint="Install it: `pip install 'llm-datastore[plot]'`."
-        ) from None
-
-    class Picture(Figure):
-        """A figure that a notebook shows by itself: one of matplotlib alone needs its `pyplot`, which nobody has loaded."""
-
-        def _repr_png_(self) -> bytes:
-            made = io.BytesIO()
-            self.savefig(made, format="png")
-            return made.getvalue()
-
-    return Picture
-
-
-def save_figure(figure: "Figure", path: str | Path) -> None:
-    """Save `figure` as what the end of `path` says.
-
-    Raises:
-        ConfigError: it cannot be saved there, or not as such.
-    """
-    try:
-        figure.savefig(path)
-    except (OSError, ValueError) as error:
-        raise ConfigError(
-            f"the picture cannot be saved: {error}", path=str(path), hint="Name a .png or .svg file."
-        ) from None
 
 
 def _draw(axis: Any, numbers: dict[str, list[tuple[int, float]]], name: str, against: str, **style: Any) -> None:
