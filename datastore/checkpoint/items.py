@@ -15,6 +15,7 @@ import torch
 
 from datastore.checkpoint.format.tree import PackedTree, pack
 from datastore.checkpoint.tensors import describe, spec_text
+from datastore.checkpoint.wrapped import Wrappers
 from datastore.digest import digest_hex
 from datastore.errors import ConfigError
 
@@ -47,14 +48,15 @@ def item_key(name: str, item: Any, rank: int) -> str:
     return f"{name}@{rank}" if isinstance(item, PerRank) else name
 
 
-def pack_item(name: str, item: Any, rank: int) -> PackedTree[torch.Tensor]:
-    """Return the state of one item as a skeleton and tensors.
+def pack_item(name: str, item: Any, rank: int, *, wrappers: Wrappers | None = None) -> PackedTree[torch.Tensor]:
+    """Return the state of one item as a skeleton and tensors; those that are made of others are noted in `wrappers`.
 
     Raises:
         ConfigError: it has no state, or a leaf of it cannot be stored.
     """
     key = item_key(name, item, rank)
-    return pack(_state_of(key, item.state if isinstance(item, PerRank) else item), name=key, describe=describe)
+    state = _state_of(key, item.state if isinstance(item, PerRank) else item)
+    return pack(state, name=key, describe=describe, expand=(wrappers or Wrappers()).take_apart)
 
 
 def _state_of(name: str, item: Any) -> dict[str, Any]:

@@ -1,6 +1,6 @@
 """Tensors as bytes and as boxes of a whole: which can be stored, which part is here, who writes it, where it goes.
 
-A tensor that cannot be told apart by dtype, shape and bytes (sparse, quantized, on the meta device, of an unknown
+A tensor that cannot be told apart by dtype, shape and bytes (sparse, on the meta device, of an unknown
 subclass) is refused by name rather than stored half. A DTensor is one piece of a whole; ranks that hold the same
 piece agree without a word that the one at coordinate 0 of the mesh dimensions it is replicated over writes it.
 
@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 from datastore.checkpoint.format.checks import coverage_fault
 from datastore.checkpoint.format.manifest import Entry
 from datastore.checkpoint.format.tree import TensorSpec
+from datastore.checkpoint.wrapped import is_wrapper
 from datastore.errors import ConfigError, ConflictError
 from datastore.formats.safetensors import PAIRS
 
@@ -143,8 +144,6 @@ def _way_out(tensor: torch.Tensor) -> str:
     """Return what to do with a tensor that cannot be stored."""
     if tensor.is_meta:
         return 'Call model.to_empty(device="cpu") first, or name another device.'
-    if hasattr(tensor, "__tensor_flatten__"):
-        return "Save the tensors that it is made of: tensor.__tensor_flatten__() names them."
     return "Convert it to a dense torch.Tensor, or leave it out of the state."
 
 
@@ -152,7 +151,7 @@ def local_piece(tensor: torch.Tensor, name: str) -> TensorPiece:
     """Return the part of `tensor` that is in this process.
 
     Raises:
-        ConfigError: a DTensor holds partial sums, which have no value yet, or is no box of the whole.
+        ConfigError: a DTensor holds partial sums, which have no value yet, or quantized shards, or is no box of the whole.
     """
     if _is_dtensor(tensor):
         return _shard(tensor, name)
@@ -173,6 +172,9 @@ def _shard(tensor: Any, name: str) -> TensorPiece:
         raise ConfigError("this DTensor holds partial sums", path=name, hint=hint)
     coordinate = mesh.get_coordinate()
     local = tensor.detach().to_local()
+    if is_wrapper(local):
+        hint = "Where a state is sharded, keep it in plain numbers: use an optimizer that does not quantize it."
+        raise ConfigError("the shards of this DTensor are made of other tensors", path=name, hint=hint)
     if coordinate is None:
         return TensorPiece(local, Box((0,) * tensor.dim(), (0,) * tensor.dim()), replicated=False, first=False)
     box = box_at(coordinate, tensor.shape, placements, mesh.shape)

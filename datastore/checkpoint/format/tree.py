@@ -54,6 +54,9 @@ class TensorSpec:
 Describe = Callable[[Any, str], TensorSpec | None]
 """Returns the spec of a tensor, or None for what is no tensor; the second argument is its name, for errors."""
 
+Convert = Callable[[Any, str], Any]
+"""Returns what stands in the place of a value; the second argument is its name."""
+
 
 @dataclass(frozen=True, slots=True)
 class PackedTree(Generic[T]):
@@ -68,25 +71,30 @@ def child_name(name: str, key: str | int) -> str:
     return f"{name}/{str(key).replace('~', '~0').replace('/', '~1')}"
 
 
-def pack(value: Any, *, name: str, describe: Describe) -> PackedTree[Any]:
-    """Return `value` as a skeleton and its tensors.
+def _itself(value: Any, _name: str) -> Any:
+    return value
+
+
+def pack(value: Any, *, name: str, describe: Describe, expand: Convert = _itself) -> PackedTree[Any]:
+    """Return `value` as a skeleton and its tensors; what `expand` returns for a value and its name is packed in its place.
 
     Raises:
         ConfigError: a leaf or a key is neither a tensor nor a plain value; the message has its path.
     """
     packed: PackedTree[Any] = PackedTree(skeleton=None)
-    skeleton = _Packer(describe, packed.tensors).pack(value, name, 0)
+    skeleton = _Packer(describe, expand, packed.tensors).pack(value, name, 0)
     return PackedTree(skeleton=skeleton, tensors=packed.tensors)
 
 
 class _Packer:
-    def __init__(self, describe: Describe, tensors: dict[str, Any]) -> None:
-        self._describe = describe
+    def __init__(self, describe: Describe, expand: Convert, tensors: dict[str, Any]) -> None:
+        self._describe, self._expand = describe, expand
         self._tensors = tensors
 
     def pack(self, value: Any, name: str, depth: int) -> Any:
         if depth > MAX_DEPTH:
             raise ConfigError("state is nested too deeply", path=name, limit=MAX_DEPTH, hint="Flatten it.")
+        value = self._expand(value, name)
         spec = self._describe(value, name)
         if spec is not None:
             self._tensors[name] = value
@@ -144,19 +152,26 @@ def _pack_plain(value: Any, name: str) -> Any:
     )
 
 
-def unpack(skeleton: Any, *, name: str, tensors: Mapping[str, T]) -> Any:
-    """Return the tree that `pack` took apart, with `tensors` in the places of its tensors."""
+def unpack(skeleton: Any, *, name: str, tensors: Mapping[str, T], collapse: Convert = _itself) -> Any:
+    """Return the tree that `pack` took apart, with `tensors` in the places of its tensors, and what `collapse` makes of each map."""
     if isinstance(skeleton, list):
-        return [unpack(inner, name=child_name(name, i), tensors=tensors) for i, inner in enumerate(skeleton)]
+        return [
+            unpack(inner, name=child_name(name, i), tensors=tensors, collapse=collapse)
+            for i, inner in enumerate(skeleton)
+        ]
     if not isinstance(skeleton, dict):
         return skeleton
     kind = skeleton.get("$", "map")
     if kind == "map":
-        return {key: unpack(inner, name=child_name(name, key), tensors=tensors) for key, inner in _pairs(skeleton)}
+        found = {
+            key: unpack(inner, name=child_name(name, key), tensors=tensors, collapse=collapse)
+            for key, inner in _pairs(skeleton)
+        }
+        return collapse(found, name)
     if kind == "tensor":
         return tensors[name]
     if kind == "tuple":
-        return tuple(unpack(skeleton["values"], name=name, tensors=tensors))
+        return tuple(unpack(skeleton["values"], name=name, tensors=tensors, collapse=collapse))
     return float(skeleton["value"]) if kind == "float" else int(skeleton["value"], 16)
 
 

@@ -19,6 +19,7 @@ from typing_extensions import override
 from datastore.checkpoint.format.tree import TensorSpec, child_name, differences, spec_differences, specs, unpack
 from datastore.checkpoint.items import PARAMETERS, PerRank, item_key, pack_item, plain_name, unwrapped
 from datastore.checkpoint.tensors import DTYPES, describe, local_piece, spec_text
+from datastore.checkpoint.wrapped import Wrappers, parts_of
 
 __all__ = ["RestoreTarget", "target_of"]
 
@@ -29,13 +30,18 @@ class RestoreTarget(ABC):
     def __init__(self, name: str, item: Any, rank: int) -> None:
         self.key = item_key(name, item, rank)
         self._item = item.state if isinstance(item, PerRank) else item
-        packed = pack_item(name, item, rank)
+        self._wrappers = Wrappers()
+        packed = pack_item(name, item, rank, wrappers=self._wrappers)
         self._skeleton = packed.skeleton
         self._tensors = packed.tensors
 
     def problems(self, saved: Any) -> list[str]:
         """Return a line for everything in the skeleton `saved` that does not fit here."""
-        return spec_differences(dict(specs(saved, name=self.key)), self._specs())
+        return list(dict.fromkeys(self._problems(saved) + self._wrappers.differences(saved, name=self.key)))
+
+    @abstractmethod
+    def _problems(self, saved: Any) -> list[str]:
+        """Return the same, of tensors that are not made of others, and of plain values."""
 
     def destinations(self, saved: Any) -> dict[str, torch.Tensor]:
         """Return a tensor for each one that is saved, by name; call only if there are no problems."""
@@ -54,7 +60,10 @@ class RestoreTarget(ABC):
         return dict(specs(self._skeleton, name=self.key))
 
     def _tree(self, saved: Any, tensors: dict[str, torch.Tensor]) -> Any:
-        return unpack(saved, name=self.key, tensors=tensors)
+        def whole(state: dict[Any, Any], name: str) -> Any:
+            return self._wrappers.put_together(state, name, filled=self._tensors)
+
+        return unpack(saved, name=self.key, tensors=tensors, collapse=whole)
 
 
 def target_of(name: str, item: Any, rank: int) -> RestoreTarget:
@@ -75,7 +84,7 @@ class _DictTarget(RestoreTarget):
     """Tensors are filled in place; the dict gets the saved values under the keys it has (an empty one gets all)."""
 
     @override
-    def problems(self, saved: Any) -> list[str]:
+    def _problems(self, saved: Any) -> list[str]:
         return differences(saved, self._skeleton, name=self.key)
 
     @override
@@ -89,7 +98,7 @@ class _StatefulTarget(RestoreTarget):
     """Given copies through `load_state_dict`: whether its state shares memory with it is not this package's business."""
 
     @override
-    def problems(self, saved: Any) -> list[str]:
+    def _problems(self, saved: Any) -> list[str]:
         return _casts(dict(specs(saved, name=self.key)), self._specs())
 
     @override
@@ -115,7 +124,7 @@ class _ModuleTarget(RestoreTarget):
         self._own_ways = {child_name(self.key, way) for way in ways}
 
     @override
-    def problems(self, saved: Any) -> list[str]:
+    def _problems(self, saved: Any) -> list[str]:
         theirs, ours = dict(specs(saved, name=self.key)), self._specs()
         strict = ({name: spec for name, spec in side.items() if not self._has_own_way(name)} for side in (theirs, ours))
         found = spec_differences(*strict)
@@ -133,11 +142,14 @@ class _ModuleTarget(RestoreTarget):
     @override
     def accept(self, saved: Any, tensors: dict[str, torch.Tensor]) -> None:
         state = self._tree(saved, tensors)
-        if all(value is self._tensors.get(child_name(self.key, key)) for key, value in state.items()):
+        if all(self._is_filled(value, child_name(self.key, key)) for key, value in state.items()):
             return
         module = unwrapped(self._item)
         stored = unpack(self._skeleton, name=self.key, tensors=self._tensors)  # In the order of the module's own keys.
         module.load_state_dict({key: state[name] for key, name in zip(module.state_dict(), stored, strict=True)})
+
+    def _is_filled(self, value: Any, name: str) -> bool:
+        return value is self._tensors.get(name) or self._wrappers.is_here(value, name)
 
     @override
     def _destination(self, name: str, spec: TensorSpec) -> torch.Tensor:
@@ -149,7 +161,7 @@ class _ModuleTarget(RestoreTarget):
 
 
 def _tensors_of(module: torch.nn.Module) -> Iterator[torch.Tensor]:
-    return chain(module.parameters(), module.buffers())
+    return chain.from_iterable(map(parts_of, chain(module.parameters(), module.buffers())))
 
 
 def _own_ways(module: torch.nn.Module) -> Iterator[str]:
@@ -186,7 +198,7 @@ class _OptimizerTarget(RestoreTarget):
     """
 
     @override
-    def problems(self, saved: Any) -> list[str]:
+    def _problems(self, saved: Any) -> list[str]:
         spec_of = dict(specs(saved, name=self.key))
         tree = unpack(saved, name=self.key, tensors=spec_of)
         groups = tree.get("param_groups")

@@ -1,5 +1,6 @@
 """One table of all that can be saved: each kind of number, in each way that it may lie in memory, comes back bit for bit."""
 
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Self
@@ -11,7 +12,7 @@ from datastore.checkpoint.checkpointer import Checkpointer
 from datastore.checkpoint.inspect import verify_step
 from datastore.checkpoint.steps import CheckpointerSettings
 from datastore.checkpoint.tensors import DTYPES
-from datastore.errors import ConfigError
+from datastore.errors import ConfigError, ResumeError
 from datastore.storage.resolve import open_storage
 
 
@@ -114,66 +115,158 @@ class Rounded(torch.Tensor):
 
     numbers: torch.Tensor
     scale: torch.Tensor
+    rounding: Any
 
-    def __new__(cls, numbers: torch.Tensor, scale: torch.Tensor) -> Self:
+    def __new__(cls, numbers: torch.Tensor, scale: torch.Tensor, *_rounding: Any) -> Self:
         made: Self = torch.Tensor._make_wrapper_subclass(cls, numbers.shape, dtype=scale.dtype)
         return made
 
-    def __init__(self, numbers: torch.Tensor, scale: torch.Tensor) -> None:
-        self.numbers, self.scale = numbers, scale
+    def __init__(self, numbers: torch.Tensor, scale: torch.Tensor, rounding: Any = "nearest") -> None:
+        self.numbers, self.scale, self.rounding = numbers, scale, rounding
 
-    def __tensor_flatten__(self) -> tuple[list[str], None]:
-        return ["numbers", "scale"], None
+    def __tensor_flatten__(self) -> tuple[list[str], dict[str, Any]]:
+        return ["numbers", "scale"], {"rounding": self.rounding, "dtype": self.scale.dtype, "shape": self.numbers.shape}
+
+    @classmethod
+    def __tensor_unflatten__(cls, parts: Any, context: Any, shape: torch.Size, stride: tuple[int, ...]) -> Self:
+        assert type(context["shape"]) is torch.Size
+        assert context["shape"] == shape
+        assert stride == (shape[1], 1)
+        assert context["dtype"] is parts["scale"].dtype
+        return cls(parts["numbers"], parts["scale"], context["rounding"])
 
     @classmethod
     def __torch_dispatch__(cls, *_: Any, **_more: Any) -> Any:
         raise NotImplementedError
 
 
-def parts_of(state: dict[str, Any]) -> dict[str, Any]:
-    """As on the page of checkpoints."""
-    made = {name: each.__tensor_flatten__()[0] for name, each in state.items() if hasattr(each, "__tensor_flatten__")}
-    return state | {name: {part: getattr(state[name], part) for part in parts} for name, parts in made.items()}
+class Other(Rounded):
+    """Made of the same, and something else."""
 
 
-def test_a_tensor_made_of_others_is_refused_before_anything_is_written_and_its_parts_come_back_in_place(
-    tmp_path: Path,
-) -> None:
-    numbers, scale = torch.arange(12, dtype=torch.int8).view(3, 4), torch.tensor([0.5, 2.0, -1.0])
-    state = {"weight": Rounded(numbers, scale), "bias": torch.ones(3)}
-    with Checkpointer(tmp_path / "run") as ck:
-        with pytest.raises(ConfigError, match=r"class is not known.*model/weight.*Rounded.*tensors that it is made of"):
-            ck.save(1, {"model": state}, blocking=True)
-        assert not (tmp_path / "run").exists()
-        ck.save(1, {"model": parts_of(state)}, blocking=True)
-        weight = Rounded(torch.zeros_like(numbers), torch.zeros(3))
-        into = {"weight": weight, "bias": torch.zeros(3)}
-        with pytest.raises(ConfigError, match="class is not known"):
-            ck.restore({"model": into})
-        ck.restore({"model": parts_of(into)})
-    assert weight.numbers.equal(numbers)
-    assert weight.scale.equal(scale)
+NUMBERS, SCALE = torch.arange(12, dtype=torch.int8).view(3, 4), torch.tensor([0.5, 2.0, -1.0])
+
+
+def blank(kind: type[Rounded] = Rounded, rounding: Any = "nearest") -> Rounded:
+    return kind(torch.zeros_like(NUMBERS), torch.zeros(3), rounding)
+
+
+def test_a_tensor_made_of_others_is_filled_in_place_or_made_anew(tmp_path: Path) -> None:
+    state = {"weight": Rounded(NUMBERS, SCALE), "more": [Rounded(NUMBERS + 1, SCALE * 2, ("up", [1, 2.5, None]))]}
+    with Checkpointer(tmp_path) as ck:
+        ck.save(1, {"model": state}).committed()
+        weight = blank()
+        into: dict[str, Any] = {"weight": weight, "more": [blank(rounding=("up", [1, 2.5, None]))]}
+        ck.restore({"model": into})
+        assert into["weight"] is weight
+        new: dict[str, Any] = {}
+        ck.restore({"model": new})
+        for each in (into, new):
+            assert each["weight"].numbers.equal(NUMBERS)
+            assert each["weight"].scale.equal(SCALE)
+            assert type(each["more"][0]) is Rounded
+            assert each["more"][0].numbers.equal(NUMBERS + 1)
+            assert each["more"][0].rounding == ("up", [1, 2.5, None])
+    assert not verify_step(open_storage(tmp_path), 1).bad
 
 
 @pytest.mark.parametrize(
-    "kind", ["Int8WeightOnlyConfig", "Int8DynamicActivationInt8WeightConfig", "IntxWeightOnlyConfig"]
+    ("into", "problem"),
+    [
+        (blank(Other), r"saved as .*Rounded, expected as .*Other"),
+        (blank(rounding="down"), r"saved with rounding 'nearest', expected with 'down'"),
+        (blank(rounding=object()), r"saved with rounding 'nearest', expected with object"),
+        (torch.zeros(3, 4), r"saved as a dict"),
+    ],
+)
+def test_a_tensor_made_of_others_does_not_go_into_one_of_another_kind(
+    tmp_path: Path, into: torch.Tensor, problem: str
+) -> None:
+    with Checkpointer(tmp_path) as ck:
+        ck.save(1, {"model": {"weight": Rounded(NUMBERS, SCALE)}}, blocking=True)
+        with pytest.raises(ResumeError, match=rf"model/weight: {problem}"):
+            ck.restore({"model": {"weight": into}})
+    assert not isinstance(into, Rounded) or not into.numbers.any()
+
+
+def test_a_tensor_made_of_others_needs_its_class_and_a_plain_context_to_be_made_anew(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with Checkpointer(tmp_path) as ck:
+        ck.save(1, {"model": {"weight": Rounded(NUMBERS, SCALE)}}, blocking=True)
+        ck.save(2, {"model": {"weight": Rounded(NUMBERS, SCALE, object())}}, blocking=True)
+        with pytest.raises(
+            ResumeError, match=r"weight: cannot be made of its parts: object is no plain value; restore"
+        ):
+            ck.restore({"model": {}})
+        into = {"weight": blank(rounding=object())}
+        ck.restore({"model": into})
+        assert into["weight"].scale.equal(SCALE)
+        monkeypatch.delattr(sys.modules[__name__], "Rounded")
+        with pytest.raises(
+            ResumeError, match=r"cannot be made of its parts: import \S*test_kinds before, which has Rounded"
+        ):
+            ck.restore({"model": {}}, step=1)
+
+
+@pytest.mark.parametrize(
+    ("kind", "other"),
+    [
+        ("Int8WeightOnlyConfig", "Int8DynamicActivationInt8WeightConfig"),
+        ("Int8DynamicActivationInt8WeightConfig", "Int8WeightOnlyConfig"),
+        ("IntxWeightOnlyConfig", "Int8WeightOnlyConfig"),
+        ("Float8WeightOnlyConfig", "Int8WeightOnlyConfig"),
+    ],
 )
 @pytest.mark.filterwarnings("ignore")
-def test_parts_of_quantized_models_come_back_bit_for_bit(tmp_path: Path, kind: str) -> None:
+def test_quantized_models_of_torchao_come_back_bit_for_bit(tmp_path: Path, kind: str, other: str) -> None:
     torchao = pytest.importorskip("torchao.quantization", exc_type=ImportError)
-    more = {"weight_dtype": vars(torch)["int4"]} if kind == "IntxWeightOnlyConfig" else {}
 
-    def model(seed: int) -> torch.nn.Module:
+    def model(seed: int, kind: str = kind) -> torch.nn.Module:
         torch.manual_seed(seed)
         made = torch.nn.Sequential(torch.nn.Linear(64, 128), torch.nn.Linear(128, 32))
+        more = {"weight_dtype": vars(torch)["int4"]} if kind == "IntxWeightOnlyConfig" else {}
         torchao.quantize_(made, getattr(torchao, kind)(**more))
         return made
 
-    one, other, inputs = model(0), model(1), torch.linspace(-1, 1, 192).view(3, 64)
-    assert not torch.equal(one(inputs), other(inputs))
+    one, two, inputs = model(0), model(1), torch.linspace(-1, 1, 192).view(3, 64)
+    assert not torch.equal(one(inputs), two(inputs))
     with Checkpointer(tmp_path) as ck:
-        with pytest.raises(ConfigError, match="class is not known"):
-            ck.save(1, {"model": one}, blocking=True)
-        ck.save(1, {"model": parts_of(one.state_dict())}, blocking=True)
-        ck.restore({"model": parts_of(other.state_dict())})
-    assert torch.equal(one(inputs), other(inputs))
+        ck.save(1, {"model": one}, blocking=True)
+        ck.restore({"model": two})
+        with pytest.raises(ResumeError, match=r"model/0\.weight: saved (as|with)"):
+            ck.restore({"model": model(2, other)})
+    assert torch.equal(one(inputs), two(inputs))
+
+
+@pytest.mark.parametrize("taken", [0, 2])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("kind", ["AdamW8bit", "AdamW4bit", "AdamWFp8"])
+@pytest.mark.filterwarnings("ignore")
+def test_quantized_states_of_optimizers_of_torchao_go_on_bit_for_bit(
+    tmp_path: Path, kind: str, dtype: torch.dtype, taken: int
+) -> None:
+    optimizers = pytest.importorskip("torchao.optim", exc_type=ImportError)
+
+    def program(seed: int, steps: int) -> tuple[torch.nn.Module, torch.optim.Optimizer]:
+        torch.manual_seed(seed)
+        model = torch.nn.Sequential(torch.nn.Linear(256, 256), torch.nn.Linear(256, 64)).to(dtype)
+        made = model, getattr(optimizers, kind)(model.parameters(), lr=0.01)
+        train(*made, steps)
+        return made
+
+    def train(model: torch.nn.Module, optimizer: torch.optim.Optimizer, steps: int) -> None:
+        for step in range(steps):
+            inputs = torch.linspace(-1, 1 + step, 1024, dtype=dtype).view(4, 256)
+            model(inputs).square().mean().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+
+    one, other = program(0, 3), program(1, taken)
+    with Checkpointer(tmp_path) as ck:
+        ck.save(3, {"model": one[0], "optim": one[1]}, blocking=True)
+        ck.restore({"model": other[0], "optim": other[1]})
+    for each in (one, other):
+        train(*each, 2)
+    for first, second in zip(one[0].parameters(), other[0].parameters(), strict=True):
+        assert torch.equal(first, second)
