@@ -28,7 +28,7 @@ import torch
 from datastore.checkpoint.checkpointer import Checkpointer
 from datastore.checkpoint.items import PerRank
 from datastore.checkpoint.keeping import Keep
-from datastore.checkpoint.places import TwoPlaces
+from datastore.checkpoint.places.two import TwoPlaces
 from datastore.checkpoint.steps import CheckpointerSettings
 from datastore.errors import DatastoreError
 from datastore.storage.resolve import open_storage

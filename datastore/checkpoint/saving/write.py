@@ -25,7 +25,7 @@ from datastore.document import seal
 from datastore.formats.safetensors import ITEM_BYTES, HeaderTensor, encode_header
 from datastore.threads import each, in_thread
 
-__all__ = ["Known", "Staged", "stage", "write_share"]
+__all__ = ["Known", "Staged", "describe_share", "digests_of", "share_header", "stage", "write_share"]
 
 Place: TypeAlias = tuple[str, tuple[int, ...], tuple[int, ...]]
 
@@ -79,19 +79,20 @@ class Staged:
         )
 
 
-def stage(snapshot: Snapshot, known: Known, pool: BufferPool, *, threads: int, copy: bool) -> Staged:
+def stage(
+    snapshot: Snapshot, known: Known, pool: BufferPool, *, threads: int, copy: bool, lead_bytes: int = 0
+) -> Staged:
     """Return the pieces of `snapshot` with their bytes fixed: copied, or looked at in place if `copy` is False.
 
     In place is for a caller that waits until everything is written. What is on another device, or does not lie in one
-    run of memory, is copied in any case.
+    run of memory, is copied in any case. Copies follow one another in the buffer, behind `lead_bytes` that are left free.
     """
     kept, rest = _unchanged(snapshot.pieces, known, threads)
     views = {item.name: None if copy else byte_view(item.piece.tensor) for item in rest}
-    # Falling item size aligns each tensor; names make the file a function of the state.
-    rest.sort(key=lambda item: (-ITEM_BYTES[item.spec.dtype], item.name))
+    rest = _in_order(rest)
     total = sum(item.size_bytes for item in rest if views[item.name] is None)
-    buffer = pool.take(total) if total else None
-    fresh, moves, position = [], [], 0
+    buffer = pool.take(lead_bytes + total) if lead_bytes + total else None
+    fresh, moves, position = [], [], lead_bytes
     for item in rest:
         data = views[item.name]
         if data is None:
@@ -103,6 +104,11 @@ def stage(snapshot: Snapshot, known: Known, pool: BufferPool, *, threads: int, c
     _copy(moves, threads)
     again, fresh = _recognized(fresh, known)
     return Staged((*kept, *again), tuple(fresh), buffer)
+
+
+def _in_order(items: Iterable[Captured]) -> list[Captured]:
+    """Return `items` as they stand in a part: falling item size aligns each tensor, names make the file a function of the state."""
+    return sorted(items, key=lambda item: (-ITEM_BYTES[item.spec.dtype], item.name))
 
 
 def _unchanged(pieces: Sequence[Captured], known: Known, threads: int) -> tuple[list[Entry], list[Captured]]:
@@ -164,42 +170,54 @@ def _slices(moves: Iterable[tuple[torch.Tensor, Captured]]) -> Iterator[tuple[By
                 yield data[start : start + _SLICE_BYTES], source[start : start + _SLICE_BYTES]
 
 
+def share_header(items: Iterable[Captured], *, run_id: str, step: int) -> bytes:
+    """Return the header of a part that holds `items`. Its length is the same for all runs."""
+    tensors = [HeaderTensor(item.name, item.spec.dtype, item.piece.box.shape) for item in _in_order(items)]
+    return encode_header(tensors, metadata={"format": "pt", "run": run_id, "step": str(step)})
+
+
 def write_share(member: SavingRank, run_id: str, ref: StepRef, *, snapshot: Snapshot, staged: Staged) -> PartInfo:
     """Write this rank's part, if there is anything new, and its document; return the document.
 
     Raises:
         StorageError: the storage failed; nothing that a commit could name is there.
     """
+    digests = in_thread(lambda: digests_of(staged))  # While the disk is busy with the part.
+    try:
+        if staged.fresh:
+            header = share_header((item for item, _ in staged.fresh), run_id=run_id, step=ref.step)
+            part = part_key(ref, member.rank)
+            member.storage.put_new(part, header, *(data.data for _, data in staged.fresh if len(data)))
+    finally:
+        wait([digests])  # It reads memory that the caller gives to others.
+    info = describe_share(member, run_id, ref, snapshot=snapshot, staged=staged, digests=digests.result())
+    member.storage.put_new(info_key(ref, member.rank), seal(info))
+    return info
+
+
+def describe_share(
+    member: SavingRank, run_id: str, ref: StepRef, *, snapshot: Snapshot, staged: Staged, digests: Sequence[str]
+) -> PartInfo:
+    """Return the document of this rank's part, in which the pieces of `staged` have `digests`."""
     part, header = "", b""
-    entries = list(staged.kept)
     if staged.fresh:
         part = part_key(ref, member.rank)
-        tensors = [HeaderTensor(item.name, item.spec.dtype, item.piece.box.shape) for item, _ in staged.fresh]
-        header = encode_header(tensors, metadata={"format": "pt", "run": run_id, "step": str(ref.step)})
-        digests = in_thread(lambda: [_digests(data) for _, data in staged.fresh])  # While the disk is busy with it.
-        try:
-            member.storage.put_new(part, header, *(data.data for _, data in staged.fresh if len(data)))
-        finally:
-            wait([digests])  # It reads memory that the caller gives to others.
-        entries += _entries(part, len(header), staged, digests.result())
-    info = PartInfo(
+        header = share_header((item for item, _ in staged.fresh), run_id=run_id, step=ref.step)
+    return PartInfo(
         run_id=run_id,
         step=ref.step,
         save_id=ref.save_id,
         rank=member.rank,
         world=member.world,
         part=part,
-        size_bytes=len(header) + sum(len(data) for _, data in staged.fresh),
+        size_bytes=len(header) + staged.size_bytes,
         data_start=len(header),
         header_digest=digest_hex(header) if part else "",
         chunk_bytes=CHUNK_BYTES,
-        entries=tuple(entries),
+        entries=(*staged.kept, *_entries(part, len(header), staged, digests)),
         items=item_digests(snapshot.items),
         own_items=snapshot.own_items,
     )
-    raw = seal(info)
-    member.storage.put_new(info_key(ref, member.rank), raw)
-    return info
 
 
 def _entries(part: str, data_start: int, staged: Staged, digests: Sequence[str]) -> Iterator[Entry]:
@@ -236,5 +254,9 @@ def _named(entry: Entry, item: Captured) -> Iterator[Entry]:
         )
 
 
-def _digests(data: Bytes) -> str:
-    return "".join(digest_hex(data[start : start + CHUNK_BYTES].data) for start in range(0, len(data), CHUNK_BYTES))
+def digests_of(staged: Staged) -> list[str]:
+    """Return the digests of the chunks of each piece of `staged` that has to be written."""
+    return [
+        "".join(digest_hex(data[start : start + CHUNK_BYTES].data) for start in range(0, len(data), CHUNK_BYTES))
+        for _, data in staged.fresh
+    ]
