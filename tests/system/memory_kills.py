@@ -34,7 +34,7 @@ from datastore.digest import digest_hex
 from datastore.errors import WaitError
 
 WORLD = 4
-WAIT_S = 60.0
+WAIT_S = 120.0
 
 
 def local(tensor: torch.Tensor) -> torch.Tensor:
