@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch._dynamo  # Else each new rank loads it, when it makes its model.
 import torch.distributed as dist
 from torch import nn
 from torch.distributed.fsdp import fully_shard

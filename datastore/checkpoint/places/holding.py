@@ -107,7 +107,7 @@ class HeldStep:
         for key, raw in self.files.items():
             storage.put(key, raw)
         for rank, part in self.parts.items():
-            storage.hold(self.commit.parts[rank].part, memoryview(part.data.numpy()))
+            storage.hold(self.commit.parts[rank].part, part.data.numpy().data)
 
     def release(self, *, but: AbstractSet[int] = frozenset()) -> None:
         """Give back the memory of all parts `but` some."""
@@ -212,7 +212,7 @@ def fetch_parts(
 
 
 def _verify(data: torch.Tensor, info: PartInfo) -> None:
-    view = memoryview(data.numpy())
+    view = data.numpy().data
     check_digest(view[: info.data_start], info.header_digest, where=f"{info.part} (header)")
     chunks = {chunk for entry in info.entries for chunk in chunks_of(entry, info.chunk_bytes)}
     each(lambda chunk: chunk.check(view[chunk.start : chunk.stop]), sorted(chunks), threads=_THREADS)

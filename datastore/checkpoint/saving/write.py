@@ -9,11 +9,13 @@ Nothing here renames, appends or reuses a name: a part is there whole or not at 
 
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import wait
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from typing import TypeAlias
 
 import numpy as np
 import torch
+from typing_extensions import Buffer
 
 from datastore.checkpoint.format.manifest import CHUNK_BYTES, Entry, PartInfo, StepRef, chunks_of, info_key, part_key
 from datastore.checkpoint.items import item_digests
@@ -22,7 +24,11 @@ from datastore.checkpoint.saving.snapshot import BufferPool, Captured, Snapshot
 from datastore.checkpoint.tensors import DTYPES, Bytes, byte_view
 from datastore.digest import digest_hex
 from datastore.document import seal
+from datastore.errors import MissingError
 from datastore.formats.safetensors import ITEM_BYTES, HeaderTensor, encode_header
+from datastore.storage.base import Storage
+from datastore.storage.errors import conflict
+from datastore.storage.ranges import total_bytes
 from datastore.threads import each, in_thread
 
 __all__ = ["Known", "Staged", "describe_share", "digests_of", "share_header", "stage", "write_share"]
@@ -31,6 +37,10 @@ Place: TypeAlias = tuple[str, tuple[int, ...], tuple[int, ...]]
 
 _SLICE_BYTES = 32 * 2**20
 """How much one thread copies at a time."""
+
+
+_ONE_WRITE_BYTES = 128 * 2**20
+"""What is written if it is absent; more is written in several requests at once where a storage has those."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -187,12 +197,27 @@ def write_share(member: SavingRank, run_id: str, ref: StepRef, *, snapshot: Snap
         if staged.fresh:
             header = share_header((item for item, _ in staged.fresh), run_id=run_id, step=ref.step)
             part = part_key(ref, member.rank)
-            member.storage.put_new(part, header, *(data.data for _, data in staged.fresh if len(data)))
+            _put_part(member.storage, part, header, *(data.data for _, data in staged.fresh if len(data)))
     finally:
         wait([digests])  # It reads memory that the caller gives to others.
     info = describe_share(member, run_id, ref, snapshot=snapshot, staged=staged, digests=digests.result())
     member.storage.put_new(info_key(ref, member.rank), seal(info))
     return info
+
+
+def _put_part(storage: Storage, key: str, *chunks: Buffer) -> None:
+    """Write a part, whose name no other save has.
+
+    Put-if-absent goes to a bucket in one request, of 5 GiB at most, for parts of a request are put together without a condition on some. So what is
+    large is only looked for before. That tells two processes that take themselves for one rank, as does the document, which is put if absent.
+    """
+    if total_bytes(chunks) <= _ONE_WRITE_BYTES:
+        storage.put_new(key, *chunks)
+        return
+    with suppress(MissingError):
+        storage.stat(key)
+        raise conflict(key=key, url=storage.url)
+    storage.put(key, *chunks)
 
 
 def describe_share(
