@@ -13,7 +13,8 @@ if TYPE_CHECKING:
     from datastore.checkpoint.checkpointer import Checkpointer
     from datastore.checkpoint.exchange.dcp import DcpReader, DcpWriter
     from datastore.checkpoint.keeping import Keep
-    from datastore.checkpoint.places import TwoPlaces
+    from datastore.checkpoint.places.memory import MemoryCheckpointer
+    from datastore.checkpoint.places.two import TwoPlaces
     from datastore.checkpoint.replica import replicate
     from datastore.config import load_settings
     from datastore.dataset.card import card
@@ -100,6 +101,7 @@ _HOMES = {
     "LoaderSettings": ("datastore.loader.settings", "LoaderSettings"),
     "LocalEngine": ("datastore.engines.local", "LocalEngine"),
     "Mixture": ("datastore.loader.mixture.request", "Mixture"),
+    "MemoryCheckpointer": ("datastore.checkpoint.places.memory", "MemoryCheckpointer"),
     "MissingError": ("datastore.errors", "MissingError"),
     "Rank": ("datastore.loader.settings", "Rank"),
     "RayEngine": ("datastore.engines.ray", "RayEngine"),
@@ -114,7 +116,7 @@ _HOMES = {
     "StorageError": ("datastore.errors", "StorageError"),
     "Stratified": ("datastore.loader.rows.sampling", "Stratified"),
     "TokenizerSettings": ("datastore.ingestion.encoding.tokenizer", "TokenizerSettings"),
-    "TwoPlaces": ("datastore.checkpoint.places", "TwoPlaces"),
+    "TwoPlaces": ("datastore.checkpoint.places.two", "TwoPlaces"),
     "WaitError": ("datastore.errors", "WaitError"),
     "Weighted": ("datastore.loader.rows.sampling", "Weighted"),
     "clone": ("datastore.dataset.operations.clone", "clone"),
@@ -183,6 +185,7 @@ __all__ = [
     "Loader",
     "LoaderSettings",
     "LocalEngine",
+    "MemoryCheckpointer",
     "MissingError",
     "Mixture",
     "Rank",

@@ -74,7 +74,7 @@ TOPICS: dict[str, Topic] = {
         [checkpoints](../checkpoints.md).
         """,
         """
-        Checkpointer TwoPlaces Keep replicate DcpWriter DcpReader
+        Checkpointer TwoPlaces MemoryCheckpointer Keep replicate DcpWriter DcpReader
         """,
     ),
     "training": topic(

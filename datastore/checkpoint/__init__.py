@@ -4,7 +4,7 @@ checkpointer   Checkpointer: what a training program calls
 exchange       checkpoints of others: torch.distributed.checkpoint with a run of ours behind it
 saving         a save: snapshot, write, commit
 loading        a load: sources, reader, targets, restore
-places         two places behind one Checkpointer
+places         two places behind one Checkpointer, and steps in the memory of ranks
 replica        a run in a second place
 difference     two steps held against each other
 dropping       items dropped from old steps

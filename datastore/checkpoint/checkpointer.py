@@ -33,12 +33,12 @@ from datastore.checkpoint.format.tree import TensorSpec, pack
 from datastore.checkpoint.inspect import StepReport, StepVerifyReport, html_steps, inspect_step, verify_step
 from datastore.checkpoint.keeping import Collected, Keep, best_steps, collect, drop_after, pin, pinned_steps, unpin
 from datastore.checkpoint.loading.restore import Restored, Restorer
-from datastore.checkpoint.places import SecondPlace, TwoPlaces, opened
-from datastore.checkpoint.ranks import Agree, SavingRank, StorageVote, check_member, read_run
+from datastore.checkpoint.places.two import SecondPlace, TwoPlaces, opened
+from datastore.checkpoint.ranks import Agree, SavingRank, StorageVote, check_member, check_step, read_run
 from datastore.checkpoint.saving.saver import Handle, Save, SaveHistory, Saver
 from datastore.checkpoint.saving.snapshot import capture
 from datastore.checkpoint.steps import CheckpointerSettings, StepLog, steps_of
-from datastore.errors import ConfigError, DatastoreError, plain
+from datastore.errors import ConfigError, DatastoreError
 from datastore.storage.base import Storage, StorageLike
 from datastore.threads import in_thread
 
@@ -126,9 +126,7 @@ class Checkpointer:
             DatastoreError: the save before this one failed, which has not been raised yet; or this one, if `blocking`.
         """
         self._check_open()
-        step = plain(step)
-        if type(step) is not int or step < 0:
-            raise ConfigError("not a step", step=step, hint="Use an integer from 0 on.")
+        step = check_step(step)
         snapshot = capture(items, rank=self._member.rank, world=self._member.world)
         handle = Handle(step, snapshot.size_bytes)
         ahead = None if blocking else self._ahead_of(handle)

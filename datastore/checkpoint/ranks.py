@@ -27,7 +27,7 @@ from datastore.checkpoint.format.manifest import RUN_KEY, VOTES, RunInfo, StepRe
 from datastore.checkpoint.steps import CheckpointerSettings, StepLog
 from datastore.digest import digest_hex
 from datastore.document import seal, unseal
-from datastore.errors import ConfigError, ConflictError, CorruptError, MissingError, WaitError
+from datastore.errors import ConfigError, ConflictError, CorruptError, MissingError, WaitError, plain
 from datastore.host import utc_now
 from datastore.storage.base import Storage, probe_exclusive
 
@@ -37,6 +37,7 @@ __all__ = [
     "StorageVote",
     "all_equal",
     "check_member",
+    "check_step",
     "ensure_run",
     "read_run",
     "wait_until",
@@ -58,6 +59,18 @@ def check_member(rank: int, world: int, session: str) -> None:
     if session and not _SESSION.fullmatch(session):
         hint = "Use letters, digits, '.', '_' and '-'."
         raise ConfigError("not a name for a session", session=session, hint=hint)
+
+
+def check_step(step: int) -> int:
+    """Return `step`, a whole number from 0 on, as one of Python.
+
+    Raises:
+        ConfigError: it is something else.
+    """
+    number: int = plain(step)
+    if type(number) is not int or number < 0:
+        raise ConfigError("not a step", step=number, hint="Use an integer from 0 on.")
+    return number
 
 
 @dataclass(frozen=True, slots=True)

@@ -25,8 +25,8 @@ from typing import Any, TypeAlias, TypeVar
 import torch
 
 from datastore.checkpoint.format.checks import PlacedBox
-from datastore.checkpoint.format.layout import ranks_holding
-from datastore.checkpoint.format.manifest import StepCommit
+from datastore.checkpoint.format.layout import layout_of, ranks_holding
+from datastore.checkpoint.format.manifest import PartInfo, StepCommit
 from datastore.checkpoint.format.tree import specs, unpack
 from datastore.checkpoint.loading.reader import Reader, transfers_of
 from datastore.checkpoint.loading.shared import Detour, contradictions, detours, fill, untied
@@ -157,6 +157,14 @@ class Restorer:
         if found is None:
             raise error
         return found
+
+    def needs(self, commit: StepCommit, parts: Sequence[PartInfo]) -> set[int]:
+        """Return the ranks whose parts have what the items take of a step; `parts` are all its documents.
+
+        Raises:
+            ResumeError: what is saved does not fit the items.
+        """
+        return ranks_holding(layout_of(commit.ref, parts), _boxes(_flat(self._destinations(commit))))
 
     @property
     def _url(self) -> str:

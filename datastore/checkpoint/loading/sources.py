@@ -1,4 +1,4 @@
-"""The bytes of parts: those of this machine are read each time they are needed, remote objects are fetched once.
+"""The bytes of parts: those of this machine, on its disks or in this process, are read each time they are needed, remote objects are fetched once.
 
 Nothing is mapped. A bad sector under a mapping, or a file that is cut while it is mapped, ends the process with SIGBUS,
 at whatever moment the page is touched; a read reports it. And a read goes through the storage like any other, which may
@@ -121,7 +121,8 @@ class Sources:
     def _is_near(self, part: str) -> bool:
         with self._lock:
             if part not in self._near:
-                self._near[part] = self._storage.local_path(part) is not None
+                in_memory = self._storage.url.startswith("memory://")
+                self._near[part] = in_memory or self._storage.local_path(part) is not None
             return self._near[part]
 
     def _fetch_run(self, run: Sequence[Chunk]) -> None:

@@ -9,11 +9,13 @@ Nothing here renames, appends or reuses a name: a part is there whole or not at 
 
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import wait
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from typing import TypeAlias
 
 import numpy as np
 import torch
+from typing_extensions import Buffer
 
 from datastore.checkpoint.format.manifest import CHUNK_BYTES, Entry, PartInfo, StepRef, chunks_of, info_key, part_key
 from datastore.checkpoint.items import item_digests
@@ -22,15 +24,23 @@ from datastore.checkpoint.saving.snapshot import BufferPool, Captured, Snapshot
 from datastore.checkpoint.tensors import DTYPES, Bytes, byte_view
 from datastore.digest import digest_hex
 from datastore.document import seal
+from datastore.errors import MissingError
 from datastore.formats.safetensors import ITEM_BYTES, HeaderTensor, encode_header
+from datastore.storage.base import Storage
+from datastore.storage.errors import conflict
+from datastore.storage.ranges import total_bytes
 from datastore.threads import each, in_thread
 
-__all__ = ["Known", "Staged", "stage", "write_share"]
+__all__ = ["Known", "Staged", "describe_share", "digests_of", "share_header", "stage", "write_share"]
 
 Place: TypeAlias = tuple[str, tuple[int, ...], tuple[int, ...]]
 
 _SLICE_BYTES = 32 * 2**20
 """How much one thread copies at a time."""
+
+
+_ONE_WRITE_BYTES = 128 * 2**20
+"""What is written if it is absent; more is written in several requests at once where a storage has those."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,19 +89,20 @@ class Staged:
         )
 
 
-def stage(snapshot: Snapshot, known: Known, pool: BufferPool, *, threads: int, copy: bool) -> Staged:
+def stage(
+    snapshot: Snapshot, known: Known, pool: BufferPool, *, threads: int, copy: bool, lead_bytes: int = 0
+) -> Staged:
     """Return the pieces of `snapshot` with their bytes fixed: copied, or looked at in place if `copy` is False.
 
     In place is for a caller that waits until everything is written. What is on another device, or does not lie in one
-    run of memory, is copied in any case.
+    run of memory, is copied in any case. Copies follow one another in the buffer, behind `lead_bytes` that are left free.
     """
     kept, rest = _unchanged(snapshot.pieces, known, threads)
     views = {item.name: None if copy else byte_view(item.piece.tensor) for item in rest}
-    # Falling item size aligns each tensor; names make the file a function of the state.
-    rest.sort(key=lambda item: (-ITEM_BYTES[item.spec.dtype], item.name))
+    rest = _in_order(rest)
     total = sum(item.size_bytes for item in rest if views[item.name] is None)
-    buffer = pool.take(total) if total else None
-    fresh, moves, position = [], [], 0
+    buffer = pool.take(lead_bytes + total) if lead_bytes + total else None
+    fresh, moves, position = [], [], lead_bytes
     for item in rest:
         data = views[item.name]
         if data is None:
@@ -103,6 +114,11 @@ def stage(snapshot: Snapshot, known: Known, pool: BufferPool, *, threads: int, c
     _copy(moves, threads)
     again, fresh = _recognized(fresh, known)
     return Staged((*kept, *again), tuple(fresh), buffer)
+
+
+def _in_order(items: Iterable[Captured]) -> list[Captured]:
+    """Return `items` as they stand in a part: falling item size aligns each tensor, names make the file a function of the state."""
+    return sorted(items, key=lambda item: (-ITEM_BYTES[item.spec.dtype], item.name))
 
 
 def _unchanged(pieces: Sequence[Captured], known: Known, threads: int) -> tuple[list[Entry], list[Captured]]:
@@ -164,42 +180,69 @@ def _slices(moves: Iterable[tuple[torch.Tensor, Captured]]) -> Iterator[tuple[By
                 yield data[start : start + _SLICE_BYTES], source[start : start + _SLICE_BYTES]
 
 
+def share_header(items: Iterable[Captured], *, run_id: str, step: int) -> bytes:
+    """Return the header of a part that holds `items`. Its length is the same for all runs."""
+    tensors = [HeaderTensor(item.name, item.spec.dtype, item.piece.box.shape) for item in _in_order(items)]
+    return encode_header(tensors, metadata={"format": "pt", "run": run_id, "step": str(step)})
+
+
 def write_share(member: SavingRank, run_id: str, ref: StepRef, *, snapshot: Snapshot, staged: Staged) -> PartInfo:
     """Write this rank's part, if there is anything new, and its document; return the document.
 
     Raises:
         StorageError: the storage failed; nothing that a commit could name is there.
     """
+    digests = in_thread(lambda: digests_of(staged))  # While the disk is busy with the part.
+    try:
+        if staged.fresh:
+            header = share_header((item for item, _ in staged.fresh), run_id=run_id, step=ref.step)
+            part = part_key(ref, member.rank)
+            _put_part(member.storage, part, header, *(data.data for _, data in staged.fresh if len(data)))
+    finally:
+        wait([digests])  # It reads memory that the caller gives to others.
+    info = describe_share(member, run_id, ref, snapshot=snapshot, staged=staged, digests=digests.result())
+    member.storage.put_new(info_key(ref, member.rank), seal(info))
+    return info
+
+
+def _put_part(storage: Storage, key: str, *chunks: Buffer) -> None:
+    """Write a part, whose name no other save has.
+
+    Put-if-absent goes to a bucket in one request, of 5 GiB at most, for parts of a request are put together without a condition on some. So what is
+    large is only looked for before. That tells two processes that take themselves for one rank, as does the document, which is put if absent.
+    """
+    if total_bytes(chunks) <= _ONE_WRITE_BYTES:
+        storage.put_new(key, *chunks)
+        return
+    with suppress(MissingError):
+        storage.stat(key)
+        raise conflict(key=key, url=storage.url)
+    storage.put(key, *chunks)
+
+
+def describe_share(
+    member: SavingRank, run_id: str, ref: StepRef, *, snapshot: Snapshot, staged: Staged, digests: Sequence[str]
+) -> PartInfo:
+    """Return the document of this rank's part, in which the pieces of `staged` have `digests`."""
     part, header = "", b""
-    entries = list(staged.kept)
     if staged.fresh:
         part = part_key(ref, member.rank)
-        tensors = [HeaderTensor(item.name, item.spec.dtype, item.piece.box.shape) for item, _ in staged.fresh]
-        header = encode_header(tensors, metadata={"format": "pt", "run": run_id, "step": str(ref.step)})
-        digests = in_thread(lambda: [_digests(data) for _, data in staged.fresh])  # While the disk is busy with it.
-        try:
-            member.storage.put_new(part, header, *(data.data for _, data in staged.fresh if len(data)))
-        finally:
-            wait([digests])  # It reads memory that the caller gives to others.
-        entries += _entries(part, len(header), staged, digests.result())
-    info = PartInfo(
+        header = share_header((item for item, _ in staged.fresh), run_id=run_id, step=ref.step)
+    return PartInfo(
         run_id=run_id,
         step=ref.step,
         save_id=ref.save_id,
         rank=member.rank,
         world=member.world,
         part=part,
-        size_bytes=len(header) + sum(len(data) for _, data in staged.fresh),
+        size_bytes=len(header) + staged.size_bytes,
         data_start=len(header),
         header_digest=digest_hex(header) if part else "",
         chunk_bytes=CHUNK_BYTES,
-        entries=tuple(entries),
+        entries=(*staged.kept, *_entries(part, len(header), staged, digests)),
         items=item_digests(snapshot.items),
         own_items=snapshot.own_items,
     )
-    raw = seal(info)
-    member.storage.put_new(info_key(ref, member.rank), raw)
-    return info
 
 
 def _entries(part: str, data_start: int, staged: Staged, digests: Sequence[str]) -> Iterator[Entry]:
@@ -236,5 +279,9 @@ def _named(entry: Entry, item: Captured) -> Iterator[Entry]:
         )
 
 
-def _digests(data: Bytes) -> str:
-    return "".join(digest_hex(data[start : start + CHUNK_BYTES].data) for start in range(0, len(data), CHUNK_BYTES))
+def digests_of(staged: Staged) -> list[str]:
+    """Return the digests of the chunks of each piece of `staged` that has to be written."""
+    return [
+        "".join(digest_hex(data[start : start + CHUNK_BYTES].data) for start in range(0, len(data), CHUNK_BYTES))
+        for _, data in staged.fresh
+    ]

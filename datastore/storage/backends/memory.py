@@ -17,7 +17,7 @@ from datastore.storage.statistics import OperationStatistics, RequestMeter
 __all__ = ["MemoryStorage"]
 
 
-_spaces: dict[str, dict[str, tuple[bytes, float]]] = {}
+_spaces: dict[str, dict[str, tuple[bytes | memoryview, float]]] = {}
 """Every name ever opened in this process: key -> (bytes, time of writing)."""
 
 
@@ -46,7 +46,7 @@ class MemoryStorage(Storage):
     @override
     def get(self, key: str) -> bytes:
         with self._meter.time("get") as timed:
-            data = self._find(key)[0]
+            data = bytes(self._find(key)[0])
             timed.bytes = len(data)
             return data
 
@@ -80,6 +80,10 @@ class MemoryStorage(Storage):
                 raise conflict(key=key, url=self.url)
             timed.bytes = len(entry[0])
 
+    def hold(self, key: str, data: memoryview) -> None:
+        """Have `key` be `data` itself, without a copy: it must not change as long as the key is there."""
+        self._values[check_key(key)] = (data.cast("B"), time.time())
+
     @override
     def list(self, folder: str = "") -> Iterator[Stat]:
         prefix = f"{check_key(folder)}/" if folder else ""
@@ -109,13 +113,13 @@ class MemoryStorage(Storage):
     def statistics(self) -> dict[str, OperationStatistics]:
         return self._meter.statistics()
 
-    def _find(self, key: str) -> tuple[bytes, float]:
+    def _find(self, key: str) -> tuple[bytes | memoryview, float]:
         entry = self._values.get(check_key(key))
         if entry is None:
             raise missing(key=key, url=self.url)
         return entry
 
-    def _cut(self, data: bytes, key: str, start: int, stop: int) -> memoryview:
+    def _cut(self, data: bytes | memoryview, key: str, start: int, stop: int) -> memoryview:
         if stop > len(data):
             raise too_short(key=key, url=self.url, wanted_bytes=stop)
         return memoryview(data)[start:stop]

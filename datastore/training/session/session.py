@@ -19,7 +19,7 @@ from torch import Tensor
 
 from datastore.checkpoint.checkpointer import Checkpointer
 from datastore.checkpoint.keeping import Keep
-from datastore.checkpoint.places import TwoPlaces
+from datastore.checkpoint.places.two import TwoPlaces
 from datastore.checkpoint.steps import CheckpointerSettings
 from datastore.document import decode, encode
 from datastore.host import utc_now

@@ -16,7 +16,7 @@ from datastore.checkpoint.dropping import drop_item
 from datastore.checkpoint.exchange.files import read_items
 from datastore.checkpoint.inspect import list_steps, verify_step
 from datastore.checkpoint.keeping import Keep, collect
-from datastore.checkpoint.places import TwoPlaces
+from datastore.checkpoint.places.two import TwoPlaces
 from datastore.checkpoint.replica import replicate
 from datastore.checkpoint.steps import CheckpointerSettings, StepLog
 from datastore.errors import CorruptError, MissingError

@@ -152,7 +152,9 @@ def test_small_chunks_that_lie_side_by_side_are_read_together(tmp_path: Path, da
 
 
 class Counting(MemoryStorage):
-    """Counts what is asked for."""
+    """Counts what is asked for, and says that it is far away."""
+
+    url = "far://away"
 
     def __init__(self) -> None:
         super().__init__(uuid.uuid4().hex)

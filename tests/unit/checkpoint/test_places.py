@@ -12,7 +12,7 @@ from typing_extensions import Buffer, override
 
 from datastore.checkpoint.checkpointer import Checkpointer
 from datastore.checkpoint.keeping import Keep
-from datastore.checkpoint.places import TwoPlaces
+from datastore.checkpoint.places.two import TwoPlaces
 from datastore.checkpoint.steps import CheckpointerSettings, StepLog
 from datastore.errors import ConfigError, CorruptError, MissingError, StorageError, WaitError
 from datastore.storage.backends.memory import MemoryStorage
