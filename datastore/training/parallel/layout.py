@@ -173,13 +173,6 @@ def check_model(model: ModelSettings, layout: Layout, *, seq_len: int) -> None:
                 **{key.partition(".")[2]: value, "size": size},
                 hint=f"Change {key}, or that size.",
             )
-    if layout.pipeline > 1 and layout.tensor > 1:
-        raise ConfigError(
-            "pipeline and tensor parallelism do not go together here",
-            pipeline=layout.pipeline,
-            tensor=layout.tensor,
-            hint="Use pipeline with data, or tensor with data and shard.",
-        )
 
 
 def check_sync(settings: Settings, layout: Layout) -> None:

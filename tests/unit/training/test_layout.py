@@ -38,7 +38,7 @@ def test_data_is_what_the_other_sizes_leave() -> None:
         (3, ["parallel.pipeline=3"], "model.layers"),
         (2, ["parallel.pipeline=2", "parallel.interleave=2"], "model.layers"),
         (2, ["parallel.tensor=2", "train.compile=true"], "compiled blocks"),
-        (4, ["parallel.pipeline=2", "parallel.tensor=2"], "do not go together"),
+        (4, ["parallel.pipeline=2", "parallel.tensor=2", "train.compile=true"], "compiled blocks"),
         (13, [], "more ranks than samples"),
     ],
 )
