@@ -151,6 +151,7 @@ def test_a_tied_embedding_moves_out_of_a_pipeline_and_back(language: str, tmp_pa
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1200)
 def test_a_tied_embedding_that_is_cut_moves_out_of_a_pipeline_and_back(language: str, tmp_path: Path) -> None:
     names = ["pipeline 2 x tensor 2", "one process", "tensor 2", "pipeline 2 x tensor 2, interleaved", "shard 2"]
     goes_on_like_one_process(language, tmp_path, names, tied="true")
@@ -190,6 +191,7 @@ def test_a_resumed_run_has_the_same_bits(name: str, tied: str, language: str, tm
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1200)
 def test_a_pipeline_of_cut_matrices_that_was_killed_goes_on_with_the_same_bits(language: str, tmp_path: Path) -> None:
     processes, sizes = LAYOUTS["pipeline 2 x tensor 2"]
     once, twice = tmp_path / "once", tmp_path / "twice"
