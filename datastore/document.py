@@ -27,6 +27,7 @@ __all__ = [
     "Document",
     "Hex32",
     "Positive",
+    "Rate",
     "Sealed",
     "SettingsDocument",
     "Sha256",
@@ -45,6 +46,7 @@ _LARGEST = 2**63 - 1
 
 Count = Annotated[int, msgspec.Meta(ge=0, le=_LARGEST)]
 Positive = Annotated[int, msgspec.Meta(ge=1)]
+Rate = Annotated[float, msgspec.Meta(ge=0)]
 Version = Annotated[int, msgspec.Meta(ge=1, le=_LARGEST)]
 """The number of a version of a dataset; the first is 1."""
 

@@ -10,11 +10,14 @@ Source: A. Chowdhery et al., "PaLM", arXiv:2204.02311, appendix B; peaks from th
 from dataclasses import dataclass
 
 import torch
+from torch import nn
 
 from datastore.digest import digest_bytes
 from datastore.errors import ConfigError
 from datastore.host import cores, resident_bytes
 from datastore.training.launcher import Launch
+from datastore.training.models.float8 import FLOAT8, check_float8, use_float8
+from datastore.training.models.huggingface import blocks_of
 from datastore.training.parallel.layout import Layout
 from datastore.training.parallel.ranks import Ranks
 from datastore.training.settings import ModelSettings, StepSettings
@@ -69,6 +72,18 @@ class Machine:
     precision: str
     compiled: bool
     threads: int
+    fp8_scales: str = "tensorwise"
+
+    def fit(self, model: nn.Module) -> None:
+        """Let `model` compute as this machine is to.
+
+        Raises:
+            ConfigError, DependencyError: as `use_float8`.
+        """
+        if self.precision in FLOAT8:
+            use_float8(model, precision=self.precision, recipe=self.fp8_scales)
+        for block in blocks_of(model) if self.compiled else ():
+            block.compile()  # Each by itself: the same code, so it is compiled once, and hooks keep their modules.
 
 
 def use_machine(settings: StepSettings, ranks: Ranks, layout: Layout, *, threads: int) -> Machine:
@@ -84,12 +99,17 @@ def use_machine(settings: StepSettings, ranks: Ranks, layout: Layout, *, threads
     precision = precision_of(settings, device)
     fit = device.type == "cuda" and layout.tensor == 1
     compiled = fit if settings.compile == "auto" else settings.compile
-    return Machine(precision, compiled, threads)
+    return Machine(precision, compiled, threads, settings.fp8_scales)
 
 
 def precision_of(settings: StepSettings, device: torch.device) -> str:
-    """Return in which precision `device` computes, "auto" resolved."""
+    """Return in which precision `device` computes, "auto" resolved.
+
+    Raises:
+        ConfigError, DependencyError: as `check_float8`.
+    """
     if settings.precision != "auto":
+        check_float8(settings.precision, device)
         return settings.precision
     if device.type == "cuda":
         native = torch.cuda.is_bf16_supported()
@@ -116,12 +136,13 @@ def flops_per_token(shape: ModelSettings, *, parameters: int, seq_len: int) -> f
     return 6.0 * parameters + 12.0 * shape.layers * shape.heads * shape.head_size * seq_len
 
 
-def peak_flops(device: torch.device) -> float | None:
-    """Return the peak of `device` per second in bf16; None if it is not known."""
+def peak_flops(device: torch.device, precision: str) -> float | None:
+    """Return the peak of `device` per second in bf16, and in fp8 twice as much; None if it is not known."""
     if device.type != "cuda":
         return None
     name = torch.cuda.get_device_name(device)
-    return next((peak for part, peak in _PEAKS.items() if part in name), None)
+    known = next((peak for part, peak in _PEAKS.items() if part in name), None)
+    return known * 2 if known is not None and precision == "fp8" else known
 
 
 def seed_step(seed: int, step: int, rank: int) -> None:

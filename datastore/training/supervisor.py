@@ -106,7 +106,8 @@ class Supervisor(Observer):
 
         self._reported = 0.0
         self._faults: Counter[str] = Counter()
-        self._peak = None if self._settings.model.use else peak_flops(trainer.state.device)
+        known = peak_flops(trainer.state.device, trainer.machine.precision)
+        self._peak = None if self._settings.model.use else known
         self._flops_per_token = flops_per_token(
             self._settings.model,
             parameters=trainer.strategy.parameters(trainer.state.model),

@@ -120,7 +120,7 @@ class Trainer:
         context = context_of(config)
         calibration = calibration_of(config, split, objective, strategy.ranks.device)
         built = (config, strategy, objective, calibration)
-        state, hooks = build_with_hooks(*built, compiled=machine.compiled, beginning=beginning)
+        state, hooks = build_with_hooks(*built, fit=machine.fit, beginning=beginning)
         rank = Rank(strategy.place.reader, layout.readers)
         loader = open_feed(split, settings, objective, context, rank=rank)
         trainer = cls(

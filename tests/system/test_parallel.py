@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from datastore.dataset.operations.delete import delete
-from datastore.errors import ConfigError, ResumeError
+from datastore.errors import ConfigError, ResumeError, WaitError
 from datastore.testing.examples import make_language, tiny_settings
 from datastore.training.export.export import open_model
 from datastore.training.launcher import spawn
@@ -40,6 +40,11 @@ LAYOUTS: dict[str, tuple[int, dict[str, int]]] = {
     "shard 2 x context 2": (4, {"shard": 2, "context": 2}),
     "context 2 x tensor 2": (4, {"context": 2, "tensor": 2}),
     "context 2 x pipeline 2": (4, {"context": 2, "pipeline": 2}),
+    "pipeline 2 x tensor 2": (4, {"pipeline": 2, "tensor": 2}),
+    "pipeline 2 x tensor 2, interleaved": (4, {"pipeline": 2, "tensor": 2, "interleave": 2}),
+    "data 2 x pipeline 2 x tensor 2": (8, {"data": 2, "pipeline": 2, "tensor": 2}),
+    "shard 2 x pipeline 2 x tensor 2": (8, {"shard": 2, "pipeline": 2, "tensor": 2}),
+    "context 2 x pipeline 2 x tensor 2": (8, {"context": 2, "pipeline": 2, "tensor": 2}),
 }
 QUICK = ("shard 2", "tensor 2", "pipeline 2, interleaved", "context 2")
 ALONE = {"data": 0, "shard": 1, "tensor": 1, "pipeline": 1, "interleave": 1, "context": 1}
@@ -90,6 +95,8 @@ def assert_same_weights(one: Path, other: Path) -> None:
     [
         *((name, "false") for name in QUICK),
         ("pipeline 2, interleaved", "true"),
+        ("pipeline 2 x tensor 2, interleaved", "true"),
+        pytest.param("pipeline 2 x tensor 2", "false", marks=pytest.mark.slow),
         pytest.param("context 2 x pipeline 2", "true", marks=pytest.mark.slow),
     ],
 )
@@ -145,6 +152,13 @@ def test_a_tied_embedding_moves_out_of_a_pipeline_and_back(language: str, tmp_pa
 
 @pytest.mark.slow
 @pytest.mark.timeout(1200)
+def test_a_tied_embedding_that_is_cut_moves_out_of_a_pipeline_and_back(language: str, tmp_path: Path) -> None:
+    names = ["pipeline 2 x tensor 2", "one process", "tensor 2", "pipeline 2 x tensor 2, interleaved", "shard 2"]
+    goes_on_like_one_process(language, tmp_path, names, tied="true")
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1200)
 @pytest.mark.parametrize("tied", ["true", "false"])
 def test_a_run_moves_through_every_layout(tied: str, language: str, tmp_path: Path) -> None:
     goes_on_like_one_process(language, tmp_path, [*LAYOUTS, "one process"], tied=tied)
@@ -160,6 +174,8 @@ def test_a_run_moves_through_every_layout(tied: str, language: str, tmp_path: Pa
         pytest.param("data 2 x shard 2", marks=pytest.mark.slow),
         pytest.param("data 2 x pipeline 2", marks=pytest.mark.slow),
         pytest.param("shard 2 x pipeline 2", marks=pytest.mark.slow),
+        pytest.param("pipeline 2 x tensor 2", marks=pytest.mark.slow),
+        pytest.param("shard 2 x pipeline 2 x tensor 2", marks=pytest.mark.slow),
         pytest.param("shard 2 x context 2", marks=pytest.mark.slow),
     ],
 )
@@ -170,6 +186,21 @@ def test_a_resumed_run_has_the_same_bits(name: str, tied: str, language: str, tm
     train(settings(language, "train.steps=6", *chosen), str(once), processes=processes)
     train(settings(language, "train.steps=3", *chosen), str(twice), processes=processes)
     resume(str(twice), overrides=["train.steps=6"], processes=processes)
+    assert numbers(once) == numbers(twice)
+    assert_same_weights(once, twice)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1200)
+def test_a_pipeline_of_cut_matrices_that_was_killed_goes_on_with_the_same_bits(language: str, tmp_path: Path) -> None:
+    processes, sizes = LAYOUTS["pipeline 2 x tensor 2"]
+    once, twice = tmp_path / "once", tmp_path / "twice"
+    chosen = ["train.steps=8", "checkpoint.every=2", "model.tied=true", *table(sizes)]
+    train(settings(language, *chosen), str(once), processes=processes)
+    deadly = 'metrics.trackers=[{use="training_hooks:Deadly", step=5}]'
+    with pytest.raises(WaitError, match="rank=0, cause='SIGKILL'"):
+        train(settings(language, *chosen, deadly), str(twice), processes=processes)
+    assert 0 < resume(str(twice), overrides=["metrics.trackers=[]"], processes=processes).resumed_from < 8
     assert numbers(once) == numbers(twice)
     assert_same_weights(once, twice)
 

@@ -17,6 +17,7 @@ from datastore.document import Document
 from datastore.training.hooks.base import Hook, RunState
 from datastore.training.objectives.base import MicroBatch
 from datastore.training.objectives.language import Causal
+from datastore.training.session.trackers import Tracker
 
 
 class KillSettings(Document, frozen=True, kw_only=True):
@@ -41,6 +42,22 @@ class Kill(Hook):
         steps = json.loads(self._file.read_text())
         if run.step in steps:
             self._file.write_text(json.dumps([step for step in steps if step != run.step]))
+            os.kill(os.getpid(), signal.SIGKILL)
+
+
+class DeadlySettings(Document, frozen=True, kw_only=True):
+    step: int
+
+
+class Deadly(Tracker):
+    """Kills rank 0 while the others take the step after this one: for runs that take no hooks."""
+
+    Settings: ClassVar[type[Document]] = DeadlySettings
+
+    @override
+    def log(self, step: int, record: Mapping[str, Any]) -> None:
+        assert isinstance(self.settings, DeadlySettings)
+        if step >= self.settings.step:
             os.kill(os.getpid(), signal.SIGKILL)
 
 

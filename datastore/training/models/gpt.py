@@ -20,7 +20,7 @@ from torch.utils.checkpoint import checkpoint
 from datastore.training.models.cache import KeyValueCache
 from datastore.training.settings import ModelSettings
 
-__all__ = ["GPT", "Attention", "Block", "Decoder", "Shared", "draw_weights", "parameter_count", "turns_of"]
+__all__ = ["GPT", "Attention", "Block", "Decoder", "Shared", "begins_at", "draw_weights", "parameter_count", "turns_of"]
 
 _INIT_STD = 0.02
 
@@ -172,7 +172,7 @@ class GPT(nn.Module):
         counting nothing: then there are never more than some rows of the logits.
         """
         places = ids_BT.shape[1] + (0 if before_BPC is None else before_BPC.shape[1])
-        start = cache.length if cache is not None else 0 if self.shared is None else self.shared.place * places
+        start = begins_at(self.shared, places) if cache is None else cache.length
         turns = turns_of(self.settings, start, places, ids_BT.device)
         x_BTC = self.model(ids_BT, turns, cache, before_BPC)
         head = self.model.embed_tokens if self.lm_head is None else self.lm_head
@@ -220,6 +220,11 @@ def draw_weights(model: nn.Module, generator: torch.Generator, *, layers: int) -
 def parameter_count(model: nn.Module) -> int:
     """Return the number of trainable values; tied ones count once."""
     return sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+
+
+def begins_at(shared: Shared | None, tokens: int) -> int:
+    """Return how many tokens of the sequence come before the `tokens` that are here."""
+    return 0 if shared is None else shared.place * tokens
 
 
 def turns_of(settings: ModelSettings, start: int, tokens: int, device: torch.device) -> tuple[Tensor, Tensor]:

@@ -48,12 +48,13 @@ def build_with_hooks(
     objective: Objective,
     calibration: Calibration | None = None,
     *,
-    compiled: bool = False,
+    fit: Callable[[nn.Module], None] = lambda _model: None,
     beginning: Beginning = _ALONE,
 ) -> tuple[RunState, dict[str, Hook]]:
     """Return the state of a run before its first step, its model distributed, and its hooks, started.
 
-    Hooks change the model before it is compiled and distributed, and see it again when the optimizer exists.
+    Hooks change the model before it is distributed, and see it again when the optimizer exists. Between both, `fit` says how
+    this machine computes with it.
 
     Raises:
         ConfigError, DependencyError: as `make_hooks`.
@@ -71,9 +72,7 @@ def build_with_hooks(
     objective.start(model)
     if settings.train.recompute:
         recompute(model)
-    for block in blocks_of(model):
-        if compiled:
-            block.compile()  # Each by itself: the same code, so it is compiled once, and hooks keep their modules.
+    fit(model)
     strategy.enter(model)
     model = strategy.distribute(model)
     state = RunState(

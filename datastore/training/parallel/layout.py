@@ -145,6 +145,7 @@ def layout_of(settings: Settings, world: int) -> Layout:
     check_sync(settings, layout)
     _check_slices(settings, layout)
     _check_chunks(settings, layout)
+    _check_float8(settings, layout)
     if not settings.model.init:  # Else the shape is known later: `check_model` is called again.
         check_model(settings.model, layout, seq_len=settings.data.seq_len)
     return layout
@@ -173,13 +174,6 @@ def check_model(model: ModelSettings, layout: Layout, *, seq_len: int) -> None:
                 **{key.partition(".")[2]: value, "size": size},
                 hint=f"Change {key}, or that size.",
             )
-    if layout.pipeline > 1 and layout.tensor > 1:
-        raise ConfigError(
-            "pipeline and tensor parallelism do not go together here",
-            pipeline=layout.pipeline,
-            tensor=layout.tensor,
-            hint="Use pipeline with data, or tensor with data and shard.",
-        )
 
 
 def check_sync(settings: Settings, layout: Layout) -> None:
@@ -254,6 +248,33 @@ def _check_chunks(settings: Settings, layout: Layout) -> None:
             "objective.chunked needs our GPT with its output layer on every rank",
             **unfit,
             hint="Use parallel.data, parallel.shard and parallel.context, or leave out objective.chunked.",
+        )
+
+
+def _check_float8(settings: Settings, layout: Layout) -> None:
+    """Refuse fp8 with what has linear layers of its own, and numbers of tokens that its kernels do not take."""
+    if not settings.train.precision.startswith("fp8"):
+        return
+    own = {"quantize": "qat_from", "adapt": "base_bits"}
+    unfit: dict[str, object] = {
+        table["use"]: f"{own[table['use']]} = {table[own[table['use']]]}"
+        for table in settings.hooks
+        if table["use"] in own and table.get(own[table["use"]]) not in {None, 0}
+    }
+    if layout.tensor > 1:
+        unfit["tensor"] = layout.tensor
+    if unfit:
+        raise ConfigError(
+            "fp8 is for linear layers as they are, and these have others",
+            **unfit,
+            hint='Leave them out, or set train.precision = "bf16".',
+        )
+    if settings.data.seq_len % (16 * layout.context):
+        raise ConfigError(
+            "fp8 needs a number of tokens that is a multiple of 16 on each rank",
+            seq_len=settings.data.seq_len,
+            **_beyond_data(layout),
+            hint="Change data.seq_len.",
         )
 
 

@@ -7,16 +7,17 @@ import torch
 from torch import Tensor, nn
 
 from datastore.training.hooks.base import Hook
+from datastore.training.models.float8 import FLOAT8
 from datastore.training.objectives.base import MicroBatch, Objective
 from datastore.training.run.profile import part
 
 __all__ = ["Lesson", "Piece", "autocast", "filled"]
 
-_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
+_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16} | dict.fromkeys(FLOAT8, torch.bfloat16)
 
 
 def autocast(device: torch.device, precision: str) -> torch.autocast:
-    """Return the context in which matrices are multiplied in "bf16", "fp16" or "fp32"."""
+    """Return the context in which matrices are multiplied in "bf16", "fp16" or "fp32"; with fp8, those that are not in fp8, in bf16."""
     return torch.autocast(device.type, dtype=_DTYPES.get(precision, torch.bfloat16), enabled=precision in _DTYPES)
 
 

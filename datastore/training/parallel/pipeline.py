@@ -7,10 +7,12 @@ checkpointer as a tensor of other ranks, with no element here.
 
 torch's schedules want as many pieces as they were made for, all of the same shape, so a share of a batch is filled up with
 rows that count nothing. Gradients of the copies of a part (`data`) are averaged after the schedule, in one message;
-with `shard`, FSDP2 takes each part apart.
+with `shard`, FSDP2 takes each part apart. With `tensor`, the matrices of each part are cut as without a pipeline, and a message
+holds the tokens that its rank has between blocks: each column of ranks is a pipeline of its own.
 """
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -19,20 +21,21 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.pipelining import PipelineStage, Schedule1F1B, ScheduleInterleaved1F1B
 from torch.distributed.tensor import DTensor
+from torch.distributed.tensor.parallel import loss_parallel
 from torch.nn import functional
 from typing_extensions import override
 
 from datastore.errors import ConfigError
-from datastore.training.models.gpt import GPT, turns_of
+from datastore.training.models.gpt import GPT, begins_at, turns_of
 from datastore.training.objectives.base import MicroBatch
 from datastore.training.objectives.language import Causal
 from datastore.training.optim import named_state
 from datastore.training.parallel.elsewhere import shown
 from datastore.training.parallel.layout import Layout
 from datastore.training.parallel.lesson import Lesson, Piece, autocast, filled
-from datastore.training.parallel.norm import clip_everywhere, local_part
+from datastore.training.parallel.norm import clip_everywhere, local_part, settle_partial
 from datastore.training.parallel.ranks import Ranks
-from datastore.training.parallel.sharded import mesh_of, shard_blocks, share_weights
+from datastore.training.parallel.sharded import cut_matrices, mesh_of, plain_loss, shard_blocks, share_weights
 from datastore.training.parallel.strategy import Strategy
 from datastore.training.run.profile import part
 
@@ -42,11 +45,11 @@ _EMBEDDING = "model.embed_tokens.weight"
 
 
 class Part(nn.Module):
-    """Some layers of a GPT, under the names that they have there."""
+    """Some layers of a GPT, under the names that they have there; `columns` ranks have some of the tokens each between blocks."""
 
-    def __init__(self, gpt: GPT, layers: Sequence[int]) -> None:
+    def __init__(self, gpt: GPT, layers: Sequence[int], *, columns: int) -> None:
         super().__init__()
-        self.settings, self.shared = gpt.settings, gpt.shared
+        self.settings, self.shared, self.columns = gpt.settings, gpt.shared, columns
         self.layers = list(layers)
         self.first, self.last = 0 in self.layers, gpt.settings.layers - 1 in self.layers
         whole = gpt.model
@@ -61,8 +64,8 @@ class Part(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the residual stream behind these layers, or the logits; `x` are token ids, or the residual stream before."""
-        start = 0 if self.shared is None else self.shared.place * x.shape[1]
-        turns = turns_of(self.settings, start, x.shape[1], x.device)
+        tokens = x.shape[1] * (1 if self.first else self.columns)
+        turns = turns_of(self.settings, begins_at(self.shared, tokens), tokens, x.device)
         x = self.model["embed_tokens"](x) if self.first else x
         for block in self.model["layers"].children():
             x = block(x, turns, None)
@@ -97,11 +100,15 @@ class Pipeline(Strategy):
         size = model.settings.layers // parts
         self._owner = {name: _part_of(name, size, parts) % self.layout.pipeline for name in self._shapes}
         mine = range(self.place.stage, parts, self.layout.pipeline)
-        self._parts = {part: Part(model, range(part * size, (part + 1) * size)) for part in mine}
+        columns = self.layout.tensor
+        if columns > 1:
+            cut_matrices(model, self._mesh["tensor"])
+        self._parts = {part: Part(model, range(part * size, (part + 1) * size), columns=columns) for part in mine}
         if self.layout.shard > 1:
             for part in self._parts.values():
                 shard_blocks(part, self._mesh, self.layout)
-        self._here = Part(model, [layer for part in self._parts.values() for layer in part.layers])
+        held = [layer for part in self._parts.values() for layer in part.layers]
+        self._here = Part(model, held, columns=columns)
         if model.settings.tied:
             pairs = torch.stack([self._ranks_of(0), self._ranks_of(self.layout.pipeline - 1)], dim=1).tolist()
             self._ends, _ = dist.new_subgroups_by_enumeration(pairs)  # type: ignore[no-untyped-call]
@@ -124,10 +131,11 @@ class Pipeline(Strategy):
     def backward(self, pieces: Sequence[Piece], lesson: Lesson) -> Tensor:
         rows = max(len(piece.rows.tokens) for piece in pieces)
         total = self._run([Piece(filled(piece.rows, rows), piece.share) for piece in pieces], lesson, learn=True)
+        settle_partial(self._here.parameters())
         if self._shared is not None and self._shared.grad is not None:
             dist.all_reduce(local_part(self._shared.grad), group=self._ends)
         self._average()
-        return total
+        return total if self.place.tensor == 0 else total * 0.0
 
     def _run(self, pieces: Sequence[Piece], lesson: Lesson, *, learn: bool) -> Tensor:
         """Send `pieces` through the pipeline; return the sum of their losses, each by its share, on the ranks of the last part."""
@@ -136,7 +144,8 @@ class Pipeline(Strategy):
         schedule = self._schedule(len(pieces), len(pieces[0].rows.tokens), learn=learn)
         inputs = (torch.cat([piece.rows.inputs for piece in pieces]),) if self.place.stage == 0 else ()
         numbers = torch.arange(len(pieces)) if self.place.stage == self.layout.pipeline - 1 else None
-        with part("forward and backward"), autocast(self.ranks.device, lesson.precision):
+        cut_logits = loss_parallel() if self.layout.tensor > 1 else nullcontext()
+        with part("forward and backward"), autocast(self.ranks.device, lesson.precision), cut_logits:
             if learn:
                 schedule.step(*inputs, target=numbers, losses=losses, return_outputs=False)
             else:
@@ -147,7 +156,8 @@ class Pipeline(Strategy):
     def _loss(self, outputs: Tensor, number: Tensor) -> Tensor:
         """Return what the piece with this `number`, of those under way, adds to the loss."""
         piece = self._pieces[int(number)]
-        return self._lesson.loss(outputs, piece.rows) * (piece.share * self.layout.learners * self._lesson.scale)
+        loss = plain_loss(self._lesson.loss(outputs, piece.rows))
+        return loss * (piece.share * self.layout.learners * self._lesson.scale)
 
     def _schedule(self, pieces: int, rows: int, *, learn: bool) -> Any:
         """Return the schedule for `pieces` of so many rows; made once, as the first step of one settles what its messages hold."""
@@ -168,7 +178,7 @@ class Pipeline(Strategy):
         """Average the gradients of the copies of each part, in one message; FSDP2 has done so where it is in use."""
         if self.layout.copies == 1 or self.layout.shard > 1:
             return
-        grads = [one.grad for one in self._here.parameters() if one.grad is not None]
+        grads = [local_part(one.grad) for one in self._here.parameters() if one.grad is not None]
         flat = torch.cat([grad.flatten() for grad in grads])
         dist.all_reduce(flat, group=self._mesh.get_group("data"))
         flat /= self.layout.copies
@@ -233,21 +243,17 @@ class Pipeline(Strategy):
 
     def _shown(self, name: str, here: Tensor | None, shape: torch.Size, dtype: torch.dtype) -> Tensor:
         """Return a tensor as one of all ranks that have it: `here`, or one without an element on this rank."""
-        if name == _EMBEDDING and self._here.settings.tied:
-            ranks = torch.stack([self._ranks_of(0), self._ranks_of(self.layout.pipeline - 1)])
-            sizes = here.device_mesh.shape if isinstance(here, DTensor) else ranks.shape[1:]
-            return shown(here, shape, dtype, mesh=self._mesh_of(ranks.view(2, *sizes)))
-        if isinstance(here, DTensor):
-            return here
-        return shown(here, shape, dtype, mesh=self._mesh_of(self._ranks_of(self._owner[name])))
+        both = name == _EMBEDDING and self._here.settings.tied
+        stages = [0, self.layout.pipeline - 1] if both else [self._owner[name]]
+        ranks = torch.stack([self._ranks_of(stage) for stage in stages])
+        cut = here.device_mesh.shape if isinstance(here, DTensor) else ()  # The others have copies.
+        mesh = DeviceMesh(self.ranks.device.type, ranks.view(len(stages), -1, *cut), _init_backend=False)
+        return shown(here, shape, dtype, mesh=mesh)
 
     def _ranks_of(self, stage: int) -> Tensor:
         """Return the ranks that have the parts of `stage`."""
         size = self.layout.world // self.layout.pipeline
         return torch.arange(stage * size, (stage + 1) * size)
-
-    def _mesh_of(self, ranks: Tensor) -> DeviceMesh:
-        return DeviceMesh(self.ranks.device.type, ranks, _init_backend=False)
 
 
 def _part_of(name: str, size: int, parts: int) -> int:

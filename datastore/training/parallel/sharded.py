@@ -44,7 +44,7 @@ from datastore.training.parallel.sync.attach import averager, hook_shards, rests
 from datastore.training.parallel.sync.feedback import Feedback
 from datastore.training.run.profile import part
 
-__all__ = ["Planned", "Sharded", "mesh_of", "shard_blocks", "share_weights"]
+__all__ = ["Planned", "Sharded", "cut_matrices", "mesh_of", "plain_loss", "shard_blocks", "share_weights"]
 
 
 def mesh_of(layout: Layout, device: torch.device) -> DeviceMesh:
@@ -87,6 +87,43 @@ class Planned(Protocol):
         ...
 
 
+def cut_matrices(model: nn.Module, mesh: DeviceMesh) -> None:
+    """Spread the matrices of `model` over `mesh`, as its plan says.
+
+    Raises:
+        ConfigError: there is no plan for it, or the plan leaves a parameter out.
+    """
+    if isinstance(model, GPT):
+        plan = _plan(model)
+        replaced = [
+            name for name in plan if name.endswith("_proj") and not isinstance(model.get_submodule(name), nn.Linear)
+        ]
+        if replaced:
+            raise ConfigError(
+                "a hook has put layers into the model that tensor parallelism cannot cut",
+                layers=replaced[:8],
+                hint="Use parallel.data and parallel.shard, or leave the hook out.",
+            )
+        parallelize_module(model, mesh, plan)
+        # The output layer may be the embedding, so it has no plan of its own: it meets whole rows of the last norm.
+        model.model.norm.register_forward_hook(lambda _norm, _inputs, x: x.redistribute(placements=[Replicate()]))
+    elif isinstance(model, Planned):
+        parallelize_module(model, mesh, model.tensor_plan())
+    else:
+        raise ConfigError(
+            "there is no plan for cutting the matrices of this model",
+            model=type(model).__name__,
+            hint="Give it a method tensor_plan() that returns one for parallelize_module, or use parallel.shard.",
+        )
+    plain = [name for name, one in model.named_parameters() if not isinstance(one, DTensor)]
+    if plain:
+        raise ConfigError(
+            "the plan of this model leaves parameters out",
+            parameters=plain[:8],
+            hint="Name their modules in tensor_plan(), or use parallel.shard.",
+        )
+
+
 class Sharded(Strategy):
     """Parameters as DTensors."""
 
@@ -95,7 +132,7 @@ class Sharded(Strategy):
         mesh = mesh_of(self.layout, self.ranks.device)
         share_weights(model)
         if self.layout.tensor > 1:
-            self._cut(model, mesh["tensor"])
+            cut_matrices(model, mesh["tensor"])
         if self.layout.learners > 1:
             shard_blocks(model, mesh, self.layout)
         self._mean = averager(self.sync, self.ranks.world)
@@ -104,38 +141,6 @@ class Sharded(Strategy):
             hook_shards(model, self._mean)
         self._model = model
         return model
-
-    def _cut(self, model: nn.Module, mesh: DeviceMesh) -> None:
-        """Spread the matrices of `model` over `mesh`, as its plan says."""
-        if isinstance(model, GPT):
-            plan = _plan(model)
-            replaced = [
-                name for name in plan if name.endswith("_proj") and not isinstance(model.get_submodule(name), nn.Linear)
-            ]
-            if replaced:
-                raise ConfigError(
-                    "a hook has put layers into the model that tensor parallelism cannot cut",
-                    layers=replaced[:8],
-                    hint="Use parallel.data and parallel.shard, or leave the hook out.",
-                )
-            parallelize_module(model, mesh, plan)
-            # The output layer may be the embedding, so it has no plan of its own: it meets whole rows of the last norm.
-            model.model.norm.register_forward_hook(lambda _norm, _inputs, x: x.redistribute(placements=[Replicate()]))
-        elif isinstance(model, Planned):
-            parallelize_module(model, mesh, model.tensor_plan())
-        else:
-            raise ConfigError(
-                "there is no plan for cutting the matrices of this model",
-                model=type(model).__name__,
-                hint="Give it a method tensor_plan() that returns one for parallelize_module, or use parallel.shard.",
-            )
-        plain = [name for name, one in model.named_parameters() if not isinstance(one, DTensor)]
-        if plain:
-            raise ConfigError(
-                "the plan of this model leaves parameters out",
-                parameters=plain[:8],
-                hint="Name their modules in tensor_plan(), or use parallel.shard.",
-            )
 
     @override
     def backward(self, pieces: Sequence[Piece], lesson: Lesson) -> Tensor:
@@ -147,7 +152,7 @@ class Sharded(Strategy):
                 loss = self._loss(piece.rows, lesson)
                 with part("backward"):
                     (loss * (piece.share * self.layout.learners * lesson.scale)).backward()  # type: ignore[no-untyped-call]
-            total += _plain(loss.detach()) * piece.share
+            total += plain_loss(loss.detach()) * piece.share
         settle_partial(self._model.parameters())
         return total if self.place.tensor == 0 else total * 0.0
 
@@ -165,7 +170,7 @@ class Sharded(Strategy):
     def evaluate(self, rows: MicroBatch, lesson: Lesson, *, size: int) -> Tensor:
         rows = self.seen(rows)
         with self._cut_logits(lesson):
-            loss = _plain(self._loss(rows, lesson))
+            loss = plain_loss(self._loss(rows, lesson))
         return self.joined(loss, rows)
 
     @override
@@ -191,7 +196,8 @@ def _knows_parts(lesson: Lesson) -> bool:
     return type(lesson.objective) is Causal and not lesson.hooks
 
 
-def _plain(loss: Tensor) -> Tensor:
+def plain_loss(loss: Tensor) -> Tensor:
+    """Return `loss` as a tensor of this rank alone."""
     return loss.full_tensor() if isinstance(loss, DTensor) else loss
 
 

@@ -32,6 +32,7 @@ _MAY_CHANGE = (
     "train.compile",
     "train.deterministic",
     "train.device",
+    "train.fp8_scales",
     "train.micro_batch",
     "train.precision",
     "train.recompute",

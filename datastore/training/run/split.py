@@ -247,7 +247,7 @@ def mix_split(datasets: Mapping[str, Dataset], *, data: DataSettings, validation
         return Split(Mixture(training), held_back)
     mixture = Mixture(
         training,
-        data.weights(),
+        {name: one.weight for name, one in data.sources.items() if one.weight is not None} or None,
         temperature=data.temperature,
         epochs={name: one.epochs for name, one in data.sources.items() if one.epochs is not None},
         stages=[Stage(stage.start, stage.weights) for stage in data.stages],

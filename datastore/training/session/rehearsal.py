@@ -348,7 +348,7 @@ def _read_rate(dataset: Dataset) -> float:
 
 def _compute_rate(device: torch.device, precision: str) -> float:
     """Return how many operations a second this machine does in one large product; of a GPU, what its maker says, if that is known."""
-    known = peak_flops(device)
+    known = peak_flops(device, precision)
     if known is not None:
         return known
     one = torch.ones(_SIDE, _SIDE, device=device)

@@ -97,6 +97,16 @@ def test_settings_that_change_what_is_learned_may_not_change_in_a_run() -> None:
     assert changed_keys(before, after) == ("data.global_batch", "hooks", "loader.lanes", "train.seed")
 
 
+def test_an_objective_that_is_not_named_is_the_default_one() -> None:
+    chunked = {"use": "causal", "chunked": True}
+    assert made(objective={"chunked": True}).objective == chunked
+    set_once = settings_from(Settings, {"data": DATA}, overrides=["objective.chunked=true"], where="run.toml")
+    assert set_once.objective == chunked
+    assert made(objective={"use": "chat"}).objective == {"use": "chat"}
+    with pytest.raises(ConfigError, match="needs use"):
+        made(objective={"use": 3})
+
+
 def test_defaults_of_the_shape_are_resolved() -> None:
     shape = ModelSettings(width=192, heads=6)
     assert (shape.key_heads, shape.inner_width) == (6, 512)
