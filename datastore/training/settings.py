@@ -173,6 +173,9 @@ class OptimSettings(SettingsDocument, frozen=True, kw_only=True):
     use: Literal["adamw", "muon", "sgd"] = "adamw"
     """The update rule, as torch has it. muon moves the matrices within blocks, and AdamW the rest, both by `lr`."""
 
+    init: bool = False
+    """Begin with the moments of the run that `model.init` names, cut as its weights are; false: with none."""
+
     lr: Annotated[float, msgspec.Meta(gt=0)] = 6e-4
     """Peak learning rate."""
 

@@ -22,6 +22,7 @@ from datastore.dataset.snapshot import Dataset
 from datastore.document import Document
 from datastore.errors import ConfigError
 from datastore.host import available_bytes, memory_bytes, resident_bytes
+from datastore.training.export.initial import with_shape
 from datastore.training.hooks.base import make_hooks, training_hooks
 from datastore.training.launcher import Launch
 from datastore.training.machine import flops_per_token, peak_flops, pick_device, precision_of
@@ -30,6 +31,7 @@ from datastore.training.models.huggingface import blocks_of
 from datastore.training.objectives.base import micro_batches
 from datastore.training.objectives.catalog import make_objective
 from datastore.training.optim import inner_matrices
+from datastore.training.parallel.building import check_hooks
 from datastore.training.parallel.layout import Layout, check_model, layout_of
 from datastore.training.parallel.lesson import Lesson, autocast
 from datastore.training.parallel.passes import bytes_of, gathered_bytes, imagined, peak_of
@@ -75,7 +77,7 @@ class Memory(Document, frozen=True, kw_only=True):
     """Blocks of data that do not lie on this machine."""
 
     start_bytes: int
-    """When the model is made, whole on each rank; weights that it begins with beside it."""
+    """When the model is made, whole on each rank; weights and moments that it begins with beside it."""
 
     peak_bytes: int
     """The larger one of all of the step, and of process and start."""
@@ -130,8 +132,11 @@ def rehearse(settings: Settings, run: str, *, launch: Launch, processes: int) ->
         MissingError, ResumeError, StorageError: as `start.train`.
     """
     layout = layout_of(settings, max(launch.world, processes))
+    differs = settings.sync.use in {"parameter_server", "diloco"}
+    check_hooks(make_hooks(settings.hooks, where="settings"), layout, differs=differs)
     here = max(launch.local_world, processes)
     folder = RunFolder.open(run)
+    settings = with_shape(settings, before=folder.config().settings if folder.has_begun() else None)
     config = folder.begin(settings, kept=training_hooks)
     if not settings.model.use:
         shape = msgspec.structs.replace(settings.model, vocab_size=config.vocab_size)
@@ -269,7 +274,7 @@ def _memory(model: _Model, settings: Settings, layout: Layout, *, process: int, 
         activation_bytes=(peak // layout.context + model.others_bytes) // layout.tensor,
         save_bytes=(weights + optimizer) // layout.copies if saves else 0,
         loader_bytes=loader,
-        start_bytes=copies * model.weights_bytes,
+        start_bytes=copies * model.weights_bytes + (bytes_of(model.moments) if settings.optim.init else 0),
         peak_bytes=0,
     )
     step = weights + gathered + trained + optimizer + memory.activation_bytes + memory.save_bytes + loader
