@@ -57,7 +57,14 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def settings(base: Path, hook: dict[str, Any], *overrides: str) -> Settings:
     init = str(base / "base")
     hook = hook | {"teacher": init} if hook["use"] == "distill" else hook
-    fixed = ["train.steps=6", "optim.warmup=0", "optim.floor=1", "optim.lr=0.002", "eval.samples=7", "checkpoint.every=0"]
+    fixed = [
+        "train.steps=6",
+        "optim.warmup=0",
+        "optim.floor=1",
+        "optim.lr=0.002",
+        "eval.samples=7",
+        "checkpoint.every=0",
+    ]
     made = tiny_settings(base / "data", *fixed, *overrides, hooks=(hook,))
     return msgspec.structs.replace(made, model=ModelSettings(init=init))
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from datastore.checkpoint.checkpointer import Checkpointer
-from datastore.errors import ConfigError
+from datastore.errors import ConfigError, ResumeError
 from datastore.storage.resolve import open_storage
 from datastore.testing.examples import make_language, tiny_settings
 from datastore.training.export.export import export, open_model
@@ -45,7 +45,14 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def begun(base: Path, *overrides: str, init: str = "base@10", hooks: tuple[dict[str, Any], ...] = ()) -> Settings:
     """Return settings of a run that begins with the weights and moments of another one."""
-    fixed = ["optim.warmup=0", "optim.floor=1", "eval.every=0", "checkpoint.every=4", "train.steps=3", "optim.init=true"]
+    fixed = [
+        "optim.warmup=0",
+        "optim.floor=1",
+        "eval.every=0",
+        "checkpoint.every=4",
+        "train.steps=3",
+        "optim.init=true",
+    ]
     settings = tiny_settings(base / "data", f"model.init={base / init}", *fixed, *overrides, hooks=hooks)
     return msgspec.structs.replace(settings, model=ModelSettings(init=settings.model.init))
 
@@ -114,36 +121,39 @@ def test_what_a_shrunk_run_keeps_of_a_weight_it_keeps_of_its_moments(base: Path,
     [name if name in {"FSDP2", "tensor"} else pytest.param(name, marks=pytest.mark.slow) for name in LAYOUTS],
 )
 def test_two_ranks_begin_with_the_moments_that_one_process_has(layout: str, base: Path, tmp_path: Path) -> None:
-    shrink = () if layout in {"pipeline", "context"} else (SHRINK,)
-    train(begun(base, hooks=shrink), str(tmp_path / "alone"))
-    train(begun(base, "optim.init=false", hooks=shrink), str(tmp_path / "fresh"))
-    train(begun(base, *LAYOUTS[layout], hooks=shrink), str(tmp_path / "both"), processes=2)
+    train(begun(base, hooks=(SHRINK,)), str(tmp_path / "alone"))
+    train(begun(base, "optim.init=false", hooks=(SHRINK,)), str(tmp_path / "fresh"))
+    train(begun(base, *LAYOUTS[layout], hooks=(SHRINK,)), str(tmp_path / "both"), processes=2)
     apart = [abs(one - other) for one, other in zip(losses(tmp_path / "alone"), losses(tmp_path / "both"), strict=True)]
     assert max(apart) < 1e-5
     assert abs(losses(tmp_path / "alone")[2] - losses(tmp_path / "fresh")[2]) > 1e-3, "moments matter"
 
 
 @pytest.mark.parametrize("layout", ["DDP", pytest.param("FSDP2", marks=pytest.mark.slow)])
-def test_a_shrunk_run_with_moments_has_the_same_bits_after_kills_and_a_stop(
-    layout: str, base: Path, tmp_path: Path
-) -> None:
+def test_a_shrunk_run_with_moments_has_the_same_bits_after_two_kills(layout: str, base: Path, tmp_path: Path) -> None:
     """Killed before its first checkpoint, when it begins with the other run once more, and after it."""
-    fixed = ["faults.restarts=2", *LAYOUTS[layout]]
     for name, kills in (("once", []), ("twice", [2, 6])):
-        (tmp_path / f"{name}.json").write_text(json.dumps(kills))
-        hooks = (SHRINK, {"use": "training_hooks:Kill", "file": str(tmp_path / f"{name}.json")})
-        run = str(tmp_path / name)
-        if name == "once":
-            train(begun(base, *fixed, "train.steps=10", hooks=hooks), run, processes=2)
-            continue
-        train(begun(base, *fixed, "train.steps=8", hooks=hooks), run, processes=2)
-        assert json.loads((tmp_path / "twice.json").read_text()) == []
-        resume(run, overrides=["train.steps=10"], processes=2)
-    once, twice = saved(tmp_path / "once", step=10), saved(tmp_path / "twice", step=10)
+        file = tmp_path / f"{name}.json"
+        file.write_text(json.dumps(kills))
+        hooks = (SHRINK, {"use": "training_hooks:Kill", "file": str(file)})
+        wanted = begun(base, *LAYOUTS[layout], "faults.restarts=2", "train.steps=8", hooks=hooks)
+        train(wanted, str(tmp_path / name), processes=2)
+        assert json.loads(file.read_text()) == []
+    once, twice = (saved(tmp_path / name, step=8) for name in ("once", "twice"))
     assert all(torch.equal(one, twice[name][key]) for name, kept in once.items() for key, one in kept.items())
-    assert {float(one["step"]) for one in once.values()} == {20.0}
+    assert {float(one["step"]) for one in once.values()} == {18.0}
     shape = RunFolder.open(str(tmp_path / "once")).config().settings.model
     assert (shape.layers, shape.width, shape.mlp_width) == (2, 16, 48)
+
+
+def test_a_run_that_began_with_moments_goes_on_with_its_own(base: Path, tmp_path: Path) -> None:
+    once, twice = tmp_path / "once", tmp_path / "twice"
+    train(begun(base, "train.steps=6", hooks=(SHRINK,)), str(once))
+    train(begun(base, "train.steps=2", hooks=(SHRINK,)), str(twice))
+    with pytest.raises(ResumeError, match=r"optim\.init"):
+        resume(str(twice), overrides=["train.steps=6", "optim.init=false"])
+    resume(str(twice), overrides=["train.steps=6"])
+    assert losses(once) == losses(twice)
 
 
 def test_a_fork_begins_with_moments_only_if_it_is_told(base: Path, tmp_path: Path) -> None:

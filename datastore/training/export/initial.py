@@ -1,4 +1,4 @@
-"""What a run begins with, if that is the model of another run or of a Hugging Face folder.
+"""The beginning of a run that has the model of another run, or of a Hugging Face folder.
 
     [model]
     init = "runs/base@8000"

@@ -210,6 +210,12 @@ def leaving(hooks: Mapping[str, Hook]) -> list[Hook]:
 
 def _refuse_disorder(hooks: Mapping[str, Hook]) -> None:
     """Refuse an order in which a hook would undo what one before it has done, or find nothing to work on."""
+    if sum(hook.changes == "bits" for hook in hooks.values()) > 1:
+        raise ConfigError(
+            "hooks can quantize once: the second one would find no layer to quantize",
+            hooks=[*hooks],
+            hint="Leave one of them out.",
+        )
     last, most = "", 0
     for name, hook in hooks.items():
         change = _CHANGES.index(hook.changes)

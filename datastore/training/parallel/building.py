@@ -21,7 +21,7 @@ from datastore.training.run.feed import calibration_rows
 from datastore.training.run.folder import RunConfig
 from datastore.training.run.split import Split
 
-__all__ = ["Beginning", "build_with_hooks", "calibration_of", "check_hooks", "refuse_other_parameters"]
+__all__ = ["DIFFERING", "Beginning", "build_with_hooks", "calibration_of", "check_hooks", "refuse_other_parameters"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,6 +39,9 @@ class Beginning:
 
 
 _ALONE = Beginning()
+
+DIFFERING = {"parameter_server", "diloco"}
+"""Ways of `[sync]` in which ranks have other weights, or other moments, between steps."""
 
 
 def calibration_of(config: RunConfig, split: Split, objective: Objective, device: torch.device) -> Calibration:
@@ -67,13 +70,7 @@ def build_with_hooks(
     settings, ranks = config.settings, strategy.ranks
     hooks = make_hooks(settings.hooks, where="settings")
     check_hooks(hooks, strategy.layout, differs=strategy.differs)
-    model = build_model(config, objective)
-    if beginning.weights is not None:
-        model.load_state_dict(beginning.weights)
-    for hook in hooks.values():
-        model = hook.model(model)
-    if beginning.moments is not None:
-        refuse_other_parameters(beginning.moments, model)
+    model = _whole_model(config, objective, hooks, beginning=beginning)
     model.to(ranks.device)
     objective.start(model)
     if settings.train.recompute:
@@ -99,6 +96,20 @@ def build_with_hooks(
     for hook in hooks.values():
         hook.start(state)
     return state, hooks
+
+
+def _whole_model(
+    config: RunConfig, objective: Objective, hooks: Mapping[str, Hook], *, beginning: Beginning
+) -> nn.Module:
+    """Return the model as the hooks made it, on the CPU."""
+    model = build_model(config, objective)
+    if beginning.weights is not None:
+        model.load_state_dict(beginning.weights)
+    for hook in hooks.values():
+        model = hook.model(model)
+    if beginning.moments is not None:
+        refuse_other_parameters(beginning.moments, model)
+    return model
 
 
 def check_hooks(hooks: Mapping[str, Hook], layout: Layout, *, differs: bool) -> None:
@@ -149,6 +160,6 @@ def _take_moments(state: RunState, moments: Moments) -> None:
     own = named_state(state.model, state.optimizer)
     for name, saved in moments.items():
         for key, tensor in saved.items():
-            tensor = agreed(tensor.to(state.device))
+            shared = agreed(tensor.to(state.device))
             if name in own:
-                overwrite(own[name][key], tensor)
+                overwrite(own[name][key], shared)

@@ -15,7 +15,6 @@ from importlib.metadata import version
 from typing import Any
 
 import msgspec
-from torch import Tensor
 
 from datastore.checkpoint.checkpointer import Checkpointer
 from datastore.checkpoint.keeping import Keep
