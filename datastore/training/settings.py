@@ -1,9 +1,8 @@
 """The settings of a training run: one frozen record per part, read from TOML without loading torch.
 
-    [data] which tokens, in which order, and what is held back for validation; [model] the shape of the GPT
-    [optim] update rule and schedule; [train] steps; [parallel] how ranks share the work; [sync] how they bring their gradients together
-    [checkpoint] [eval] [faults] [metrics] what is kept, looked after and reported; [loader] its memory and threads, and deleted documents
-    [objective] what is learned, and [[hooks]] in the order in which they run: `use` names one, which owns the other keys
+    [data] which tokens, in which order, and what is held back for validation; [model] the shape of the GPT; [optim] update rule, schedule
+    [train] steps; [parallel] how ranks share the work; [sync] how they bring their gradients together; [loader] its memory and threads
+    [checkpoint] [eval] [faults] [metrics] what is kept, looked after and reported; [objective] what is learned, and [[hooks]] in the order in which they run: `use` names one, which owns the other keys
 
 Every value has a default except `data.url`, or `[data.sources.NAME]` where there are several. A value that depends on the machine may be "auto"; the record of the session says what it became.
 """
@@ -166,6 +165,9 @@ class OptimSettings(SettingsDocument, frozen=True, kw_only=True):
 
     use: Literal["adamw", "muon", "sgd"] = "adamw"
     """The update rule, as torch has it. muon moves the matrices within blocks, and AdamW the rest, both by `lr`."""
+
+    init: bool = False
+    """Begin with the moments of the run that `model.init` names, cut as its weights are; false: with none."""
 
     lr: Annotated[float, msgspec.Meta(gt=0)] = 6e-4
     """Peak learning rate."""
@@ -375,5 +377,3 @@ class Settings(SettingsDocument, frozen=True, kw_only=True):
             raise ValueError("loader.epochs cannot be set: training is endless, train.steps ends it")
         if not all(isinstance(one.get("use"), str) for one in (self.objective, *self.hooks, *self.metrics.trackers)):
             raise ValueError('[objective], [[hooks]], [[metrics.trackers]]: each needs use = "name" or "module:Class"')
-        if sum(table["use"] == "quantize" for table in self.hooks) > 1:
-            raise ValueError("hooks can quantize once: the second one would find no layer to quantize")

@@ -137,8 +137,8 @@ def fork(
 ) -> Result:
     """Train another run, `to`, that begins with the weights of `run`: `RUN@STEP`, or `RUN` for its newest checkpoint.
 
-    Its settings are those of `run`, changed by `overrides`. Optimizer, schedule and order begin anew. `processes`, `launch`
-    and `on_progress` are as for `train`.
+    Its settings are those of `run`, changed by `overrides`. Schedule and order begin anew, and so does the optimizer unless
+    they say `optim.init=true`. `processes`, `launch` and `on_progress` are as for `train`.
 
     Raises:
         MissingError: there is no run, or no such step.
@@ -150,6 +150,7 @@ def fork(
 
     settings = msgspec.to_builtins(RunFolder.open(split_reference(run)[0]).config().settings)
     settings["model"] = {"init": run}  # The shape comes with the weights.
+    settings["optim"]["init"] = False
     return train(
         settings_from(Settings, settings, overrides=overrides, where=run),
         to,
@@ -210,6 +211,7 @@ def _inherited(source: str) -> dict[str, Any]:
     if not is_run(folder.storage):
         return {}
     table: dict[str, Any] = msgspec.to_builtins(folder.config().settings)
+    table["optim"]["init"] = False
     return {name: value for name, value in table.items() if name not in {"hooks", "parallel", "sync"}}
 
 

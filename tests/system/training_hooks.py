@@ -220,3 +220,20 @@ class Poison(Hook):
             for parameter in run.model.parameters():
                 if parameter.grad is not None:
                     parameter.grad.mul_(float(self.settings.by))
+
+
+class TellMomentsSettings(Document, frozen=True, kw_only=True):
+    file: str
+
+
+class TellMoments(Hook):
+    """Writes what the optimizer begins with to a file, by parameter."""
+
+    Settings: ClassVar[type[Document]] = TellMomentsSettings
+    takes_parts = True
+
+    @override
+    def start(self, run: RunState) -> None:
+        assert isinstance(self.settings, TellMomentsSettings)
+        found = {name: dict(run.optimizer.state[one]) for name, one in run.model.named_parameters()}
+        torch.save(found, self.settings.file)

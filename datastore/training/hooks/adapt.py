@@ -26,7 +26,6 @@ from typing import Annotated, Any, ClassVar, Literal, cast
 import msgspec
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 from typing_extensions import override
 
 from datastore.document import Document, Positive, SettingsDocument
@@ -85,7 +84,6 @@ class Adapt(Hook):
     """Trains adapters alone. Invariant: a rank that was cut is zero after `updated`, until a later cut lets it grow again."""
 
     Settings: ClassVar[type[Document]] = AdaptSettings
-    takes_parts: ClassVar[bool] = True
     reads_outputs: ClassVar[bool] = False
     changes: ClassVar[Any] = "weights"
 
@@ -97,6 +95,13 @@ class Adapt(Hook):
         self._allocator: Any = None
         self._state: dict[str, dict[str, Tensor]] = {}
         self._gradients: dict[str, Tensor] = {}
+
+    @classmethod
+    @override
+    def layouts(cls, settings: Document) -> frozenset[str]:
+        assert isinstance(settings, AdaptSettings)
+        # adalora compares whole matrices.
+        return frozenset({"context"} if settings.method == "adalora" else {"shard", "context"})
 
     @override
     def model(self, model: nn.Module) -> nn.Module:
@@ -138,11 +143,6 @@ class Adapt(Hook):
         if self._settings.method != "adalora":
             return
         trained = self._trained(run.model)
-        if any(isinstance(parameter, DTensor) for parameter in trained.values()):
-            raise ConfigError(
-                "adalora compares whole matrices, and a rank has parts of them",
-                hint='Use parallel.data alone, or method = "lora".',
-            )
         self._allocator = self._tuner.rankallocator
         config = self._allocator.peft_config
         config.total_step, config.tinit, config.tfinal = run.steps, run.steps // 10, run.steps * 3 // 10

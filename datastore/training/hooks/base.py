@@ -5,6 +5,7 @@ what it needs. The loop knows none of them.
 
     shape       the shape that `model.init` names        say another one
     initial     with the weights that `model.init` names cut them, before the first step only
+    moments     after that, with `optim.init`            cut the moments of those weights likewise
     model       built, before parallelism                replace or wrap modules
     start       parallel, optimizer made                 remember parameters, make all state it will ever save
     loss        after the objective                      add a term
@@ -20,7 +21,7 @@ in `gradients` and `updated` only: before those, a checkpoint of the step before
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -32,7 +33,10 @@ from datastore.training.hooks.calibration import Calibration
 from datastore.training.objectives.base import MicroBatch
 from datastore.training.settings import ModelSettings
 
-__all__ = ["Hook", "HookSet", "RunState", "find_hook", "leaving", "make_hooks", "refuse_whole", "training_hooks"]
+__all__ = ["Hook", "HookSet", "Moments", "RunState", "acting", "find_hook", "leaving", "make_hooks", "training_hooks"]
+
+Moments: TypeAlias = Mapping[str, Mapping[str, Tensor]]
+"""What an optimizer keeps, as a checkpoint holds it: of each parameter by name tensors of its shape, and counts of steps."""
 
 _OURS = {
     "adapt": "datastore.training.hooks.adapt:Adapt",
@@ -88,7 +92,7 @@ class Hook:
     """Of a hook with a `loss` of its own: whether that looks at the outputs of the model."""
 
     takes_parts: ClassVar[bool] = False
-    """Whether parameters may be DTensors, of which this rank has a part only; if not, it trains with `parallel.data` only."""
+    """Whether parameters may be DTensors, of which this rank has a part only: what `layouts` returns unless it is overridden."""
 
     def __init__(self, settings: Document) -> None:
         self.settings = settings
@@ -98,6 +102,11 @@ class Hook:
         """Return whether a hook with these settings has a part in training; where that depends on them, override this."""
         return cls.trains
 
+    @classmethod
+    def layouts(cls, settings: Document) -> frozenset[str]:  # noqa: ARG003 - so here
+        """Return which sizes of `[parallel]` may be above 1 where it trains, besides `data`: "shard", "tensor", "context"."""
+        return frozenset({"shard", "tensor"} if cls.takes_parts else ())
+
     def shape(self, before: ModelSettings) -> ModelSettings:
         """Return the shape that the run's model gets, if the one that `model.init` names has the shape `before`."""
         return before
@@ -105,6 +114,20 @@ class Hook:
     def initial(self, model: nn.Module, calibration: Calibration) -> nn.Module:  # noqa: ARG002 - the protocol
         """Return what becomes of the whole model with the weights that a new run begins with; it must have the shape that was said."""
         return model
+
+    def moments(self, before: Moments) -> Moments:
+        """Return what becomes of the moments of the weights that `initial` was given.
+
+        Raises:
+            ConfigError: the hook cuts weights, and cannot cut these.
+        """
+        if type(self).initial is not Hook.initial:
+            raise ConfigError(
+                "a hook cuts the weights to begin with, and not the optimizer's moments",
+                hook=type(self).__name__,
+                hint="Leave out `optim.init`, or give the hook a method `moments`.",
+            )
+        return before
 
     def model(self, model: nn.Module) -> nn.Module:
         """Replace or wrap modules of a model that was just built; return the model to train."""
@@ -187,6 +210,12 @@ def leaving(hooks: Mapping[str, Hook]) -> list[Hook]:
 
 def _refuse_disorder(hooks: Mapping[str, Hook]) -> None:
     """Refuse an order in which a hook would undo what one before it has done, or find nothing to work on."""
+    if sum(hook.changes == "bits" for hook in hooks.values()) > 1:
+        raise ConfigError(
+            "hooks can quantize once: the second one would find no layer to quantize",
+            hooks=[*hooks],
+            hint="Leave one of them out.",
+        )
     last, most = "", 0
     for name, hook in hooks.items():
         change = _CHANGES.index(hook.changes)
@@ -201,24 +230,15 @@ def _refuse_disorder(hooks: Mapping[str, Hook]) -> None:
             last, most = name, change
 
 
-def refuse_whole(hooks: Mapping[str, Hook], *, all_of_them: bool = False) -> None:
-    """Refuse hooks that train and look at whole parameters, where a rank has parts of them; or all that train, where ranks differ.
-
-    Raises:
-        ConfigError: there is one.
-    """
-    trained = {name: hook for name, hook in hooks.items() if hook.takes_part(hook.settings)}
-    whole = [name for name, hook in trained.items() if all_of_them or not hook.takes_parts]
-    if whole:
-        raise ConfigError(
-            "these hooks need whole parameters, and a rank has parts of them only"
-            if not all_of_them
-            else "these hooks need the same weights and moments on every rank, and ranks differ",
-            hooks=whole,
-            hint="Use parallel.data alone, or say takes_parts = True in a hook that can work on DTensors."
-            if not all_of_them
-            else 'Use sync.use = "all_reduce", or gradients in fewer bytes.',
-        )
+def acting(hooks: Mapping[str, Hook]) -> dict[str, Hook]:
+    """Return those of `hooks` that act while a model trains, rather than before its first step or behind its last one only."""
+    points = ("model", "start", "loss", "gradients", "updated", "state_dict")
+    return {
+        name: hook
+        for name, hook in hooks.items()
+        if hook.takes_part(hook.settings)
+        and any(getattr(type(hook), point) is not getattr(Hook, point) for point in points)
+    }
 
 
 def training_hooks(tables: Sequence[Mapping[str, Any]]) -> dict[str, Mapping[str, Any]]:

@@ -1,6 +1,7 @@
 """A GPT made smaller: fewer layers, a narrower stream, fewer heads, narrower feed-forward parts; what is left keeps its weights.
 
-Each cut looks at the model on calibration rows, drops what matters least there, and returns another GPT with another shape:
+Each cut looks at the model on calibration rows, drops what matters least there, and returns another GPT with another shape, and which
+part of each tensor that is:
 
     layers     one by one the layer without which the loss is least
     width      the same channels of the stream everywhere: those with the least energy behind the norms; norms are rescaled to what is left
@@ -10,29 +11,64 @@ Each cut looks at the model on calibration rows, drops what matters least there,
 Behind heads and channels that are gone the matrix that reads them is solved for anew, so that what it adds to the stream stays as near
 as it can. Nothing is drawn: the same model and rows give the same bits.
 
+The moments of an optimizer are means of gradients, and are cut as gradients are: what is left of a weight is left of them. A gradient is
+that of the outputs times the inputs, so a matrix that was solved for anew has those of its columns; and where a norm is multiplied by
+f its gradient is divided by f, the mean of squares by f^2. Where what goes adds nothing, this is exact.
+
 Source: S. Muralidharan et al., "Minitron", arXiv:2407.14679 (what to cut by which activations, and then to distill).
 """
 
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 
 import msgspec
 import torch
 from torch import Tensor, nn
 
+from datastore.training.hooks.base import Moments
 from datastore.training.hooks.calibration import Calibration, grams, observed
-from datastore.training.models.gpt import GPT, Block
+from datastore.training.models.gpt import GPT
 from datastore.training.settings import ModelSettings
 
-__all__ = ["fewer_channels", "fewer_heads", "fewer_layers", "narrower"]
+__all__ = ["Cut", "fewer_channels", "fewer_heads", "fewer_layers", "narrower"]
 
 _DAMPING = 1e-3
 """Of the mean of the diagonal of X^T X, added to it before a matrix is solved for."""
 
-Take = Callable[[str, Tensor], Tensor]
-"""From the name of a tensor of the smaller model, and that of the larger one, to what is left of it."""
+_POWERS = {"exp_avg": 1, "exp_avg_sq": 2, "momentum_buffer": 1}
+"""Of the gradient, in what an optimizer keeps."""
+
+Part = Callable[[str, Tensor], Tensor]
+"""From the name of a parameter of the smaller model, and a tensor of the shape that it had, to the part that is left."""
 
 
-def fewer_layers(model: GPT, count: int, calibration: Calibration, *, samples: int) -> GPT:
+@dataclass(frozen=True, slots=True)
+class Cut:
+    """A smaller model, and how its parameters came out of those of the larger one."""
+
+    model: GPT
+    part: Part
+    names: Mapping[str, str]
+    """What each parameter was called."""
+
+    factors: Mapping[str, Tensor] = field(default_factory=dict)
+    """What some weights were multiplied by."""
+
+    def moments(self, before: Moments) -> Moments:
+        """Return what is left of an optimizer's state; numbers, such as a count of steps, stay."""
+        return {
+            name: {key: self._left(name, key, tensor) for key, tensor in before[was].items()}
+            for name, was in self.names.items()
+        }
+
+    def _left(self, name: str, key: str, tensor: Tensor) -> Tensor:
+        if not tensor.dim():
+            return tensor
+        part = self.part(name, tensor)
+        return part / self.factors[name].to(part.device) ** _POWERS[key] if name in self.factors else part
+
+
+def fewer_layers(model: GPT, count: int, calibration: Calibration, *, samples: int) -> Cut:
     """Return `model` with `count` of its layers."""
     kept = list(range(model.settings.layers))
     blocks = list(model.model.layers)
@@ -44,12 +80,12 @@ def fewer_layers(model: GPT, count: int, calibration: Calibration, *, samples: i
             losses[layer] = calibration.loss(model, samples)
         kept = without[min(kept, key=lambda layer: losses[layer])]
     model.model.layers = nn.ModuleList(blocks)
-    names = {f"model.layers.{new}.": f"model.layers.{old}." for new, old in enumerate(kept)}
+    prefixes = {f"model.layers.{new}.": f"model.layers.{old}." for new, old in enumerate(kept)}
     shape = msgspec.structs.replace(model.settings, layers=count)
-    return _made(model, shape, lambda _name, tensor: tensor, names=names)
+    return _cut(model, shape, lambda _name, tensor: tensor, prefixes=prefixes)
 
 
-def narrower(model: GPT, width: int, calibration: Calibration, *, samples: int) -> GPT:
+def narrower(model: GPT, width: int, calibration: Calibration, *, samples: int) -> Cut:
     """Return `model` with `width` channels between its layers."""
     norms = {name: module for name, module in model.named_modules() if isinstance(module, nn.RMSNorm)}
     squares: dict[str, Tensor] = {}
@@ -66,25 +102,23 @@ def narrower(model: GPT, width: int, calibration: Calibration, *, samples: int) 
     # A norm divides by the root of the mean square of what it reads, which is another one over other channels.
     factors = {f"{name}.weight": (one[kept].mean() / one.mean()).sqrt().float() for name, one in squares.items()}
 
-    def left(name: str, tensor: Tensor) -> Tensor:
-        if name in factors:
-            return tensor[kept] * factors[name]
-        return tensor[kept] if name.endswith(("o_proj.weight", "down_proj.weight")) else tensor[:, kept]
+    def part(name: str, tensor: Tensor) -> Tensor:
+        writes = name.endswith(("o_proj.weight", "down_proj.weight"))
+        return _chosen(tensor, kept, dim=0 if writes or name in factors else 1)
 
     shape = model.settings
     head_width = 0 if shape.head_size * shape.heads == width else shape.head_size
-    return _made(
-        model, msgspec.structs.replace(shape, width=width, head_width=head_width, mlp_width=shape.inner_width), left
-    )
+    wanted = msgspec.structs.replace(shape, width=width, head_width=head_width, mlp_width=shape.inner_width)
+    return _cut(model, wanted, part, factors=factors)
 
 
-def fewer_heads(model: GPT, heads: int, kv_heads: int, calibration: Calibration, *, samples: int) -> GPT:
+def fewer_heads(model: GPT, heads: int, kv_heads: int, calibration: Calibration, *, samples: int) -> Cut:
     """Return `model` with `kv_heads` groups of heads, and so many queries in each that they are `heads` in all."""
     shape, size = model.settings, model.settings.head_size
     products = grams(model, _linears(model, "self_attn.o_proj"), calibration, count=samples)
     queries: dict[str, Tensor] = {}
     groups: dict[str, Tensor] = {}
-    rows: dict[str, Tensor] = {}
+    solved: dict[str, Tensor] = {}
     for name, product in products.items():
         energy = _energy(model.get_parameter(f"{name}.weight"), product, block=size).view(shape.key_heads, -1)
         best = torch.stack([_largest(one, heads // kv_heads) for one in energy])
@@ -92,39 +126,35 @@ def fewer_heads(model: GPT, heads: int, kv_heads: int, calibration: Calibration,
         query = (best[group] + group.unsqueeze(1) * energy.shape[1]).flatten()
         layer = name.removesuffix("o_proj")
         queries[layer], groups[layer] = _spread(query, size), _spread(group, size)
-        rows[f"{name}.weight"] = _made_up(model.get_parameter(f"{name}.weight"), product, queries[layer])
+        solved[f"{name}.weight"] = _made_up(model.get_parameter(f"{name}.weight"), product, queries[layer])
 
-    def left(name: str, tensor: Tensor) -> Tensor:
+    def part(name: str, tensor: Tensor) -> Tensor:
         layer = name.rpartition(".weight")[0].rpartition(".")[0] + "."
-        if name in rows:
-            return rows[name]
-        if name.endswith("q_proj.weight"):
-            return tensor[queries[layer]]
-        return tensor[groups[layer]] if name.endswith(("k_proj.weight", "v_proj.weight")) else tensor
+        if name.endswith(("q_proj.weight", "o_proj.weight")):
+            return _chosen(tensor, queries[layer], dim=1 if name in solved else 0)
+        return _chosen(tensor, groups[layer], dim=0) if name.endswith(("k_proj.weight", "v_proj.weight")) else tensor
 
     head_width = 0 if size * heads == shape.width else size
     wanted = msgspec.structs.replace(shape, heads=heads, kv_heads=kv_heads, head_width=head_width)
-    return _made(model, wanted, left)
+    return _cut(model, wanted, part, solved=solved)
 
 
-def fewer_channels(model: GPT, width: int, calibration: Calibration, *, samples: int) -> GPT:
+def fewer_channels(model: GPT, width: int, calibration: Calibration, *, samples: int) -> Cut:
     """Return `model` with `width` channels in each feed-forward part."""
     products = grams(model, _linears(model, "mlp.down_proj"), calibration, count=samples)
     kept: dict[str, Tensor] = {}
-    rows: dict[str, Tensor] = {}
+    solved: dict[str, Tensor] = {}
     for name, product in products.items():
         weight = model.get_parameter(f"{name}.weight")
-        part = name.removesuffix("down_proj")
-        kept[part] = _largest(_energy(weight, product, block=1), width)
-        rows[f"{name}.weight"] = _made_up(weight, product, kept[part])
+        mlp = name.removesuffix("down_proj")
+        kept[mlp] = _largest(_energy(weight, product, block=1), width)
+        solved[f"{name}.weight"] = _made_up(weight, product, kept[mlp])
 
-    def left(name: str, tensor: Tensor) -> Tensor:
-        if name in rows:
-            return rows[name]
-        part = name.partition("mlp.")[0] + "mlp."
-        return tensor[kept[part]] if name.endswith(("gate_proj.weight", "up_proj.weight")) else tensor
+    def part(name: str, tensor: Tensor) -> Tensor:
+        mlp = name.partition("mlp.")[0] + "mlp."
+        return _chosen(tensor, kept[mlp], dim=1 if name in solved else 0) if mlp in kept else tensor
 
-    return _made(model, msgspec.structs.replace(model.settings, mlp_width=width), left)
+    return _cut(model, msgspec.structs.replace(model.settings, mlp_width=width), part, solved=solved)
 
 
 def _linears(model: nn.Module, ending: str) -> dict[str, nn.Linear]:
@@ -162,16 +192,33 @@ def _made_up(weight: Tensor, product: Tensor, kept: Tensor) -> Tensor:
     return torch.cholesky_solve(wanted, torch.linalg.cholesky(damped)).T.to(weight.dtype).contiguous()
 
 
-def _made(model: GPT, shape: ModelSettings, left: Take, *, names: Mapping[str, str] | None = None) -> GPT:
-    """Return a GPT of `shape` with what is `left` of the tensors of `model`; `names` are prefixes, in the new one and the old one."""
+def _chosen(tensor: Tensor, places: Tensor, *, dim: int) -> Tensor:
+    return tensor.index_select(dim, places.to(tensor.device))
+
+
+def _cut(
+    model: GPT,
+    shape: ModelSettings,
+    part: Part,
+    *,
+    prefixes: Mapping[str, str] | None = None,
+    factors: Mapping[str, Tensor] | None = None,
+    solved: Mapping[str, Tensor] | None = None,
+) -> Cut:
+    """Return a GPT of `shape` with a `part` of each tensor of `model`, multiplied by `factors`, or what was `solved` for instead.
+
+    `prefixes` are those of names, in the new one and the old one.
+    """
+    factors, solved = factors or {}, solved or {}
     made = GPT(shape, causal=model.causal).to(next(model.parameters()).device)
     old = dict(model.named_parameters())
+    names = {name: _old_name(name, prefixes or {}) for name, _ in made.named_parameters()}
     with torch.no_grad():
         for name, parameter in made.named_parameters():
-            source = next(
-                (name.replace(new, was, 1) for new, was in (names or {}).items() if name.startswith(new)), name
-            )
-            parameter.copy_(left(name, old[source].detach()))
-    for block in made.model.layers:
-        assert isinstance(block, Block)
-    return made
+            left = solved[name] if name in solved else part(name, old[names[name]].detach())
+            parameter.copy_(left * factors[name] if name in factors else left)
+    return Cut(made, part, names, factors)
+
+
+def _old_name(name: str, prefixes: Mapping[str, str]) -> str:
+    return next((name.replace(new, was, 1) for new, was in prefixes.items() if name.startswith(new)), name)

@@ -81,7 +81,7 @@ class Distill(Hook):
     """Holds a frozen teacher, or none if it is in the data."""
 
     Settings: ClassVar[type[Document]] = DistillSettings
-    takes_parts: ClassVar[bool] = True
+    takes_parts: ClassVar[bool] = True  # Not slices: a teacher reads whole sequences.
 
     def __init__(self, settings: DistillSettings) -> None:
         super().__init__(settings)

@@ -37,7 +37,6 @@ class Ema(Hook):
     """Keeps the average of each trainable parameter, laid out as it is; tied ones once."""
 
     Settings: ClassVar[type[Document]] = EmaSettings
-    takes_parts: ClassVar[bool] = True
     changes: ClassVar[Any] = "weights"
 
     def __init__(self, settings: EmaSettings) -> None:
@@ -45,6 +44,11 @@ class Ema(Hook):
         self._settings = settings
         self._means: dict[str, Tensor] = {}
         self._parameters: dict[str, nn.Parameter] = {}
+
+    @classmethod
+    @override
+    def layouts(cls, settings: Document) -> frozenset[str]:
+        return frozenset({"shard", "tensor", "context"})
 
     @override
     def start(self, run: RunState) -> None:

@@ -110,7 +110,6 @@ class Prune(Hook):
     """Keeps a mask for each matrix. Invariant: after `updated`, weights and moments are zero where the mask is False."""
 
     Settings: ClassVar[type[Document]] = PruneSettings
-    takes_parts: ClassVar[bool] = True
     changes: ClassVar[Any] = "weights"
 
     def __init__(self, settings: PruneSettings) -> None:
@@ -123,6 +122,13 @@ class Prune(Hook):
         self._grown: dict[str, Tensor] = {}
         self._stop = settings.stop
         self._kept: dict[str, int] = {}
+
+    @classmethod
+    @override
+    def layouts(cls, settings: Document) -> frozenset[str]:
+        assert isinstance(settings, PruneSettings)
+        measures = settings.method in {"wanda", "reconstruct"}  # What layers read of whole sequences.
+        return frozenset({"shard", "tensor"} if measures else {"shard", "tensor", "context"})
 
     @override
     def start(self, run: RunState) -> None:

@@ -9,7 +9,6 @@ from typing import Any, ClassVar
 
 import torch
 from torch import nn
-from torch.distributed.tensor import DTensor
 from typing_extensions import override
 
 from datastore.document import Document
@@ -42,7 +41,6 @@ class Quantize(Hook):
     Settings: ClassVar[type[Document]] = QuantizeSettings
     trains: ClassVar[bool] = False
     changes: ClassVar[Any] = "bits"
-    takes_parts: ClassVar[bool] = True
 
     def __init__(self, settings: QuantizeSettings) -> None:
         super().__init__(settings)
@@ -57,6 +55,11 @@ class Quantize(Hook):
     def takes_part(cls, settings: Document) -> bool:
         assert isinstance(settings, QuantizeSettings)
         return settings.qat_from is not None
+
+    @classmethod
+    @override
+    def layouts(cls, settings: Document) -> frozenset[str]:
+        return frozenset({"shard", "context"})  # Rounding needs whole rows.
 
     @override
     def model(self, model: nn.Module) -> nn.Module:
@@ -86,13 +89,6 @@ class Quantize(Hook):
         if settings.qat_from is None:
             return
         self._rounded = [one for one in run.model.modules() if isinstance(one, Rounded)]
-        cut = [name for name, one in run.model.named_parameters() if isinstance(one, DTensor) and _by_tensor(one)]
-        if cut:
-            raise ConfigError(
-                "training that rounds needs whole rows of a matrix",
-                parameters=cut[:4],
-                hint="Use parallel.data and parallel.shard, and parallel.tensor = 1.",
-            )
         if settings.qat_from >= run.steps:
             raise ConfigError("rounding begins after the last step", qat_from=settings.qat_from, steps=run.steps)
         self._set(active=settings.qat_from <= run.step)
@@ -230,7 +226,3 @@ def _refuse_training_with(settings: QuantizeSettings) -> None:
 
 def _shapes(layers: Layers) -> dict[str, tuple[int, int]]:
     return {name: (layer.weight.shape[0], layer.weight.shape[1]) for name, layer in layers.items()}
-
-
-def _by_tensor(parameter: DTensor) -> bool:
-    return "tensor" in (parameter.device_mesh.mesh_dim_names or ())

@@ -66,12 +66,16 @@ class Share(Hook):
     """Replaces linear layers when the model is built, and folds them when it leaves training."""
 
     Settings: ClassVar[type[Document]] = ShareSettings
-    takes_parts: ClassVar[bool] = True
     changes: ClassVar[Any] = "shape"
 
     def __init__(self, settings: ShareSettings) -> None:
         super().__init__(settings)
         self._settings = settings
+
+    @classmethod
+    @override
+    def layouts(cls, settings: Document) -> frozenset[str]:
+        return frozenset({"shard", "context"})
 
     @override
     @torch.no_grad()

@@ -3,8 +3,8 @@
 It happens once, before the model is distributed and its optimizer is made: so weights, gradients and moments have the new shape from
 the first step on, on any layout, and the run's own settings say it. Whatever reads a run (a resume, an export, another run's
 `model.init`) needs to know nothing of this hook. To shrink in the middle of a training, stop, and go on in another run that begins with
-this one's weights; the optimizer begins anew. The price is that a run cannot shrink twice, and the gain that no rank ever has to
-be rebuilt.
+this one's weights, and with `optim.init` its moments, cut as the weights are. The price is that a run cannot shrink twice, and the gain
+that no rank ever has to be rebuilt.
 """
 
 from typing import Any, ClassVar
@@ -15,9 +15,9 @@ from typing_extensions import override
 
 from datastore.document import Count, Document, Positive, SettingsDocument
 from datastore.errors import ConfigError
-from datastore.training.hooks.base import Hook
+from datastore.training.hooks.base import Hook, Moments
 from datastore.training.hooks.calibration import Calibration
-from datastore.training.hooks.cuts import fewer_channels, fewer_heads, fewer_layers, narrower
+from datastore.training.hooks.cuts import Cut, fewer_channels, fewer_heads, fewer_layers, narrower
 from datastore.training.models.gpt import GPT
 from datastore.training.settings import ModelSettings
 
@@ -50,12 +50,13 @@ class Shrink(Hook):
     """Cuts the weights that a run begins with."""
 
     Settings: ClassVar[type[Document]] = ShrinkSettings
-    takes_parts: ClassVar[bool] = True
     changes: ClassVar[Any] = "shape"
 
     def __init__(self, settings: ShrinkSettings) -> None:
         super().__init__(settings)
         self._settings = settings
+        self._cuts: list[Cut] = []
+        """Those of `initial`, in order."""
 
     @override
     def shape(self, before: ModelSettings) -> ModelSettings:
@@ -96,13 +97,24 @@ class Shrink(Hook):
             raise ConfigError("only our GPT can be shrunk", model=type(model).__name__, hint="Leave the hook out.")
         samples = self._settings.samples
         calibration.require(samples)
-        goal = self.shape(model.settings)
-        if goal.layers < model.settings.layers:
-            model = fewer_layers(model, goal.layers, calibration, samples=samples)
-        if goal.width < model.settings.width:
-            model = narrower(model, goal.width, calibration, samples=samples)
-        if (goal.heads, goal.key_heads) != (model.settings.heads, model.settings.key_heads):
-            model = fewer_heads(model, goal.heads, goal.key_heads, calibration, samples=samples)
-        if goal.mlp_width < model.settings.inner_width:
-            model = fewer_channels(model, goal.mlp_width, calibration, samples=samples)
+        before, goal = model.settings, self.shape(model.settings)
+        self._cuts = []
+        if goal.layers < before.layers:
+            model = self._cut(fewer_layers(model, goal.layers, calibration, samples=samples))
+        if goal.width < before.width:
+            model = self._cut(narrower(model, goal.width, calibration, samples=samples))
+        if (goal.heads, goal.key_heads) != (before.heads, before.key_heads):
+            model = self._cut(fewer_heads(model, goal.heads, goal.key_heads, calibration, samples=samples))
+        if goal.mlp_width < before.inner_width:
+            model = self._cut(fewer_channels(model, goal.mlp_width, calibration, samples=samples))
         return model
+
+    def _cut(self, cut: Cut) -> GPT:
+        self._cuts.append(cut)
+        return cut.model
+
+    @override
+    def moments(self, before: Moments) -> Moments:
+        for cut in self._cuts:
+            before = cut.moments(before)
+        return before

@@ -221,7 +221,6 @@ def _check_slices(settings: Settings, layout: Layout) -> None:
     others = {
         "model": settings.model.use,
         "objective": settings.objective["use"] not in {"causal", "chat"} and settings.objective["use"],
-        "hooks": [table["use"] for table in settings.hooks],
     }
     unfit = {name: value for name, value in others.items() if value}
     if unfit:
@@ -229,7 +228,7 @@ def _check_slices(settings: Settings, layout: Layout) -> None:
             "a sequence cannot be shared between ranks here",
             context=layout.context,
             **unfit,
-            hint="Use parallel.context with our GPT, which learns each next token, without these; or leave it at 1.",
+            hint="Use parallel.context with our GPT, which learns each next token, or leave it at 1.",
         )
 
 

@@ -201,12 +201,11 @@ class Pipeline(Strategy):
 
     @override
     def probe(self, model: nn.Module, lesson: Lesson, rows: MicroBatch) -> tuple[Tensor, dict[str, Tensor | None]]:
-        if type(lesson.objective) is not Causal or lesson.hooks:
+        if type(lesson.objective) is not Causal:
             raise ConfigError(
-                "a pipeline runs our objective without hooks only",
+                "a pipeline runs our objective only",
                 objective=type(lesson.objective).__name__,
-                hooks=sorted(lesson.hooks),
-                hint='Set objective.use = "causal" without [[hooks]], or use parallel.data or parallel.shard.',
+                hint='Set objective.use = "causal", or use parallel.data or parallel.shard.',
             )
         return super().probe(model, lesson, rows)
 

@@ -32,6 +32,7 @@ from torch.distributed.tensor.parallel.style import ParallelStyle
 from typing_extensions import override
 
 from datastore.errors import ConfigError
+from datastore.training.hooks.base import Hook
 from datastore.training.models.gpt import GPT
 from datastore.training.models.huggingface import units_of
 from datastore.training.objectives.base import MicroBatch
@@ -193,7 +194,7 @@ class Sharded(Strategy):
 
 def _knows_parts(lesson: Lesson) -> bool:
     """Whether the loss is our cross-entropy alone: any other may look at all logits of a token."""
-    return type(lesson.objective) is Causal and not lesson.hooks
+    return type(lesson.objective) is Causal and all(type(hook).loss is Hook.loss for hook in lesson.hooks.values())
 
 
 def plain_loss(loss: Tensor) -> Tensor:

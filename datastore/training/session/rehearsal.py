@@ -1,8 +1,7 @@
 """A rehearsal of a run: what it would need of memory, disk and time, found without writing, and without holding the model.
 
-Memory is that of the rank which has most, in the two moments that count: when the model is made whole, before ranks take it
-apart, and in a step. The passes of a step run on tensors without numbers (see `passes`), on all layers; what a rank of a
-pipeline, or of `tensor`, has of them is taken to be its share.
+Memory is that of the rank which has most, in the two moments that count: when the model is made whole, before ranks take it apart, and
+in a step. Its passes run on tensors without numbers, on all layers; what a rank of a pipeline, or of `tensor`, has is taken to be its share.
 
 Times are the least that they can be: of reading, at the rate at which one block was just read; of computing, at the rate of one
 large product of matrices. What hooks keep, and what a device's library takes for itself, is not counted.
@@ -22,6 +21,7 @@ from datastore.dataset.snapshot import Dataset
 from datastore.document import Document
 from datastore.errors import ConfigError
 from datastore.host import available_bytes, memory_bytes, resident_bytes
+from datastore.training.export.initial import with_shape
 from datastore.training.hooks.base import make_hooks, training_hooks
 from datastore.training.launcher import Launch
 from datastore.training.machine import flops_per_token, peak_flops, pick_device, precision_of
@@ -30,6 +30,7 @@ from datastore.training.models.huggingface import blocks_of
 from datastore.training.objectives.base import micro_batches
 from datastore.training.objectives.catalog import make_objective
 from datastore.training.optim import inner_matrices
+from datastore.training.parallel.building import DIFFERING, check_hooks
 from datastore.training.parallel.layout import Layout, check_model, layout_of
 from datastore.training.parallel.lesson import Lesson, autocast
 from datastore.training.parallel.passes import bytes_of, gathered_bytes, imagined, peak_of
@@ -75,7 +76,7 @@ class Memory(Document, frozen=True, kw_only=True):
     """Blocks of data that do not lie on this machine."""
 
     start_bytes: int
-    """When the model is made, whole on each rank; weights that it begins with beside it."""
+    """When the model is made, whole on each rank; weights and moments that it begins with beside it."""
 
     peak_bytes: int
     """The larger one of all of the step, and of process and start."""
@@ -130,8 +131,10 @@ def rehearse(settings: Settings, run: str, *, launch: Launch, processes: int) ->
         MissingError, ResumeError, StorageError: as `start.train`.
     """
     layout = layout_of(settings, max(launch.world, processes))
+    check_hooks(make_hooks(settings.hooks, where="settings"), layout, differs=settings.sync.use in DIFFERING)
     here = max(launch.local_world, processes)
     folder = RunFolder.open(run)
+    settings = with_shape(settings, before=folder.config().settings if folder.has_begun() else None)
     config = folder.begin(settings, kept=training_hooks)
     if not settings.model.use:
         shape = msgspec.structs.replace(settings.model, vocab_size=config.vocab_size)
@@ -252,9 +255,8 @@ def _memory(model: _Model, settings: Settings, layout: Layout, *, process: int, 
     cut = layout.tensor * layout.pipeline
     weights, trained = (bytes_of(one, over=layout.shard * cut) for one in (model.weights, model.trained))
     gathered, peak = 0, max(0, model.peak_bytes - model.trained_bytes)
-    if (
-        layout.shard > 1
-    ):  # Weights of some blocks, and their gradients; those of all blocks, if several passes add to them.
+    if layout.shard > 1:
+        # Weights of some blocks, and their gradients; those of all blocks, if several passes add to them.
         gathered = (model.gathered_bytes + (model.gathered_bytes if model.passes == 1 else model.trained_bytes)) // cut
         peak = model.peak_bytes
     optimizer = bytes_of(model.moments, over=layout.shard * cut)
@@ -269,7 +271,7 @@ def _memory(model: _Model, settings: Settings, layout: Layout, *, process: int, 
         activation_bytes=(peak // layout.context + model.others_bytes) // layout.tensor,
         save_bytes=(weights + optimizer) // layout.copies if saves else 0,
         loader_bytes=loader,
-        start_bytes=copies * model.weights_bytes,
+        start_bytes=copies * model.weights_bytes + (bytes_of(model.moments) if settings.optim.init else 0),
         peak_bytes=0,
     )
     step = weights + gathered + trained + optimizer + memory.activation_bytes + memory.save_bytes + loader
@@ -313,13 +315,10 @@ def _work(split: Split, settings: Settings) -> _Work:
     """Return how much is read: of records, the part that their rows are of the dataset."""
     data, totals = settings.data, [one.totals for one in split.datasets]
     samples = settings.train.steps * data.global_batch
-    whole = (
-        split.rows.kept
-        if split.rows is not None
-        else sum(one.tokens for one in totals) * (1 - data.holdout) / data.seq_len
-    )
+    tokens = sum(one.tokens for one in totals) * (1 - data.holdout)
+    whole = max(1.0, tokens / data.seq_len if split.rows is None else split.rows.kept)
     stored = sum(one.size_bytes for one in totals)
-    return _Work(samples * data.seq_len, samples / max(1.0, whole), round(stored * samples / max(1.0, whole)))
+    return _Work(samples * data.seq_len, samples / whole, round(stored * samples / whole))
 
 
 def _checkpoints(settings: Settings) -> int:

@@ -15,7 +15,6 @@ from importlib.metadata import version
 from typing import Any
 
 import msgspec
-from torch import Tensor
 
 from datastore.checkpoint.checkpointer import Checkpointer
 from datastore.checkpoint.keeping import Keep
@@ -24,7 +23,7 @@ from datastore.checkpoint.steps import CheckpointerSettings
 from datastore.document import decode, encode
 from datastore.host import utc_now
 from datastore.loader.settings import Rank
-from datastore.training.export.initial import initial_weights, teacher, with_shape
+from datastore.training.export.initial import initial_state, teacher, with_shape
 from datastore.training.hooks.base import training_hooks
 from datastore.training.launcher import Launch, on_first_signal
 from datastore.training.machine import device_name, pick_device, use_machine
@@ -84,9 +83,10 @@ def run_session(request: SessionRequest, launch: Launch, report: Callable[[Train
         versions = _agree_on_versions(config, ranks)
         split = open_split(config, versions)
         strategy = choose(layout, ranks, config.settings.sync)
-        weights = _weights_to_begin_with(config, folder, split, ranks)
-        beginning = Beginning(weights, partial(teacher, datasets=split.datasets))
-        trainer = Trainer.build(config, split, strategy, machine=machine, beginning=beginning)
+        # Not kept: what a run begins with is as large as the whole model, and more.
+        trainer = Trainer.build(
+            config, split, strategy, machine=machine, beginning=_beginning(config, folder, split, ranks)
+        )
         stack.callback(trainer.loader.close)
         checkpointer = stack.enter_context(_open_checkpointer(config.settings, folder, ranks, session=name))
         supervisor = Supervisor(
@@ -146,16 +146,16 @@ def _config_under(_lock: RunLock, request: SessionRequest, folder: RunFolder) ->
     return folder.again(settings, kept=training_hooks)
 
 
-def _weights_to_begin_with(
-    config: RunConfig, folder: RunFolder, split: Split, ranks: Ranks
-) -> Mapping[str, Tensor] | None:
-    """Return the weights that `model.init` names; None, if there is none, or the run has a checkpoint of its own."""
+def _beginning(config: RunConfig, folder: RunFolder, split: Split, ranks: Ranks) -> Beginning:
+    """Return what `model.init` names; no weights, if there is none, or the run has a checkpoint of its own."""
     init = config.settings.model.init or config.settings.model.use
-    if not init or ranks.share("begun", lambda: "yes" if folder.has_checkpoint() else "no") == "yes":
-        return None
-    if config.architecture:
-        return foreign_weights(config)
-    return initial_weights(config, split, ranks.device)
+    weights, moments = None, None
+    if init and ranks.share("begun", lambda: "yes" if folder.has_checkpoint() else "no") == "no":
+        if config.architecture:
+            weights = foreign_weights(config)
+        else:
+            weights, moments = initial_state(config, split, ranks.device)
+    return Beginning(weights, moments, partial(teacher, datasets=split.datasets))
 
 
 def _agree_on_versions(config: RunConfig, ranks: Ranks) -> Versions:

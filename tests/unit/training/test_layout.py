@@ -25,7 +25,6 @@ def test_data_is_what_the_other_sizes_leave() -> None:
         (3, ["parallel.context=2"], "do not multiply"),
         (2, ["parallel.context=2", "data.seq_len=31"], "data.seq_len"),
         (2, ["parallel.context=2", 'objective={use="masked", mask_token=9}'], "a sequence cannot be shared"),
-        (2, ["parallel.context=2", 'hooks=[{use="ema"}]'], "a sequence cannot be shared"),
         (2, ["parallel.context=2", "sync.use=int8"], "parallel.data alone"),
         (2, ["parallel.tensor=2", 'objective={use="causal", chunked=true}'], "output layer on every rank"),
         (2, ["parallel.pipeline=2", 'objective={use="chat", chunked=true}'], "output layer on every rank"),

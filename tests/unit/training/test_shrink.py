@@ -1,15 +1,17 @@
 import copy
+from collections.abc import Callable
 
 import msgspec
 import numpy as np
 import pytest
 import torch
 from torch import Tensor
+from torch.nn import functional
 from typing_extensions import override
 
 from datastore.errors import ConfigError
 from datastore.training.hooks.calibration import Calibration
-from datastore.training.hooks.cuts import fewer_channels, fewer_heads, fewer_layers, narrower
+from datastore.training.hooks.cuts import Cut, fewer_channels, fewer_heads, fewer_layers, narrower
 from datastore.training.hooks.shrink import Shrink, ShrinkSettings
 from datastore.training.models.gpt import GPT
 from datastore.training.objectives.base import HostRows, MicroBatch
@@ -54,64 +56,95 @@ def same(one: GPT, other: GPT) -> None:
         torch.testing.assert_close(one(IDS), other(IDS), atol=2e-4, rtol=1e-3)
 
 
-@torch.no_grad()
-def test_a_layer_that_adds_nothing_is_the_one_that_goes(model: GPT) -> None:
+def without_a_layer(model: GPT) -> Cut:
+    """Return the cut after a layer was made idle."""
     model.get_parameter("model.layers.1.self_attn.o_proj.weight").zero_()
     model.get_parameter("model.layers.1.mlp.down_proj.weight").zero_()
-    faithful = Calibration(rows_of, Faithful(model), torch.device("cpu"))
-    smaller = fewer_layers(model, 2, faithful, samples=8)
-    assert smaller.settings.layers == 2
-    same(smaller, model)
+    return fewer_layers(model, 2, Calibration(rows_of, Faithful(model), torch.device("cpu")), samples=8)
 
 
-@torch.no_grad()
-def test_channels_that_add_nothing_are_those_that_go(model: GPT) -> None:
+def without_channels(model: GPT) -> Cut:
     for layer in range(3):
         model.get_parameter(f"model.layers.{layer}.mlp.down_proj.weight")[:, layer % 2 :: 2] *= 1e-6
-    smaller = fewer_channels(model, 12, CALIBRATION, samples=8)
-    assert smaller.settings.inner_width == 12
-    same(smaller, model)
+    return fewer_channels(model, 12, CALIBRATION, samples=8)
 
 
-@torch.no_grad()
-def test_groups_of_heads_that_add_nothing_are_those_that_go(model: GPT) -> None:
+def without_groups(model: GPT) -> Cut:
     columns = torch.arange(32).view(4, 8)  # A group has two queries of four numbers.
     for layer in range(3):
         model.get_parameter(f"model.layers.{layer}.self_attn.o_proj.weight")[:, columns[layer]] *= 1e-6
         model.get_parameter(f"model.layers.{layer}.self_attn.o_proj.weight")[:, columns[layer + 1]] *= 1e-6
-    smaller = fewer_heads(model, 4, 2, CALIBRATION, samples=8)
-    assert (smaller.settings.heads, smaller.settings.key_heads, smaller.settings.head_size) == (4, 2, 4)
-    same(smaller, model)
+    return fewer_heads(model, 4, 2, CALIBRATION, samples=8)
 
 
-@torch.no_grad()
-def test_queries_that_add_nothing_go_and_their_groups_stay(model: GPT) -> None:
+def without_queries(model: GPT) -> Cut:
     queries = torch.arange(32).view(8, 4)
     for layer in range(3):
         for group in range(4):
             weight = model.get_parameter(f"model.layers.{layer}.self_attn.o_proj.weight")
             weight[:, queries[2 * group + (layer + group) % 2]] *= 1e-6
-    smaller = fewer_heads(model, 4, 4, CALIBRATION, samples=8)
-    assert (smaller.settings.heads, smaller.settings.key_heads) == (4, 4)
-    same(smaller, model)
+    return fewer_heads(model, 4, 4, CALIBRATION, samples=8)
 
 
-@torch.no_grad()
-def test_channels_of_the_stream_that_nothing_writes_to_go_and_norms_are_rescaled(model: GPT) -> None:
+def without_channels_of_the_stream(model: GPT) -> Cut:
     gone = torch.arange(0, 32, 2)
     model.get_parameter("model.embed_tokens.weight")[:, gone] = 0
     for layer in range(3):
         for name in ("self_attn.o_proj", "mlp.down_proj"):
             model.get_parameter(f"model.layers.{layer}.{name}.weight")[gone] = 0
-    smaller = narrower(model, 16, CALIBRATION, samples=8)
-    assert (smaller.settings.width, smaller.settings.head_size, smaller.settings.inner_width) == (16, 4, 24)
+    return narrower(model, 16, CALIBRATION, samples=8)
+
+
+CUTS = {
+    without_a_layer: ModelSettings(layers=2, width=32, heads=8, kv_heads=4, mlp_width=24),
+    without_channels: ModelSettings(layers=3, width=32, heads=8, kv_heads=4, mlp_width=12),
+    without_groups: ModelSettings(layers=3, width=32, heads=4, kv_heads=2, head_width=4, mlp_width=24),
+    without_queries: ModelSettings(layers=3, width=32, heads=4, kv_heads=4, head_width=4, mlp_width=24),
+    without_channels_of_the_stream: ModelSettings(layers=3, width=16, heads=8, kv_heads=4, head_width=4, mlp_width=24),
+}
+
+
+@pytest.mark.parametrize(("cut", "shape"), CUTS.items())
+def test_what_adds_nothing_is_what_goes_and_norms_are_rescaled(
+    cut: Callable[[GPT], Cut], shape: ModelSettings, model: GPT
+) -> None:
+    with torch.no_grad():
+        smaller = cut(model).model
+    known = {"vocab_size": 40, "norm_eps": 1e-9, "tied": model.settings.tied}
+    assert smaller.settings == msgspec.structs.replace(shape, **known)
     same(smaller, model)
+
+
+def moments_of(model: GPT) -> dict[str, dict[str, Tensor]]:
+    """Return the moments that one gradient gives, and a count of steps."""
+    loss = functional.cross_entropy(model(IDS[:, :-1]).flatten(0, 1), IDS[:, 1:].flatten())
+    names = [name for name, _ in model.named_parameters()]
+    gradients = torch.autograd.grad(loss, list(model.parameters()))
+    return {
+        name: {"step": torch.tensor(7.0), "exp_avg": one, "exp_avg_sq": one.square(), "momentum_buffer": 2 * one}
+        for name, one in zip(names, gradients, strict=True)
+    }
+
+
+@pytest.mark.parametrize("cut", CUTS)
+def test_moments_that_are_cut_are_those_of_the_gradients_of_the_smaller_model(
+    cut: Callable[[GPT], Cut], model: GPT
+) -> None:
+    """Where what goes adds nothing; of norms that are rescaled, too."""
+    with torch.no_grad():
+        done = cut(model)
+    found, wanted = done.moments(moments_of(model)), moments_of(done.model)
+    assert found.keys() == wanted.keys()
+    for name, moments in wanted.items():
+        for key, one in moments.items():
+            scale = float(one.abs().max())
+            torch.testing.assert_close(found[name][key], one, atol=2e-3 * scale, rtol=2e-3, msg=f"{name} {key}")
 
 
 @torch.no_grad()
 def test_what_reads_fewer_channels_makes_up_for_those_that_are_gone(model: GPT) -> None:
-    smaller = fewer_channels(model, 12, CALIBRATION, samples=32)
-    plain = fewer_channels(model, 12, CALIBRATION, samples=32)
+    smaller = fewer_channels(model, 12, CALIBRATION, samples=32).model
+    plain = fewer_channels(model, 12, CALIBRATION, samples=32).model
     up = model.get_parameter("model.layers.0.mlp.up_proj.weight")
     kept = [int((up == row).all(dim=1).nonzero()) for row in plain.get_parameter("model.layers.0.mlp.up_proj.weight")]
     read: list[Tensor] = []
@@ -133,6 +166,9 @@ def test_all_cuts_together_give_the_shape_that_was_said(model: GPT) -> None:
     assert (wanted.heads, wanted.key_heads, wanted.head_size) == (4, 2, 4)
     again = hook.initial(model, CALIBRATION).state_dict()
     assert all(torch.equal(one, again[name]) for name, one in made.state_dict().items())
+    moments = hook.moments(moments_of(model))
+    shapes = {name: one.shape for name, one in made.named_parameters()}
+    assert {name: one["exp_avg_sq"].shape for name, one in moments.items()} == shapes
 
 
 @pytest.mark.parametrize(
