@@ -14,8 +14,8 @@ import msgspec
 import torch
 
 from datastore.checkpoint.format.tree import PackedTree, pack
+from datastore.checkpoint.format.wrapped import Wrappers
 from datastore.checkpoint.tensors import describe, spec_text
-from datastore.checkpoint.wrapped import Wrappers
 from datastore.digest import digest_hex
 from datastore.errors import ConfigError
 

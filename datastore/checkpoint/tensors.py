@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from datastore.checkpoint.format.checks import coverage_fault
 from datastore.checkpoint.format.manifest import Entry
 from datastore.checkpoint.format.tree import TensorSpec
-from datastore.checkpoint.wrapped import is_wrapper
+from datastore.checkpoint.format.wrapped import is_wrapper
 from datastore.errors import ConfigError, ConflictError
 from datastore.formats.safetensors import PAIRS
 

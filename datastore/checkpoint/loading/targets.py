@@ -17,9 +17,9 @@ import torch
 from typing_extensions import override
 
 from datastore.checkpoint.format.tree import TensorSpec, child_name, differences, spec_differences, specs, unpack
+from datastore.checkpoint.format.wrapped import Wrappers, parts_of
 from datastore.checkpoint.items import PARAMETERS, PerRank, item_key, pack_item, plain_name, unwrapped
 from datastore.checkpoint.tensors import DTYPES, describe, local_piece, spec_text
-from datastore.checkpoint.wrapped import Wrappers, parts_of
 
 __all__ = ["RestoreTarget", "target_of"]
 

@@ -208,10 +208,10 @@ def write_share(member: SavingRank, run_id: str, ref: StepRef, *, snapshot: Snap
 def _put_part(storage: Storage, key: str, *chunks: Buffer) -> None:
     """Write a part, whose name no other save has.
 
-    Put-if-absent goes to a bucket in one request, of 5 GiB at most, for parts of a request are put together without a condition on some. So what is
-    large is only looked for before. That tells two processes that take themselves for one rank, as does the document, which is put if absent.
+    Put-if-absent goes to a bucket in one request, of 5 GiB at most, for parts of a request are put together without a condition on some. So there
+    what is large is only looked for before. That tells two processes that take themselves for one rank, as does the document, which is put if absent.
     """
-    if total_bytes(chunks) <= _ONE_WRITE_BYTES:
+    if "://" not in storage.url or total_bytes(chunks) <= _ONE_WRITE_BYTES:
         storage.put_new(key, *chunks)
         return
     with suppress(MissingError):
