@@ -28,6 +28,7 @@ from types import TracebackType
 from typing import Any, Self
 
 import msgspec
+import torch
 
 from datastore.checkpoint.format.manifest import RUN_KEY, PartInfo, RunInfo, StepCommit, StepRef, info_key, step_key
 from datastore.checkpoint.loading.restore import Restored, Restorer
@@ -152,9 +153,8 @@ class MemoryCheckpointer:
         """Return the share of this rank, and the part that it lies in behind room for the header."""
         lead = len(share_header(snapshot.pieces, run_id=self._run_id, step=step)) if snapshot.pieces else 0
         share = stage(snapshot, Known(), self._own, threads=self._options.threads, copy=True, lead_bytes=lead)
-        if share.buffer is None:
-            return share, HeldPart.new(self._own, 0)
-        return share, HeldPart(share.buffer[: lead + share.size_bytes], share.buffer, self._own)
+        buffer = torch.empty(0, dtype=torch.uint8) if share.buffer is None else share.buffer
+        return share, HeldPart(buffer[: lead + share.size_bytes], buffer, self._own)
 
     def _announced(self, step: int, snapshot: Snapshot, share: Staged, own: HeldPart) -> HeldStep:
         """Return the step with the documents of all ranks, and this rank's own part.

@@ -618,3 +618,21 @@ def test_a_step_of_what_changes_each_time_may_be_saved_twice_too(ck: Checkpointe
         commit = ck.save(step, items, blocking=True).committed()
         assert ck.save(step, items, blocking=True).committed() == commit
     assert ck.steps() == [1, 2, 3]
+
+
+def test_a_large_part_is_written_without_a_condition_unless_somebody_has_its_name(
+    storage: Flaky, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    items = {"model": {"w": torch.arange(5000.0)}}
+    conditional: list[str] = []
+    storage.before = conditional.append
+    monkeypatch.setattr(save, "_ONE_WRITE_BYTES", 5000 * 4)
+    with Checkpointer(storage, session="s") as ck:
+        ck.save(1, items, blocking=True)
+    assert not [key for key in conditional if key.endswith(".safetensors")]
+    parts = [key for key in storage.names() if key.endswith(".safetensors")]
+    raw = storage.get(parts[0])
+    storage.delete("steps/0000000001.json")
+    with Checkpointer(storage, session="s") as other, pytest.raises(ConflictError):
+        other.save(1, {"model": {"w": torch.zeros(5000)}}, blocking=True)
+    assert storage.get(parts[0]) == raw
