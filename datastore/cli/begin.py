@@ -32,6 +32,7 @@ _EXTRAS = {
     "hf": ("transformers", "datasets"),
     "track": ("tensorboard",),
     "wandb": ("wandb",),
+    "fp8": ("torchao",),
     "compress": ("compressed-tensors", "gguf", "peft"),
     "orbax": ("tensorstore",),
     "plot": ("matplotlib",),

@@ -204,7 +204,7 @@ class StepSettings(SettingsDocument, frozen=True, kw_only=True):
     """Samples per forward pass of one rank; gradients are accumulated. 0: all of the rank's samples at once."""
 
     precision: Literal["auto", "bf16", "fp16", "fp32", "fp8", "fp8_emulated"] = "auto"
-    """Of activations; weights stay float32. auto: bf16 where the device has it. fp16 scales the loss, for the whole run. fp8: [here](trainer.md#fp8)."""
+    """Of activations; weights stay float32. auto: bf16 where the device has it. fp16 scales the loss, for the whole run. See [fp8](trainer.md#fp8)."""
 
     fp8_scales: Literal["tensorwise", "rowwise"] = "tensorwise"
     """Of fp8: a scale for each matrix, or for each row and column: closer, and slower."""

@@ -106,8 +106,7 @@ class Supervisor(Observer):
 
         self._reported = 0.0
         self._faults: Counter[str] = Counter()
-        known = peak_flops(trainer.state.device, trainer.machine.precision)
-        self._peak = None if self._settings.model.use else known
+        self._peak = None if self._settings.model.use else peak_flops(trainer.state.device, trainer.machine.precision)
         self._flops_per_token = flops_per_token(
             self._settings.model,
             parameters=trainer.strategy.parameters(trainer.state.model),

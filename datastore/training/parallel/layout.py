@@ -251,7 +251,7 @@ def _check_chunks(settings: Settings, layout: Layout) -> None:
 
 
 def _check_float8(settings: Settings, layout: Layout) -> None:
-    """Refuse fp8 with what has linear layers of its own, and numbers of tokens that its kernels do not take."""
+    """Refuse fp8 where linear layers are others, and numbers of tokens that its kernels do not take."""
     if not settings.train.precision.startswith("fp8"):
         return
     own = {"quantize": "qat_from", "adapt": "base_bits"}
@@ -264,7 +264,7 @@ def _check_float8(settings: Settings, layout: Layout) -> None:
         unfit["tensor"] = layout.tensor
     if unfit:
         raise ConfigError(
-            "fp8 is for linear layers as they are, and these have others",
+            "fp8 takes linear layers as they are, not cut, rounded or packed",
             **unfit,
             hint='Leave them out, or set train.precision = "bf16".',
         )
