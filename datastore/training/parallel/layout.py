@@ -254,14 +254,12 @@ def _check_float8(settings: Settings, layout: Layout) -> None:
     """Refuse fp8 where linear layers are others, and numbers of tokens that its kernels do not take."""
     if not settings.train.precision.startswith("fp8"):
         return
-    own = {"quantize": "qat_from", "adapt": "base_bits"}
-    unfit: dict[str, object] = {
-        table["use"]: f"{own[table['use']]} = {table[own[table['use']]]}"
-        for table in settings.hooks
-        if table["use"] in own and table.get(own[table["use"]]) not in {None, 0}
-    }
-    if layout.tensor > 1:
-        unfit["tensor"] = layout.tensor
+    unfit: dict[str, object] = {} if layout.tensor == 1 else {"tensor": layout.tensor}
+    for table in settings.hooks:
+        if table["use"] == "quantize" and table.get("qat_from") is not None:
+            unfit["quantize"] = f"qat_from = {table['qat_from']}"
+        if table["use"] == "adapt" and table.get("base_bits"):
+            unfit["adapt"] = f"base_bits = {table['base_bits']}"
     if unfit:
         raise ConfigError(
             "fp8 takes linear layers as they are, not cut, rounded or packed",

@@ -13,8 +13,8 @@ from datastore.training.models.gpt import GPT
 from datastore.training.settings import ModelSettings
 
 
-def gpt(**shape: int) -> GPT:
-    model = GPT(ModelSettings(**{"layers": 1, "width": 32, "heads": 2, "vocab_size": 64, **shape}, tied=False))
+def gpt(*, width: int = 32, mlp_width: int = 0) -> GPT:
+    model = GPT(ModelSettings(layers=1, width=width, heads=2, mlp_width=mlp_width, vocab_size=64, tied=False))
     model.initialize(torch.Generator().manual_seed(1))
     return model
 
@@ -53,7 +53,7 @@ def test_a_number_far_from_the_others_takes_bits_from_its_own_row_only_if_scales
     errors = {}
     for recipe in ("tensorwise", "rowwise"):
         model = gpt()
-        layer = model.model.layers[0].self_attn.q_proj
+        layer = model.get_submodule("model.layers.0.self_attn.q_proj")
         assert isinstance(layer, nn.Linear)
         with torch.no_grad():
             layer.weight[0, 0] = 1e4

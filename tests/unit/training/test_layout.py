@@ -39,7 +39,7 @@ def test_data_is_what_the_other_sizes_leave() -> None:
         (2, ["parallel.tensor=2", "train.compile=true"], "compiled blocks"),
         (4, ["parallel.pipeline=2", "parallel.tensor=2", "train.compile=true"], "compiled blocks"),
         (2, ["parallel.tensor=2", "train.precision=fp8"], "not cut, rounded or packed"),
-        (1, ["train.precision=fp8", 'hooks=[{use="quantize", bits=8, qat_from=3}]'], "qat_from = 3"),
+        (1, ["train.precision=fp8", 'hooks=[{use="quantize", bits=8, qat_from=0}]'], "qat_from = 0"),
         (1, ["train.precision=fp8_emulated", 'hooks=[{use="adapt", base_bits=4}]'], "base_bits = 4"),
         (1, ["train.precision=fp8", "data.seq_len=40"], "multiple of 16"),
         (2, ["train.precision=fp8", "data.seq_len=48", "parallel.context=2"], "multiple of 16"),
