@@ -36,12 +36,13 @@ HOOKS: dict[str, dict[str, Any]] = {
 }
 SIZES = ("data", "shard", "tensor", "context", "pipeline")
 REFUSED = {
-    *((name, size) for name in ("prune, wanda", "prune, reconstruct", "distill") for size in ("context",)),
+    *((name, "context") for name in ("prune, wanda", "prune, reconstruct", "distill")),
+    *((name, "context") for name in ("quantize, minmax", "quantize, learned")),
     *((name, "tensor") for name in HOOKS if name.startswith(("share", "adapt", "quantize")) and "export" not in name),
     ("adapt, adalora", "shard"),
     *((name, "pipeline") for name in HOOKS if name not in {"quantize, export", "shrink"}),
 }
-QUICK = {("ema", "context"), ("shrink", "pipeline"), ("quantize, learned", "context"), ("prune, magnitude", "tensor")}
+QUICK = {("ema", "context"), ("shrink", "pipeline"), ("prune, magnitude", "tensor")}
 
 
 @pytest.fixture(scope="module")
