@@ -106,9 +106,12 @@ class Peers:
     def abort(self) -> None:
         """End this rank's end of the group: what waits for it, here and elsewhere, fails at once."""
         # gloo's own `abort` does nothing (torch 2.13). What does is a receive that times out: it closes all connections of this rank.
-        with suppress(RuntimeError):
-            waste = torch.empty(1, dtype=torch.uint8)
-            self._group.recv([waste], (self.rank + 1) % self.world, _NEVER_SENT).wait(timedelta(milliseconds=1))
+        # From a rank that has gone it fails without that, so each is asked.
+        for other in range(self.world):
+            with suppress(RuntimeError):
+                waste = torch.empty(1, dtype=torch.uint8)
+                if other != self.rank:
+                    self._group.recv([waste], other, _NEVER_SENT).wait(timedelta(milliseconds=1))
 
     @contextmanager
     def _hearing(self, whom: str) -> Iterator[None]:
