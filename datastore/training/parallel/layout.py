@@ -271,7 +271,7 @@ def _check_float8(settings: Settings, layout: Layout) -> None:
             "fp8 needs a number of tokens that is a multiple of 16 on each rank",
             seq_len=settings.data.seq_len,
             **_beyond_data(layout),
-            hint="Change data.seq_len.",
+            hint="Change `data.seq_len`.",
         )
 
 
