@@ -22,9 +22,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, wait
 from contextlib import contextmanager
 from functools import partial
-from logging import getLogger
-from types import TracebackType
-from typing import Any, Literal, Self
+from typing import Any, Literal
 
 from datastore.checkpoint.codec import with_codec
 from datastore.checkpoint.dropping import drop_item
@@ -37,21 +35,19 @@ from datastore.checkpoint.places.two import SecondPlace, TwoPlaces, opened
 from datastore.checkpoint.ranks import Agree, SavingRank, StorageVote, check_member, check_step, read_run
 from datastore.checkpoint.saving.saver import Handle, Save, SaveHistory, Saver
 from datastore.checkpoint.saving.snapshot import capture
-from datastore.checkpoint.steps import CheckpointerSettings, StepLog, steps_of
+from datastore.checkpoint.steps import CheckpointerSettings, Closing, StepLog, steps_of
 from datastore.errors import ConfigError, DatastoreError
 from datastore.storage.base import Storage, StorageLike
 from datastore.threads import in_thread
 
 __all__ = ["Checkpointer"]
 
-_LOGGER = getLogger(__name__)
-
 _KEEP = Keep()
 
 _OPTIONS = CheckpointerSettings()
 
 
-class Checkpointer:
+class Checkpointer(Closing):
     """Saves and restores the state of one run below `url`."""
 
     def __init__(
@@ -339,19 +335,6 @@ class Checkpointer:
         finally:
             self._closed = True
             self._saver.pool.clear()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        try:
-            self.close()
-        except DatastoreError as failure:
-            if error is None:
-                raise
-            _LOGGER.error("the last save failed, too: %s", failure)  # noqa: TRY400 - one line, no trace
 
     def _settle(self) -> None:
         """Wait until no save is in flight; raise what has not been raised yet."""

@@ -5,13 +5,15 @@ the digest in the commit, so a part from another save, or from another run, is f
 damaged like what it gives back wrongly; a network that is down is not, as no other step would help.
 """
 
+from abc import ABC, abstractmethod
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from collections.abc import Set as AbstractSet
 from contextlib import contextmanager
 from dataclasses import dataclass
 from logging import getLogger
-from typing import Annotated
+from types import TracebackType
+from typing import Annotated, Self
 
 import msgspec
 
@@ -29,13 +31,14 @@ from datastore.checkpoint.format.manifest import (
 )
 from datastore.digest import check_digest
 from datastore.document import Count, Positive, SettingsDocument, unseal
-from datastore.errors import CorruptError, FormatError, MissingError, StorageError
+from datastore.errors import CorruptError, DatastoreError, FormatError, MissingError, StorageError
 from datastore.storage.base import Storage
 from datastore.storage.errors import is_damage
 from datastore.threads import each
 
 __all__ = [
     "CheckpointerSettings",
+    "Closing",
     "Damaged",
     "StepLog",
     "WholeStep",
@@ -256,3 +259,24 @@ class CheckpointerSettings(SettingsDocument, frozen=True, kw_only=True):
 
     threads: Positive = 2
     """Threads that copy, hash and read; hashing reaches 25 GB/s on one, so more help only where disks are faster."""
+
+
+class Closing(ABC):
+    """What saves in the background: it is closed when a `with` ends, and if that ends by an error, a failed save is only logged."""
+
+    @abstractmethod
+    def close(self) -> None:
+        """Wait for what is in flight, and raise what went wrong."""
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        try:
+            self.close()
+        except DatastoreError as failure:
+            if error is None:
+                raise
+            _LOGGER.error("the last save failed, too: %s", failure)  # noqa: TRY400 - one line, no trace

@@ -124,10 +124,7 @@ def test_a_quantization_that_cannot_be_is_refused_before_the_first_step(
     assert not (tmp_path / "run" / "config.json").exists()
 
 
-def test_a_hook_exports_with_the_state_that_it_had_at_that_step(
-    run: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.syspath_prepend(str(Path(__file__).parent))
+def test_a_hook_exports_with_the_state_that_it_had_at_that_step(run: str, tmp_path: Path) -> None:
     data = RunFolder.open(run).config().settings.data.url
     hooks = ({"use": "training_hooks:Average"},)
     train(tiny_settings(data, "train.steps=3", "checkpoint.every=1", hooks=hooks), str(tmp_path / "averaged"))

@@ -6,19 +6,12 @@ import pytest
 import torch
 
 from datastore.errors import ConfigError
-from datastore.testing.examples import make_language, tiny_settings
+from datastore.testing.examples import tiny_settings
 from datastore.training.export.export import open_model
 from datastore.training.metrics import read_metrics
 from datastore.training.run.folder import RunFolder
 from datastore.training.settings import Settings
 from datastore.training.start import dry_run, resume, train
-
-
-@pytest.fixture(scope="module")
-def language(tmp_path_factory: pytest.TempPathFactory) -> str:
-    url = tmp_path_factory.mktemp("language")
-    make_language(url)
-    return str(url)
 
 
 def settings(language: str, precision: str, *overrides: str) -> Settings:

@@ -19,7 +19,6 @@ from datastore.training.run.record import record_bytes
 from datastore.training.settings import Settings
 from datastore.training.start import resume, train
 
-HERE = Path(__file__).parent
 LAYOUTS: dict[str, tuple[int, dict[str, int]]] = {
     "data 2": (2, {"data": 2}),
     "data 4": (4, {"data": 4}),
@@ -49,11 +48,6 @@ LAYOUTS: dict[str, tuple[int, dict[str, int]]] = {
 }
 QUICK = ("shard 2", "tensor 2", "pipeline 2, interleaved", "context 2")
 ALONE = {"data": 0, "shard": 1, "tensor": 1, "pipeline": 1, "interleave": 1, "context": 1}
-
-
-@pytest.fixture(autouse=True)
-def _programs(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.syspath_prepend(str(HERE))
 
 
 @pytest.fixture(scope="module")

@@ -23,9 +23,7 @@ from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, wait
 from contextlib import contextmanager
 from functools import partial as bind
-from logging import getLogger
-from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
 import msgspec
 import torch
@@ -49,7 +47,7 @@ from datastore.checkpoint.saving.commit import build_commit
 from datastore.checkpoint.saving.saver import Handle
 from datastore.checkpoint.saving.snapshot import BufferPool, Snapshot, capture
 from datastore.checkpoint.saving.write import Known, Staged, describe_share, digests_of, share_header, stage
-from datastore.checkpoint.steps import CheckpointerSettings
+from datastore.checkpoint.steps import CheckpointerSettings, Closing
 from datastore.document import Document, seal, unseal
 from datastore.errors import ConflictError, CorruptError, DatastoreError, ResumeError, WaitError
 from datastore.host import utc_now
@@ -58,8 +56,6 @@ from datastore.storage.base import Storage
 from datastore.threads import in_thread
 
 __all__ = ["MemoryCheckpointer"]
-
-_LOGGER = getLogger(__name__)
 
 
 class Opening(Document, frozen=True, kw_only=True):
@@ -72,7 +68,7 @@ class Opening(Document, frozen=True, kw_only=True):
     writer: str
 
 
-class MemoryCheckpointer:
+class MemoryCheckpointer(Closing):
     """Keeps the newest step of a training program in the memory of its ranks, each part with two of them."""
 
     def __init__(self, group: Any, *, timeout_s: float = 600.0, threads: int = 2) -> None:
@@ -329,19 +325,6 @@ class MemoryCheckpointer:
             clear(self._storage)
             self._own.clear()
             self._others.clear()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        try:
-            self.close()
-        except DatastoreError as failure:
-            if error is None:
-                raise
-            _LOGGER.error("the last save failed, too: %s", failure)  # noqa: TRY400 - one line, no trace
 
     @property
     def _member(self) -> SavingRank:

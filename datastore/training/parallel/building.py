@@ -21,7 +21,7 @@ from datastore.training.run.feed import calibration_rows
 from datastore.training.run.folder import RunConfig
 from datastore.training.run.split import Split
 
-__all__ = ["DIFFERING", "Beginning", "build_with_hooks", "calibration_of", "check_hooks", "refuse_other_parameters"]
+__all__ = ["Beginning", "build_with_hooks", "calibration_of", "check_hooks", "refuse_other_parameters"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,9 +39,6 @@ class Beginning:
 
 
 _ALONE = Beginning()
-
-DIFFERING = {"parameter_server", "diloco"}
-"""Ways of `[sync]` in which ranks have other weights, or other moments, between steps."""
 
 
 def calibration_of(config: RunConfig, split: Split, objective: Objective, device: torch.device) -> Calibration:

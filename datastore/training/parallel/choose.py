@@ -10,10 +10,11 @@ from datastore.training.parallel.strategy import Strategy
 from datastore.training.parallel.whole import Whole
 from datastore.training.settings import SyncSettings
 
-__all__ = ["choose"]
-
+__all__ = ["choose", "differs"]
 
 _PLAIN = SyncSettings()
+
+_KINDS: dict[str, type[Whole]] = {"parameter_server": Servers, "diloco": Rounds}
 
 
 def choose(layout: Layout, ranks: Ranks, sync: SyncSettings = _PLAIN) -> Strategy:
@@ -22,5 +23,9 @@ def choose(layout: Layout, ranks: Ranks, sync: SyncSettings = _PLAIN) -> Strateg
         return Pipeline(layout, ranks)
     if layout.splits:
         return Sharded(layout, ranks, sync)
-    kinds: dict[str, type[Whole]] = {"parameter_server": Servers, "diloco": Rounds}
-    return kinds.get(sync.use, Whole)(layout, ranks, sync)
+    return _KINDS.get(sync.use, Whole)(layout, ranks, sync)
+
+
+def differs(sync: SyncSettings) -> bool:
+    """Return whether ranks that bring gradients together like this have other weights, or other moments, between steps."""
+    return _KINDS.get(sync.use, Whole).differs

@@ -30,7 +30,8 @@ from datastore.training.models.huggingface import blocks_of
 from datastore.training.objectives.base import micro_batches
 from datastore.training.objectives.catalog import make_objective
 from datastore.training.optim import inner_matrices
-from datastore.training.parallel.building import DIFFERING, check_hooks
+from datastore.training.parallel.building import check_hooks
+from datastore.training.parallel.choose import differs
 from datastore.training.parallel.layout import Layout, check_model, layout_of
 from datastore.training.parallel.lesson import Lesson, autocast
 from datastore.training.parallel.passes import bytes_of, gathered_bytes, imagined, peak_of
@@ -131,7 +132,7 @@ def rehearse(settings: Settings, run: str, *, launch: Launch, processes: int) ->
         MissingError, ResumeError, StorageError: as `start.train`.
     """
     layout = layout_of(settings, max(launch.world, processes))
-    check_hooks(make_hooks(settings.hooks, where="settings"), layout, differs=settings.sync.use in DIFFERING)
+    check_hooks(make_hooks(settings.hooks, where="settings"), layout, differs=differs(settings.sync))
     here = max(launch.local_world, processes)
     folder = RunFolder.open(run)
     settings = with_shape(settings, before=folder.config().settings if folder.has_begun() else None)
