@@ -180,5 +180,5 @@ def test_what_cannot_be_is_refused_before_the_first_step(
 def test_matrices_cut_by_tensor_parallelism_are_refused(language: str, tmp_path: Path) -> None:
     sizes = {"tensor": 2}
     wanted = settings(language, "model.tied=false", "model.vocab_size=128", hooks=(QAT,), sizes=sizes)
-    with pytest.raises(ConfigError, match=r"parallel.tensor = 1"):
+    with pytest.raises(ConfigError, match=r"share the work like this .*parallel.tensor=2"):
         train(wanted, str(tmp_path / "run"), processes=2)
