@@ -60,7 +60,7 @@ def assert_same(one: Path, other: Path) -> None:
     ("hook", "processes", "sizes"),
     [
         (ADALORA, 1, {}),
-        (LORA, 2, {"shard": 2}),
+        pytest.param(LORA, 2, {"shard": 2}, marks=pytest.mark.slow),
         (BOTTLENECK, 2, {"shard": 2}),
         pytest.param(BOTTLENECK | {"base_bits": 4}, 2, {"data": 2}, marks=pytest.mark.slow),
         pytest.param(ADALORA, 2, {"data": 2}, marks=pytest.mark.slow),

@@ -71,14 +71,15 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "movement, global": {"method": "movement", "scope": "global"},
     "magnitude, regrow": {"schedule": "regrow"},
 }
+QUICK = {("wanda, 2:4", "DDP"), ("movement, global", "FSDP2")}
 
 
-@pytest.mark.parametrize("layout", [*LAYOUTS, pytest.param("TP", marks=pytest.mark.slow)])
 @pytest.mark.parametrize(
-    "variant",
+    ("variant", "layout"),
     [
-        name if name in {"wanda, 2:4", "movement, global"} else pytest.param(name, marks=pytest.mark.slow)
-        for name in VARIANTS
+        pytest.param(variant, layout, marks=[] if (variant, layout) in QUICK else [pytest.mark.slow])
+        for variant in VARIANTS
+        for layout in [*LAYOUTS, "TP"]
     ],
 )
 def test_a_pruned_run_that_was_killed_twice_has_the_bits_of_one_that_was_not(
@@ -166,7 +167,7 @@ def teacher(language: str, tmp_path_factory: pytest.TempPathFactory) -> str:
     return str(run)
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("layout", ["FSDP2", pytest.param("DDP", marks=pytest.mark.slow)])
 def test_a_run_that_is_pruned_taught_and_averaged_has_the_same_bits_after_two_kills(
     layout: str, language: str, teacher: str, tmp_path: Path
 ) -> None:

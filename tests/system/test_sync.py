@@ -31,7 +31,7 @@ WAYS: dict[str, list[str]] = {
     "int4, sharded": ["parallel.shard=2"],
     "top_k, sharded": ["parallel.shard=2"],
 }
-QUICK = ("int4", "parameter_server, late", "diloco, int4", "int8, sharded")
+QUICK = ("parameter_server, late", "diloco, int4", "int8, sharded")
 
 
 def settings(language: str, *overrides: str) -> Settings:

@@ -129,7 +129,8 @@ def test_two_ranks_begin_with_the_moments_that_one_process_has(layout: str, base
     assert abs(losses(tmp_path / "alone")[2] - losses(tmp_path / "fresh")[2]) > 1e-3, "moments matter"
 
 
-@pytest.mark.parametrize("layout", ["DDP", pytest.param("FSDP2", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("layout", ["DDP", "FSDP2"])
 def test_a_shrunk_run_with_moments_has_the_same_bits_after_two_kills(layout: str, base: Path, tmp_path: Path) -> None:
     """Killed before its first checkpoint, when it begins with the other run once more, and after it."""
     for name, kills in (("once", []), ("twice", [2, 6])):
