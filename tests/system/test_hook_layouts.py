@@ -29,19 +29,20 @@ HOOKS: dict[str, dict[str, Any]] = {
     "adapt, dora": {"use": "adapt", "rank": 2, "method": "dora"},
     "adapt, bottleneck": {"use": "adapt", "rank": 2, "method": "bottleneck"},
     "adapt, adalora": {"use": "adapt", "rank": 2, "method": "adalora", "every": 1},
-    "quantize, minmax": {"use": "quantize", "bits": 4, "group": 16, "qat_from": 2},
-    "quantize, learned": {"use": "quantize", "bits": 4, "group": 16, "qat_from": 2, "scales": "learned"},
+    "quantize, minmax": {"use": "quantize", "bits": 3, "group": 16, "qat_from": 0},
+    "quantize, learned": {"use": "quantize", "bits": 3, "group": 16, "qat_from": 0, "scales": "learned"},
     "quantize, export": {"use": "quantize", "bits": 4, "group": 16, "method": "gptq", "samples": 8},
     "shrink": {"use": "shrink", "layers": 2, "mlp_width": 48, "samples": 8},
 }
 SIZES = ("data", "shard", "tensor", "context", "pipeline")
 REFUSED = {
     *((name, "context") for name in ("prune, wanda", "prune, reconstruct", "distill")),
-    *((name, "context") for name in ("quantize, minmax", "quantize, learned")),
     *((name, "tensor") for name in HOOKS if name.startswith(("share", "adapt", "quantize")) and "export" not in name),
     ("adapt, adalora", "shard"),
     *((name, "pipeline") for name in HOOKS if name not in {"quantize, export", "shrink"}),
 }
+# A choice near a threshold falls on its other side by a rounding error: other micro-batches in one process do as much.
+CHOOSING = {"prune, reconstruct", "quantize, minmax", "quantize, learned"}
 QUICK = {("ema", "context"), ("shrink", "pipeline"), ("prune, magnitude", "tensor")}
 
 
@@ -89,9 +90,11 @@ def test_a_hook_learns_in_a_layout_what_it_learns_in_one_process(
     alone = train(settings(base, HOOKS[name]), str(tmp_path / "alone"))
     both = train(settings(base, HOOKS[name], f"parallel.{size}=2"), str(tmp_path / "both"), processes=2)
     pairs = zip(numbers(tmp_path / "alone"), numbers(tmp_path / "both"), strict=True)
-    apart = max(abs(one - other) for first, second in pairs for one, other in zip(first, second, strict=True))
-    assert apart < 1e-5
-    assert both.validation_loss == pytest.approx(alone.validation_loss, abs=1e-5)
+    apart = [max(abs(one - other) for one, other in zip(first, second, strict=True)) for first, second in pairs]
+    allowed = 3e-3 if name in CHOOSING else 1e-5
+    assert apart[0] < 1e-5
+    assert max(apart) < allowed
+    assert both.validation_loss == pytest.approx(alone.validation_loss, abs=allowed)
 
 
 @pytest.mark.parametrize(("name", "size"), sorted(REFUSED))

@@ -59,7 +59,7 @@ class Quantize(Hook):
     @classmethod
     @override
     def layouts(cls, settings: Document) -> frozenset[str]:
-        return frozenset({"shard"})  # Rounding needs whole rows.
+        return frozenset({"shard", "context"})  # Rounding needs whole rows.
 
     @override
     def model(self, model: nn.Module) -> nn.Module:
