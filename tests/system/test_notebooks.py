@@ -14,7 +14,13 @@ def test_there_are_notebooks() -> None:
 
 
 @pytest.mark.timeout(400)
-@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+@pytest.mark.parametrize(
+    "path",
+    [
+        pytest.param(path, id=path.stem, marks=[] if path.stem == "first-run" else [pytest.mark.slow])
+        for path in NOTEBOOKS
+    ],
+)
 def test_a_notebook_runs_from_end_to_end(path: Path, tmp_path: Path) -> None:
     notebook = nbformat.read(path, as_version=4)
     stored = [kinds(cell) for cell in notebook.cells]

@@ -291,9 +291,11 @@ def test_a_vocabulary_of_the_dataset_that_does_not_divide_is_refused(language: s
     assert not (tmp_path / "run" / "config.json").exists()
 
 
-@pytest.mark.parametrize("name", ["shard 2", pytest.param("pipeline 2", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "name", ["one process", *(pytest.param(name, marks=pytest.mark.slow) for name in ("shard 2", "pipeline 2"))]
+)
 def test_a_run_in_float16_learns_and_resumes_with_its_scale(name: str, language: str, tmp_path: Path) -> None:
-    processes, sizes = LAYOUTS[name]
+    processes, sizes = LAYOUTS.get(name, (1, {}))
     once, twice = tmp_path / "once", tmp_path / "twice"
     half = ["train.precision=fp16", "optim.lr=0.01", *table(sizes)]
     train(settings(language, "train.steps=6", *half), str(once), processes=processes)

@@ -73,7 +73,7 @@ def test_a_skipped_step_moves_neither_weights_nor_moments(language: str, tmp_pat
     assert_same_weights(tmp_path / "three", tmp_path / "four")
 
 
-@pytest.mark.parametrize("processes", [1, 2])
+@pytest.mark.parametrize("processes", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_a_rewind_brings_back_the_last_checkpoint_and_goes_on_past_the_bad_samples(
     processes: int, language: str, tmp_path: Path
 ) -> None:
