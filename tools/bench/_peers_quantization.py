@@ -1,4 +1,4 @@
-"""Quantize the folder `hf` with another library and print its loss and CPU seconds; run by `quantization` with its own Python."""
+"""Quantize or prune the folder `hf` with another library and print its loss and CPU seconds; run by `quantization` with its own Python."""
 
 import json
 import sys
@@ -22,8 +22,21 @@ def loss_of(model: Any, rows: torch.Tensor) -> float:
     return float(functional.cross_entropy(logits.flatten(0, 1), rows[:, 1:].flatten()))
 
 
+def pruning(kind: str) -> Any:
+    """Return what lets half of the weights of all layers but the head go, at once."""
+    method, _, pattern = kind.partition("-")
+    options: dict[str, Any] = {"sparsity": 0.5, "mask_structure": pattern, "targets": ["Linear"], "ignore": ["re:.*lm_head"]}
+    if method == "wanda":
+        from llmcompressor.modifiers.pruning import WandaPruningModifier
+
+        return WandaPruningModifier(**options)
+    from llmcompressor.modifiers.pruning import SparseGPTModifier
+
+    return SparseGPTModifier(**options)
+
+
 def with_llmcompressor(model: Any, kind: str, calibration: torch.Tensor) -> None:
-    """Quantize in place, with real weights on their grid behind it."""
+    """Quantize in place, with real weights on their grid behind it, or prune."""
     from datasets import Dataset
     from llmcompressor import oneshot
     from llmcompressor.modifiers.quantization import GPTQModifier, QuantizationModifier
@@ -36,6 +49,8 @@ def with_llmcompressor(model: Any, kind: str, calibration: torch.Tensor) -> None
     options: dict[str, Any] = {"config_groups": groups, "ignore": ["lm_head"]}
     if kind == "gptq4":
         recipe: Any = GPTQModifier(**options)
+    elif kind.startswith(("sparsegpt", "wanda")):
+        recipe = pruning(kind)
     elif kind == "awq4":
         from llmcompressor.modifiers.awq import AWQModifier
 
