@@ -2,7 +2,8 @@
 
 A tensor that cannot be told apart by dtype, shape and bytes (sparse, on the meta device, of an unknown
 subclass) is refused by name rather than stored half. A DTensor is one piece of a whole; ranks that hold the same
-piece agree without a word that the one at coordinate 0 of the mesh dimensions it is replicated over writes it.
+piece agree without a word that the one at coordinate 0 of the mesh dimensions it is replicated over writes it, in the first
+slice of the mesh if the tensor lies on one of several.
 
 Who writes which tensor, and where pieces of tensors meet, is pure arithmetic that every rank does alike. No rank asks another: the owner of a tensor that all ranks hold follows from the sizes alone, and a shard's place in
 the whole follows from its layout. The price is that ranks must hold the same state; the commit checks that they did.
@@ -183,7 +184,17 @@ def _shard(tensor: Any, name: str) -> TensorPiece:
         raise ConfigError("this DTensor is no box of the whole", path=name, placements=str(placements), hint=hint)
     alike = not tensor.numel()  # All ranks hold the same nothing.
     first = all(at == 0 for at, layout in zip(coordinate, placements, strict=True) if alike or layout.is_replicate())
-    return TensorPiece(local, box, replicated=False, first=first)
+    return TensorPiece(local, box, replicated=False, first=first and _is_first_slice(mesh))
+
+
+def _is_first_slice(mesh: Any) -> bool:
+    """Return whether `mesh` is no slice of a larger one, or of all slices like it the first, the one that has the first rank.
+
+    The other slices hold copies: what FSDP2 cuts over the ranks of `mesh["data"]` is the same for each rank of `mesh["tensor"]`, in modules
+    that tensor parallelism leaves as they are.
+    """
+    root = getattr(mesh, "_root_mesh", None)  # Nothing public tells of which mesh this is a slice.
+    return root is None or bool((mesh.mesh == root.mesh.flatten()[0]).any())
 
 
 def _is_strided(placement: Any) -> bool:
