@@ -128,8 +128,8 @@ def spec_text(tensor: torch.Tensor) -> str:
 
 
 def _unfit(tensor: torch.Tensor) -> str:
-    if not (_is_dtensor(tensor) or type(tensor) in _PLAIN):
-        return "its class is not known"
+    if tensor.is_nested or not (_is_dtensor(tensor) or type(tensor) in _PLAIN):
+        return "it is nested" if tensor.is_nested else "its class is not known"
     if tensor.layout != torch.strided:
         return f"its layout is {tensor.layout}"
     if tensor.is_meta:
@@ -145,6 +145,10 @@ def _way_out(tensor: torch.Tensor) -> str:
     """Return what to do with a tensor that cannot be stored."""
     if tensor.is_meta:
         return 'Call model.to_empty(device="cpu") first, or name another device.'
+    if tensor.is_nested:
+        return "Store a list of its parts, tensor.unbind(), and make it of them after the restore."
+    if tensor.is_complex():
+        return "Store torch.view_as_real(tensor), and make it complex after the restore."
     return "Convert it to a dense torch.Tensor, or leave it out of the state."
 
 

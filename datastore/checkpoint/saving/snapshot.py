@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 from datastore.checkpoint.format.tree import TensorSpec, specs
-from datastore.checkpoint.items import PerRank, item_key, pack_item
+from datastore.checkpoint.items import PerRank, check_items, item_key, pack_item
 from datastore.checkpoint.tensors import Bytes, TensorPiece, describe, local_piece, memory_key, owners
 from datastore.formats.safetensors import ITEM_BYTES
 
@@ -67,6 +67,7 @@ def capture(items: Mapping[str, Any], *, rank: int, world: int) -> Snapshot:
     Raises:
         ConfigError: an item or a leaf of it cannot be stored; the message has its path.
     """
+    check_items(items)
     packed = {item_key(name, item, rank): pack_item(name, item, rank) for name, item in items.items()}
     own = {item_key(name, item, rank) for name, item in items.items() if isinstance(item, PerRank)}
     tensors = {name: tensor for item in packed.values() for name, tensor in item.tensors.items()}
