@@ -17,6 +17,7 @@ from math import prod
 from typing import Any
 
 import torch
+from typing_extensions import override
 
 from datastore.checkpoint.format.tree import TensorSpec, specs
 from datastore.checkpoint.items import PerRank, check_items, item_key, pack_item
@@ -112,6 +113,11 @@ class BufferPool:
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._free: torch.Tensor | None = None
+
+    @override
+    def __reduce__(self) -> tuple[object, ...]:
+        """Pickle nothing: another process has buffers of its own."""
+        return BufferPool, ()
 
     def take(self, size_bytes: int) -> torch.Tensor:
         """Return a buffer of at least `size_bytes`, its content undefined; it belongs to the caller until given back."""
