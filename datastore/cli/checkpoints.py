@@ -144,9 +144,9 @@ def gc(*, run: str, budget: str, dry_run: bool, as_json: bool, **rules: Any) -> 
 
     saved_steps(run, None)
     keep = Keep(**rules, budget_bytes=parse_bytes(budget) if budget else 0)
-    storage = open_storage(run)
-    check_metric(storage, keep)
     with waiting("gc"):
+        storage = open_storage(run)
+        check_metric(storage, keep)
         removed = collect(storage, keep, dry_run=dry_run)
     if as_json:
         say_json(removed)
