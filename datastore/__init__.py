@@ -12,10 +12,12 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from datastore.checkpoint.checkpointer import Checkpointer
     from datastore.checkpoint.exchange.dcp import DcpReader, DcpWriter
+    from datastore.checkpoint.items import PerRank
     from datastore.checkpoint.keeping import Keep
     from datastore.checkpoint.places.memory import MemoryCheckpointer
     from datastore.checkpoint.places.two import TwoPlaces
     from datastore.checkpoint.replica import replicate
+    from datastore.checkpoint.steps import CheckpointerSettings
     from datastore.config import load_settings
     from datastore.dataset.card import card
     from datastore.dataset.diff import diff
@@ -83,6 +85,7 @@ if TYPE_CHECKING:
 _HOMES = {
     "Batch": ("datastore.loader.batch", "Batch"),
     "Checkpointer": ("datastore.checkpoint.checkpointer", "Checkpointer"),
+    "CheckpointerSettings": ("datastore.checkpoint.steps", "CheckpointerSettings"),
     "ConfigError": ("datastore.errors", "ConfigError"),
     "ConflictError": ("datastore.errors", "ConflictError"),
     "CorruptError": ("datastore.errors", "CorruptError"),
@@ -103,6 +106,7 @@ _HOMES = {
     "Mixture": ("datastore.loader.mixture.request", "Mixture"),
     "MemoryCheckpointer": ("datastore.checkpoint.places.memory", "MemoryCheckpointer"),
     "MissingError": ("datastore.errors", "MissingError"),
+    "PerRank": ("datastore.checkpoint.items", "PerRank"),
     "Rank": ("datastore.loader.settings", "Rank"),
     "RayEngine": ("datastore.engines.ray", "RayEngine"),
     "RejectedError": ("datastore.errors", "RejectedError"),
@@ -168,6 +172,7 @@ _HOMES = {
 __all__ = [
     "Batch",
     "Checkpointer",
+    "CheckpointerSettings",
     "ConfigError",
     "ConflictError",
     "CorruptError",
@@ -188,6 +193,7 @@ __all__ = [
     "MemoryCheckpointer",
     "MissingError",
     "Mixture",
+    "PerRank",
     "Rank",
     "RayEngine",
     "RejectedError",

@@ -74,7 +74,7 @@ TOPICS: dict[str, Topic] = {
         [checkpoints](../checkpoints.md).
         """,
         """
-        Checkpointer TwoPlaces MemoryCheckpointer Keep replicate DcpWriter DcpReader
+        Checkpointer CheckpointerSettings PerRank TwoPlaces MemoryCheckpointer Keep replicate DcpWriter DcpReader
         """,
     ),
     "training": topic(

@@ -24,6 +24,9 @@ from contextlib import contextmanager
 from functools import partial
 from typing import Any, Literal
 
+import msgspec
+import torch
+
 from datastore.checkpoint.codec import with_codec
 from datastore.checkpoint.dropping import drop_item
 from datastore.checkpoint.format.manifest import StepCommit
@@ -33,9 +36,11 @@ from datastore.checkpoint.keeping import Collected, Keep, best_steps, collect, d
 from datastore.checkpoint.loading.restore import Restored, Restorer
 from datastore.checkpoint.places.two import SecondPlace, TwoPlaces, opened
 from datastore.checkpoint.ranks import Agree, SavingRank, StorageVote, check_member, check_step, read_run
+from datastore.checkpoint.saving.commit import leave_note
 from datastore.checkpoint.saving.saver import Handle, Save, SaveHistory, Saver
 from datastore.checkpoint.saving.snapshot import capture
 from datastore.checkpoint.steps import CheckpointerSettings, Closing, StepLog, steps_of
+from datastore.document import convert
 from datastore.errors import ConfigError, DatastoreError
 from datastore.storage.base import Storage, StorageLike
 from datastore.threads import in_thread
@@ -67,8 +72,10 @@ class Checkpointer(Closing):
             CorruptError: `run.json` is damaged.
         """
         check_member(rank, world, session)
-        if keep.last < 1:
-            raise ConfigError("at least one step must be kept", last=keep.last, hint="Set keep.last to 1 or more.")
+        if not isinstance(keep, Keep):
+            raise ConfigError("not a rule of what to keep", keep=keep, hint="Pass keep=ds.Keep(last=3).")
+        keep = convert(Keep, msgspec.structs.asdict(keep), where="keep")
+        options = convert(CheckpointerSettings, msgspec.structs.asdict(options), where="options")
         storage, places = opened(url)
         read_run(storage)
         self._member = SavingRank(with_codec(storage, options.codec), rank, world, session or uuid.uuid4().hex, options)
@@ -123,13 +130,17 @@ class Checkpointer(Closing):
         """
         self._check_open()
         step = check_step(step)
-        snapshot = capture(items, rank=self._member.rank, world=self._member.world)
+        try:
+            snapshot = capture(items, rank=self._member.rank, world=self._member.world)
+            values = pack(dict(metrics or {}), name="metrics", describe=_no_tensor).skeleton
+        except BaseException as error:
+            leave_note(self._member, self._member.save_ref(step, self._history.next_attempt(step)), error)
+            raise
         handle = Handle(step, snapshot.size_bytes)
         ahead = None if blocking else self._ahead_of(handle)
         if ahead is None:
             self._settle()
         self._history.check_next(step)
-        values = pack(dict(metrics or {}), name="metrics", describe=_no_tensor).skeleton
         ref = self._member.save_ref(step, self._history.next_attempt(step))
         save = Save(ref, snapshot, values, copy=not blocking, first=first, ahead=ahead)
         work = partial(self._work, handle, save)
@@ -213,7 +224,7 @@ class Checkpointer(Closing):
         self._settle()
         agree = agree or self._vote
         restorer = Restorer(self._member, items, places=self._places, agree=agree, partial=partial, fresh=fresh)
-        restored, whole = restorer.newest() if step == "latest" else restorer.exactly(step)
+        restored, whole = restorer.newest() if step == "latest" else restorer.exactly(check_step(step))
         near = restored.url == self.url  # A save may only point into parts that are in the first place.
         entries = (entry for info in whole.parts for entry in info.entries if near)
         self._history.restored(whole.commit, entries, (damaged.step for damaged in restored.fell_back))
@@ -302,9 +313,11 @@ class Checkpointer(Closing):
 
     def _homes(self, step: int) -> list[Storage]:
         """Return the places that have `step`; the first, if none has."""
+        step = check_step(step)
         return [place for place in self._places if step in StepLog(place).steps()] or self._places[:1]
 
     def _home(self, step: int) -> Storage:
+        step = check_step(step)
         return self._homes(step)[0] if len(self._places) > 1 else self._places[0]
 
     def copy_failure(self) -> DatastoreError | None:
@@ -354,5 +367,7 @@ class Checkpointer(Closing):
             raise ConfigError("the checkpointer is closed", url=self.url, hint="Open another one.")
 
 
-def _no_tensor(_value: Any, _name: str) -> TensorSpec | None:
+def _no_tensor(value: Any, name: str) -> TensorSpec | None:
+    if isinstance(value, torch.Tensor):
+        raise ConfigError("metrics are numbers and texts, not tensors", path=name, hint="Pass tensor.item().")
     return None

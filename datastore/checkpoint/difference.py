@@ -11,11 +11,12 @@ from typing import Any
 
 import torch
 
-from datastore.checkpoint.format.manifest import Entry
+from datastore.checkpoint.format.manifest import Entry, StepCommit, plain_item
 from datastore.checkpoint.format.tree import TensorSpec, specs, unpack
 from datastore.checkpoint.loading.reader import Reader, transfers_of
 from datastore.checkpoint.steps import StepLog, WholeStep
 from datastore.checkpoint.tensors import DTYPES
+from datastore.errors import ConfigError
 from datastore.storage.base import Storage
 from datastore.units import Progress
 
@@ -64,18 +65,23 @@ class StepDifference:
 
 
 def difference(
-    before: tuple[Storage, int], after: tuple[Storage, int], *, progress: Progress | None = None
+    before: tuple[Storage, int], after: tuple[Storage, int], *, item: str = "", progress: Progress | None = None
 ) -> StepDifference:
-    """Return what differs between two steps, each a run and a number. `progress` counts the tensors that must be read.
+    """Return what differs between two steps, each a run and a number, or in one `item` of them. `progress` counts the tensors that must be read.
 
     Takes the time to read what has changed twice, and memory for two tensors.
 
     Raises:
         MissingError: there is no such step.
+        ConfigError: neither step has the item.
         CorruptError: what was read is damaged.
     """
     sides = [(storage, StepLog(storage).read_whole(step)) for storage, step in (before, after)]
-    wanted = [_specs(whole) for _, whole in sides]
+    skeletons = [_skeletons(whole.commit, item) for _, whole in sides]
+    if item and not any(skeletons):
+        there = sorted({plain_item(name) for _, whole in sides for name in whole.commit.items})
+        raise ConfigError("neither step has such an item", item=item, items=there, hint="Name one that is there.")
+    wanted = [_specs(each) for each in skeletons]
     digests = [_digests(whole) for _, whole in sides]
     both = [name for name in wanted[0] if name in wanted[1]]
     differ = [name for name in both if wanted[0][name] != wanted[1][name] or digests[0][name] != digests[1][name]]
@@ -96,13 +102,17 @@ def difference(
         changed=changes,
         only_before=[name for name in wanted[0] if name not in wanted[1]],
         only_after=[name for name in wanted[1] if name not in wanted[0]],
-        values=_values(*(dict(_plain(commit.items)) for commit in commits)),
+        values=_values(*(dict(_plain(each)) for each in skeletons)),
         metrics=_values(*(unpack(commit.metrics, name="metrics", tensors={}) for commit in commits)),
     )
 
 
-def _specs(whole: WholeStep) -> dict[str, TensorSpec]:
-    items = whole.commit.items
+def _skeletons(commit: StepCommit, item: str) -> dict[str, Any]:
+    """Return the items of a step, or those of one name."""
+    return {name: each for name, each in commit.items.items() if item in ("", plain_item(name))}
+
+
+def _specs(items: Mapping[str, Any]) -> dict[str, TensorSpec]:
     return {name: spec for item in items for name, spec in specs(items[item], name=item)}
 
 

@@ -26,6 +26,7 @@ from datastore.checkpoint.format.manifest import (
     chunks_of,
     info_key,
     part_key,
+    plain_item,
     step_key,
 )
 from datastore.checkpoint.format.tree import specs
@@ -58,16 +59,17 @@ def drop_item(storage: Storage, item: str, *, steps: Iterable[int]) -> Dropped:
 
     Raises:
         MissingError: there is no such step.
-        ConfigError: one is the newest step, or has nothing else.
+        ConfigError: one is the newest step, or has nothing else; or no step of the run has the item.
         CorruptError: a step is damaged; those before it are done.
     """
     storage = with_codec(storage)
     log = StepLog(storage)
+    _check_known(log, item)
     before = _parts_bytes(storage)
     done = []
     for step in sorted(set(steps)):
         whole = log.read_whole(step)
-        names = {name for name in whole.commit.items if name.partition("@")[0] == item}
+        names = {name for name in whole.commit.items if plain_item(name) == item}
         _check_droppable(log, whole.commit, names)
         if names:
             _replace(storage, whole, names)
@@ -75,6 +77,14 @@ def drop_item(storage: Storage, item: str, *, steps: Iterable[int]) -> Dropped:
     if done:
         collect(storage, Keep(last=2**31))  # Nothing but parts that no step needs.
     return Dropped(tuple(done), max(before - _parts_bytes(storage), 0))
+
+
+def _check_known(log: StepLog, item: str) -> None:
+    commits = [log.read_if_sound(step) for step in log.steps()]
+    there = {plain_item(name) for commit in commits if commit is not None for name in commit.items}
+    if item not in there and None not in commits:
+        hint = "Name one that is there."
+        raise ConfigError("no step has such an item", item=item, items=sorted(there), url=log.url, hint=hint)
 
 
 def _parts_bytes(storage: Storage) -> int:

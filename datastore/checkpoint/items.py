@@ -19,7 +19,7 @@ from datastore.checkpoint.tensors import describe, spec_text
 from datastore.digest import digest_hex
 from datastore.errors import ConfigError
 
-__all__ = ["PARAMETERS", "PerRank", "item_digests", "item_key", "pack_item", "plain_name", "unwrapped"]
+__all__ = ["PARAMETERS", "PerRank", "check_items", "item_digests", "item_key", "pack_item", "plain_name", "unwrapped"]
 
 PARAMETERS = "datastore.parameters"
 """Where the state of an optimizer says what its parameters are, in the order of its groups."""
@@ -34,6 +34,13 @@ class PerRank:
     """An item of which each rank has its own, such as the state of a random generator; restored in the same world only."""
 
     state: Any
+
+
+def check_items(items: Any) -> None:
+    """Raise `ConfigError` unless `items` is a mapping: of names to what has a state."""
+    if not isinstance(items, Mapping):
+        hint = 'Name each thing that is to be saved: {"model": model, "optim": optimizer}.'
+        raise ConfigError("items are not a dict", type=type(items).__name__, hint=hint)
 
 
 def item_key(name: str, item: Any, rank: int) -> str:
@@ -70,6 +77,10 @@ def _state_of(name: str, item: Any) -> dict[str, Any]:
             return _with_parameters(state, item) if isinstance(item, torch.optim.Optimizer) else state
         raise ConfigError("state_dict() did not return a dict", item=name, type=type(state).__name__)
     hint = "Pass a dict, or an object with state_dict() and load_state_dict()."
+    if isinstance(item, list | tuple):
+        hint = f"Give each of them a name of its own, such as {name}_0 and {name}_1."
+    elif callable(getattr(item, "get_state", None)):
+        hint = 'Pass {"state": generator.get_state()}, and set that after the restore.'
     raise ConfigError("this item has no state to save", item=name, type=type(item).__name__, hint=hint)
 
 

@@ -38,6 +38,7 @@ __all__ = [
     "Collected",
     "Keep",
     "best_steps",
+    "check_metric",
     "check_standing",
     "claimed",
     "collect",
@@ -128,6 +129,15 @@ def expired(
         kept |= {step for step, time in times.items() if times[newest[0]] - time <= keep.within_s}
     oldest = newest[keep.last - 1]
     return sorted(step for step in commits if step < oldest and step not in kept)
+
+
+def check_metric(storage: Storage, keep: Keep) -> None:
+    """Raise `ConfigError` if the best steps are to stay by a number that no step has: a typing error would let the best one go."""
+    commits = [commit for commit in map(StepLog(storage).read_if_sound, StepLog(storage).steps()) if commit is not None]
+    if keep.best and not best_steps(commits, keep.best):
+        there = sorted({name for commit in commits for name in unpack(commit.metrics, name="metrics", tensors={})})
+        hint = "Name a number that steps are saved with."
+        raise ConfigError("no step has this metric", metric=keep.best, metrics=there, url=storage.url, hint=hint)
 
 
 def garbage(

@@ -2,7 +2,8 @@
 
 A tensor that cannot be told apart by dtype, shape and bytes (sparse, on the meta device, of an unknown
 subclass) is refused by name rather than stored half. A DTensor is one piece of a whole; ranks that hold the same
-piece agree without a word that the one at coordinate 0 of the mesh dimensions it is replicated over writes it.
+piece agree without a word that the one at coordinate 0 of the mesh dimensions it is replicated over writes it, in the first
+slice of the mesh if the tensor lies on one of several.
 
 Who writes which tensor, and where pieces of tensors meet, is pure arithmetic that every rank does alike. No rank asks another: the owner of a tensor that all ranks hold follows from the sizes alone, and a shard's place in
 the whole follows from its layout. The price is that ranks must hold the same state; the commit checks that they did.
@@ -127,8 +128,8 @@ def spec_text(tensor: torch.Tensor) -> str:
 
 
 def _unfit(tensor: torch.Tensor) -> str:
-    if not (_is_dtensor(tensor) or type(tensor) in _PLAIN):
-        return "its class is not known"
+    if tensor.is_nested or not (_is_dtensor(tensor) or type(tensor) in _PLAIN):
+        return "it is nested" if tensor.is_nested else "its class is not known"
     if tensor.layout != torch.strided:
         return f"its layout is {tensor.layout}"
     if tensor.is_meta:
@@ -144,6 +145,10 @@ def _way_out(tensor: torch.Tensor) -> str:
     """Return what to do with a tensor that cannot be stored."""
     if tensor.is_meta:
         return 'Call model.to_empty(device="cpu") first, or name another device.'
+    if tensor.is_nested:
+        return "Store a list of its parts, tensor.unbind(), and make it of them after the restore."
+    if tensor.is_complex():
+        return "Store torch.view_as_real(tensor), and make it complex after the restore."
     return "Convert it to a dense torch.Tensor, or leave it out of the state."
 
 
@@ -183,7 +188,17 @@ def _shard(tensor: Any, name: str) -> TensorPiece:
         raise ConfigError("this DTensor is no box of the whole", path=name, placements=str(placements), hint=hint)
     alike = not tensor.numel()  # All ranks hold the same nothing.
     first = all(at == 0 for at, layout in zip(coordinate, placements, strict=True) if alike or layout.is_replicate())
-    return TensorPiece(local, box, replicated=False, first=first)
+    return TensorPiece(local, box, replicated=False, first=first and _is_first_slice(mesh))
+
+
+def _is_first_slice(mesh: Any) -> bool:
+    """Return whether `mesh` is no slice of a larger one, or of all slices like it the first, the one that has the first rank.
+
+    The other slices hold copies: what FSDP2 cuts over the ranks of `mesh["data"]` is the same for each rank of `mesh["tensor"]`, in modules
+    that tensor parallelism leaves as they are.
+    """
+    root = getattr(mesh, "_root_mesh", None)  # Nothing public tells of which mesh this is a slice.
+    return root is None or bool((mesh.mesh == root.mesh.flatten()[0]).any())
 
 
 def _is_strided(placement: Any) -> bool:

@@ -138,14 +138,16 @@ def verify(*, run: str, step: int | None, as_json: bool) -> int:
 @json_option
 def gc(*, run: str, budget: str, dry_run: bool, as_json: bool, **rules: Any) -> None:
     """Remove old checkpoints of RUN, and files that no checkpoint needs. Training does this by itself. Pinned ones stay."""
-    from datastore.checkpoint.keeping import Keep, collect
+    from datastore.checkpoint.keeping import Keep, check_metric, collect
     from datastore.storage.resolve import open_storage
     from datastore.units import format_bytes, parse_bytes
 
     saved_steps(run, None)
     keep = Keep(**rules, budget_bytes=parse_bytes(budget) if budget else 0)
     with waiting("gc"):
-        removed = collect(open_storage(run), keep, dry_run=dry_run)
+        storage = open_storage(run)
+        check_metric(storage, keep)
+        removed = collect(storage, keep, dry_run=dry_run)
     if as_json:
         say_json(removed)
         return
@@ -160,7 +162,7 @@ def gc(*, run: str, budget: str, dry_run: bool, as_json: bool, **rules: Any) -> 
 )
 @click.argument("before")
 @click.argument("after")
-@click.option("--item", default="", help="Only tensors of this item, such as model.")
+@click.option("--item", default="", help="Only this item, such as model.")
 @click.option("--limit", type=click.IntRange(min=1), default=20, help="Tensors that are shown, the most changed first.")
 @progress_option
 @json_option
@@ -169,7 +171,7 @@ def diff(*, before: str, after: str, item: str, limit: int, as_json: bool) -> No
     from datastore.checkpoint.difference import difference
 
     sides = {"before": _side(before), "after": _side(after)}
-    found = with_progress("compare", difference, unit="tensors", **sides)
+    found = with_progress("compare", difference, unit="tensors", item=item, **sides)
     if as_json:
         say_json(found)
         return
@@ -181,8 +183,7 @@ def diff(*, before: str, after: str, item: str, limit: int, as_json: bool) -> No
             f"{len(found.only_before):,} only before, {len(found.only_after):,} only after",
         }
     )
-    changed = [each for each in found.changed if not item or each.name.startswith(f"{item}/")]
-    changed.sort(key=lambda each: -(each.relative or 0.0))
+    changed = sorted(found.changed, key=lambda each: -(each.relative or 0.0))
     if changed:
         say()
         table(("tensor", "is", "elements", "largest", "relative"), [_change(each) for each in changed[:limit]])
@@ -191,7 +192,8 @@ def diff(*, before: str, after: str, item: str, limit: int, as_json: bool) -> No
     for title, names in (("only before", found.only_before), ("only after", found.only_after)):
         if names:
             say(f"{title}: {', '.join(names[:limit])}")
-    others = {**{f"metrics/{key}": pair for key, pair in found.metrics.items()}, **found.values}
+    metrics = {} if item else {f"metrics/{key}": pair for key, pair in found.metrics.items()}
+    others = {**metrics, **found.values}
     if others:
         say()
         table(("value", "before", "after"), [(key, *map(str, pair)) for key, pair in list(others.items())[:limit]])

@@ -1,5 +1,6 @@
 """`dcp.save` and `dcp.load` with a run of ours behind them: any layout into any other, both ways, and what is refused."""
 
+import pickle
 import subprocess
 import sys
 import uuid
@@ -150,3 +151,18 @@ def test_async_save_is_an_ordinary_step(tmp_path: Path) -> None:
     with Checkpointer(tmp_path / "r") as ck:
         ck.restore({"a": {"w": into}})
     assert into.eq(1).all()
+
+
+def test_a_writer_can_be_sent_to_the_process_that_saves_in_the_background(tmp_path: Path) -> None:
+    writer = DcpWriter(keep=Keep(last=1))
+    for step in (1, 2):
+        writer = pickle.loads(pickle.dumps(writer))  # As `async_checkpointer_type=AsyncCheckpointerType.PROCESS` does.
+        alone(
+            dcp.save,
+            {"model": {"w": torch.full((3,), step)}},
+            checkpoint_id=tmp_path / f"step-{step}",
+            storage_writer=writer,
+        )
+    with Checkpointer(tmp_path) as ck:
+        state = {"w": torch.zeros(3, dtype=torch.int64)}
+        assert (ck.restore({"model": state}).step, ck.steps(), state["w"].tolist()) == (2, [2], [2, 2, 2])

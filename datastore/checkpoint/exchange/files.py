@@ -13,8 +13,10 @@ tensors and plain values are taken (`weights_only`), and of DCP's table of conte
 import io
 import json
 import pickle
+import re
 import struct
 import warnings
+import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
@@ -68,9 +70,9 @@ def read_files(source: Path) -> dict[str, Any]:
         return _state_at(source)
     except (pickle.UnpicklingError, CheckpointException) as error:
         raise FormatError(
-            f"it holds what is no tensor and no plain value: {_first_line(error)}",
+            f"it holds what is no tensor and no plain value: {_foreign(error)}",
             path=str(source),
-            hint="Save its state_dict instead of the object.",
+            hint="Open it with torch.load where you trust it, and save what is plain, such as its state_dict().",
         ) from None
     except (OSError, EOFError, RuntimeError, ValueError, struct.error) as error:
         raise CorruptError(
@@ -92,15 +94,25 @@ def _state_at(source: Path) -> dict[str, Any]:
         names = sorted(path.name for path in source.iterdir() if path.suffix == ".safetensors")
         names = names or sorted(path.name for path in source.iterdir() if path.suffix in _TORCH)
     if not names:
-        raise FormatError(
-            "not a checkpoint that is known here",
-            path=str(source),
-            hint="Name a file of torch.save or safetensors, a folder of Hugging Face, or one of torch.distributed.checkpoint.",
-        )
+        raise _unknown(source)
     state: dict[str, Any] = {}
     for name in names:
-        state.update(_file(source / name))
+        found = _file(source / name)
+        twice = next(iter(found.keys() & state.keys()), None)
+        if twice is not None:
+            hint = "They are no shards of one state: name one of the files."
+            raise FormatError(
+                "two files of the folder have the same key", path=str(source / name), key=twice, hint=hint
+            )
+        state.update(found)
     return state
+
+
+def _unknown(source: Path) -> FormatError:
+    hint = "Name a file of torch.save or safetensors, or a folder of Hugging Face, of torch.distributed.checkpoint, or of Orbax."
+    if (source / "steps").is_dir():
+        hint = "It is a run already: `datastore checkpoint fork` begins another one with a step of it, `replicate` copies it."
+    return FormatError("not a checkpoint that is known here", path=str(source), hint=hint)
 
 
 def _file(path: Path) -> dict[str, Any]:
@@ -112,11 +124,25 @@ def _file(path: Path) -> dict[str, Any]:
             return dict(load_file(path))
         except SafetensorError as error:
             raise CorruptError(f"it cannot be read: {error}", path=str(path), hint="Restore it from a copy.") from None
+    _check_saved_by_torch(path)
     state = torch.load(path, map_location="cpu", weights_only=True)
     if not isinstance(state, Mapping):
-        raise FormatError("the file holds no state_dict", path=str(path), type=type(state).__name__)
+        hint = "Save a dict of tensors with torch.save."
+        raise FormatError("the file holds no state_dict", path=str(path), type=type(state).__name__, hint=hint)
     found: dict[str, Any] = _plain_dicts(state)
     return found
+
+
+def _check_saved_by_torch(path: Path) -> None:
+    """Raise `FormatError` for what torch's unpickler fails on in any way it likes: other files, and programs."""
+    with path.open("rb") as file:
+        if file.read(1) not in (b"P", b"\x80", b""):  # A zip archive, a pickle, or nothing at all.
+            raise _unknown(path)
+    if zipfile.is_zipfile(path):
+        with zipfile.ZipFile(path) as archive:
+            if any(name.endswith("/constants.pkl") for name in archive.namelist()):
+                hint = "Save torch.jit.load(path).state_dict() with torch.save."
+                raise FormatError("it is a program of TorchScript", path=str(path), hint=hint)
 
 
 def _plain_dicts(value: Any) -> Any:
@@ -268,6 +294,12 @@ def _leaves(value: Any, name: str) -> Any:
             yield from _leaves(inner, f"{name}.{index}")
     else:
         yield name, value
+
+
+def _foreign(error: BaseException) -> str:
+    """Return the class that is not taken, if the error of torch tells it."""
+    found = re.search(r"GLOBAL (\S+) was not", str(error))
+    return found[1] if found else _first_line(error)
 
 
 def _first_line(error: BaseException) -> str:

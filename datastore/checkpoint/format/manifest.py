@@ -48,6 +48,7 @@ __all__ = [
     "is_part_key",
     "layout_key",
     "part_key",
+    "plain_item",
     "runs_of",
     "step_key",
     "step_of_key",
@@ -209,6 +210,11 @@ def layout_key(ref: StepRef) -> str:
 def failure_key(ref: StepRef, rank: int) -> str:
     """Return where `rank` leaves a note if it cannot do its part of the save `ref`."""
     return f"{PARTS}/{ref.step:010d}-{ref.save_id}-{rank:05d}.failed"
+
+
+def plain_item(name: str) -> str:
+    """Return the name of an item without the rank that has it for its own."""
+    return name.partition("@")[0]
 
 
 def step_of_key(key: str) -> int | None:

@@ -148,8 +148,19 @@ def _pack_plain(value: Any, name: str) -> Any:
         "this value cannot be stored in a checkpoint",
         path=name,
         type=f"{kind.__module__}.{kind.__qualname__}",
-        hint="Store tensors, numbers, texts, bools, None, lists and dicts of them; convert the rest.",
+        hint=_way_out(value),
     )
+
+
+def _way_out(value: Any) -> str:
+    """Return what to do with a value that cannot be stored."""
+    if type(value).__name__ == "ndarray":
+        return "Store torch.from_numpy(array)."
+    if callable(getattr(value, "state_dict", None)):
+        return "Store its state_dict(), or pass it as an item of its own."
+    if callable(getattr(value, "get_state", None)):
+        return "Store what get_state() returns, and set that after the restore."
+    return "Store tensors, numbers, texts, bools, None, lists and dicts of them; convert the rest."
 
 
 def unpack(skeleton: Any, *, name: str, tensors: Mapping[str, T], collapse: Convert = _itself) -> Any:
@@ -205,6 +216,8 @@ def differences(saved: Any, wanted: Any, *, name: str) -> list[str]:
     if ours is not None or theirs is not None:
         return [f"{name}: {'expected' if ours is not None else 'saved'} as a dict"]
     mine, other = dict(specs(wanted, name=name)), dict(specs(saved, name=name))
+    if (name in mine) != (name in other):
+        return [f"{name}: saved as {other.get(name, 'no tensor')}, expected as {mine.get(name, 'no tensor')}"]
     return spec_differences(other, mine)
 
 

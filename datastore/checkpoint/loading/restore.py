@@ -28,6 +28,7 @@ from datastore.checkpoint.format.checks import PlacedBox
 from datastore.checkpoint.format.layout import layout_of, ranks_holding
 from datastore.checkpoint.format.manifest import PartInfo, StepCommit
 from datastore.checkpoint.format.tree import specs, unpack
+from datastore.checkpoint.items import check_items
 from datastore.checkpoint.loading.reader import Reader, transfers_of
 from datastore.checkpoint.loading.shared import Detour, contradictions, detours, fill, untied
 from datastore.checkpoint.loading.targets import RestoreTarget, target_of
@@ -113,6 +114,7 @@ class Restorer:
     ) -> None:
         self._member = member
         self._places = places
+        check_items(items)
         self._targets = [target_of(name, item, member.rank) for name, item in items.items()]
         self._agree = agree
         self._partial = partial

@@ -17,9 +17,10 @@ from math import prod
 from typing import Any
 
 import torch
+from typing_extensions import override
 
 from datastore.checkpoint.format.tree import TensorSpec, specs
-from datastore.checkpoint.items import PerRank, item_key, pack_item
+from datastore.checkpoint.items import PerRank, check_items, item_key, pack_item
 from datastore.checkpoint.tensors import Bytes, TensorPiece, describe, local_piece, memory_key, owners
 from datastore.formats.safetensors import ITEM_BYTES
 
@@ -67,6 +68,7 @@ def capture(items: Mapping[str, Any], *, rank: int, world: int) -> Snapshot:
     Raises:
         ConfigError: an item or a leaf of it cannot be stored; the message has its path.
     """
+    check_items(items)
     packed = {item_key(name, item, rank): pack_item(name, item, rank) for name, item in items.items()}
     own = {item_key(name, item, rank) for name, item in items.items() if isinstance(item, PerRank)}
     tensors = {name: tensor for item in packed.values() for name, tensor in item.tensors.items()}
@@ -111,6 +113,11 @@ class BufferPool:
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._free: torch.Tensor | None = None
+
+    @override
+    def __reduce__(self) -> tuple[object, ...]:
+        """Pickle nothing: another process has buffers of its own."""
+        return BufferPool, ()
 
     def take(self, size_bytes: int) -> torch.Tensor:
         """Return a buffer of at least `size_bytes`, its content undefined; it belongs to the caller until given back."""

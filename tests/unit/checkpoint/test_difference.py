@@ -9,6 +9,7 @@ import torch
 
 from datastore.checkpoint.checkpointer import Checkpointer
 from datastore.checkpoint.difference import TensorChange, difference
+from datastore.errors import ConfigError
 from datastore.storage.base import Storage
 from datastore.storage.resolve import open_storage
 
@@ -103,3 +104,15 @@ def test_runs_and_kinds_of_numbers_are_compared(storage: Storage) -> None:
     assert all(change.changed for change in found.changed)
     scalar = next(change for change in found.changed if change.name == "model/scalar")
     assert (scalar.largest, scalar.relative) == (2.0, 2.0)
+
+
+def test_one_item_is_compared_and_nothing_else_is_read(storage: Storage) -> None:
+    with Checkpointer(storage) as ck:
+        for step in (1, 2):
+            items = {"model": {"w": torch.full((3,), step)}, "optim": {"m": torch.full((3,), step), "lr": step}}
+            ck.save(step, items, blocking=True)
+    read: list[tuple[int, int]] = []
+    found = difference((storage, 1), (storage, 2), item="model", progress=lambda *at: read.append(at))
+    assert ([change.name for change in found.changed], found.values, read[-1]) == (["model/w"], {}, (1, 1))
+    with pytest.raises(ConfigError, match="neither step has such an item"):
+        difference((storage, 1), (storage, 2), item="modle")

@@ -165,3 +165,10 @@ def test_ranks_lose_their_shares(tmp_path: Any) -> None:
         found = {"model": items(-1)["model"]}
         assert ck.restore(found, step=1, partial=True).step == 1
         assert torch.equal(found["model"]["w"], items(1)["model"]["w"])
+
+
+def test_an_item_that_no_step_has_is_a_mistake(run: MemoryStorage) -> None:
+    with pytest.raises(ConfigError, match=r"no step has such an item.*'model', 'optim'"):
+        drop_item(run, "optimizer", steps=[1])
+    drop_item(run, "optim", steps=[1])
+    assert drop_item(run, "optim", steps=[1]).steps == ()

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from datastore.checkpoint.checkpointer import Checkpointer
 from datastore.checkpoint.format.manifest import StepCommit
 from datastore.checkpoint.inspect import list_steps
-from datastore.checkpoint.keeping import Keep, best_steps, collect, expired, pin, pinned_steps
+from datastore.checkpoint.keeping import Keep, best_steps, check_metric, collect, expired, pin, pinned_steps
 from datastore.errors import ConfigError, ConflictError, MissingError
 from datastore.storage.base import Storage
 from datastore.storage.resolve import open_storage
@@ -135,3 +135,12 @@ def test_of_equal_numbers_the_later_is_the_better() -> None:
     commits = [commit_of(step, 1.0, step) for step in (1, 2, 3)]
     assert best_steps(commits, "loss") == [3, 2, 1]
     assert msgspec.structs.replace(Keep(), best="loss").best_count == 1
+
+
+def test_a_metric_that_no_step_has_is_a_mistake(storage: Storage) -> None:
+    with Checkpointer(storage) as ck:
+        ck.save(1, {"model": {}}, metrics={"loss": 2.0}, blocking=True)
+    for sound in (Keep(), Keep(best="loss"), Keep(best="-loss")):
+        check_metric(storage, sound)
+    with pytest.raises(ConfigError, match=r"no step has this metric.*'loss'"):
+        check_metric(storage, Keep(best="lose"))

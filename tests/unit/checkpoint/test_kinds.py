@@ -5,11 +5,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Self
 
+import numpy as np
 import pytest
 import torch
 
 from datastore.checkpoint.checkpointer import Checkpointer
 from datastore.checkpoint.inspect import verify_step
+from datastore.checkpoint.keeping import Keep
 from datastore.checkpoint.steps import CheckpointerSettings
 from datastore.checkpoint.tensors import DTYPES
 from datastore.errors import ConfigError, ResumeError
@@ -271,3 +273,51 @@ def test_quantized_states_of_optimizers_of_torchao_go_on_bit_for_bit(
             train(*each, 2)
     for first, second in zip(one[0].parameters(), other[0].parameters(), strict=True):
         assert torch.equal(first, second)
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+@pytest.mark.parametrize(
+    ("make", "hint"),
+    [
+        (lambda: torch.nested.nested_tensor([torch.ones(3), torch.ones(2)]), "unbind"),
+        (lambda: torch.nested.nested_tensor([torch.ones(3), torch.ones(2)], layout=torch.jagged), "unbind"),
+        (lambda: torch.ones(2, dtype=torch.complex128), "view_as_real"),
+        (lambda: np.ones(2), "from_numpy"),
+        (torch.Generator, "get_state"),
+        (lambda: torch.nn.Linear(1, 1), "an item of its own"),
+    ],
+)
+def test_what_cannot_be_stored_is_told_by_its_path_with_a_way_out(
+    tmp_path: Path, make: Callable[[], Any], hint: str
+) -> None:
+    with Checkpointer(tmp_path) as ck, pytest.raises(ConfigError, match=rf"path='state/x'.*{hint}"):
+        ck.save(1, {"state": {"x": make()}})
+
+
+@pytest.mark.parametrize(
+    ("items", "hint"),
+    [
+        (torch.nn.Linear(1, 1), "Name each thing"),
+        ({"optim": [torch.nn.Linear(1, 1)]}, "optim_0"),
+        ({"rng": torch.Generator()}, "get_state"),
+    ],
+)
+def test_what_is_no_item_is_told_with_a_way_out(tmp_path: Path, items: Any, hint: str) -> None:
+    with Checkpointer(tmp_path) as ck:
+        for use in (lambda: ck.save(1, items), lambda: ck.restore(items)):
+            with pytest.raises(ConfigError, match=hint):
+                use()
+
+
+def test_what_a_call_cannot_mean_is_told_at_once(tmp_path: Path) -> None:
+    cases: list[Any] = [3, Keep(last=0), Keep(budget_bytes="2 GiB")]  # type: ignore[arg-type]
+    for keep in cases:
+        with pytest.raises(ConfigError, match="keep"):
+            Checkpointer(tmp_path, keep=keep)
+    with Checkpointer(tmp_path) as ck:
+        with pytest.raises(ConfigError, match=r"metrics/loss.*item\(\)"):
+            ck.save(1, {"state": {}}, metrics={"loss": torch.ones(())})
+        unclear: Any = "1"
+        for use in (lambda: ck.restore({}, step=unclear), lambda: ck.pin(unclear), lambda: ck.inspect(unclear)):
+            with pytest.raises(ConfigError, match="not a step"):
+                use()

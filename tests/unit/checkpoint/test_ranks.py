@@ -349,3 +349,22 @@ def test_weights_tied_on_one_rank_only_are_found_before_the_commit(storage: Memo
 
     on_ranks(2, one)
     assert not list(storage.list("steps"))
+
+
+def test_a_rank_whose_state_cannot_be_stored_tells_the_others_and_all_can_save_the_step_again(
+    storage: MemoryStorage,
+) -> None:
+    def one(rank: int) -> str:
+        ck = member(storage, rank, 3)
+        with pytest.raises(DatastoreError) as caught:
+            ck.save(1, {"state": {"x": object() if rank == 1 else 0}}).committed(timeout_s=60)
+        ck.save(1, {"state": {"x": 0}}).committed(timeout_s=60)
+        ck.close()
+        return str(caught.value)
+
+    begun = time.monotonic()
+    told = on_ranks(3, one)
+    assert time.monotonic() - begun < PATIENT.wait_s / 2
+    assert all("this value cannot be stored in a checkpoint (path='state/x'" in text for text in told)
+    assert "rank 1 could not save" in told[0]
+    assert len(list(storage.list("steps"))) == 1

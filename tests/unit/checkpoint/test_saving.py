@@ -506,7 +506,7 @@ def test_a_failed_collection_is_logged_and_the_save_stands(
 
 
 def test_at_least_one_step_is_kept(storage: Flaky) -> None:
-    with pytest.raises(ConfigError, match="at least one"):
+    with pytest.raises(ConfigError, match=r"`last`: expected `int` >= 1"):
         Checkpointer(storage, keep=Keep(last=0))
 
 

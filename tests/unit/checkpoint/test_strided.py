@@ -1,15 +1,18 @@
-"""FSDP2 over tensor parallelism along one dimension: the pieces are boxes that make up the whole, also where rows do not divide."""
+"""Meshes of several dimensions: the pieces are boxes that make up the whole, also where rows do not divide, and each is written once."""
 
 from itertools import product
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch.distributed.checkpoint.planner_helpers import _create_write_item_for_tensor
-from torch.distributed.tensor import Replicate, Shard
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.placement_types import _StridedShard
+from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from datastore.checkpoint.exchange.dcp import _captured
-from datastore.checkpoint.tensors import box_at
+from datastore.checkpoint.tensors import box_at, local_piece
 from datastore.errors import ConfigError
 
 
@@ -67,3 +70,30 @@ def test_a_piece_of_dcp_that_is_not_what_it_planned_is_refused_when_it_is_saved(
     assert _captured(item, torch.zeros(1, 4), ("w",)).size_bytes == 16
     with pytest.raises(ConfigError, match="not what it plans"):
         _captured(item, torch.zeros(0, 4), ("w",))
+
+
+@pytest.mark.parametrize(
+    ("names", "placements"),
+    [
+        (("data",), [Shard(0)]),
+        (("tensor",), [Shard(1)]),
+        (("data",), [Replicate()]),
+        (("copies", "data"), [Replicate(), Shard(0)]),
+        (("copies", "data", "tensor"), [Replicate(), Shard(0), Shard(1)]),
+    ],
+)
+def test_what_lies_on_slices_of_a_mesh_is_written_by_the_first_of_them(
+    names: tuple[str, ...], placements: list[Shard | Replicate]
+) -> None:
+    numbers = torch.arange(7 * 4).view(7, 4)
+    written = []
+    for rank in range(8):
+        dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=8)
+        try:
+            mesh = init_device_mesh("cpu", (2, 2, 2), mesh_dim_names=("copies", "data", "tensor"))
+            piece = local_piece(distribute_tensor(numbers, mesh[names], placements, src_data_rank=None), "w")
+        finally:
+            dist.destroy_process_group()
+        if piece.first:
+            written += piece.tensor.flatten().tolist()
+    assert sorted(written) == list(range(7 * 4))
