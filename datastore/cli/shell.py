@@ -125,18 +125,20 @@ def _in_flags(hint: str, command: click.Command) -> str:
     """Return `hint` with the options of `command` where it names arguments or settings.
 
     Hints are written for Python and stand in backticks: `allow_missing` is `--allow-missing` here, `workers=1` is
-    `--workers 1`, and what only `--set` can set is `--set take=rows`.
+    `--workers 1`, and what only `--set` can set is `--set take=rows`. Settings of a hook or a source are named without backticks.
     """
     flags = _flags(command)
     is_flag = {option.opts[0]: option.is_flag for option in command.params if isinstance(option, click.Option)}
     settings = _settings(command.name or "") if "overrides" in flags else []
+    tables = {key.rpartition(".")[0] for key in settings}
 
     def spelled(found: re.Match[str]) -> str:
         name, value = found[1], found[2] or ""
         if name in flags:
             return f"{flags[name]} {value}" if value and not is_flag[flags[name]] else flags[name]
         keys = [key for key in settings if key == name or key.endswith(f".{name}")]
-        return f"--set {keys[0]}={value or 'VALUE'}" if keys else found[0]
+        # Of several settings with such a name nobody knows which is meant, and a whole table is not set like this.
+        return f"--set {keys[0]}={value or 'VALUE'}" if len(keys) == 1 and keys[0] not in tables else found[0]
 
     told = _NAMED.sub(spelled, hint)
     if any(re.search(rf"(?<!--set )\b{re.escape(key)}\b", told) for key in settings if "." in key):
@@ -151,7 +153,7 @@ def _settings(command: str) -> list[str]:
     """Return the names of what `--set` can set."""
     from datastore.document import setting_names
 
-    if command in {"train", "resume"}:
+    if command in {"train", "resume", "fork"}:
         from datastore.training.settings import Settings
 
         return setting_names(Settings)

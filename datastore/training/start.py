@@ -172,7 +172,7 @@ def compress(
     """Make the run `to`, which begins with the finished model `source` and does with it what the TOML file `recipe` says.
 
     A recipe holds tables of a run's settings, `[[hooks]]` as a rule; without `train.steps` no weight is trained. `source` is a run
-    (`RUN`, `RUN@STEP`), whose other settings are taken over, or a Hugging Face folder, which needs `data`. `processes` and
+    (`RUN`, `RUN@STEP`), whose other settings are taken over, or a folder that `transformers` opens, which needs `data`. `processes` and
     `on_progress` are as for `train`.
 
     Raises:
@@ -196,7 +196,7 @@ def compress(
         table["data"] = {**kept, "url": data}
     if not table.get("data"):
         raise ConfigError("a folder does not say which data to look at", source=source, hint="Name a dataset: `data`.")
-    table["model"] = {"init": source}
+    table["model"] = {**wanted.get("model", {}), **_begun_with(source)}
     result = train(settings_from(Settings, table, where=str(recipe)), to, processes=processes, on_progress=on_progress)
     place, step = _placed(source)
     before = evaluate(place, run=to, step=step)
@@ -213,6 +213,16 @@ def _inherited(source: str) -> dict[str, Any]:
     table: dict[str, Any] = msgspec.to_builtins(folder.config().settings)
     table["optim"]["init"] = False
     return {name: value for name, value in table.items() if name not in {"hooks", "parallel", "sync"}}
+
+
+def _begun_with(source: str) -> dict[str, str]:
+    """Return the settings of a model that begins as `source`: one that our GPT is not stays a model of `transformers`."""
+    from datastore.training.export.huggingface import is_foreign  # noqa: PLC0415 - loads torch
+    from datastore.training.run.folder import RunFolder, is_run  # noqa: PLC0415 - loads pyarrow
+
+    place = _placed(source)[0]
+    storage = RunFolder.open(place).storage
+    return {"use": f"hf:{place}"} if not is_run(storage) and is_foreign(storage) else {"init": source}
 
 
 def _placed(source: str) -> tuple[str, int | None]:

@@ -322,7 +322,7 @@ class Trainer:
                 "the sources end before the last step",
                 steps=settings.train.steps,
                 there_are=end // settings.data.global_batch,
-                hint="Lower train.steps, or leave out `epochs` of a source, which then goes on.",
+                hint="Lower train.steps, or leave out the epochs of a source, which then goes on.",
             )
 
     def _probe(self) -> tuple[Tensor, dict[str, Tensor | None]]:

@@ -256,6 +256,47 @@ def test_a_folder_is_compressed_with_data_and_steps(language: str, teacher: str,
     assert "folder" in (tmp_path / "sizes.svg").read_text()
 
 
+@pytest.mark.filterwarnings("ignore")
+def test_a_folder_that_our_model_is_not_is_compressed_as_a_model_of_transformers(
+    language: str, teacher: str, tmp_path: Path
+) -> None:
+    import transformers
+
+    folder, recipe, words = tmp_path / "qwen", tmp_path / "recipe.toml", 61
+    config = transformers.Qwen3Config(**QWEN, vocab_size=words)
+    transformers.Qwen3ForCausalLM(config).save_pretrained(folder)
+    recipe.write_text(f"[data]\nseq_len = 32\nglobal_batch = 12\n[train]\nthreads = 1\n{RECIPE}")
+    before = weights(folder)
+    done = compress(folder, tmp_path / "run", recipe=recipe, data=language)
+    after = weights(tmp_path / "run")
+    assert done.loss_before == pytest.approx(done.loss, abs=0.1)
+    assert set(zeros(after).values()) == {0.5}
+    assert all(torch.equal(before[name], after[name]) for name in after if not name.endswith("_proj.weight"))
+    with pytest.raises(ConfigError, match="Export it"):
+        fork(str(tmp_path / "run"), str(tmp_path / "forked"))
+
+    tokenizer = make_language(tmp_path / "data").tokenizer()
+    assert tokenizer is not None
+    (folder / "tokenizer.json").write_bytes(tokenizer.replace(b"w59", b"v59"))
+    with pytest.raises(ConfigError, match="another tokenizer"):
+        compress(folder, tmp_path / "never", recipe=recipe, data=language)
+    recipe.write_text(f"[model]\nlayers = 1\n{RECIPE}")
+    with pytest.raises(ConfigError, match="has another shape"):
+        compress(teacher, tmp_path / "never", recipe=recipe)
+    assert not (tmp_path / "never" / "steps").exists()
+
+
+QWEN: dict[str, Any] = {
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "max_position_embeddings": 64,
+}
+
+
 def recipe_without_data(folder: Path) -> Path:
     (folder / "bare.toml").write_text(RECIPE)
     return folder / "bare.toml"

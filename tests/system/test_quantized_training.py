@@ -157,8 +157,8 @@ def test_a_size_to_be_reached_gives_layers_different_bits(language: str, tmp_pat
 @pytest.mark.parametrize(
     ("hook", "fact"),
     [
-        ({"layers": ["*", "model.emb"]}, r"no layer to quantize has such a name \(pattern='model.emb'"),
-        ({"layers": ["lm_head"]}, "no layer to quantize"),
+        ({"layers": ["*", "model.emb"]}, r"no layer has such a name \(pattern='model.emb'"),
+        ({"layers": ["lm_head"]}, "no layer has such a name"),
         ({"group": 12}, r"do not divide into groups.*group=12"),
         ({"target_size": 100}, "do not fit into this size"),
         ({"method": "gptq", "samples": 10**6}, "shorter than asked"),

@@ -30,7 +30,7 @@ from datastore.training.models.huggingface import open_folder, write_model
 from datastore.training.objectives.base import Objective
 from datastore.training.settings import ModelSettings
 
-__all__ = ["HuggingFaceModel", "read_folder", "shape_of_folder", "write_folder"]
+__all__ = ["HuggingFaceModel", "is_foreign", "read_folder", "shape_of_folder", "write_folder"]
 
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 _ADDING = {"TemplateProcessing", "BertProcessing", "RobertaProcessing"}
@@ -125,6 +125,11 @@ def shape_of_folder(storage: Storage) -> ModelSettings:
     config = _read_json(storage, "config.json")
     _check_supported(config, where=storage.url)
     return _model_settings(config)
+
+
+def is_foreign(storage: Storage) -> bool:
+    """Return whether there is a model folder whose model our GPT is not: one that `transformers` must open."""
+    return _maybe(storage, "config.json") is not None and not _is_plain_llama(_read_json(storage, "config.json"))
 
 
 def read_folder(storage: Storage) -> HuggingFaceModel:
@@ -286,7 +291,8 @@ def _model_settings(config: Mapping[str, Any]) -> ModelSettings:
 def _check_supported(config: Mapping[str, Any], *, where: str) -> None:
     wrong = _unlike(config)
     if wrong:
-        raise ConfigError("not a model that this GPT is", url=where, **wrong, hint="Only plain Llama models are read.")
+        hint = 'Only plain Llama models are read; one of another kind is trained as it is: model.use = "hf:FOLDER".'
+        raise ConfigError("not a model that this GPT is", url=where, **wrong, hint=hint)
 
 
 def _unlike(config: Mapping[str, Any]) -> dict[str, Any]:

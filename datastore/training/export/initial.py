@@ -29,13 +29,15 @@ from datastore.training.export.export import open_model
 from datastore.training.export.huggingface import HuggingFaceModel, shape_of_folder
 from datastore.training.hooks.base import Hook, Moments, make_hooks
 from datastore.training.hooks.bottleneck import refuse_unmerged
+from datastore.training.models.huggingface import FOREIGN
 from datastore.training.objectives.catalog import make_objective
 from datastore.training.parallel.building import calibration_of, refuse_other_parameters
+from datastore.training.run.architecture import foreign_weights
 from datastore.training.run.folder import RunConfig, RunFolder, is_run
 from datastore.training.run.split import Split
 from datastore.training.settings import ModelSettings, Settings
 
-__all__ = ["initial_state", "teacher", "with_shape"]
+__all__ = ["foreign_state", "initial_state", "teacher", "with_shape"]
 
 _DEFAULTS = ModelSettings()
 
@@ -118,13 +120,31 @@ def initial_state(config: RunConfig, split: Split, device: torch.device) -> tupl
     return {name: tensor.detach().cpu() for name, tensor in model.state_dict().items()}, moments
 
 
+def foreign_state(config: RunConfig, split: Split) -> Mapping[str, Tensor] | None:
+    """Return the weights in the folder that `model.use` names; None if it has none.
+
+    Raises:
+        ConfigError: they were trained on other tokens, or no model of `transformers` fits the objective.
+    """
+    weights, use = foreign_weights(config), config.settings.model.use
+    if weights is not None:
+        try:
+            tokenizer = open_storage(use.removeprefix(FOREIGN)).get("tokenizer.json")
+        except MissingError:
+            return weights
+        _refuse_other_tokens(tokenizer, init=use, datasets=split.datasets)
+    return weights
+
+
 def _weights_of(model: nn.Module, *, init: str) -> Mapping[str, Tensor]:
     """Return the weights of `model`, in float32."""
     refuse_unmerged(model)
     weights = model.state_dict()
     if any(not tensor.is_floating_point() for tensor in weights.values()):
         raise ConfigError(
-            "a quantized model is no model to begin with", init=init, hint="Name a run, or a folder of float weights."
+            "a quantized model is no model to begin with",
+            init=init,
+            hint="Name a run whose hooks do not quantize, or a folder of float weights.",
         )
     return {name: tensor.float() for name, tensor in weights.items()}
 
@@ -174,7 +194,7 @@ def refuse_without_moments(settings: Settings, *, step: int | None = None) -> No
             step=step,
             optimizer=theirs,
             has=sorted(saved),
-            hint="Leave out `optim.init`, or name a step that has an item `optim` (`datastore checkpoint show`).",
+            hint="Leave out `optim.init`, or name a step that has the item optim (`datastore checkpoint show`).",
         )
 
 
@@ -192,15 +212,19 @@ def teacher(name: str, *, datasets: Sequence[Dataset]) -> nn.Module:
 def _opened(init: str, datasets: Sequence[Dataset]) -> HuggingFaceModel:
     source, step = _named(init)
     found = open_model(source, step=step)
+    _refuse_other_tokens(found.tokenizer, init=init, datasets=datasets)
+    return found
+
+
+def _refuse_other_tokens(tokenizer: bytes | None, *, init: str, datasets: Sequence[Dataset]) -> None:
     ours = next((raw for dataset in datasets if (raw := dataset.tokenizer()) is not None), None)
-    if ours is not None and found.tokenizer is not None and _vocabulary(ours) != _vocabulary(found.tokenizer):
+    if ours is not None and tokenizer is not None and _vocabulary(ours) != _vocabulary(tokenizer):
         raise ConfigError(
             "the model was trained with another tokenizer",
             init=init,
             url=datasets[0].url,
             hint="Ingest the text with the tokenizer of the model.",
         )
-    return found
 
 
 def _shape_of(init: str) -> ModelSettings:
@@ -208,6 +232,13 @@ def _shape_of(init: str) -> ModelSettings:
     storage = open_storage(source)
     if is_run(storage):
         config = RunFolder(storage).config()
+        if config.settings.model.use:
+            raise ConfigError(
+                "a run that trains a model of transformers is not begun with",
+                init=init,
+                model=config.settings.model.use,
+                hint='Export it (`datastore checkpoint export`), and name the folder: model.use = "hf:FOLDER".',
+            )
         return msgspec.structs.replace(config.settings.model, vocab_size=config.vocab_size)
     if step is not None:
         raise ConfigError("a model folder has no steps", init=init, hint="Name a run, or leave out the step.")

@@ -128,7 +128,9 @@ class Adapt(Hook):
         layers = chosen_layers(model, settings.layers)
         others = [name for name in layers if not isinstance(model.get_submodule(name), nn.Linear)]
         if others:
-            raise ConfigError("only linear layers are adapted", layers=others, hint="Name linear layers in `layers`.")
+            raise ConfigError(
+                "only linear layers are adapted", layers=others, hint="Let the hook's layers name linear ones."
+            )
         if settings.base_bits and settings.method == "dora":
             raise ConfigError(
                 "dora needs the lengths of real rows", base_bits=settings.base_bits, hint="Use lora, or base_bits = 0."

@@ -59,7 +59,7 @@ def ends_of_parts(layers: Iterable[str]) -> list[str]:
         raise ConfigError(
             "no layer that is named ends attention or a feed-forward part",
             layers=layers[:8],
-            hint=f"Name some that end with {' or '.join(_ENDS)}, or leave out `layers`.",
+            hint=f"Name some that end with {' or '.join(_ENDS)}, or leave out the hook's layers.",
         )
     return found
 

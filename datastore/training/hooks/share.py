@@ -83,7 +83,10 @@ class Share(Hook):
         blocks, group = blocks_of(model), self._settings.group
         if not blocks or len(blocks) % group:
             raise ConfigError(
-                "layers cannot be divided into groups that share", layers=len(blocks), group=group, hint="Set `group`."
+                "layers cannot be divided into groups that share",
+                layers=len(blocks),
+                group=group,
+                hint="Their number must be a multiple of the hook's group.",
             )
         prefixes = {id(module): name for name, module in model.named_modules()}
         shared = [
@@ -121,7 +124,7 @@ def _share(blocks: list[nn.Module], name: str, rank: int) -> None:
             layer=name,
             shapes=[list(one.shape) for one in own],
             rank=rank,
-            hint="Correct `parameters`, or lower `rank`.",
+            hint="Correct the hook's parameters, or lower its rank.",
         )
     mean = nn.Parameter(torch.stack(own).mean(dim=0))
     for block, weight in zip(blocks, own, strict=True):

@@ -37,16 +37,35 @@ def build_model(config: RunConfig, objective: Objective) -> nn.Module:
     """Return the model of a run with its initial weights, on the CPU: what the objective wants, or that of the config.
 
     Raises:
-        ConfigError: no model of `transformers` fits the objective.
+        ConfigError: no model of `transformers` fits the objective, or it has fewer positions than a sample has tokens.
     """
     if config.architecture:
         options = _foreign_options(config, objective)
-        return build(config.architecture, form=_form_of(objective), options=options, seed=_weights_seed(config))
+        foreign = build(config.architecture, form=_form_of(objective), options=options, seed=_weights_seed(config))
+        _refuse_longer(foreign, seq_len=config.settings.data.seq_len)
+        return foreign
     model = objective.model(msgspec.structs.replace(config.settings.model, vocab_size=config.vocab_size))
     initialize = getattr(model, "initialize", None)
     if initialize is not None:
         initialize(torch.Generator().manual_seed(_weights_seed(config)))
     return model
+
+
+def _refuse_longer(model: nn.Module, *, seq_len: int) -> None:
+    """Refuse samples with more tokens than a model has positions for, where those are a table, as in GPT-2 and BERT."""
+    tables = {
+        name: one.num_embeddings
+        for name, one in model.named_modules()
+        if isinstance(one, nn.Embedding) and ("position" in name or name.endswith("wpe"))
+    }
+    short = {name: rows for name, rows in tables.items() if rows < seq_len}
+    if short:
+        raise ConfigError(
+            "a sample has more tokens than the model has positions for",
+            seq_len=seq_len,
+            positions=short,
+            hint=f"Set data.seq_len = {min(short.values())}, or fewer.",
+        )
 
 
 def _form_of(objective: Objective) -> Form:

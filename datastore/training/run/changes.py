@@ -1,12 +1,16 @@
 """Settings of a run that change when it is resumed: which differ, and which may."""
 
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, TypeAlias
 
 import msgspec
 
 from datastore.training.settings import Settings
 
-__all__ = ["changed_keys", "flatten"]
+__all__ = ["HooksByPlace", "changed_hooks", "changed_keys", "flatten", "hooks_by_place"]
+
+HooksByPlace: TypeAlias = Mapping[str, Mapping[str, Any]]
+"""The `[[hooks]]` tables by place and name, such as "0.prune"."""
 
 _MAY_CHANGE = (
     "checkpoint.",
@@ -59,3 +63,19 @@ def changed_keys(before: Settings, after: Settings) -> tuple[str, ...]:
     differ = [key for key in old if old[key] != new[key]]
     scaled = [key for key in differ if key == "train.precision" and "fp16" in {old[key], new[key]}]
     return tuple(sorted([key for key in differ if not key.startswith(_MAY_CHANGE)] + scaled))
+
+
+def hooks_by_place(tables: Sequence[Mapping[str, Any]]) -> HooksByPlace:
+    """Return all `[[hooks]]` tables by place and name."""
+    return {f"{place}.{table['use']}": table for place, table in enumerate(tables)}
+
+
+def changed_hooks(before: HooksByPlace, after: HooksByPlace) -> set[str]:
+    """Return what differs between hooks: "hooks.0.prune.ratio", or "hooks.0.prune" if only one side has such a hook in this place."""
+    lone = {f"hooks.{name}" for name in before.keys() ^ after.keys()}
+    return lone | {
+        f"hooks.{name}.{key}"
+        for name in before.keys() & after.keys()
+        for key in before[name].keys() | after[name].keys()
+        if before[name].get(key) != after[name].get(key)
+    }

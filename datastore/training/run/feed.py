@@ -296,5 +296,5 @@ def _require_rows(there: int, count: int) -> None:
             "the calibration set is shorter than asked",
             asked=count,
             there_are=there,
-            hint="Lower `samples` of the hook, or train on more data.",
+            hint="Lower the samples of the hook, or train on more data.",
         )

@@ -24,7 +24,7 @@ from datastore.host import utc_now
 from datastore.storage.base import Storage
 from datastore.storage.resolve import open_storage
 from datastore.storage.urls import strip_credentials
-from datastore.training.run.changes import changed_keys, flatten
+from datastore.training.run.changes import HooksByPlace, changed_hooks, changed_keys, flatten, hooks_by_place
 from datastore.training.run.data import DatasetRef, Versions, open_at, ref_of, version_to_read
 from datastore.training.run.split import Split, make_split, mix_split
 from datastore.training.settings import Settings
@@ -149,7 +149,7 @@ class RunFolder:
         """Return whether a step of the run is stored."""
         return next(iter(self.storage.list("steps")), None) is not None
 
-    def begin(self, settings: Settings, *, kept: Callable[[HookTables], object] = tuple) -> RunConfig:
+    def begin(self, settings: Settings, *, kept: Callable[[HookTables], HooksByPlace] = hooks_by_place) -> RunConfig:
         """Return the config of a run that may be new; nothing is written yet.
 
         A run without a checkpoint has learned nothing, so it may still become another one.
@@ -168,7 +168,7 @@ class RunFolder:
                 raise ConfigError("the folder is not empty, and holds no run", url=self.url, found=foreign, hint=hint)
         return _new_config(settings)
 
-    def again(self, settings: Settings, *, kept: Callable[[HookTables], object] = tuple) -> RunConfig:
+    def again(self, settings: Settings, *, kept: Callable[[HookTables], HooksByPlace] = hooks_by_place) -> RunConfig:
         """Return the config of a run that exists, its changeable settings replaced by those of `settings`.
 
         `kept` says what of its hooks must not change; as a rule, all of them.
@@ -179,8 +179,8 @@ class RunFolder:
         """
         config = self.config()
         differ = set(changed_keys(config.settings, settings))
-        if "hooks" in differ and kept(config.settings.hooks) == kept(settings.hooks):
-            differ.remove("hooks")
+        if "hooks" in differ:
+            differ = differ - {"hooks"} | changed_hooks(kept(config.settings.hooks), kept(settings.hooks))
         if differ:
             raise ResumeError(
                 "the run was started with other settings",

@@ -23,7 +23,7 @@ from datastore.checkpoint.steps import CheckpointerSettings
 from datastore.document import decode, encode
 from datastore.host import utc_now
 from datastore.loader.settings import Rank
-from datastore.training.export.initial import initial_state, teacher, with_shape
+from datastore.training.export.initial import foreign_state, initial_state, teacher, with_shape
 from datastore.training.hooks.base import training_hooks
 from datastore.training.launcher import Launch, on_first_signal
 from datastore.training.machine import device_name, pick_device, use_machine
@@ -32,7 +32,6 @@ from datastore.training.parallel.building import Beginning
 from datastore.training.parallel.choose import choose
 from datastore.training.parallel.layout import layout_of
 from datastore.training.parallel.ranks import Ranks, connect
-from datastore.training.run.architecture import foreign_weights
 from datastore.training.run.data import Versions
 from datastore.training.run.feed import held_out
 from datastore.training.run.folder import (
@@ -152,7 +151,7 @@ def _beginning(config: RunConfig, folder: RunFolder, split: Split, ranks: Ranks)
     weights, moments = None, None
     if init and ranks.share("begun", lambda: "yes" if folder.has_checkpoint() else "no") == "no":
         if config.architecture:
-            weights = foreign_weights(config)
+            weights = foreign_state(config, split)
         else:
             weights, moments = initial_state(config, split, ranks.device)
     return Beginning(weights, moments, partial(teacher, datasets=split.datasets))

@@ -91,7 +91,9 @@ class TensorBoard(Tracker):
     def start(self, run: TrackedRun) -> None:
         if run.folder is None:
             raise ConfigError(
-                "TensorBoard writes to local folders only", run=run.url, hint="Leave out the tracker `tensorboard`."
+                "TensorBoard writes to local folders only",
+                run=run.url,
+                hint="Leave out this tracker, or let the run lie in a folder.",
             )
         board = _imported("torch.utils.tensorboard", "track")
         # purge_step hides what a killed session had written of the steps that are taken again.

@@ -136,6 +136,9 @@ def test_a_reader_that_goes_away_is_no_error() -> None:
         ("import a --to b --format mds", "Or `operation=overwrite`.", "Or --set operation=overwrite."),
         ("train run.toml", "Use a smaller `seq_len`.", "Use a smaller --set data.seq_len=VALUE."),
         ("train run.toml", "Raise data.holdout.", "Raise data.holdout. Settings are given as --set KEY=VALUE, too."),
+        ("fork runs/a --to b", "Use a smaller `seq_len`.", "Use a smaller --set data.seq_len=VALUE."),
+        ("train run.toml", "Wait longer: `timeout_s`.", "Wait longer: `timeout_s`."),  # of ranks, or of the loader
+        ("train run.toml", "Name a dataset: `data`.", "Name a dataset: `data`."),  # a table
         ("show data", "Or `operation=overwrite`.", "Or `operation=overwrite`."),
         ("show data", "See `datastore place`.", "See `datastore place`."),
     ],
@@ -154,13 +157,14 @@ def test_on_the_command_line_a_hint_names_flags(
 
 def hints() -> Iterator[tuple[str, str]]:
     """Yield every hint that is written down in the package, with its place."""
-    for path in Path(shell.__file__).parents[1].rglob("*.py"):
+    package = Path(shell.__file__).parents[1]
+    for path in package.rglob("*.py"):
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             for keyword in node.keywords if isinstance(node, ast.Call) else ():
                 if keyword.arg == "hint":
                     parts = keyword.value.values if isinstance(keyword.value, ast.JoinedStr) else [keyword.value]
                     yield (
-                        f"{path.name}:{node.lineno}",
+                        f"{path.relative_to(package).as_posix()}:{node.lineno}",
                         "".join(str(part.value) if isinstance(part, ast.Constant) else "X" for part in parts),
                     )
 
@@ -176,3 +180,11 @@ def test_a_hint_has_arguments_in_backticks_so_that_they_can_become_flags() -> No
         if word in names
     ]
     assert plain == []
+
+
+def test_no_hint_of_a_training_takes_a_setting_of_a_hook_for_one_of_the_run() -> None:
+    train = cli.commands["train"]
+    said = [hint for place, hint in hints() if place.startswith("training/")]
+    assert len(said) > 100
+    bare = [f"`{found[0]}`" for hint in said for found in re.finditer(r"(?<=`)[a-z_]+(?=(=[^`]*)?`)", hint)]
+    assert [name for name in bare if shell._in_flags(name, train).startswith("--set")] == []

@@ -7,6 +7,7 @@ import torch
 from datastore.errors import ConfigError, DependencyError, ResumeError
 from datastore.training.hooks.base import Hook, HookSet, find_hook, make_hooks
 from datastore.training.hooks.prune import Prune
+from datastore.training.run.changes import changed_hooks, hooks_by_place
 
 
 class Remembers(Hook):
@@ -67,3 +68,11 @@ def test_state_of_other_hooks_is_refused() -> None:
         HookSet({"1": Remembers(None)}).load_state_dict({"0": {"value": torch.zeros(2)}})
     with pytest.raises(ResumeError, match="no state"):
         Hook(None).load_state_dict({"a": 1})  # type: ignore[arg-type]
+
+
+def test_a_resume_is_told_which_setting_of_which_hook_differs() -> None:
+    before = [{"use": "prune", "ratio": 2.0}, {"use": "ema"}]
+    after = [{"use": "prune", "ratio": 4.0, "every": 3}, {"use": "share"}]
+    names = changed_hooks(hooks_by_place(before), hooks_by_place(after))
+    assert names == {"hooks.0.prune.ratio", "hooks.0.prune.every", "hooks.1.ema", "hooks.1.share"}
+    assert changed_hooks(hooks_by_place(before), hooks_by_place(before)) == set()

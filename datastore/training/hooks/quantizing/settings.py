@@ -97,10 +97,10 @@ def chosen_layers(model: nn.Module, patterns: Sequence[str]) -> dict[str, nn.Lin
         named = [name for name in matrices if name == pattern or (name in plain and fnmatchcase(name, pattern))]
         if not named:
             raise ConfigError(
-                "no layer to quantize has such a name",
+                "no layer has such a name",
                 pattern=pattern,
                 layers=[*matrices][:8],
-                hint="Correct `layers`, or let one hook alone quantize.",
+                hint="Correct the layers that the hook names.",
             )
         found |= {name: matrices[name] for name in named}
     return found
