@@ -25,7 +25,12 @@ def loss_of(model: Any, rows: torch.Tensor) -> float:
 def pruning(kind: str) -> Any:
     """Return what lets half of the weights of all layers but the head go, at once."""
     method, _, pattern = kind.partition("-")
-    options: dict[str, Any] = {"sparsity": 0.5, "mask_structure": pattern, "targets": ["Linear"], "ignore": ["re:.*lm_head"]}
+    options: dict[str, Any] = {
+        "sparsity": 0.5,
+        "mask_structure": pattern,
+        "targets": ["Linear"],
+        "ignore": ["re:.*lm_head"],
+    }
     if method == "wanda":
         from llmcompressor.modifiers.pruning import WandaPruningModifier
 
