@@ -64,7 +64,7 @@ def _refuse_longer(model: nn.Module, *, seq_len: int) -> None:
             "a sample has more tokens than the model has positions for",
             seq_len=seq_len,
             positions=short,
-            hint=f"Set data.seq_len = {min(short.values())}, or fewer.",
+            hint=f"Set `data.seq_len={min(short.values())}`, or fewer.",
         )
 
 
