@@ -35,6 +35,9 @@ __all__ = [
 
 T = TypeVar("T")
 
+_OF_WRAPPERS = ("module.", "_orig_mod.")
+"""What DDP, and `torch.compile`, put in front of the names in a state."""
+
 MAX_DEPTH = 64
 """Deeper trees are refused: they are cycles or mistakes, and JSON decoders have limits of their own."""
 
@@ -222,8 +225,7 @@ def differences(saved: Any, wanted: Any, *, name: str) -> list[str]:
 
 
 def _map_differences(saved: dict[Any, Any], wanted: dict[Any, Any], name: str) -> list[str]:
-    found = [f"{child_name(name, key)}: saved, but not expected" for key in saved if key not in wanted]
-    found += [f"{child_name(name, key)}: expected, but not saved" for key in wanted if key not in saved]
+    found = _name_differences(*([child_name(name, key) for key in side] for side in (saved, wanted)))
     for key, inner in wanted.items():
         if key in saved:
             found += differences(saved[key], inner, name=child_name(name, key))
@@ -232,12 +234,31 @@ def _map_differences(saved: dict[Any, Any], wanted: dict[Any, Any], name: str) -
 
 def spec_differences(saved: Mapping[str, TensorSpec], wanted: Mapping[str, TensorSpec]) -> list[str]:
     """Return a line for each tensor that only one side has, or that differs in dtype or shape."""
-    found = [f"{name}: saved, but not expected" for name in saved if name not in wanted]
-    found += [f"{name}: expected, but not saved" for name in wanted if name not in saved]
+    found = _name_differences(list(saved), list(wanted))
     for name, spec in wanted.items():
         if name in saved and saved[name] != spec:
             found.append(f"{name}: saved as {saved[name]}, expected as {spec}")
     return found
+
+
+def _name_differences(saved: Sequence[str], wanted: Sequence[str]) -> list[str]:
+    """Return a line for each name that only one side has; or one line, if all that differs is what a wrapper of the model puts in front."""
+    here, there = set(saved), set(wanted)
+    if here == there:
+        return []
+    for prefix in _OF_WRAPPERS:
+        for done, names, others in (("saved", saved, wanted), ("expected", wanted, saved)):
+            if {_bare(name, prefix) for name in names} == set(others):
+                return [
+                    f"{names[0]}: {done} with `{prefix}` in front of each name (take the state of the model inside)"
+                ]
+    found = [f"{name}: saved, but not expected" for name in saved if name not in there]
+    return found + [f"{name}: expected, but not saved" for name in wanted if name not in here]
+
+
+def _bare(name: str, prefix: str) -> str:
+    path, slash, last = name.rpartition("/")
+    return f"{path}{slash}{last.removeprefix(prefix)}"
 
 
 def _map_of(skeleton: Any) -> dict[str | int, Any] | None:

@@ -167,6 +167,22 @@ def test_every_difference_is_listed_and_nothing_is_touched_or_cast(url: str) -> 
     assert all(not tensor.any() for tensor in target.values())
 
 
+@pytest.mark.parametrize("prefix", ["module.", "_orig_mod."])
+def test_names_with_what_a_wrapper_puts_in_front_are_told_in_one_line(prefix: str, url: str) -> None:
+    model = Tiny()
+    bare = dict(model.state_dict())
+    wrapped = {f"{prefix}{name}": tensor for name, tensor in bare.items()}
+    with Checkpointer(url) as ck:
+        ck.save(1, {"model": wrapped}, blocking=True)
+        for target in (model, bare):
+            with pytest.raises(ResumeError, match=rf"model/{prefix}\S+: saved with `{prefix}` in front") as caught:
+                ck.restore({"model": target})
+            assert "not expected" not in str(caught.value)
+        ck.save(2, {"model": bare}, blocking=True)
+        with pytest.raises(ResumeError, match=f"expected with `{prefix}` in front"):
+            ck.restore({"model": wrapped})
+
+
 @pytest.mark.parametrize(
     ("change", "line"),
     [
