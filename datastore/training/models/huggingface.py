@@ -14,6 +14,7 @@ from typing import Any
 import orjson
 import torch
 from torch import Tensor, nn
+from torch._guards import detect_fake_mode
 
 from datastore.errors import ConfigError, DependencyError, MissingError
 from datastore.training.models.cache import KeyValueCache, RoundedCache
@@ -26,6 +27,7 @@ __all__ = [
     "build",
     "logits_of",
     "open_folder",
+    "positions_of",
     "read_architecture",
     "units_of",
     "weights_in",
@@ -93,7 +95,40 @@ def build(architecture: Mapping[str, Any], *, form: str, options: Mapping[str, A
                 form=form,
                 hint="Look at its config.json, or choose another objective.",
             ) from error
+        if form == "causal" and detect_fake_mode() is None and _looks_ahead(model.eval()):
+            raise ConfigError(
+                "this model sees the tokens that it is to predict",
+                model_type=architecture.get("model_type"),
+                hint='Set "is_decoder": true in its config.json, or set objective.use = "masked".',
+            )
     return model.train()
+
+
+def positions_of(model: nn.Module) -> int | None:
+    """Return how many tokens a text may have, where the model learns a vector for each place; None: as many as you like."""
+    tables = [
+        table.num_embeddings - getattr(table, "offset", 0) - (0 if table.padding_idx is None else table.padding_idx + 1)
+        for name, table in model.named_modules()
+        if isinstance(table, nn.Embedding) and (name.endswith("wpe") or "position" in name.rpartition(".")[2])
+    ]
+    return min(tables, default=None)
+
+
+@torch.no_grad()
+def _looks_ahead(model: nn.Module) -> bool:
+    """Return whether the last of some tokens changes what comes out before it: two short passes, little beside drawing the weights."""
+    ids = torch.zeros((1, 4), dtype=torch.int64)
+    other = ids.clone()
+    other[0, -1] = 1
+    try:
+        before, after = (logits_of(model, one)[0, :-1] for one in (ids, other))
+    except RuntimeError as error:
+        raise ConfigError(
+            f"a pass through this model fails: {str(error).splitlines()[0]}",
+            model=type(model).__name__,
+            hint="Look at its config.json: numbers of heads must fit one another, those of keys and values (num_key_value_heads), too.",
+        ) from error
+    return bool((before - after).abs().max() > 1e-5 * before.abs().max())  # Experts group tokens anew, and round.
 
 
 def weights_in(use: str, *, form: str, options: Mapping[str, Any], seed: int) -> dict[str, Tensor] | None:

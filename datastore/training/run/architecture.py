@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from datastore.digest import digest_bytes
 from datastore.errors import ConfigError
 from datastore.training.models.gpt import Block
-from datastore.training.models.huggingface import blocks_of, build, weights_in
+from datastore.training.models.huggingface import blocks_of, build, positions_of, weights_in
 from datastore.training.objectives.base import Context, Form, Objective
 from datastore.training.objectives.catalog import make_objective
 from datastore.training.run.folder import RunConfig
@@ -37,16 +37,30 @@ def build_model(config: RunConfig, objective: Objective) -> nn.Module:
     """Return the model of a run with its initial weights, on the CPU: what the objective wants, or that of the config.
 
     Raises:
-        ConfigError: no model of `transformers` fits the objective.
+        ConfigError: no model of `transformers` fits the objective, or it has fewer places than `data.seq_len`.
     """
     if config.architecture:
         options = _foreign_options(config, objective)
-        return build(config.architecture, form=_form_of(objective), options=options, seed=_weights_seed(config))
+        found = build(config.architecture, form=_form_of(objective), options=options, seed=_weights_seed(config))
+        _refuse_long_texts(found, config.settings.data.seq_len)
+        return found
     model = objective.model(msgspec.structs.replace(config.settings.model, vocab_size=config.vocab_size))
     initialize = getattr(model, "initialize", None)
     if initialize is not None:
         initialize(torch.Generator().manual_seed(_weights_seed(config)))
     return model
+
+
+def _refuse_long_texts(model: nn.Module, seq_len: int) -> None:
+    """Refuse texts that are longer than a model has places for: it would look behind the end of its table."""
+    places = positions_of(model)
+    if places is not None and seq_len > places:
+        raise ConfigError(
+            "the model has fewer places than a sample has tokens",
+            seq_len=seq_len,
+            places=places,
+            hint="Lower data.seq_len, or make a model with more in its config.json (max_position_embeddings, n_positions).",
+        )
 
 
 def _form_of(objective: Objective) -> Form:
