@@ -8,6 +8,7 @@ know them, are refused. Blocks, which are sharded and compiled one by one, are t
 """
 
 from collections.abc import Mapping
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -175,6 +176,9 @@ class Continuation:
         kept = RoundedCache() if rounded else KeyValueCache()
         self._kept: Any = kept if isinstance(model, GPT) else None
         self._seen = torch.empty((1, 0), dtype=torch.int64)
+        known = signature(model.forward).parameters
+        # transformers 5.24 warns of the old name, which is to go.
+        self._name = "cache" if "cache" in known else "past_key_values"
 
     def __call__(self, ids: Tensor) -> Tensor:
         """Return the logits [V] of the token behind `ids` [1, T], which follow those that were given before."""
@@ -184,8 +188,8 @@ class Continuation:
             ids = self._seen = torch.cat((self._seen, ids), dim=1)
             found = self._model(ids, use_cache=True)
         else:
-            found = self._model(ids, past_key_values=self._kept, use_cache=True)
-        self._kept = getattr(found, "past_key_values", None)
+            found = self._model(ids, **{self._name: self._kept}, use_cache=True)
+        self._kept = getattr(found, self._name, None)
         return found.logits[0, -1]  # type: ignore[no-any-return]
 
 
