@@ -14,9 +14,11 @@ An error is `error[code]: fact (values). What to do. See: datastore explain code
 import os
 import re
 import sys
+import sysconfig
 import traceback
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from types import TracebackType
 from typing import Any
 
@@ -224,7 +226,25 @@ def last_words(session: CliSession) -> Callable[[type[BaseException], BaseExcept
     def hook(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
         if session.debug:
             sys.__excepthook__(kind, error, trace)
-        text = " ".join(f"{kind.__name__}: {error}".split())
-        sys.stderr.write(f"error[bug]: {text}. This is a bug in datastore; add --debug to see where, and report it.\n")
+        text = " ".join(f"{kind.__name__}: {error}".split()).removesuffix(".")
+        foreign = _foreign_line(trace)
+        whose = (
+            f"It came from {foreign}, which is no part of datastore; add --debug to see the way there."
+            if foreign
+            else "This is a bug in datastore; add --debug to see where, and report it."
+        )
+        sys.stderr.write(f"error[bug]: {text}. {whose}\n")
 
     return hook
+
+
+def _foreign_line(trace: TracebackType | None) -> str:
+    """Return file and line of the user's own code, such as a hook, if the error rose from there; else nothing."""
+    ours = str(Path(__file__).parents[1])
+    libraries = tuple({sys.prefix, sys.base_prefix, *sysconfig.get_paths().values(), "<"})
+    own = [
+        one
+        for one in traceback.extract_tb(trace)
+        if one.filename.startswith(ours) or not one.filename.startswith(libraries)
+    ]
+    return f"{own[-1].filename}:{own[-1].lineno}" if own and not own[-1].filename.startswith(ours) else ""

@@ -31,7 +31,7 @@ from datastore.checkpoint.saving.saver import Handle
 from datastore.errors import ConfigError, ConflictError, DatastoreError
 from datastore.storage.base import Storage
 from datastore.storage.statistics import total_statistics
-from datastore.training.hooks.base import RunState
+from datastore.training.hooks.base import RunState, numbers_of
 from datastore.training.machine import device_memory, flops_per_token, peak_flops
 from datastore.training.metrics import MetricsWriter, StepMeter, TrainingProgress
 from datastore.training.parallel.norm import all_finite, local_part
@@ -154,7 +154,7 @@ class Supervisor(Observer):
     def settled(self, outcome: StepOutcome) -> None:
         if not outcome.fault and not (math.isfinite(outcome.loss) and math.isfinite(outcome.grad_norm)):
             raise DatastoreError(
-                "the loss is not finite",
+                f"the {'gradient' if math.isfinite(outcome.loss) else 'loss'} is not finite",
                 step=outcome.step,
                 loss=outcome.loss,
                 grad_norm=outcome.grad_norm,
@@ -369,7 +369,7 @@ class Supervisor(Observer):
         if outcome.fault:
             line["fault"] = outcome.cause
         for hook in self._trainer.hooks.values():
-            line |= hook.metrics()
+            line |= numbers_of(hook)
         return {
             key: value for key, value in line.items() if not (isinstance(value, float) and not math.isfinite(value))
         }

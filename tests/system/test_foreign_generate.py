@@ -1,6 +1,7 @@
 """A model of transformers goes on with a text as transformers itself would, fed with new tokens only; one that cannot is refused."""
 
 import json
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -73,6 +74,13 @@ def test_only_new_tokens_are_fed(tmp_path: Path, kind: str) -> None:
         whole = Continuation(loaded.model)(torch.tensor([[1, 2, 3, 4, 5]]))
     assert lengths == [3, 1, 1, 5]
     assert torch.allclose(pieces[-1], whole, atol=1e-5)
+
+
+def test_nothing_that_transformers_will_take_away_is_used(tmp_path: Path) -> None:
+    loaded = open_model(str(trained(tmp_path, "qwen3")))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", FutureWarning)
+        assert len(list(sample_tokens(loaded, [3, 17, 5], Sampling(tokens=2, temperature=0.0)))) <= 2
 
 
 def test_an_exported_folder_of_any_kind_is_opened_again(tmp_path: Path) -> None:

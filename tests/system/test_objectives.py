@@ -24,6 +24,7 @@ from datastore.testing.examples import make_language
 from datastore.training.export.export import export, open_model
 from datastore.training.export.inference import evaluate
 from datastore.training.metrics import read_metrics
+from datastore.training.models.huggingface import positions_of
 from datastore.training.run.audit import trace
 from datastore.training.run.folder import RunFolder
 from datastore.training.run.proof import prove
@@ -256,6 +257,12 @@ def llama() -> Any:
     )
 
 
+def llama_of_odd_heads() -> Any:
+    config = llama()
+    config.num_attention_heads, config.num_key_value_heads = 4, 3
+    return config
+
+
 def gpt2() -> Any:
     from transformers import GPT2Config
 
@@ -347,6 +354,37 @@ def test_the_weights_in_the_folder_are_what_a_run_begins_with(data: Path, tmp_pa
     train(msgspec.structs.replace(settings, model=named), run)
     for name, tensor in open_model(run).model.state_dict().items():
         torch.testing.assert_close(tensor, model.state_dict()[name], rtol=0, atol=1e-6)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(
+    ("made", "overrides", "text"),
+    [
+        (bert, [], "sees the tokens that it is to predict.*is_decoder"),
+        (gpt2, ["data.seq_len=33"], "fewer places.*places=32"),
+        (llama_of_odd_heads, [], "a pass through this model fails.*num_key_value_heads"),
+    ],
+)
+def test_a_model_of_transformers_that_cannot_predict_the_next_token_is_refused(
+    data: Path, tmp_path: Path, made: Callable[[], Any], overrides: list[str], text: str
+) -> None:
+    with pytest.raises(ConfigError, match=text):
+        train(foreign(data, tmp_path / "config", made, "causal", *overrides), str(tmp_path / "run"))
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_places_are_counted_as_models_do() -> None:
+    from transformers import OPTConfig, OPTForCausalLM, RobertaConfig, RobertaForMaskedLM
+
+    sizes: dict[str, Any] = {"vocab_size": 32, "hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2}
+    opt = OPTForCausalLM(OPTConfig(**sizes, ffn_dim=8, word_embed_proj_dim=8, max_position_embeddings=16))
+    assert positions_of(opt) == 16
+    opt(torch.ones((1, 16), dtype=torch.int64))
+    roberta = RobertaForMaskedLM(RobertaConfig(**sizes, intermediate_size=8, max_position_embeddings=16))
+    assert positions_of(roberta) == 14  # Its first two are those of padding.
+    roberta(torch.zeros((1, 14), dtype=torch.int64))
+    with pytest.raises((IndexError, RuntimeError), match="out of"):
+        roberta(torch.zeros((1, 15), dtype=torch.int64))
 
 
 @pytest.mark.filterwarnings("ignore")

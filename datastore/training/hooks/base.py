@@ -33,7 +33,18 @@ from datastore.training.hooks.calibration import Calibration
 from datastore.training.objectives.base import MicroBatch
 from datastore.training.settings import ModelSettings
 
-__all__ = ["Hook", "HookSet", "Moments", "RunState", "acting", "find_hook", "leaving", "make_hooks", "training_hooks"]
+__all__ = [
+    "Hook",
+    "HookSet",
+    "Moments",
+    "RunState",
+    "acting",
+    "find_hook",
+    "leaving",
+    "make_hooks",
+    "numbers_of",
+    "training_hooks",
+]
 
 Moments: TypeAlias = Mapping[str, Mapping[str, Tensor]]
 """What an optimizer keeps, as a checkpoint holds it: of each parameter by name tensors of its shape, and counts of steps."""
@@ -259,3 +270,20 @@ def find_hook(name: str) -> type[Hook]:
         ConfigError, DependencyError: as `make_hooks`.
     """
     return find_class(name, base=Hook, ours=_OURS, group="datastore.hooks")
+
+
+def numbers_of(hook: Hook) -> dict[str, float]:
+    """Return the numbers of `hook` for the record of a step, those in tensors and of NumPy as plain ones.
+
+    Raises:
+        ConfigError: one of them is no single number.
+    """
+    found = hook.metrics()
+    try:
+        return {key: value if type(value) in {int, float} else float(value) for key, value in found.items()}
+    except (AttributeError, TypeError, ValueError, RuntimeError) as error:
+        raise ConfigError(
+            f"the metrics of a hook are not numbers by name: {error}",
+            hook=type(hook).__name__,
+            hint="Let its method `metrics` return a dict of texts to numbers, or of tensors with one element.",
+        ) from error

@@ -8,12 +8,14 @@ know them, are refused. Blocks, which are sharded and compiled one by one, are t
 """
 
 from collections.abc import Mapping
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
 import orjson
 import torch
 from torch import Tensor, nn
+from torch._guards import detect_fake_mode
 
 from datastore.errors import ConfigError, DependencyError, MissingError
 from datastore.training.models.cache import KeyValueCache, RoundedCache
@@ -26,6 +28,7 @@ __all__ = [
     "build",
     "logits_of",
     "open_folder",
+    "positions_of",
     "read_architecture",
     "units_of",
     "weights_in",
@@ -93,7 +96,41 @@ def build(architecture: Mapping[str, Any], *, form: str, options: Mapping[str, A
                 form=form,
                 hint="Look at its config.json, or choose another objective.",
             ) from error
+        if form == "causal" and detect_fake_mode() is None and _looks_ahead(model.eval()):
+            raise ConfigError(
+                "this model sees the tokens that it is to predict",
+                model_type=architecture.get("model_type"),
+                hint='Set "is_decoder": true in its config.json, or set objective.use = "masked".',
+            )
     return model.train()
+
+
+def positions_of(model: nn.Module) -> int | None:
+    """Return how many tokens a text may have, where the model learns a vector for each place; None: as many as you like."""
+    tables = [
+        table.num_embeddings - getattr(table, "offset", 0) - (0 if table.padding_idx is None else table.padding_idx + 1)
+        for name, table in model.named_modules()
+        if isinstance(table, nn.Embedding) and (name.endswith("wpe") or "position" in name.rpartition(".")[2])
+        if "vision" not in name
+    ]
+    return min(tables, default=None)
+
+
+@torch.no_grad()
+def _looks_ahead(model: nn.Module) -> bool:
+    """Return whether the last of some tokens changes what comes out before it: two short passes, little beside drawing the weights."""
+    ids = torch.zeros((1, 4), dtype=torch.int64)
+    other = ids.clone()
+    other[0, -1] = 1
+    try:
+        before, after = (logits_of(model, one)[0, :-1] for one in (ids, other))
+    except RuntimeError as error:
+        raise ConfigError(
+            f"a pass through this model fails: {str(error).splitlines()[0]}",
+            model=type(model).__name__,
+            hint="Look at its config.json: numbers of heads must fit one another, those of keys and values (num_key_value_heads), too.",
+        ) from error
+    return bool((before - after).abs().max() > 1e-5 * before.abs().max())  # Experts group tokens anew, and round.
 
 
 def weights_in(use: str, *, form: str, options: Mapping[str, Any], seed: int) -> dict[str, Tensor] | None:
@@ -140,6 +177,9 @@ class Continuation:
         kept = RoundedCache() if rounded else KeyValueCache()
         self._kept: Any = kept if isinstance(model, GPT) else None
         self._seen = torch.empty((1, 0), dtype=torch.int64)
+        known = signature(model.forward).parameters
+        # transformers 5.24 warns of the old name, which is to go.
+        self._name = "cache" if "cache" in known else "past_key_values"
 
     def __call__(self, ids: Tensor) -> Tensor:
         """Return the logits [V] of the token behind `ids` [1, T], which follow those that were given before."""
@@ -149,8 +189,8 @@ class Continuation:
             ids = self._seen = torch.cat((self._seen, ids), dim=1)
             found = self._model(ids, use_cache=True)
         else:
-            found = self._model(ids, past_key_values=self._kept, use_cache=True)
-        self._kept = getattr(found, "past_key_values", None)
+            found = self._model(ids, **{self._name: self._kept}, use_cache=True)
+        self._kept = getattr(found, self._name, None)
         return found.logits[0, -1]  # type: ignore[no-any-return]
 
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from datastore.errors import ConfigError
 from datastore.training.hooks.base import Hook
 from datastore.training.models.float8 import FLOAT8
 from datastore.training.objectives.base import MicroBatch, Objective
@@ -47,16 +48,32 @@ class Lesson:
             return self.objective.outputs(model, rows)
 
     def loss(self, outputs: Tensor, rows: MicroBatch) -> Tensor:
-        """Return the mean loss over the targets of `rows` that count."""
+        """Return the mean loss over the targets of `rows` that count.
+
+        Raises:
+            ConfigError: what the objective or a hook returns is no tensor of one number.
+        """
         with part("forward"), autocast(self.device, self.precision):
-            loss = self.objective.loss(outputs, rows)
+            loss = _one_number(self.objective.loss(outputs, rows), self.objective)
             for hook in self.hooks.values():
-                loss = hook.loss(loss, rows, outputs)
+                loss = _one_number(hook.loss(loss, rows, outputs), hook)
         return loss
 
     def of(self, model: nn.Module, rows: MicroBatch) -> Tensor:
         """Return the loss of `model` on `rows`."""
         return self.loss(self.outputs(model, rows), rows)
+
+
+def _one_number(loss: object, source: object) -> Tensor:
+    """Return the loss that `source` made; refuse what a class of the user's own may return instead."""
+    if isinstance(loss, Tensor) and loss.numel() == 1:
+        return loss
+    raise ConfigError(
+        "a loss must be a tensor with one number",
+        of=type(source).__name__,
+        found=f"a tensor of shape {list(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__,
+        hint="Let its method `loss` return the mean over the targets that count, as a tensor that leads back to the model.",
+    )
 
 
 def filled(rows: MicroBatch, count: int) -> MicroBatch:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from datastore.digest import digest_bytes
 from datastore.errors import ConfigError
 from datastore.training.models.gpt import Block
-from datastore.training.models.huggingface import blocks_of, build, weights_in
+from datastore.training.models.huggingface import blocks_of, build, positions_of, weights_in
 from datastore.training.objectives.base import Context, Form, Objective
 from datastore.training.objectives.catalog import make_objective
 from datastore.training.run.folder import RunConfig
@@ -37,13 +37,13 @@ def build_model(config: RunConfig, objective: Objective) -> nn.Module:
     """Return the model of a run with its initial weights, on the CPU: what the objective wants, or that of the config.
 
     Raises:
-        ConfigError: no model of `transformers` fits the objective, or it has fewer positions than a sample has tokens.
+        ConfigError: no model of `transformers` fits the objective, or it has fewer places than `data.seq_len`.
     """
     if config.architecture:
         options = _foreign_options(config, objective)
-        foreign = build(config.architecture, form=_form_of(objective), options=options, seed=_weights_seed(config))
-        _refuse_longer(foreign, seq_len=config.settings.data.seq_len)
-        return foreign
+        found = build(config.architecture, form=_form_of(objective), options=options, seed=_weights_seed(config))
+        _refuse_long_texts(found, config.settings.data.seq_len)
+        return found
     model = objective.model(msgspec.structs.replace(config.settings.model, vocab_size=config.vocab_size))
     initialize = getattr(model, "initialize", None)
     if initialize is not None:
@@ -51,20 +51,15 @@ def build_model(config: RunConfig, objective: Objective) -> nn.Module:
     return model
 
 
-def _refuse_longer(model: nn.Module, *, seq_len: int) -> None:
-    """Refuse samples with more tokens than a model has positions for, where those are a table, as in GPT-2 and BERT."""
-    tables = {
-        name: one.num_embeddings
-        for name, one in model.named_modules()
-        if isinstance(one, nn.Embedding) and ("position" in name or name.endswith("wpe")) and "vision" not in name
-    }
-    short = {name: rows for name, rows in tables.items() if rows < seq_len}
-    if short:
+def _refuse_long_texts(model: nn.Module, seq_len: int) -> None:
+    """Refuse texts that are longer than a model has places for: it would look behind the end of its table."""
+    places = positions_of(model)
+    if places is not None and seq_len > places:
         raise ConfigError(
-            "a sample has more tokens than the model has positions for",
+            "the model has fewer places than a sample has tokens",
             seq_len=seq_len,
-            positions=short,
-            hint=f"Set `data.seq_len={min(short.values())}`, or fewer.",
+            places=places,
+            hint=f"Set `data.seq_len={places}`, or make a model with more in its config.json (max_position_embeddings, n_positions).",
         )
 
 

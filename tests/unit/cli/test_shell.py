@@ -104,6 +104,31 @@ def test_a_bug_is_one_line_and_its_traceback_needs_debug(capsys: pytest.CaptureF
     assert "ZeroDivisionError: division by zero\n" in capsys.readouterr().err
 
 
+def test_an_error_of_the_users_own_code_is_told_with_its_place(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    file = tmp_path / "mine.py"
+    file.write_text("import json\n\ndef run(text):\n    return json.loads(text)\n")
+    scope: dict[str, Callable[[str], None]] = {}
+    exec(compile(file.read_text(), str(file), "exec"), scope)
+    with pytest.raises(ValueError, match="Expecting value") as caught:
+        scope["run"]("no JSON")
+    trace = caught.value.__traceback__
+    assert trace is not None
+    last_words(CliSession())(caught.type, caught.value, trace.tb_next)
+    told = capsys.readouterr().err
+    assert f"It came from {file}:4, which is no part of datastore" in told
+    assert "bug in datastore" not in told
+    assert told.count("\n") == 1
+
+
+def test_an_error_that_our_code_raises_when_theirs_calls_it_is_ours(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(AttributeError) as caught:
+        call(cli, ["show", "x"], None)  # type: ignore[arg-type]
+    last_words(CliSession())(caught.type, caught.value, caught.value.__traceback__)
+    assert "This is a bug in datastore" in capsys.readouterr().err
+
+
 def test_a_reader_that_goes_away_is_no_error() -> None:
     program = (
         "from datastore.cli.output import say\nimport click, sys\nfrom datastore.cli.shell import call, CliSession\n"

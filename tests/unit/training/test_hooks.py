@@ -1,11 +1,12 @@
 from importlib.metadata import EntryPoint
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
 from datastore.errors import ConfigError, DependencyError, ResumeError
-from datastore.training.hooks.base import Hook, HookSet, find_hook, make_hooks
+from datastore.training.hooks.base import Hook, HookSet, find_hook, make_hooks, numbers_of
 from datastore.training.hooks.prune import Prune
 from datastore.training.run.changes import changed_hooks, hooks_by_place
 
@@ -76,3 +77,20 @@ def test_a_resume_is_told_which_setting_of_which_hook_differs() -> None:
     names = changed_hooks(hooks_by_place(before), hooks_by_place(after))
     assert names == {"hooks.0.prune.ratio", "hooks.0.prune.every", "hooks.1.ema", "hooks.1.share"}
     assert changed_hooks(hooks_by_place(before), hooks_by_place(before)) == set()
+
+
+class Tells(Hook):
+    def metrics(self) -> Any:
+        return self.settings
+
+
+def test_numbers_of_a_hook_may_be_tensors_and_those_of_numpy() -> None:
+    found = numbers_of(Tells({"a": 1, "b": 0.5, "c": torch.tensor(1.5), "d": np.float32(2)}))  # type: ignore[arg-type]
+    assert found == {"a": 1, "b": 0.5, "c": 1.5, "d": 2.0}
+    assert {type(value) for value in found.values()} == {int, float}
+
+
+@pytest.mark.parametrize("told", [None, {"a": "much"}, {"a": None}, {"a": torch.zeros(2)}, 3.0])
+def test_metrics_that_are_no_numbers_name_the_hook(told: Any) -> None:
+    with pytest.raises(ConfigError, match=r"not numbers by name.*Tells"):
+        numbers_of(Tells(told))

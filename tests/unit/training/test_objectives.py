@@ -3,13 +3,16 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from typing_extensions import override
 
 from datastore.document import Document
 from datastore.errors import ConfigError, DependencyError
+from datastore.training.hooks.base import Hook
 from datastore.training.models.gpt import GPT
 from datastore.training.objectives.base import MicroBatch, Objective
 from datastore.training.objectives.catalog import make_objective
 from datastore.training.objectives.language import Causal
+from datastore.training.parallel.lesson import Lesson
 from datastore.training.parallel.passes import Ledger
 from datastore.training.run.changes import changed_keys
 from datastore.training.settings import DataSettings, ModelSettings, Settings
@@ -132,3 +135,31 @@ def test_an_output_layer_that_a_hook_watches_or_has_replaced_is_called_as_a_whol
     model.lm_head.register_forward_hook(lambda _layer, inputs, _out: seen.append(inputs[0].shape))
     assert objective.loss(objective.outputs(model, batch), batch).item() == pytest.approx(before, abs=1e-6)
     assert seen == [(4, 64, 32)]
+
+
+class Returns(Causal):
+    returned: Any = None
+
+    @override
+    def loss(self, outputs: Tensor, batch: MicroBatch) -> Tensor:
+        return self.returned  # type: ignore[no-any-return]
+
+
+class Forgets(Hook):
+    def loss(self, loss: Tensor, batch: MicroBatch, outputs: Any) -> Any:
+        """Return nothing, as who forgets it does."""
+
+
+@pytest.mark.parametrize(("returned", "text"), [(None, "NoneType"), (1.5, "float"), (torch.zeros(8), r"shape \[8\]")])
+def test_a_loss_that_is_not_one_number_is_refused_with_the_name_of_the_objective(returned: Any, text: str) -> None:
+    objective = Returns()
+    objective.returned = returned
+    rows = MicroBatch(torch.zeros((2, 5), dtype=torch.int64))
+    with pytest.raises(ConfigError, match=f"Returns.*{text}"):
+        Lesson(objective, {}, torch.device("cpu"), "fp32").of(Table(), rows)
+
+
+def test_a_hook_that_forgets_to_return_the_loss_is_named() -> None:
+    lesson = Lesson(Causal(), {"forgets": Forgets(Document())}, torch.device("cpu"), "fp32")
+    with pytest.raises(ConfigError, match=r"Forgets.*NoneType"):
+        lesson.of(Table(), MicroBatch(torch.zeros((2, 5), dtype=torch.int64)))
