@@ -34,6 +34,7 @@ class PerRank:
     """An item of which each rank has its own, such as the state of a random generator; restored in the same world only."""
 
     state: Any
+    """What any item may be: an object with `state_dict` and `load_state_dict`, or a tree of tensors and plain values."""
 
 
 def check_items(items: Any) -> None:
