@@ -349,7 +349,12 @@ def test_a_command_that_cannot_count_says_how_long_it_has_taken(
     name: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("datastore.cli.output.LINE_EVERY_S", 1e-4)
-    assert call(cli, shlex.split(UNCOUNTED[name]), CliSession()) == 0
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)  # Else a command of few milliseconds may end before the other thread has its turn.
+    try:
+        assert call(cli, shlex.split(UNCOUNTED[name]), CliSession()) == 0
+    finally:
+        sys.setswitchinterval(interval)
     assert re.search(rf"^{name.rsplit(maxsplit=1)[-1]}: [\d.]+ m?s so far$", capsys.readouterr().err, re.MULTILINE)
 
 
