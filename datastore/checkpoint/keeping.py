@@ -133,8 +133,11 @@ def expired(
 
 def check_metric(storage: Storage, keep: Keep) -> None:
     """Raise `ConfigError` if the best steps are to stay by a number that no step has: a typing error would let the best one go."""
-    commits = [commit for commit in map(StepLog(storage).read_if_sound, StepLog(storage).steps()) if commit is not None]
-    if keep.best and not best_steps(commits, keep.best):
+    if not keep.best:
+        return
+    log = StepLog(storage)
+    commits = [commit for commit in map(log.read_if_sound, log.steps()) if commit is not None]
+    if not best_steps(commits, keep.best):
         there = sorted({name for commit in commits for name in unpack(commit.metrics, name="metrics", tensors={})})
         hint = "Name a number that steps are saved with."
         raise ConfigError("no step has this metric", metric=keep.best, metrics=there, url=storage.url, hint=hint)

@@ -247,8 +247,8 @@ def _name_differences(saved: Sequence[str], wanted: Sequence[str]) -> list[str]:
     if here == there:
         return []
     for prefix in _OF_WRAPPERS:
-        for done, names, others in (("saved", saved, wanted), ("expected", wanted, saved)):
-            if {_bare(name, prefix) for name in names} == set(others):
+        for done, names, others in (("saved", saved, there), ("expected", wanted, here)):
+            if {_bare(name, prefix) for name in names} == others:
                 return [
                     f"{names[0]}: {done} with `{prefix}` in front of each name (take the state of the model inside)"
                 ]
