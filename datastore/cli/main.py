@@ -67,4 +67,10 @@ def main() -> NoReturn:
         signal.signal(signal.SIGINT, signal.default_int_handler)
     status = call(cli, None, session)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Everything is done and said; only the interpreter has to end.
+    if "datastore.training.parallel.ranks" in sys.modules:
+        from datastore.training.launcher import leave
+        from datastore.training.parallel.ranks import was_connected
+
+        if was_connected():  # This process was a rank that torchrun started.
+            leave(status)
     sys.exit(status)

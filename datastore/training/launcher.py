@@ -32,7 +32,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from types import FrameType
-from typing import Any
+from typing import Any, NoReturn
 
 import msgspec
 import orjson
@@ -45,6 +45,7 @@ __all__ = [
     "ChildOrder",
     "Launch",
     "LostPeerError",
+    "leave",
     "main",
     "on_first_signal",
     "spawn",
@@ -352,6 +353,17 @@ def _write(pipe: Any, message: dict[str, Any]) -> None:
     pipe.write(orjson.dumps(message, option=orjson.OPT_SERIALIZE_NUMPY) + b"\n")
 
 
+def leave(status: int) -> NoReturn:
+    """End this process, which was in a process group, without the end of the interpreter.
+
+    That would take the group down and might wait for its threads for ever (see `connect`), or one of them still lets go of a tensor
+    while the interpreter ends, which aborts the process though all is done (torch 2.13, gloo; pytorch issue 190489).
+    """
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
+
+
 def _end_with_parent() -> None:
     """End this process when its parent has closed our stdin or is gone: there is nobody left to report to."""
     while os.read(0, 1):
@@ -363,9 +375,4 @@ if __name__ == "__main__":
     # The classes of this module as others import it, not those of `__main__`: `except` compares classes.
     from datastore.training.launcher import main as imported_main
 
-    status = imported_main()
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(
-        status
-    )  # The interpreter would take its groups down, and might wait for their threads for ever: see `connect`.
+    leave(imported_main())

@@ -20,6 +20,7 @@ from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_modul
 
 from datastore.checkpoint.checkpointer import Checkpointer
 from datastore.checkpoint.steps import CheckpointerSettings
+from datastore.training.launcher import leave
 
 WAIT_S = 100
 ROWS, COLUMNS = 7, 5
@@ -136,3 +137,4 @@ def main(rank: int, world: int, meeting: str, folder: Path, jobs: list[str]) -> 
 
 if __name__ == "__main__":
     main(int(sys.argv[1]), int(sys.argv[2]), sys.argv[3], Path(sys.argv[4]), sys.argv[5:])
+    leave(0)

@@ -20,6 +20,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
 from datastore.checkpoint.exchange.dcp import DcpReader, DcpWriter
+from datastore.training.launcher import leave
 
 
 def planes_of(seed: int) -> tuple[nn.Module, torch.optim.Optimizer]:
@@ -126,3 +127,4 @@ def main(rank: int, world: int, meeting: str, folder: Path, jobs: list[str]) -> 
 
 if __name__ == "__main__":
     main(int(sys.argv[1]), int(sys.argv[2]), sys.argv[3], Path(sys.argv[4]), sys.argv[5:])
+    leave(0)

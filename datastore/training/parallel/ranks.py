@@ -17,7 +17,7 @@ from torch.distributed import PrefixStore, Store, TCPStore  # type: ignore[attr-
 from datastore.errors import WaitError
 from datastore.training.launcher import Launch, LostPeerError
 
-__all__ = ["Ranks", "connect"]
+__all__ = ["Ranks", "connect", "was_connected"]
 
 _MADE, _FAILED = "made ", "failed"
 
@@ -144,6 +144,11 @@ def connect(launch: Launch, *, device: torch.device, timeout_s: float) -> Iterat
         ) from error
     finally:
         dist.destroy_process_group()
+
+
+def was_connected() -> bool:
+    """Whether this process has been in a process group: if so, it ends by `launcher.leave`."""
+    return bool(_GROUPS)
 
 
 def _is_lost_peer(error: RuntimeError) -> bool:

@@ -213,3 +213,20 @@ def test_no_hint_of_a_training_takes_a_setting_of_a_hook_for_one_of_the_run() ->
     assert len(said) > 100
     bare = [f"`{found[0]}`" for hint in said for found in re.finditer(r"(?<=`)[a-z_]+(?=(=[^`]*)?`)", hint)]
     assert [name for name in bare if shell._in_flags(name, train).startswith("--set")] == []
+
+
+def test_a_process_that_was_a_rank_leaves_without_the_end_of_the_interpreter() -> None:
+    """A thread of gloo may abort a process that ends in order (torch 2.13); what it said is out, and its status is kept."""
+    program = """
+import atexit, os, sys
+from datastore.cli.main import main
+from datastore.training.parallel import ranks
+atexit.register(lambda: os._exit(77))
+ranks._GROUPS.extend([object()] * int(sys.argv.pop()))
+main()
+"""
+    for groups, wrong, status in (("1", [], 0), ("1", ["--wrong"], 2), ("0", [], 77)):
+        command = [sys.executable, "-c", program, "--version", *wrong, groups]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        assert done.returncode == status, done.stderr
+        assert ("No such option" in done.stderr) if wrong else done.stdout.startswith("datastore ")
