@@ -250,7 +250,6 @@ def _raise_first(children: list[_Child]) -> None:
             "a rank died" if code != LOST_PEER else "a rank lost its peers",
             rank=child.rank,
             cause=signal.Signals(-code).name if code < 0 else f"exit status {code}",
-            hint="Its last checkpoint is complete: resume the run.",
         )
 
 

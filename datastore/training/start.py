@@ -277,6 +277,7 @@ def _spawned(request: SessionRequest, *, processes: int, tell: Callable[[Trainin
             results = spawn(f"{__name__}:work", msgspec.to_builtins(request), processes=processes, on_event=relay)
         except WaitError as error:
             if not left:
+                error.hint = f"{error.hint} {_way_on(request.run)}".lstrip()
                 raise
             tell(
                 msgspec.structs.replace(
@@ -286,6 +287,17 @@ def _spawned(request: SessionRequest, *, processes: int, tell: Callable[[Trainin
         else:
             return msgspec.convert(results[0], Result)
     raise AssertionError("the last try returns or raises")
+
+
+def _way_on(run: str) -> str:
+    """Return what to do about a run that has ended by itself."""
+    from datastore.checkpoint.steps import StepLog  # noqa: PLC0415 - seldom needed
+    from datastore.training.run.folder import RunFolder  # noqa: PLC0415 - loads pyarrow
+
+    newest = StepLog(RunFolder.open(run).storage).newest()
+    if newest is None:
+        return "No checkpoint had been saved: train it again."
+    return f"All that was saved stands: `datastore resume {run}` goes on from step {newest}."
 
 
 def _named(error: WaitError) -> str:

@@ -13,7 +13,7 @@ import torch
 from datastore.checkpoint.checkpointer import Checkpointer
 from datastore.cli.main import cli
 from datastore.cli.shell import CliSession, call
-from datastore.errors import ConflictError, DatastoreError, StorageError
+from datastore.errors import ConflictError, DatastoreError, ResumeError, StorageError
 from datastore.storage.backends.local import LocalStorage
 from datastore.storage.errors import explain
 from datastore.testing.examples import tiny_settings
@@ -246,6 +246,15 @@ def test_a_damaged_session_file_does_not_stop_a_resume(language: str, tmp_path: 
     session.write_bytes(session.read_bytes()[:-40])
     assert resume(str(tmp_path), overrides=["train.steps=6"]).resumed_from == 5
     assert RunFolder.open(str(tmp_path)).threads_before(1) == 1
+
+
+def test_a_run_that_is_past_its_last_step_is_not_called_finished(language: str, tmp_path: Path) -> None:
+    train(tiny_settings(language, "train.steps=6"), str(tmp_path))
+    with pytest.raises(
+        ResumeError, match=r"more steps than it is to have \(step=6, train_steps=4\)\. To go on, ask for more"
+    ):
+        resume(str(tmp_path), overrides=["train.steps=4"])
+    assert resume(str(tmp_path)).step == 6, "the steps of the run are what they were"
 
 
 def test_the_command_line_goes_back_to_a_step_and_training_goes_on_from_there(

@@ -146,9 +146,16 @@ def test_ranks_are_started_again_and_end_with_the_same_bits(language: str, tmp_p
     assert prove(str(tmp_path / "killed")).sessions == 2
 
 
-def test_without_restarts_left_the_dead_rank_is_named(language: str, tmp_path: Path) -> None:
-    with pytest.raises(WaitError, match=r"rank=0, cause='SIGKILL'"):
-        train(killing(language, tmp_path), str(tmp_path / "run"), processes=2)
+def test_without_restarts_left_the_dead_rank_is_named_and_the_way_on(language: str, tmp_path: Path) -> None:
+    run = str(tmp_path / "run")
+    chosen = killing(language, tmp_path)
+    with pytest.raises(WaitError, match=r"rank=0, cause='SIGKILL'") as caught:
+        train(chosen, run, processes=2)
+    newest = list_steps(RunFolder.open(run).storage)[-1].step  # 6, or 3 if it died before that one was committed.
+    assert caught.value.hint == f"All that was saved stands: `datastore resume {run}` goes on from step {newest}."
+    chosen = killing(language, tmp_path, "checkpoint.every=0")
+    with pytest.raises(WaitError, match=r"No checkpoint had been saved: train it again\."):
+        train(chosen, str(tmp_path / "none"), processes=2)
 
 
 def wait_until(holds: Callable[[], object]) -> None:

@@ -140,7 +140,7 @@ def connect(launch: Launch, *, device: torch.device, timeout_s: float) -> Iterat
         if not _is_lost_peer(error):
             raise
         raise LostPeerError(
-            "another rank has gone", rank=launch.rank, hint="See what it says. Its last checkpoint is complete."
+            "another rank has gone", rank=launch.rank, hint="See what it says. All that was committed stands."
         ) from error
     finally:
         dist.destroy_process_group()

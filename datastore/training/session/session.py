@@ -21,10 +21,11 @@ from datastore.checkpoint.keeping import Keep
 from datastore.checkpoint.places.two import TwoPlaces
 from datastore.checkpoint.steps import CheckpointerSettings
 from datastore.document import decode, encode
+from datastore.errors import ResumeError
 from datastore.host import utc_now
 from datastore.loader.settings import Rank
 from datastore.training.export.initial import foreign_state, initial_state, teacher, with_shape
-from datastore.training.hooks.base import training_hooks
+from datastore.training.hooks.base import RunState, training_hooks
 from datastore.training.launcher import Launch, on_first_signal
 from datastore.training.machine import device_name, pick_device, use_machine
 from datastore.training.metrics import MetricsWriter, Result, TrainingProgress
@@ -96,6 +97,7 @@ def run_session(request: SessionRequest, launch: Launch, report: Callable[[Train
             supervisor.profiler = Profiler(window_of(config.settings.metrics.profile), folder.storage, rank=ranks.rank)
         notes = [supervisor.restore(), _deletions_note(config, split, versions)]
         resumed_from = trainer.state.step
+        _check_steps_are_left(trainer.state, run=request.run)
         if ranks.rank == 0:
             changed = folder.changes(config) if resumed_from else {}
             notes.append(_changes_note(changed))
@@ -134,6 +136,17 @@ def run_session(request: SessionRequest, launch: Launch, report: Callable[[Train
         parameters=trainer.strategy.parameters(trainer.state.model),
         profile=supervisor.profiler.found if supervisor.profiler is not None else None,
     )
+
+
+def _check_steps_are_left(state: RunState, *, run: str) -> None:
+    if state.step > state.steps:
+        raise ResumeError(
+            "the run has taken more steps than it is to have",
+            step=state.step,
+            train_steps=state.steps,
+            hint=f"To go on, ask for more. For what was there at an earlier step, see `datastore checkpoint ls {run}`: "
+            f"`datastore fork {run}@STEP` begins another run with it, `datastore checkpoint rewind` drops what came later.",
+        )
 
 
 def _config_under(_lock: RunLock, request: SessionRequest, folder: RunFolder) -> RunConfig:
