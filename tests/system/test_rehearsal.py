@@ -6,11 +6,13 @@ import subprocess
 import sys
 import threading
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from datastore.errors import ConfigError
+from datastore.errors import ConfigError, DatastoreError
 from datastore.testing.examples import tiny_settings
+from datastore.training.models.gpt import GPT
 from datastore.training.run.folder import RunFolder
 from datastore.training.start import dry_run, train
 
@@ -91,12 +93,85 @@ def test_the_peak_of_a_run_is_what_its_rehearsal_said(
     assert needed == pytest.approx(peak_of(language, tmp_path / "run", processes, *overrides), rel=TOLERANCE)
 
 
-def test_a_checkpoint_is_as_large_as_said(language: str, tmp_path: Path) -> None:
-    settings = tiny_settings(language, "train.steps=2", "checkpoint.every=0", "model.width=128")
+EMA: dict[str, Any] = {"use": "ema"}
+PRUNE: dict[str, Any] = {"use": "prune"}
+
+
+@pytest.mark.parametrize("hooks", [(), (EMA, PRUNE)])
+def test_a_checkpoint_is_as_large_as_said(language: str, tmp_path: Path, hooks: tuple[dict[str, Any], ...]) -> None:
+    settings = tiny_settings(language, "train.steps=2", "checkpoint.every=0", "model.width=128", hooks=hooks)
     needs = dry_run(settings, tmp_path / "run")
     train(settings, tmp_path / "run")
     stored = sum(one.size_bytes for one in RunFolder.open(str(tmp_path / "run")).storage.list("parts"))
     assert needs.checkpoint_bytes == pytest.approx(stored, rel=0.02)
+
+
+def test_what_hooks_keep_is_counted_and_saved(language: str, tmp_path: Path) -> None:
+    weights = dry_run(tiny_settings(language), tmp_path / "run").memory.weights_bytes
+    shapes = GPT(tiny_settings(language).model).named_parameters()
+    matrices = sum(one.numel() for name, one in shapes if one.dim() == 2 and "embed" not in name)
+    for hooks, kept in (
+        ((), 0),
+        ((EMA,), weights),
+        ((PRUNE,), matrices),  # A mask takes a byte for each weight.
+        ((EMA, PRUNE), weights + matrices),
+        (({"use": "training_hooks:Average"},), weights + 4),
+    ):
+        needs = dry_run(tiny_settings(language, hooks=hooks), tmp_path / "run")
+        assert needs.memory.hook_bytes == kept, hooks
+        assert needs.checkpoint_bytes == 3 * weights + kept, hooks
+        assert not needs.notes
+    shared = dry_run(tiny_settings(language, "parallel.shard=4", hooks=(EMA,)), tmp_path / "run", processes=4)
+    assert shared.memory.hook_bytes == pytest.approx(weights / 4, rel=0.01)
+
+
+def test_a_teacher_is_counted_whole_on_each_rank_and_not_saved(language: str, tmp_path: Path) -> None:
+    train(tiny_settings(language, "train.steps=1", "model.width=64"), str(tmp_path / "teacher"))
+    alone = dry_run(tiny_settings(language, "model.width=64"), tmp_path / "run")
+    for sizes in ((), ("parallel.shard=2",)):
+        taught = tiny_settings(language, *sizes, hooks=({"use": "distill", "teacher": str(tmp_path / "teacher")},))
+        needs = dry_run(taught, tmp_path / "run", processes=2 if sizes else 1)
+        assert needs.memory.hook_bytes == alone.memory.weights_bytes
+    assert needs.checkpoint_bytes == dry_run(tiny_settings(language), tmp_path / "run").checkpoint_bytes
+
+
+@pytest.mark.parametrize("bits", [0, 4])
+def test_adapters_can_be_rehearsed_and_their_base_is_stored_once(language: str, tmp_path: Path, bits: int) -> None:
+    """Torch 2.13 refuses to move modules that are made without numbers, and an integer base read its shape from a tensor."""
+    hooks = ({"use": "adapt", "base_bits": bits},)
+    settings = tiny_settings(language, "model.width=64", "checkpoint.every=5", "checkpoint.keep=2", hooks=hooks)
+    needs = dry_run(settings, tmp_path / "run")
+    learned = needs.memory.gradient_bytes
+    assert learned < needs.memory.weights_bytes
+    train(settings, str(tmp_path / "run"))
+    run = RunFolder.open(str(tmp_path / "run")).storage
+    stored = sum(one.size_bytes for one in run.list("parts") if one.key.endswith(".safetensors"))
+    assert stored == pytest.approx(needs.checkpoints_bytes, rel=0.08), "the first step, for its base, and two more"
+
+
+@pytest.mark.parametrize(
+    ("hook", "reason"),
+    [
+        ({"use": "prune", "parameters": ["x.*"]}, "no matrix to prune"),
+        ({"use": "prune", "method": "wanda", "samples": 10**6}, "the calibration set is shorter than asked"),
+        ({"use": "distill", "teacher": "nobody"}, "there is no run"),
+        ({"use": "distill"}, "there is no teacher"),
+        ({"use": "quantize", "qat_from": 20}, "rounding begins after the last step"),
+    ],
+)
+def test_hooks_that_cannot_begin_are_refused_at_the_rehearsal(
+    language: str, tmp_path: Path, hook: dict[str, Any], reason: str
+) -> None:
+    with pytest.raises(DatastoreError, match=reason):
+        dry_run(tiny_settings(language, hooks=(hook,)), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_hook_that_looks_at_numbers_is_named_and_not_counted(language: str, tmp_path: Path) -> None:
+    needs = dry_run(tiny_settings(language, hooks=({"use": "training_hooks:Largest"}, EMA)), tmp_path / "run")
+    (note,) = needs.notes
+    assert note.startswith("what 0.training_hooks:Largest keeps is not counted, as it looks at numbers")
+    assert needs.memory.hook_bytes == needs.memory.weights_bytes, "the other one is"
 
 
 def test_what_cannot_fit_is_refused_before_anything_is_written(language: str, tmp_path: Path) -> None:

@@ -237,3 +237,11 @@ class TellMoments(Hook):
         assert isinstance(self.settings, TellMomentsSettings)
         found = {name: dict(run.optimizer.state[one]) for name, one in run.model.named_parameters()}
         torch.save(found, self.settings.file)
+
+
+class Largest(Hook):
+    """Remembers how large the first weights are: it looks at numbers when it starts."""
+
+    @override
+    def start(self, run: RunState) -> None:
+        self.largest = max(float(one.abs().max()) for one in run.model.parameters())

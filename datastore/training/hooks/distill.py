@@ -10,6 +10,7 @@ Source: G. Hinton et al., arXiv:1503.02531 (logits and temperature); V. Sanh et 
 """
 
 from collections.abc import Mapping
+from functools import cached_property
 from typing import Annotated, Any, ClassVar
 
 import msgspec
@@ -87,7 +88,6 @@ class Distill(Hook):
         super().__init__(settings)
         self._settings = settings
         self._teacher: nn.Module | None = None
-        self._digest = ""
         self._states: dict[str, Tensor] = {}
         self._last: dict[str, float | Tensor] = {}
 
@@ -111,7 +111,6 @@ class Distill(Hook):
             return
         assert run.open_model is not None
         self._teacher = run.open_model(self._settings.teacher).eval().requires_grad_(requires_grad=False).to(run.device)
-        self._digest = _digest_of(self._teacher)
         if self._settings.hidden:
             self._watch("student", run.model)
             self._watch("teacher", self._teacher)
@@ -168,6 +167,10 @@ class Distill(Hook):
             )
         return _mean((student - teacher).square().mean(dim=-1) / teacher.square().mean(), learned)
 
+    @cached_property
+    def _digest(self) -> str:
+        return _digest_of(self._teacher)
+
     @override
     def metrics(self) -> dict[str, float]:
         return {name: float(value) for name, value in self._last.items()}
@@ -186,7 +189,10 @@ class Distill(Hook):
             )
 
 
-def _digest_of(model: nn.Module) -> str:
+def _digest_of(model: nn.Module | None) -> str:
+    """Return the digest of the weights; "" if there is no model."""
+    if model is None:
+        return ""
     tensors = [one.detach().cpu().contiguous().view(-1) for _, one in sorted(model.state_dict().items())]
     return digest_hex(*(one.view(torch.uint8).numpy().data for one in tensors))
 

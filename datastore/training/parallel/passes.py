@@ -9,9 +9,12 @@ for itself inside of one operation, is not seen.
 """
 
 import weakref
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
+from unittest.mock import patch
 
+import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -23,18 +26,29 @@ from datastore.training.models.huggingface import units_of
 __all__ = ["Ledger", "bytes_of", "gathered_bytes", "imagined", "peak_of"]
 
 
-def imagined() -> FakeTensorMode:
-    """Return the context in which tensors have shapes and no numbers."""
-    return FakeTensorMode(allow_non_fake_inputs=True)
+@contextmanager
+def imagined() -> Iterator[None]:
+    """Make tensors in the block such that have shapes and no numbers.
+
+    Torch 2.13 gives a module another place or dtype by swapping its tensors, which it refuses for those that the block makes, as the
+    mode holds weak references to them (pytorch issue 170770): here they take over the other's contents.
+    """
+    with FakeTensorMode(allow_non_fake_inputs=True), patch.object(torch.utils, "swap_tensors", _become):
+        yield
+
+
+def _become(tensor: Tensor, other: Tensor) -> None:
+    tensor.data = other.data
 
 
 class Ledger(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Counts the bytes of all tensors that come to be while it is entered, now and at most."""
+    """Counts the bytes of all tensors that come to be while it is entered, now and at most; those `there` before are not counted."""
 
-    def __init__(self) -> None:
+    def __init__(self, there: Iterable[Tensor] = ()) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.now_bytes = self.most_bytes = 0
         self._seen: dict[int, weakref.ref[Any]] = {}
+        self._there = {id(storage): storage for storage in (one.untyped_storage() for one in there)}
 
     @override
     def __torch_dispatch__(
@@ -50,7 +64,7 @@ class Ledger(TorchDispatchMode):  # type: ignore[no-untyped-call]
         """Count what lies under `tensor`, once for all that share it, until nobody has it any more."""
         storage = tensor.untyped_storage()
         key, size = id(storage), storage.nbytes()
-        if key in self._seen:
+        if key in self._seen or key in self._there:
             return
 
         def forget(_gone: object) -> None:
@@ -62,22 +76,23 @@ class Ledger(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.most_bytes = max(self.most_bytes, self.now_bytes)
 
 
-def peak_of(model: nn.Module, learn: Callable[[], Tensor], *, passes: int, kept: bool) -> int:
-    """Return the most bytes that there are at once beyond those of the imagined `model`, in `passes` forward and backward.
+def peak_of(model: nn.Module, learn: Callable[[], Tensor], *, passes: int, kept: bool, ledger: Ledger) -> int:
+    """Return the most bytes that there are at once beyond those that `ledger` knows, in `passes` forward and backward.
 
-    `learn` returns the loss of one pass. More than two passes need what two do.
+    `learn` returns the loss of one pass of the imagined `model`. More than two passes need what two do.
     """
     trained = [] if kept else [one for one in model.parameters() if one.requires_grad]
     hooks = [one.register_post_accumulate_grad_hook(_free) for one in trained]  # type: ignore[no-untyped-call]
+    before = ledger.most_bytes = ledger.now_bytes
     try:
-        with Ledger() as ledger:
+        with ledger:
             for _ in range(min(passes, 2)):
                 learn().backward()  # type: ignore[no-untyped-call]
     finally:
         for hook in hooks:
             hook.remove()
         model.zero_grad(set_to_none=True)
-    return int(ledger.most_bytes)
+    return int(ledger.most_bytes - before)
 
 
 def _free(parameter: Tensor) -> None:

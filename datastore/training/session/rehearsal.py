@@ -4,18 +4,17 @@ Memory is that of the rank which has most, in the two moments that count: when t
 in a step. Its passes run on tensors without numbers, on all layers; what a rank of a pipeline, or of `tensor`, has is taken to be its share.
 
 Times are the least that they can be: of reading, at the rate at which one block was just read; of computing, at the rate of one
-large product of matrices. What hooks keep, and what a device's library takes for itself, is not counted.
+large product of matrices. What a device's library takes for itself is not counted.
 """
 
 import shutil
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import msgspec
 import torch
-from torch import Tensor, nn
 
 from datastore.dataset.snapshot import Dataset
 from datastore.document import Document
@@ -25,19 +24,14 @@ from datastore.training.export.initial import with_shape
 from datastore.training.hooks.base import make_hooks, training_hooks
 from datastore.training.launcher import Launch
 from datastore.training.machine import flops_per_token, peak_flops, pick_device, precision_of
-from datastore.training.models.gpt import parameter_count
-from datastore.training.models.huggingface import blocks_of
-from datastore.training.objectives.base import micro_batches
-from datastore.training.objectives.catalog import make_objective
-from datastore.training.optim import inner_matrices
 from datastore.training.parallel.building import check_hooks
 from datastore.training.parallel.choose import differs
 from datastore.training.parallel.layout import Layout, check_model, layout_of
-from datastore.training.parallel.lesson import Lesson, autocast
-from datastore.training.parallel.passes import bytes_of, gathered_bytes, imagined, peak_of
-from datastore.training.run.architecture import build_model, context_of, recompute
-from datastore.training.run.folder import RunConfig, RunFolder, open_split
+from datastore.training.parallel.lesson import autocast
+from datastore.training.parallel.passes import bytes_of
+from datastore.training.run.folder import RunFolder, open_split
 from datastore.training.run.split import Split
+from datastore.training.session.imagination import Imagined, imagine
 from datastore.training.settings import Settings
 from datastore.units import format_bytes
 
@@ -72,6 +66,9 @@ class Memory(Document, frozen=True, kw_only=True):
 
     save_bytes: int
     """A copy of the rank's share of a checkpoint that is being written."""
+
+    hook_bytes: int
+    """What hooks keep: averages, masks, a teacher."""
 
     loader_bytes: int
     """Blocks of data that do not lie on this machine."""
@@ -144,12 +141,13 @@ def rehearse(settings: Settings, run: str, *, launch: Launch, processes: int) ->
     precision = precision_of(settings.train, device)
     split = open_split(config)
     process = 0 if device.type == "cuda" else resident_bytes() + _FIRST_STEP_BYTES
-    model = _imagine(config, layout, precision=precision)
+    model = imagine(config, split, layout, precision=precision)
     memory = _memory(model, settings, layout, process=process, loader=_loader_bytes(split, settings))
     there = torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else memory_bytes()
     _refuse(memory, there, ranks=1 if device.type == "cuda" else here)
     work = _work(split, settings)
-    checkpoint = model.weights_bytes + bytes_of(model.moments)
+    checkpoint = model.weights_bytes + bytes_of(model.moments) + bytes_of(model.hook_state)
+    fixed = model.weights_bytes - model.trained_bytes  # Stored once, as they do not change.
     rate = _compute_rate(device, precision) * layout.world / (1 if device.type == "cuda" else here)
     flops = flops_per_token(settings.model, parameters=model.parameters, seq_len=settings.data.seq_len)
     needs = Needs(
@@ -168,90 +166,15 @@ def rehearse(settings: Settings, run: str, *, launch: Launch, processes: int) ->
         epochs=work.epochs,
         data_bytes=work.data_bytes,
         checkpoint_bytes=checkpoint,
-        checkpoints_bytes=checkpoint * _checkpoints(settings),
+        checkpoints_bytes=fixed + (checkpoint - fixed) * _checkpoints(settings),
         disk_free_bytes=_disk_free(folder),
         data_s=work.data_bytes / _read_rate(split.datasets[0]),
         compute_s=work.tokens * flops / rate,
     )
-    return msgspec.structs.replace(needs, notes=tuple(_notes(needs, settings)))
+    return msgspec.structs.replace(needs, notes=(*model.untried, *_notes(needs)))
 
 
-@dataclass(frozen=True, slots=True)
-class _Model:
-    """A model that was imagined; bytes are those of the whole of it."""
-
-    parameters: int
-    weights_bytes: int
-    trained_bytes: int
-    gathered_bytes: int
-    moments: Sequence[Tensor]
-    """One for each tensor that the optimizer keeps."""
-
-    peak_bytes: int
-    """Of the passes of a step, beyond weights; with gradients, where the rank keeps them whole."""
-
-    others_bytes: int
-    """Keys and values of tokens of other ranks, where those share sequences."""
-
-    passes: int
-    weights: Sequence[Tensor]
-    trained: Sequence[Tensor]
-
-
-def _imagine(config: RunConfig, layout: Layout, *, precision: str) -> _Model:
-    settings = config.settings
-    objective, cpu = make_objective(settings.objective), torch.device("cpu")
-    share = -(-settings.data.global_batch // layout.readers)
-    rows = min(settings.train.micro_batch or -(-share // layout.pipeline), share)
-    passes = -(-share // rows)
-    with imagined():
-        model = build_model(config, objective)
-        for hook in make_hooks(settings.hooks, where="settings").values():
-            model = hook.model(model)
-        objective.start(model)
-        if settings.train.recompute:
-            recompute(model)
-        lesson, blank = Lesson(objective, {}, cpu, precision), objective.blank(rows, context_of(config))
-        peak = peak_of(
-            model,
-            lambda: lesson.of(model, next(micro_batches(blank, cpu, size=rows))),
-            passes=passes,
-            kept=layout.shard == 1,
-        )
-    reference = [] if objective.frozen is None else list(objective.frozen.parameters())
-    weights = [*model.parameters(), *model.buffers(), *reference]
-    trained = [one for one in model.parameters() if one.requires_grad]
-    return _Model(
-        parameters=parameter_count(model),
-        weights_bytes=bytes_of(weights),
-        trained_bytes=bytes_of(trained),
-        gathered_bytes=gathered_bytes(model),
-        moments=_moments(model, settings),
-        peak_bytes=peak,
-        others_bytes=_others_bytes(settings, layout, rows=rows, precision=precision),
-        passes=passes,
-        weights=weights,
-        trained=trained,
-    )
-
-
-def _others_bytes(settings: Settings, layout: Layout, *, rows: int, precision: str) -> int:
-    """Return the bytes of keys and values of `rows` that a rank has from others, in all layers at once, or in the one that is computed again."""
-    shape, tokens = settings.model, settings.data.seq_len - settings.data.seq_len // layout.context
-    layers = 1 if settings.train.recompute else shape.layers
-    return 2 * rows * tokens * shape.heads * shape.head_size * layers * (4 if precision == "fp32" else 2)
-
-
-def _moments(model: nn.Module, settings: Settings) -> list[Tensor]:
-    """Return the shapes that the optimizer keeps: two for each parameter, one where Muon moves it."""
-    if settings.optim.use == "sgd":
-        return []
-    once = {id(one) for one in inner_matrices(blocks_of(model))} if settings.optim.use == "muon" else set()
-    trained = [one for one in model.parameters() if one.requires_grad]
-    return [one for one in trained for _ in range(1 if id(one) in once else 2)]
-
-
-def _memory(model: _Model, settings: Settings, layout: Layout, *, process: int, loader: int) -> Memory:
+def _memory(model: Imagined, settings: Settings, layout: Layout, *, process: int, loader: int) -> Memory:
     """Return the memory of the rank that has most."""
     cut = layout.tensor * layout.pipeline
     weights, trained = (bytes_of(one, over=layout.shard * cut) for one in (model.weights, model.trained))
@@ -260,7 +183,7 @@ def _memory(model: _Model, settings: Settings, layout: Layout, *, process: int, 
         # Weights of some blocks, and their gradients; those of all blocks, if several passes add to them.
         gathered = (model.gathered_bytes + (model.gathered_bytes if model.passes == 1 else model.trained_bytes)) // cut
         peak = model.peak_bytes
-    optimizer = bytes_of(model.moments, over=layout.shard * cut)
+    optimizer, state = (bytes_of(one, over=layout.shard * cut) for one in (model.moments, model.hook_state))
     copies = 2 if settings.model.use or settings.model.init else 1
     saves = 0 < settings.checkpoint.every < settings.train.steps
     memory = Memory(
@@ -270,12 +193,14 @@ def _memory(model: _Model, settings: Settings, layout: Layout, *, process: int, 
         gradient_bytes=trained,
         optimizer_bytes=optimizer,
         activation_bytes=(peak // layout.context + model.others_bytes) // layout.tensor,
-        save_bytes=(weights + optimizer) // layout.copies if saves else 0,
+        save_bytes=(weights + optimizer + state) // layout.copies if saves else 0,
+        hook_bytes=state + model.hook_bytes,
         loader_bytes=loader,
         start_bytes=copies * model.weights_bytes + (bytes_of(model.moments) if settings.optim.init else 0),
         peak_bytes=0,
     )
-    step = weights + gathered + trained + optimizer + memory.activation_bytes + memory.save_bytes + loader
+    step = weights + gathered + trained + optimizer + memory.activation_bytes + memory.save_bytes + memory.hook_bytes
+    step += loader
     return msgspec.structs.replace(memory, peak_bytes=process + max(step, memory.start_bytes))
 
 
@@ -296,10 +221,11 @@ def _refuse(memory: Memory, there: int, *, ranks: int) -> None:
     )
 
 
-_PARTS = ("weights", "gathered", "gradient", "optimizer", "activation", "save", "start")
+_PARTS = ("weights", "gathered", "gradient", "optimizer", "activation", "hook", "save", "start")
 
 _ADVICE = {
     "activation": "Lower train.micro_batch, or set train.recompute = true.",
+    "hook": "Leave out a hook, or let it keep less: a smaller teacher, or its columns (`datastore teach`).",
     "start": "Each rank makes the whole model once: start fewer ranks on this machine, or make the model smaller.",
     "save": "Set checkpoint.every = 0: only saves in the background need a copy.",
 }
@@ -368,9 +294,7 @@ def _disk_free(folder: RunFolder) -> int | None:
     return shutil.disk_usage(next(one for one in (path, *path.parents) if one.exists())).free
 
 
-def _notes(needs: Needs, settings: Settings) -> Iterator[str]:
-    if any(table["use"] != "quantize" for table in settings.hooks):
-        yield "what hooks keep is not counted"
+def _notes(needs: Needs) -> Iterator[str]:
     free = available_bytes()
     wanted = needs.memory.peak_bytes * needs.ranks_here
     if needs.device == "cpu" and free is not None and wanted > free:

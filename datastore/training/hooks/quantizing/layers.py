@@ -78,7 +78,7 @@ class Packed(nn.Module):
 
     def __init__(self, shape: tuple[int, int], scheme: Scheme) -> None:
         super().__init__()
-        out, columns = shape
+        out, columns = self._shape = shape  # `weight_shape` is for files: reading a tensor of a GPU would wait for it.
         self.scheme = scheme
         self.weight_packed: Tensor
         self.weight_scale: Tensor
@@ -102,14 +102,13 @@ class Packed(nn.Module):
         """Scales and zero points."""
         zeros = None
         if not self.scheme.symmetric:
-            out = int(self.weight_shape[0])
-            zeros = unpack(self.weight_zero_point.T.contiguous(), self.scheme.bits, out).T.float()
+            zeros = unpack(self.weight_zero_point.T.contiguous(), self.scheme.bits, self._shape[0]).T.float()
         return Grid(self.weight_scale, zeros, self.scheme.bits)
 
     @property
     def whole(self) -> Tensor:
         """The integers, int8 [out, in]."""
-        return unpack(self.weight_packed, self.scheme.bits, int(self.weight_shape[1]))
+        return unpack(self.weight_packed, self.scheme.bits, self._shape[1])
 
     @property
     def weight(self) -> Tensor:
