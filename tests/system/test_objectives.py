@@ -373,6 +373,14 @@ def test_a_model_of_transformers_that_cannot_predict_the_next_token_is_refused(
 
 
 @pytest.mark.filterwarnings("ignore")
+def test_two_of_four_inputs_are_not_taken_where_columns_are_outputs(data: Path, tmp_path: Path) -> None:
+    """GPT-2 of transformers stores its layers [in, out]: two of four in a row would be two of four outputs."""
+    hook = 'hooks=[{use="prune", ratio=2.0, pattern="2:4", parameters=["*.c_*.weight"]}]'
+    with pytest.raises(ConfigError, match=r"columns of these layers are outputs.*h\.0\.attn\.c_attn\.weight"):
+        train(foreign(data, tmp_path / "config", gpt2, "causal", hook), str(tmp_path / "run"))
+
+
+@pytest.mark.filterwarnings("ignore")
 def test_places_are_counted_as_models_do() -> None:
     from transformers import OPTConfig, OPTForCausalLM, RobertaConfig, RobertaForMaskedLM
 

@@ -147,13 +147,25 @@ class Prune(Hook):
         if settings.start >= self._stop:
             raise ConfigError("pruning stops before it starts", start=settings.start, stop=self._stop)
         if settings.pattern == "2:4":
-            self._require_fours()
+            self._require_fours(run.model)
         if settings.method in {"wanda", "reconstruct"}:
             self._linears = self._layers(run.model)
             if run.calibration is not None:
                 run.calibration.require(settings.samples)
 
-    def _require_fours(self) -> None:
+    def _require_fours(self, model: nn.Module) -> None:
+        chosen = {id(one): name for name, one in self._parameters.items()}
+        turned = [
+            chosen[id(one.weight)]
+            for one in model.modules()
+            if type(one).__name__ == "Conv1D" and id(one.weight) in chosen  # Of transformers: [in, out].
+        ]
+        if turned:
+            raise ConfigError(
+                "2:4 keeps two of four inputs, and the columns of these layers are outputs",
+                layers=turned[:8],
+                hint='Leave them out of `parameters`, or use pattern = "unstructured".',
+            )
         odd = {name: one.shape[1] for name, one in self._parameters.items() if one.shape[1] % 4}
         if odd:
             raise ConfigError(
