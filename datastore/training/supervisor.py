@@ -368,8 +368,7 @@ class Supervisor(Observer):
         line |= self._faults
         if outcome.fault:
             line["fault"] = outcome.cause
-        for hook in self._trainer.hooks.values():
-            line |= numbers_of(hook)
+        line |= numbers_of(self._trainer.hooks, taken=line)
         return {
             key: value for key, value in line.items() if not (isinstance(value, float) and not math.isfinite(value))
         }

@@ -19,7 +19,7 @@ A hook's state has the same keys from `start` on: a restore reads into tensors t
 in `gradients` and `updated` only: before those, a checkpoint of the step before may still be copying it.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, TypeAlias
 
@@ -272,12 +272,29 @@ def find_hook(name: str) -> type[Hook]:
     return find_class(name, base=Hook, ours=_OURS, group="datastore.hooks")
 
 
-def numbers_of(hook: Hook) -> dict[str, float]:
-    """Return the numbers of `hook` for the record of a step, those in tensors and of NumPy as plain ones.
+def numbers_of(hooks: Mapping[str, Hook], *, taken: Collection[str]) -> dict[str, float]:
+    """Return the numbers of `hooks` for the record of a step, those in tensors and of NumPy as plain ones.
+
+    Of two with the same name the later one gets its hook's place and name before it: "1.prune.sparsity".
 
     Raises:
-        ConfigError: one of them is no single number.
+        ConfigError: one of them is no single number, or has a name that is `taken`.
     """
+    numbers: dict[str, float] = {}
+    for place, hook in hooks.items():
+        found = _numbers_of(hook)
+        if lost := sorted(found.keys() & set(taken)):
+            raise ConfigError(
+                "a hook calls its numbers what the loop calls its own",
+                hook=place,
+                names=lost,
+                hint="Let its method `metrics` return them under other names.",
+            )
+        numbers |= {f"{place}.{key}" if key in numbers else key: value for key, value in found.items()}
+    return numbers
+
+
+def _numbers_of(hook: Hook) -> dict[str, float]:
     found = hook.metrics()
     try:
         return {key: value if type(value) in {int, float} else float(value) for key, value in found.items()}

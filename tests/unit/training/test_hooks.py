@@ -80,12 +80,15 @@ def test_a_resume_is_told_which_setting_of_which_hook_differs() -> None:
 
 
 class Tells(Hook):
+    def __init__(self, told: Any) -> None:
+        super().__init__(told)
+
     def metrics(self) -> Any:
         return self.settings
 
 
 def test_numbers_of_a_hook_may_be_tensors_and_those_of_numpy() -> None:
-    found = numbers_of(Tells({"a": 1, "b": 0.5, "c": torch.tensor(1.5), "d": np.float32(2)}))  # type: ignore[arg-type]
+    found = numbers_of({"0": Tells({"a": 1, "b": 0.5, "c": torch.tensor(1.5), "d": np.float32(2)})}, taken=())
     assert found == {"a": 1, "b": 0.5, "c": 1.5, "d": 2.0}
     assert {type(value) for value in found.values()} == {int, float}
 
@@ -93,4 +96,11 @@ def test_numbers_of_a_hook_may_be_tensors_and_those_of_numpy() -> None:
 @pytest.mark.parametrize("told", [None, {"a": "much"}, {"a": None}, {"a": torch.zeros(2)}, 3.0])
 def test_metrics_that_are_no_numbers_name_the_hook(told: Any) -> None:
     with pytest.raises(ConfigError, match=r"not numbers by name.*Tells"):
-        numbers_of(Tells(told))
+        numbers_of({"0": Tells(told)}, taken=())
+
+
+def test_numbers_of_hooks_keep_their_names_apart() -> None:
+    hooks = {"0.prune": Tells({"sparsity": 0.5}), "1.prune": Tells({"sparsity": 0.25, "swapped": 3})}
+    assert numbers_of(hooks, taken={"loss"}) == {"sparsity": 0.5, "1.prune.sparsity": 0.25, "swapped": 3}
+    with pytest.raises(ConfigError, match=r"what the loop calls its own \(hook='0.prune', names=\['loss'\]\)"):
+        numbers_of({"0.prune": Tells({"loss": 1.0})}, taken={"loss", "lr"})
