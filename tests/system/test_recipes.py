@@ -10,7 +10,7 @@ import pytest
 
 from datastore.config import load_settings
 from datastore.training.metrics import read_metrics
-from datastore.training.run.folder import RunFolder
+from datastore.training.run.folder import RunFolder, is_run
 from datastore.training.run.proof import prove
 from datastore.training.settings import Settings
 from datastore.training.start import train
@@ -31,7 +31,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def run_of(name: str) -> str:
     """Train a recipe, if that was not done yet."""
     run = f"runs/{name}"
-    if not RunFolder.open(run).has_begun():
+    if not is_run(RunFolder.open(run).storage):
         if name in INIT:
             run_of(INIT[name])
         train(load_settings(Settings, Path("recipes") / f"{name}.toml"), run)

@@ -48,6 +48,10 @@ __all__ = [
 
 CONFIG_KEY = "config.json"
 
+_NO_RUN = (
+    "Start one with `datastore train`.",
+    "What lies there are checkpoints of another loop: `datastore checkpoint export --as torch`, `safetensors` or `dcp` takes them.",
+)
 _LOGGER = getLogger(__name__)
 
 HookTables = Sequence[Mapping[str, Any]]
@@ -138,12 +142,8 @@ class RunFolder:
         try:
             raw = self.storage.get(CONFIG_KEY)
         except MissingError:
-            raise MissingError("there is no run", url=self.url, hint="Start one with `datastore train`.") from None
+            raise MissingError("there is no run", url=self.url, hint=_NO_RUN[self.has_checkpoint()]) from None
         return unseal(RunConfig, raw, where=f"{self.url}/{CONFIG_KEY}")
-
-    def has_begun(self) -> bool:
-        """Return whether a run lies there."""
-        return is_run(self.storage)
 
     def has_checkpoint(self) -> bool:
         """Return whether a step of the run is stored."""

@@ -29,7 +29,7 @@ from datastore.training.parallel.choose import differs
 from datastore.training.parallel.layout import Layout, check_model, layout_of
 from datastore.training.parallel.lesson import autocast
 from datastore.training.parallel.passes import bytes_of
-from datastore.training.run.folder import RunFolder, open_split
+from datastore.training.run.folder import RunFolder, is_run, open_split
 from datastore.training.run.split import Split
 from datastore.training.session.imagination import Imagined, imagine
 from datastore.training.settings import Settings
@@ -132,7 +132,7 @@ def rehearse(settings: Settings, run: str, *, launch: Launch, processes: int) ->
     check_hooks(make_hooks(settings.hooks, where="settings"), layout, differs=differs(settings.sync))
     here = max(launch.local_world, processes)
     folder = RunFolder.open(run)
-    settings = with_shape(settings, before=folder.config().settings if folder.has_begun() else None)
+    settings = with_shape(settings, before=folder.config().settings if is_run(folder.storage) else None)
     config = folder.begin(settings, kept=training_hooks)
     if not settings.model.use:
         shape = msgspec.structs.replace(settings.model, vocab_size=config.vocab_size)

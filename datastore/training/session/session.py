@@ -42,6 +42,7 @@ from datastore.training.run.folder import (
     RunSession,
     decode_config,
     encode_config,
+    is_run,
     new_session,
     open_split,
     own_versions,
@@ -152,7 +153,7 @@ def _check_steps_are_left(state: RunState, *, run: str) -> None:
 def _config_under(_lock: RunLock, request: SessionRequest, folder: RunFolder) -> RunConfig:
     """Return what rank 0 finds in the run folder, or will put there."""
     settings = request.settings
-    settings = with_shape(settings, before=folder.config().settings if folder.has_begun() else None)
+    settings = with_shape(settings, before=folder.config().settings if is_run(folder.storage) else None)
     if request.fresh:
         return folder.begin(settings, kept=training_hooks)
     return folder.again(settings, kept=training_hooks)

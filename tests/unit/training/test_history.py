@@ -7,6 +7,7 @@ from xml.etree import ElementTree as ET
 
 import pytest
 
+from datastore.checkpoint.checkpointer import Checkpointer
 from datastore.errors import ConfigError, MissingError
 from datastore.storage.backends.local import LocalStorage
 from datastore.storage.resolve import open_storage
@@ -96,8 +97,12 @@ def test_who_writes_is_told_and_a_damaged_run_does_not_hide_the_others(runs: Pat
     config.write_text(config.read_text(encoding="utf-8").replace('"lr"', '"rl"'), encoding="utf-8")
     assert "config.json" in summary_of(str(runs / "a")).problem
     assert len(runs_below(str(runs))) == 2
-    with pytest.raises(MissingError, match="there is no run"):
+    with pytest.raises(MissingError, match=r"there is no run .* Start one"):
         summary_of(str(runs))
+    with Checkpointer(str(runs / "own")) as checkpointer:
+        checkpointer.save(1, {"numbers": {"one": 1}})
+    with pytest.raises(MissingError, match=r"there is no run .* checkpoints of another loop"):
+        summary_of(str(runs / "own"))
 
 
 def test_what_differs_is_told_and_nothing_else(runs: Path) -> None:
