@@ -1,5 +1,6 @@
 """Who, when and where: the time and the package as documents say them, cores and memory of this machine."""
 
+import logging
 import os
 import resource
 from datetime import UTC, datetime
@@ -7,7 +8,7 @@ from functools import cache
 from importlib.metadata import version as installed_version
 from pathlib import Path
 
-__all__ = ["available_bytes", "cores", "memory_bytes", "package_name", "resident_bytes", "utc_now"]
+__all__ = ["available_bytes", "cores", "memory_bytes", "package_name", "quieten", "resident_bytes", "utc_now"]
 
 
 def utc_now() -> str:
@@ -19,6 +20,16 @@ def utc_now() -> str:
 def package_name() -> str:
     """Return the name and version of this package as they stand in commits; reading them once takes a millisecond."""
     return f"datastore {installed_version('llm-datastore')}"
+
+
+def quieten() -> None:
+    """Let libraries keep to themselves what nobody can act on; for processes that are ours, not for a user's program.
+
+    Whenever torchao 0.18 is imported, which transformers and peft do where it is installed, it warns of kernels for other devices and, by
+    torch 2.13, of names that it should no longer use.
+    """
+    for name in ("torchao", "torch.utils._pytree"):
+        logging.getLogger(name).setLevel(logging.ERROR)
 
 
 def cores() -> int:

@@ -21,6 +21,7 @@ from datastore.cli.results import COMMANDS as RESULT_COMMANDS
 from datastore.cli.runs import COMMANDS as RUN_COMMANDS
 from datastore.cli.shell import CliSession, CommandGroup, call, debug_option, example, last_words
 from datastore.cli.versions import COMMANDS as VERSION_COMMANDS
+from datastore.host import quieten
 
 __all__ = ["cli", "main"]
 
@@ -63,6 +64,7 @@ def main() -> NoReturn:
     session = CliSession()
     sys.excepthook = last_words(session)
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
+    quieten()
     if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:
         signal.signal(signal.SIGINT, signal.default_int_handler)
     status = call(cli, None, session)

@@ -39,6 +39,7 @@ import orjson
 
 from datastore.document import Document
 from datastore.errors import DatastoreError, WaitError, error_from_dict
+from datastore.host import quieten
 
 __all__ = [
     "LOST_PEER",
@@ -318,6 +319,7 @@ def main() -> int:
     """Run the task that stdin names; return the exit status."""
     task = msgspec.json.decode(_read_line(), type=ChildOrder)
     sys.path[:] = task.path
+    quieten()
     threading.Thread(target=_end_with_parent, daemon=True).start()
     with os.fdopen(task.events_fd, "wb", buffering=0) as pipe:
         try:

@@ -1,6 +1,8 @@
 """Adapters learn beside a frozen model, go on after a kill, and are what peft reads."""
 
 import json
+import subprocess
+import sys
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
@@ -49,6 +51,16 @@ def settings(base: str, *overrides: str, hooks: tuple[Mapping[str, Any], ...], s
 
 def losses(run: Path) -> list[float]:
     return [line["loss"] for line in read_metrics(RunFolder.open(str(run)).storage)]
+
+
+def test_ranks_of_the_command_line_pass_over_what_libraries_say_of_themselves(base: str, tmp_path: Path) -> None:
+    """Torchao 0.18 warns of kernels that are not for this machine, and torch 2.13 of torchao, whenever peft imports it."""
+    hooks = '[{use="adapt", rank=2}]'
+    command = [sys.executable, "-m", "datastore", "fork", base, "--to", str(tmp_path / "run"), "--progress", "none"]
+    few = ["--processes", "2", "--set", "train.steps=1", "--set", f"hooks={hooks}"]
+    done = subprocess.run([*command, *few], capture_output=True, text=True, check=True)
+    assert done.stdout.startswith("finished step 1 of 1")
+    assert done.stderr == ""
 
 
 def assert_same(one: Path, other: Path) -> None:
