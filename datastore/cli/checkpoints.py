@@ -1,5 +1,6 @@
 """The commands about the checkpoints of a run: which there are, what is in one, whether it is sound, which stay."""
 
+import math
 from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 
@@ -129,6 +130,9 @@ def verify(*, run: str, step: int | None, as_json: bool) -> int:
 @click.option("--last", type=click.IntRange(min=1), default=3, help="Keep the newest LAST steps that can be read.")
 @click.option("--every", type=click.IntRange(min=0), default=0, help="Keep steps that are a multiple of this, too.")
 @click.option(
+    "--within", metavar="TIME", default="", help="Keep steps saved so short before the newest, too: 12h, 30d, 8w."
+)
+@click.option(
     "--best", metavar="METRIC", default="", help="Keep the step with the least METRIC, too; with -METRIC the largest."
 )
 @click.option("--best-count", type=click.IntRange(min=1), default=1, help="How many of the best.")
@@ -136,14 +140,18 @@ def verify(*, run: str, step: int | None, as_json: bool) -> int:
 @click.option("--dry-run", is_flag=True, help="Only say what would be removed.")
 @progress_option
 @json_option
-def gc(*, run: str, budget: str, dry_run: bool, as_json: bool, **rules: Any) -> None:
+def gc(*, run: str, within: str, budget: str, dry_run: bool, as_json: bool, **rules: Any) -> None:
     """Remove old checkpoints of RUN, and files that no checkpoint needs. Training does this by itself. Pinned ones stay."""
     from datastore.checkpoint.keeping import Keep, check_metric, collect
     from datastore.storage.resolve import open_storage
-    from datastore.units import format_bytes, parse_bytes
+    from datastore.units import format_bytes, parse_bytes, parse_seconds
 
     saved_steps(run, None)
-    keep = Keep(**rules, budget_bytes=parse_bytes(budget) if budget else 0)
+    keep = Keep(
+        **rules,
+        within_s=math.ceil(parse_seconds(within)) if within else 0,
+        budget_bytes=parse_bytes(budget) if budget else 0,
+    )
     with waiting("gc"):
         storage = open_storage(run)
         check_metric(storage, keep)

@@ -4,6 +4,7 @@ import itertools
 import math
 import os
 from datetime import UTC, datetime
+from pathlib import Path
 
 import msgspec
 import pytest
@@ -15,6 +16,8 @@ from datastore.checkpoint.checkpointer import Checkpointer
 from datastore.checkpoint.format.manifest import StepCommit
 from datastore.checkpoint.inspect import list_steps
 from datastore.checkpoint.keeping import Keep, best_steps, check_metric, collect, expired, pin, pinned_steps
+from datastore.cli.main import cli
+from datastore.cli.shell import CliSession, call
 from datastore.errors import ConfigError, ConflictError, MissingError
 from datastore.storage.base import Storage
 from datastore.storage.resolve import open_storage
@@ -144,3 +147,15 @@ def test_a_metric_that_no_step_has_is_a_mistake(storage: Storage) -> None:
         check_metric(storage, sound)
     with pytest.raises(ConfigError, match=r"no step has this metric.*'loss'"):
         check_metric(storage, Keep(best="lose"))
+
+
+def test_the_command_line_keeps_by_time_and_number(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with Checkpointer(str(tmp_path), keep=Keep(last=9)) as ck:
+        for step in (1, 2, 3):
+            ck.save(step, {"numbers": {"step": step}})
+    for rules, gone in (("", "1, 2"), ("--within 1h", "none"), ("--every 2", "1"), ("--within 0s", "1, 2")):
+        words = ["checkpoint", "gc", str(tmp_path), "--last", "1", "--dry-run", *rules.split()]
+        assert call(cli, words, CliSession()) == 0
+        assert capsys.readouterr().out.startswith(f"would remove steps: {gone};")
+    assert call(cli, ["checkpoint", "gc", str(tmp_path), "--within", "soon"], CliSession()) == 2
+    assert "Write a number and s, min, h, d or w" in capsys.readouterr().err

@@ -83,7 +83,7 @@ FLAGS = {
     "checkpoint ls": "",
     "checkpoint show": "step",
     "checkpoint verify": "step",
-    "checkpoint gc": "best best-count budget dry-run every last",
+    "checkpoint gc": "best best-count budget dry-run every last within",
     "checkpoint drop": "before item step",
     "checkpoint diff": "item limit",
     "checkpoint pin": "remove step",
