@@ -14,7 +14,8 @@ from pathlib import Path
 from statistics import mean
 from typing import TYPE_CHECKING, Any
 
-from datastore.display import figure_class, save_figure
+from datastore.dataset.snapshot import split_reference
+from datastore.display import figure_class, save_figure, short_names
 from datastore.errors import ConfigError, DatastoreError, MissingError
 from datastore.storage.resolve import places_below
 from datastore.training.metrics import read_metrics
@@ -146,7 +147,10 @@ def summary_of(url: str) -> RunSummary:
         ),
         tokens_per_s=mean(rates) if rates else None,
         world=sessions[-1].world if sessions else 0,
-        data={name: f"{urls[name]}@{read.get(name) or ref.version}" for name, ref in sorted(refs.items())},
+        data={
+            name: f"{split_reference(urls[name])[0]}@{read.get(name) or ref.version}"
+            for name, ref in sorted(refs.items())
+        },
         writer=writer,
     )
 
@@ -233,8 +237,8 @@ def plot(
     figure = new_figure(figsize=(8, 2.6 * len(panels) + 0.6), layout="constrained")
     axes = figure.subplots(len(panels), sharex=True, squeeze=False)[:, 0]
     for axis, panel in zip(axes, panels, strict=True):
-        for number, (url, each) in enumerate(zip(urls, found, strict=True)):
-            label, color = url.rstrip("/").rsplit("/", 1)[-1], f"C{number}"
+        for number, (label, each) in enumerate(zip(short_names(urls), found, strict=True)):
+            color = f"C{number}"
             _draw(axis, each, panel, against, label=label, color=color)
             if panel == "loss" and "validation_loss" in drawn:
                 _draw(axis, each, "validation_loss", against, label=f"{label}, validation", color=color, linestyle="--")
