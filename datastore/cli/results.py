@@ -156,9 +156,11 @@ def _number(value: float | None) -> str:
 
 
 def _state(found: "RunSummary") -> str:
+    from datastore.training.run.history import ending_of
+
     if found.writer is not None:
         return f"going on: {found.writer}"
-    return "finished" if found.step >= found.steps else "stopped"
+    return ending_of(found.step, steps=found.steps, saved=found.saved)
 
 
 STEP = click.option("--step", type=click.IntRange(min=1), help="The checkpoint of this step; the newest if left out.")

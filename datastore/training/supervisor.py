@@ -264,9 +264,7 @@ class Supervisor(Observer):
         state = self._trainer.state
         sound = bool(self._trainer.ranks.least(int(all_finite(tensors_of(state.model, state.optimizer)))))
         if not sound or not self._trainer.can_go_on():
-            what = (
-                "the step has left weights whose loss is" if sound else "the weights or the state of the optimizer are"
-            )
+            what = "the step has left weights whose loss is" if sound else "the weights or their moments are"
             raise DatastoreError(f"{what} not finite", step=step, hint=self._unsaved())
         if self._saving is not None:
             wait([self._saving.ended])

@@ -14,6 +14,7 @@ from pathlib import Path
 from statistics import mean
 from typing import TYPE_CHECKING, Any
 
+from datastore.checkpoint.steps import StepLog
 from datastore.dataset.snapshot import split_reference
 from datastore.display import figure_class, save_figure, short_names
 from datastore.errors import ConfigError, DatastoreError, MissingError
@@ -31,6 +32,7 @@ __all__ = [
     "RunSummary",
     "compare",
     "differing",
+    "ending_of",
     "numbers_of",
     "plot",
     "runs_below",
@@ -67,6 +69,9 @@ class RunSummary:
 
     steps: int
     """Steps that it is to take."""
+
+    saved: int
+    """The newest step that is stored, from which it would go on; 0: none."""
 
     tokens: int
     loss: float | None
@@ -118,12 +123,12 @@ def summary_of(url: str) -> RunSummary:
     folder = RunFolder.open(url)
     try:
         config, sessions, metrics = folder.config(), folder.sessions(), read_metrics(folder.storage)
-        writer = writer_of(folder.storage)
+        writer, saved = writer_of(folder.storage), StepLog(folder.storage).newest() or 0
     except MissingError:
         raise
     except (DatastoreError, ValueError) as error:
         empty: dict[str, Any] = dict.fromkeys(("loss", "validation_loss", "tokens_per_s", "writer"))
-        counts: dict[str, Any] = dict.fromkeys(("sessions", "step", "steps", "tokens", "world"), 0)
+        counts: dict[str, Any] = dict.fromkeys(("sessions", "step", "steps", "saved", "tokens", "world"), 0)
         return RunSummary(url=folder.url, created="", data={}, problem=str(error), **counts, **empty)
     last = metrics[-1] if metrics else {}
     rates = [record["tokens_per_s"] for record in metrics[-_RECENT:] if record.get("tokens_per_s")]
@@ -139,6 +144,7 @@ def summary_of(url: str) -> RunSummary:
         sessions=len(sessions),
         step=int(last.get("step", 0)),
         steps=config.settings.train.steps,
+        saved=saved,
         tokens=int(last.get("tokens", 0)),
         loss=last.get("loss"),
         validation_loss=next(
@@ -153,6 +159,15 @@ def summary_of(url: str) -> RunSummary:
         },
         writer=writer,
     )
+
+
+def ending_of(step: int, *, steps: int, saved: int) -> str:
+    """Return how a run of `steps` steps stands that nobody writes to, after `step`: it is finished when its last one is saved."""
+    if saved >= steps:
+        return "finished"
+    if saved == step:
+        return "stopped"
+    return f"stopped, saved up to step {saved:,}" if saved else "stopped, no step is saved"
 
 
 def compare(urls: Sequence[str]) -> Difference:

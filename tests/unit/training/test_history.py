@@ -15,7 +15,7 @@ from datastore.storage.resolve import open_storage
 from datastore.testing.examples import make_language, tiny_settings
 from datastore.training.metrics import MetricsWriter
 from datastore.training.run.folder import RunFolder, RunSession
-from datastore.training.run.history import _thinned, compare, numbers_of, plot, runs_below, summary_of
+from datastore.training.run.history import _thinned, compare, ending_of, numbers_of, plot, runs_below, summary_of
 from datastore.training.run.lock import RunLock
 
 
@@ -73,9 +73,16 @@ def test_runs_are_found_and_summed_up(runs: Path) -> None:
     assert (found.step, found.steps, found.sessions, found.world, found.tokens) == (40, 40, 2, 2, 4_000)
     assert (found.loss, found.validation_loss, found.tokens_per_s) == (2 + 1 / 40, 9.5, 20.0)
     assert found.data == {"data": f"{runs.parent / 'data'}@1"}
-    assert found.writer is None
+    assert (found.writer, found.saved) == (None, 0)
     make_run(str(runs / "c"), f"{runs.parent / 'data'}@1")
     assert summary_of(str(runs / "c")).data == found.data
+
+
+def test_a_run_is_finished_when_its_last_step_is_saved() -> None:
+    assert ending_of(40, steps=40, saved=40) == "finished"
+    assert ending_of(30, steps=40, saved=30) == "stopped"
+    assert ending_of(40, steps=40, saved=5) == "stopped, saved up to step 5"
+    assert ending_of(3, steps=40, saved=0) == "stopped, no step is saved"
 
 
 def test_runs_of_the_same_name_are_told_apart(runs: Path) -> None:
