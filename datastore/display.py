@@ -5,6 +5,7 @@ as well, and every text in it is escaped.
 """
 
 import io
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from html import escape
 from itertools import accumulate
@@ -16,7 +17,7 @@ from datastore.errors import ConfigError, DependencyError
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-__all__ = ["figure_class", "html_fields", "html_table", "save_figure", "sparkline", "upper_half"]
+__all__ = ["figure_class", "html_fields", "html_table", "save_figure", "short_names", "sparkline", "upper_half"]
 
 _BARS = "▁▂▃▄▅▆▇█"
 
@@ -29,6 +30,24 @@ def sparkline(counts: Sequence[int]) -> str:
     """
     most = max(counts, default=0) or 1
     return "".join(_BARS[-(-count * (len(_BARS) - 1) // most)] for count in counts)
+
+
+def short_names(urls: Sequence[str]) -> list[str]:
+    """Return the end of each of `urls` by which it is told from the others: the last part, or as many as that takes.
+
+    >>> short_names(["runs/first", "runs/second/", "old/second"])
+    ['first', 'runs/second', 'old/second']
+    """
+    parts = [url.rstrip("/").split("/") for url in urls]
+
+    def ends(count: int) -> list[str]:
+        return ["/".join(each[-count:]) for each in parts]
+
+    found = ends(1)
+    for count in range(2, max(map(len, parts), default=0) + 1):
+        longer, seen = ends(count), Counter(found)
+        found = [name if seen[name] == 1 else more for name, more in zip(found, longer, strict=True)]
+    return found
 
 
 def upper_half(counts: Sequence[int]) -> int:

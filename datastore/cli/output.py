@@ -152,7 +152,8 @@ class ProgressWords:
         """Return the words; a `total` of 0 is one that nobody knows."""
         now = self._clock()
         first_done, started = self._first = self._first or (done, now)
-        parts = [f"{self._amount(done)} of {self._amount(total)} ({done / total:.0%})" if total else self._amount(done)]
+        part = format_bytes(done) if self._unit == "bytes" else f"{done:,}"
+        parts = [f"{part} of {self._amount(total)} ({done / total:.0%})" if total else self._amount(done)]
         if done > first_done and now > started:
             rate = (done - first_done) / (now - started)
             parts.append(f"{format_bytes(rate)}/s" if self._unit == "bytes" else f"{rate:,.3g} {self._unit}/s")

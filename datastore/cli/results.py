@@ -1,10 +1,10 @@
 """The commands about what runs have come to: which there are, what differs, their numbers as a picture; and their models in use."""
 
-import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
+from msgspec.structs import replace
 
 from datastore.cli.output import (
     fields,
@@ -18,11 +18,13 @@ from datastore.cli.output import (
     with_progress,
 )
 from datastore.cli.shell import CommandGroup, example, given_options
+from datastore.display import short_names
 
 if TYPE_CHECKING:
     from datastore.training.metrics import StepProfile
     from datastore.training.run.history import RunSummary
     from datastore.training.session.rehearsal import Needs
+    from datastore.training.validation import Evaluation
 
 __all__ = ["COMMANDS", "tell_needs", "tell_profile"]
 
@@ -37,8 +39,10 @@ def runs() -> None:
 @json_option
 def ls(*, url: str, as_json: bool) -> None:
     """List the runs at URL, or up to three folders below it."""
+    from datastore.storage.resolve import open_storage
     from datastore.training.run.history import runs_below, summary_of
 
+    root = open_storage(url).url
     found = [summary_of(each) for each in runs_below(url)]
     if as_json:
         say_json(found)
@@ -48,7 +52,7 @@ def ls(*, url: str, as_json: bool) -> None:
         return
     rows = [
         (
-            one.url.rstrip("/").rsplit("/", 1)[-1],
+            one.url.removeprefix(root).strip("/") or one.url.rsplit("/", 1)[-1],
             moment(one.created) if one.created else "",
             f"{one.step:,} of {one.steps:,}",
             _number(one.loss),
@@ -104,7 +108,7 @@ def compare(*, which: tuple[str, ...], as_json: bool) -> None:
     if as_json:
         say_json(found)
         return
-    names = [url.rstrip("/").rsplit("/", 1)[-1] for url in found.runs]
+    names = short_names(found.runs)
     if found.settings:
         table(("setting", *names), [(key, *map(str, values)) for key, values in found.settings.items()])
     else:
@@ -152,9 +156,11 @@ def _number(value: float | None) -> str:
 
 
 def _state(found: "RunSummary") -> str:
+    from datastore.training.run.history import ending_of
+
     if found.writer is not None:
         return f"going on: {found.writer}"
-    return "finished" if found.step >= found.steps else "stopped"
+    return ending_of(found.step, steps=found.steps, saved=found.saved)
 
 
 STEP = click.option("--step", type=click.IntRange(min=1), help="The checkpoint of this step; the newest if left out.")
@@ -186,11 +192,17 @@ def evaluate(*, model: str, run: str | None, data: str | None, step: int | None,
         say_json(found)
         return
     at = "" if found.step is None else f" at step {found.step:,}"
-    say(f"validation loss {found.loss:.4f} (perplexity {found.perplexity:.1f}) on {found.tokens:,} tokens{at}")
+    say(f"validation loss {_with_perplexity(found)} on {found.tokens:,} {found.unit}{at}")
     for name, loss in found.sources.items():
-        say(f"  {name}: {loss:.4f} (perplexity {math.exp(loss):.1f})")
+        say(f"  {name}: {_with_perplexity(replace(found, loss=loss))}")
     for reason in found.passed_over:
         say(f"not used: {reason}")
+
+
+def _with_perplexity(found: "Evaluation") -> str:
+    """Return a loss, and the perplexity where it is that of one thing after the other."""
+    one_of_many = found.unit in {"tokens", "items"}
+    return f"{found.loss:.4f} (perplexity {found.perplexity:,.1f})" if one_of_many else f"{found.loss:.4f}"
 
 
 @click.command(
@@ -250,7 +262,7 @@ def report(*, models: tuple[str, ...], run: str, data: str, path: Path | None, a
     sources = sorted({name for one in found for name in one.sources if len(one.sources) > 1})
     rows = [
         (
-            one.model.rstrip("/").rsplit("/", 1)[-1],
+            name,
             format_bytes(one.size_bytes),
             f"{one.bits:.2f}",
             f"{one.nonzero:,} of {one.parameters:,}",
@@ -259,7 +271,7 @@ def report(*, models: tuple[str, ...], run: str, data: str, path: Path | None, a
             _number(one.loss),
             *(_number(one.sources.get(name)) for name in sources),
         )
-        for one in found
+        for name, one in zip(short_names([each.model for each in found]), found, strict=True)
     ]
     names = ("model", "size", "bits", "not zero", "FLOPs/token", "tokens/s, 1 row", "32 rows", "loss", *sources)
     table(names, rows)

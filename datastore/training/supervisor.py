@@ -15,14 +15,13 @@ import math
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, wait
 from dataclasses import asdict, dataclass, replace
 from logging import getLogger
 from typing import Any
 
 import msgspec
-from torch import Tensor
 from typing_extensions import override
 
 from datastore.checkpoint.checkpointer import Checkpointer
@@ -34,7 +33,7 @@ from datastore.storage.statistics import total_statistics
 from datastore.training.hooks.base import RunState, numbers_of
 from datastore.training.machine import device_memory, flops_per_token, peak_flops
 from datastore.training.metrics import MetricsWriter, StepMeter, TrainingProgress
-from datastore.training.parallel.norm import all_finite, local_part
+from datastore.training.parallel.norm import all_finite, tensors_of
 from datastore.training.run.lock import RunLock
 from datastore.training.run.profile import Profiler, part
 from datastore.training.run.record import ConsumptionRecord, StepEntry
@@ -97,8 +96,8 @@ class Supervisor(Observer):
         self._stop = stop
         self._record = ConsumptionRecord()
         self._items = trainer.items() | {"record": self._record}
-        data = self._settings.data
-        self.meter = StepMeter(tokens_per_step=data.global_batch * data.seq_len)
+        self._sample_tokens = trainer.objective.tokens_per_sample(self._settings.data.seq_len)
+        self.meter = StepMeter(tokens_per_step=self._settings.data.global_batch * self._sample_tokens)
         self._line: dict[str, Any] = {}
         self._saving: Handle | None = None
         self._segments: list[tuple[str, bytes]] = []
@@ -106,7 +105,8 @@ class Supervisor(Observer):
 
         self._reported = 0.0
         self._faults: Counter[str] = Counter()
-        self._peak = None if self._settings.model.use else peak_flops(trainer.state.device, trainer.machine.precision)
+        ours = trainer.objective.reads == "tokens" and not self._settings.model.use
+        self._peak = peak_flops(trainer.state.device, trainer.machine.precision) if ours else None
         self._flops_per_token = flops_per_token(
             self._settings.model,
             parameters=trainer.strategy.parameters(trainer.state.model),
@@ -209,7 +209,7 @@ class Supervisor(Observer):
             raise DatastoreError(
                 "there is no checkpoint to rewind to",
                 step=self._trainer.state.step,
-                hint='Set checkpoint.every, or faults.non_finite = "skip".',
+                hint='Lower optim.lr, save earlier (checkpoint.every), or set faults.non_finite = "skip".',
             )
         shared, note, _ = self._restorable(good)
         weights = {name: item for name, item in shared.items() if name not in {"data", "record", _SENTRY}}
@@ -256,17 +256,16 @@ class Supervisor(Observer):
             rows=trainer.micro_rows,
         )
         if not math.isfinite(found.loss):
-            hint = f"This step is not saved; the newest checkpoint is from before it. {_ADVICE}"
-            raise DatastoreError("the validation loss is not finite", step=step, loss=found.loss, hint=hint)
+            raise DatastoreError("the validation loss is not finite", step=step, loss=found.loss, hint=self._unsaved())
         self.validation_loss = self._line["validation_loss"] = found.loss
         self._line |= {f"validation_loss/{name}": loss for name, loss in found.sources.items()}
 
     def _save(self, step: int, *, blocking: bool, finished: bool) -> None:
-        hint = f"This step is not saved; the newest checkpoint is from before it. {_ADVICE}"
-        if not self._trainer.ranks.least(int(all_finite(self._tensors()))):
-            raise DatastoreError("the weights or the state of the optimizer are not finite", step=step, hint=hint)
-        if not self._trainer.can_go_on():
-            raise DatastoreError("the step has left weights whose loss is not finite", step=step, hint=hint)
+        state = self._trainer.state
+        sound = bool(self._trainer.ranks.least(int(all_finite(tensors_of(state.model, state.optimizer)))))
+        if not sound or not self._trainer.can_go_on():
+            what = "the step has left weights whose loss is" if sound else "the weights or their moments are"
+            raise DatastoreError(f"{what} not finite", step=step, hint=self._unsaved())
         if self._saving is not None:
             wait([self._saving.ended])
             self._listen()
@@ -329,7 +328,7 @@ class Supervisor(Observer):
                 self._listen()
             steps = self._checkpointer.steps()
             if not steps or steps[-1] < step - 1:
-                return "The newest checkpoint is from before that."
+                return self._newest()
             if len(steps) == 1:
                 return f"The only checkpoint, that of step {steps[-1]}, leads to this step."
             self._checkpointer.rewind(steps[-2])
@@ -338,21 +337,22 @@ class Supervisor(Observer):
             return f"The checkpoint of step {step - 1} may lead to this step; see `datastore checkpoint rewind`."
         return f"The checkpoint of step {steps[-1]} led to this step and was dropped; the newest is that of step {steps[-2]}."
 
-    def _tensors(self) -> Iterator[Tensor]:
-        state = self._trainer.state
-        yield from map(local_part, state.model.parameters())
-        for kept in state.optimizer.state.values():
-            yield from (local_part(value) for value in kept.values() if isinstance(value, Tensor))
+    def _newest(self) -> str:
+        step = self._checkpointer.latest()
+        return f"The newest checkpoint is that of step {step}." if step else "No step is saved: the run begins anew."
+
+    def _unsaved(self) -> str:
+        return f"This step is not saved. {self._newest()} {_ADVICE}"
 
     def _numbers(self, outcome: StepOutcome) -> dict[str, Any]:
         line: dict[str, Any] = {
             "step": outcome.step,
             "time": time.time(),
-            "tokens": (outcome.cursor + outcome.samples) * self._settings.data.seq_len,
+            "tokens": (outcome.cursor + outcome.samples) * self._sample_tokens,
             "loss": outcome.loss,
             "grad_norm": outcome.grad_norm,
             "lr": outcome.lr,
-            "tokens_per_s": outcome.samples * self._settings.data.seq_len / outcome.seconds,
+            "tokens_per_s": outcome.samples * self._sample_tokens / outcome.seconds,
             "data_wait": outcome.wait_seconds / outcome.seconds,
             "memory_bytes": device_memory(self._trainer.state.device),
         }

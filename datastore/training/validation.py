@@ -23,11 +23,14 @@ class Evaluation(Document, frozen=True, kw_only=True):
     """How well a model predicts held-out tokens."""
 
     loss: float
-    """Nats per token."""
+    """Nats per target, which is a token for most objectives."""
 
     samples: int
     tokens: int
-    """Targets that were predicted."""
+    """Targets that were predicted, in `unit`."""
+
+    unit: str = "tokens"
+    """What they are: "tokens", or texts, pairs, items, records, as the objective has it."""
 
     step: int | None = None
     """The step of a run that was measured; None: a model in training, or of a folder."""
@@ -40,8 +43,11 @@ class Evaluation(Document, frozen=True, kw_only=True):
 
     @property
     def perplexity(self) -> float:
-        """E to the loss."""
-        return math.exp(self.loss)
+        """E to the loss; infinite if that is no float."""
+        try:
+            return math.exp(self.loss)
+        except OverflowError:
+            return math.inf
 
 
 def validation_loss(
@@ -61,6 +67,7 @@ def mean_of(samples: Sequence[ValidationSamples], found: Sequence[Evaluation]) -
     """Return the mean over all targets of what was found for each of `samples`."""
     tokens = sum(one.tokens for one in found)
     return Evaluation(
+        unit=found[0].unit,
         loss=sum(one.loss * one.tokens for one in found) / max(1, tokens),
         samples=sum(one.samples for one in found),
         tokens=tokens,
@@ -97,7 +104,7 @@ def loss_over(
     rows = samples.rows
     all_count = rows.loss_mask is None and rows.counts is None
     targets = samples.count * (rows.tokens.shape[1] - 1) if all_count else int(weights)
-    return Evaluation(loss=total / max(1.0, weights), samples=samples.count, tokens=targets)
+    return Evaluation(loss=total / max(1.0, weights), samples=samples.count, tokens=targets, unit=lesson.objective.unit)
 
 
 def part_of(rows: HostRows, part: slice) -> HostRows:

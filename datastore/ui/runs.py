@@ -5,10 +5,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from datastore.checkpoint.inspect import StepSummary, newest_steps
+from datastore.checkpoint.steps import StepLog
 from datastore.errors import DatastoreError
 from datastore.training.run.changes import flatten
 from datastore.training.run.folder import RunFolder, RunSession
-from datastore.training.run.history import differing, side_by_side
+from datastore.training.run.history import differing, ending_of, side_by_side
 from datastore.training.run.lock import writer_of
 from datastore.ui.places import Run
 
@@ -28,6 +29,9 @@ class Standing:
     steps: int
     """That it is to take; 0: unknown, the run is damaged."""
 
+    saved: int
+    """The newest step that is stored; 0: none."""
+
     numbers: dict[str, float]
     """Of its last step."""
 
@@ -42,7 +46,7 @@ class Standing:
             return "damaged"
         if self.writer is not None:
             return "going on"
-        return "finished" if self.step >= self.steps else "stopped"
+        return ending_of(self.step, steps=self.steps, saved=self.saved)
 
 
 def standing(run: Run) -> Standing:
@@ -51,14 +55,14 @@ def standing(run: Run) -> Standing:
         run.series.refresh()
         folder = RunFolder.open(run.url)
         config, writer = folder.config(), writer_of(folder.storage)
+        saved = StepLog(folder.storage).newest() or 0
     except DatastoreError as error:
-        return Standing(run, "", 0, 0, {}, None, {}, problem=str(error))
+        return Standing(run, "", 0, 0, 0, {}, None, {}, problem=str(error))
     numbers = run.series.last()
     data = config.settings.data
     named = {"data": data.url} if data.url else {name: source.url for name, source in data.sources.items()}
-    return Standing(
-        run, config.created, int(numbers.get("step", 0)), config.settings.train.steps, numbers, writer, named
-    )
+    step, steps = int(numbers.get("step", 0)), config.settings.train.steps
+    return Standing(run, config.created, step, steps, saved, numbers, writer, named)
 
 
 def settings_of(run: Run) -> dict[str, Any]:

@@ -124,11 +124,20 @@ def records(folder: Path) -> None:
             out.write({"image": raw.getvalue(), "text": f"a black {shape}"})
 
 
+def shape(folder: Path) -> None:
+    """Write the config of a small Qwen3, as `transformers` has it."""
+    config: dict[str, object] = {"model_type": "qwen3", "vocab_size": 1024, "hidden_size": 64, "head_dim": 32}
+    config |= {"intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 1}
+    folder.mkdir(exist_ok=True)
+    (folder / "config.json").write_text(json.dumps(config, indent=2))
+
+
 def main(folder: Path) -> None:
     """Make all of it."""
     folder.mkdir(parents=True, exist_ok=True)
     texts(folder)
     records(folder)
+    shape(folder / "tiny-qwen3")
 
 
 if __name__ == "__main__":

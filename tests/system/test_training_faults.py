@@ -153,7 +153,7 @@ def test_weights_that_are_not_finite_are_never_saved_over_the_last_good_step(
     with pytest.raises(DatastoreError, match="not finite") as caught:
         train(settings, str(tmp_path / "run"))
     assert caught.value.values["step"] == 10
-    assert "newest checkpoint is from before it" in caught.value.hint
+    assert "newest checkpoint is that of step 5" in caught.value.hint
     with Checkpointer(tmp_path / "run") as ck:
         assert ck.steps() == [5]
 

@@ -96,6 +96,12 @@ def test_a_rewind_without_a_checkpoint_is_told(language: str, tmp_path: Path) ->
         train(settings(language, "faults.non_finite=rewind", steps=[3]), str(tmp_path))
 
 
+def test_a_run_that_fails_before_its_first_checkpoint_is_told_so(language: str, tmp_path: Path) -> None:
+    with pytest.raises(DatastoreError, match="not finite") as caught:
+        train(settings(language, steps=[2]), str(tmp_path))
+    assert "No step is saved: the run begins anew." in caught.value.hint
+
+
 def test_bad_steps_without_end_end_the_run(language: str, tmp_path: Path) -> None:
     bad = settings(language, "faults.non_finite=skip", "faults.most=3", steps=list(range(7, 20)))
     with pytest.raises(DatastoreError, match="too many bad steps in a row") as caught:

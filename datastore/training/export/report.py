@@ -6,7 +6,7 @@ multiply packed weights.
 
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -14,14 +14,16 @@ import msgspec
 import torch
 from torch import Tensor, nn
 
-from datastore.display import figure_class, save_figure
+from datastore.display import figure_class, save_figure, short_names
 from datastore.document import Document
 from datastore.errors import ConfigError
 from datastore.training.export.export import open_model
 from datastore.training.export.huggingface import HuggingFaceModel
 from datastore.training.export.inference import evaluate
 from datastore.training.models.gpt import GPT
+from datastore.training.models.heads import Classifier
 from datastore.training.models.huggingface import logits_of
+from datastore.training.objectives.base import Context, micro_batches
 from datastore.units import Progress, telling
 
 if TYPE_CHECKING:
@@ -98,11 +100,10 @@ def report(
 def _of(name: str, loaded: HuggingFaceModel) -> ModelReport:
     weights = _weights(loaded.model)
     nonzero = {key: int((one != 0).sum()) for key, one in weights.items()}
-    # An embedding is looked up; tied, it is multiplied once, as the output layer.
-    looked_up = {key for key in weights if key.endswith("embed_tokens.weight") and "lm_head.weight" in weights}
+    looked_up = _looked_up(loaded.model)
     multiplied = sum(count for key, count in nonzero.items() if weights[key].dim() == 2 and key not in looked_up)
     attention = 0.0
-    if isinstance(loaded.model, GPT):
+    if isinstance(loaded.model, GPT | Classifier):
         shape = loaded.model.settings
         attention = 2.0 * shape.layers * shape.heads * shape.head_size * loaded.seq_len  # Half of the pairs are masked.
     tensors = {id(one): one for one in loaded.model.state_dict(keep_vars=True).values()}.values()
@@ -114,6 +115,17 @@ def _of(name: str, loaded: HuggingFaceModel) -> ModelReport:
         flops_per_token=2.0 * multiplied + attention,
         tokens_per_s={str(rows): _rate(loaded, rows) for rows in _BATCHES},
     )
+
+
+def _looked_up(model: nn.Module) -> set[str]:
+    """Return the names of the matrices of which a token looks rows up; one that is the output layer, too, is multiplied."""
+    gpts = [one for one in model.modules() if isinstance(one, GPT) and one.lm_head is None]
+    tables = {name: one.weight for name, one in model.named_modules() if isinstance(one, nn.Embedding)}
+    multiplied = {
+        id(one.weight) for one in model.modules() if hasattr(one, "weight") and not isinstance(one, nn.Embedding)
+    }
+    multiplied |= {id(one.model.embed_tokens.weight) for one in gpts}
+    return {f"{name}.weight" for name, one in tables.items() if id(one) not in multiplied}
 
 
 def _weights(model: nn.Module) -> dict[str, Tensor]:
@@ -139,15 +151,25 @@ def _rate(loaded: HuggingFaceModel, rows: int) -> float:
 
 
 def _fastest(loaded: HuggingFaceModel, rows: int) -> float:
-    model = loaded.model.eval()
-    ids = torch.zeros((rows, min(_TOKENS, loaded.seq_len)), dtype=torch.int64)
-    logits_of(model, ids)
+    read, tokens = _reading(loaded, rows)
+    read()
     best, end = 0.0, time.perf_counter() + _SECONDS
     while time.perf_counter() < end or not best:
         started = time.perf_counter()
-        logits_of(model, ids)
-        best = max(best, ids.numel() / (time.perf_counter() - started))
+        read()
+        best = max(best, tokens / (time.perf_counter() - started))
     return best
+
+
+def _reading(loaded: HuggingFaceModel, rows: int) -> tuple[Callable[[], Tensor], int]:
+    """Return what reads so many rows, and how many tokens those are; of a model that sees more than tokens, what its objective makes."""
+    model, objective = loaded.model.eval(), loaded.objective
+    if objective is None or objective.form in {"causal", "masked"}:
+        ids = torch.zeros((rows, min(_TOKENS, loaded.seq_len)), dtype=torch.int64)
+        return lambda: logits_of(model, ids), ids.numel()
+    context = Context(seed=0, seq_len=loaded.seq_len, vocab_size=objective.vocabulary)
+    (batch,) = micro_batches(objective.blank(rows, context), torch.device("cpu"), size=rows)
+    return lambda: objective.outputs(model, batch), rows * objective.tokens_per_sample(loaded.seq_len)
 
 
 def draw(found: Sequence[ModelReport], path: Path) -> "Figure":
@@ -163,9 +185,10 @@ def draw(found: Sequence[ModelReport], path: Path) -> "Figure":
         raise ConfigError("there is no loss to draw", hint="Name a run that says what is held out.")
     figure = new_figure(figsize=(7, 4.5), layout="constrained")
     axis = figure.subplots()
-    for one, loss in known:
+    names = short_names([one.model for one, _ in known])
+    for name, (one, loss) in zip(names, known, strict=True):
         axis.plot(one.size_bytes / 1e6, loss, "o")
-        axis.annotate(one.model.rstrip("/").rsplit("/", 1)[-1], (one.size_bytes / 1e6, loss))
+        axis.annotate(name, (one.size_bytes / 1e6, loss))
     axis.set_xlabel("size (MB)")
     axis.set_ylabel("loss (nats per token)")
     axis.grid(alpha=0.3)

@@ -199,6 +199,9 @@ class Objective(ABC):
     form: ClassVar[Form | None] = "causal"
     """Which kind of model of `transformers` fits; None: none does."""
 
+    unit: ClassVar[str] = "tokens"
+    """What the loss is a mean over, as `evaluate` names it."""
+
     frozen: nn.Module | None = None
     """A model that is asked and not trained; it is kept in the checkpoints."""
 
@@ -224,6 +227,10 @@ class Objective(ABC):
     def loss_inside(self) -> bool:
         """Whether the model itself works out the loss: `outputs` is a number then, which tells hooks nothing."""
         return False
+
+    def tokens_per_sample(self, seq_len: int) -> int:
+        """Return how many ids of a sample the model reads, those that fill it up included; rates count them."""
+        return seq_len
 
     def model(self, shape: ModelSettings) -> nn.Module:
         """Return our model for it, with any weights; a method `initialize(generator)` draws them."""

@@ -39,12 +39,17 @@ class Preference(RecordObjective):
 
     Settings = PreferenceSettings
     form = "causal"
+    unit = "pairs"
     settings: PreferenceSettings
 
     @property
     @override
     def columns(self) -> tuple[str, ...]:
         return ("chosen", "chosen_mask", "rejected", "rejected_mask")
+
+    @override
+    def tokens_per_sample(self, seq_len: int) -> int:
+        return 2 * seq_len
 
     @override
     def start(self, model: nn.Module) -> None:

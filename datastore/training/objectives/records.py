@@ -140,6 +140,7 @@ class Classes(TextObjective):
 
     Settings = ClassesSettings
     form = "classes"
+    unit = "texts"
     settings: ClassesSettings
 
     @property
@@ -216,6 +217,7 @@ class NextItem(RecordObjective, Causal):
     """Predict each next item of a session; the loss is in nats per item."""
 
     Settings = NextItemSettings
+    unit = "items"
     settings: NextItemSettings
 
     @property
@@ -260,6 +262,7 @@ class Clicks(RecordObjective):
 
     Settings = ClicksSettings
     form = None
+    unit = "records"
     settings: ClicksSettings
 
     @property
@@ -271,6 +274,10 @@ class Clicks(RecordObjective):
     @override
     def vocabulary(self) -> int:
         return self.settings.buckets
+
+    @override
+    def tokens_per_sample(self, seq_len: int) -> int:
+        return len(self.settings.categories)
 
     @override
     def model(self, shape: ModelSettings) -> nn.Module:

@@ -5,15 +5,16 @@ their number. So the norm is the same for every layout, whatever lies on which m
 different meshes in one call, and knows nothing of the stages of a pipeline.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from math import prod
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
+from torch.optim import Optimizer
 
-__all__ = ["all_finite", "clip_everywhere", "local_part", "settle_partial"]
+__all__ = ["all_finite", "clip_everywhere", "local_part", "settle_partial", "tensors_of"]
 
 _TINY = 1e-6
 """What torch's `clip_grad_norm_` adds to the norm before it divides."""
@@ -61,6 +62,13 @@ def _pieces(grad: Tensor) -> int:
     if not isinstance(grad, DTensor):
         return 1
     return prod(size for size, place in zip(grad.device_mesh.shape, grad.placements, strict=True) if place.is_shard())
+
+
+def tensors_of(model: nn.Module, optimizer: Optimizer) -> Iterator[Tensor]:
+    """Yield what this rank has of the parameters and of the state of the optimizer."""
+    yield from map(local_part, model.parameters())
+    for kept in optimizer.state.values():
+        yield from (local_part(value) for value in kept.values() if isinstance(value, Tensor))
 
 
 @torch.no_grad()

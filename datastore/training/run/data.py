@@ -33,6 +33,9 @@ __all__ = [
 ]
 
 
+_MOVED = "Put the dataset of the run back, or resume with its URL (data.url, data.sources.NAME.url) set to where it lies now."
+
+
 class DatasetRef(Document, frozen=True, kw_only=True):
     """A dataset at one version."""
 
@@ -91,7 +94,7 @@ def version_to_read(url: str, ref: DatasetRef, *, deletions: DeletionMode) -> in
     base, name = split_reference(url)
     if name:
         return _named(url, ref, deletions=deletions)
-    newest = open_dataset(base)
+    newest = _there(base)
     if deletions == "compact" or not ref.shards or newest.uuid != ref.uuid:
         return ref.version
     own = _readable(base, ref.version)
@@ -115,7 +118,7 @@ def version_to_read(url: str, ref: DatasetRef, *, deletions: DeletionMode) -> in
 
 
 def _named(url: str, ref: DatasetRef, *, deletions: DeletionMode) -> int:
-    dataset = open_dataset(url)
+    dataset = _there(url)
     other = dataset.uuid == ref.uuid and dataset.version != ref.version
     if other and (deletions == "compact" or not ref.shards):
         raise ResumeError(
@@ -135,7 +138,7 @@ def open_at(url: str, ref: DatasetRef, *, version: int) -> Dataset:
         MissingError: that version is not there any more.
         ResumeError: another dataset lies at the URL, or that version has other shards.
     """
-    dataset = open_dataset(split_reference(url)[0], version=version)
+    dataset = _there(split_reference(url)[0], version=version)
     if dataset.uuid != ref.uuid:
         raise ResumeError(
             "another dataset lies at this URL",
@@ -156,6 +159,16 @@ def open_at(url: str, ref: DatasetRef, *, version: int) -> Dataset:
     if len(dataset.segments) == ref.shards:
         return dataset
     return Stretch(dataset, start=0, stop=int(dataset.segments.tokens[: ref.shards].sum()))
+
+
+def _there(url: str, *, version: int | None = None) -> Dataset:
+    """Return the dataset of a run; if there is none any more, the error says what to do with that run."""
+    try:
+        return open_dataset(url, version=version)
+    except MissingError as error:
+        if "version" not in error.values and "tag" not in error.values:
+            error.hint = _MOVED
+        raise
 
 
 def _begins_with(dataset: Dataset, ref: DatasetRef) -> bool:

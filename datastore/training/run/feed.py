@@ -244,7 +244,7 @@ def held_out(
         raise ConfigError(
             "nothing to validate on",
             held_out_rows=0,
-            hint="Raise data.holdout, name a data.validation dataset, or set eval.every = 0.",
+            hint="Raise data.holdout, name a dataset (data.validation, or `--data` to `evaluate`), or train with eval.every = 0.",
         )
     assert isinstance(objective, RecordObjective)
     shared = count >= rank.world

@@ -14,7 +14,9 @@ from pathlib import Path
 from statistics import mean
 from typing import TYPE_CHECKING, Any
 
-from datastore.display import figure_class, save_figure
+from datastore.checkpoint.steps import StepLog
+from datastore.dataset.snapshot import split_reference
+from datastore.display import figure_class, save_figure, short_names
 from datastore.errors import ConfigError, DatastoreError, MissingError
 from datastore.storage.resolve import places_below
 from datastore.training.metrics import read_metrics
@@ -30,6 +32,7 @@ __all__ = [
     "RunSummary",
     "compare",
     "differing",
+    "ending_of",
     "numbers_of",
     "plot",
     "runs_below",
@@ -66,6 +69,9 @@ class RunSummary:
 
     steps: int
     """Steps that it is to take."""
+
+    saved: int
+    """The newest step that is stored, from which it would go on; 0: none."""
 
     tokens: int
     loss: float | None
@@ -117,12 +123,12 @@ def summary_of(url: str) -> RunSummary:
     folder = RunFolder.open(url)
     try:
         config, sessions, metrics = folder.config(), folder.sessions(), read_metrics(folder.storage)
-        writer = writer_of(folder.storage)
+        writer, saved = writer_of(folder.storage), StepLog(folder.storage).newest() or 0
     except MissingError:
         raise
     except (DatastoreError, ValueError) as error:
         empty: dict[str, Any] = dict.fromkeys(("loss", "validation_loss", "tokens_per_s", "writer"))
-        counts: dict[str, Any] = dict.fromkeys(("sessions", "step", "steps", "tokens", "world"), 0)
+        counts: dict[str, Any] = dict.fromkeys(("sessions", "step", "steps", "saved", "tokens", "world"), 0)
         return RunSummary(url=folder.url, created="", data={}, problem=str(error), **counts, **empty)
     last = metrics[-1] if metrics else {}
     rates = [record["tokens_per_s"] for record in metrics[-_RECENT:] if record.get("tokens_per_s")]
@@ -138,6 +144,7 @@ def summary_of(url: str) -> RunSummary:
         sessions=len(sessions),
         step=int(last.get("step", 0)),
         steps=config.settings.train.steps,
+        saved=saved,
         tokens=int(last.get("tokens", 0)),
         loss=last.get("loss"),
         validation_loss=next(
@@ -146,9 +153,21 @@ def summary_of(url: str) -> RunSummary:
         ),
         tokens_per_s=mean(rates) if rates else None,
         world=sessions[-1].world if sessions else 0,
-        data={name: f"{urls[name]}@{read.get(name) or ref.version}" for name, ref in sorted(refs.items())},
+        data={
+            name: f"{split_reference(urls[name])[0]}@{read.get(name) or ref.version}"
+            for name, ref in sorted(refs.items())
+        },
         writer=writer,
     )
+
+
+def ending_of(step: int, *, steps: int, saved: int) -> str:
+    """Return how a run of `steps` steps stands that nobody writes to, after `step`: it is finished when its last one is saved."""
+    if saved >= steps:
+        return "finished"
+    if saved == step:
+        return "stopped"
+    return f"stopped, saved up to step {saved:,}" if saved else "stopped, no step is saved"
 
 
 def compare(urls: Sequence[str]) -> Difference:
@@ -233,8 +252,8 @@ def plot(
     figure = new_figure(figsize=(8, 2.6 * len(panels) + 0.6), layout="constrained")
     axes = figure.subplots(len(panels), sharex=True, squeeze=False)[:, 0]
     for axis, panel in zip(axes, panels, strict=True):
-        for number, (url, each) in enumerate(zip(urls, found, strict=True)):
-            label, color = url.rstrip("/").rsplit("/", 1)[-1], f"C{number}"
+        for number, (label, each) in enumerate(zip(short_names(urls), found, strict=True)):
+            color = f"C{number}"
             _draw(axis, each, panel, against, label=label, color=color)
             if panel == "loss" and "validation_loss" in drawn:
                 _draw(axis, each, "validation_loss", against, label=f"{label}, validation", color=color, linestyle="--")

@@ -174,7 +174,7 @@ def _samples_of(
             **({"source": name} if name else {}),
             held_out_tokens=held_out,
             seq_len=seq_len,
-            hint="Raise data.holdout, name a data.validation dataset, or set eval.every = 0.",
+            hint="Raise data.holdout, name a dataset (data.validation, or `--data` to `evaluate`), or train with eval.every = 0.",
         )
     shared = count >= rank.world
     loader = Loader(

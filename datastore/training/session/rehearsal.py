@@ -24,6 +24,7 @@ from datastore.training.export.initial import with_shape
 from datastore.training.hooks.base import make_hooks, training_hooks
 from datastore.training.launcher import Launch
 from datastore.training.machine import flops_per_token, peak_flops, pick_device, precision_of
+from datastore.training.objectives.catalog import make_objective
 from datastore.training.parallel.building import check_hooks
 from datastore.training.parallel.choose import differs
 from datastore.training.parallel.layout import Layout, check_model, layout_of
@@ -145,11 +146,12 @@ def rehearse(settings: Settings, run: str, *, launch: Launch, processes: int) ->
     memory = _memory(model, settings, layout, process=process, loader=_loader_bytes(split, settings))
     there = torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else memory_bytes()
     _refuse(memory, there, ranks=1 if device.type == "cuda" else here)
-    work = _work(split, settings)
+    sample = make_objective(settings.objective).tokens_per_sample(settings.data.seq_len)
+    work = _work(split, settings, tokens_per_sample=sample)
     checkpoint = model.weights_bytes + bytes_of(model.moments) + bytes_of(model.hook_state)
     fixed = model.weights_bytes - model.trained_bytes  # Stored once, as they do not change.
     rate = _compute_rate(device, precision) * layout.world / (1 if device.type == "cuda" else here)
-    flops = flops_per_token(settings.model, parameters=model.parameters, seq_len=settings.data.seq_len)
+    flops = flops_per_token(settings.model, parameters=model.parameters, seq_len=min(sample, settings.data.seq_len))
     needs = Needs(
         run=folder.url,
         ranks=layout.world,
@@ -160,7 +162,7 @@ def rehearse(settings: Settings, run: str, *, launch: Launch, processes: int) ->
         parameters_per_rank=-(-model.parameters // (layout.world // layout.copies)),
         memory=memory,
         memory_here_bytes=there,
-        tokens_per_step=settings.data.global_batch * settings.data.seq_len,
+        tokens_per_step=settings.data.global_batch * sample,
         tokens=work.tokens,
         steps=settings.train.steps,
         epochs=work.epochs,
@@ -238,14 +240,14 @@ class _Work:
     data_bytes: int
 
 
-def _work(split: Split, settings: Settings) -> _Work:
+def _work(split: Split, settings: Settings, *, tokens_per_sample: int) -> _Work:
     """Return how much is read: of records, the part that their rows are of the dataset."""
     data, totals = settings.data, [one.totals for one in split.datasets]
     samples = settings.train.steps * data.global_batch
     tokens = sum(one.tokens for one in totals) * (1 - data.holdout)
     whole = max(1.0, tokens / data.seq_len if split.rows is None else split.rows.kept)
     stored = sum(one.size_bytes for one in totals)
-    return _Work(samples * data.seq_len, samples / whole, round(stored * samples / whole))
+    return _Work(samples * tokens_per_sample, samples / whole, round(stored * samples / whole))
 
 
 def _checkpoints(settings: Settings) -> int:

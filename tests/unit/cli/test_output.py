@@ -116,9 +116,9 @@ def test_words_have_the_amounts_the_share_the_rate_and_the_time_left() -> None:
 def test_what_an_earlier_run_has_done_does_not_count_for_the_rate() -> None:
     clock = Clock()
     words = ProgressWords(unit="files", clock=clock)
-    assert words(900, 1000) == "900 files of 1,000 files (90%)"
+    assert words(900, 1000) == "900 of 1,000 files (90%)"
     clock.now += 10
-    assert words(950, 1000) == "950 files of 1,000 files (95%), 5 files/s, 10.0 s left"
+    assert words(950, 1000) == "950 of 1,000 files (95%), 5 files/s, 10.0 s left"
 
 
 def test_a_total_that_nobody_knows_is_not_named() -> None:
@@ -150,8 +150,8 @@ def test_each_stage_has_a_rate_of_its_own(monkeypatch: pytest.MonkeyPatch, capsy
     with_progress("job", work, unit="files")
     assert capsys.readouterr().err.splitlines() == [
         "job, looking",
-        "job: 10 files of 100 files (10%)",
-        "job, ending: 100 files of 100 files (100%)",
+        "job: 10 of 100 files (10%)",
+        "job, ending: 100 of 100 files (100%)",
     ]
 
 

@@ -6,15 +6,17 @@ from typing import Any
 from xml.etree import ElementTree as ET
 
 import pytest
+from click.testing import CliRunner
 
 from datastore.checkpoint.checkpointer import Checkpointer
+from datastore.cli.main import cli
 from datastore.errors import ConfigError, MissingError
 from datastore.storage.backends.local import LocalStorage
 from datastore.storage.resolve import open_storage
 from datastore.testing.examples import make_language, tiny_settings
 from datastore.training.metrics import MetricsWriter
 from datastore.training.run.folder import RunFolder, RunSession
-from datastore.training.run.history import _thinned, compare, numbers_of, plot, runs_below, summary_of
+from datastore.training.run.history import _thinned, compare, ending_of, numbers_of, plot, runs_below, summary_of
 from datastore.training.run.lock import RunLock
 
 
@@ -72,7 +74,26 @@ def test_runs_are_found_and_summed_up(runs: Path) -> None:
     assert (found.step, found.steps, found.sessions, found.world, found.tokens) == (40, 40, 2, 2, 4_000)
     assert (found.loss, found.validation_loss, found.tokens_per_s) == (2 + 1 / 40, 9.5, 20.0)
     assert found.data == {"data": f"{runs.parent / 'data'}@1"}
-    assert found.writer is None
+    assert (found.writer, found.saved) == (None, 0)
+    make_run(str(runs / "c"), f"{runs.parent / 'data'}@1")
+    assert summary_of(str(runs / "c")).data == found.data
+
+
+def test_a_run_is_finished_when_its_last_step_is_saved() -> None:
+    assert ending_of(40, steps=40, saved=40) == "finished"
+    assert ending_of(30, steps=40, saved=30) == "stopped"
+    assert ending_of(40, steps=40, saved=5) == "stopped, saved up to step 5"
+    assert ending_of(3, steps=40, saved=0) == "stopped, no step is saved"
+
+
+def test_runs_of_the_same_name_are_told_apart(runs: Path) -> None:
+    make_run(str(runs / "old" / "b"), str(runs.parent / "data"))
+    listed = CliRunner().invoke(cli, ["runs", "ls", str(runs)]).output
+    assert [line.split()[0] for line in listed.splitlines()] == ["run", "a", "old/b", "sweep/b"]
+    compared = CliRunner().invoke(cli, ["runs", "compare", str(runs / "sweep" / "b"), str(runs / "old" / "b")]).output
+    assert compared.split()[:3] == ["setting", "sweep/b", "old/b"]
+    figure = plot([str(runs / "sweep" / "b"), str(runs / "old" / "b")], numbers=["loss"])
+    assert [line.get_label() for line in figure.axes[0].lines] == ["sweep/b", "old/b"]
 
 
 def test_runs_are_found_without_a_look_at_every_file(runs: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,21 +1,27 @@
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
 from torch import Tensor, nn
 from typing_extensions import override
 
 from datastore.document import Document
 from datastore.errors import ConfigError, DependencyError
+from datastore.training.export import report
+from datastore.training.export.huggingface import HuggingFaceModel
 from datastore.training.hooks.base import Hook
 from datastore.training.models.gpt import GPT
-from datastore.training.objectives.base import MicroBatch, Objective
+from datastore.training.objectives.base import Context, MicroBatch, Objective
 from datastore.training.objectives.catalog import make_objective
 from datastore.training.objectives.language import Causal
 from datastore.training.parallel.lesson import Lesson
 from datastore.training.parallel.passes import Ledger
 from datastore.training.run.changes import changed_keys
 from datastore.training.settings import DataSettings, ModelSettings, Settings
+from datastore.training.validation import Evaluation
 
 
 class WeightSettings(Document, frozen=True, kw_only=True):
@@ -163,3 +169,52 @@ def test_a_hook_that_forgets_to_return_the_loss_is_named() -> None:
     lesson = Lesson(Causal(), {"forgets": Forgets(Document())}, torch.device("cpu"), "fp32")
     with pytest.raises(ConfigError, match=r"Forgets.*NoneType"):
         lesson.of(Table(), MicroBatch(torch.zeros((2, 5), dtype=torch.int64)))
+
+
+CLICKS = {"use": "clicks", "categories": ["module", "item"], "numbers": ["length"], "buckets": 64}
+
+
+@pytest.mark.parametrize(
+    ("table", "unit", "tokens"),
+    [
+        ({"use": "causal"}, "tokens", 24),
+        ({"use": "masked", "mask_token": 3}, "tokens", 24),
+        ({"use": "next_item", "items": 9}, "items", 24),
+        ({"use": "preference"}, "pairs", 48),
+        (CLICKS, "records", 2),
+    ],
+)
+def test_an_objective_says_what_it_counts_and_how_many_ids_a_sample_has(
+    table: dict[str, Any], unit: str, tokens: int
+) -> None:
+    objective = make_objective(table)
+    assert (objective.unit, objective.tokens_per_sample(24)) == (unit, tokens)
+    blank = objective.blank(1, Context(seed=0, seq_len=24, vocab_size=64))
+    assert blank.tokens.size in {tokens, tokens + 1, tokens + 2}  # Sequences have one more, the last to be predicted.
+
+
+@pytest.mark.parametrize("kind", ["clicks", "classes", "captions"])
+def test_a_model_that_sees_more_than_tokens_is_reported_on(
+    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(report, "_SECONDS", 0.0)
+    tokenizer = Tokenizer(WordLevel({"a": 0, "b": 1}, unk_token="a"))
+    tokenizer.save(str(tmp_path / "tok.json"))
+    named = {"use": kind, "tokenizer": str(tmp_path / "tok.json")}
+    objective = make_objective(
+        CLICKS if kind == "clicks" else named | ({"labels": ["x", "y"]} if kind == "classes" else {})
+    )
+    shape = ModelSettings(layers=1, width=32, heads=1, mlp_width=48, vocab_size=max(2, objective.vocabulary))
+    model = objective.model(shape)
+    found = report._of(kind, HuggingFaceModel(model, seq_len=8, tokenizer=None, end_of_text=None, objective=objective))
+    assert min(found.tokens_per_s.values()) > 0
+    tables = [name for name, one in model.named_modules() if isinstance(one, nn.Embedding)]
+    matrices = {name: one for name, one in model.named_parameters() if one.dim() == 2}
+    looked_up = set() if kind == "captions" else {f"{name}.weight" for name in tables}  # Tied to the output layer.
+    attention = 0 if kind != "classes" else 2 * shape.heads * shape.head_size * 8
+    multiplied = sum(int((one != 0).sum()) for name, one in matrices.items() if name not in looked_up)
+    assert found.flops_per_token == 2 * multiplied + attention
+
+
+def test_a_loss_that_is_too_large_for_a_perplexity_is_told_all_the_same() -> None:
+    assert Evaluation(loss=1e4, samples=1, tokens=1).perplexity == float("inf")

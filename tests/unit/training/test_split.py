@@ -6,11 +6,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from datastore.dataset.snapshot import Dataset, open_dataset
-from datastore.errors import ConfigError
+from datastore.errors import ConfigError, MissingError
 from datastore.loader.loader import Loader
 from datastore.loader.settings import Rank
 from datastore.storage.backends.memory import MemoryStorage
 from datastore.testing.examples import make_dataset, make_language
+from datastore.training.run.data import open_at, ref_of, version_to_read
 from datastore.training.run.split import Stretch, make_split
 
 SHARDS = [[5, 7], [1], [30, 2, 11], [4]]
@@ -71,3 +72,18 @@ def test_another_dataset_is_validated_on_as_a_whole(tmp_path: Path) -> None:
     split = make_split(dataset, holdout=0.3, validation=other)
     assert split.training is dataset
     assert split.validation[""] is other
+
+
+def test_a_run_whose_dataset_was_moved_is_told_how_to_go_on(tmp_path: Path) -> None:
+    ref = ref_of(make_language(tmp_path / "data"))
+    (tmp_path / "data").rename(tmp_path / "moved")
+    for ask in (
+        lambda: version_to_read(str(tmp_path / "data"), ref, deletions="mask"),
+        lambda: version_to_read(f"{tmp_path / 'data'}@1", ref, deletions="mask"),
+        lambda: open_at(str(tmp_path / "data"), ref, version=1),
+    ):
+        with pytest.raises(MissingError, match=r"no dataset there.*data\.url"):
+            ask()
+    with pytest.raises(MissingError, match="no such version") as caught:
+        open_at(str(tmp_path / "moved"), ref, version=9)
+    assert "data.url" not in caught.value.hint
