@@ -12,7 +12,6 @@ import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
-from unittest.mock import patch
 
 import torch
 from torch import Tensor, nn
@@ -33,8 +32,12 @@ def imagined() -> Iterator[None]:
     Torch 2.13 gives a module another place or dtype by swapping its tensors, which it refuses for those that the block makes, as the
     mode holds weak references to them (pytorch issue 170770): here they take over the other's contents.
     """
-    with FakeTensorMode(allow_non_fake_inputs=True), patch.object(torch.utils, "swap_tensors", _become):
-        yield
+    swap, torch.utils.swap_tensors = torch.utils.swap_tensors, _become
+    try:
+        with FakeTensorMode(allow_non_fake_inputs=True):
+            yield
+    finally:
+        torch.utils.swap_tensors = swap
 
 
 def _become(tensor: Tensor, other: Tensor) -> None:
