@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
-from msgspec.structs import replace
+from msgspec.structs import asdict, replace
 
 from datastore.cli.output import (
     fields,
@@ -299,8 +299,8 @@ def tell_needs(needs: "Needs") -> None:
     from datastore.units import format_bytes, format_count, format_seconds
 
     memory = needs.memory
-    parts = {name: getattr(memory, f"{name}_bytes") for name in ("process", "weights", "gathered", "gradient")}
-    parts |= {name: getattr(memory, f"{name}_bytes") for name in ("optimizer", "activation", "save", "loader")}
+    at_once = {name.removesuffix("_bytes"): size for name, size in asdict(memory).items() if name != "peak_bytes"}
+    start = at_once.pop("start")
     disk = "" if needs.disk_free_bytes is None else f", {format_bytes(needs.disk_free_bytes)} free"
     here = f"{needs.ranks_here} of {needs.ranks}" if needs.ranks_here != needs.ranks else f"{needs.ranks}"
     fields(
@@ -308,8 +308,8 @@ def tell_needs(needs: "Needs") -> None:
             "parameters": f"{format_count(needs.parameters)}, {format_count(needs.parameters_per_rank)} on each rank",
             "ranks": f"{here} here, on a {needs.device} in {needs.precision}",
             "memory": f"{format_bytes(memory.peak_bytes)} of each rank, of {format_bytes(needs.memory_here_bytes)} here",
-            **{f"  {name}": format_bytes(size) for name, size in parts.items() if size},
-            "  at the start": f"{format_bytes(memory.start_bytes)}, for the whole model on each rank",
+            **{f"  {name}": format_bytes(size) for name, size in at_once.items() if size},
+            "  at the start": f"{format_bytes(start)}, for the whole model on each rank",
             "a step": f"{needs.tokens_per_step:,} tokens",
             "all steps": f"{needs.steps:,}, {format_count(needs.tokens)} tokens, {needs.epochs:.2f} epochs",
             "data": f"{format_bytes(needs.data_bytes)}, read in {format_seconds(needs.data_s)} or more",

@@ -10,11 +10,13 @@ from typing import Any
 
 import pytest
 
+from datastore.cli.results import tell_needs
 from datastore.errors import ConfigError, DatastoreError
 from datastore.testing.examples import tiny_settings
 from datastore.training.models.gpt import GPT
 from datastore.training.run.folder import RunFolder
 from datastore.training.start import dry_run, train
+from datastore.units import format_bytes
 
 PROGRAM = """
 import sys
@@ -123,6 +125,18 @@ def test_what_hooks_keep_is_counted_and_saved(language: str, tmp_path: Path) -> 
         assert not needs.notes
     shared = dry_run(tiny_settings(language, "parallel.shard=4", hooks=(EMA,)), tmp_path / "run", processes=4)
     assert shared.memory.hook_bytes == pytest.approx(weights / 4, rel=0.01)
+
+
+def test_each_part_that_takes_memory_is_printed(
+    language: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    settings = tiny_settings(language, "parallel.shard=2", "checkpoint.every=5", hooks=(EMA,))
+    needs = dry_run(settings, tmp_path / "run", processes=2)
+    tell_needs(needs)
+    said = capsys.readouterr().out
+    for name in ("process", "weights", "gathered", "gradient", "optimizer", "activation", "save", "hook"):
+        assert f"\n  {name:13} {format_bytes(getattr(needs.memory, f'{name}_bytes'))}\n" in said
+    assert "loader" not in said, "the data lie on this machine"
 
 
 def test_a_teacher_is_counted_whole_on_each_rank_and_not_saved(language: str, tmp_path: Path) -> None:
