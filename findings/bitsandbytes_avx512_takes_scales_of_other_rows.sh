@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # bitsandbytes 0.50.2 with torch 2.13.0, CPU with AVX-512, 2026-11-29.
 # A 4-bit weight (NF4 and FP4, the default blocks of 64) whose rows are a multiple of 16 but not of 64 long comes back under the
-# scales of other blocks: all rows but the first are wrong, and the further down the more. Blocks are counted through the
+# scales of other blocks: all rows but the first or two are wrong, and the further down the more. Blocks are counted through the
 # whole matrix when it is quantized; the AVX-512 kernel of dequantize_4bit counts 4304 // 64 of them to a row. The NEON kernel
 # beside it asks for whole blocks first. Other lengths take another path and are right, as are processors without AVX-512.
 # Why it matters: 4304 is the inner width of the vision encoders of Qwen3-VL and of SigLIP so400m. A layer with rows of like size
