@@ -4,6 +4,7 @@
 # scales of other blocks: all rows but the first or two are wrong, and the further down the more. Blocks are counted through the
 # whole matrix when it is quantized; the AVX-512 kernel of dequantize_4bit counts 4304 // 64 of them to a row. The NEON kernel
 # beside it asks for whole blocks first. Other lengths take another path and are right, as are processors without AVX-512.
+# Embedding4bit warns that a width which 64 does not divide is slower, and is wrong there too.
 # Why it matters: 4304 is the inner width of the vision encoders of Qwen3-VL and of SigLIP so400m. A layer with rows of like size
 # hides it (as random ones from nn.Linear do); rows of unlike size, as after training, lose a good part of the weight.
 # Upstream: no issue known (https://github.com/bitsandbytes-foundation/bitsandbytes/issues/2047 is another one of this kernel).
@@ -61,5 +62,14 @@ for width, right in ((4288, True), (4304, False)):
           f"(by hand {apart(hand, weight):.1%}), answers of Linear4bit {apart(answer, rows @ weight.T):.1%} off")
     assert apart(hand, weight) < 0.11
     assert (rows_wrong == 0) == right and (apart(answer, rows @ weight.T) < 0.12) == right, width
+
+for width, right in ((64, True), (96, False)):
+    embedding = torch.nn.Embedding.from_pretrained(torch.logspace(-1, 1, 50)[:, None] * torch.randn(50, width))
+    quantized = bnb.nn.EmbeddingNF4(50, width)
+    quantized.load_state_dict(embedding.state_dict())
+    ids = torch.arange(50)
+    off = apart(quantized.to("cpu")(ids), embedding(ids))
+    print(f"an embedding {width} wide: {off:.1%} off")
+    assert (off < 0.12) == right, width
 PY
 "$tmp/v/bin/python" -W ignore seen.py 2> err || { cat err; exit 1; }
