@@ -117,7 +117,7 @@ class Absent(Tracker):
 
 
 def test_a_tracker_that_is_not_installed_leaves_no_run_behind(language: str, tmp_path: Path) -> None:
-    settings = tiny_settings(language, *FEW, metrics={"trackers": [{"use": f"{__name__}:Absent"}]})
+    settings = tiny_settings(language, *FEW, f'metrics.trackers=[{{use = "{__name__}:Absent"}}]')
     with pytest.raises(DependencyError):
         train(settings, str(tmp_path / "run"))
     assert not RunFolder.open(str(tmp_path / "run")).has_begun()
