@@ -190,7 +190,7 @@ def test_progress_suits_stderr_unless_the_option_says_otherwise(
     monkeypatch.setattr("datastore.cli.output.LINE_EVERY_S", 0.0)
     assert call(go, options.split(), CliSession()) == 0
     text = stderr.getvalue()
-    found = "bar" if "\x1b[" in text else "lines" if text.startswith("count: 0 numbers of 10 numbers (0%)\n") else text
+    found = "bar" if "\x1b[" in text else "lines" if text.startswith("count: 0 of 10 numbers (0%)\n") else text
     assert (found or "nothing") == shown
 
 
