@@ -154,7 +154,12 @@ def find_class(name: str, *, base: type[T], ours: Mapping[str, str], group: str)
     try:
         kind = getattr(import_module(module), attribute, None)
     except ModuleNotFoundError as error:
-        raise DependencyError(f"{what} cannot be imported", use=name, missing=error.name) from None
+        raise DependencyError(
+            f"{what} cannot be imported",
+            use=name,
+            missing=error.name,
+            hint="Install it, or name the folder that it lies in: PYTHONPATH=FOLDER.",
+        ) from None
     if not (isinstance(kind, type) and issubclass(kind, base)):
         raise ConfigError(
             f"not {what}", use=name, found=repr(kind), hint=f"Name a class that inherits {base.__name__}."

@@ -24,7 +24,7 @@ from datastore.testing.examples import make_language
 from datastore.training.export.export import export, open_model
 from datastore.training.export.inference import evaluate
 from datastore.training.metrics import read_metrics
-from datastore.training.models.huggingface import positions_of
+from datastore.training.models.huggingface import build, positions_of
 from datastore.training.run.audit import trace
 from datastore.training.run.folder import RunFolder
 from datastore.training.run.proof import prove
@@ -339,6 +339,23 @@ def test_a_model_of_transformers_comes_in_learns_and_goes_out(
     ids = torch.randint(2, 60, (2, 10), generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         assert torch.equal(opened(ids).logits, ours(ids).logits)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_the_id_that_a_config_calls_padding_learns_as_any_other() -> None:
+    """OLMo2 names 1 where its config is silent, which is a token of most data: its row stayed zeros."""
+    from transformers import Olmo2Config
+
+    architecture = {**llama().to_dict(), "model_type": "olmo2", "pad_token_id": Olmo2Config().pad_token_id}
+    model = build(architecture, form="causal", options={}, seed=0)
+    table = model.get_input_embeddings().weight
+    pad = architecture["pad_token_id"]
+    assert pad is not None
+    assert table[pad].abs().sum() > 0
+    model(torch.full((1, 4), pad)).logits.square().sum().backward()
+    assert table.grad[pad].abs().sum() > 0
+    told = build(architecture, form="classes", options={"num_labels": 2}, seed=0)
+    assert told.get_input_embeddings().weight[pad].abs().sum() == 0
 
 
 @pytest.mark.filterwarnings("ignore")

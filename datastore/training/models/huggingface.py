@@ -10,7 +10,7 @@ know them, are refused. Blocks, which are sharded and compiled one by one, are t
 from collections.abc import Mapping
 from inspect import signature
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import orjson
 import torch
@@ -96,6 +96,8 @@ def build(architecture: Mapping[str, Any], *, form: str, options: Mapping[str, A
                 form=form,
                 hint="Look at its config.json, or choose another objective.",
             ) from error
+        if form != "classes":
+            _learn_every_id(model)
         if form == "causal" and detect_fake_mode() is None and _looks_ahead(model.eval()):
             raise ConfigError(
                 "this model sees the tokens that it is to predict",
@@ -103,6 +105,19 @@ def build(architecture: Mapping[str, Any], *, form: str, options: Mapping[str, A
                 hint='Set "is_decoder": true in its config.json, or set objective.use = "masked".',
             )
     return model.train()
+
+
+@torch.no_grad()
+def _learn_every_id(model: nn.Module) -> None:
+    """Let the embedding of `pad_token_id` learn as any other does: a dataset of tokens has no padding, and that id is one of its own.
+
+    torch keeps that row from learning, and transformers begins it as zeros (OLMo2 names 1, Gemma 0, if a config is silent).
+    """
+    table = cast("Any", model).get_input_embeddings()
+    if isinstance(table, nn.Embedding) and table.padding_idx is not None:
+        config: Any = model.config
+        table.weight[table.padding_idx].normal_(std=getattr(config, "initializer_range", 0.02))
+        table.padding_idx = None
 
 
 def positions_of(model: nn.Module) -> int | None:

@@ -60,7 +60,7 @@ def test_an_objective_is_found_by_our_name_or_by_its_path_and_owns_its_other_key
     ("table", "error", "text"),
     [
         ({"use": "casual"}, ConfigError, "no such objective"),
-        ({"use": "no_such_module:Class"}, DependencyError, "an objective cannot be imported"),
+        ({"use": "no_such_module:Class"}, DependencyError, "an objective cannot be imported.*PYTHONPATH"),
         ({"use": "datastore.training.objectives.base:MicroBatch"}, ConfigError, "not an objective"),
         ({"use": "causal", "rate": 1}, ConfigError, "rate"),
     ],
