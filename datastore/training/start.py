@@ -272,18 +272,16 @@ def _spawned(request: SessionRequest, *, processes: int, tell: Callable[[Trainin
         last = msgspec.convert(event, TrainingProgress)
         tell(last)
 
-    for left in range(request.settings.faults.restarts, -1, -1):
+    restarts = request.settings.faults.restarts
+    for left in range(restarts, -1, -1):
         try:
             results = spawn(f"{__name__}:work", msgspec.to_builtins(request), processes=processes, on_event=relay)
         except WaitError as error:
             if not left:
                 error.hint = f"{error.hint} {_way_on(request.run)}".lstrip()
                 raise
-            tell(
-                msgspec.structs.replace(
-                    last, note=f"{error.fact} ({_named(error)}): started again, {left - 1} times left"
-                )
-            )
+            note = f"{error.fact} ({_named(error)}): started again, {left - 1} of {restarts} restarts left"
+            tell(msgspec.structs.replace(last, note=note))
         else:
             return msgspec.convert(results[0], Result)
     raise AssertionError("the last try returns or raises")
