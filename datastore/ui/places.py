@@ -11,6 +11,7 @@ from typing import TypeVar
 
 from datastore.dataset.log.keys import INFO_KEY
 from datastore.dataset.snapshot import Dataset, open_dataset
+from datastore.display import short_names
 from datastore.errors import DatastoreError, MissingError
 from datastore.storage.backends.local import LocalStorage
 from datastore.storage.base import Storage
@@ -32,7 +33,9 @@ class Run:
     def __init__(self, number: int, url: str) -> None:
         self.number = number
         self.url = url
-        self.name = url.rstrip("/").rsplit("/", 1)[-1]
+        (self.name,) = short_names([url])
+        """The end of its URL by which it is told from the other runs."""
+
         self.storage = open_storage(url)
         self.series = RunSeries(self.storage)
 
@@ -67,6 +70,8 @@ class Places:
                         self._datasets.append(place)
                     elif kind == "run" and place not in self._runs:
                         self._runs[place] = Run(len(self._runs), place)
+        for run, name in zip(self.runs, short_names([*self._runs]), strict=True):
+            run.name = name
         self.troubles = troubles
 
     @property

@@ -276,3 +276,16 @@ def test_what_is_named_and_is_nothing_is_said(tmp_path: Path) -> None:
     places = Places([str(tmp_path)])
     places.look()
     assert places.troubles == [f"{tmp_path}: neither a dataset nor a run, nor are there any below it"]
+
+
+def test_runs_of_one_name_are_told_apart_by_their_folders(tmp_path: Path) -> None:
+    places = Places([str(tmp_path)])
+    for run in ("a/first", "b/second"):
+        (tmp_path / run).mkdir(parents=True)
+        (tmp_path / run / "config.json").write_text("{}")
+    places.look()
+    assert sorted(run.name for run in places.runs) == ["first", "second"]
+    (tmp_path / "b" / "first").mkdir()
+    (tmp_path / "b" / "first" / "config.json").write_text("{}")
+    places.look()
+    assert sorted(run.name for run in places.runs) == ["a/first", "b/first", "second"]
