@@ -32,7 +32,12 @@ from datastore.training.metrics import StepOutcome
 from datastore.training.objectives.base import Context, HostRows, MicroBatch, Objective, Signed, rows_of
 from datastore.training.objectives.catalog import make_objective
 from datastore.training.optim import LossScale, Sentry, divide, learning_rate, set_learning_rate
-from datastore.training.parallel.building import Beginning, build_with_hooks, calibration_of
+from datastore.training.parallel.building import (
+    Beginning,
+    build_with_hooks,
+    calibration_of,
+    refuse_blind_hooks,
+)
 from datastore.training.parallel.layout import check_model
 from datastore.training.parallel.lesson import Lesson, Piece
 from datastore.training.parallel.norm import local_part
@@ -135,7 +140,7 @@ class Trainer:
             scale=LossScale() if machine.precision == "fp16" else None,
             sentry=Sentry(settings.faults, scaled=machine.precision == "fp16"),
         )
-        trainer._refuse_blind_hooks()
+        refuse_blind_hooks(hooks, objective)
         trainer._refuse_short_data()
         trainer._refuse_unreached()
         if layout.world > 1 or machine.compiled:
@@ -300,18 +305,6 @@ class Trainer:
                 "the loss does not depend on a parameter",
                 parameters=unreached[:8],
                 hint="Freeze it (requires_grad = False), or use it in the objective or in a hook's loss.",
-            )
-
-    def _refuse_blind_hooks(self) -> None:
-        """Refuse hooks that look at outputs where the model keeps them to itself."""
-        readers = [
-            name for name, hook in self.hooks.items() if type(hook).loss is not Hook.loss and type(hook).reads_outputs
-        ]
-        if self.objective.loss_inside and readers:
-            raise ConfigError(
-                "hooks look at logits, of which there are only some rows at a time",
-                hooks=readers,
-                hint="Leave out objective.chunked, or these hooks.",
             )
 
     def _refuse_short_data(self) -> None:

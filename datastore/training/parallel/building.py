@@ -21,7 +21,14 @@ from datastore.training.run.feed import calibration_rows
 from datastore.training.run.folder import RunConfig
 from datastore.training.run.split import Split
 
-__all__ = ["Beginning", "build_with_hooks", "calibration_of", "check_hooks", "refuse_other_parameters"]
+__all__ = [
+    "Beginning",
+    "build_with_hooks",
+    "calibration_of",
+    "check_hooks",
+    "refuse_blind_hooks",
+    "refuse_other_parameters",
+]
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,6 +139,21 @@ def check_hooks(hooks: Mapping[str, Hook], layout: Layout, *, differs: bool) -> 
                 **unfit,
                 hint=f"Use {' and '.join(f'`parallel.{one}`' for one in ('data', *sizes) if one in fits or one == 'data')} with it.",
             )
+
+
+def refuse_blind_hooks(hooks: Mapping[str, Hook], objective: Objective) -> None:
+    """Refuse hooks that look at outputs where the model keeps them to itself.
+
+    Raises:
+        ConfigError: there is one.
+    """
+    readers = [name for name, hook in hooks.items() if type(hook).loss is not Hook.loss and type(hook).reads_outputs]
+    if objective.loss_inside and readers:
+        raise ConfigError(
+            "hooks look at logits, of which there are only some rows at a time",
+            hooks=readers,
+            hint="Leave out objective.chunked, or these hooks.",
+        )
 
 
 def refuse_other_parameters(moments: Moments, model: nn.Module) -> None:

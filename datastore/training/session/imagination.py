@@ -23,7 +23,7 @@ from datastore.training.models.huggingface import blocks_of
 from datastore.training.objectives.base import Objective, micro_batches
 from datastore.training.objectives.catalog import make_objective
 from datastore.training.optim import inner_matrices
-from datastore.training.parallel.building import calibration_of
+from datastore.training.parallel.building import calibration_of, refuse_blind_hooks
 from datastore.training.parallel.layout import Layout
 from datastore.training.parallel.lesson import Lesson
 from datastore.training.parallel.passes import Ledger, bytes_of, gathered_bytes, imagined, peak_of
@@ -81,6 +81,7 @@ def imagine(config: RunConfig, split: Split, layout: Layout, *, precision: str) 
     rows = min(settings.train.micro_batch or -(-share // layout.pipeline), share)
     passes = -(-share // rows)
     hooks = make_hooks(settings.hooks, where="settings")
+    refuse_blind_hooks(hooks, objective)
     with imagined():
         model = build_model(config, objective)
         starts = _Starts(config, split, objective, layout)
