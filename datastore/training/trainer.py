@@ -32,12 +32,7 @@ from datastore.training.metrics import StepOutcome
 from datastore.training.objectives.base import Context, HostRows, MicroBatch, Objective, Signed, rows_of
 from datastore.training.objectives.catalog import make_objective
 from datastore.training.optim import LossScale, Sentry, divide, learning_rate, set_learning_rate
-from datastore.training.parallel.building import (
-    Beginning,
-    build_with_hooks,
-    calibration_of,
-    refuse_blind_hooks,
-)
+from datastore.training.parallel.building import Beginning, build_with_hooks, calibration_of
 from datastore.training.parallel.layout import check_model
 from datastore.training.parallel.lesson import Lesson, Piece
 from datastore.training.parallel.norm import local_part
@@ -140,7 +135,6 @@ class Trainer:
             scale=LossScale() if machine.precision == "fp16" else None,
             sentry=Sentry(settings.faults, scaled=machine.precision == "fp16"),
         )
-        refuse_blind_hooks(hooks, objective)
         trainer._refuse_short_data()
         trainer._refuse_unreached()
         if layout.world > 1 or machine.compiled:

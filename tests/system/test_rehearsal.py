@@ -183,8 +183,9 @@ def test_hooks_that_cannot_begin_are_refused_at_the_rehearsal(
 
 def test_hooks_that_need_whole_logits_are_refused_where_there_are_none(language: str, tmp_path: Path) -> None:
     chunked = tiny_settings(language, "objective={use='causal', chunked=true}", hooks=({"use": "distill"},))
-    with pytest.raises(ConfigError, match="only some rows at a time"):
-        dry_run(chunked, tmp_path / "run")
+    for begin in (dry_run, train):
+        with pytest.raises(ConfigError, match="only some rows at a time"):
+            begin(chunked, tmp_path / "run")
 
 
 def test_a_hook_that_looks_at_numbers_is_named_and_not_counted(language: str, tmp_path: Path) -> None:

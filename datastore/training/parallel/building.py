@@ -75,6 +75,7 @@ def build_with_hooks(
     settings, ranks = config.settings, strategy.ranks
     hooks = make_hooks(settings.hooks, where="settings")
     check_hooks(hooks, strategy.layout, differs=strategy.differs)
+    refuse_blind_hooks(hooks, objective)
     model = _whole_model(config, objective, hooks, beginning=beginning)
     model.to(ranks.device)
     objective.start(model)
