@@ -4,7 +4,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
-from msgspec.structs import asdict, replace
 
 from datastore.cli.output import (
     fields,
@@ -176,6 +175,8 @@ STEP = click.option("--step", type=click.IntRange(min=1), help="The checkpoint o
 @json_option
 def evaluate(*, model: str, run: str | None, data: str | None, step: int | None, samples: int, as_json: bool) -> None:
     """Measure the validation loss of MODEL, a run or an exported folder."""
+    from msgspec.structs import replace
+
     from datastore.training.export.inference import evaluate as evaluate_model
 
     found = with_progress(
@@ -296,6 +297,8 @@ def tell_profile(found: "StepProfile") -> None:
 
 def tell_needs(needs: "Needs") -> None:
     """Print what a run would need."""
+    from msgspec.structs import asdict
+
     from datastore.units import format_bytes, format_count, format_seconds
 
     memory = needs.memory

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from typing_extensions import override
 
-from datastore.errors import ConfigError, DependencyError
+from datastore.errors import ConfigError
 from datastore.testing.examples import tiny_settings
 from datastore.training.metrics import TrainingProgress, read_metrics
 from datastore.training.run.folder import RunFolder
@@ -108,19 +108,6 @@ def test_one_that_hangs_holds_nobody_up(monkeypatch: pytest.MonkeyPatch) -> None
     followed.log({"step": 1})
     followed.finish()
     assert "did not end" in followed.trouble()
-
-
-class Absent(Tracker):
-    @override
-    def start(self, run: TrackedRun) -> None:
-        raise DependencyError("it is not installed")
-
-
-def test_a_tracker_that_is_not_installed_leaves_no_run_behind(language: str, tmp_path: Path) -> None:
-    settings = tiny_settings(language, *FEW, f'metrics.trackers=[{{use = "{__name__}:Absent"}}]')
-    with pytest.raises(DependencyError):
-        train(settings, str(tmp_path / "run"))
-    assert not RunFolder.open(str(tmp_path / "run")).has_begun()
 
 
 def test_a_wrong_setting_is_an_error_before_the_first_step(language: str, tmp_path: Path) -> None:

@@ -103,12 +103,12 @@ def run_session(request: SessionRequest, launch: Launch, report: Callable[[Train
             changed = folder.changes(config) if resumed_from else {}
             notes.append(_changes_note(changed))
             number = 1 + max((session.number for session in folder.sessions()), default=0)
-            trackers = Trackers(
-                make_trackers(tables_of(config.settings.metrics)), _tracked(config, folder, resumed_from)
-            )
             folder.store(config)  # Not before: what does not work must not be in the way of what does.
             session = _session(name, trainer, versions)
             folder.add_session(msgspec.structs.replace(session, number=number, changed=changed))
+            trackers = Trackers(
+                make_trackers(tables_of(config.settings.metrics)), _tracked(config, folder, resumed_from)
+            )
             metrics = MetricsWriter(
                 folder.storage,
                 session=f"{number:06d}-{name}",
