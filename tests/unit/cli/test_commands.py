@@ -7,13 +7,16 @@ import shlex
 import shutil
 import subprocess
 import sys
+import threading
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import click
 import pytest
+from typing_extensions import override
 
 from datastore.cli.main import cli
 from datastore.cli.shell import CliSession, call
@@ -343,18 +346,25 @@ def test_a_long_command_says_how_far_it_is(
         assert re.search(r"^[a-z0-9 ]+: .+ of .+ \(\d+%\)", err, re.MULTILINE), err
 
 
+class Hasty(threading.Event):
+    """An event whose first wait has passed without it, whatever the time and whether it has come or not."""
+
+    waited = False
+
+    @override
+    def wait(self, timeout: float | None = None) -> bool:
+        first, self.waited = not self.waited, True
+        return not first and super().wait(timeout)
+
+
 @pytest.mark.parametrize("name", UNCOUNTED)
 @pytest.mark.usefixtures("workspace")
 def test_a_command_that_cannot_count_says_how_long_it_has_taken(
     name: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("datastore.cli.output.LINE_EVERY_S", 1e-4)
-    interval = sys.getswitchinterval()
-    sys.setswitchinterval(1e-6)  # Else a command of few milliseconds may end before the other thread has its turn.
-    try:
-        assert call(cli, shlex.split(UNCOUNTED[name]), CliSession()) == 0
-    finally:
-        sys.setswitchinterval(interval)
+    # A command of few milliseconds may end before the other thread has its turn: here the first wait is over at once.
+    monkeypatch.setattr("datastore.cli.output.threading", SimpleNamespace(Event=Hasty, Thread=threading.Thread))
+    assert call(cli, shlex.split(UNCOUNTED[name]), CliSession()) == 0
     assert re.search(rf"^{name.rsplit(maxsplit=1)[-1]}: [\d.]+ m?s so far$", capsys.readouterr().err, re.MULTILINE)
 
 
