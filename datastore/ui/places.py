@@ -70,8 +70,9 @@ class Places:
                         self._datasets.append(place)
                     elif kind == "run" and place not in self._runs:
                         self._runs[place] = Run(len(self._runs), place)
-        for run, name in zip(self.runs, short_names([*self._runs]), strict=True):
-            run.name = name
+        with self._lock:
+            for run, name in zip(self._runs.values(), short_names([*self._runs]), strict=True):
+                run.name = name
         self.troubles = troubles
 
     @property

@@ -283,7 +283,7 @@ def numbers_of(hooks: Mapping[str, Hook], *, taken: Collection[str]) -> dict[str
     numbers: dict[str, float] = {}
     for place, hook in hooks.items():
         found = _numbers_of(hook)
-        if lost := sorted(found.keys() & set(taken)):
+        if lost := sorted(key for key in found if key in taken):
             raise ConfigError(
                 "a hook calls its numbers what the loop calls its own",
                 hook=place,
